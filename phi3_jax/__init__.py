@@ -1,0 +1,1 @@
+"""The Phi-3 family in JAX and Flax."""

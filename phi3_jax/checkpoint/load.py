@@ -1,0 +1,170 @@
+"""From a checkpoint to a model, tensor by tensor."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from phi3_jax.checkpoint.gguf import GGUFSource
+from phi3_jax.checkpoint.hub import resolve
+from phi3_jax.checkpoint.layout import ignorable, layout_of
+from phi3_jax.checkpoint.safetensors import SafetensorsSource, _some
+from phi3_jax.checkpoint.source import CheckpointError, TensorSource
+from phi3_jax.config import Phi3Config
+from phi3_jax.model import Phi3PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=Phi3PreTrainedModel)
+
+HEADS = ("lm_head.weight", "score.weight", "score.bias", "classifier.weight", "classifier.bias")
+"""Tensors of the heads; a checkpoint may hold those of another head than the one being loaded."""
+FRESH = ("score.weight", "score.bias")
+"""Tensors that are initialised where the checkpoint has none, as for a classifier before its fine-tuning."""
+
+
+def open_checkpoint(path: Path) -> tuple[TensorSource, Phi3Config]:
+    """The tensors and the config of a directory in Hugging Face's layout or of a GGUF file."""
+    if path.suffix == ".gguf":
+        gguf = GGUFSource(path)
+        return gguf, Phi3Config.from_dict(gguf.config_dict())
+    try:
+        config = Phi3Config.from_pretrained(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint: {error}") from error
+    return SafetensorsSource(path), config
+
+
+def load_model(
+    cls: type[Model],
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    config: Phi3Config | None = None,
+    ignore_mismatched_sizes: bool = False,
+    rngs: nnx.Rngs | int = 0,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **config_changes: Any,
+) -> Model:
+    """Loads a model of class `cls`, holding one tensor besides the parameters in host memory.
+
+    Names, shapes and dtypes are checked against the files' headers before anything is put on a device.
+
+    Args:
+        cls: the class to build; a causal language model loads into a classifier too, whose `score` is new then.
+        name_or_path: a directory in Hugging Face's layout, a GGUF file, or a name on the Hub.
+        dtype: of the parameters; None or "auto": as stored.
+        config: used in place of the checkpoint's.
+        ignore_mismatched_sizes: initialise `score` anew where the number of labels differs.
+        rngs: for parameters that are initialised; an int is a seed.
+        revision: branch, tag or commit on the Hub.
+        token: for the Hub.
+        cache_dir: of the Hub's files.
+        local_files_only: never ask the Hub.
+        config_changes: fields of the config to change, such as `num_labels=77`.
+
+    Raises:
+        CheckpointError: what is wrong with the checkpoint, all tensors concerned named.
+    """
+    path = resolve(
+        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    source, own_config = open_checkpoint(path)
+    config = (config or own_config).replace(**config_changes)
+    rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
+    parameters = {".".join(map(str, keys)): leaf for keys, leaf in nnx.to_flat_state(abstract)}
+    wanted = {name: leaf.shape for name, leaf in parameters.items()}
+    files = _match(cls, source, config, wanted, ignore_mismatched_sizes, path)
+    kind = _dtype(dtype, source, files)
+    fresh = [name for name in wanted if name not in files]
+    values = _initialise(cls, config, rngs, kind, fresh) if fresh else {}
+    for name, file_name in files.items():
+        tensor = layout_of(name).to_parameter(source.read(file_name), wanted[name])
+        values[name] = jax.device_put(np.ascontiguousarray(tensor.astype(kind, copy=False)))
+    if fresh:
+        logger.warning("%s has no %s: initialised anew, to be trained before use", path, " and ".join(fresh))
+    leaves = [
+        (keys, leaf.replace(values[".".join(map(str, keys))])) for keys, leaf in nnx.to_flat_state(abstract)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def _match(
+    cls: type,
+    source: TensorSource,
+    config: Phi3Config,
+    wanted: dict[str, tuple[int, ...]],
+    ignore_mismatched_sizes: bool,
+    path: Path,
+) -> dict[str, str]:
+    """The name in the checkpoint of every parameter that is loaded; what does not fit is an error."""
+    present = set(source.names())
+    headed = any(name.startswith("model.") for name in wanted)
+    stored_headed = any(name.startswith("model.") for name in present)
+    files, problems, missing = {}, [], []
+    for name, shape in wanted.items():
+        stored = name
+        if headed and not stored_headed:
+            stored = name.removeprefix("model.")
+        elif stored_headed and not headed:
+            stored = f"model.{name}"
+        if stored not in present and name.startswith("score."):
+            stored = name.replace("score.", "classifier.")
+        if stored not in present:
+            if name not in FRESH:
+                missing.append(stored)
+            continue
+        expected = layout_of(name).checkpoint_shape(shape)
+        if source.shape(stored) == expected:
+            files[name] = stored
+        elif name in FRESH and ignore_mismatched_sizes:
+            present.discard(stored)
+        else:
+            problems.append(f"{stored} has shape {list(source.shape(stored))}, expected {list(expected)}")
+    left = present - set(files.values())
+    other_heads = sorted(left & set(HEADS))
+    unexpected = sorted(name for name in left - set(HEADS) if not ignorable(name, config))
+    if missing:
+        problems.append(f"missing: {_some(missing)}")
+    if unexpected:
+        problems.append(f"unexpected: {_some(unexpected)}")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(
+            f"{path} does not fit {cls.__name__} of its config ({config.num_hidden_layers} layers): {shown}"
+        )
+    if other_heads and not (config.tie_word_embeddings and other_heads == ["lm_head.weight"]):
+        logger.info("%s: not used by %s: %s", path, cls.__name__, ", ".join(other_heads))
+    return files
+
+
+def _dtype(dtype: Any, source: TensorSource, files: dict[str, str]) -> np.dtype:
+    if dtype in (None, "auto"):
+        return source.dtype(next(iter(files.values())))
+    kind = jnp.dtype(dtype)
+    if not jnp.issubdtype(kind, jnp.floating):
+        raise ValueError(f"dtype={dtype} is not floating point; use float32, bfloat16 or float16")
+    return kind
+
+
+def _initialise(
+    cls: type[Model], config: Phi3Config, rngs: nnx.Rngs, dtype: np.dtype, names: list[str]
+) -> dict:
+    """Initial values of a few parameters; those of all others are never computed."""
+
+    @jax.jit
+    def build(key: jax.Array) -> dict[str, jax.Array]:
+        state = nnx.state(cls(config, rngs=nnx.Rngs(key), dtype=dtype))
+        flat = {".".join(map(str, keys)): leaf[...] for keys, leaf in nnx.to_flat_state(state)}
+        return {name: flat[name] for name in names}
+
+    return build(rngs.params())

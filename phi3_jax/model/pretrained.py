@@ -1,0 +1,120 @@
+"""What every model class of the package can do: load, save, resize its vocabulary, make a cache."""
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.model.cache import KVCache
+from phi3_jax.model.layers import Embedding
+
+if TYPE_CHECKING:
+    from phi3_jax.model.decoder import Phi3Model
+
+
+class Phi3PreTrainedModel(nnx.Module):
+    """Base of `Phi3Model` and of the heads on it.
+
+    Loading and saving live a floor above, in `phi3_jax.checkpoint`; the methods here only lead there.
+    """
+
+    config: Phi3Config
+
+    @property
+    def decoder(self) -> "Phi3Model":
+        """The decoder inside: the model itself or what its head sits on."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of parameters and activations."""
+        return self.decoder.norm.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Numbers in all parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self))
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
+        """An empty cache of `max_length` slots a row, in the model's dtype unless another is given."""
+        return KVCache.create(self.config, batch_size, max_length, jnp.dtype(dtype or self.dtype))
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.decoder.embed_tokens
+
+    def gradient_checkpointing_enable(self, policy: Any = None) -> None:
+        """Computes each layer again in the backward pass instead of keeping its activations.
+
+        `policy` is one of `jax.checkpoint_policies`: what to keep all the same; default: nothing.
+        """
+        self.decoder.remat_policy = policy or jax.checkpoint_policies.nothing_saveable
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations for the backward pass again."""
+        self.decoder.remat_policy = None
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int,
+        pad_to_multiple_of: int | None = None,
+        *,
+        mean_resizing: bool = True,
+        rngs: nnx.Rngs | int = 0,
+    ) -> Embedding:
+        """Cuts or extends the vocabulary, of the output layer too, and `config.vocab_size` with it.
+
+        Args:
+            new_num_tokens: rows wanted.
+            pad_to_multiple_of: rounds the rows up.
+            mean_resizing: new rows are the mean of the old ones, so that a new token changes the others'
+                probabilities little; otherwise normal(0, initializer_range).
+            rngs: for new rows that are drawn.
+
+        Raises:
+            ValueError: no row would be left, or a token that the config names (pad, bos, eos) would be cut off.
+        """
+        if pad_to_multiple_of is not None:
+            if pad_to_multiple_of < 1:
+                raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of} must be positive")
+            new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+        config = self.config.replace(vocab_size=new_num_tokens)  # checks the number and the special tokens
+        rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+
+        def resize(weight: Array) -> Array:
+            extra = new_num_tokens - weight.shape[0]
+            if extra <= 0:
+                return weight[:new_num_tokens]
+            shape = (extra, weight.shape[1])
+            if mean_resizing:
+                rows = jnp.broadcast_to(jnp.mean(weight.astype(jnp.float32), axis=0), shape)
+            else:
+                rows = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+            return jnp.concatenate([weight, rows.astype(weight.dtype)])
+
+        for parameter in self._vocabulary_weights():
+            parameter.set_value(resize(parameter[...]))
+        self.decoder.config = config
+        return self.get_input_embeddings()
+
+    def _vocabulary_weights(self) -> list[nnx.Param]:
+        """Parameters with a row for every token."""
+        return [self.decoder.embed_tokens.weight]
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | PathLike[str], **options: Any) -> Self:
+        """Loads a checkpoint: a directory in Hugging Face's layout, a GGUF file or a hub name.
+
+        See `phi3_jax.checkpoint.load_model` for the options (`dtype`, `config`, `revision`, `token`, ...).
+        """
+        from phi3_jax.checkpoint import load_model
+
+        return load_model(cls, name_or_path, **options)
+
+    def save_pretrained(self, directory: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Writes `config.json` and safetensors that transformers loads, see `phi3_jax.checkpoint.save_model`."""
+        from phi3_jax.checkpoint import save_model
+
+        save_model(self, directory, max_shard_size=max_shard_size)

@@ -1,0 +1,65 @@
+"""Rotary position embeddings: which frequencies, their cosines and sines, and the rotation itself."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from phi3_jax.config import Phi3Config
+
+
+def rope_tables(
+    config: Phi3Config,
+    position_ids: Int[Array, "B T"],
+    rope_length: Int[Array, " B"],
+    inv_freq: Float[Array, "..."] | None = None,
+    attention_scaling: Float[Array, "..."] | float | None = None,
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Cosines and sines of every position, float32, times the attention factor.
+
+    Args:
+        config: names the rope type; its formula gives what `inv_freq` and `attention_scaling` leave out.
+        position_ids: positions within each row.
+        rope_length: tokens of each row, by which longrope chooses its list and dynamic NTK its base.
+        inv_freq: frequencies used instead, [rotary_dim / 2] or [B, rotary_dim / 2].
+        attention_scaling: factor on cosine and sine used instead, a scalar or [B].
+    """
+    own_inv_freq, own_scaling = config.rope_scaling.frequencies(config.rope_base, rope_length)
+    half = config.rotary_dim // 2
+    frequencies = jnp.asarray(own_inv_freq if inv_freq is None else inv_freq, jnp.float32)
+    if frequencies.ndim not in (1, 2) or frequencies.shape[-1] != half:
+        raise ValueError(
+            f"inv_freq has shape {frequencies.shape}; expected [{half}] or [batch, {half}], "
+            f"half of the {config.rotary_dim} rotary dims"
+        )
+    scaling = jnp.asarray(own_scaling if attention_scaling is None else attention_scaling, jnp.float32)
+    angles = position_ids[..., None].astype(jnp.float32) * jnp.atleast_2d(frequencies)[:, None, :]
+    scaling = scaling.reshape(-1, 1, 1)
+    return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
+
+
+def apply_rope(
+    x: Float[Array, "B T ..."], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T ..."]:
+    """Rotates the leading dims of each head, split in halves (GPT-NeoX order); the rest pass unchanged.
+
+    `x` is [B, T, heads..., H]; `cos` and `sin` cover the 2 * half <= H rotary dims.
+    """
+    half = cos.shape[-1]
+    heads = (1,) * (x.ndim - 3)
+    cos = cos.reshape(*cos.shape[:2], *heads, half).astype(x.dtype)
+    sin = sin.reshape(*sin.shape[:2], *heads, half).astype(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def rope_list_changes(
+    config: Phi3Config, before: Int[Array, " B"], after: Int[Array, " B"]
+) -> Bool[Array, " B"]:
+    """Rows whose cached keys were computed under another frequency list than their new length asks for.
+
+    Such a row must be computed again from its first token: from the second layer on, keys depend on hidden
+    states that were themselves computed under the old list, so rotating them again is not enough.
+    """
+    if "long_factor" in dict(config.rope_scaling.parameters):
+        original = config.original_max_position_embeddings
+        return (before > 0) & (before <= original) & (after > original)
+    return jnp.zeros(before.shape, bool)

@@ -1,0 +1,177 @@
+"""Chat templates: Jinja, in a sandbox, with the names and filters that Hugging Face's templates count on."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_TURNS = """\
+{%- for message in messages -%}
+{%- if message['role'] not in ('system', 'user', 'assistant') -%}
+{{ raise_exception("role '" ~ message['role'] ~ "' is not system, user or assistant") }}
+{%- endif -%}
+{{ '<|' ~ message['role'] ~ '|>NEWLINE' ~ message['content'] ~ '<|end|>NEWLINE' }}
+{%- endfor -%}
+{{ '<|assistant|>NEWLINE' if add_generation_prompt else eos_token }}"""
+
+# For checkpoints that bring no template of their own.
+PHI3_MINI_TEMPLATE = _TURNS.replace("NEWLINE", r"\n")
+PHI4_MINI_TEMPLATE = _TURNS.replace("NEWLINE", "")
+PHI4_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' ~ message['role'] ~ '<|im_sep|>' ~ message['content'] ~ '<|im_end|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant<|im_sep|>' }}{%- endif -%}"""
+
+# Trailing space included: a template that trims its messages leaves the tag without it.
+_CONTINUE_HERE = "\ufdd0continue here\ufdd0 "
+
+
+def default_template(token_to_id: Callable[[str], int | None], vocabulary: int) -> str | None:
+    """The family's template that fits the special tokens, or None.
+
+    `<|im_start|>` and `<|im_sep|>` are phi-4's. The others share `<|user|>`, `<|assistant|>` and `<|end|>`;
+    among them phi-4-mini, which writes no newlines, has 200,000 tokens where the next largest has 100,000.
+    """
+
+    def has(*tokens: str) -> bool:
+        return all(token_to_id(token) is not None for token in tokens)
+
+    if has("<|im_start|>", "<|im_sep|>", "<|im_end|>"):
+        return PHI4_TEMPLATE
+    if has("<|user|>", "<|assistant|>", "<|end|>"):
+        return PHI4_MINI_TEMPLATE if vocabulary > 150_000 else PHI3_MINI_TEMPLATE
+    return None
+
+
+def choose_template(chosen: str | None, own: str | Mapping[str, str] | None, tools: object) -> str:
+    """What to render: `chosen` (a template, or the name of one of several), else the tokenizer's own."""
+    if isinstance(own, str):
+        return own if chosen is None else chosen
+    named = own or {}
+    if chosen is not None:
+        return named.get(chosen, chosen)
+    if not named:
+        raise ValueError("no chat template: the files bring none and the special tokens are not the family's")
+    name = "tool_use" if tools is not None and "tool_use" in named else "default"
+    if name not in named:
+        raise ValueError(f"no chat template is called 'default'; pass chat_template= one of {sorted(named)}")
+    return named[name]
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    variables: Mapping[str, Any],
+) -> str:
+    """The text of a conversation.
+
+    Raises:
+        ValueError: the messages are no conversation, or the template failed (with its own message).
+    """
+    _check_messages(messages)
+    if continue_final_message and add_generation_prompt:
+        raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+    # Only plain data goes in: objects have methods that a sandbox cannot know to be harmless.
+    chat = _plain([dict(message) for message in messages], "messages")
+    values = {
+        name: _plain(value, name) for name, value in {"tools": None, "documents": None, **variables}.items()
+    }
+    if continue_final_message:
+        if not isinstance(chat[-1]["content"], str):
+            raise ValueError(
+                f"continue_final_message needs a final message of text, got {chat[-1]['content']!r:.80}"
+            )
+        chat[-1]["content"] += _CONTINUE_HERE
+    try:
+        text = _compiled(template).render(
+            messages=chat, add_generation_prompt=add_generation_prompt, **values
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
+    except Exception as error:  # a template can run into anything that an expression can
+        kind = "" if type(error) is jinja2.TemplateError else f" with {type(error).__name__}"
+        raise ValueError(f"chat template failed{kind}: {error}") from error
+    if not continue_final_message:
+        return text
+    cut = text.rfind(_CONTINUE_HERE.rstrip())
+    if cut < 0:
+        raise ValueError("continue_final_message: the chat template leaves out the final message")
+    return text[:cut] if text.startswith(_CONTINUE_HERE, cut) else text[:cut].rstrip()
+
+
+def _check_messages(messages: object) -> None:
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"messages must be a list of dicts, got {type(messages).__name__}")
+    if not messages:
+        raise ValueError("messages is empty; expected at least one dict with 'role' and 'content'")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f"messages[{index}] must be a dict, got {type(message).__name__} {message!r:.40}"
+            )
+        if missing := [key for key in ("role", "content") if key not in message]:
+            raise ValueError(
+                f"messages[{index}] has no {' and no '.join(missing)}; its keys are {list(message)}"
+            )
+        if not isinstance(message["role"], str):
+            raise ValueError(f"messages[{index}]['role'] must be a str, got {message['role']!r:.40}")
+
+
+def _plain(value: Any, name: str) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"chat template: {name} must be made of what JSON knows: {error}") from error
+
+
+class _GenerationBlocks(Extension):
+    """`{% generation %}...{% endgeneration %}`, a mark for training, renders as what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 (declared by jinja2)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(template)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own `tojson` escapes for HTML, which a model has never seen."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,22 @@
+"""Fixtures for every test."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[..., Path]:
+    """`shared_data("phi3-configs")`: that path among the test data, or a skip where it is absent."""
+    beside_repository = Path(__file__).parents[1] / ".." / "shared" / "data"
+    root = Path(os.environ.get("PHI3_JAX_TEST_DATA") or beside_repository)
+
+    def find(*parts: str) -> Path:
+        path = root.joinpath(*parts)
+        if not path.exists():
+            pytest.skip(f"test data {'/'.join(parts)} is absent; PHI3_JAX_TEST_DATA names its folder")
+        return path
+
+    return find
