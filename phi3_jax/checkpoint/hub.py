@@ -38,15 +38,15 @@ def resolve(
     Cache, endpoint, token and offline mode are huggingface_hub's own (HF_HOME, HF_ENDPOINT, HF_TOKEN,
     HF_HUB_OFFLINE). Raises CheckpointError.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
     name = os.fspath(name_or_path)
-    if path.exists():
+    path = Path(name).expanduser()
+    if name and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
+        return path
+    if name and path.exists():
         raise CheckpointError(f"{name} is neither a model's directory nor a .gguf file")
     if not isinstance(name_or_path, str) or name.endswith(_FILE_SUFFIXES) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(
-            f"{name} does not exist; give a directory, a .gguf file, or a model on the Hub as org/name"
+            f"{name!r} does not exist; give a directory, a .gguf file, or a model on the Hub as org/name"
         )
     return _fetch(name, revision, token, cache_dir, local_files_only)
 

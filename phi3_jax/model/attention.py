@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from phi3_jax.model.layers import dropout
+from phi3_jax.model.layers import dropout, pad_single_row
 
 QUERY_BLOCK = 1024
 """Queries attended at a time, so that scores never take more than QUERY_BLOCK x S a head."""
@@ -74,19 +74,17 @@ def _attend(
 ) -> tuple[Array, Array]:
     batch, length, kv_heads, groups, width = query.shape
     rows = groups * length
-    folded = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width)  # [B, K, G * T, H]
-    # One row alone would be computed as a matrix-vector product, which is slow on CPU; see layers.matmul.
-    folded = jnp.pad(folded, ((0, 0), (0, 0), (0, rows == 1), (0, 0)))
-    scores = jnp.einsum("BKRH,BKSH->BKRS", folded, key, preferred_element_type=jnp.float32) * scale
-    scores = scores[:, :, :rows].reshape(batch, kv_heads * groups, length, -1)  # [B, N, T, S]
+    dtype = jnp.promote_types(query.dtype, key.dtype)  # a float32 cache is read as it is, never cast down
+    folded = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width).astype(dtype)  # [B, K, G * T, H]
+    scores = jnp.einsum("BKRH,BKSH->BKRS", pad_single_row(folded), key, preferred_element_type=jnp.float32)
+    scores = scores[:, :, :rows].reshape(batch, kv_heads * groups, length, -1) * scale  # [B, N, T, S]
     if mask.dtype == jnp.bool:
-        # The minimum is finite: a query that sees nothing attends everywhere alike instead of giving NaN.
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    else:
-        scores = scores + mask.astype(jnp.float32)
+        # Finite and added, as in the reference: a query that sees nothing attends everywhere alike instead of
+        # giving NaN, and has the reference's gradient.
+        mask = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+    scores = scores + mask.astype(jnp.float32)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    dropped = dropout(weights, dropout_rate, dropout_key)
-    folded = jnp.pad(dropped.reshape(batch, kv_heads, rows, -1), ((0, 0), (0, 0), (0, rows == 1), (0, 0)))
-    out = jnp.einsum("BKRS,BKSH->BKRH", folded, value, preferred_element_type=jnp.float32)
+    folded = dropout(weights, dropout_rate, dropout_key).reshape(batch, kv_heads, rows, -1).astype(dtype)
+    out = jnp.einsum("BKRS,BKSH->BKRH", pad_single_row(folded), value, preferred_element_type=jnp.float32)
     out = out[:, :, :rows].reshape(batch, kv_heads, groups, length, width).astype(query.dtype)
     return out.transpose(0, 3, 1, 2, 4), weights

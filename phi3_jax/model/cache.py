@@ -82,8 +82,24 @@ class KVCache:
 
 
 def write_slots(
-    slots: Float[Array, "B K S H"], new: Float[Array, "B K T H"], start: Int[Array, " B"]
-) -> Float[Array, "B K S H"]:
-    """`slots` with each row's `new` vectors put at slots [start, start + T)."""
-    write = jax.vmap(lambda row, update, at: jax.lax.dynamic_update_slice(row, update, (0, at, 0)))
-    return write(slots, new.astype(slots.dtype), start)
+    slots: tuple[Float[Array, "B K S H"], ...], new: tuple[Float[Array, "B K T H"], ...], start: Int[Array, " B"]
+) -> tuple[Float[Array, "B K S H"], ...]:
+    """Each of `slots` with each row's `new` vectors put at slots [start, start + T).
+
+    On CPU the write stands in a conditional that is always true: written plainly, XLA repeats it inside the
+    attention that reads the result, and copies the whole cache for that.
+    """
+
+    def write(slots: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(_write(s, n.astype(s.dtype), start) for s, n in zip(slots, new, strict=True))
+
+    def write_on_cpu(slots: tuple[Array, ...]) -> tuple[Array, ...]:
+        return jax.lax.cond(jnp.all(start >= 0), write, lambda same: same, slots)
+
+    return jax.lax.platform_dependent(slots, cpu=write_on_cpu, default=write)
+
+
+def _write(slots: Array, new: Array, start: Array) -> Array:
+    if slots.shape[0] == 1:  # in place on every platform, where a scatter may cost a copy
+        return jax.lax.dynamic_update_slice(slots, new, (0, 0, start[0], 0))
+    return jax.vmap(lambda row, rows, at: jax.lax.dynamic_update_slice(row, rows, (0, at, 0)))(slots, new, start)

@@ -54,8 +54,7 @@ class Phi3Attention(nnx.Module):
         present = None
         if past is not None:
             past_keys, past_values, start = past
-            present = write_slots(past_keys, keys, start), write_slots(past_values, values, start)
-            keys, values = (slots.astype(x.dtype) for slots in present)
+            present = keys, values = write_slots((past_keys, past_values), (keys, values), start)
         out, weights = attention(
             queries,
             keys,

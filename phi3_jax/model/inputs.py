@@ -162,7 +162,8 @@ def locate(new: NewTokens, cache: KVCache | None) -> Location:
     is_token = jnp.take_along_axis(key_mask, slots, axis=1)
     position_ids = new.position_ids
     if position_ids is None:
-        counted = jnp.cumsum(key_mask, axis=1, dtype=jnp.int32) - 1
-        position_ids = jnp.maximum(jnp.take_along_axis(counted, slots, axis=1), 0)
+        past = jnp.sum(key_mask & (jnp.arange(key_mask.shape[1]) < start[:, None]), axis=1, dtype=jnp.int32)
+        counted = past[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32)
+        position_ids = jnp.maximum(counted - 1, 0)
     tokens = jnp.max(jnp.where(is_token, position_ids + 1, 0), axis=1)
     return Location(slots, key_mask, position_ids, tokens)

@@ -38,19 +38,25 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
-def matmul(x: Float[Array, "... D"], weight: Float[Array, "O D"]) -> Float[Array, "... O"]:
-    """`x @ weight.T`, accumulated and returned in float32.
+def pad_single_row(x: Float[Array, "... R D"]) -> Float[Array, "... rows D"]:
+    """`x` with a row of zeros below its only row, if it has 16 bits; otherwise `x`.
 
-    A single 16-bit row is padded to two: XLA's CPU back end turns one-row products into a matrix-vector
-    loop that is ten times slower than its matrix product; elsewhere a second row is free.
+    XLA's CPU back end turns the product of one such row into a matrix-vector loop, ten times slower than its
+    matrix product. On TPU and GPU the second row is free: their tiles have more rows than that.
     """
-    rows = math.prod(x.shape[:-1])
-    padded = rows == 1 and x.dtype.itemsize == 2
-    operand = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2) if padded else x
+    if x.shape[-2] != 1 or x.dtype.itemsize != 2:
+        return x
+    return jnp.concatenate([x, jnp.zeros_like(x)], axis=-2)
+
+
+def matmul(x: Float[Array, "... R D"], weight: Float[Array, "O D"]) -> Float[Array, "... R O"]:
+    """`x @ weight.T`, accumulated and returned in float32."""
+    rows = x.shape[-2]
+    operand = pad_single_row(x) if math.prod(x.shape[:-1]) == 1 else x
     y = jax.lax.dot_general(
         operand, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return y[..., :1, :] if padded else y
+    return y[..., :rows, :]
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:

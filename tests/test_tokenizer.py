@@ -1,0 +1,931 @@
+"""Phi3Tokenizer against transformers 5.23 and Microsoft's own files, and its back ends against each other."""
+
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import phi3_jax.tokenizer
+from phi3_jax.tokenizer import IncrementalDecoder, JsonBackend, Phi3Tokenizer, SentencePieceBackend, _chat
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "A tokenizer turns text into ids; the model never sees a single letter of it.",
+    "  Two leading spaces, then 12345 digits, then a\ttab and more of the same text.",
+    "She said: don't stop, it isn't late, we're here and they've been there before.",
+] * 6
+# Names, texts between which a space or a newline decides, and flags that no real checkpoint combines.
+ADDED = {
+    "<|end|>": {"rstrip": True, "special": True},
+    "<|user|>": {"rstrip": True, "special": True},
+    "<|assistant|>": {"special": True},
+    "<|system|>": {"special": True},
+    "<tool>": {"special": False},
+    "<tool>s": {"special": False},
+    "<left>": {"lstrip": True, "special": True},
+    "word": {"single_word": True, "special": False},
+}
+FRAGMENTS = [
+    *ADDED,
+    "<s>",
+    "</s>",
+    "<unk>",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\xa0",
+    "\x1c",
+    "\u3000",
+    "▁",
+    "a",
+    "the ",
+    "dog",
+]
+FRAGMENTS += ["é", "😀", "👩‍👩‍👧", "漢字", "12", "<|", "|>", "<0x41>", "sword", "_", "\ufeff", "don't", "z9"]
+
+
+def texts(seed: int, count: int = 200) -> list[str]:
+    generator = random.Random(seed)
+    return ["".join(generator.choices(FRAGMENTS, k=generator.randint(0, 10))) for _ in range(count)]
+
+
+def config_of(first_id: int, **more: object) -> dict[str, object]:
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    added = {
+        str(first_id + n): {"content": content, **flags, **own}
+        for n, (content, own) in enumerate(ADDED.items())
+    }
+    return {"added_tokens_decoder": added, "tokenizer_class": "PreTrainedTokenizerFast", **more}
+
+
+def write_json(path: Path, value: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def piece_folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One little Llama-like vocabulary as tokenizer.model and as tokenizer.json, with the same config."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces[259:]
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    twin = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    twin.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    twin.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    twin.add_special_tokens(["<unk>", "<s>", "</s>"])
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
+    config = config_of(len(pieces), padding_side="left", **roles)
+    folders = SimpleNamespace(
+        model=tmp_path_factory.mktemp("model"), json=tmp_path_factory.mktemp("json"), pieces=pieces
+    )
+    (folders.model / "tokenizer.model").write_bytes(model.getvalue())
+    (folders.json / "tokenizer.json").write_text(twin.to_str(), encoding="utf-8")
+    for folder in (folders.model, folders.json):
+        write_json(folder / "tokenizer_config.json", config)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A little GPT-2-like vocabulary: digits apart, then bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    spaced = {"content": "<a b>é", "special": False, "normalized": False}
+    added = {str(tokenizer.get_vocab_size()): spaced}
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added, **roles},
+    )
+    return folder
+
+
+@pytest.fixture(params=["model", "json", "bytes"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    if request.param == "bytes":
+        return request.getfixturevalue("byte_level_folder")
+    return getattr(request.getfixturevalue("piece_folders"), request.param)
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> Phi3Tokenizer:
+    return Phi3Tokenizer.from_pretrained(folder)
+
+
+def reference(folder: Path, **options: object):
+    """transformers, reading tokenizer.json as it stands, which is what it does for `model_type` phi3."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+
+
+def phi3(find, name: str) -> Phi3Tokenizer:
+    return Phi3Tokenizer.from_pretrained(find("phi3-tokenizer", name))
+
+
+# --- the module
+
+
+def test_import_brings_no_framework():
+    """Run without the parent package's own imports, which are another matter."""
+    package = Path(phi3_jax.tokenizer.__file__).parents[1]
+    code = (
+        "import sys, types; parent = types.ModuleType('phi3_jax'); "
+        f"parent.__path__ = [{str(package)!r}]; sys.modules['phi3_jax'] = parent; import phi3_jax.tokenizer; "
+        "print([name for name in ('jax', 'flax', 'torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- ids
+
+
+@pytest.mark.parametrize("name", ["phi-3", "phi-3-mini", "sentencepiece"])
+def test_phi3_vectors(shared_data, name):
+    vectors = json.loads(shared_data("phi3-tokenizer", "vectors.json").read_text(encoding="utf-8"))
+    tokenizer = phi3(shared_data, name)
+    assert len(vectors) == 47
+    for vector in vectors:
+        assert tokenizer.encode(vector["text"], add_special_tokens=False) == vector["ids"], vector["text"]
+
+
+@pytest.mark.parametrize("backend", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [
+        ("phi-3-mini", [32010, 6324, 32007, 32001]),
+        ("phi-3", [32010, 29871, 13, 18567, 32007, 29871, 13, 32001, 29871, 13]),
+    ],
+)
+def test_white_space_after_special_tokens_is_the_revisions_choice(shared_data, tmp_path, backend, name, ids):
+    source = shared_data("phi3-tokenizer", name)
+    model = shared_data("phi3-tokenizer", "sentencepiece", "tokenizer.model")
+    shutil.copyfile(source / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    shutil.copyfile(model if backend == "tokenizer.model" else source / backend, tmp_path / backend)
+    tokenizer = Phi3Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.backend.file[0] == backend
+    assert tokenizer.encode("<|user|>\nHi<|end|>\n<|assistant|>\n", add_special_tokens=False) == ids
+
+
+def test_phi3_model_alone_gives_the_ids_of_tokenizer_json(shared_data):
+    alone, full = phi3(shared_data, "sentencepiece"), phi3(shared_data, "phi-3-mini")
+    assert isinstance(alone.backend, SentencePieceBackend)
+    generator = random.Random(3)
+    fragments = [*FRAGMENTS, "<|endoftext|>", "<|placeholder1|>", "ing", "für"]
+    for text in ["".join(generator.choices(fragments, k=n % 10)) for n in range(200)]:
+        assert alone.encode(text) == full.encode(text), text
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\n"}]
+    assert alone.apply_chat_template(messages, add_generation_prompt=True) == full.apply_chat_template(
+        messages, add_generation_prompt=True
+    )
+    for name in (
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "padding_side",
+        "vocab_size",
+    ):
+        assert getattr(alone, name) == getattr(full, name), name
+    assert len(alone) == len(full) == 32011
+    assert alone.convert_tokens_to_ids(["<|endoftext|>", "<|placeholder4|>", "<|end|>"]) == [
+        32000,
+        32005,
+        32007,
+    ]
+    assert alone.backend.special_ids == full.backend.special_ids
+
+
+@pytest.mark.parametrize("name", ["phi-3", "phi-3-mini"])
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_phi3_revisions_match_transformers(shared_data, tmp_path, name, add_special_tokens):
+    """AutoTokenizer with `model_type` phi3 does not follow the April revision's add_bos_token either."""
+    from transformers import AutoTokenizer
+
+    for file in shared_data("phi3-tokenizer", name).iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    write_json(tmp_path / "config.json", {"model_type": "phi3"})
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Phi3Tokenizer.from_pretrained(tmp_path)
+    for text in ["Hello world", " x", "<s>Hi<|end|>\n", "</s> a <s>  b <|end|>  c\n", "😀\n\n<|user|> 漢"]:
+        ids = ours.encode(text, add_special_tokens)
+        assert ids == theirs.encode(text, add_special_tokens=add_special_tokens), text
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), text
+    for attribute in (
+        "bos_token",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "all_special_ids",
+        "vocab_size",
+    ):
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    for attribute in ("padding_side", "truncation_side", "model_max_length", "add_bos_token"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    assert len(ours) == len(theirs)
+
+
+def test_back_ends_agree(piece_folders):
+    by_model = Phi3Tokenizer.from_pretrained(piece_folders.model)
+    by_json = Phi3Tokenizer.from_pretrained(piece_folders.json)
+    theirs = reference(piece_folders.json)
+    assert isinstance(by_json.backend, JsonBackend)
+    assert len(by_model) == len(by_json) == len(theirs)
+    for text in texts(seed=0):
+        ids = by_json.encode(text)
+        assert ids == theirs.encode(text), text
+        assert by_model.encode(text) == ids, text
+        for skip in (True, False):
+            expected = theirs.decode(ids, skip_special_tokens=skip)
+            assert by_json.decode(ids, skip) == by_model.decode(ids, skip) == expected, text
+    for token in ("<s>", "<|end|>", "▁the", "<0x0A>", "no such token"):
+        assert by_model.convert_tokens_to_ids(token) == by_json.convert_tokens_to_ids(token)
+
+
+def test_longest_added_token_wins_and_flags_hold(piece_folders):
+    tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.model)
+    first = len(piece_folders.pieces)
+    assert tokenizer.encode("<tool>s") == [first + 5]
+    assert tokenizer.encode("<|end|> \n\xa0<|user|>") == [first, first + 1]
+    assert tokenizer.encode("<tool> \n<left>") == [first + 4, first + 6]
+    assert first + 7 in tokenizer.encode("a word.")
+    assert first + 7 not in tokenizer.encode("a sword")
+
+
+def test_byte_level_matches_transformers(byte_level_folder, tmp_path):
+    """add_bos_token of the config counts for nothing beside a tokenizer.json, even one that says nothing."""
+    shutil.copytree(byte_level_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write_json(tmp_path / "tokenizer_config.json", {**config, "add_bos_token": True})
+    theirs, ours = reference(tmp_path), Phi3Tokenizer.from_pretrained(tmp_path)
+    assert ours.add_bos_token is theirs.add_bos_token is False
+    assert ours.padding_side == theirs.padding_side == "right"
+    for text in [*texts(seed=1), "<|im_start|>user\nHi<|im_end|>", "x <a b>é y"]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text), text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False) == text
+
+
+def test_special_tokens_around_a_text_come_from_the_post_processor(byte_level_folder, tmp_path):
+    shutil.copytree(byte_level_folder, tmp_path, dirs_exist_ok=True)
+    raw = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    raw.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        pair="<|im_start|> $A <|im_end|> $B:1 <|endoftext|>:1",
+        special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2), ("<|endoftext|>", 0)],
+    )
+    raw.save(str(tmp_path / "tokenizer.json"))
+    theirs, ours = reference(tmp_path), Phi3Tokenizer.from_pretrained(tmp_path)
+    body = ours.encode("the dog", add_special_tokens=False)
+    assert ours.encode("the dog") == [1, *body, 2] == theirs.encode("the dog")
+    assert ours("the dog", "the dog").input_ids.tolist() == [[1, *body, 2, *body, 0]]
+    assert ours.add_bos_token
+    assert not Phi3Tokenizer.from_pretrained(byte_level_folder).add_bos_token
+    options: dict[str, object] = {"truncation": True, "padding": True}
+    for length in range(3, 12):
+        for pair in ("a tokenizer", "the quick dog", None):
+            for special in (True, False):
+                options |= {"max_length": length, "add_special_tokens": special}
+                expected = theirs(["the quick dog"], pair and [pair], **options)["input_ids"]
+                assert ours("the quick dog", pair, **options).input_ids.tolist() == expected, options
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_tokenizer_model_takes_bos_and_eos_from_its_config(piece_folders, tmp_path, end):
+    shutil.copytree(piece_folders.model, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    write_json(tmp_path / "tokenizer_config.json", {**config, "add_bos_token": True, "add_eos_token": end})
+    tokenizer = Phi3Tokenizer.from_pretrained(tmp_path)
+    body = tokenizer.encode("dog", add_special_tokens=False)
+    last = [2] if end else []
+    assert tokenizer.add_bos_token
+    assert tokenizer.encode("dog") == [1, *body, *last]
+    assert tokenizer("dog", "dog").input_ids.tolist() == [[1, *body, *last, 1, *body, *last]]
+
+
+def test_added_tokens_of_the_old_files(piece_folders, tmp_path):
+    """added_tokens.json names ids; special_tokens_map.json says which of them are special, and how."""
+    shutil.copyfile(piece_folders.model / "tokenizer.model", tmp_path / "tokenizer.model")
+    size = len(piece_folders.pieces)
+    write_json(tmp_path / "added_tokens.json", {"<|end|>": size, "<plain>": size + 1, "<|x|>": size + 2})
+    end = {"content": "<|end|>", "lstrip": False, "rstrip": True, "normalized": False, "single_word": False}
+    write_json(
+        tmp_path / "special_tokens_map.json", {"eos_token": end, "additional_special_tokens": ["<|x|>"]}
+    )
+    tokenizer = Phi3Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("<|end|>  <plain><|x|>") == [size, size + 1, size + 2]
+    assert tokenizer.eos_token_id == size
+    assert tokenizer.decode([size, size + 1, size + 2], skip_special_tokens=True) == "<plain>"
+    assert tokenizer.all_special_ids == [1, size, 0, size + 2]
+
+
+def test_a_named_token_that_is_no_added_token_becomes_special(byte_level_folder, tmp_path):
+    shutil.copytree(byte_level_folder, tmp_path, dirs_exist_ok=True)
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "he", "unk_token": "not a token"})
+    theirs, ours = reference(tmp_path), Phi3Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode("other") == theirs.encode("other")
+    assert ours.decode(ours.encode("other"), skip_special_tokens=True) == "otr"
+    assert (ours.unk_token, ours.unk_token_id) == (None, None)
+    assert ours.convert_tokens_to_ids("not a token") is None
+
+
+# --- text
+
+
+def test_ids_without_a_token_give_no_text(tokenizer):
+    ids = tokenizer.encode("the dog")
+    beyond = [len(tokenizer), len(tokenizer) + 60, 2**31, 2**40]
+    assert tokenizer.decode([*beyond, *ids, *beyond]) == tokenizer.decode(ids) == "the dog"
+    assert tokenizer.convert_ids_to_tokens(beyond) == [None] * 4
+    stream = tokenizer.stream()
+    assert stream.put([*beyond, *ids]) + stream.end() == "the dog"
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "says"),
+    [
+        ([1, -1], ValueError, "-1"),
+        ([1.0], TypeError, "float"),
+        (["a"], TypeError, "str"),
+        ("abc", TypeError, "str"),
+        ([True], TypeError, "bool"),
+        (np.ones((2, 2), np.int32), ValueError, "batch_decode"),
+        (np.ones(2), TypeError, "float"),
+    ],
+)
+def test_decode_refuses_what_is_no_row_of_ids(piece_folders, ids, error, says):
+    tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
+    with pytest.raises(error, match=says):
+        tokenizer.decode(ids)
+    with pytest.raises(error, match=says):
+        tokenizer.stream().put(ids)
+
+
+def test_decode_takes_one_id_a_row_or_a_batch(tokenizer):
+    ids = tokenizer.encode("the lazy dog")
+    array = np.asarray(ids, np.int32)
+    assert tokenizer.decode(array) == tokenizer.decode(tuple(ids)) == "the lazy dog"
+    assert tokenizer.decode(ids[0]) == tokenizer.decode(array[0]) == tokenizer.decode(ids[:1])
+    assert tokenizer.batch_decode(np.stack([array, array])) == ["the lazy dog"] * 2
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == tokenizer.convert_ids_to_tokens(array)[0]
+    assert tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(ids)) == ids
+
+
+@pytest.mark.parametrize("text", [None, 3, b"bytes", ["a list"]])
+def test_encode_refuses_what_is_no_text(tokenizer, text):
+    with pytest.raises(TypeError, match="expected a text"):
+        tokenizer.encode(text)
+
+
+def test_encode_refuses_half_a_surrogate_pair(tokenizer):
+    with pytest.raises(ValueError, match="surrogate pair at 2"):
+        tokenizer.encode("a \ud83d")
+
+
+# --- text as it arrives
+
+
+def random_ids(tokenizer: Phi3Tokenizer, generator: random.Random) -> list[int]:
+    """Any ids, bytes of broken and whole characters, specials, and rows without a token."""
+    size = len(tokenizer)
+    bytes_of = [
+        i
+        for i in range(size)
+        if len(token := tokenizer.convert_ids_to_tokens(i) or "") == 1 or token.startswith("<0x")
+    ]
+    spaces = [i for i in map(tokenizer.convert_tokens_to_ids, ("▁", "▁▁", "Ġ")) if i]
+    ids: list[int] = []
+    for _ in range(generator.randint(0, 8)):
+        kind = generator.randrange(5)
+        if kind == 0:
+            ids += generator.choices(range(size + 20), k=2)
+        elif kind == 1:
+            ids += generator.choices(bytes_of, k=generator.randint(1, 5))
+        elif kind == 2:
+            ids += tokenizer.encode(
+                generator.choice(["😀", "é漢", "👩‍👩‍👧\n", "a\n\nb", " \ufeff", "\ufffd"])
+            )[1:]
+        elif kind == 3:
+            ids += generator.choices(spaces, k=1)
+        else:
+            ids += [*sorted(tokenizer.backend.special_ids)[-1:], size - 1]
+    return ids
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_stream_adds_up_to_decode(tokenizer, skip):
+    generator = random.Random(2)
+    for _ in range(250):
+        ids = random_ids(tokenizer, generator)
+        whole = tokenizer.decode(ids, skip_special_tokens=skip)
+        stream, parts, done = IncrementalDecoder(tokenizer, skip), [], 0
+        while done < len(ids):
+            step = generator.randint(1, 4)
+            parts.append(stream.put(ids[done] if step == 1 else ids[done : done + step]))
+            done += step
+        assert "".join([*parts, stream.end()]) == whole, ids
+        assert stream.put(ids) + stream.end() == whole, "end() leaves the decoder as new"
+
+
+def test_stream_gives_text_at_once_and_whole_characters(tokenizer):
+    """Plain words come with their token; an emoji comes whole or not yet."""
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("the dog")
+    assert [stream.put(i) for i in ids] == [
+        tokenizer.decode(ids[: n + 1])[len(tokenizer.decode(ids[:n])) :] for n in range(len(ids))
+    ]
+    seen = [stream.put(i) for i in tokenizer.encode("x😀y")]
+    assert "".join([*seen, stream.end()]).endswith("x😀y")
+    assert all("\ufffd" not in text for text in seen)
+    assert any("😀" in text for text in seen), "held back only while it is uncertain"
+
+
+def test_stream_looks_at_each_id_once(tokenizer, monkeypatch):
+    ids = tokenizer.encode("the dog 😀\n" * 20)
+    looked_up = []
+    backend = type(tokenizer.backend)
+    id_to_token = backend.id_to_token
+    monkeypatch.setattr(backend, "id_to_token", lambda self, i: looked_up.append(i) or id_to_token(self, i))
+    monkeypatch.setattr(backend, "decode", None)
+    stream = tokenizer.stream()
+    for i in ids:
+        stream.put(i)
+    stream.end()
+    assert looked_up == ids
+
+
+def test_stream_waits_for_the_end_with_a_decoder_it_does_not_know(byte_level_folder):
+    raw = Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
+    raw.decoder = decoders.WordPiece(prefix="Ġ")
+    tokenizer = Phi3Tokenizer(JsonBackend(raw.to_str()))
+    ids = tokenizer.encode("the dog")
+    stream = tokenizer.stream()
+    assert stream.put(ids) == ""
+    assert stream.end() == tokenizer.decode(ids)
+
+
+# --- batches
+
+
+BATCH = ["the quick brown fox", "dog", "", "a tokenizer turns text into ids, all of it"]
+PAIRS = ["and more", "the lazy dog does not mind at all", "x", ""]
+
+
+@pytest.mark.parametrize("kind", ["json", "bytes"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": True},
+        {"padding": "longest", "pad_to_multiple_of": 8},
+        {"padding": "max_length", "max_length": 64},
+        {"padding": True, "truncation": True, "max_length": 5},
+        {"padding": "max_length", "truncation": "only_first", "max_length": 7, "pad_to_multiple_of": 7},
+        {"padding": True, "truncation": True, "max_length": 9, "text_pair": PAIRS},
+        {"padding": True, "truncation": True, "max_length": 10, "text_pair": PAIRS},
+        {"padding": True, "text_pair": PAIRS},
+    ],
+)
+def test_batches_match_transformers(piece_folders, byte_level_folder, kind, side, options):
+    folder = byte_level_folder if kind == "bytes" else piece_folders.json
+    sides = {"padding_side": side, "truncation_side": side}
+    theirs = reference(folder, **sides)(BATCH, return_tensors="np", **options)
+    ours = Phi3Tokenizer.from_pretrained(folder, **sides)(BATCH, **options)
+    assert list(ours) == ["input_ids", "attention_mask"]
+    for name, array in ours.items():
+        assert array.dtype == np.int32
+        np.testing.assert_array_equal(array, theirs[name])
+        assert getattr(ours, name) is array
+
+
+def test_one_text_is_a_batch_of_one(tokenizer):
+    batch = tokenizer("the dog")
+    assert batch.input_ids.tolist() == [tokenizer.encode("the dog")]
+    assert batch.attention_mask.tolist() == [[1] * batch.input_ids.shape[1]]
+    assert tokenizer("").input_ids.shape == (1, 0)
+
+
+def test_lengths_and_sides_are_settings(tokenizer):
+    ids = tokenizer.encode("the quick brown fox")
+    assert tokenizer("the quick brown fox", max_length=2).input_ids.tolist() == [ids], (
+        "whole without truncation"
+    )
+    tokenizer.model_max_length = 3
+    assert tokenizer("the quick brown fox", truncation=True).input_ids.tolist() == [ids[:3]]
+    tokenizer.truncation_side = "left"
+    assert tokenizer("the quick brown fox", truncation=True).input_ids.tolist() == [ids[-3:]]
+    tokenizer.padding_side = "right"
+    assert tokenizer(["the quick brown fox", ""]).attention_mask[1].tolist() == [0] * len(ids)
+    tokenizer.padding_side = "left"
+    assert tokenizer(["the", "the quick brown fox"]).attention_mask[0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (([],), "empty list"),
+        ((["a", "b"], ["c"]), "2 entries and text_pair 1"),
+        ((["a", "the quick dog"], None, {"padding": False}), "make no array"),
+        (("a", None, {"padding": "widest"}), "padding='widest'; use one of"),
+        (("a", None, {"truncation": "ends"}), "truncation='ends'; use one of"),
+        (("a", None, {"truncation": True}), "give max_length"),
+        (("a", None, {"padding": "max_length"}), "give max_length"),
+        (("the dog", "x", {"truncation": "only_second", "max_length": 1}), "text_pair has only"),
+    ],
+)
+def test_batches_refuse(tokenizer, arguments, says):
+    text, pair, options = (*arguments, None, {})[:3] if len(arguments) < 3 else arguments
+    with pytest.raises(ValueError, match=says):
+        tokenizer(text, pair, **(options or {}))
+
+
+def test_batches_refuse_a_length_below_the_special_tokens(piece_folders):
+    config = {"bos_token": "<s>", "add_bos_token": True}
+    model = (piece_folders.model / "tokenizer.model").read_bytes()
+    tokenizer = Phi3Tokenizer(SentencePieceBackend(model), config)
+    assert tokenizer("dog", truncation=True, max_length=1).input_ids.tolist() == [[1]]
+    with pytest.raises(ValueError, match="too short for the special tokens"):
+        tokenizer("dog", truncation=True, max_length=0)
+
+
+@pytest.mark.parametrize("name", ["padding_side", "truncation_side"])
+def test_sides_are_left_or_right(piece_folders, name):
+    with pytest.raises(ValueError, match=f"{name}='middle'"):
+        Phi3Tokenizer.from_pretrained(piece_folders.json, **{name: "middle"})
+    tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
+    setattr(tokenizer, name, "middle")
+    with pytest.raises(ValueError, match=f"{name}='middle'"):
+        tokenizer(["a", "b c"], truncation=True, max_length=1)
+
+
+def test_padding_without_a_pad_token(piece_folders, caplog):
+    content = (piece_folders.json / "tokenizer.json").read_bytes()
+    with_eos = Phi3Tokenizer(JsonBackend(content), {"eos_token": "</s>"})
+    for _ in range(2):
+        assert with_eos(["the dog", ""]).input_ids[1].tolist()[-1] == 2
+    assert caplog.text.count("padding with eos_token '</s>'") == 1
+    without = Phi3Tokenizer(JsonBackend(content))
+    assert without(["dog", "dog"]).input_ids.shape[0] == 2, "nothing to pad"
+    with pytest.raises(ValueError, match="neither a pad_token nor an eos_token"):
+        without(["the dog", ""])
+
+
+# --- conversations
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi <there>"},
+    {"role": "assistant", "content": "Hello "},
+    {"role": "user", "content": "1 < 2?"},
+]
+MINI = "<|system|>\nBe brief.<|end|>\n<|user|>\nHi <there><|end|>\n"
+MINI += "<|assistant|>\nHello <|end|>\n<|user|>\n1 < 2?<|end|>\n"
+
+
+def with_tokens(folder: Path, *contents: str) -> Phi3Tokenizer:
+    """The little byte-level vocabulary with more tokens, no template, and an eos token."""
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.add_special_tokens(list(contents))
+    return Phi3Tokenizer(JsonBackend(raw.to_str()), {"eos_token": "<|endoftext|>"})
+
+
+def test_template_of_phi3_mini(piece_folders):
+    tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == MINI + "</s>"
+    prompt = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert prompt == MINI + "<|assistant|>\n"
+    ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
+    assert ids == tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def test_template_of_phi4_mini_is_known_by_its_large_vocabulary(byte_level_folder):
+    tokens = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    small = with_tokens(byte_level_folder, *tokens)
+    assert small.apply_chat_template(CHAT, tokenize=False) == MINI + "<|endoftext|>"
+    raw = Tokenizer(models.WordLevel({f"w{n}": n for n in range(200_000)}, unk_token="w0"))
+    raw.add_special_tokens([*tokens, "<|endoftext|>"])
+    large = Phi3Tokenizer(JsonBackend(raw.to_str()), {"eos_token": "<|endoftext|>"})
+    expected = MINI.replace("\n", "")
+    assert large.apply_chat_template(CHAT, tokenize=False) == expected + "<|endoftext|>"
+    prompt = large.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert prompt == expected + "<|assistant|>"
+
+
+def test_template_of_phi4(byte_level_folder):
+    tokenizer = with_tokens(byte_level_folder, "<|im_sep|>")
+    text = tokenizer.apply_chat_template(CHAT[1:3], tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>user<|im_sep|>Hi <there><|im_end|><|im_start|>assistant<|im_sep|>Hello <|im_end|>"
+        "<|im_start|>assistant<|im_sep|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("member", "default"),
+    [
+        ("phi-3-mini-4k-instruct", _chat.PHI3_MINI_TEMPLATE),
+        ("phi-4-mini-instruct", _chat.PHI4_MINI_TEMPLATE),
+        ("phi-4", _chat.PHI4_TEMPLATE),
+    ],
+)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_default_templates_match_the_members_own(shared_data, piece_folders, member, default, prompt):
+    own = shared_data("phi3-configs", member, "chat_template.txt").read_text(encoding="utf-8")
+    tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
+    options = {"tokenize": False, "add_generation_prompt": prompt}
+    expected = tokenizer.apply_chat_template(CHAT, chat_template=own, **options)
+    assert tokenizer.apply_chat_template(CHAT, chat_template=default, **options) == expected
+
+
+def test_every_members_template_renders_as_in_transformers(shared_data, piece_folders):
+    theirs, ours = reference(piece_folders.json), Phi3Tokenizer.from_pretrained(piece_folders.json)
+    templates = sorted(shared_data("phi3-configs").glob("*/chat_template*.txt"))
+    assert len(templates) >= 8
+    for path in templates:
+        for prompt in (True, False):
+            options = {
+                "chat_template": path.read_text(encoding="utf-8"),
+                "add_generation_prompt": prompt,
+                "tokenize": False,
+            }
+            assert ours.apply_chat_template(CHAT, **options) == theirs.apply_chat_template(CHAT, **options), (
+                path
+            )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }}",
+        "{% for m in messages %}\n  {% if loop.last %}{% break %}{% endif %}\n  {{ m.role }}\n{% endfor %}",
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ sep_token }}{{ documents is none }}",
+        "{{ strftime_now('%Y') }} {{ name | default('nobody') }} {{ tools | tojson }}",
+        "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}!",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    ],
+)
+def test_what_templates_count_on(piece_folders, template):
+    theirs, ours = reference(piece_folders.json), Phi3Tokenizer.from_pretrained(piece_folders.json)
+    options = {"chat_template": template, "tokenize": False, "name": "Ada", "tools": [{"name": "<f> é"}]}
+    assert ours.apply_chat_template(CHAT, **options) == theirs.apply_chat_template(CHAT, **options)
+
+
+def test_continue_final_message_matches_transformers(piece_folders):
+    theirs, ours = reference(piece_folders.json), Phi3Tokenizer.from_pretrained(piece_folders.json)
+    plain = ours.chat_template
+    for template in (plain, plain.replace("message['content']", "(message['content'] | trim)")):
+        options = {"chat_template": template, "tokenize": False, "continue_final_message": True}
+        assert ours.apply_chat_template(CHAT[:3], **options) == theirs.apply_chat_template(
+            CHAT[:3], **options
+        )
+    text = ours.apply_chat_template(CHAT[:3], tokenize=False, continue_final_message=True)
+    assert text.endswith("<|assistant|>\nHello ")
+    with pytest.raises(ValueError, match="exclude each other"):
+        ours.apply_chat_template(CHAT, continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(ValueError, match="leaves out the final message"):
+        ours.apply_chat_template(CHAT, continue_final_message=True, chat_template="nothing")
+
+
+def test_order_of_template_sources(piece_folders, tmp_path):
+    shutil.copytree(piece_folders.json, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+
+    def render(**options: object) -> str:
+        tokenizer = Phi3Tokenizer.from_pretrained(tmp_path)
+        return tokenizer.apply_chat_template(CHAT, tokenize=False, **options)
+
+    assert render().startswith("<|system|>\n")
+    several = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "tools"}]
+    write_json(tmp_path / "tokenizer_config.json", {**config, "chat_template": several})
+    assert (render(), render(tools=[]), render(chat_template="tool_use")) == ("one", "tools", "tools")
+    write_json(tmp_path / "tokenizer_config.json", {**config, "chat_template": several[1:]})
+    with pytest.raises(ValueError, match=r"one of \['tool_use'\]"):
+        render()
+    write_json(tmp_path / "tokenizer_config.json", {**config, "chat_template": "two"})
+    assert render() == "two"
+    write_json(tmp_path / "chat_template.json", {"chat_template": "three"})
+    assert render() == "three"
+    (tmp_path / "chat_template.jinja").write_text("four")
+    assert render() == "four"
+    assert render(chat_template="five") == "five"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "chat template failed: roles must alternate"),
+        ("{{ missing.field }}", "'missing' is undefined"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe|__mro__|undefined"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+        ("{% for m in messages %}\n{{ m }", "line 2"),
+    ],
+)
+def test_templates_that_fail(piece_folders, template, says):
+    tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
+    with pytest.raises(ValueError, match=says):
+        tokenizer.apply_chat_template(CHAT, chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([], "messages is empty"),
+        ("Hi", "must be a list of dicts, got str"),
+        ({"role": "user", "content": "Hi"}, "must be a list of dicts, got dict"),
+        (["Hi"], r"messages\[0\] must be a dict, got str"),
+        ([CHAT[0], {"role": "user"}], r"messages\[1\] has no content"),
+        ([{}], r"messages\[0\] has no role and no content"),
+        ([{"role": 1, "content": "Hi"}], "must be a str, got 1"),
+        ([{"role": "user", "content": object()}], "what JSON knows"),
+        ([{"role": "owner", "content": "Hi"}], "role 'owner' is not system, user or assistant"),
+    ],
+)
+def test_messages_that_are_no_conversation(piece_folders, messages, says):
+    tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
+    with pytest.raises(ValueError, match=says):
+        tokenizer.apply_chat_template(messages)
+
+
+def test_no_template(byte_level_folder):
+    tokenizer = Phi3Tokenizer.from_pretrained(byte_level_folder)
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.apply_chat_template(CHAT)
+    assert tokenizer.apply_chat_template(CHAT, chat_template="x", tokenize=False) == "x"
+
+
+# --- files
+
+
+def test_save_writes_what_was_read(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "from")
+    (tmp_path / "from" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    tokenizer = Phi3Tokenizer.from_pretrained(tmp_path / "from")
+    shutil.rmtree(tmp_path / "from" / "nothing", ignore_errors=True)
+    paths = tokenizer.save_pretrained(tmp_path / "to" / "here")
+    saved = {Path(path).name for path in paths}
+    assert saved == {path.name for path in (tmp_path / "to" / "here").iterdir()}
+    assert saved == {path.name for path in (tmp_path / "from").iterdir()}
+    for name in saved:
+        assert (tmp_path / "to" / "here" / name).read_bytes() == (tmp_path / "from" / name).read_bytes()
+    if "tokenizer.json" in saved:
+        assert reference(tmp_path / "to" / "here").encode("the dog") == tokenizer.encode("the dog")
+
+
+def test_save_keeps_what_was_set(folder, tmp_path):
+    tokenizer = Phi3Tokenizer.from_pretrained(folder, truncation_side="left", model_max_length=77)
+    tokenizer.padding_side = "right"
+    tokenizer.chat_template = "{{ 'mine' }}"
+    tokenizer.save_pretrained(tmp_path)
+    again = Phi3Tokenizer.from_pretrained(tmp_path)
+    assert (again.padding_side, again.truncation_side, again.model_max_length) == ("right", "left", 77)
+    assert again.apply_chat_template(CHAT, tokenize=False) == "mine"
+    assert again.encode("<|end|> the <tool>") == tokenizer.encode("<|end|> the <tool>")
+    again.chat_template = {"default": "one", "other": "two"}
+    again.save_pretrained(tmp_path / "named")
+    named = Phi3Tokenizer.from_pretrained(tmp_path / "named")
+    assert named.apply_chat_template(CHAT, tokenize=False, chat_template="other") == "two"
+
+
+def test_saved_model_alone_loads_in_transformers(shared_data, tmp_path):
+    from transformers import AutoTokenizer
+
+    ours = phi3(shared_data, "sentencepiece")
+    ours.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (
+        theirs.encode("Hello<|end|>\n<|user|>")
+        == ours.encode("Hello<|end|>\n<|user|>")
+        == [15043, 32007, 32010]
+    )
+    assert theirs.eos_token_id == ours.eos_token_id == 32000
+
+
+def test_saved_json_alone_loads_in_transformers(byte_level_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    Phi3Tokenizer(JsonBackend((byte_level_folder / "tokenizer.json").read_bytes())).save_pretrained(tmp_path)
+    ids = Phi3Tokenizer.from_pretrained(byte_level_folder).encode("the dog")
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("the dog") == ids
+
+
+def test_a_save_that_fails_leaves_the_old_file(piece_folders, tmp_path, monkeypatch):
+    tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
+    tokenizer.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tokenizer.padding_side = "right"
+
+    replace = os.replace
+
+    def refuse(source: str, target: Path) -> None:
+        if target.name == "tokenizer_config.json":
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        tokenizer.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_missing_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=r"looked for tokenizer.json and tokenizer.model, found config.json"
+    ):
+        Phi3Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        Phi3Tokenizer.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer.json", b'{"model":\n  {,}}', r"tokenizer.json is broken JSON at line 2 column 4"),
+        ("tokenizer.json", b"{}", "tokenizer.json is JSON, but not a tokenizer"),
+        (
+            "tokenizer_config.json",
+            b'{"bos_token": "<s>"',
+            r"tokenizer_config.json is broken JSON at line 1 column 20",
+        ),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json must hold a JSON object, got list"),
+        ("special_tokens_map.json", b"", "special_tokens_map.json is broken JSON"),
+        ("tokenizer_config.json", b'{"a": "\xff\xfe"}', "tokenizer_config.json is not UTF-8"),
+    ],
+)
+def test_broken_json(piece_folders, tmp_path, name, content, says):
+    shutil.copytree(piece_folders.json, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        Phi3Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_broken_model(piece_folders, tmp_path, damage):
+    content = (piece_folders.model / "tokenizer.model").read_bytes()
+    broken = {"cut": content[: len(content) // 2], "empty": b"", "text": b"version https://git-lfs"}[damage]
+    (tmp_path / "tokenizer.model").write_bytes(broken)
+    with pytest.raises(ValueError, match=r"tokenizer\.model is"):
+        Phi3Tokenizer.from_pretrained(tmp_path)
+
+
+def test_an_added_token_needs_a_text(piece_folders):
+    content = (piece_folders.json / "tokenizer.json").read_bytes()
+    with pytest.raises(ValueError, match=r"added_tokens_decoder\['500'\] must have a text"):
+        Phi3Tokenizer(JsonBackend(content), {"added_tokens_decoder": {"500": {"special": True}}})
+
+
+def test_an_added_token_cannot_take_a_pieces_id(piece_folders):
+    model = (piece_folders.model / "tokenizer.model").read_bytes()
+    config = {"added_tokens_decoder": {"300": {"content": "<|user|>"}}}
+    with pytest.raises(ValueError, match=r"'<\|user\|>' has id 300, which is the piece"):
+        Phi3Tokenizer(SentencePieceBackend(model), config)
