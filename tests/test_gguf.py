@@ -343,6 +343,12 @@ def test_longrope(tmp_path: Path, attn_factor: float | None, explicit: float | N
     )
 
 
+def test_longrope_needs_its_original_length(tmp_path: Path) -> None:
+    tensors = stored_layout(weights(fused=True)) | LONGROPE
+    with pytest.raises(CheckpointError, match=r"lacks 'phi3\.rope\.scaling\.original_context_length'"):
+        GGUFSource(write_gguf(tmp_path / "a.gguf", "phi3", tensors))
+
+
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [

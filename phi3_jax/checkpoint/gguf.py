@@ -272,7 +272,8 @@ class GGUFSource:
             "short_factor": lists["rope_factors_short.weight"],
             "long_factor": lists["rope_factors_long.weight"],
         }
-        original = config["original_max_position_embeddings"]
+        # Where the lists change over, which no file with two lists may leave to guesswork.
+        original = self._need("{arch}.rope.scaling.original_context_length")
         scale = config["max_position_embeddings"] / original
         implied = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
         if attention_factor is not None and not math.isclose(attention_factor, implied, rel_tol=1e-6):

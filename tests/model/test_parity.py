@@ -28,10 +28,10 @@ CASES = {
     "window": {"sliding_window": 5},
     "gelu": {"hidden_act": "gelu_new"},
     "longrope short": longrope() | {"original_max_position_embeddings": 20},
-    "longrope long": longrope(),
-    "longrope factor": longrope(attention_factor=1.7),
+    "longrope long": longrope() | {"original_max_position_embeddings": 12},
+    "longrope factor": longrope(attention_factor=1.7) | {"original_max_position_embeddings": 12},
     "longrope partial": longrope(short_factor=[1.0, 1.2, 1.9], long_factor=[1.5, 3.0, 9.0])
-    | {"partial_rotary_factor": 0.5},
+    | {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 12},
 }
 LENGTH = 20
 
