@@ -1,5 +1,6 @@
 """Small random models of transformers and their twins here, and how far two arrays are apart."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,72 @@ def random_ids(config: Phi3Config, mask: np.ndarray, seed: int = 0) -> np.ndarra
 def distance(ours: Any, theirs: Any, where: Any = True) -> float:
     """Largest difference over largest value of `theirs`, at the elements that `where` selects."""
     ours = np.asarray(ours, np.float64)
-    theirs = theirs.detach().float().numpy().astype(np.float64) if torch.is_tensor(theirs) else np.asarray(theirs)
+    theirs = (
+        theirs.detach().float().numpy().astype(np.float64) if torch.is_tensor(theirs) else np.asarray(theirs)
+    )
     assert ours.shape == theirs.shape, f"{ours.shape} against {theirs.shape}"
     where = np.broadcast_to(where, theirs.shape)
     scale = np.abs(theirs[where]).max()
     return float(np.abs(ours - theirs)[where].max() / (scale if scale > 0 else 1.0))
 
 
-def gradients(loss: Any, model: Any) -> dict[str, np.ndarray]:
-    """The gradient of `loss(model)` for every parameter, under the checkpoint's names and in its layout."""
+def run(model: Any, **arguments: Any) -> Any:
+    """`model(**arguments)` under `jit`, compiled once for each config and set of shapes."""
+    return _run(model, *_told_apart(arguments))
+
+
+def gradients(model: Any, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """The output, and the loss's gradient for each parameter, named and laid out as in the checkpoint."""
     from phi3_jax.checkpoint.save import ModelSource
 
-    source = ModelSource(jax.jit(jax.grad(loss))(model))
-    return {name: source.read(name) for name in source.names()}
+    out, gradient = _gradients(model, *_told_apart(arguments))
+    source = ModelSource(gradient)
+    return out, {name: source.read(name) for name in source.names()}
+
+
+def run_theirs(model: Any, ids: np.ndarray | None, mask: np.ndarray, **arguments: Any) -> Any:
+    """The reference's output, with positions counted along the mask and without a cache."""
+    if "position_ids" not in arguments:
+        arguments["position_ids"] = torch.tensor(positions(mask))
+    ids = None if ids is None else torch.tensor(ids)
+    return model(ids, attention_mask=torch.tensor(mask), use_cache=False, **arguments)
+
+
+def alone(theirs: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Logits that the reference gives the tokens of each row by themselves, put where the row has them."""
+    logits = np.zeros((*ids.shape, theirs.config.vocab_size), np.float32)
+    with torch.no_grad():
+        for row, used in enumerate(mask.astype(bool)):
+            logits[row, used] = theirs(torch.tensor(ids[row][used])[None], use_cache=False).logits[0].numpy()
+    return logits
+
+
+def assert_same_gradients(ours: dict[str, np.ndarray], theirs: Any, tolerance: float) -> None:
+    """Every parameter of `theirs` has a gradient, and it is ours."""
+    others = dict(theirs.named_parameters())
+    assert ours.keys() == others.keys()
+    for name, parameter in others.items():
+        assert distance(ours[name], parameter.grad) <= tolerance, name
+
+
+def _told_apart(arguments: dict[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """What is traced, and what a compilation is specific to."""
+    static = bool | int | np.integer | None
+    fixed = {name: value for name, value in arguments.items() if isinstance(value, static)}
+    traced = {name: value for name, value in arguments.items() if name not in fixed}
+    return traced, tuple(sorted(fixed.items()))
+
+
+@partial(jax.jit, static_argnames="fixed")
+def _run(model: Any, traced: dict[str, Any], fixed: tuple[tuple[str, Any], ...]) -> Any:
+    return model(**traced, **dict(fixed))
+
+
+@partial(jax.jit, static_argnames="fixed")
+def _gradients(model: Any, traced: dict[str, Any], fixed: tuple[tuple[str, Any], ...]) -> Any:
+    def loss(model: Any) -> Any:
+        out = model(**traced, **dict(fixed))
+        return out.loss, out
+
+    (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(model)
+    return out, gradient

@@ -6,15 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
+from phi3_jax.checkpoint.atomic import CONFIG, atomic_directory
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.load import open_checkpoint
-from phi3_jax.checkpoint.safetensors import atomic_directory, cast, write_tensors
+from phi3_jax.checkpoint.safetensors import cast, parameter_dtype, write_tensors
 from phi3_jax.checkpoint.source import CheckpointError
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".onnx")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
 def convert_checkpoint(
@@ -26,7 +24,7 @@ def convert_checkpoint(
 ) -> None:
     """Rewrites a checkpoint as a directory in Hugging Face's layout: safetensors, config, tokenizer.
 
-    One shard at a time is held in memory. The destination appears whole or not at all.
+    One tensor at a time is held in memory. The destination appears whole or not at all.
 
     Args:
         source_path: a directory in Hugging Face's layout or a GGUF file.
@@ -36,14 +34,15 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: the source is not a checkpoint, or the destination cannot be written.
+        ValueError: a dtype that parameters cannot have, or a size that is none.
     """
     source_path, destination = Path(source_path), Path(destination_dir)
-    if destination.exists() and (not destination.is_dir() or destination.samefile(source_path)):
-        raise CheckpointError(f"{destination} cannot be the destination; name another directory")
+    kind = None if dtype is None else parameter_dtype(dtype)
     source, config = open_checkpoint(source_path)
-    kind = None if dtype is None else np.dtype(jnp.dtype(dtype))
-    if kind is not None and not jnp.issubdtype(kind, jnp.floating):
-        raise ValueError(f"dtype={dtype} is not floating point; use float32, bfloat16 or float16")
+    if destination.exists() and destination.samefile(source_path):
+        raise CheckpointError(f"{destination} is the checkpoint itself; name another directory")
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file; name a directory")
     stored = kind or source.dtype(next(iter(source.names())))
     extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"} | {
         "dtype": str(stored)
@@ -58,6 +57,6 @@ def convert_checkpoint(
                 (work / name).write_text(text, encoding="utf-8")
         else:
             for path in source_path.iterdir():
-                if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and ".safetensors" not in path.name:
+                if path.is_file() and path.name != CONFIG and not path.name.endswith(WEIGHT_SUFFIXES):
                     shutil.copyfile(path, work / path.name)
         config.replace(extra=extra).save_pretrained(work)

@@ -15,12 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from gguf import GGUFReader, GGUFValueType
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, TokenType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.gguf_reader import ReaderField, ReaderTensor
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
 
+from phi3_jax.checkpoint.gguf_tokenizer import Vocabulary, generation_config
 from phi3_jax.checkpoint.source import CheckpointError
 
 ARCHITECTURES = ("llama", "phi3")
@@ -102,13 +101,14 @@ class GGUFSource:
         Without a vocabulary in the file, only generation_config.json. Raises CheckpointError for a kind of
         tokenizer whose splitting rules are not known here: near enough would give other ids.
         """
-        vocabulary = _Vocabulary.of(self)
+        vocabulary = Vocabulary.of(self.path, self.metadata)
+        generation = generation_config(self.metadata, vocabulary)
         if vocabulary is None:
-            return {"generation_config.json": _generation_config(self, None)}
+            return {"generation_config.json": generation}
         return {
             "tokenizer.json": json.loads(vocabulary.tokenizer().to_str()),
             "tokenizer_config.json": vocabulary.tokenizer_config(self._config["max_position_embeddings"]),
-            "generation_config.json": _generation_config(self, vocabulary),
+            "generation_config.json": generation,
         }
 
     def metadata(self, key: str, default: Any = None) -> Any:
@@ -438,250 +438,3 @@ def _half_split_rows(rows: np.ndarray, heads: int) -> np.ndarray:
 def _clean(value: float) -> float:
     """The shortest decimal that float32 rounds to the same number: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
-
-
-# What follows is the tokenizer: the metadata holds the vocabulary, its name decides how text is split.
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_GPT4O_SPLIT = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# tokenizer.ggml.pre -> the pattern that cuts text into words. phi-4 is "dbrx", phi-4-mini "gpt-4o".
-_SPLITS = {
-    "llama-bpe": _LLAMA3_SPLIT,
-    "llama3": _LLAMA3_SPLIT,
-    "llama-v3": _LLAMA3_SPLIT,
-    "dbrx": _LLAMA3_SPLIT,
-    "gpt-4o": _GPT4O_SPLIT,
-}
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_END_TOKENS = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
-# Of Phi-3's SentencePiece tokens, those that leave the white space to their right alone.
-_PHI3_KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The tokenizer.ggml.* keys of a file, by what they mean."""
-
-    path: Path
-    model: str  # "gpt2": byte-level BPE; "llama": SentencePiece
-    pre: str
-    tokens: Sequence[str]
-    types: Sequence[int]
-    scores: Sequence[float] | None
-    merges: Sequence[str] | None
-    special: Mapping[str, str]  # "bos_token" and the like -> the token
-    add_bos: bool
-    add_eos: bool
-    space_prefix: bool
-    right_strip: bool
-    chat_template: str | None
-
-    @classmethod
-    def of(cls, source: GGUFSource) -> "_Vocabulary | None":
-        def get(key: str, default: Any = None) -> Any:
-            return source.metadata(f"tokenizer.ggml.{key}", default)
-
-        model = get("model", "none")
-        if model in ("none", "no_vocab"):
-            return None
-        if model not in ("gpt2", "llama"):
-            raise CheckpointError(
-                f"{source.path}: tokenizer.ggml.model {model!r} is not supported; supported: gpt2, llama"
-            )
-        tokens = get("tokens")
-        if not tokens:
-            raise CheckpointError(f"{source.path}: the metadata lacks 'tokenizer.ggml.tokens'")
-        for key in ("token_type", "scores"):
-            if (values := get(key)) is not None and len(values) != len(tokens):
-                raise CheckpointError(
-                    f"{source.path}: tokenizer.ggml.{key} has {len(values)} values for {len(tokens)} tokens"
-                )
-        pre = get("pre", "default")
-        ids = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-        found = {name: get(f"{key}_token_id") for name, key in ids.items()}
-        if outside := {name: i for name, i in found.items() if i is not None and i >= len(tokens)}:
-            raise CheckpointError(
-                f"{source.path}: {outside} lies outside the vocabulary of {len(tokens)} tokens"
-            )
-        return cls(
-            path=source.path,
-            model=model,
-            pre=pre,
-            tokens=tokens,
-            types=get("token_type") or [TokenType.NORMAL] * len(tokens),
-            scores=get("scores"),
-            merges=get("merges"),
-            special={name: tokens[i] for name, i in found.items() if i is not None},
-            # llama.cpp's defaults where a file does not say.
-            add_bos=get("add_bos_token", model == "llama" or pre in _LLAMA3_NAMES),
-            add_eos=get("add_eos_token", False),
-            space_prefix=get("add_space_prefix", True),
-            # A GGUF cannot say which tokens swallow white space; llama.cpp too goes by the model.
-            right_strip=model == "llama" and source.metadata("general.architecture") == "phi3",
-            chat_template=source.metadata("tokenizer.chat_template"),
-        )
-
-    def added_tokens(self) -> dict[int, AddedToken]:
-        """Control, unknown and user-defined tokens, found in the text as they stand, before any splitting."""
-        kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
-        ids = self._vocab()
-        return {
-            i: AddedToken(
-                token,
-                rstrip=self.right_strip and token not in _PHI3_KEEPS_SPACE,
-                normalized=False,
-                special=kind != TokenType.USER_DEFINED,
-            )
-            for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in kinds and ids[token] == i
-        }
-
-    def tokenizer(self) -> Tokenizer:
-        """The `tokenizers` tokenizer that gives llama.cpp's ids."""
-        tokenizer = self._byte_level() if self.model == "gpt2" else self._sentencepiece()
-        for token in self.added_tokens().values():
-            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
-        bos = self.special.get("bos_token") if self.add_bos else None
-        eos = self.special.get("eos_token") if self.add_eos else None
-        if bos or eos:
-            ends = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=[*filter(None, (bos, "$A", eos))],
-                pair=[*filter(None, (bos, "$A", eos, bos and f"{bos}:1", "$B:1", eos and f"{eos}:1"))],
-                special_tokens=ends,
-            )
-        return tokenizer
-
-    def tokenizer_config(self, context: int) -> dict[str, Any]:
-        """tokenizer_config.json as transformers reads it."""
-        fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-        config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **self.special,
-            "added_tokens_decoder": {
-                str(i): {field: getattr(token, field) for field in fields}
-                for i, token in self.added_tokens().items()
-            },
-            "add_bos_token": self.add_bos,
-            "add_eos_token": self.add_eos,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": context,
-            "padding_side": "left",
-        }
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
-        return config
-
-    def end_tokens(self) -> list[int]:
-        """Ids of the tokens with which this model's chat template closes a turn."""
-        template = self.chat_template or ""
-        kinds = (TokenType.CONTROL, TokenType.USER_DEFINED)
-        return [
-            i
-            for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in kinds and token in _END_TOKENS and token in template
-        ]
-
-    def _vocab(self) -> dict[str, int]:
-        """Token -> id without the unused tail that pads an embedding; of equal tokens the first counts."""
-        last = max((i for i, kind in enumerate(self.types) if kind != TokenType.UNUSED), default=-1)
-        vocab: dict[str, int] = {}
-        for i, token in enumerate(self.tokens[: last + 1]):
-            vocab.setdefault(token, i)
-        return vocab
-
-    def _bpe(self, merges: list[tuple[str, str]], **options: Any) -> Tokenizer:
-        try:
-            return Tokenizer(BPE(self._vocab(), merges, **options))
-        except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(f"{self.path}: the vocabulary and merges do not fit: {error}") from error
-
-    def _byte_level(self) -> Tokenizer:
-        if self.merges is None:
-            raise CheckpointError(f"{self.path}: the metadata lacks 'tokenizer.ggml.merges'")
-        merges = [self._pair(merge) for merge in self.merges]
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        if self.pre == "gpt-2":
-            splitter: pre_tokenizers.PreTokenizer = byte_level
-        elif self.pre == "smollm":
-            splitter = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-        elif self.pre in _SPLITS:
-            words = pre_tokenizers.Split(Regex(_SPLITS[self.pre]), behavior="isolated")
-            raw = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            splitter = pre_tokenizers.Sequence([words, raw])
-        else:
-            known = ", ".join(["gpt-2", "smollm", *_SPLITS])
-            raise CheckpointError(
-                f"{self.path}: tokenizer.ggml.pre {self.pre!r} is not supported; supported: {known}. "
-                "Take tokenizer.json from the original model instead"
-            )
-        # Llama 3 takes a word that is in the vocabulary whole, whatever its merges say.
-        tokenizer = self._bpe(merges, ignore_merges=self.pre in _LLAMA3_NAMES)
-        tokenizer.pre_tokenizer = splitter
-        tokenizer.decoder = decoders.ByteLevel()
-        return tokenizer
-
-    def _pair(self, merge: str) -> tuple[str, str]:
-        left, space, right = merge.partition(" ")
-        if not (left and space and right):
-            raise CheckpointError(f"{self.path}: tokenizer.ggml.merges holds {merge!r}, which is not a pair")
-        return left, right
-
-    def _sentencepiece(self) -> Tokenizer:
-        unknown = next(
-            (t for t, kind in zip(self.tokens, self.types, strict=True) if kind == TokenType.UNKNOWN), None
-        )
-        tokenizer = self._bpe(
-            self._merges_by_score(),
-            unk_token=self.special.get("unk_token", unknown),
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-        space = normalizers.Replace(" ", "▁")
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        if self.space_prefix:
-            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
-            steps.append(decoders.Strip(" ", 1, 0))
-        else:
-            tokenizer.normalizer = space
-        tokenizer.decoder = decoders.Sequence(steps)
-        return tokenizer
-
-    def _merges_by_score(self) -> list[tuple[str, str]]:
-        """SentencePiece joins the pair whose piece scores best: every piece's splits, best piece first."""
-        if self.scores is None:
-            raise CheckpointError(f"{self.path}: the metadata lacks 'tokenizer.ggml.scores'")
-        pieces = {
-            token: score
-            for token, score, kind in zip(self.tokens, self.scores, self.types, strict=True)
-            if kind == TokenType.NORMAL
-        }
-        ids = self._vocab()
-        return [
-            (piece[:cut], piece[cut:])
-            for piece in sorted(pieces, key=pieces.__getitem__, reverse=True)
-            for cut in sorted(range(1, len(piece)), key=lambda cut: ids.get(piece[:cut], 0))
-            if piece[:cut] in pieces and piece[cut:] in pieces
-        ]
-
-
-def _generation_config(source: GGUFSource, vocabulary: _Vocabulary | None) -> dict[str, Any]:
-    """generation_config.json: every id that ends a turn, for the config's eos alone often never comes."""
-    keys = ("eos", "eot", "eom")
-    ends = [source.metadata(f"tokenizer.ggml.{key}_token_id") for key in keys]
-    ends += vocabulary.end_tokens() if vocabulary else []
-    config = source.config_dict()
-    found = {
-        "bos_token_id": config["bos_token_id"],
-        "eos_token_id": list(dict.fromkeys(i for i in ends if i is not None)) or None,
-        "pad_token_id": config["pad_token_id"],
-    }
-    return {key: value for key, value in found.items() if value is not None}

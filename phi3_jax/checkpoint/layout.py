@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phi3_jax.config import Phi3Config
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -70,9 +68,6 @@ def layout_of(name: str) -> Layout:
     return LAYOUTS.get(".".join(name.split(".")[-2:]), _SAME)
 
 
-def ignorable(name: str, config: Phi3Config) -> bool:
-    """Whether a checkpoint may hold this tensor though no parameter needs it.
-
-    Old checkpoints stored the rope frequencies, and some store the output layer that is tied to the embedding.
-    """
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+def ignorable(name: str) -> bool:
+    """Whether a checkpoint may hold this tensor though nothing needs it: old ones hold rope's buffers."""
+    return name.endswith("rotary_emb.inv_freq")

@@ -2,18 +2,18 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.layout import ignorable, layout_of
-from phi3_jax.checkpoint.safetensors import SafetensorsSource, _some
+from phi3_jax.checkpoint.safetensors import SafetensorsSource, parameter_dtype, some
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import Phi3PreTrainedModel
@@ -30,9 +30,12 @@ FRESH = ("score.weight", "score.bias")
 
 def open_checkpoint(path: Path) -> tuple[TensorSource, Phi3Config]:
     """The tensors and the config of a directory in Hugging Face's layout or of a GGUF file."""
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         gguf = GGUFSource(path)
         return gguf, Phi3Config.from_dict(gguf.config_dict())
+    if not path.is_dir():
+        problem = "is a file; name its directory, or a .gguf file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {problem}")
     try:
         config = Phi3Config.from_pretrained(path)
     except (FileNotFoundError, ValueError) as error:
@@ -59,9 +62,9 @@ def load_model(
     Names, shapes and dtypes are checked against the files' headers before anything is put on a device.
 
     Args:
-        cls: the class to build; a causal language model loads into a classifier too, whose `score` is new then.
+        cls: the class to build; a causal language model loads into a classifier too, with a new `score`.
         name_or_path: a directory in Hugging Face's layout, a GGUF file, or a name on the Hub.
-        dtype: of the parameters; None or "auto": as stored.
+        dtype: of the parameters: float32, bfloat16 or float16; None or "auto": as the embedding is stored.
         config: used in place of the checkpoint's.
         ignore_mismatched_sizes: initialise `score` anew where the number of labels differs.
         rngs: for parameters that are initialised; an int is a seed.
@@ -72,26 +75,33 @@ def load_model(
         config_changes: fields of the config to change, such as `num_labels=77`.
 
     Raises:
-        CheckpointError: what is wrong with the checkpoint, all tensors concerned named.
+        CheckpointError: what is wrong with the checkpoint, the tensors concerned named.
+        ValueError: a dtype that parameters cannot have, config changes that do not fit together.
     """
+    kind = None if dtype in (None, "auto") else parameter_dtype(dtype)
     path = resolve(
         name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     source, own_config = open_checkpoint(path)
     config = (config or own_config).replace(**config_changes)
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
+    build: Callable[..., Model] = cls
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
     parameters = {".".join(map(str, keys)): leaf for keys, leaf in nnx.to_flat_state(abstract)}
     wanted = {name: leaf.shape for name, leaf in parameters.items()}
     files = _match(cls, source, config, wanted, ignore_mismatched_sizes, path)
-    kind = _dtype(dtype, source, files)
+    if kind is None:
+        stored = source.dtype(next(files[name] for name in files if name.endswith("embed_tokens.weight")))
+        kind = np.dtype(np.float32) if stored == np.float64 else stored  # JAX has no float64 unless told so
     fresh = [name for name in wanted if name not in files]
-    values = _initialise(cls, config, rngs, kind, fresh) if fresh else {}
+    values = _initialise(build, config, rngs, kind, fresh) if fresh else {}
     for name, file_name in files.items():
         tensor = layout_of(name).to_parameter(source.read(file_name), wanted[name])
-        values[name] = jax.device_put(np.ascontiguousarray(tensor.astype(kind, copy=False)))
+        # Waited for, lest many tensors be on their way at once and all in host memory.
+        values[name] = jax.device_put(np.ascontiguousarray(tensor, dtype=kind)).block_until_ready()
     if fresh:
-        logger.warning("%s has no %s: initialised anew, to be trained before use", path, " and ".join(fresh))
+        names = " and ".join(fresh)
+        logger.warning("%s has no %s that fits: initialised anew, to be trained before use", path, names)
     leaves = [
         (keys, leaf.replace(values[".".join(map(str, keys))])) for keys, leaf in nnx.to_flat_state(abstract)
     ]
@@ -129,14 +139,16 @@ def _match(
         elif name in FRESH and ignore_mismatched_sizes:
             present.discard(stored)
         else:
-            problems.append(f"{stored} has shape {list(source.shape(stored))}, expected {list(expected)}")
+            advice = " (ignore_mismatched_sizes=True initialises it anew)" if name in FRESH else ""
+            found = list(source.shape(stored))
+            problems.append(f"{stored} has shape {found}, expected {list(expected)}{advice}")
     left = present - set(files.values())
     other_heads = sorted(left & set(HEADS))
-    unexpected = sorted(name for name in left - set(HEADS) if not ignorable(name, config))
-    if missing:
-        problems.append(f"missing: {_some(missing)}")
+    unexpected = sorted(name for name in left - set(HEADS) if not ignorable(name))
     if unexpected:
-        problems.append(f"unexpected: {_some(unexpected)}")
+        problems.insert(0, f"unexpected: {some(unexpected)}")
+    if missing:
+        problems.insert(0, f"missing: {some(missing)}")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(
@@ -147,24 +159,15 @@ def _match(
     return files
 
 
-def _dtype(dtype: Any, source: TensorSource, files: dict[str, str]) -> np.dtype:
-    if dtype in (None, "auto"):
-        return source.dtype(next(iter(files.values())))
-    kind = jnp.dtype(dtype)
-    if not jnp.issubdtype(kind, jnp.floating):
-        raise ValueError(f"dtype={dtype} is not floating point; use float32, bfloat16 or float16")
-    return kind
-
-
 def _initialise(
-    cls: type[Model], config: Phi3Config, rngs: nnx.Rngs, dtype: np.dtype, names: list[str]
-) -> dict:
+    build: Callable[..., Model], config: Phi3Config, rngs: nnx.Rngs, dtype: np.dtype, names: list[str]
+) -> dict[str, jax.Array]:
     """Initial values of a few parameters; those of all others are never computed."""
 
     @jax.jit
-    def build(key: jax.Array) -> dict[str, jax.Array]:
-        state = nnx.state(cls(config, rngs=nnx.Rngs(key), dtype=dtype))
+    def initialise(key: jax.Array) -> dict[str, jax.Array]:
+        state = nnx.state(build(config, rngs=nnx.Rngs(key), dtype=dtype))
         flat = {".".join(map(str, keys)): leaf[...] for keys, leaf in nnx.to_flat_state(state)}
         return {name: flat[name] for name in names}
 
-    return build(rngs.params())
+    return initialise(rngs.params())

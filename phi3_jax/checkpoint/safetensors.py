@@ -1,19 +1,17 @@
 """Safetensors in and out: single files and shards with an index."""
 
-import errno
 import json
+import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 
@@ -26,7 +24,18 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class _Stored(NamedTuple):
+    """Where a tensor's bytes begin, and what they are."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class SafetensorsSource:
@@ -39,25 +48,24 @@ class SafetensorsSource:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
-        self._headers: dict[str, tuple[Path, tuple[int, ...], np.dtype]] = {}
+        self._stored: dict[str, _Stored] = {}
         for path, expected in self._files():
-            found = self._read_header(path)
-            if expected is not None and (absent := sorted(expected - found)):
-                raise CheckpointError(f"{path} lacks {_some(absent)}, which {INDEX} places there")
+            self._read_header(path, expected)
 
     def names(self) -> Sequence[str]:
-        return list(self._headers)
+        return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._headers[name][1]
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        return self._headers[name][2]
+        return self._stored[name].dtype
 
     def read(self, name: str) -> np.ndarray:
-        # Opened anew for each tensor: an open file keeps every page that was read in the process's memory.
-        with safe_open(self._headers[name][0], framework="np") as file:
-            return file.get_tensor(name)
+        # Read, not mapped: the pages of a mapped file would stand in memory beside the copy.
+        stored = self._stored[name]
+        count = math.prod(stored.shape)
+        return np.fromfile(stored.path, stored.dtype, count, offset=stored.offset).reshape(stored.shape)
 
     def _files(self) -> list[tuple[Path, set[str] | None]]:
         """The files to read and, where an index says so, the tensors expected in each."""
@@ -68,7 +76,7 @@ class SafetensorsSource:
             found = sorted(p.name for p in self.directory.iterdir()) if self.directory.is_dir() else []
             raise CheckpointError(
                 f"{self.directory} is not a checkpoint: it has neither {SINGLE} nor {INDEX}, "
-                f"only {_some(found) if found else 'nothing'}. Pickled weights (.bin, .pth) are not read; "
+                f"only {some(found) if found else 'nothing'}. Pickled weights (.bin, .pth) are not read; "
                 "save them as safetensors with transformers first"
             )
         shards: dict[str, set[str]] = {}
@@ -76,28 +84,35 @@ class SafetensorsSource:
             shards.setdefault(shard, set()).add(tensor)
         if absent := [name for name in sorted(shards) if not (self.directory / name).is_file()]:
             raise CheckpointError(
-                f"{self.directory} lacks {_some(absent)}, which {INDEX} names; copy it again"
+                f"{self.directory} lacks {some(absent)}, which {INDEX} names; copy it again"
             )
         return [(self.directory / name, shards[name]) for name in sorted(shards)]
 
-    def _read_header(self, path: Path) -> set[str]:
+    def _read_header(self, path: Path, expected: set[str] | None) -> None:
+        """Takes the tensors that the index places in this shard; without an index, all that it holds."""
         try:
-            with safe_open(path, framework="np") as file:
-                names = list(file.keys())
-                for name in names:
-                    view = file.get_slice(name)
-                    kind = view.get_dtype()
-                    if kind not in _DTYPES:
-                        raise CheckpointError(
-                            f"{path}: {name} has dtype {kind}; expected one of {', '.join(_DTYPES)}"
-                        )
-                    self._headers[name] = (path, tuple(view.get_shape()), _DTYPES[kind])
+            with safe_open(path, framework="np"):
+                pass  # the library checks the header, and the file's size against it
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}; "
                 "fetch it again"
             ) from error
-        return set(names)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        if expected is not None and (absent := sorted(expected.difference(header))):
+            raise CheckpointError(f"{path} lacks {some(absent)}, which {INDEX} places there")
+        for name, entry in header.items():
+            if expected is not None and name not in expected:
+                continue
+            if entry["dtype"] not in _DTYPES:
+                raise CheckpointError(
+                    f"{path}: {name} has dtype {entry['dtype']}; expected one of {', '.join(_DTYPES)}"
+                )
+            offset = 8 + length + entry["data_offsets"][0]
+            self._stored[name] = _Stored(path, offset, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -107,12 +122,15 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(
             f"{index} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{index} is not valid JSON: {error}") from error
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{index} has no weight_map") from error
-    if not isinstance(mapping, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in mapping.values()
-    ):
-        raise CheckpointError(f"{index}: weight_map must give each tensor a file beside the index")
+    if not isinstance(mapping, dict) or not mapping:
+        raise CheckpointError(f"{index} has no weight_map that gives each tensor its file")
+    for tensor, file in mapping.items():
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+            raise CheckpointError(f"{index} places {tensor} in {file!r}; expected a file beside the index")
     return mapping
 
 
@@ -153,15 +171,13 @@ def cast(source: TensorSource, dtype: np.dtype | None) -> TensorSource:
 def write_tensors(source: TensorSource, directory: Path, max_shard_size: int | str) -> None:
     """Writes all tensors of `source`: one file if they fit in `max_shard_size`, else shards with an index.
 
-    One shard at a time is held in memory.
+    One tensor at a time is held in memory.
     """
     shards = list(_shards(source, parse_size(max_shard_size)))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: np.ascontiguousarray(source.read(name)) for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
+        write_file(source, names, directory / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(_size(source, name) for name in source.names())
@@ -169,8 +185,33 @@ def write_tensors(source: TensorSource, directory: Path, max_shard_size: int | s
         (directory / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_file(source: TensorSource, names: Iterable[str], path: Path) -> None:
+    """Writes one safetensors file, tensor by tensor; the library's own writer wants all of them in memory.
+
+    The format: the header's length in 8 bytes, the header in JSON, padded to 8 bytes, then the data. The
+    widest dtypes come first, so that every tensor is aligned.
+    """
+    names = sorted(names, key=lambda name: -source.dtype(name).itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + _size(source, name)
+        header[name] = {
+            "dtype": _DTYPE_NAMES[source.dtype(name)],
+            "shape": list(source.shape(name)),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = np.ascontiguousarray(source.read(name), dtype=source.dtype(name))
+            file.write(tensor.reshape(-1).view(np.uint8).data)
+
+
 def _size(source: TensorSource, name: str) -> int:
-    return int(np.prod(source.shape(name), dtype=np.int64)) * source.dtype(name).itemsize
+    return math.prod(source.shape(name)) * source.dtype(name).itemsize
 
 
 def _shards(source: TensorSource, limit: int) -> Iterator[list[str]]:
@@ -187,52 +228,19 @@ def _shards(source: TensorSource, limit: int) -> Iterator[list[str]]:
         yield shard
 
 
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` whose files take their place there when the block ends well.
-
-    Weights that `target` held before are removed, so that old shards cannot mix with new ones; other files stay.
-    After an error nothing is left behind and `target` is as it was.
-
-    Raises:
-        CheckpointError: the disk is full, or the folder cannot be written.
-    """
+def parameter_dtype(dtype: Any) -> np.dtype:
+    """The dtype that the user names, if parameters can have it. Raises ValueError."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-    try:
-        yield work
-        work.chmod(0o777 & ~_umask())
-        if not target.exists():
-            work.rename(target)
-            return
-        old = {path.name for path in target.glob("model*.safetensors")} | {INDEX}
-        new = sorted(work.iterdir(), key=lambda path: path.name == "config.json")
-        for path in new:
-            os.replace(path, target / path.name)
-        for name in old - {path.name for path in new}:
-            (target / name).unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise _cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        kind = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        kind = None
+    if kind is None or kind.name not in _PARAMETER_DTYPES:
+        name = dtype if isinstance(dtype, str) or kind is None else kind
+        raise ValueError(f"dtype={name} cannot be that of parameters; use {', '.join(_PARAMETER_DTYPES)}")
+    return kind
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _cannot_write(target: Path, error: Exception) -> CheckpointError:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    reason = "there is no space left on the disk" if full else str(error)
-    return CheckpointError(f"{target} cannot be written: {reason}; nothing was changed")
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
+def some(names: Iterable[str], limit: int = 5) -> str:
     """The first few of many names."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

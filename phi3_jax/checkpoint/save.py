@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from phi3_jax.checkpoint.atomic import atomic_directory
 from phi3_jax.checkpoint.layout import layout_of
-from phi3_jax.checkpoint.safetensors import atomic_directory, write_tensors
+from phi3_jax.checkpoint.safetensors import write_tensors
 from phi3_jax.model import Phi3PreTrainedModel
 
 

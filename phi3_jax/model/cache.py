@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.config import Phi3Config
@@ -60,7 +61,7 @@ class KVCache:
 
     def get_seq_length(self) -> int:
         """The most slots that any row uses (padding included), as a Python int; not under `jit`."""
-        return int(jnp.max(self.length))
+        return int(np.max(self.length))  # not jnp: a trace around it would trace this too
 
     def resize(self, max_length: int) -> "KVCache":
         """The same cache with `max_length` slots a row; the used ones must fit."""
@@ -82,7 +83,9 @@ class KVCache:
 
 
 def write_slots(
-    slots: tuple[Float[Array, "B K S H"], ...], new: tuple[Float[Array, "B K T H"], ...], start: Int[Array, " B"]
+    slots: tuple[Float[Array, "B K S H"], ...],
+    new: tuple[Float[Array, "B K T H"], ...],
+    start: Int[Array, " B"],
 ) -> tuple[Float[Array, "B K S H"], ...]:
     """Each of `slots` with each row's `new` vectors put at slots [start, start + T).
 
@@ -102,4 +105,6 @@ def write_slots(
 def _write(slots: Array, new: Array, start: Array) -> Array:
     if slots.shape[0] == 1:  # in place on every platform, where a scatter may cost a copy
         return jax.lax.dynamic_update_slice(slots, new, (0, 0, start[0], 0))
-    return jax.vmap(lambda row, rows, at: jax.lax.dynamic_update_slice(row, rows, (0, at, 0)))(slots, new, start)
+    return jax.vmap(lambda row, rows, at: jax.lax.dynamic_update_slice(row, rows, (0, at, 0)))(
+        slots, new, start
+    )

@@ -1,6 +1,7 @@
 """The decoder: attention, MLP, layer, and `Phi3Model`, the one forward that everything else calls."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -194,7 +195,12 @@ class Phi3Model(Phi3PreTrainedModel):
         where = inputs.locate(new, cache)
         if rope_length is None:
             rope_length = where.tokens if cache is None else jnp.maximum(where.tokens, cache.rope_length)
-        rope_length = jnp.broadcast_to(jnp.asarray(rope_length, jnp.int32), (new.batch_size,))
+        rope_length = jnp.asarray(rope_length, jnp.int32)
+        if rope_length.shape not in ((), (1,), (new.batch_size,)):
+            raise ValueError(
+                f"rope_length has shape {rope_length.shape}; expected a number or [{new.batch_size}]"
+            )
+        rope_length = jnp.broadcast_to(rope_length, (new.batch_size,))
         tables = rope_tables(config, where.position_ids, rope_length, inv_freq, attention_scaling)
         mask = new.mask_4d
         if mask is None:
@@ -202,15 +208,19 @@ class Phi3Model(Phi3PreTrainedModel):
 
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
         x = self.embed_tokens(new.input_ids) if new.inputs_embeds is None else new.inputs_embeds
-        x = dropout(x.astype(self.dtype), config.embd_pdrop, None if key is None else jax.random.fold_in(key, 0))
+        x = dropout(
+            x.astype(self.dtype), config.embd_pdrop, None if key is None else jax.random.fold_in(key, 0)
+        )
 
         hidden_states, attentions = [x], []
         keys, values = [], []
         for index, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[index], cache.values[index], cache.length)
             layer_key = None if key is None else jax.random.fold_in(key, index + 1)
-            run = self._remat(layer) if self.remat_policy is not None else layer
-            x, weights, present = run(x, tables, mask, past, output_attentions, layer_key)
+            run = _run_layer
+            if self.remat_policy is not None:
+                run = jax.checkpoint(run, policy=self.remat_policy, static_argnums=(5,))
+            x, weights, present = run(layer, x, tables, mask, past, output_attentions, layer_key)
             hidden_states.append(x)
             attentions.append(weights)
             if present is not None:
@@ -234,8 +244,16 @@ class Phi3Model(Phi3PreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _remat(self, layer: Phi3DecoderLayer) -> Callable[..., Any]:
-        def run(x: Array, tables: Any, mask: Array, past: Any, output_attentions: bool, key: Any) -> Any:
-            return layer(x, tables, mask, past, output_attentions, key)
 
-        return jax.checkpoint(run, policy=self.remat_policy, static_argnums=(4,))
+@partial(jax.jit, static_argnums=(5,))
+def _run_layer(
+    layer: Phi3DecoderLayer,
+    x: Array,
+    tables: tuple[Array, Array],
+    mask: Array,
+    past: tuple[Array, Array, Array] | None,
+    output_attentions: bool,
+    key: Array | None,
+) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+    """One layer, as a function that JAX traces once for all layers; XLA inlines it again."""
+    return layer(x, tables, mask, past, output_attentions, key)

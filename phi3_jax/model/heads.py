@@ -45,7 +45,9 @@ class Phi3ForCausalLM(_Headed):
     def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs | int = 0, dtype: Any = jnp.float32):
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
         self.model = Phi3Model(config, rngs=rngs, dtype=dtype)
-        self.lm_head = None if config.tie_word_embeddings else _head(config, "vocab", config.vocab_size, rngs, dtype)
+        self.lm_head = (
+            None if config.tie_word_embeddings else _head(config, "vocab", config.vocab_size, rngs, dtype)
+        )
 
     def __call__(
         self,
@@ -53,7 +55,7 @@ class Phi3ForCausalLM(_Headed):
         attention_mask: Num[Array, "..."] | None = None,
         *,
         labels: Int[Array, "B T"] | None = None,
-        logits_to_keep: int | Int[Array, " kept"] = 0,
+        logits_to_keep: int | Int[Array, "*B kept"] = 0,
         num_logits_to_keep: int | None = None,
         num_items_in_batch: Int[Array, ""] | int | None = None,
         **decoder_arguments: Any,
@@ -64,26 +66,25 @@ class Phi3ForCausalLM(_Headed):
             input_ids: token ids.
             attention_mask: as in `Phi3Model`.
             labels: the token ids themselves, -100 where nothing is to be predicted; they are shifted here.
-            logits_to_keep: 0: logits at every position; n: at the last n; an array: at those positions.
+            logits_to_keep: 0: logits at every position; n: at the last n; an array: at those positions,
+                [kept] for all rows alike or [B, kept].
             num_logits_to_keep: the older name of `logits_to_keep`.
             num_items_in_batch: divides the summed loss in place of this batch's count of labels.
             decoder_arguments: everything else that `Phi3Model` takes.
 
         Raises:
-            ValueError: as `Phi3Model`; labels of another shape or outside the vocabulary; labels together with
-                `logits_to_keep`.
+            ValueError: as `Phi3Model`; labels of another shape or outside the vocabulary, or together with
+                `logits_to_keep`; positions to keep that there are not.
         """
         keep = logits_to_keep if num_logits_to_keep is None else num_logits_to_keep
         if labels is not None:
-            if not isinstance(keep, int) or keep != 0:
+            if np.ndim(keep) or keep != 0:
                 raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
-            labels = _checked_labels(labels, _batch_shape(input_ids, decoder_arguments), self.config.vocab_size)
+            labels = _checked_labels(
+                labels, _batch_shape(input_ids, decoder_arguments), self.config.vocab_size
+            )
         out = self.model(input_ids, attention_mask, **decoder_arguments)
-        x = out.last_hidden_state
-        if not isinstance(keep, int):
-            x = x[:, jnp.asarray(keep)]
-        elif keep != 0:
-            x = x[:, -keep:]
+        x = _kept(out.last_hidden_state, keep)
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = matmul(x, weight[...])
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
@@ -121,8 +122,8 @@ class Phi3ForSequenceClassification(_Headed):
         Args:
             input_ids: token ids.
             attention_mask: as in `Phi3Model`.
-            labels: class numbers [B] (-100: not counted), numbers [B] or [B, num_labels] for regression, or 0s
-                and 1s [B, num_labels] for several classes at once.
+            labels: class numbers [B] (-100: not counted), numbers [B] or [B, num_labels] for regression, or
+                0s and 1s [B, num_labels] for several classes at once.
             decoder_arguments: everything else that `Phi3Model` takes.
 
         Raises:
@@ -185,7 +186,9 @@ class Phi3ForTokenClassification(_Headed):
             ValueError: as `Phi3Model`; labels of another shape or not below `config.num_labels`.
         """
         if labels is not None:
-            labels = _checked_labels(labels, _batch_shape(input_ids, decoder_arguments), self.config.num_labels)
+            labels = _checked_labels(
+                labels, _batch_shape(input_ids, decoder_arguments), self.config.num_labels
+            )
         rngs = decoder_arguments.pop("rngs", None)
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
         decoder_key, head_key = (None, None) if key is None else jax.random.split(key)
@@ -210,6 +213,25 @@ def _head(
     )
 
 
+def _kept(x: Float[Array, "B T D"], keep: Any) -> Float[Array, "B kept D"]:
+    """The positions that `logits_to_keep` asks for."""
+    if np.ndim(keep) == 0:
+        return x if keep == 0 else x[:, -keep:]
+    keep = keep if isinstance(keep, jax.Array) else np.asarray(keep)
+    batch, length, _ = x.shape
+    if keep.ndim > 2 or keep.shape[:-1] not in ((), (batch,)) or not jnp.issubdtype(keep.dtype, jnp.integer):
+        raise ValueError(
+            f"logits_to_keep is {keep.dtype}{list(keep.shape)}; "
+            f"expected a number, or integers of shape [kept] or [{batch}, kept]"
+        )
+    if known(keep):
+        values = np.asarray(keep)
+        outside = values[(values < -length) | (values >= length)]
+        if outside.size:
+            raise ValueError(f"logits_to_keep names position {outside[0]} of {length} tokens")
+    return x[:, keep] if keep.ndim == 1 else x[jnp.arange(batch)[:, None], keep]
+
+
 def _carried(out: BaseModelOutputWithPast) -> dict[str, Any]:
     """The parts of the decoder's output that a head hands on."""
     return {
@@ -229,9 +251,11 @@ def _batch_shape(input_ids: Any, decoder_arguments: dict[str, Any]) -> tuple[int
 
 def _checked_labels(labels: Any, shape: tuple[int, ...], classes: int) -> Array:
     """Integer labels of the expected shape, each -100 or a class."""
-    labels = jnp.asarray(labels)
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if labels.shape != shape or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels is {labels.dtype}{list(labels.shape)}; expected integers of shape {list(shape)}")
+        raise ValueError(
+            f"labels is {labels.dtype}{list(labels.shape)}; expected integers of shape {list(shape)}"
+        )
     if known(labels):
         values = np.asarray(labels)
         wrong = ((values < 0) | (values >= classes)) & (values != IGNORE_INDEX)
@@ -241,19 +265,20 @@ def _checked_labels(labels: Any, shape: tuple[int, ...], classes: int) -> Array:
                 f"labels[{', '.join(map(str, where))}] = {values[where]}; expected 0 to {classes - 1}, "
                 f"or {IGNORE_INDEX} for what does not count"
             )
-    return labels
+    return jnp.asarray(labels, jnp.int32)
 
 
 def _checked_classes(labels: Any, config: Phi3Config, batch: int) -> Array:
     """Labels of a row each, in the form that the problem type asks for."""
-    labels = jnp.asarray(labels)
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     problem, classes = config.problem_type, config.num_labels
     integers = jnp.issubdtype(labels.dtype, jnp.integer)
     if problem == "single_label_classification" or (problem is None and classes > 1 and integers):
         return _checked_labels(labels.reshape(-1) if labels.size == batch else labels, (batch,), classes)
-    if labels.size != batch * classes:
+    fits = labels.size == batch if classes == 1 else labels.shape == (batch, classes)
+    if not fits:
         raise ValueError(
             f"labels has shape {list(labels.shape)}; {problem or 'these labels'} with num_labels={classes} "
             f"needs {list((batch, classes) if classes > 1 else (batch,))}"
         )
-    return labels
+    return jnp.asarray(labels)

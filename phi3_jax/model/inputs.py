@@ -72,10 +72,14 @@ def check(
     if batch == 0 or length == 0:
         raise ValueError(f"nothing to compute: the batch has {batch} rows of {length} tokens")
     if position_ids is not None:
-        position_ids = jnp.asarray(position_ids, jnp.int32)
-        if position_ids.shape not in ((batch, length), (1, length)):
-            raise ValueError(f"position_ids has shape {position_ids.shape}; expected {(batch, length)}")
-        position_ids = jnp.broadcast_to(position_ids, (batch, length))
+        position_ids = jnp.asarray(position_ids)
+        integers = jnp.issubdtype(position_ids.dtype, jnp.integer)
+        if position_ids.shape not in ((batch, length), (1, length)) or not integers:
+            raise ValueError(
+                f"position_ids is {position_ids.dtype}{list(position_ids.shape)}; "
+                f"expected integers of shape {[batch, length]}"
+            )
+        position_ids = jnp.broadcast_to(position_ids.astype(jnp.int32), (batch, length))
     if cache is not None:
         _check_cache(config, cache, batch, length)
     mask, mask_4d = _check_mask(config, attention_mask, batch, length, cache)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,12 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+@partial(jax.jit, static_argnames=("shape", "std", "dtype"))
+def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Float[Array, "..."]:
+    """Numbers from a normal distribution around 0, drawn in float32."""
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
 class Linear(nnx.Module):
     """A projection from axes `inputs` to axes `outputs`, either of which may be several.
 
@@ -84,18 +91,19 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         bias: bool = False,
     ):
-        self.input_shape = tuple(inputs.values())
-        self.output_shape = tuple(outputs.values())
-        shape = self.output_shape + self.input_shape
+        self.input_axes = len(inputs)
+        shape = (*outputs.values(), *inputs.values())
         weight = (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
         self.weight = nnx.Param(weight, axes=(*outputs, *inputs))
-        self.bias = nnx.Param(jnp.zeros(self.output_shape, dtype), axes=tuple(outputs)) if bias else None
+        self.bias = nnx.Param(jnp.zeros(shape[: len(outputs)], dtype), axes=tuple(outputs)) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """[..., *inputs] -> [..., *outputs] in float32."""
-        lead = x.shape[: x.ndim - len(self.input_shape)]
-        weight = self.weight[...].reshape(math.prod(self.output_shape), math.prod(self.input_shape))
-        y = matmul(x.reshape(*lead, weight.shape[1]), weight).reshape(*lead, *self.output_shape)
+        lead = x.shape[: x.ndim - self.input_axes]
+        weight = self.weight[...]
+        output_shape = weight.shape[: weight.ndim - self.input_axes]
+        weight = weight.reshape(math.prod(output_shape), -1)
+        y = matmul(x.reshape(*lead, weight.shape[1]), weight).reshape(*lead, *output_shape)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
 
@@ -126,7 +134,9 @@ class Embedding(nnx.Module):
         dtype: jnp.dtype,
     ):
         self.padding_idx = padding_idx
-        weight = (std * jax.random.normal(rngs.params(), (num_embeddings, features), jnp.float32)).astype(dtype)
+        weight = (std * jax.random.normal(rngs.params(), (num_embeddings, features), jnp.float32)).astype(
+            dtype
+        )
         if padding_idx is not None:
             weight = weight.at[padding_idx].set(0)
         self.weight = nnx.Param(weight, axes=("vocab", "embed"))

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.model.cache import KVCache
-from phi3_jax.model.layers import Embedding
+from phi3_jax.model.layers import Embedding, normal
 
 if TYPE_CHECKING:
     from phi3_jax.model.decoder import Phi3Model
@@ -100,7 +100,7 @@ class Phi3PreTrainedModel(nnx.Module):
             if mean_resizing:
                 rows = jnp.broadcast_to(jnp.mean(weight.astype(jnp.float32), axis=0), shape)
             else:
-                rows = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+                rows = normal(rngs.params(), shape, config.initializer_range, weight.dtype)
             return jnp.concatenate([weight, rows.astype(weight.dtype)])
 
         for parameter in self._vocabulary_weights():

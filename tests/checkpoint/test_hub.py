@@ -127,7 +127,7 @@ def run(url: str, home: Path, *calls: tuple[str, dict[str, Any]], **variables: s
         if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
     }
     environment = kept | {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | variables
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         input=json.dumps(calls),

@@ -18,7 +18,8 @@ from gguf.constants import TokenType
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from phi3_jax.checkpoint.default_model import GGUF_MEMBER, PACKAGE, WHEEL
-from phi3_jax.checkpoint.gguf import _SPLITS, GGUFSource
+from phi3_jax.checkpoint.gguf import GGUFSource
+from phi3_jax.checkpoint.gguf_tokenizer import SPLITS
 from phi3_jax.checkpoint.source import CheckpointError
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 128, 64, 2, 4, 2, 32, 40
@@ -574,8 +575,7 @@ def test_splits_are_those_of_the_tokenizers_they_name() -> None:
     text = "I'M HelloWorld café  12345\n\n  x/=y//\r\n"
     cut = {
         name: [
-            piece
-            for piece, _ in pre_tokenizers.Split(Regex(_SPLITS[name]), "isolated").pre_tokenize_str(text)
+            piece for piece, _ in pre_tokenizers.Split(Regex(SPLITS[name]), "isolated").pre_tokenize_str(text)
         ]
         for name in ("dbrx", "gpt-4o")
     }

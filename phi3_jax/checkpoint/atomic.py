@@ -1,0 +1,93 @@
+"""Directories that change as a whole: nobody finds half a checkpoint where one is being written."""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from phi3_jax.checkpoint.source import CheckpointError
+
+CONFIG = "config.json"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory whose files take their place in `target` when the block ends well.
+
+    Weights that `target` held before are removed, so that old shards cannot mix with new ones; other files
+    stay. After an error nothing is left behind and `target` is as it was. A process killed meanwhile leaves a
+    hidden directory, and never a `config.json` beside weights that are not its own.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    exists = target.exists()
+    try:
+        if exists and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Inside what exists: that may be a file system of its own, and its parent need not be ours to write.
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if exists else target.parent))
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    try:
+        yield work
+        if exists:
+            _exchange(work, target)
+        else:
+            work.chmod(0o777 & ~_umask())
+            work.rename(target)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _exchange(work: Path, target: Path) -> None:
+    """Moves the files of `work` into `target` and what they replace out of it; all of them or none.
+
+    `config.json` leaves first and comes last: in between, the directory is no checkpoint.
+    """
+    new = sorted((path.name for path in work.iterdir()), key=lambda name: name == CONFIG)
+    old = [path.name for path in target.iterdir() if path.name in new or _WEIGHTS.fullmatch(path.name)]
+    kept = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target))
+    moved: list[tuple[Path, Path]] = []
+
+    def move(path: Path, to: Path) -> None:
+        os.replace(path, to)
+        moved.append((path, to))
+
+    try:
+        for name in sorted(old, key=lambda name: name != CONFIG):
+            move(target / name, kept / name)
+        for name in new:
+            move(work / name, target / name)
+    except BaseException as error:
+        try:
+            for path, to in reversed(moved):
+                os.replace(to, path)
+        except OSError as second:
+            raise CheckpointError(
+                f"{target} cannot be written ({error}), and what it held cannot be put back ({second}); "
+                f"it lies in {kept}"
+            ) from error
+        kept.rmdir()
+        raise
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cannot_write(target: Path, error: OSError) -> CheckpointError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = "there is no space left on the disk" if full else str(error.strerror or error)
+    return CheckpointError(f"{target} cannot be written: {reason}; nothing was changed")

@@ -1,0 +1,275 @@
+"""Decoding with a cache equals the full forward: any chunks, any padding, in place and compiled once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from reference import (
+    alone,
+    distance,
+    longrope,
+    pair,
+    positions,
+    random_ids,
+    run,
+    run_theirs,
+    small_config,
+)
+
+from phi3_jax import KVCache, Phi3ForCausalLM
+
+TOLERANCE = 1e-5
+LENGTH = 14
+SLOTS = 24
+
+CASES = {
+    "gqa": {},
+    "window": {"sliding_window": 5},
+    "longrope": longrope() | {"original_max_position_embeddings": 11},
+}
+CHUNKS = {"one by one": [1] * LENGTH, "unequal": [5, 1, 5, 3]}
+
+
+def cache_config(**changes):
+    return small_config(**({"num_hidden_layers": 2} | changes))
+
+
+def layout(side):
+    """Three rows of 14, 11 and 8 tokens, so that longrope's rows stand on both sides of 11."""
+    mask = np.ones((3, LENGTH), np.int64)
+    for row, padding in ((1, 3), (2, 6)):
+        first = {"none": None, "left": 0, "right": LENGTH - padding, "middle": 5}[side]
+        if first is not None:
+            mask[row, first : first + padding] = 0
+    return mask
+
+
+def decode(model, ids, mask, chunks, cache, **arguments):
+    """Logits of all chunks, each with the mask of its own tokens."""
+    logits, start = [], 0
+    for size in chunks:
+        columns = slice(start, start + size)
+        out = run(
+            model,
+            input_ids=ids[:, columns],
+            attention_mask=mask[:, columns],
+            past_key_values=cache,
+            **arguments,
+        )
+        logits.append(np.asarray(out.logits))
+        cache = out.past_key_values
+        start += size
+    return np.concatenate(logits, axis=1), cache
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right", "middle"])
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_equal_the_full_forward(case, chunks, side, tmp_path):
+    config = cache_config(**CASES[case])
+    ours, theirs = pair("causal", config, tmp_path)
+    mask = layout(side)
+    ids = random_ids(config, mask)
+    tokens = mask.sum(axis=1)
+    logits, cache = decode(
+        ours, ids, mask, CHUNKS[chunks], ours.init_cache(3, SLOTS), rope_length=tokens.astype(np.int32)
+    )
+    # A window counts slots: padding in the middle of a row takes up part of it, in the reference too.
+    padded = case == "window" and side == "middle"
+    ref = run_theirs(theirs, ids, mask).logits if padded else alone(theirs, ids, mask)
+    assert distance(logits, ref, mask.astype(bool)[..., None]) <= TOLERANCE
+    np.testing.assert_array_equal(cache.tokens, tokens)
+    np.testing.assert_array_equal(cache.length, [LENGTH] * 3)
+    np.testing.assert_array_equal(cache.mask[:, :LENGTH], mask)
+    np.testing.assert_array_equal(cache.rope_length, tokens)
+    assert cache.get_seq_length() == LENGTH
+
+
+def test_rows_with_histories_of_different_length(tmp_path):
+    """Right padding cut off again, so that every row goes on at its own slot."""
+    config = cache_config(sliding_window=5)
+    ours, theirs = pair("causal", config, tmp_path)
+    mask = layout("right")[:, :9]
+    mask[2, 4:] = 0
+    history = mask.sum(axis=1)
+    ids = random_ids(config, mask)
+    new = random_ids(config, np.ones((3, 5), np.int64), seed=1)
+    prefill = run(ours, input_ids=ids, attention_mask=mask, past_key_values=ours.init_cache(3, SLOTS))
+    cache = dataclasses.replace(prefill.past_key_values, length=jnp.asarray(history, jnp.int32))
+    for chunks in ([5], [1, 1, 2, 1]):
+        logits, after = decode(ours, new, np.ones_like(new), chunks, cache)
+        np.testing.assert_array_equal(after.length, history + 5)
+        np.testing.assert_array_equal(after.tokens, history + 5)
+        for row, count in enumerate(history):
+            whole = np.concatenate([ids[row, :count], new[row]])[None]
+            ref = theirs(torch.tensor(whole), use_cache=False).logits[0, count:]
+            assert distance(logits[row], ref) <= TOLERANCE
+
+
+@pytest.mark.parametrize("side", ["left", "middle"])
+def test_masks_over_cached_and_new_tokens(side, tmp_path):
+    config = cache_config()
+    ours, theirs = pair("causal", config, tmp_path)
+    mask = layout(side)
+    ids = random_ids(config, mask)
+    ref = alone(theirs, ids, mask)
+    token = mask.astype(bool)[:, 9:, None]
+    first = run(
+        ours, input_ids=ids[:, :9], attention_mask=mask[:, :9], past_key_values=ours.init_cache(3, SLOTS)
+    )
+    every_slot = np.pad(mask, ((0, 0), (0, SLOTS - LENGTH)))
+    for given in (mask[:, 9:], mask, every_slot):
+        inside = run(ours, input_ids=ids[:, 9:], attention_mask=given, past_key_values=first.past_key_values)
+        assert distance(inside.logits, ref[:, 9:], token) <= TOLERANCE
+        np.testing.assert_array_equal(inside.past_key_values.mask, every_slot)
+    # Outside `jit` the cache's length is known, and the mask checked against it.
+    for given in (mask[:, 9:], mask, every_slot):
+        out = jax.eval_shape(lambda m, g=given: m(ids[:, 9:], g, past_key_values=first.past_key_values), ours)
+        assert out.logits.shape == (3, 5, 96)
+    with pytest.raises(
+        ValueError, match=r"attention_mask covers 13 tokens; expected the 5 new ones.*9 cached"
+    ):
+        ours(ids[:, 9:], mask[:, :13], past_key_values=first.past_key_values)
+
+
+@pytest.mark.parametrize("case", ["gqa", "window"])
+def test_dynamic_cache(case, tmp_path):
+    """The same steps through the reference's own cache: logits, and what the cache holds."""
+    config = cache_config(**CASES[case])
+    ours, theirs = pair("causal", config, tmp_path)
+    mask = layout("left")
+    ids = random_ids(config, mask)
+    at = positions(mask)
+    theirs_cache = transformers.DynamicCache(config=theirs.config)
+    cache = ours.init_cache(3, SLOTS)
+    start = 0
+    for size in (6, 1, 4, 1, 2):
+        end = start + size
+        with torch.no_grad():
+            ref = theirs(
+                torch.tensor(ids[:, start:end]),
+                attention_mask=torch.tensor(mask[:, :end]),
+                position_ids=torch.tensor(at[:, start:end]),
+                past_key_values=theirs_cache,
+                use_cache=True,
+            )
+        out = run(ours, input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+        cache = out.past_key_values
+        assert distance(out.logits, ref.logits, mask.astype(bool)[:, start:end, None]) <= TOLERANCE
+        start = end
+    if case == "gqa":
+        token = mask.astype(bool)[:, None, :, None]
+        for index, layer in enumerate(theirs_cache.layers):
+            assert distance(cache.keys[index][:, :, :LENGTH], layer.keys, token) <= TOLERANCE
+            assert distance(cache.values[index][:, :, :LENGTH], layer.values, token) <= TOLERANCE
+
+
+# In place, and compiled once
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decoding_is_compiled_once_and_writes_in_place(batch):
+    config = cache_config(head_dim=64, num_key_value_heads=2)
+    model = Phi3ForCausalLM(config, dtype=jnp.bfloat16)
+    traces = 0
+
+    def step(model, ids, cache):
+        nonlocal traces
+        traces += 1
+        out = model(ids, past_key_values=cache)
+        return jnp.argmax(out.logits[:, -1:], axis=-1), out.past_key_values
+
+    jitted = jax.jit(step, donate_argnames="cache")
+    ids = jnp.full((batch, 1), 5, jnp.int32)
+    cache = model.init_cache(batch, 2048)
+    large = cache.keys[0].nbytes
+    compiled = jitted.lower(model, ids, cache).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * config.num_hidden_layers * large
+    assert memory.temp_size_in_bytes < large / 2, "a step copies a layer's cache"
+
+    traces = 0
+    buffers = [array.unsafe_buffer_pointer() for array in cache.keys + cache.values]
+    donated = cache
+    for _ in range(20):
+        ids, cache = jitted(model, ids, cache)
+    assert traces <= 1
+    assert jitted._cache_size() == 1
+    assert buffers == [array.unsafe_buffer_pointer() for array in cache.keys + cache.values]
+    assert all(array.is_deleted() for array in donated.keys + donated.values)
+    np.testing.assert_array_equal(cache.length, [20] * batch)
+
+
+# The cache itself
+
+
+def test_beyond_the_cache():
+    model = Phi3ForCausalLM(cache_config())
+    cache = run(model, input_ids=np.full((2, 6), 5), past_key_values=model.init_cache(2, 8)).past_key_values
+    with pytest.raises(
+        ValueError, match=r"has 8 slots a row: 6 are used and 3 more tokens do not fit.*resize\(9\)"
+    ):
+        model(np.full((2, 3), 5), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"has 4 slots a row: 0 are used and 5 more"):
+        run(model, input_ids=np.full((2, 5), 5), past_key_values=model.init_cache(2, 4))
+    assert run(model, input_ids=np.full((2, 2), 5), past_key_values=cache).logits.shape[1] == 2
+
+
+def test_resize(tmp_path):
+    config = cache_config()
+    ours, theirs = pair("causal", config, tmp_path)
+    mask = layout("left")
+    ids = random_ids(config, mask)
+    _, cache = decode(ours, ids[:, :9], mask[:, :9], [9], ours.init_cache(3, 10))
+    with pytest.raises(ValueError, match="max_length=8 is below the 9 slots in use"):
+        cache.resize(8)
+    small = cache.resize(9)
+    assert small.max_length == 9
+    cache = small.resize(SLOTS)
+    assert cache.max_length == SLOTS
+    assert cache.keys[0].shape == (3, 2, SLOTS, 12)
+    logits, _ = decode(ours, ids[:, 9:], mask[:, 9:], [1, 4], cache)
+    ref = alone(theirs, ids, mask)[:, 9:]
+    assert distance(logits, ref, mask.astype(bool)[:, 9:, None]) <= TOLERANCE
+    assert jax.jit(lambda c: c.resize(12))(cache).max_length == 12
+
+
+def test_which_calls_return_a_cache():
+    model = Phi3ForCausalLM(cache_config(num_hidden_layers=1))
+    ids = np.full((1, 3), 5)
+    cache = model.init_cache(1, 8)
+    assert run(model, input_ids=ids).past_key_values is None
+    assert run(model, input_ids=ids, past_key_values=cache).past_key_values.max_length == 8
+    assert run(model, input_ids=ids, past_key_values=cache, use_cache=False).past_key_values is None
+    made = run(model, input_ids=ids, use_cache=True).past_key_values
+    assert made.max_length >= 3 + 128
+    np.testing.assert_array_equal(made.length, [3])
+    assert run(model, input_ids=ids, use_cache=False).past_key_values is None
+
+
+def test_dtype():
+    config = cache_config(num_hidden_layers=1)
+    half = Phi3ForCausalLM(config, dtype=jnp.bfloat16)
+    on_cpu = next(iter(half.model.norm.weight[...].devices())).platform == "cpu"
+    assert half.init_cache(1, 8).keys[0].dtype == (jnp.float32 if on_cpu else jnp.bfloat16)
+    assert half.init_cache(1, 8, jnp.bfloat16).keys[0].dtype == jnp.bfloat16
+    out = run(half, input_ids=np.full((1, 3), 5), past_key_values=half.init_cache(1, 8, jnp.bfloat16))
+    assert out.past_key_values.keys[0].dtype == jnp.bfloat16
+
+
+def test_a_cache_of_another_model():
+    config = cache_config()
+    model = Phi3ForCausalLM(config)
+    ids = np.full((2, 3), 5)
+    for changes, batch in (({"num_hidden_layers": 3}, 2), ({"num_key_value_heads": 4}, 2), ({}, 3)):
+        cache = KVCache.create(cache_config(**changes), batch, 8)
+        with pytest.raises(
+            ValueError, match=r"past_key_values has \d layers of shape .* this model and batch need 2"
+        ):
+            model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="max_length=0: a cache needs at least one slot"):
+        model.init_cache(2, 0)

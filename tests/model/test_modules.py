@@ -1,0 +1,215 @@
+"""Models as pytrees, gradient checkpointing, and vocabularies that change their size."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from reference import distance, gradients, pair, random_ids, run, small_config
+
+from phi3_jax import (
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    Phi3Model,
+)
+
+TOLERANCE = 1e-5
+IDS = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+def module_config(**changes):
+    return small_config(**({"num_hidden_layers": 2} | changes))
+
+
+# Pytrees
+
+
+def test_a_model_is_a_pytree():
+    config = module_config()
+    model = Phi3ForCausalLM(config)
+    doubled = jax.tree.map(lambda x: 2 * x, model)
+    assert isinstance(doubled, Phi3ForCausalLM)
+    assert doubled.config == config
+    np.testing.assert_array_equal(doubled.model.norm.weight[...], 2 * model.model.norm.weight[...])
+    other = Phi3ForCausalLM(config, rngs=1)
+    assert jax.tree.structure(other) == jax.tree.structure(model)
+    difference = jax.tree.map(lambda a, b: a - b, model, other)
+    assert float(jnp.abs(difference.lm_head.weight[...]).max()) > 0
+    assert jax.tree.structure(Phi3ForCausalLM(config.replace(rope_theta=5e4))) != jax.tree.structure(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_variable_stands_in_two_places(tied):
+    model = Phi3ForCausalLM(module_config(tie_word_embeddings=tied))
+    paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
+    variables = [v for _, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)]
+    leaves = jax.tree.leaves(model)
+    assert len(paths) == len(variables) == len(leaves) == len({id(leaf) for leaf in leaves})
+    assert any("lm_head" in path for path in paths) is not tied
+
+
+def test_split_merge_and_pickle():
+    model = Phi3ForCausalLM(module_config())
+    expected = run(model, input_ids=IDS).logits
+    again = nnx.merge(*nnx.split(model))
+    np.testing.assert_array_equal(run(again, input_ids=IDS).logits, expected)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert loaded.config == model.config
+    np.testing.assert_array_equal(run(loaded, input_ids=IDS).logits, expected)
+
+
+def test_flax_transforms():
+    model = Phi3ForCausalLM(module_config())
+    logits = nnx.jit(lambda m: m(IDS).logits)(model)
+    assert distance(logits, run(model, input_ids=IDS).logits) <= TOLERANCE
+    mine = nnx.jit(nnx.grad(lambda m: m(IDS, labels=IDS).loss))(model)
+    _, expected = gradients(model, input_ids=IDS, labels=IDS)
+    flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(mine)}
+    assert flat.keys() == expected.keys()
+    assert distance(flat["lm_head.weight"][...], expected["lm_head.weight"]) <= TOLERANCE
+
+
+def test_public_classes():
+    config = module_config(num_labels=3)
+    for cls, shape in (
+        (Phi3ForTokenClassification, (2, 4, 3)),
+        (Phi3ForSequenceClassification, (2, 3)),
+        (Phi3ForCausalLM, (2, 4, 96)),
+    ):
+        model = cls(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        assert model.decoder is model.model
+        assert model.config is model.model.config
+        assert model.dtype == jnp.bfloat16
+        assert model.num_parameters() == sum(leaf.size for leaf in jax.tree.leaves(model))
+        assert jax.eval_shape(lambda m: m(IDS).logits, model).shape == shape
+    assert jax.eval_shape(lambda m: m(IDS), Phi3Model(config)).last_hidden_state.shape == (2, 4, 48)
+
+
+def test_initial_weights():
+    config = module_config(initializer_range=0.05, hidden_size=96)
+    model = Phi3ForCausalLM(config)
+    embedding = np.asarray(model.get_input_embeddings().weight[...])
+    assert (embedding[config.pad_token_id] == 0).all()
+    assert embedding.std() == pytest.approx(0.05, rel=0.05)
+    layer = model.model.layers[1]
+    for weight in (layer.self_attn.qkv_proj.weight, layer.mlp.down_proj.weight, model.lm_head.weight):
+        assert np.std(weight[...]) == pytest.approx(0.05, rel=0.05)
+        assert abs(np.mean(weight[...])) < 0.005
+    assert (np.asarray(layer.input_layernorm.weight[...]) == 1).all()
+    same, other = Phi3ForCausalLM(config, rngs=0), Phi3ForCausalLM(config, rngs=1)
+    np.testing.assert_array_equal(same.lm_head.weight[...], model.lm_head.weight[...])
+    assert (np.asarray(other.lm_head.weight[...]) != np.asarray(model.lm_head.weight[...])).any()
+
+
+# Gradient checkpointing
+
+
+POLICIES = {"nothing": None, "dots": jax.checkpoint_policies.dots_saveable}
+
+
+def remats(model):
+    """How many rematerialised pieces the gradient is traced with, and how many products it has."""
+    text = str(jax.make_jaxpr(jax.grad(lambda m: m(IDS, labels=IDS).loss))(model))
+    return text.count("= remat"), text.count("= checkpoint"), text.count("dot_general")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradient_checkpointing(policy):
+    config = module_config(resid_pdrop=0.2, attention_dropout=0.2, sliding_window=3)
+    model = Phi3ForCausalLM(config)
+    arguments = {"input_ids": IDS, "labels": IDS, "rngs": jax.random.key(0)}
+    plain_out, plain = gradients(model, **arguments)
+    without = remats(model)
+    assert without[:2] == (0, 0)
+    model.gradient_checkpointing_enable(POLICIES[policy])
+    out, mine = gradients(model, **arguments)
+    remat, checkpoint, products = remats(model)
+    assert remat + checkpoint >= config.num_hidden_layers  # by either of the names that JAX printed
+    assert (products > without[2]) == (policy == "nothing"), "products that are kept are not computed again"
+    assert distance(out.loss, plain_out.loss) <= 1e-6
+    for name, value in plain.items():
+        assert distance(mine[name], value) <= 1e-6, name
+    model.gradient_checkpointing_disable()
+    assert remats(model) == without
+
+
+# Vocabularies
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("tied", [False, True])
+def test_growing_the_vocabulary(tied, mean, tmp_path):
+    ours, theirs = pair("causal", module_config(tie_word_embeddings=tied), tmp_path / "first")
+    before = [np.asarray(w[...]) for w in ours._vocabulary_weights()]
+    assert len(before) == (1 if tied else 2)
+    embeddings = ours.resize_token_embeddings(300, pad_to_multiple_of=64, mean_resizing=mean)
+    theirs.resize_token_embeddings(300, pad_to_multiple_of=64, mean_resizing=False)
+    assert embeddings is ours.get_input_embeddings()
+    assert ours.config.vocab_size == theirs.config.vocab_size == 320
+    after = [np.asarray(w[...]) for w in ours._vocabulary_weights()]
+    for old, new in zip(before, after, strict=True):
+        assert new.shape == (320, 48)
+        np.testing.assert_array_equal(new[:96], old)
+        if mean:
+            np.testing.assert_allclose(new[96:], np.broadcast_to(old.mean(axis=0), (224, 48)), atol=1e-6)
+        else:
+            assert new[96:].std() == pytest.approx(0.15, rel=0.05)
+            assert len(np.unique(new[96:, 0])) > 200
+    if not tied and not mean:
+        assert (after[0][96:] != after[1][96:]).any()
+    ids = random_ids(ours.config, np.ones((2, 6), np.int64))
+    assert ids.max() > 96
+    logits = run(ours, input_ids=ids).logits
+    fresh = Phi3ForCausalLM(ours.config)
+    assert jax.tree.structure(fresh) == jax.tree.structure(ours)
+    ours.save_pretrained(tmp_path / "second")
+    again = type(theirs).from_pretrained(tmp_path / "second", attn_implementation="eager")
+    assert distance(logits, again(torch.tensor(ids)).logits) <= TOLERANCE
+
+
+def test_new_rows_by_seed():
+    def new_rows(seed):
+        model = Phi3ForCausalLM(module_config())
+        return np.asarray(model.resize_token_embeddings(100, mean_resizing=False, rngs=seed).weight[96:])
+
+    np.testing.assert_array_equal(new_rows(0), new_rows(0))
+    assert (new_rows(0) != new_rows(1)).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_cutting_the_vocabulary(tied):
+    model = Phi3ForCausalLM(module_config(tie_word_embeddings=tied))
+    expected = np.asarray(run(model, input_ids=IDS).logits)
+    model.resize_token_embeddings(20)
+    assert model.config.vocab_size == 20
+    assert distance(run(model, input_ids=IDS).logits, expected[..., :20]) <= TOLERANCE
+    with pytest.raises(ValueError, match=r"input_ids\[0, 0\] = 20 is outside the vocabulary of 20"):
+        model(np.array([[20]]))
+
+
+def test_resizing_of_a_classifier():
+    model = Phi3ForSequenceClassification(module_config(num_labels=3))
+    model.resize_token_embeddings(128)
+    assert model.config.vocab_size == 128
+    assert model.score.weight.shape == (3, 48)
+    assert run(model, input_ids=np.array([[127]])).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"new_num_tokens": 0}, "vocab_size=0 must be a positive integer"),
+        ({"new_num_tokens": 3}, "pad_token_id=3 is outside the vocabulary; with vocab_size=3"),
+        ({"new_num_tokens": 2, "pad_to_multiple_of": 3}, "pad_token_id=3 is outside the vocabulary"),
+        ({"new_num_tokens": 100, "pad_to_multiple_of": 0}, "pad_to_multiple_of=0 must be positive"),
+    ],
+)
+def test_resizing_refuses(arguments, message):
+    model = Phi3ForCausalLM(module_config())
+    with pytest.raises(ValueError, match=message):
+        model.resize_token_embeddings(**arguments)
+    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == 96

@@ -1,0 +1,268 @@
+"""Rope inside the model: each row's list, frequencies handed in, types that the reference refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from reference import (
+    LONG,
+    SHORT,
+    alone,
+    distance,
+    longrope,
+    pair,
+    random_ids,
+    run,
+    small_config,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from phi3_jax import Phi3ForCausalLM
+from phi3_jax.model.rope import rope_list_changes, rope_tables
+
+TOLERANCE = 1e-5
+LENGTH = 20
+ORIGINAL = 12
+
+
+def rope_config(**changes):
+    return small_config(**({"num_hidden_layers": 2} | changes))
+
+
+def row_lengths(lengths, side):
+    """A mask whose rows have so many tokens."""
+    columns = np.arange(LENGTH)
+    rows = [columns >= LENGTH - n if side == "left" else columns < n for n in lengths]
+    return np.stack(rows).astype(np.int64)
+
+
+# Each row's list
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("partial", [False, True])
+def test_rows_on_both_sides_of_the_original_window(partial, side, tmp_path):
+    changes = longrope() | {"original_max_position_embeddings": ORIGINAL}
+    if partial:
+        changes |= longrope(short_factor=[1.0, 1.2, 1.9], long_factor=[1.5, 3.0, 9.0])
+        changes |= {"original_max_position_embeddings": ORIGINAL, "partial_rotary_factor": 0.5}
+    config = rope_config(**changes)
+    ours, theirs = pair("causal", config, tmp_path)
+    lengths = [LENGTH, 5, ORIGINAL, ORIGINAL + 1]
+    mask = row_lengths(lengths, side)
+    ids = random_ids(config, mask)
+    out = run(ours, input_ids=ids, attention_mask=mask)
+    token = mask.astype(bool)[..., None]
+    assert distance(out.logits, alone(theirs, ids, mask), token) <= TOLERANCE
+    # What the reference computes for the batch is something else: one list for all rows.
+    at = torch.tensor(np.maximum(mask.cumsum(axis=1) - 1, 0))
+    batch = theirs(
+        torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=at, use_cache=False
+    ).logits
+    rows = np.array([n <= ORIGINAL for n in lengths])[:, None, None]
+    assert distance(out.logits, batch, token & rows) > 1e-3
+    assert distance(out.logits, batch, token & ~rows) <= TOLERANCE
+
+
+def test_exactly_the_original_window_is_short():
+    config = rope_config(**longrope() | {"original_max_position_embeddings": ORIGINAL})
+    at = jnp.ones((2, 1), jnp.int32)
+    cos, sin = rope_tables(config, at, jnp.array([ORIGINAL, ORIGINAL + 1]))
+    angles = np.arctan2(sin, cos)[:, 0]
+    plain = 1e4 ** -(np.arange(6) / 6)
+    np.testing.assert_allclose(angles[0], plain / SHORT, rtol=1e-5)
+    np.testing.assert_allclose(angles[1], plain / LONG, rtol=1e-5)
+    growth = np.sqrt(1 + np.log(64 / ORIGINAL) / np.log(ORIGINAL))
+    np.testing.assert_allclose(np.hypot(cos, sin), growth, rtol=1e-6)
+
+
+def test_rope_length_chooses_the_list(tmp_path):
+    """A first chunk below the original window, with the length that the whole prompt has."""
+    config = rope_config(**longrope() | {"original_max_position_embeddings": ORIGINAL})
+    ours, theirs = pair("causal", config, tmp_path)
+    ids = random_ids(config, np.ones((2, LENGTH), np.int64))
+    whole = alone(theirs, ids, np.ones_like(ids))
+    first = np.asarray(run(ours, input_ids=ids[:, :8], rope_length=np.array([LENGTH, LENGTH])).logits)
+    assert distance(first, whole[:, :8]) <= TOLERANCE
+    without = np.asarray(run(ours, input_ids=ids[:, :8]).logits)
+    assert distance(without, whole[:, :8]) > 1e-3
+    mixed = np.asarray(run(ours, input_ids=ids[:, :8], rope_length=np.array([LENGTH, 8])).logits)
+    np.testing.assert_array_equal(mixed[0], first[0])
+    np.testing.assert_array_equal(mixed[1], without[1])
+
+
+def test_a_cache_keeps_its_list(tmp_path):
+    """Tokens after a prompt that was computed with the long list stay with it."""
+    config = rope_config(**longrope() | {"original_max_position_embeddings": ORIGINAL})
+    ours, theirs = pair("causal", config, tmp_path)
+    ids = random_ids(config, np.ones((2, LENGTH), np.int64))
+    whole = alone(theirs, ids, np.ones_like(ids))
+    cache = ours.init_cache(2, LENGTH)
+    out = run(ours, input_ids=ids[:, :6], past_key_values=cache, rope_length=np.array([LENGTH, LENGTH]))
+    out = run(ours, input_ids=ids[:, 6:10], past_key_values=out.past_key_values)
+    assert distance(out.logits, whole[:, 6:10]) <= TOLERANCE
+    np.testing.assert_array_equal(out.past_key_values.rope_length, [LENGTH, LENGTH])
+
+
+def test_rope_list_changes():
+    before, after = jnp.array([0, 1, 12, 12, 13, 5]), jnp.array([20, 12, 12, 13, 20, 20])
+    changing = [False, False, False, True, False, True]
+    for name in ("longrope", "su", "yarn"):
+        scaling = longrope()["rope_scaling"] | {"type": name}
+        config = rope_config(rope_scaling=scaling, original_max_position_embeddings=12)
+        np.testing.assert_array_equal(rope_list_changes(config, before, after), changing)
+    assert not rope_list_changes(rope_config(), before, after).any()
+
+
+# Frequencies handed in
+
+
+def test_frequencies_given(tmp_path):
+    plain, _ = pair("causal", rope_config(), tmp_path)
+    changes = longrope(short_mscale=1.1, long_mscale=1.6) | {"original_max_position_embeddings": ORIGINAL}
+    config = rope_config(**changes)
+    scaled = Phi3ForCausalLM.from_pretrained(tmp_path, config=config)
+    lengths = np.array([LENGTH, 5])
+    mask = row_lengths(lengths, "left")
+    ids = random_ids(config, mask)
+    token = mask.astype(bool)[..., None]
+    expected = np.asarray(run(scaled, input_ids=ids, attention_mask=mask).logits)
+    rows, scaling = config.rope_scaling.frequencies(config.rope_base, lengths)
+    by_row = run(
+        plain,
+        input_ids=ids,
+        attention_mask=mask,
+        inv_freq=np.asarray(rows),
+        attention_scaling=np.asarray(scaling),
+    )
+    assert distance(by_row.logits, expected, token) <= TOLERANCE
+    for row in range(2):
+        for_all = run(
+            plain,
+            input_ids=ids,
+            attention_mask=mask,
+            inv_freq=np.asarray(rows[row]),
+            attention_scaling=float(scaling[row]),
+        )
+        assert distance(for_all.logits[row], expected[row], token[row]) <= TOLERANCE
+        assert distance(for_all.logits[1 - row], expected[1 - row], token[1 - row]) > 1e-3
+
+
+def test_new_frequencies_need_no_compilation():
+    model = Phi3ForCausalLM(rope_config(num_hidden_layers=1))
+    ids = np.arange(5, 13)[None]
+    traces = 0
+
+    @jax.jit
+    def forward(model, inv_freq, attention_scaling):
+        nonlocal traces
+        traces += 1
+        return model(ids, inv_freq=inv_freq, attention_scaling=attention_scaling).logits
+
+    own, _ = model.config.rope_scaling.frequencies(model.config.rope_base, jnp.array([8]))
+    results = [forward(model, own / factor, 1.0 + factor / 10) for factor in (1.0, 2.0, 3.0)]
+    assert traces == 1
+    assert not np.allclose(results[0], results[1])
+
+
+@pytest.mark.parametrize("shape", [(5,), (12,), (2, 7), (1, 2, 6), ()])
+def test_frequencies_of_the_wrong_size(shape):
+    model = Phi3ForCausalLM(rope_config(num_hidden_layers=1))
+    with pytest.raises(
+        ValueError, match=r"inv_freq has shape .*; expected \[6\] or \[2, 6\], half of the 12"
+    ):
+        model(np.array([[5, 6], [7, 8]]), inv_freq=np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("inv_freq", np.ones((3, 6), np.float32), r"inv_freq has shape \(3, 6\); expected \[6\] or \[2, 6\]"),
+        (
+            "attention_scaling",
+            np.ones(3, np.float32),
+            r"attention_scaling has shape \(3,\); expected .* \[2\]",
+        ),
+        ("rope_length", np.ones(3, np.int32), r"rope_length has shape \(3,\); expected .* \[2\]"),
+    ],
+)
+def test_rows_of_another_batch(name, value, message):
+    model = Phi3ForCausalLM(rope_config(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=message):
+        model(np.array([[5, 6], [7, 8]]), **{name: value})
+
+
+# Types that the reference refuses for Phi-3
+
+
+REFUSED = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.5},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 3.0, "beta_slow": 1.0},
+    "yarn with mscale": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.2,
+        "truncate": False,
+    },
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_types_that_the_reference_refuses(case, tmp_path):
+    entry = REFUSED[case]
+    sizes = {"max_position_embeddings": 16, "original_max_position_embeddings": 16}
+    plain, theirs = pair("causal", rope_config(**sizes), tmp_path)
+    config = rope_config(**sizes, rope_scaling=entry)
+    ours = Phi3ForCausalLM.from_pretrained(tmp_path, config=config)
+    inside = {"original_max_position_embeddings": 16, "rope_theta": config.rope_theta} | entry
+    llama = transformers.LlamaConfig(
+        hidden_size=48, num_attention_heads=4, max_position_embeddings=16, rope_parameters=inside
+    )
+    formula = ROPE_INIT_FUNCTIONS[entry["rope_type"]]
+    inv_freq, scaling = formula(llama, torch.device("cpu"), seq_len=LENGTH)
+    theirs.model.rotary_emb.inv_freq = inv_freq
+    theirs.model.rotary_emb.attention_scaling = scaling
+    ids = random_ids(config, np.ones((2, LENGTH), np.int64))
+    ref = theirs(torch.tensor(ids), use_cache=False).logits
+    assert distance(run(ours, input_ids=ids).logits, ref) <= TOLERANCE
+    assert distance(run(plain, input_ids=ids).logits, ref) > 1e-3, "the type changes nothing here"
+
+
+def test_dynamic_base_by_the_row():
+    config = rope_config(
+        max_position_embeddings=16,
+        original_max_position_embeddings=16,
+        rope_scaling={"rope_type": "dynamic", "factor": 2.5},
+    )
+    model = Phi3ForCausalLM(config)
+    mask = row_lengths([LENGTH, 10], "right")
+    ids = random_ids(config, mask)
+    together = run(model, input_ids=ids, attention_mask=mask).logits
+    short = run(model, input_ids=ids[1:, :10]).logits
+    assert distance(together[1:, :10], short) <= TOLERANCE
+
+
+def test_early_yarn(tmp_path):
+    """Longrope's lists with YaRN's attention factor, 0.1 ln s + 1."""
+    stretch = 64 / ORIGINAL
+    written = longrope(attention_factor=0.1 * np.log(stretch) + 1) | {
+        "original_max_position_embeddings": ORIGINAL
+    }
+    _, theirs = pair("causal", rope_config(**written), tmp_path)
+    early = longrope(type="yarn") | {"original_max_position_embeddings": ORIGINAL}
+    ours = Phi3ForCausalLM.from_pretrained(tmp_path, config=rope_config(**early))
+    for length in (ORIGINAL, LENGTH):
+        mask = np.ones((1, length), np.int64)
+        ids = random_ids(ours.config, mask)
+        assert distance(run(ours, input_ids=ids).logits, alone(theirs, ids, mask)) <= TOLERANCE
