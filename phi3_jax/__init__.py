@@ -1,4 +1,4 @@
-"""The Phi-3 family in JAX and Flax: models, rope scalings, conversion and generation that match transformers."""
+"""The Phi-3 family in JAX and Flax: models, rope scalings, conversion, generation that match transformers."""
 
 from phi3_jax.checkpoint import CheckpointError, convert_checkpoint
 from phi3_jax.config import Phi3Config

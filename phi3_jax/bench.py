@@ -21,6 +21,9 @@ from rich.table import Table
 
 from phi3_jax.config import Phi3Config
 
+PAUSE = 0.5
+"""Seconds before a turn, in which the other side's OpenMP threads stop spinning."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -56,11 +59,11 @@ def run_bench(
     with tempfile.TemporaryDirectory(prefix="phi3-jax-bench-") as scratch:
         path = _model_path(model, layers, dtype, Path(scratch) / "model", cache_dir)
         work = Work(path, dtype, batch, prompt_tokens, new_tokens)
-        sides = {"phi3-jax": _ours}
+        sides: dict[str, Callable[[Work], Turn]] = {"phi3-jax": _ours}
         if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
             sides["transformers"] = _theirs
         results = _take_turns(sides, work, rounds)
-        _print_table(results, work, Phi3Config.from_pretrained(path))
+        _print_table(model or path.name, results, work, Phi3Config.from_pretrained(path))
 
 
 def _model_path(
@@ -96,6 +99,7 @@ def _take_turns(
             _ask(name, here)  # loaded, compiled and warm before the next one starts
         for _ in range(rounds):
             for name, (_, connection) in workers.items():
+                time.sleep(PAUSE)
                 connection.send("run")
                 results[name].append(_ask(name, connection))
     finally:
@@ -186,9 +190,11 @@ def _theirs(work: Work) -> Turn:
     return turn
 
 
-def _print_table(results: dict[str, list[tuple[float, float]]], work: Work, config: Phi3Config) -> None:
+def _print_table(
+    label: str, results: dict[str, list[tuple[float, float]]], work: Work, config: Phi3Config
+) -> None:
     table = Table(
-        title=f"{work.model.name}, {config.num_hidden_layers} layers, {work.dtype}, batch {work.batch}, "
+        title=f"{label}, {config.num_hidden_layers} layers, {work.dtype}, batch {work.batch}, "
         f"{work.prompt_tokens}-token prompt, {work.new_tokens} steps, median of {len(results['phi3-jax'])}"
     )
     table.add_column("")
@@ -197,7 +203,9 @@ def _print_table(results: dict[str, list[tuple[float, float]]], work: Work, conf
     if len(results) == 2:
         table.add_column("ratio", justify="right")
 
-    prefill, decode = [{name: [run[part] for run in runs] for name, runs in results.items()} for part in (0, 1)]
+    prefill, decode = [
+        {name: [run[part] for run in runs] for name, runs in results.items()} for part in (0, 1)
+    ]
     prompt = work.batch * work.prompt_tokens
     made = work.batch * work.new_tokens
     moved = work.new_tokens * _bytes_a_step(config, work)
@@ -209,9 +217,14 @@ def _print_table(results: dict[str, list[tuple[float, float]]], work: Work, conf
 
 
 def _add_row(
-    table: Table, label: str, seconds: dict[str, list[float]], show: Callable[[float], str], *, ratio: bool = False
+    table: Table,
+    label: str,
+    seconds: dict[str, list[float]],
+    show: Callable[[float], str],
+    *,
+    ratio: bool = False,
 ) -> None:
-    """A row of medians and, where there are two sides, the median of the turns' ratios: above 1 ours is faster."""
+    """A row of medians and, with two sides, the median of the turns' ratios: above 1 ours is faster."""
     cells = [show(statistics.median(times)) for times in seconds.values()]
     if len(seconds) == 2:
         ours, theirs = seconds.values()

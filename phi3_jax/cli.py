@@ -18,35 +18,49 @@ app = typer.Typer(
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="A directory, a .gguf file or a hub name; default: SmolLM2-135M-Instruct, fetched once."),
+    typer.Option(
+        help="A directory, a .gguf file or a hub name; default: SmolLM2-135M-Instruct, fetched once."
+    ),
 ]
 CacheOption = Annotated[
     Path | None,
     typer.Option(
-        envvar="PHI3_JAX_CACHE", help="Where the default model and compiled programs are kept.", file_okay=False
+        envvar="PHI3_JAX_CACHE",
+        help="Where the default model and compiled programs are kept.",
+        file_okay=False,
     ),
 ]
 
 
 @app.callback()
 def common(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is loaded and compiled.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what is loaded and compiled.")
+    ] = False,
 ) -> None:
     """The Phi-3 family in JAX: generate, convert, measure."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+    )
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; read from standard input if absent or -.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; read from standard input if absent or -.")
+    ] = None,
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens of this total probability.")
+    ] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from this many tokens; 0: from all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
     system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without a template.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Of parameters and activations.")] = "bfloat16",
     cache_dir: CacheOption = None,
 ) -> None:
@@ -111,7 +125,9 @@ def _figures(prompt_tokens: int, arrivals: list[float]) -> str:
 def convert(
     source: Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub name.")],
     destination: Annotated[Path, typer.Argument(help="The directory to write.", file_okay=False)],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest file, such as 5GB.")] = "5GB",
 ) -> None:
     """Rewrite a checkpoint as safetensors with config and tokenizer, as transformers reads it."""
@@ -158,7 +174,7 @@ def keep_compiled_programs(cache_dir: Path | None) -> None:
 
     from phi3_jax.checkpoint.default_model import cache_folder
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -167,12 +183,12 @@ def main() -> NoReturn:
     """Runs the command; what the user can mend is one line on standard error, not a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, PermissionError, TypeError) as error:
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except (ValueError, OSError, TypeError) as error:
         print(f"phi3-jax: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
     sys.exit(0)

@@ -206,8 +206,13 @@ def write_file(source: TensorSource, names: Iterable[str], path: Path) -> None:
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = np.ascontiguousarray(source.read(name), dtype=source.dtype(name))
-            file.write(tensor.reshape(-1).view(np.uint8).data)
+            # Without a name, which would keep it until the next one is read.
+            file.write(
+                np.ascontiguousarray(source.read(name), dtype=source.dtype(name))
+                .reshape(-1)
+                .view(np.uint8)
+                .data
+            )
 
 
 def _size(source: TensorSource, name: str) -> int:

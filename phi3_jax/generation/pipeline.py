@@ -57,7 +57,9 @@ class Pipeline:
         return cls(CompiledModel(model), tokenizer, end_tokens(generation, model, tokenizer))
 
 
-def end_tokens(generation: dict[str, Any], model: Phi3ForCausalLM, tokenizer: Phi3Tokenizer) -> frozenset[int]:
+def end_tokens(
+    generation: dict[str, Any], model: Phi3ForCausalLM, tokenizer: Phi3Tokenizer
+) -> frozenset[int]:
     """Every token that ends an answer: `generation_config.json`'s list, or what config and tokenizer tell."""
     given = generation.get("eos_token_id")
     if given is not None:

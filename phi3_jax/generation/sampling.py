@@ -13,8 +13,8 @@ def filter_logits(
 ) -> Float[Array, "B V"]:
     """Logits scaled by 1 / temperature, with all but the likely tokens at minus infinity.
 
-    First the `top_k` most likely remain (0: all), then the fewest of those whose probabilities sum to at least
-    `top_p` (1: all), at least one: the order and the rules of transformers' warpers.
+    First the `top_k` most likely remain (0: all), then the fewest of those whose probabilities sum to at
+    least `top_p` (1: all), at least one: the order and the rules of transformers' warpers.
     """
     logits = logits.astype(jnp.float32) / temperature
     ranked = jnp.sort(logits, axis=-1, descending=True)

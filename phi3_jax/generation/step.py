@@ -1,4 +1,4 @@
-"""One compiled step: new tokens in, the next token and the updated cache out. Prefill and decode are both it."""
+"""One compiled step, prefill and decode alike: new tokens in, the next token and the updated cache out."""
 
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ class CompiledModel:
         self.model = model
         self._leaves, structure = jax.tree.flatten(model)
 
-        def step(leaves, ids, mask, cache, rope_length, key, sampling):  # type: ignore[no-untyped-def]
+        def step(leaves, ids, mask, cache, rope_length, key, sampling):
             model: Phi3ForCausalLM = jax.tree.unflatten(structure, leaves)
             out = model(
                 ids,
@@ -56,10 +56,10 @@ class CompiledModel:
 
     def step(
         self,
-        ids: Int[Array, "B T"],
-        mask: Int[Array, "B T"],
+        ids: Int[Array | np.ndarray, "B T"],
+        mask: Int[Array | np.ndarray, "B T"],
         cache: KVCache,
-        rope_length: Int[Array, " B"],
+        rope_length: Int[Array | np.ndarray, " B"],
         key: Key[Array, ""] | None,
         sampling: Sampling,
     ) -> tuple[Int[Array, " B"], KVCache]:
@@ -67,7 +67,8 @@ class CompiledModel:
 
         `rope_length` is the length that chooses each row's rope list, when it is more than the cache's.
         """
-        return self._step(self._leaves, ids, mask, cache, rope_length, key, tuple(sampling) if key is not None else ())
+        settings = () if key is None else tuple(sampling)
+        return self._step(self._leaves, ids, mask, cache, rope_length, key, settings)
 
     def prefill(
         self,
@@ -104,6 +105,6 @@ def padded_length(length: int) -> int:
 
 
 def cache_length(slots: int) -> int:
-    """The cache size for `slots`: in steps of 128 up to 1,024, above it in eighths of the next power of two."""
+    """The cache size for `slots`: in steps of 128 up to 1,024, above in eighths of the next power of two."""
     step = max(128, 1 << max((slots - 1).bit_length() - 3, 0))
     return -(-slots // step) * step

@@ -75,7 +75,7 @@ def _attend(
     batch, length, kv_heads, groups, width = query.shape
     rows = groups * length
     dtype = jnp.promote_types(query.dtype, key.dtype)  # a float32 cache is read as it is, never cast down
-    folded = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width).astype(dtype)  # [B, K, G * T, H]
+    folded = query.astype(dtype).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width)
     scores = jnp.einsum("BKRH,BKSH->BKRS", pad_single_row(folded), key, preferred_element_type=jnp.float32)
     scores = scores[:, :, :rows].reshape(batch, kv_heads * groups, length, -1) * scale  # [B, N, T, S]
     if mask.dtype == jnp.bool:

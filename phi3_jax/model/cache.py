@@ -15,8 +15,8 @@ from phi3_jax.config import Phi3Config
 class KVCache:
     """Keys and values of every layer in preallocated slots, and what is known of each row.
 
-    Slots are filled in order, padding included, so a row's slots `[0, length)` are used and `mask` says which
-    of them hold a token. Pass it donated (`jax.jit(..., donate_argnames="cache")`) and it is updated in place.
+    Slots are filled in order, padding included, so a row's slots `[0, length)` are used and `mask` says
+    which of them hold a token. Donated (`jax.jit(..., donate_argnames="cache")`), it is updated in place.
     """
 
     keys: list[Float[Array, "B K S H"]]
@@ -61,7 +61,7 @@ class KVCache:
 
     def get_seq_length(self) -> int:
         """The most slots that any row uses (padding included), as a Python int; not under `jit`."""
-        return int(np.max(self.length))  # not jnp: a trace around it would trace this too
+        return int(np.asarray(self.length).max())  # jnp would be traced where a trace is under way
 
     def resize(self, max_length: int) -> "KVCache":
         """The same cache with `max_length` slots a row; the used ones must fit."""

@@ -55,7 +55,8 @@ class Phi3Attention(nnx.Module):
         present = None
         if past is not None:
             past_keys, past_values, start = past
-            present = keys, values = write_slots((past_keys, past_values), (keys, values), start)
+            keys, values = write_slots((past_keys, past_values), (keys, values), start)
+            present = keys, values
         out, weights = attention(
             queries,
             keys,
@@ -128,7 +129,7 @@ class Phi3Model(Phi3PreTrainedModel):
         dtype = jnp.dtype(dtype)
         activation(config.hidden_act)  # an unknown name fails here, not in the first forward
         self.config = config
-        self.remat_policy: Callable[..., bool] | str | None = None
+        self.remat_policy: Callable[..., bool] | None = None
         self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -173,16 +174,16 @@ class Phi3Model(Phi3PreTrainedModel):
             past_key_values: the cache so far. Its slots must have room; a full one is an error outside `jit`,
                 inside, where its length is not known, make it long enough.
             inputs_embeds: given instead of `input_ids`.
-            use_cache: return a cache; default: only if one was given. Without one, a new one is made with room
-                for at least 128 more tokens (make your own with `init_cache`).
+            use_cache: return a cache; default: only if one was given. Without one, a new one is made with
+                room for at least 128 more tokens (make your own with `init_cache`).
             output_attentions: return the probabilities of every layer.
             output_hidden_states: return the embeddings and every layer's output.
-            rngs: randomness for dropout, as a key or an `nnx.Rngs` with a `dropout` stream; None: no dropout.
+            rngs: for dropout, a key or an `nnx.Rngs` with a `dropout` stream; None: no dropout.
             inv_freq: rope frequencies in place of the config's, [rotary_dim / 2] or [B, rotary_dim / 2].
             attention_scaling: factor on cosine and sine in place of the config's, a scalar or [B].
-            rope_length: the length by which each row's longrope list (or dynamic base) is chosen, at least its
-                tokens so far. Give a prompt's whole length when it comes in chunks. Default: tokens so far, or
-                what the cache was computed with if that is more.
+            rope_length: the length by which each row's longrope list (or dynamic base) is chosen. Give a
+                prompt's whole length when it comes in chunks. Default: its tokens so far, or what the cache
+                was computed with if that is more.
 
         Raises:
             ValueError: shapes that do not fit, ids outside the vocabulary, a sequence beyond the cache.
@@ -207,7 +208,7 @@ class Phi3Model(Phi3PreTrainedModel):
             mask = causal_mask(where.slots, where.key_mask, config.sliding_window)
 
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
-        x = self.embed_tokens(new.input_ids) if new.inputs_embeds is None else new.inputs_embeds
+        x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
         x = dropout(
             x.astype(self.dtype), config.embd_pdrop, None if key is None else jax.random.fold_in(key, 0)
         )
@@ -217,7 +218,7 @@ class Phi3Model(Phi3PreTrainedModel):
         for index, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[index], cache.values[index], cache.length)
             layer_key = None if key is None else jax.random.fold_in(key, index + 1)
-            run = _run_layer
+            run: Callable[..., Any] = _run_layer
             if self.remat_policy is not None:
                 run = jax.checkpoint(run, policy=self.remat_policy, static_argnums=(5,))
             x, weights, present = run(layer, x, tables, mask, past, output_attentions, layer_key)

@@ -242,7 +242,7 @@ def _carried(out: BaseModelOutputWithPast) -> dict[str, Any]:
 
 
 def _batch_shape(input_ids: Any, decoder_arguments: dict[str, Any]) -> tuple[int, int]:
-    given = decoder_arguments.get("inputs_embeds") if input_ids is None else input_ids
+    given: Any = decoder_arguments.get("inputs_embeds") if input_ids is None else input_ids
     shape = np.shape(given)
     if len(shape) < 2:
         raise ValueError(f"input_ids has shape {list(shape)}; expected [batch, length]")

@@ -63,7 +63,8 @@ def check(
         inputs_embeds = jnp.asarray(inputs_embeds)
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
             raise ValueError(
-                f"inputs_embeds has shape {inputs_embeds.shape}; expected [batch, length, {config.hidden_size}]"
+                f"inputs_embeds has shape {inputs_embeds.shape}; "
+                f"expected [batch, length, {config.hidden_size}]"
             )
         batch, length = inputs_embeds.shape[:2]
     else:
@@ -91,7 +92,8 @@ def _check_ids(config: Phi3Config, input_ids: Any) -> Array:
         input_ids = np.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(
-            f"input_ids is {input_ids.dtype}{list(input_ids.shape)}; expected integers of shape [batch, length]"
+            f"input_ids is {input_ids.dtype}{list(input_ids.shape)}; "
+            "expected integers of shape [batch, length]"
         )
     if known(input_ids) and input_ids.size:
         values = np.asarray(input_ids)
@@ -109,14 +111,14 @@ def _check_cache(config: Phi3Config, cache: KVCache, batch: int, length: int) ->
     expected = (batch, config.num_key_value_heads, cache.max_length, config.head_dim)
     if len(cache.keys) != config.num_hidden_layers or cache.keys[0].shape != expected:
         raise ValueError(
-            f"past_key_values has {len(cache.keys)} layers of shape {cache.keys[0].shape}; this model and batch "
-            f"need {config.num_hidden_layers} of shape {expected}"
+            f"past_key_values has {len(cache.keys)} layers of shape {cache.keys[0].shape}; this model and "
+            f"batch need {config.num_hidden_layers} of shape {expected}"
         )
     used = cache.get_seq_length() if known(cache.length) else 0
     if used + length > cache.max_length:
         raise ValueError(
-            f"the cache has {cache.max_length} slots a row: {used} are used and {length} more tokens do not fit; "
-            f"make it with init_cache(batch_size, {used + length}) or enlarge it with resize({used + length})"
+            f"the cache has {cache.max_length} slots a row: {used} are used and {length} more tokens do not "
+            f"fit; make it with init_cache(batch_size, {used + length}) or enlarge it with resize({used + length})"
         )
 
 
@@ -144,8 +146,8 @@ def _check_mask(
         used = cache.get_seq_length()
         if mask.shape[1] not in (used + length, cache.max_length):
             raise ValueError(
-                f"attention_mask covers {mask.shape[1]} tokens; expected the {length} new ones, those and the "
-                f"{used} cached ones, or all {cache.max_length} slots"
+                f"attention_mask covers {mask.shape[1]} tokens; expected the {length} new ones, those and "
+                f"the {used} cached ones, or all {cache.max_length} slots"
             )
     return mask.astype(bool), None
 

@@ -15,8 +15,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Mean cross entropy over the labels that are not -100; 0 when all are.
 
-    With `num_items_in_batch` it is the sum divided by that count instead: shards and accumulated micro-batches
-    that share one count then add up to the loss of the whole batch.
+    With `num_items_in_batch` it is the sum divided by that count instead: shards and accumulated
+    micro-batches that share one count then add up to the loss of the whole batch.
     """
     counted = labels != IGNORE_INDEX
     losses = optax.softmax_cross_entropy_with_integer_labels(

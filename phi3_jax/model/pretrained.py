@@ -83,7 +83,7 @@ class Phi3PreTrainedModel(nnx.Module):
             rngs: for new rows that are drawn.
 
         Raises:
-            ValueError: no row would be left, or a token that the config names (pad, bos, eos) would be cut off.
+            ValueError: no row would be left, or a token that the config names (pad, bos, eos) would go.
         """
         if pad_to_multiple_of is not None:
             if pad_to_multiple_of < 1:
@@ -123,7 +123,7 @@ class Phi3PreTrainedModel(nnx.Module):
         return load_model(cls, name_or_path, **options)
 
     def save_pretrained(self, directory: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
-        """Writes `config.json` and safetensors that transformers loads, see `phi3_jax.checkpoint.save_model`."""
+        """Writes `config.json` and safetensors for transformers too; see `phi3_jax.checkpoint.save_model`."""
         from phi3_jax.checkpoint import save_model
 
         save_model(self, directory, max_shard_size=max_shard_size)

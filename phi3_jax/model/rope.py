@@ -1,6 +1,7 @@
 """Rotary position embeddings: which frequencies, their cosines and sines, and the rotation itself."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.config import Phi3Config
@@ -55,8 +56,8 @@ def apply_rope(
 
 
 def rope_list_changes(
-    config: Phi3Config, before: Int[Array, " B"], after: Int[Array, " B"]
-) -> Bool[Array, " B"]:
+    config: Phi3Config, before: Int[Array | np.ndarray, " B"], after: Int[Array | np.ndarray, " B"]
+) -> Bool[Array | np.ndarray, " B"]:
     """Rows whose cached keys were computed under another frequency list than their new length asks for.
 
     Such a row must be computed again from its first token: from the second layer on, keys depend on hidden

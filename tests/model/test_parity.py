@@ -58,3 +58,20 @@ def test_causal_lm(case, side, tmp_path):
 
     ref.loss.backward()
     assert_same_gradients(ours_gradient, theirs, TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_token_in_view(tied, tmp_path):
+    """The embedding row of a padding token in view gets no gradient from look-ups, only from a tied head."""
+    config = small_config(num_hidden_layers=2, tie_word_embeddings=tied)
+    ours, theirs = pair("causal", config, tmp_path)
+    mask = np.ones((2, LENGTH), np.int64)
+    ids = random_ids(config, mask)
+    ids[:, [0, 7]] = config.pad_token_id
+    out, ours_gradient = gradients(ours, input_ids=ids, attention_mask=mask, labels=ids)
+    ref = run_theirs(theirs, ids, mask, labels=torch.tensor(ids))
+    ref.loss.backward()
+    assert distance(out.loss, ref.loss) <= TOLERANCE
+    assert_same_gradients(ours_gradient, theirs, TOLERANCE)
+    row = ours_gradient["model.embed_tokens.weight"][config.pad_token_id]
+    assert bool(np.abs(row).max() > 0) is tied
