@@ -174,7 +174,7 @@ def keep_compiled_programs(cache_dir: Path | None) -> None:
 
     from phi3_jax.checkpoint.default_model import cache_folder
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # set at run time
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
