@@ -281,10 +281,11 @@ def test_head_that_the_checkpoint_lacks(tmp_path: Path) -> None:
 # Writing.
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_destination(folder: Path, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
+    if os.access(closed, os.W_OK):
+        pytest.skip("this user may write everywhere")
     for write in (convert_checkpoint, lambda _, to: Phi3ForCausalLM(small_config()).save_pretrained(to)):
         for target in (closed, closed / "new"):
             with pytest.raises(
