@@ -34,7 +34,8 @@ def folder() -> Path:
 def test_answer(folder: Path, dtype: str) -> None:
     pipeline = Pipeline.load(folder, dtype=dtype)
     tokenizer = pipeline.tokenizer
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
+    messages = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     tokens = stream_tokens(pipeline.compiled, prompt, max_new_tokens=50, end_tokens=pipeline.end_tokens)
     answer = list(tokens)
     assert answer == ANSWER

@@ -19,7 +19,9 @@ def filter_logits(
     logits = logits.astype(jnp.float32) / temperature
     ranked = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
-    ranked = jnp.where((rank < top_k) | (top_k <= 0), ranked, -jnp.inf)
+    kept = jnp.where(top_k <= 0, logits.shape[-1], jnp.minimum(top_k, logits.shape[-1]))
+    last = jnp.take_along_axis(ranked, jnp.broadcast_to(kept - 1, (*ranked.shape[:-1], 1)), axis=-1)
+    ranked = jnp.where(ranked >= last, ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     keep = (rank == 0) | ((before < top_p) & (ranked > -jnp.inf)) | ((top_p >= 1.0) & (ranked > -jnp.inf))

@@ -6,8 +6,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from phi3_jax.model.layers import dropout, pad_single_row
 
-QUERY_BLOCK = 1024
-"""Queries attended at a time, so that scores never take more than QUERY_BLOCK x S a head."""
+QUERY_BLOCK = 128
+"""Queries attended at a time, so that scores take QUERY_BLOCK x S a head: what CPU caches can hold."""
 
 
 def attention(
@@ -74,7 +74,9 @@ def _attend(
 ) -> tuple[Array, Array]:
     batch, length, kv_heads, groups, width = query.shape
     rows = groups * length
-    dtype = jnp.promote_types(query.dtype, key.dtype)  # a float32 cache is read as it is, never cast down
+    # A decode step reads a float32 cache as it is; with more queries, casting it first pays.
+    dtype = jnp.promote_types(query.dtype, key.dtype) if length == 1 else query.dtype
+    key, value = key.astype(dtype), value.astype(dtype)
     folded = query.astype(dtype).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width)
     scores = jnp.einsum("BKRH,BKSH->BKRS", pad_single_row(folded), key, preferred_element_type=jnp.float32)
     scores = scores[:, :, :rows].reshape(batch, kv_heads * groups, length, -1) * scale  # [B, N, T, S]

@@ -44,12 +44,13 @@ class Phi3Attention(nnx.Module):
         tables: tuple[Array, Array],
         mask: Array,
         past: tuple[Array, Array, Array] | None,
+        keep: int,
         output_attentions: bool,
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], Array | None, tuple[Array, Array] | None]:
+    ) -> tuple[Float[Array, "B kept D"], Array | None, tuple[Array, Array] | None]:
         """`past` is this layer's cached keys and values and each row's first free slot."""
         qkv = self.qkv_proj(x).astype(x.dtype)  # [B, T, K, G + 2, H]
-        queries = apply_rope(qkv[..., :-2, :], *tables)
+        queries = apply_rope(qkv[:, -keep:, :, :-2], *(table[:, -keep:] for table in tables))
         keys = apply_rope(qkv[..., -2, :], *tables).swapaxes(1, 2)  # [B, K, T, H]
         values = qkv[..., -1, :].swapaxes(1, 2)
         present = None
@@ -61,7 +62,7 @@ class Phi3Attention(nnx.Module):
             queries,
             keys,
             values,
-            mask,
+            mask[:, :, -keep:],
             scale=self.scale,
             dropout_rate=self.attention_dropout,
             dropout_key=key,
@@ -103,14 +104,16 @@ class Phi3DecoderLayer(nnx.Module):
         tables: tuple[Array, Array],
         mask: Array,
         past: tuple[Array, Array, Array] | None = None,
+        keep: int = 0,
         output_attentions: bool = False,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Array | None, tuple[Array, Array] | None]:
+    ) -> tuple[Float[Array, "B kept D"], Array | None, tuple[Array, Array] | None]:
+        """The output at the last `keep` positions (0: at all), attention weights, and the new cache."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         attended, weights, present = self.self_attn(
-            self.input_layernorm(x), tables, mask, past, output_attentions, keys[0]
+            self.input_layernorm(x), tables, mask, past, keep, output_attentions, keys[0]
         )
-        x = x + dropout(attended, self.resid_pdrop, keys[1])
+        x = x[:, -keep:] + dropout(attended, self.resid_pdrop, keys[1])
         x = x + dropout(self.mlp(self.post_attention_layernorm(x)), self.resid_pdrop, keys[2])
         return x, weights, present
 
@@ -162,6 +165,7 @@ class Phi3Model(Phi3PreTrainedModel):
         inv_freq: Float[Array, "..."] | None = None,
         attention_scaling: Float[Array, "..."] | float | None = None,
         rope_length: Int[Array, " B"] | None = None,
+        hidden_states_to_keep: int = 0,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder over new tokens, after those in the cache if there is one.
 
@@ -184,6 +188,8 @@ class Phi3Model(Phi3PreTrainedModel):
             rope_length: the length by which each row's longrope list (or dynamic base) is chosen. Give a
                 prompt's whole length when it comes in chunks. Default: its tokens so far, or what the cache
                 was computed with if that is more.
+            hidden_states_to_keep: n: give `last_hidden_state` at the last n positions only, and spare the
+                last layer the work on the others; 0: at all.
 
         Raises:
             ValueError: shapes that do not fit, ids outside the vocabulary, a sequence beyond the cache.
@@ -215,13 +221,15 @@ class Phi3Model(Phi3PreTrainedModel):
 
         hidden_states, attentions = [x], []
         keys, values = [], []
+        spare = not (output_hidden_states or output_attentions)
         for index, layer in enumerate(self.layers):
+            keep = hidden_states_to_keep if spare and index == len(self.layers) - 1 else 0
             past = None if cache is None else (cache.keys[index], cache.values[index], cache.length)
             layer_key = None if key is None else jax.random.fold_in(key, index + 1)
             run: Callable[..., Any] = _run_layer
             if self.remat_policy is not None:
-                run = jax.checkpoint(run, policy=self.remat_policy, static_argnums=(5,))
-            x, weights, present = run(layer, x, tables, mask, past, output_attentions, layer_key)
+                run = jax.checkpoint(run, policy=self.remat_policy, static_argnums=(5, 6))
+            x, weights, present = run(layer, x, tables, mask, past, keep, output_attentions, layer_key)
             hidden_states.append(x)
             attentions.append(weights)
             if present is not None:
@@ -239,22 +247,23 @@ class Phi3Model(Phi3PreTrainedModel):
                 rope_length=rope_length,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=x,
+            last_hidden_state=x[:, -hidden_states_to_keep:],
             past_key_values=cache if use_cache or use_cache is None else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
 
 
-@partial(jax.jit, static_argnums=(5,))
+@partial(jax.jit, static_argnums=(5, 6))
 def _run_layer(
     layer: Phi3DecoderLayer,
     x: Array,
     tables: tuple[Array, Array],
     mask: Array,
     past: tuple[Array, Array, Array] | None,
+    keep: int,
     output_attentions: bool,
     key: Array | None,
 ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
     """One layer, as a function that JAX traces once for all layers; XLA inlines it again."""
-    return layer(x, tables, mask, past, output_attentions, key)
+    return layer(x, tables, mask, past, keep, output_attentions, key)

@@ -83,8 +83,9 @@ class Phi3ForCausalLM(_Headed):
             labels = _checked_labels(
                 labels, _batch_shape(input_ids, decoder_arguments), self.config.vocab_size
             )
-        out = self.model(input_ids, attention_mask, **decoder_arguments)
-        x = _kept(out.last_hidden_state, keep)
+        last = int(keep) if np.ndim(keep) == 0 else 0
+        out = self.model(input_ids, attention_mask, hidden_states_to_keep=last, **decoder_arguments)
+        x = out.last_hidden_state if np.ndim(keep) == 0 else _kept(out.last_hidden_state, keep)
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = matmul(x, weight[...])
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)

@@ -118,7 +118,8 @@ def _check_cache(config: Phi3Config, cache: KVCache, batch: int, length: int) ->
     if used + length > cache.max_length:
         raise ValueError(
             f"the cache has {cache.max_length} slots a row: {used} are used and {length} more tokens do not "
-            f"fit; make it with init_cache(batch_size, {used + length}) or enlarge it with resize({used + length})"
+            f"fit; make it with init_cache(batch_size, {used + length}) or enlarge it with "
+            f"resize({used + length})"
         )
 
 

@@ -1,5 +1,6 @@
 """The three heads against transformers: logits, losses, gradients, and what they refuse."""
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -295,3 +296,35 @@ def test_every_label_ignored(kind):
     out, gradient = gradients(model, input_ids=ids, labels=labels)
     assert out.loss == 0
     assert all((value == 0).all() for value in gradient.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}, {"tie_word_embeddings": True}])
+def test_last_logits_spare_the_last_layer(changes, tmp_path):
+    """The last n logits, for which the last layer skips the other positions, with a cache and without."""
+    config = small_config(**changes)
+    ours, theirs = pair("causal", config, tmp_path)
+    mask = padding_mask(3, 20, "left")
+    token = mask.astype(bool)[..., None]
+    ids = random_ids(config, mask)
+    with torch.no_grad():
+        ref = run_theirs(theirs, ids, mask).logits.numpy()
+    for keep in (1, 3, 20):
+        alone = ours(ids, mask, logits_to_keep=keep)
+        cached = ours(ids, mask, logits_to_keep=keep, past_key_values=ours.init_cache(3, 32))
+        with_states = ours(ids, mask, logits_to_keep=keep, output_hidden_states=True)
+        assert with_states.hidden_states is not None
+        assert with_states.hidden_states[-1].shape[1] == 20
+        for out in (alone, cached, with_states):
+            assert distance(out.logits, ref[:, -keep:], token[:, -keep:]) <= TOLERANCE
+
+
+def test_last_logits_cost_less():
+    """The last layer's work on positions that nobody asked for is left out, not thrown away."""
+
+    def cost(keep):
+        model = Phi3ForCausalLM(small_config(num_hidden_layers=1))
+        ids = np.ones((1, 64), np.int32)
+        run = jax.jit(lambda model: model(ids, logits_to_keep=keep).logits)
+        return run.lower(model).compile().cost_analysis()["flops"]
+
+    assert cost(1) < 0.5 * cost(64)
