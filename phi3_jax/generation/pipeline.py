@@ -1,7 +1,6 @@
 """A checkpoint made ready to answer: model, tokenizer and end tokens from one path."""
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from phi3_jax.checkpoint.load import load_model
 from phi3_jax.generation.step import CompiledModel
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.tokenizer import JsonBackend, Phi3Tokenizer
-
-logger = logging.getLogger(__name__)
 
 TURN_ENDS = ("<|end|>", "<|im_end|>", "<|endoftext|>")
 """Tokens that end an answer in the family, for checkpoints without a generation_config.json."""
