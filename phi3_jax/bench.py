@@ -1,4 +1,4 @@
-"""`phi3-jax bench`: prefill and decode measured side by side with transformers on the same weights.
+"""`phi3-jax bench`: generate measured side by side with transformers' on the same weights.
 
 Each side runs in a process of its own and they take turns, so that neither's idle threads slow the other and
 both see the same noise; ratios are taken turn by turn.
@@ -10,16 +10,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 PAUSE = 0.5
 """Seconds before a turn, in which the other side's OpenMP threads stop spinning."""
@@ -27,27 +28,46 @@ PAUSE = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured."""
+    """What is measured: one call of generate, the time to its first token and that of the others."""
 
     model: Path
     dtype: str
     batch: int
     prompt_tokens: int
     new_tokens: int
+    prompt: Path | None = None
+    """A text that is answered, up to an end token, instead of random tokens that are continued."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Further arguments of generate."""
 
-    def prompt(self, vocab_size: int) -> np.ndarray:
-        ids = np.random.default_rng(0).integers(4, vocab_size, (self.batch, self.prompt_tokens))
-        return ids.astype(np.int32)
+    def ids(self, vocab_size: int) -> np.ndarray:
+        if self.prompt is None:
+            ids = np.random.default_rng(0).integers(4, vocab_size, (self.batch, self.prompt_tokens))
+            return ids.astype(np.int32)
+        messages = [{"role": "user", "content": self.prompt.read_text(encoding="utf-8")}]
+        tokenizer = Phi3Tokenizer.from_pretrained(self.model)
+        one = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return np.array([one] * self.batch, np.int32)
 
 
-Turn = Callable[[], tuple[float, float]]
-"""Runs once and gives the seconds of the prefill and of all decode steps."""
+class Times(NamedTuple):
+    """Of one run: seconds to the first token, seconds for the rest, and how many steps the rest took."""
+
+    prefill: float
+    decode: float
+    steps: int
+
+
+Turn = Callable[[], Times]
+Sides = dict[str, tuple[Callable[[Work], Turn], Work]]
 
 
 def run_bench(
     model: str | None,
     *,
     layers: int | None,
+    prompt: Path | None,
+    prompt_lookup: int | None,
     prompt_tokens: int,
     new_tokens: int,
     batch: int,
@@ -58,11 +78,14 @@ def run_bench(
     """Measures and prints a table; see the command's help for the arguments."""
     with tempfile.TemporaryDirectory(prefix="phi3-jax-bench-") as scratch:
         path = _model_path(model, layers, dtype, Path(scratch) / "model", cache_dir)
-        work = Work(path, dtype, batch, prompt_tokens, new_tokens)
-        sides: dict[str, Callable[[Work], Turn]] = {"phi3-jax": _ours}
-        if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-            sides["transformers"] = _theirs
-        results = _take_turns(sides, work, rounds)
+        work = Work(path, dtype, batch, prompt_tokens, new_tokens, prompt)
+        sides: Sides = {"phi3-jax": (_ours, work)}
+        if prompt_lookup is not None:
+            lookup = replace(work, options=(("prompt_lookup_num_tokens", prompt_lookup),))
+            sides = {f"lookup of {prompt_lookup}": (_ours, lookup), "plain": (_ours, work)}
+        elif importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+            sides["transformers"] = (_theirs, work)
+        results = _take_turns(sides, rounds)
         _print_table(model or path.name, results, work, Phi3Config.from_pretrained(path))
 
 
@@ -83,14 +106,12 @@ def _model_path(
     return default_model(cache_dir) if model is None else resolve(model)
 
 
-def _take_turns(
-    sides: dict[str, Callable[[Work], Turn]], work: Work, rounds: int
-) -> dict[str, list[tuple[float, float]]]:
+def _take_turns(sides: Sides, rounds: int) -> dict[str, list[Times]]:
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    results: dict[str, list[Times]] = {name: [] for name in sides}
     try:
-        for name, side in sides.items():
+        for name, (side, work) in sides.items():
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, side, work), daemon=True)
             process.start()
@@ -136,31 +157,39 @@ def _serve(connection: Connection, side: Callable[[Work], Turn], work: Work) -> 
 
 
 def _ours(work: Work) -> Turn:
-    import jax
-
-    from phi3_jax.generation import CompiledModel, Sampling
-    from phi3_jax.generation.step import cache_length
+    from phi3_jax.generation import CompiledModel
+    from phi3_jax.generation.generate import Call
     from phi3_jax.model import Phi3ForCausalLM
 
-    model = Phi3ForCausalLM.from_pretrained(work.model, dtype=work.dtype)
-    compiled = CompiledModel(model)
-    ids = work.prompt(model.config.vocab_size)
-    slots = cache_length(work.prompt_tokens + work.new_tokens)
-    rope_length = np.full((work.batch,), work.prompt_tokens, np.int32)
-    one = np.ones((work.batch, 1), np.int32)
+    compiled = CompiledModel(Phi3ForCausalLM.from_pretrained(work.model, dtype=work.dtype))
+    ids = work.ids(compiled.model.config.vocab_size)
+    options: dict[str, Any] = {"max_new_tokens": work.new_tokens + 1, "do_sample": False}
+    options |= dict(work.options)
+    if work.prompt is None:
+        options["eos_token_id"] = []
 
-    def turn() -> tuple[float, float]:
-        cache = jax.block_until_ready(model.init_cache(work.batch, slots))
+    def turn() -> Times:
         start = time.perf_counter()
-        token, cache = compiled.step(ids, np.ones_like(ids), cache, rope_length, None, Sampling())
-        token.block_until_ready()
+        tokens = Call(compiled, ids, np.ones_like(ids), **options).run()
+        next(tokens)
         middle = time.perf_counter()
-        for _ in range(work.new_tokens):
-            token, cache = compiled.step(token[:, None], one, cache, rope_length, None, Sampling())
-        token.block_until_ready()
-        return middle - start, time.perf_counter() - middle
+        steps = sum(1 for _ in tokens)
+        return Times(middle - start, time.perf_counter() - middle, steps)
 
     return turn
+
+
+class _Clock:
+    """A streamer for transformers that notes when tokens come; first comes the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def _theirs(work: Work) -> Turn:
@@ -168,34 +197,37 @@ def _theirs(work: Work) -> Turn:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     dtype = getattr(torch, work.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype).eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    ids = torch.tensor(work.prompt(model.config.vocab_size), dtype=torch.long, device=model.device)
+    ids = torch.tensor(work.ids(model.config.vocab_size), dtype=torch.long, device=model.device)
+    if work.prompt is None:
+        model.generation_config.eos_token_id = None
 
-    def turn() -> tuple[float, float]:
-        with torch.inference_mode():
-            start = time.perf_counter()
-            out = model(ids, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1:].argmax(-1)
-            token.cpu()
-            middle = time.perf_counter()
-            for _ in range(work.new_tokens):
-                out = model(token, past_key_values=out.past_key_values, use_cache=True)
-                token = out.logits[:, -1:].argmax(-1)
-            token.cpu()
-            return middle - start, time.perf_counter() - middle
+    def turn() -> Times:
+        clock, start = _Clock(), time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=work.new_tokens + 1,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=clock,
+        )
+        _, first, *_, last = clock.times
+        return Times(first - start, last - first, len(clock.times) - 2)
 
     return turn
 
 
-def _print_table(
-    label: str, results: dict[str, list[tuple[float, float]]], work: Work, config: Phi3Config
-) -> None:
+def _print_table(label: str, results: dict[str, list[Times]], work: Work, config: Phi3Config) -> None:
+    length = work.ids(config.vocab_size).shape[1]
+    ours = next(iter(results.values()))
     table = Table(
         title=f"{label}, {config.num_hidden_layers} layers, {work.dtype}, batch {work.batch}, "
-        f"{work.prompt_tokens}-token prompt, {work.new_tokens} steps, median of {len(results['phi3-jax'])}"
+        f"{length}-token prompt, {ours[0].steps} steps, median of {len(ours)}"
     )
     table.add_column("")
     for name in results:
@@ -203,15 +235,13 @@ def _print_table(
     if len(results) == 2:
         table.add_column("ratio", justify="right")
 
-    prefill, decode = [
-        {name: [run[part] for run in runs] for name, runs in results.items()} for part in (0, 1)
-    ]
-    prompt = work.batch * work.prompt_tokens
-    made = work.batch * work.new_tokens
-    moved = work.new_tokens * _bytes_a_step(config, work)
+    prompt = work.batch * length
+    prefill = {name: [run.prefill for run in runs] for name, runs in results.items()}
+    decode = {name: [run.decode / run.steps for run in runs] for name, runs in results.items()}
+    moved = _bytes_a_step(config, work, length)
     _add_row(table, "prefill, tokens/s", prefill, lambda seconds: f"{prompt / seconds:,.0f}", ratio=True)
-    _add_row(table, "decode, tokens/s", decode, lambda seconds: f"{made / seconds:,.1f}", ratio=True)
-    _add_row(table, "decode, ms a step", decode, lambda seconds: f"{1e3 * seconds / work.new_tokens:,.1f}")
+    _add_row(table, "decode, tokens/s", decode, lambda seconds: f"{work.batch / seconds:,.1f}", ratio=True)
+    _add_row(table, "decode, ms a token", decode, lambda seconds: f"{1e3 * seconds:,.1f}")
     _add_row(table, "decode, GB/s read", decode, lambda seconds: f"{moved / seconds / 1e9:,.1f}")
     Console().print(table)
 
@@ -233,12 +263,12 @@ def _add_row(
     table.add_row(label, *cells)
 
 
-def _bytes_a_step(config: Phi3Config, work: Work) -> float:
+def _bytes_a_step(config: Phi3Config, work: Work, prompt_tokens: int) -> float:
     """Weights that a decode step reads, and the cached keys and values at the middle of the run."""
     width = 4 if work.dtype == "float32" else 2
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     attention = (heads + config.num_attention_heads) * config.head_dim * config.hidden_size
     layer = attention + 3 * config.intermediate_size * config.hidden_size
     weights = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
-    cached = work.batch * (work.prompt_tokens + work.new_tokens / 2) * config.num_hidden_layers
+    cached = work.batch * (prompt_tokens + work.new_tokens / 2) * config.num_hidden_layers
     return width * (weights + cached * 2 * config.num_key_value_heads * config.head_dim)

@@ -4,32 +4,22 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from phi3_jax import cli_options as options
+
+if TYPE_CHECKING:
+    from phi3_jax.generation.pipeline import Pipeline
+
 app = typer.Typer(
     name="phi3-jax",
-    help="The Phi-3 family in JAX: generate, convert, measure.",
+    help="The Phi-3 family in JAX: generate, chat, convert, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        help="A directory, a .gguf file or a hub name; default: SmolLM2-135M-Instruct, fetched once."
-    ),
-]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="PHI3_JAX_CACHE",
-        help="Where the default model and compiled programs are kept.",
-        file_okay=False,
-    ),
-]
 
 
 @app.callback()
@@ -38,7 +28,7 @@ def common(
         bool, typer.Option("--verbose", "-v", help="Log what is loaded and compiled.")
     ] = False,
 ) -> None:
-    """The Phi-3 family in JAX: generate, convert, measure."""
+    """The Phi-3 family in JAX: generate, chat, convert, measure."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
     )
@@ -49,35 +39,45 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; read from standard input if absent or -.")
     ] = None,
-    model: ModelOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens of this total probability.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many tokens; 0: from all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
-    system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
+    model: options.Model = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = 0,
+    repetition_penalty: options.RepetitionPenalty = None,
+    prompt_lookup: options.PromptLookup = None,
+    num_beams: Annotated[
+        int, typer.Option(min=1, help="Follow this many answers and print the likeliest, at its end.")
+    ] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="End behind this text; may be repeated.")] = None,
+    system: options.System = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without a template.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Of parameters and activations.")] = "bfloat16",
-    cache_dir: CacheOption = None,
+    dtype: options.Dtype = "bfloat16",
+    cache_dir: options.CacheDir = None,
 ) -> None:
     """Answer one prompt; the answer comes on standard output as it is made, figures on standard error."""
-    from phi3_jax.checkpoint import default_model, resolve
-    from phi3_jax.generation import Sampling, stream_tokens
-    from phi3_jax.generation.pipeline import Pipeline
-
     if raw and system is not None:
         raise ValueError("--system needs the template that --raw leaves out; use one of them")
     text = sys.stdin.read() if prompt in (None, "-") else prompt
     assert text is not None
     if not text.strip():
         raise ValueError("the prompt is empty")
-    keep_compiled_programs(cache_dir)
-    path = default_model(cache_dir) if model is None else resolve(model)
-    pipeline = Pipeline.load(path, dtype=dtype)
+    settings = options.generation_options(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        prompt_lookup=prompt_lookup,
+    )
+    settings |= {"seed": seed, "num_beams": num_beams}
+    if stop:
+        settings["stop_strings"] = stop
+    pipeline = load_pipeline(model, dtype, cache_dir)
     tokenizer = pipeline.tokenizer
     if raw:
         ids = tokenizer.encode(text)
@@ -86,20 +86,22 @@ def generate(
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    context = pipeline.compiled.model.config.max_position_embeddings
+    settings["max_new_tokens"] = max(1, min(max_new_tokens, context - len(ids)))
+    if num_beams > 1:
+        _print_best(pipeline, ids, settings)
+    else:
+        _print_as_made(pipeline, ids, settings)
 
-    decoder = tokenizer.stream(skip_special_tokens=True)
-    sampling = Sampling(temperature, top_k, top_p)
+
+def _print_as_made(pipeline: "Pipeline", ids: list[int], settings: dict[str, Any]) -> None:
+    from phi3_jax.generation import stream_tokens
+
+    decoder = pipeline.tokenizer.stream(skip_special_tokens=True)
     arrivals: list[float] = [time.perf_counter()]
     interrupted = False
     try:
-        for token in stream_tokens(
-            pipeline.compiled,
-            ids,
-            max_new_tokens=max_new_tokens,
-            end_tokens=pipeline.end_tokens,
-            sampling=sampling,
-            seed=seed,
-        ):
+        for token in stream_tokens(pipeline.compiled, ids, tokenizer=pipeline.tokenizer, **settings):
             arrivals.append(time.perf_counter())
             print(decoder.put(token), end="", flush=True)
     except KeyboardInterrupt:
@@ -110,15 +112,68 @@ def generate(
         raise typer.Exit(130)
 
 
+def _print_best(pipeline: "Pipeline", ids: list[int], settings: dict[str, Any]) -> None:
+    """Of several beams: none is certain before all are done."""
+    from phi3_jax.generation import generate
+
+    begin = time.perf_counter()
+    mask = [[1] * len(ids)]
+    (answer,) = generate(pipeline.compiled, [ids], mask, tokenizer=pipeline.tokenizer, **settings)
+    made = answer[len(ids) :].tolist()
+    print(pipeline.tokenizer.decode(made, skip_special_tokens=True), flush=True)
+    seconds = time.perf_counter() - begin
+    print(f"[{len(ids)} prompt tokens, {len(made)} tokens after {seconds:.1f} s]", file=sys.stderr)
+
+
 def _figures(prompt_tokens: int, arrivals: list[float]) -> str:
     """Tokens per second; arrivals[0] is the start, each further one a token. The second step may compile."""
     made = len(arrivals) - 1
     if made == 0:
         return f"[{prompt_tokens} prompt tokens, interrupted before the first new one]"
-    line = f"[{prompt_tokens} prompt tokens, first new one after {arrivals[1] - arrivals[0]:.1f} s"
-    if made > 2:
-        line += f", {made} tokens, {(made - 2) / (arrivals[-1] - arrivals[2]):.1f} tokens/s"
+    line = f"[{prompt_tokens} prompt tokens, first new one after {arrivals[1] - arrivals[0]:.1f} s, {made} tokens"
+    if made > 2 and (seconds := arrivals[-1] - arrivals[2]):
+        line += f", {(made - 2) / seconds:.1f} tokens/s"
     return line + "]"
+
+
+@app.command()
+def chat(
+    model: options.Model = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = 0,
+    repetition_penalty: options.RepetitionPenalty = None,
+    prompt_lookup: options.PromptLookup = None,
+    dtype: options.Dtype = "bfloat16",
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Hold a conversation: a message a line, from the terminal or standard input; /help lists commands."""
+    settings = options.generation_options(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        prompt_lookup=prompt_lookup,
+    )
+    pipeline = load_pipeline(model, dtype, cache_dir)
+
+    from phi3_jax.chat import ChatSession
+    from phi3_jax.cli_chat import converse
+
+    session = ChatSession(
+        pipeline.compiled,
+        pipeline.tokenizer,
+        system=system,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        **settings,
+    )
+    converse(session)
 
 
 @app.command()
@@ -145,20 +200,28 @@ def bench(
         typer.Option(help="A directory, or a preset's name for random weights; default: the default model."),
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Of a preset: this many layers only.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 256,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Decode steps in a measurement.")] = 32,
+    prompt: Annotated[
+        Path | None, typer.Option(help="A text file to answer; default: random tokens.", dir_okay=False)
+    ] = None,
+    prompt_lookup: Annotated[
+        int | None, typer.Option(min=1, help="Compare drafts of so many tokens from the text with none.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens after the first.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements, ours and theirs in turn.")] = 5,
-    dtype: Annotated[str, typer.Option(help="Of parameters and activations.")] = "bfloat16",
-    cache_dir: CacheOption = None,
+    dtype: options.Dtype = "bfloat16",
+    cache_dir: options.CacheDir = None,
 ) -> None:
-    """Measure prefill and decode, side by side with transformers where it is installed."""
+    """Measure generate, side by side with transformers where it is installed."""
     from phi3_jax.bench import run_bench
 
     keep_compiled_programs(cache_dir)
     run_bench(
         model,
         layers=layers,
+        prompt=prompt,
+        prompt_lookup=prompt_lookup,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch=batch,
@@ -166,6 +229,15 @@ def bench(
         dtype=dtype,
         cache_dir=cache_dir,
     )
+
+
+def load_pipeline(model: str | None, dtype: str, cache_dir: Path | None) -> "Pipeline":
+    """The checkpoint that `--model` names, ready to answer."""
+    from phi3_jax.checkpoint import default_model, resolve
+    from phi3_jax.generation.pipeline import Pipeline
+
+    keep_compiled_programs(cache_dir)
+    return Pipeline.load(default_model(cache_dir) if model is None else resolve(model), dtype=dtype)
 
 
 def keep_compiled_programs(cache_dir: Path | None) -> None:

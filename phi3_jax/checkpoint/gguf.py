@@ -111,6 +111,10 @@ class GGUFSource:
             "generation_config.json": generation,
         }
 
+    def generation_config(self) -> dict[str, Any]:
+        """The file's special tokens as Hugging Face's generation_config.json would hold them."""
+        return generation_config(self.metadata, Vocabulary.of(self.path, self.metadata))
+
     def metadata(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key, "{arch}." standing for the file's architecture."""
         field = self._reader.get_field(key.replace("{arch}", self._architecture))

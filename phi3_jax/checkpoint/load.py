@@ -16,7 +16,8 @@ from phi3_jax.checkpoint.layout import ignorable, layout_of
 from phi3_jax.checkpoint.safetensors import SafetensorsSource, parameter_dtype, some
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 from phi3_jax.config import Phi3Config
-from phi3_jax.model import Phi3PreTrainedModel
+from phi3_jax.generation_config import GenerationConfig
+from phi3_jax.model import Phi3ForCausalLM, Phi3PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,28 @@ def load_model(
     leaves = [
         (keys, leaf.replace(values[".".join(map(str, keys))])) for keys, leaf in nnx.to_flat_state(abstract)
     ]
-    return nnx.merge(graph, nnx.from_flat_state(leaves))
+    model = nnx.merge(graph, nnx.from_flat_state(leaves))
+    if isinstance(model, Phi3ForCausalLM):
+        model.generation_config = read_generation_config(source, path, config)
+    return model
+
+
+def read_generation_config(source: TensorSource, path: Path, config: Phi3Config) -> GenerationConfig:
+    """What the checkpoint says about generation; without a word, what its config says.
+
+    Raises:
+        CheckpointError: its generation_config.json is broken.
+    """
+    try:
+        if isinstance(source, GGUFSource):
+            return GenerationConfig.from_dict(source.generation_config())
+        return GenerationConfig.from_pretrained(path)
+    except FileNotFoundError:
+        return GenerationConfig.from_model(config)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _match(

@@ -10,7 +10,7 @@ from flax import nnx
 from phi3_jax.checkpoint.atomic import atomic_directory
 from phi3_jax.checkpoint.layout import layout_of
 from phi3_jax.checkpoint.safetensors import write_tensors
-from phi3_jax.model import Phi3PreTrainedModel
+from phi3_jax.model import Phi3ForCausalLM, Phi3PreTrainedModel
 
 
 class ModelSource:
@@ -38,6 +38,8 @@ def save_model(
 ) -> None:
     """Writes `config.json` and safetensors, sharded with an index above `max_shard_size`.
 
+    For a causal language model also `generation_config.json`.
+
     Files take their names only when all are written; what else the directory holds stays.
 
     Raises:
@@ -48,4 +50,6 @@ def save_model(
     extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"} | about
     with atomic_directory(Path(directory)) as work:
         write_tensors(ModelSource(model), work, max_shard_size)
+        if isinstance(model, Phi3ForCausalLM):
+            model.generation_config.save_pretrained(work)
         config.replace(extra=extra).save_pretrained(work)

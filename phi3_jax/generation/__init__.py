@@ -1,6 +1,28 @@
-"""Generation: one compiled step, and loops around it."""
+"""Generation: steps and loops on the device, and what drives them from the host."""
 
-from phi3_jax.generation.step import CompiledModel, Sampling
-from phi3_jax.generation.stream import stream_tokens
+from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.generation.generate import generate
+from phi3_jax.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from phi3_jax.generation.processors import AllowedTokensLogitsProcessor, LogitsProcessor
+from phi3_jax.generation.sequences import Sequences
+from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from phi3_jax.generation.stream import stream_text, stream_tokens
+from phi3_jax.generation.streamers import BaseStreamer, TextIteratorStreamer, TextStreamer
 
-__all__ = ["CompiledModel", "Sampling", "stream_tokens"]
+__all__ = [
+    "AllowedTokensLogitsProcessor",
+    "BaseStreamer",
+    "CompiledModel",
+    "GenerateBeamDecoderOnlyOutput",
+    "GenerateDecoderOnlyOutput",
+    "LogitsProcessor",
+    "MaxTimeCriteria",
+    "Sequences",
+    "StopStringCriteria",
+    "StoppingCriteriaList",
+    "TextIteratorStreamer",
+    "TextStreamer",
+    "generate",
+    "stream_text",
+    "stream_tokens",
+]

@@ -8,7 +8,7 @@ from typing import Any
 from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.load import load_model
-from phi3_jax.generation.step import CompiledModel
+from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.tokenizer import JsonBackend, Phi3Tokenizer
 
@@ -22,11 +22,12 @@ class Pipeline:
 
     compiled: CompiledModel
     tokenizer: Phi3Tokenizer
-    end_tokens: frozenset[int]
 
     @classmethod
     def load(cls, path: Path, *, dtype: Any) -> "Pipeline":
         """Loads a directory in Hugging Face's layout or a GGUF file.
+
+        A checkpoint that names no end tokens gets those that its config and its tokenizer tell.
 
         Raises:
             CheckpointError: the model cannot be loaded, or it comes without a tokenizer.
@@ -37,43 +38,31 @@ class Pipeline:
                 raise CheckpointError(f"{path} holds no tokenizer")
             backend = JsonBackend(json.dumps(files["tokenizer.json"]))
             tokenizer = Phi3Tokenizer(backend, _object(files.get("tokenizer_config.json")))
-            generation = _object(files.get("generation_config.json"))
         else:
             try:
                 tokenizer = Phi3Tokenizer.from_pretrained(path)
             except FileNotFoundError as error:
                 raise CheckpointError(str(error)) from error
-            file = path / "generation_config.json"
-            generation = _read_json(file) if file.is_file() else {}
         model = load_model(Phi3ForCausalLM, path, dtype=dtype)
         if len(tokenizer) > model.config.vocab_size:
             raise CheckpointError(
                 f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}; "
                 "they belong to different models"
             )
-        return cls(CompiledModel(model), tokenizer, end_tokens(generation, model, tokenizer))
+        told = model.generation_config
+        if told.eos_token_id is None or told.extra.get("_from_model_config"):
+            model.generation_config = told.replace(eos_token_id=end_tokens(model, tokenizer))
+        return cls(CompiledModel(model), tokenizer)
 
 
-def end_tokens(
-    generation: dict[str, Any], model: Phi3ForCausalLM, tokenizer: Phi3Tokenizer
-) -> frozenset[int]:
-    """Every token that ends an answer: `generation_config.json`'s list, or what config and tokenizer tell."""
-    given = generation.get("eos_token_id")
-    if given is not None:
-        return frozenset(given if isinstance(given, list) else [given])
+def end_tokens(model: Phi3ForCausalLM, tokenizer: Phi3Tokenizer) -> list[int]:
+    """Every token that ends an answer as far as config and tokenizer tell."""
     named = (tokenizer.convert_tokens_to_ids([token])[0] for token in TURN_ENDS)
     unknown = tokenizer.unk_token_id
     found = {token for token in named if token is not None and token != unknown}
-    return frozenset({*model.config.eos_token_ids, *found})
+    return sorted({*model.config.eos_token_ids, *found})
 
 
 def _object(content: Any) -> dict[str, Any]:
     parsed = json.loads(content) if isinstance(content, str) else content
     return dict(parsed or {})
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return _object(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a valid JSON object: {error}") from error

@@ -1,42 +1,124 @@
-"""Choosing the next token from logits: pure functions, one row of logits a row of the batch."""
+"""Greedy search and sampling: choosing a token, and the loop on the device around it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.generation.forward import Records, apply_all, needs_refill, next_logits, process
+from phi3_jax.generation.state import NO_TOKEN, Settings, State, append
+from phi3_jax.model import Phi3ForCausalLM
 
 
-def filter_logits(
-    logits: Float[Array, "B V"],
-    temperature: Float[Array, ""] | float,
-    top_k: Int[Array, ""] | int,
-    top_p: Float[Array, ""] | float,
-) -> Float[Array, "B V"]:
-    """Logits scaled by 1 / temperature, with all but the likely tokens at minus infinity.
+class Report(NamedTuple):
+    """What a dispatch tells the host."""
 
-    First the `top_k` most likely remain (0: all), then the fewest of those whose probabilities sum to at
-    least `top_p` (1: all), at least one: the order and the rules of transformers' warpers.
+    tokens: Int[Array, "steps R n"]
+    """Tokens made in each step, NO_TOKEN where there is none; n is 1 without an assistant."""
+    steps: Int[Array, ""]
+    finished: Bool[Array, " R"]
+    refill: Bool[Array, " L"]
+    """Lanes to be computed again under the other rope list before they go on."""
+    records: Records
+    """Of each step, stacked."""
+
+
+def choose(
+    scores: Float[Array, "R V"], new: Int[Array, " R"], key: Key[Array, ""] | None
+) -> Int[Array, " R"]:
+    """The most likely token of each row or, with a key, one drawn from the distribution.
+
+    A draw depends on the key, the row and how many tokens the row has made: not on the batch around it.
     """
-    logits = logits.astype(jnp.float32) / temperature
-    ranked = jnp.sort(logits, axis=-1, descending=True)
-    rank = jnp.arange(logits.shape[-1])
-    kept = jnp.where(top_k <= 0, logits.shape[-1], jnp.minimum(top_k, logits.shape[-1]))
-    last = jnp.take_along_axis(ranked, jnp.broadcast_to(kept - 1, (*ranked.shape[:-1], 1)), axis=-1)
-    ranked = jnp.where(ranked >= last, ranked, -jnp.inf)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    keep = (rank == 0) | ((before < top_p) & (ranked > -jnp.inf)) | ((top_p >= 1.0) & (ranked > -jnp.inf))
-    least = jnp.min(jnp.where(keep, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def next_token(
-    logits: Float[Array, "B V"],
-    key: Key[Array, ""] | None,
-    temperature: Float[Array, ""] | float = 1.0,
-    top_k: Int[Array, ""] | int = 0,
-    top_p: Float[Array, ""] | float = 1.0,
-) -> Int[Array, " B"]:
-    """The most likely token of each row, or, with a key, one drawn from the filtered distribution."""
     if key is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, filter_logits(logits, temperature, top_k, top_p)).astype(jnp.int32)
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    keys = row_keys(key, new)
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+
+
+def row_keys(key: Key[Array, ""], new: Int[Array, " R"]) -> Key[Array, " R"]:
+    """A key for each row's next token."""
+    rows = jnp.arange(new.shape[0])
+    return jax.vmap(lambda row, made: jax.random.fold_in(jax.random.fold_in(key, row), made))(rows, new)
+
+
+def select(
+    scores: Float[Array, "R V"], state: State, settings: Settings
+) -> tuple[State, Int[Array, " R"], Float[Array, "R V"]]:
+    """The last logits processors, a token for each row, and the state with it."""
+    rows = scores.shape[0]
+    sequences = jax.tree.map(lambda x: x[:rows], state.sequences)
+    scores = apply_all(settings.after, sequences, scores)
+    tokens = choose(scores, sequences.new, settings.key)
+    made = jnp.where(state.finished[:rows], NO_TOKEN, tokens)
+    return append(state, tokens[:, None], jnp.ones_like(tokens), settings), made, scores
+
+
+def loop(
+    model: Phi3ForCausalLM,
+    state: State,
+    settings: Settings,
+    steps: Int[Array, ""] | int,
+    *,
+    most: int,
+    outputs: frozenset[str],
+) -> tuple[State, Report]:
+    """Up to `steps` <= `most` tokens for each row, without the host.
+
+    Ends early when every row has ended, a row must be computed again under another rope list, or the columns
+    are full.
+    """
+
+    def step(state: State) -> tuple[State, Int[Array, "R 1"], Records]:
+        logits, state, records = next_logits(model, state, settings, width=1, aligned=True, outputs=outputs)
+        scores = process(logits, state.sequences, settings)
+        state, tokens, scores = select(scores, state, settings)
+        own = {"logits": logits[: scores.shape[0], None], "scores": scores[:, None]}
+        return state, tokens[:, None], records | {name: own[name] for name in sorted(outputs & own.keys())}
+
+    return run_steps(step, model.config, state, settings, steps, most)
+
+
+def run_steps(
+    step: Callable[[Any], tuple[Any, Int[Array, "R n"], Records]],
+    config: Phi3Config,
+    state: Any,
+    settings: Settings,
+    steps: Int[Array, ""] | int,
+    most: int,
+    stale: Callable[[Any], Bool[Array, " L"]] | None = None,
+) -> tuple[Any, Report]:
+    """`step` again and again in a `while_loop`, what it gives stacked in a report.
+
+    `stale` tells which lanes must be computed again under another rope list; default: those of the model.
+    """
+    stale = stale or (lambda state: needs_refill(config, state, settings))
+    columns = state.sequences.ids.shape[1]
+    _, tokens_of_step, records_of_step = jax.eval_shape(step, state)
+    rows, width = tokens_of_step.shape
+    stacked = (
+        jnp.full((most, rows, width), NO_TOKEN, jnp.int32),
+        jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), records_of_step),
+    )
+
+    def go_on(carry: Any) -> Bool[Array, ""]:
+        done, state, refill, _ = carry
+        room = jnp.max(jnp.where(state.finished, 0, state.sequences.length)) + width <= columns
+        return (done < steps) & room & ~jnp.all(state.finished) & ~jnp.any(refill)
+
+    def body(carry: Any) -> Any:
+        done, state, _, stacked = carry
+        state, tokens, records = step(state)
+
+        def put(all_steps: Array, one: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(all_steps, one, done, 0)
+
+        stacked = jax.tree.map(put, stacked, (tokens, records))
+        return done + 1, state, stale(state), stacked
+
+    carry = (jnp.int32(0), state, stale(state), stacked)
+    done, state, refill, (tokens, records) = jax.lax.while_loop(go_on, body, carry)
+    return state, Report(tokens, done, state.finished[:rows], refill, records)

@@ -1,63 +1,64 @@
-"""Tokens of one answer, one by one, as they come."""
+"""An answer as it comes: an iterator of tokens, or of text."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import jax
-import numpy as np
-
-from phi3_jax.generation.step import CompiledModel, Sampling
-from phi3_jax.model.rope import rope_list_changes
+from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.generation.generate import Call
+from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 
 def stream_tokens(
-    compiled: CompiledModel,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    end_tokens: Collection[int] = (),
-    sampling: Sampling | None = None,
-    seed: int = 0,
+    model: Phi3ForCausalLM | CompiledModel, prompt: Sequence[int], **options: Any
 ) -> Iterator[int]:
-    """Yields the tokens that follow `prompt`, an end token included, after which it stops.
+    """The tokens that follow `prompt`, an end token included.
 
-    The next step is on its way before a token is looked at, so the device never waits for the host. Where the
-    sequence grows past `original_max_position_embeddings` under longrope, it is computed again with the long
-    list, as in the reference.
+    `options` are those of `Phi3ForCausalLM.generate`, for one sequence without beams. The next step is on its
+    way before a token is given out, so the device does not wait for the reader.
 
     Raises:
-        ValueError: an empty prompt, one longer than the context, sampling settings that cannot be.
+        ValueError: as `generate`, or more than one sequence is asked for; before the first token.
     """
-    config = compiled.model.config
-    sampling = sampling or Sampling()
-    sampling.check()
-    context = config.max_position_embeddings
+    call = one_answer(model, prompt, **options)
+    return (int(tokens[0]) for tokens in call.run())
+
+
+def stream_text(
+    model: Phi3ForCausalLM | CompiledModel,
+    tokenizer: Phi3Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    skip_special_tokens: bool = True,
+    **options: Any,
+) -> Iterator[str]:
+    """The text that follows `prompt` (text, or ids such as `tokenizer.apply_chat_template` gives), in pieces.
+
+    A piece ends where text is certain: not within a character of several tokens. See `stream_tokens`.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    tokens = stream_tokens(model, ids, tokenizer=tokenizer, **options)
+
+    def pieces() -> Iterator[str]:
+        decoder = tokenizer.stream(skip_special_tokens=skip_special_tokens)
+        for token in tokens:
+            if piece := decoder.put(token):
+                yield piece
+        if piece := decoder.end():
+            yield piece
+
+    return pieces()
+
+
+def one_answer(model: Phi3ForCausalLM | CompiledModel, prompt: Sequence[int], **options: Any) -> Call:
+    """A call for one sequence, whose tokens come one by one."""
+    compiled = model if isinstance(model, CompiledModel) else CompiledModel(model)
     if not len(prompt):
         raise ValueError("the prompt is empty: there is nothing to continue")
-    if len(prompt) >= context:
+    call = Call(compiled, [list(prompt)], step_by_step=True, **options)
+    if call.times > 1:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens and the model's context is {context}; shorten the prompt"
+            f"num_beams={call.config.num_beams} and num_return_sequences={call.config.num_return_sequences} "
+            "cannot be streamed: give 1 for both"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be positive")
-    limit = min(len(prompt) + max_new_tokens, context)
-    key = jax.random.key(seed)
-
-    def step_key(length: int) -> jax.Array | None:
-        return jax.random.fold_in(key, length) if sampling.temperature > 0 else None
-
-    one = np.ones((1, 1), np.int32)
-    ids = list(prompt)
-    token, cache = compiled.prefill(np.asarray(ids, np.int32), limit, step_key(len(ids)), sampling)
-    for length in range(len(prompt) + 1, limit + 1):  # tokens once `token` is among them
-        following = None
-        before, after = np.array([length - 1]), np.array([length], np.int32)
-        recompute = bool(rope_list_changes(config, before, after)[0])
-        if length < limit and not recompute:
-            following = compiled.step(token[:, None], one, cache, after, step_key(length), sampling)
-        ids.append(int(token[0]))
-        yield ids[-1]
-        if ids[-1] in end_tokens or length == limit:
-            return
-        if following is None:
-            following = compiled.prefill(np.asarray(ids, np.int32), limit, step_key(length), sampling)
-        token, cache = following
+    return call

@@ -1,19 +1,25 @@
 """Scaled dot-product attention over grouped heads; masks and cache come from outside."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from phi3_jax.model.layers import dropout, pad_single_row
+from phi3_jax.model.quantized import QuantizedVectors
 
 QUERY_BLOCK = 128
 """Queries attended at a time, so that scores take QUERY_BLOCK x S a head: what CPU caches can hold."""
 
+HEADS_BLOCK_BYTES = 4 << 20
+"""What the int8 keys that a CPU widens at a time may take in float32: again what its caches hold."""
+
 
 def attention(
     query: Float[Array, "B T K G H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    key: Float[Array, "B K S H"] | QuantizedVectors,
+    value: Float[Array, "B K S H"] | QuantizedVectors,
     mask: Bool[Array, "B #heads T S"] | Float[Array, "B #heads T S"],
     *,
     scale: float,
@@ -38,7 +44,7 @@ def attention(
     """
     length = query.shape[1]
     if output_weights or length <= QUERY_BLOCK:
-        out, weights = _attend(query, key, value, mask, scale, dropout_rate, dropout_key)
+        out, weights = _attend_at_once(query, key, value, mask, scale, dropout_rate, dropout_key)
         return out, weights if output_weights else None
 
     blocks = -(-length // QUERY_BLOCK)
@@ -56,17 +62,71 @@ def attention(
     def attend_block(block: tuple[Array, Array, Array]) -> Array:
         index, queries, visible = block
         block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return _attend(queries, key, value, visible, scale, dropout_rate, block_key)[0]
+        return _attend_at_once(queries, key, value, visible, scale, dropout_rate, block_key)[0]
 
     out = jax.lax.map(attend_block, (jnp.arange(blocks), split(query, 1), split(mask, 2)))
     out = jnp.moveaxis(out, 0, 1)  # [B, blocks, QUERY_BLOCK, K, G, H]
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], None
 
 
+def _attend_at_once(
+    query: Array,
+    key: Array | QuantizedVectors,
+    value: Array | QuantizedVectors,
+    mask: Array,
+    scale: float,
+    dropout_rate: float,
+    dropout_key: Array | None,
+) -> tuple[Array, Array]:
+    """Attention of a block of queries; on CPU some heads at a time if keys and values are int8.
+
+    XLA widens int8 inside the matrix product on TPU and GPU, and in memory on CPU.
+    """
+    if isinstance(key, Array):
+        return _attend(query, key, value, mask, scale, dropout_rate, dropout_key)
+    by_heads = partial(_attend_by_heads, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key)
+    at_once = partial(_attend, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key)
+    return jax.lax.platform_dependent(query, key, value, mask, cpu=by_heads, default=at_once)
+
+
+def _attend_by_heads(
+    query: Array,
+    key: QuantizedVectors,
+    value: QuantizedVectors,
+    mask: Array,
+    scale: float,
+    dropout_rate: float,
+    dropout_key: Array | None,
+) -> tuple[Array, Array]:
+    batch, length, kv_heads, groups, width = query.shape
+    fitting = max(HEADS_BLOCK_BYTES // (4 * key.shape[2] * width), 1)
+    heads = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= fitting)
+    blocks = batch * kv_heads // heads
+    dtype = jnp.float32 if length == 1 else query.dtype  # for a single query the faster product
+    queries = query.astype(dtype).swapaxes(1, 2).reshape(blocks, heads, length, groups, width)
+    masks = mask if mask.shape[1] == 1 else mask.reshape(blocks, heads * groups, *mask.shape[2:])
+    # Blocks are cut inside the loop: XLA copies the whole cache to split it beside an axis of length 1.
+    key, value = jax.tree.map(lambda x: x.reshape(batch * kv_heads, *x.shape[2:]), (key, value))
+
+    def attend_block(block: tuple[Array, Array]) -> tuple[Array, Array]:
+        index, queries = block
+        here = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, index * heads, heads)[None], (key, value)
+        )
+        visible = masks[index * len(masks) // blocks][None]
+        block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        return _attend(queries.swapaxes(0, 1)[None], *here, visible, scale, dropout_rate, block_key)
+
+    out, weights = jax.lax.map(attend_block, (jnp.arange(blocks), queries))
+    out = out.reshape(batch, -1, length, heads, groups, width).swapaxes(1, 2).reshape(query.shape)
+    weights = weights.reshape(batch, kv_heads * groups, length, -1)
+    return out.astype(query.dtype), weights.astype(query.dtype)
+
+
 def _attend(
     query: Array,
-    key: Array,
-    value: Array,
+    key: Array | QuantizedVectors,
+    value: Array | QuantizedVectors,
     mask: Array,
     scale: float,
     dropout_rate: float,
@@ -74,19 +134,37 @@ def _attend(
 ) -> tuple[Array, Array]:
     batch, length, kv_heads, groups, width = query.shape
     rows = groups * length
+    key, key_scale = _split(key)
+    value, value_scale = _split(value)
     # A decode step reads a float32 cache as it is; with more queries, casting it first pays.
     dtype = jnp.promote_types(query.dtype, key.dtype) if length == 1 else query.dtype
     key, value = key.astype(dtype), value.astype(dtype)
     folded = query.astype(dtype).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width)
     scores = jnp.einsum("BKRH,BKSH->BKRS", pad_single_row(folded), key, preferred_element_type=jnp.float32)
-    scores = scores[:, :, :rows].reshape(batch, kv_heads * groups, length, -1) * scale  # [B, N, T, S]
+    scores = scores[:, :, :rows]
+    if key_scale is not None:
+        scores = scores * key_scale
+    scores = scores.reshape(batch, kv_heads * groups, length, -1) * scale  # [B, N, T, S]
     if mask.dtype == jnp.bool:
         # Finite and added, as in the reference: a query that sees nothing attends everywhere alike instead of
         # giving NaN, and has the reference's gradient.
         mask = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
     scores = scores + mask.astype(jnp.float32)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    folded = dropout(weights, dropout_rate, dropout_key).reshape(batch, kv_heads, rows, -1).astype(dtype)
-    out = jnp.einsum("BKRS,BKSH->BKRH", pad_single_row(folded), value, preferred_element_type=jnp.float32)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    weights = probabilities.astype(query.dtype)
+    # Where a scale is still to come, rounding waits for the product.
+    folded = dropout(weights if value_scale is None else probabilities, dropout_rate, dropout_key)
+    folded = folded.reshape(batch, kv_heads, rows, -1)
+    if value_scale is not None:
+        folded = folded * value_scale
+    folded = pad_single_row(folded.astype(dtype))
+    out = jnp.einsum("BKRS,BKSH->BKRH", folded, value, preferred_element_type=jnp.float32)
     out = out[:, :, :rows].reshape(batch, kv_heads, groups, length, width).astype(query.dtype)
     return out.transpose(0, 3, 1, 2, 4), weights
+
+
+def _split(vectors: Array | QuantizedVectors) -> tuple[Array, Array | None]:
+    """The numbers to multiply with, and the factor [B, K, 1, S] on the products, if there is one."""
+    if isinstance(vectors, Array):
+        return vectors, None
+    return vectors.values, vectors.scale[:, :, None].astype(jnp.float32)

@@ -1,6 +1,6 @@
 """The key/value cache: a pytree that goes into the forward and comes out of it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.model.quantized import QuantizedVectors
+
+Vectors = Float[Array, "B K S H"] | QuantizedVectors
+"""One layer's keys or values."""
 
 
 @jax.tree_util.register_dataclass
@@ -15,34 +19,55 @@ from phi3_jax.config import Phi3Config
 class KVCache:
     """Keys and values of every layer in preallocated slots, and what is known of each row.
 
-    Slots are filled in order, padding included, so a row's slots `[0, length)` are used and `mask` says
-    which of them hold a token. Donated (`jax.jit(..., donate_argnames="cache")`), it is updated in place.
+    Slots are filled in order, padding included. Slot a lies at place a of S, or in a ring (`window` is then
+    given) at place a % S, where it replaces a slot that has left the window. Every array has the batch in
+    front. Donated (`jax.jit(..., donate_argnames="cache")`), the cache is updated in place.
     """
 
-    keys: list[Float[Array, "B K S H"]]
-    values: list[Float[Array, "B K S H"]]
+    keys: list[Vectors]
+    values: list[Vectors]
     length: Int[Array, " B"]
-    """Slots used."""
+    """Slots used so far."""
     mask: Bool[Array, "B S"]
-    """Slots that hold a token, not padding."""
+    """Places that hold a token, not padding."""
+    tokens: Int[Array, " B"]
+    """Tokens in each row, padding not counted: the next token's position."""
     rope_length: Int[Array, " B"]
     """The length by which the rope frequencies of the cached keys were chosen."""
+    window: int | None = field(default=None, metadata={"static": True})
+    """The sliding window that a ring was made for; None: the cache keeps every slot."""
 
     @classmethod
     def create(
-        cls, config: Phi3Config, batch_size: int, max_length: int, dtype: jnp.dtype = jnp.bfloat16
+        cls,
+        config: Phi3Config,
+        batch_size: int,
+        max_length: int,
+        dtype: jnp.dtype = jnp.bfloat16,
+        window: int | None = None,
     ) -> "KVCache":
-        """An empty cache of `max_length` slots a row."""
+        """An empty cache of `max_length` slots a row; for int8 see `QuantizedVectors`."""
+        dtype = jnp.dtype(dtype)
         if max_length < 1:
             raise ValueError(f"max_length={max_length}: a cache needs at least one slot a row")
+        if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype={dtype}: a cache holds floating-point numbers or int8")
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        layers = range(config.num_hidden_layers)
+
+        def vectors() -> list[Vectors]:
+            layers = range(config.num_hidden_layers)
+            if dtype == jnp.int8:
+                return [QuantizedVectors.zeros(shape) for _ in layers]
+            return [jnp.zeros(shape, dtype) for _ in layers]
+
         return cls(
-            keys=[jnp.zeros(shape, dtype) for _ in layers],
-            values=[jnp.zeros(shape, dtype) for _ in layers],
+            keys=vectors(),
+            values=vectors(),
             length=jnp.zeros((batch_size,), jnp.int32),
             mask=jnp.zeros((batch_size, max_length), bool),
+            tokens=jnp.zeros((batch_size,), jnp.int32),
             rope_length=jnp.zeros((batch_size,), jnp.int32),
+            window=window,
         )
 
     @property
@@ -51,20 +76,71 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
-        """Slots a row."""
+        """Slots a row that are kept: all there can be, or those of the ring."""
         return self.mask.shape[1]
 
-    @property
-    def tokens(self) -> Int[Array, " B"]:
-        """Tokens in each row, padding not counted: the next token's position."""
-        return jnp.sum(self.mask, axis=1, dtype=jnp.int32)
-
     def get_seq_length(self) -> int:
-        """The most slots that any row uses (padding included), as a Python int; not under `jit`."""
+        """The most slots that any row has used (padding included), as a Python int; not under `jit`."""
         return int(np.asarray(self.length).max())  # jnp would be traced where a trace is under way
 
+    def slots(self, length: Int[Array, " B"]) -> Int[Array, "#B S"]:
+        """Which slot lies at each place when `length` are used; below 0: none does."""
+        places = jnp.arange(self.max_length, dtype=jnp.int32)[None]
+        if self.window is None:
+            return places
+        last = length[:, None] - 1
+        return last - (last - places) % self.max_length
+
+    def rewind(self, length: Int[Array, " B"]) -> "KVCache":
+        """Each row as it was when it used `length` slots; a row that uses fewer stays as it is.
+
+        Chunks whose rows bring different numbers of tokens are fed padded on the right, and the padding is
+        then taken back by this; so are tokens that speculation got wrong. `rope_length` stays. A ring of S
+        slots remembers S - (window - 1) slots back, or goes back to the very start.
+
+        Raises:
+            ValueError: a ring would have to remember more; not seen under `jit`.
+        """
+        length = jnp.minimum(self.length, length)
+        if self.window is not None and not isinstance(length, jax.core.Tracer):
+            used, wanted = np.asarray(self.length), np.asarray(length)
+            replaced = used - self.max_length  # slots below this one
+            if ((replaced > np.maximum(wanted - (self.window - 1), 0)) & (wanted > 0)).any():
+                raise ValueError(
+                    f"rows of {used.tolist()} slots cannot go back to {wanted.tolist()}: their windows of "
+                    f"{self.window} need slots that the ring of {self.max_length} has replaced"
+                )
+        kept = self.mask & (self.slots(self.length) < length[:, None])
+        forgotten = jnp.sum(self.mask & ~kept, axis=1, dtype=jnp.int32)
+        tokens = jnp.where(length > 0, self.tokens - forgotten, 0)
+        return replace(self, length=length, mask=kept, tokens=tokens)
+
+    def take(self, rows: Int[Array, " n"]) -> "KVCache":
+        """The cache of `rows` in that order, repeated or not; a number past the batch gives its last row."""
+        return jax.tree.map(lambda x: x.at[rows].get(mode="clip"), self)
+
+    def put(self, rows: Int[Array, " n"], other: "KVCache") -> "KVCache":
+        """This cache with `rows` replaced by the rows of `other`; numbers past the batch are left out.
+
+        Raises:
+            ValueError: `other` is not made as this cache is, or has not as many rows as `rows`.
+        """
+
+        def row(cache: KVCache) -> KVCache:
+            return jax.tree.map(lambda x: (x.shape[1:], x.dtype), cache)
+
+        if row(self) != row(other) or rows.shape != (other.batch_size,):
+            raise ValueError(
+                f"{rows.size} rows of a cache with {self.max_length} slots, window {self.window} and "
+                f"{self.keys[0].dtype} cannot be replaced by {other.batch_size} rows of one with "
+                f"{other.max_length} slots, window {other.window} and {other.keys[0].dtype}"
+            )
+        return jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), self, other)
+
     def resize(self, max_length: int) -> "KVCache":
-        """The same cache with `max_length` slots a row; the used ones must fit."""
+        """The same cache with `max_length` slots a row; the used ones must fit. A ring keeps its size."""
+        if self.window is not None:
+            raise ValueError(f"a ring of {self.max_length} slots cannot be resized, and never needs to be")
         if not isinstance(self.length, jax.core.Tracer) and max_length < self.get_seq_length():
             raise ValueError(f"max_length={max_length} is below the {self.get_seq_length()} slots in use")
 
@@ -74,37 +150,81 @@ class KVCache:
             extra[axis] = (0, max_length - kept.shape[axis])
             return jnp.pad(kept, extra)
 
-        return replace(
-            self,
-            keys=[fit(k, 2) for k in self.keys],
-            values=[fit(v, 2) for v in self.values],
-            mask=fit(self.mask, 1),
-        )
+        keys, values = jax.tree.map(lambda x: fit(x, 2), (self.keys, self.values))
+        return replace(self, keys=keys, values=values, mask=fit(self.mask, 1))
+
+    def layer(self, index: int) -> "LayerCache":
+        """What one layer needs of the cache."""
+        return LayerCache(self.keys[index], self.values[index], self.length, self.window is not None)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values, and each row's first free slot."""
+
+    keys: Vectors
+    values: Vectors
+    start: Int[Array, " B"]
+    ring: bool = field(metadata={"static": True})
+
+    def write(
+        self, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"]
+    ) -> tuple[Vectors, Vectors]:
+        """The cached keys and values with the new ones in each row's slots [start, start + T).
+
+        On CPU the write stands in a conditional that is always true: written plainly, XLA repeats it inside
+        the attention that reads the result, and copies the whole cache for that.
+        """
+        quantized = isinstance(self.keys, QuantizedVectors)
+        convert = QuantizedVectors.quantize if quantized else lambda new: new.astype(self.keys.dtype)
+        new = convert(keys), convert(values)
+
+        def write(cached: tuple[Vectors, Vectors]) -> tuple[Vectors, Vectors]:
+            put = write_ring if self.ring else write_slots
+            return jax.tree.map(lambda slots, chunk: put(slots, chunk, self.start), cached, new)
+
+        def write_on_cpu(cached: tuple[Vectors, Vectors]) -> tuple[Vectors, Vectors]:
+            return jax.lax.cond(jnp.all(self.start >= 0), write, lambda same: same, cached)
+
+        return jax.lax.platform_dependent((self.keys, self.values), cpu=write_on_cpu, default=write)
 
 
 def write_slots(
-    slots: tuple[Float[Array, "B K S H"], ...],
-    new: tuple[Float[Array, "B K T H"], ...],
-    start: Int[Array, " B"],
-) -> tuple[Float[Array, "B K S H"], ...]:
-    """Each of `slots` with each row's `new` vectors put at slots [start, start + T).
-
-    On CPU the write stands in a conditional that is always true: written plainly, XLA repeats it inside the
-    attention that reads the result, and copies the whole cache for that.
-    """
-
-    def write(slots: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(_write(s, n.astype(s.dtype), start) for s, n in zip(slots, new, strict=True))
-
-    def write_on_cpu(slots: tuple[Array, ...]) -> tuple[Array, ...]:
-        return jax.lax.cond(jnp.all(start >= 0), write, lambda same: same, slots)
-
-    return jax.lax.platform_dependent(slots, cpu=write_on_cpu, default=write)
-
-
-def _write(slots: Array, new: Array, start: Array) -> Array:
+    slots: Float[Array, "B K S ..."], new: Float[Array, "B K T ..."], start: Int[Array, " B"]
+) -> Float[Array, "B K S ..."]:
+    """`slots` with each row's `new` at [start, start + T), which must lie inside."""
     if slots.shape[0] == 1:  # in place on every platform, where a scatter may cost a copy
-        return jax.lax.dynamic_update_slice(slots, new, (0, 0, start[0], 0))
-    return jax.vmap(lambda row, rows, at: jax.lax.dynamic_update_slice(row, rows, (0, at, 0)))(
+        return jax.lax.dynamic_update_slice_in_dim(slots, new, start[0], axis=2)
+    return jax.vmap(lambda row, chunk, at: jax.lax.dynamic_update_slice_in_dim(row, chunk, at, axis=1))(
         slots, new, start
     )
+
+
+def write_ring(
+    slots: Float[Array, "B K S ..."], new: Float[Array, "B K T ..."], start: Int[Array, " B"]
+) -> Float[Array, "B K S ..."]:
+    """`slots` with each row's `new` at [start, start + T) modulo S.
+
+    A chunk is written twice, T slots each: before the end, and at the front with what wraps. Each write puts
+    back what it covers besides.
+    """
+    size, length = slots.shape[2], new.shape[2]
+    first = start % size
+    if length == 1:
+        return write_slots(slots, new, first)
+    wrapping = jnp.maximum(first + length - size, 0)
+    rolled = jax.vmap(lambda chunk, by: jnp.roll(chunk, by, axis=1))(new, wrapping)
+    wraps = jnp.arange(length) < wrapping[:, None]
+    wraps = wraps.reshape(len(start), 1, length, *[1] * (new.ndim - 3))
+    at = first - wrapping
+    slots = write_slots(slots, jnp.where(wraps, read_slots(slots, at, length), rolled), at)
+    front = slots[:, :, :length]
+    return slots.at[:, :, :length].set(jnp.where(wraps, rolled, front))
+
+
+def read_slots(
+    slots: Float[Array, "B K S ..."], start: Int[Array, " B"], length: int
+) -> Float[Array, "B K T ..."]:
+    """Each row's slots [start, start + length)."""
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, length, axis=1))(slots, start)

@@ -1,6 +1,7 @@
 """The decoder: attention, MLP, layer, and `Phi3Model`, the one forward that everything else calls."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 from phi3_jax.config import Phi3Config
 from phi3_jax.model import inputs
 from phi3_jax.model.attention import attention
-from phi3_jax.model.cache import KVCache, write_slots
+from phi3_jax.model.cache import KVCache, LayerCache, Vectors
 from phi3_jax.model.layers import Embedding, Linear, RMSNorm, activation, dropout
 from phi3_jax.model.masks import causal_mask
 from phi3_jax.model.outputs import BaseModelOutputWithPast
@@ -43,25 +44,20 @@ class Phi3Attention(nnx.Module):
         x: Float[Array, "B T D"],
         tables: tuple[Array, Array],
         mask: Array,
-        past: tuple[Array, Array, Array] | None,
+        past: LayerCache | None,
         keep: int,
         output_attentions: bool,
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B kept D"], Array | None, tuple[Array, Array] | None]:
-        """`past` is this layer's cached keys and values and each row's first free slot."""
+    ) -> tuple[Float[Array, "B kept D"], Array | None, tuple[Vectors, Vectors] | None]:
+        """The output at the last `keep` positions, attention weights, and the cached keys and values."""
         qkv = self.qkv_proj(x).astype(x.dtype)  # [B, T, K, G + 2, H]
         queries = apply_rope(qkv[:, -keep:, :, :-2], *(table[:, -keep:] for table in tables))
         keys = apply_rope(qkv[..., -2, :], *tables).swapaxes(1, 2)  # [B, K, T, H]
         values = qkv[..., -1, :].swapaxes(1, 2)
-        present = None
-        if past is not None:
-            past_keys, past_values, start = past
-            keys, values = write_slots((past_keys, past_values), (keys, values), start)
-            present = keys, values
+        present = None if past is None else past.write(keys, values)
         out, weights = attention(
             queries,
-            keys,
-            values,
+            *((keys, values) if present is None else present),
             mask[:, :, -keep:],
             scale=self.scale,
             dropout_rate=self.attention_dropout,
@@ -103,11 +99,11 @@ class Phi3DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         tables: tuple[Array, Array],
         mask: Array,
-        past: tuple[Array, Array, Array] | None = None,
+        past: LayerCache | None = None,
         keep: int = 0,
         output_attentions: bool = False,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B kept D"], Array | None, tuple[Array, Array] | None]:
+    ) -> tuple[Float[Array, "B kept D"], Array | None, tuple[Vectors, Vectors] | None]:
         """The output at the last `keep` positions (0: at all), attention weights, and the new cache."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         attended, weights, present = self.self_attn(
@@ -173,10 +169,11 @@ class Phi3Model(Phi3PreTrainedModel):
             input_ids: token ids; NumPy or JAX.
             attention_mask: 1 for tokens, 0 for padding, of the new tokens [B, T] or of the cached and the new
                 ones [B, past + T]; or [B, 1 or N, T, S], used as it is: True where a query sees a key, or
-                numbers added to the scores.
+                numbers added to the scores. A cache that is a ring takes masks of the new tokens only.
             position_ids: default: tokens counted along the mask, padding left out.
             past_key_values: the cache so far. Its slots must have room; a full one is an error outside `jit`,
-                inside, where its length is not known, make it long enough.
+                inside, where its length is not known, make it long enough. A ring always has room for the
+                chunk that it was made for.
             inputs_embeds: given instead of `input_ids`.
             use_cache: return a cache; default: only if one was given. Without one, a new one is made with
                 room for at least 128 more tokens (make your own with `init_cache`).
@@ -211,7 +208,7 @@ class Phi3Model(Phi3PreTrainedModel):
         tables = rope_tables(config, where.position_ids, rope_length, inv_freq, attention_scaling)
         mask = new.mask_4d
         if mask is None:
-            mask = causal_mask(where.slots, where.key_mask, config.sliding_window)
+            mask = causal_mask(where.slots, where.key_slots, where.key_mask, config.sliding_window)
 
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
         x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
@@ -224,7 +221,7 @@ class Phi3Model(Phi3PreTrainedModel):
         spare = not (output_hidden_states or output_attentions)
         for index, layer in enumerate(self.layers):
             keep = hidden_states_to_keep if spare and index == len(self.layers) - 1 else 0
-            past = None if cache is None else (cache.keys[index], cache.values[index], cache.length)
+            past = None if cache is None else cache.layer(index)
             layer_key = None if key is None else jax.random.fold_in(key, index + 1)
             run: Callable[..., Any] = _run_layer
             if self.remat_policy is not None:
@@ -239,11 +236,13 @@ class Phi3Model(Phi3PreTrainedModel):
         hidden_states[-1] = x
 
         if cache is not None:
-            cache = KVCache(
+            cache = replace(
+                cache,
                 keys=keys,
                 values=values,
                 length=cache.length + new.length,
                 mask=where.key_mask,
+                tokens=where.counted,
                 rope_length=rope_length,
             )
         return BaseModelOutputWithPast(
@@ -260,10 +259,10 @@ def _run_layer(
     x: Array,
     tables: tuple[Array, Array],
     mask: Array,
-    past: tuple[Array, Array, Array] | None,
+    past: LayerCache | None,
     keep: int,
     output_attentions: bool,
     key: Array | None,
-) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+) -> tuple[Array, Array | None, tuple[Vectors, Vectors] | None]:
     """One layer, as a function that JAX traces once for all layers; XLA inlines it again."""
     return layer(x, tables, mask, past, keep, output_attentions, key)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.generation_config import GenerationConfig
 from phi3_jax.model.decoder import Phi3Model
 from phi3_jax.model.inputs import known
 from phi3_jax.model.layers import Linear, dropout, matmul
@@ -19,7 +20,7 @@ from phi3_jax.model.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from phi3_jax.model.pretrained import Phi3PreTrainedModel
+from phi3_jax.model.pretrained import Aside, Phi3PreTrainedModel
 
 
 class _Headed(Phi3PreTrainedModel):
@@ -44,6 +45,7 @@ class Phi3ForCausalLM(_Headed):
 
     def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs | int = 0, dtype: Any = jnp.float32):
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+        self.generation_config = GenerationConfig.from_model(config)
         self.model = Phi3Model(config, rngs=rngs, dtype=dtype)
         self.lm_head = (
             None if config.tie_word_embeddings else _head(config, "vocab", config.vocab_size, rngs, dtype)
@@ -90,6 +92,52 @@ class Phi3ForCausalLM(_Headed):
         logits = matmul(x, weight[...])
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **_carried(out))
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What `generate` does unless told otherwise; from the checkpoint's generation_config.json."""
+        return self._generation_config.value
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self._generation_config = Aside(value)
+
+    def generate(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Num[Array, "B T"] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Any:
+        """Continues each row of `input_ids`; names, defaults and results are those of transformers.
+
+        Returns ids [B * num_return_sequences, T + new], the prompt in front, `pad_token_id` behind an end token.
+
+        Args:
+            input_ids: prompts, padded on either side.
+            attention_mask: 1 for tokens, 0 for padding; default: padding is told by `pad_token_id`, unless that
+                is an end token too.
+            generation_config: in place of `self.generation_config`, whose settings fill what it leaves open.
+            options: any field of `GenerationConfig`, which then counts before both configs, and
+                past_key_values: the cache that an earlier call returned; `input_ids` still has all the tokens.
+                logits_processor: `LogitsProcessor`s, or transformers' kind (input_ids, scores) -> scores in
+                    NumPy, which run on the host after every step.
+                prefix_allowed_tokens_fn: (row, ids) -> allowed tokens, on the host likewise; on the device that
+                    is `AllowedTokensLogitsProcessor`.
+                stopping_criteria: (input_ids, scores) -> bool or bools [rows], on the host.
+                tokenizer: for `stop_strings`.
+                assistant_model: a small model that drafts tokens; `prompt_lookup_num_tokens` drafts without.
+                negative_prompt_ids, negative_prompt_attention_mask: what `guidance_scale` guides away from.
+                streamer: `put` gets the prompts, then every step's tokens, `end` comes last.
+                seed: of the draws; default: another one for every call.
+
+        Raises:
+            ValueError: settings that contradict each other, prompts or arguments that do not fit.
+            TypeError: an argument that there is not.
+        """
+        from phi3_jax.generation import CompiledModel, generate
+
+        return generate(CompiledModel(self), input_ids, attention_mask, generation_config, **options)
 
     def _vocabulary_weights(self) -> list[nnx.Param]:
         own = [] if self.lm_head is None else [self.lm_head.weight]

@@ -31,11 +31,14 @@ class Location:
     """Where new tokens stand in their rows."""
 
     slots: Int[Array, "B T"]
+    key_slots: Int[Array, "#B S"]
     key_mask: Bool[Array, "B S"]
     """Keys that are tokens, the new ones included."""
     position_ids: Int[Array, "B T"]
     tokens: Int[Array, " B"]
     """Tokens of each row so far, by position: the greatest position of a token plus one."""
+    counted: Int[Array, " B"]
+    """Tokens of each row so far, counted along the mask."""
 
 
 def roomy(length: int) -> int:
@@ -114,6 +117,19 @@ def _check_cache(config: Phi3Config, cache: KVCache, batch: int, length: int) ->
             f"past_key_values has {len(cache.keys)} layers of shape {cache.keys[0].shape}; this model and "
             f"batch need {config.num_hidden_layers} of shape {expected}"
         )
+    if cache.window is not None:
+        if config.sliding_window is None or config.sliding_window > cache.window:
+            raise ValueError(
+                f"past_key_values keeps a window of {cache.window} slots, the model's "
+                f"sliding_window is {config.sliding_window}"
+            )
+        if cache.window - 1 + length > cache.max_length:
+            raise ValueError(
+                f"the cache is a ring of {cache.max_length} slots a row: {cache.window - 1} belong to the "
+                f"window of {cache.window} and {length} new tokens do not fit beside them; feed at most "
+                f"{cache.max_length - cache.window + 1} at once, or make it with a larger chunk"
+            )
+        return
     used = cache.get_seq_length() if known(cache.length) else 0
     if used + length > cache.max_length:
         raise ValueError(
@@ -130,6 +146,11 @@ def _check_mask(
         return None, None
     mask = jnp.asarray(attention_mask)
     keys = length if cache is None else cache.max_length
+    if cache is not None and cache.window is not None and mask.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask has shape {mask.shape}; a cache that is a ring takes a mask of the new "
+            f"tokens only, {(batch, length)}"
+        )
     if mask.ndim == 4:
         heads = (1, config.num_attention_heads)
         if mask.shape[0] not in (1, batch) or mask.shape[1] not in heads or mask.shape[2:] != (length, keys):
@@ -156,21 +177,29 @@ def _check_mask(
 def locate(new: NewTokens, cache: KVCache | None) -> Location:
     """Slots, visible keys and positions of the new tokens."""
     batch, length = new.batch_size, new.length
-    start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
-    slots = start[:, None] + jnp.arange(length, dtype=jnp.int32)
-    ones = jnp.ones((batch, length), bool)
+    is_token = jnp.ones((batch, length), bool) if new.mask is None else new.mask
+    offsets = jnp.arange(length, dtype=jnp.int32)
     if cache is None:
-        key_mask = ones if new.mask is None else new.mask
-    elif new.mask is not None and new.mask.shape[1] > length:
-        key_mask = jnp.pad(new.mask, ((0, 0), (0, cache.max_length - new.mask.shape[1])))
+        start = past = jnp.zeros((batch,), jnp.int32)
+        key_slots, key_mask = offsets[None], is_token
     else:
-        write = jax.vmap(lambda row, update, at: jax.lax.dynamic_update_slice(row, update, (at,)))
-        key_mask = write(cache.mask, ones if new.mask is None else new.mask, start)
-    is_token = jnp.take_along_axis(key_mask, slots, axis=1)
-    position_ids = new.position_ids
-    if position_ids is None:
-        past = jnp.sum(key_mask & (jnp.arange(key_mask.shape[1]) < start[:, None]), axis=1, dtype=jnp.int32)
-        counted = past[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32)
-        position_ids = jnp.maximum(counted - 1, 0)
-    tokens = jnp.max(jnp.where(is_token, position_ids + 1, 0), axis=1)
-    return Location(slots, key_mask, position_ids, tokens)
+        start, past = cache.length, cache.tokens
+        key_slots = cache.slots(start + length)
+        if is_token.shape[1] > length:  # the cached tokens in front
+            key_mask = jnp.pad(is_token, ((0, 0), (0, cache.max_length - is_token.shape[1])))
+            past = jnp.sum(key_mask & (key_slots < start[:, None]), axis=1, dtype=jnp.int32)
+            is_token = jnp.take_along_axis(key_mask, start[:, None] + offsets, axis=1)
+        else:
+            index = key_slots - start[:, None]  # [B, S], of the new token at each place
+            brought = jnp.take_along_axis(is_token, jnp.clip(index, 0, length - 1), axis=1)
+            key_mask = jnp.where((index >= 0) & (index < length), brought, cache.mask)
+    counted = past[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32)
+    position_ids = jnp.maximum(counted - 1, 0) if new.position_ids is None else new.position_ids
+    return Location(
+        slots=start[:, None] + offsets,
+        key_slots=key_slots,
+        key_mask=key_mask,
+        position_ids=position_ids,
+        tokens=jnp.max(jnp.where(is_token, position_ids + 1, 0), axis=1),
+        counted=counted[:, -1],
+    )

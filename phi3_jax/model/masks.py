@@ -1,11 +1,13 @@
 """Which query may see which key."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
 def causal_mask(
-    query_slots: Int[Array, "B T"], key_mask: Bool[Array, "B S"], sliding_window: int | None
+    query_slots: Int[Array, "B T"],
+    key_slots: Int[Array, "#B S"],
+    key_mask: Bool[Array, "B S"],
+    sliding_window: int | None,
 ) -> Bool[Array, "B 1 T S"]:
     """True where a query sees a key: a token, at its own slot or before, within the window.
 
@@ -13,7 +15,7 @@ def causal_mask(
     itself included.
     """
     query = query_slots[:, :, None]  # [B, T, 1]
-    key = jnp.arange(key_mask.shape[1])  # [S]
+    key = key_slots[:, None, :]  # [B, 1, S]
     visible = key_mask[:, None, :] & (key <= query)
     if sliding_window is not None:
         visible &= key > query - sliding_window

@@ -1,5 +1,6 @@
 """What every model class of the package can do: load, save, resize its vocabulary, make a cache."""
 
+from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,6 +15,22 @@ from phi3_jax.model.layers import Embedding, normal
 
 if TYPE_CHECKING:
     from phi3_jax.model.decoder import Phi3Model
+
+
+@dataclass(frozen=True, eq=False)
+class Aside:
+    """Something a model carries that no computation depends on: models that differ in it are compiled once.
+
+    What a module holds besides arrays is part of what it is compiled for; this compares equal whatever it holds.
+    """
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Aside)
+
+    def __hash__(self) -> int:
+        return hash(Aside)
 
 
 class Phi3PreTrainedModel(nnx.Module):
@@ -38,18 +55,38 @@ class Phi3PreTrainedModel(nnx.Module):
         """Numbers in all parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self))
 
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: Any = None, sliding: bool = False, chunk: int = 512
+    ) -> KVCache:
         """An empty cache of `max_length` slots a row.
 
-        The default dtype is the model's, but float32 for a model on CPU: XLA has no 16-bit updates there and
-        would widen and copy the whole cache at every step, and float32 attention is faster besides.
+        Args:
+            batch_size: rows.
+            max_length: tokens a row will have, padding included.
+            dtype: default: the model's, but float32 for a model on CPU: XLA has no 16-bit updates there and
+                would widen and copy the whole cache at every step, and float32 attention is faster besides.
+                "int8" keeps each vector as int8 with a scale, half of bfloat16's bytes (`QuantizedVectors`).
+            sliding: keep what the sliding window can see, in a ring, where that is less than `max_length`.
+            chunk: the most tokens at once that such a ring must take.
+
+        Raises:
+            ValueError: `sliding` for a model without a sliding window, or a number below 1.
         """
+        window = None
+        if sliding:
+            if self.config.sliding_window is None:
+                raise ValueError("sliding=True needs a sliding_window in the config, and it has none")
+            if chunk < 1:
+                raise ValueError(f"chunk={chunk}: a ring must take at least one token at once")
+            ring = -(-(self.config.sliding_window - 1 + chunk) // 128) * 128
+            if ring < max_length:
+                max_length, window = ring, self.config.sliding_window
         if dtype is None:
             weight = self.decoder.norm.weight[...]
             traced = isinstance(weight, jax.core.Tracer)
             on_cpu = not traced and {device.platform for device in weight.devices()} == {"cpu"}
             dtype = jnp.float32 if on_cpu else weight.dtype
-        return KVCache.create(self.config, batch_size, max_length, jnp.dtype(dtype))
+        return KVCache.create(self.config, batch_size, max_length, jnp.dtype(dtype), window)
 
     def get_input_embeddings(self) -> Embedding:
         return self.decoder.embed_tokens

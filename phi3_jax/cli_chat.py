@@ -1,0 +1,131 @@
+"""A conversation in a terminal or a pipe: a line in, an answer out, commands behind a slash."""
+
+import logging
+import signal
+import sys
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from phi3_jax.chat import ChatSession
+
+logger = logging.getLogger(__name__)
+
+HELP = """\
+/reset        start a new conversation; the system message stays
+/system TEXT  tell the model this before everything else; without TEXT, nothing
+/save FILE    write the conversation
+/load FILE    go on from a written one
+/help         this
+/exit         leave, as the end of input does
+Ctrl-C stops an answer; pressed again, or at the prompt, it leaves."""
+
+
+class Interrupt:
+    """Within its block, Ctrl-C is noted in `seen`, and only a second one raises KeyboardInterrupt.
+
+    Raised in the middle of a step, it would leave the cache in pieces.
+    """
+
+    def __enter__(self) -> "Interrupt":
+        self.seen = False
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
+def converse(session: ChatSession) -> None:
+    """Reads lines until the end of input or /exit; answers go to standard output, all else to standard error.
+
+    In a terminal an error is told and the conversation goes on; in a pipe it ends there.
+    """
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  # lines can be edited, and brought back with the arrow keys
+        _tell("/help lists the commands; Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            _tell("")
+            raise
+        try:
+            if line.startswith("/"):
+                if not _obey(session, line):
+                    return
+            elif line.strip():
+                _answer(session, line.strip())
+        except (ValueError, OSError) as error:
+            if not terminal or isinstance(error, BrokenPipeError):
+                raise
+            _tell(str(error))
+    if terminal:
+        _tell("")
+
+
+def _answer(session: ChatSession, text: str) -> None:
+    begin = time.perf_counter()
+    first = None
+    with Interrupt() as interrupt, closing(session.reply(text)) as pieces:  # type: ignore[type-var]
+        for piece in pieces:
+            first = first or time.perf_counter()
+            print(piece, end="", flush=True)
+            if interrupt.seen:
+                break
+    print(flush=True)
+    turn, end = session.last, time.perf_counter()
+    assert turn is not None
+    if turn.stopped == "max_new_tokens":
+        _tell(f"[cut off after {turn.new_tokens} tokens; --max-new-tokens sets how many]")
+    elif turn.stopped == "context":
+        _tell("[cut off: the model's context is full; /reset starts a new conversation]")
+    logger.info(
+        "%d prompt tokens, %d of them cached; first text after %.1f s; %d new tokens in %.1f s",
+        *(turn.prompt_tokens, turn.cached_tokens, (first or end) - begin, turn.new_tokens, end - begin),
+    )
+
+
+def _obey(session: ChatSession, line: str) -> bool:
+    """Carries out a command; False: the conversation is over."""
+    name, _, argument = line[1:].partition(" ")
+    argument = argument.strip()
+    match name:
+        case "exit":
+            return False
+        case "help":
+            _tell(HELP)
+        case "reset":
+            session.reset()
+            _tell("[a new conversation]")
+        case "system":
+            session.system = argument or None
+            _tell("[the system message is set]" if argument else "[there is no system message]")
+        case "save" | "load" if not argument:
+            raise ValueError(f"/{name} needs a file: /{name} FILE")
+        case "save":
+            session.save(Path(argument).expanduser())
+            _tell(f"[{len(session.history)} messages written]")
+        case "load":
+            session.load(Path(argument).expanduser())
+            _tell(f"[{len(session.history)} messages read]")
+        case _:
+            raise ValueError(
+                f"there is no command /{name}; /help lists them (a space in front makes the line a message)"
+            )
+    return True
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,50 @@
+"""The compiled steps of a model: made once for each structure, shared by every call that fits them."""
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+from jax.tree_util import PyTreeDef
+
+CPU_LOOPS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+"""XLA's CPU back end would widen all 16-bit weights ahead of a loop: twice the bytes to read in every step."""
+
+Step = Callable[..., Any]
+"""`step(model, state, *arrays, *, static...)`: pure; what must be known to compile it is keyword-only."""
+
+
+class CompiledModel:
+    """A model (or several, as a tuple) taken apart, ready to run compiled steps.
+
+    Programs belong to the structure (classes, config, shapes): models that differ in their weights only share
+    them.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._leaves, self._structure = jax.tree.flatten(model)
+        platforms = {device.platform for leaf in self._leaves for device in leaf.devices()}
+        self._on_cpu = platforms == {"cpu"}
+        self._programs: dict[Step, Callable[..., Any]] = {}
+
+    def __call__(self, step: Step, state: Any, *arguments: Any, **static: Any) -> Any:
+        """Runs `step`; `state` is donated, so what went in is gone afterwards."""
+        if step not in self._programs:
+            self._programs[step] = _program(step, self._structure, self._on_cpu)
+        return self._programs[step](self._leaves, state, *arguments, **static)
+
+
+@lru_cache(maxsize=256)
+def _program(step: Step, structure: PyTreeDef, on_cpu: bool) -> Callable[..., Any]:
+    def run(leaves: list[Any], state: Any, *arguments: Any, **static: Any) -> Any:
+        return step(jax.tree.unflatten(structure, leaves), state, *arguments, **static)
+
+    parameters = inspect.signature(step).parameters.values()
+    return jax.jit(
+        run,
+        static_argnames=[p.name for p in parameters if p.kind is p.KEYWORD_ONLY],
+        donate_argnums=1,
+        compiler_options=CPU_LOOPS if on_cpu else None,
+    )

@@ -1,0 +1,248 @@
+"""Logits processors: rules on the next token that hold whether or not it is drawn by chance.
+
+Each is a pytree under transformers' name (generation/logits_process.py). Its numbers and token lists are
+leaves, so that a compiled loop takes other values without compiling again; what decides shapes is static.
+Values are checked where `chain.logits_processors` makes them from a generation config, not here, as JAX fills
+the same classes with tracers. Scores are float32. Positions are counted in generated tokens, and each row
+stands alone: padding never matches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from phi3_jax.generation.sequences import Sequences, token_counts
+
+Number = float | int | Array
+"""A setting: a Python number from the user, an array or tracer under `jit`."""
+TokenIds = Int[Array | np.ndarray, " N"]
+
+
+class LogitsProcessor:
+    """Maps the scores of the next token to others, as a pure function.
+
+    A subclass that is to run in the compiled loop is a pytree, for instance a dataclass under
+    `jax.tree_util.register_dataclass`.
+    """
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        raise NotImplementedError(f"{type(self).__name__} does not say how it changes scores")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class SequenceBiasLogitsProcessor(LogitsProcessor):
+    """Adds `bias` to the score of `last` in rows whose latest tokens are `prefixes`.
+
+    `prefixes` are aligned on the right; -1 fills them on the left, where any token, or none, will do.
+    """
+
+    prefixes: Int[Array | np.ndarray, "N P"]
+    last: TokenIds
+    bias: Float[Array | np.ndarray, " N"]
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        ids, held = sequences.last(self.prefixes.shape[1])
+        same = (ids[:, None] == self.prefixes) & held[:, None]  # [R, N, P]
+        found = jnp.all(same | (self.prefixes < 0), axis=-1)
+        bias = jnp.zeros_like(scores).at[:, self.last].add(jnp.where(found, self.bias, 0.0), mode="drop")
+        return scores + bias
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
+    """Forbids the token that would complete a bad word: a sequence bias of minus infinity."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
+    """Makes tokens of the prompt and the answer less likely (penalty > 1) or more (< 1), once however often.
+
+    Divides positive scores and multiplies negative ones (https://arxiv.org/abs/1909.05858, section 4.1).
+    """
+
+    penalty: Number
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        seen = sequences.counts(sequences.mask, scores.shape[1]) > 0
+        penalised = jnp.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return jnp.where(seen, penalised, scores)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
+    """Takes `penalty` off a token's score for each time it was generated, as OpenAI's API and vLLM do."""
+
+    penalty: Number
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        return scores - self.penalty * sequences.counts(sequences.generated, scores.shape[1])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class PresencePenaltyLogitsProcessor(LogitsProcessor):
+    """Takes `penalty` off a token's score if it was generated before, as OpenAI's API and vLLM do."""
+
+    penalty: Number
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        present = sequences.counts(sequences.generated, scores.shape[1]) > 0
+        return jnp.where(present, scores - self.penalty, scores)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class NoRepeatNGramLogitsProcessor(LogitsProcessor):
+    """Forbids each token that would repeat `ngram_size` tokens of the row."""
+
+    ngram_size: int = field(metadata={"static": True})
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        ids, before = sequences.ids, self.ngram_size - 1
+        windows = ids.shape[1] - before
+        if windows <= 0:
+            return scores
+        latest, _ = sequences.last(before)
+        match = sequences.mask[:, before:]
+        for place in range(before):
+            part = slice(place, place + windows)
+            match &= sequences.mask[:, part] & (ids[:, part] == latest[:, place, None])
+        banned = token_counts(ids[:, before:], match, scores.shape[1]) > 0
+        return jnp.where(banned, -jnp.inf, scores)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class MinNewTokensLengthLogitsProcessor(LogitsProcessor):
+    """Forbids the end tokens until `min_new_tokens` tokens are generated."""
+
+    min_new_tokens: Number
+    eos_token_ids: TokenIds
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        early = sequences.new < self.min_new_tokens
+        return jnp.where(early[:, None], _without(scores, self.eos_token_ids), scores)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class AllowedTokensLogitsProcessor(LogitsProcessor):
+    """Forbids what `mask_fn(sequences)` does not mark: `prefix_allowed_tokens_fn` in a form that compiles.
+
+    Where no marked token has a score above minus infinity they all get 0, as in the reference's
+    PrefixConstrainedLogitsProcessor. A row must mark at least one token, or nothing is left of it.
+    """
+
+    mask_fn: Callable[[Sequences], Bool[Array, "R V"]] = field(metadata={"static": True})
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        allowed = self.mask_fn(sequences)
+        kept = jnp.where(allowed, scores, -jnp.inf)
+        stuck = jnp.max(kept, axis=-1, keepdims=True) == -jnp.inf
+        return jnp.where(stuck & allowed, 0.0, kept)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class ForcedBOSTokenLogitsProcessor(LogitsProcessor):
+    """Leaves only `bos_token_id` for the token that follows `at` generated ones.
+
+    The reference forces a sequence's second token: `at` is 1 minus the prompt's columns.
+    """
+
+    bos_token_id: Number
+    at: Number
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        return jnp.where((sequences.new == self.at)[:, None], _only(scores, self.bos_token_id), scores)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
+    """Leaves only `eos_token_ids` for the last of `max_new_tokens` tokens."""
+
+    max_new_tokens: Number
+    eos_token_ids: TokenIds
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        final = sequences.new == self.max_new_tokens - 1
+        return jnp.where(final[:, None], _only(scores, self.eos_token_ids), scores)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class InfNanRemoveLogitsProcessor(LogitsProcessor):
+    """Puts 0 for NaN and float32's largest and smallest numbers for the infinities."""
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        return jnp.nan_to_num(scores)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class ExponentialDecayLengthPenalty(LogitsProcessor):
+    """Raises the end tokens' scores by |score| * (factor ** (new - start) - 1) once `new` is past `start`.
+
+    Holds the factor's logarithm, which says more exactly in float32 what a factor close to 1 is.
+    """
+
+    start: Number
+    log_factor: Number
+    eos_token_ids: TokenIds
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        past = jnp.maximum(sequences.new - self.start, 0)[:, None]
+        growth = jnp.where(past > 0, jnp.expm1(past * self.log_factor), 0.0)
+        ends = scores[:, self.eos_token_ids]
+        raised = jnp.where(jnp.isfinite(ends), ends + jnp.abs(ends) * growth, ends)
+        return scores.at[:, self.eos_token_ids].set(raised)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class SuppressTokensLogitsProcessor(LogitsProcessor):
+    """Forbids tokens."""
+
+    suppress_tokens: TokenIds
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        return _without(scores, self.suppress_tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
+    """Forbids tokens directly after `at` generated ones, usually none."""
+
+    begin_suppress_tokens: TokenIds
+    at: Number
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        begins = sequences.new == self.at
+        return jnp.where(begins[:, None], _without(scores, self.begin_suppress_tokens), scores)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class LogitNormalization(LogitsProcessor):
+    """Log-probabilities: the scores shifted so that their exponentials sum to one."""
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        return jax.nn.log_softmax(scores, axis=-1)
+
+
+def _without(scores: Float[Array, "R V"], tokens: TokenIds) -> Float[Array, "R V"]:
+    return scores.at[:, tokens].set(-jnp.inf, mode="drop")
+
+
+def _only(scores: Float[Array, "R V"], tokens: TokenIds | Number) -> Float[Array, "R V"]:
+    return jnp.full_like(scores, -jnp.inf).at[:, tokens].set(0.0, mode="drop")

@@ -1,0 +1,143 @@
+"""Prompts of any length and padding brought into a few sizes: lanes of columns, padded on the left."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.model import KVCache
+
+PREFILL_CHUNK = 512
+"""Prompt columns computed at a time, so that a prompt's activations are bounded."""
+
+
+def padded_length(length: int) -> int:
+    """The smallest power of two from 16, or number of whole chunks, that holds `length` columns."""
+    if length > PREFILL_CHUNK:
+        return -(-length // PREFILL_CHUNK) * PREFILL_CHUNK
+    return min(max(16, 1 << (length - 1).bit_length()), PREFILL_CHUNK)
+
+
+def cache_length(slots: int) -> int:
+    """The cache size for `slots`: in steps of 128 up to 1,024, above in eighths of the next power of two."""
+    step = max(128, 1 << max((slots - 1).bit_length() - 3, 0))
+    return -(-slots // step) * step
+
+
+def padded_rows(rows: int) -> int:
+    """The batch size for `rows`: a power of two up to 8, above a multiple of 8."""
+    return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+
+
+def refill_chunk(columns: int) -> int:
+    """The largest power of two up to a chunk that divides `columns`."""
+    return min(columns & -columns, 1 << (PREFILL_CHUNK.bit_length() - 1))
+
+
+def checked_prompts(
+    config: Phi3Config,
+    input_ids: Any,
+    attention_mask: Any,
+    pad_token_id: int | None,
+    end_tokens: Sequence[int],
+) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    """Token ids and mask as arrays of [B, T].
+
+    Without a mask, padding is told by its id, as in the reference: unless it is also an end token.
+
+    Raises:
+        ValueError: not integers of two dimensions, ids outside the vocabulary, a mask of another shape, a row
+            without a token, or one that fills the context.
+    """
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"input_ids is {ids.dtype}{list(ids.shape)}; expected integers of shape [batch, length]"
+        )
+    if ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise ValueError(f"input_ids has shape {list(ids.shape)}: there is nothing to continue")
+    if attention_mask is None:
+        told = pad_token_id is not None and pad_token_id not in end_tokens
+        mask = ids != pad_token_id if told else np.ones(ids.shape, bool)
+    else:
+        mask = np.asarray(attention_mask)
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {list(mask.shape)}; expected that of input_ids, {list(ids.shape)}"
+            )
+        mask = mask != 0
+    outside = mask & ((ids < 0) | (ids >= config.vocab_size))
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise ValueError(
+            f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of "
+            f"{config.vocab_size} tokens; is this the tokenizer of another model?"
+        )
+    tokens = mask.sum(axis=1)
+    if not tokens.all():
+        raise ValueError(
+            f"row {np.flatnonzero(tokens == 0)[0]} of input_ids holds only padding; give it at least one token"
+        )
+    context = config.max_position_embeddings
+    if tokens.max() >= context:
+        raise ValueError(
+            f"row {tokens.argmax()} has {tokens.max()} tokens and the model's context is {context}; "
+            "shorten the prompt"
+        )
+    return ids.astype(np.int32), mask
+
+
+class Layout:
+    """Where each lane's tokens stand: its columns, padded on the left or behind what a cache holds.
+
+    Attributes:
+        ids: int32 [L, P]; mask: [L, P], True where a token stands.
+        length: columns used [L]; cached: those that the cache holds already [L].
+        columns: for each lane, the columns of its tokens in order.
+    """
+
+    def __init__(self, rows: Sequence[Int[np.ndarray, " n"]], cache: KVCache | None = None):
+        """`rows` are each lane's tokens, none for a dummy; `cache` holds the beginning of the first ones."""
+        lanes = len(rows)
+        self.aligned = cache is None
+        self.cached = np.zeros(lanes, np.int32)
+        if cache is None:
+            width = padded_length(max(map(len, rows)))
+            self.columns = [np.arange(width - len(row), width) for row in rows]
+        else:
+            self.columns = [np.arange(len(row)) for row in rows]
+            for lane, slots in enumerate(_cached_columns(cache)):
+                known = min(
+                    len(slots), len(rows[lane]) - 1
+                )  # the last is fed again: its logits are not cached
+                used = int(np.asarray(cache.length)[lane]) if known == len(slots) else int(slots[known])
+                self.cached[lane] = used
+                self.columns[lane] = np.append(slots[:known], used + np.arange(len(rows[lane]) - known))
+            width = max(int(columns[-1]) + 1 for columns in self.columns if len(columns))
+        self.ids = np.zeros((lanes, width), np.int32)
+        self.mask = np.zeros((lanes, width), bool)
+        self.length = np.full(lanes, width, np.int32)
+        for lane, (row, columns) in enumerate(zip(rows, self.columns, strict=True)):
+            self.ids[lane, columns] = row
+            self.mask[lane, columns] = True
+            self.length[lane] = columns[-1] + 1 if len(columns) else width
+        real = self.mask.any(axis=1)
+        self.lacking = int((self.length - self.cached)[real].max())
+
+    def uncached(self) -> "Layout":
+        """The same columns, none of them in a cache."""
+        layout = copy.copy(self)
+        layout.cached = np.zeros_like(self.cached)
+        layout.lacking = int(self.length[self.mask.any(axis=1)].max())
+        return layout
+
+
+def _cached_columns(cache: KVCache) -> list[Int[np.ndarray, " n"]]:
+    """The columns of the tokens that each row of a cache holds, in order."""
+    length, tokens, mask = (np.asarray(x) for x in (cache.length, cache.tokens, cache.mask))
+    if mask.shape[1] >= length.max() and (mask.sum(axis=1) == tokens).all():
+        return [np.flatnonzero(row[:used]) for row, used in zip(mask, length, strict=True)]
+    return [np.arange(used - count, used) for used, count in zip(length, tokens, strict=True)]

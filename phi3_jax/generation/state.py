@@ -1,0 +1,122 @@
+"""What the loops carry (sequences, who has ended, cache), and what they are told once for all steps."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from phi3_jax.generation.sequences import Sequences
+from phi3_jax.model import KVCache
+
+NO_TOKEN = -1
+"""In reports, where a row made no token."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """The loop's state, one lane for each row that runs through the model.
+
+    A lane's cache holds its columns [0, cache.length); columns [cache.length, sequences.length) are fed next:
+    the prompt's at first, then only the latest token. With guidance the second half of the lanes are the
+    unconditional twins of the first.
+    """
+
+    sequences: Sequences
+    finished: Bool[Array, " L"]
+    cache: KVCache
+
+    @property
+    def lacking(self) -> Int[Array, " L"]:
+        """Columns that the cache lacks; 0 for lanes that have finished."""
+        return jnp.where(self.finished, 0, self.sequences.length - self.cache.length)
+
+    def take(self, lanes: Int[Array, " n"]) -> "State":
+        """Those lanes, in that order."""
+        sequences = jax.tree.map(lambda x: x[lanes], self.sequences)
+        return State(sequences, self.finished[lanes], self.cache.take(lanes))
+
+    def with_cache(self, cache: KVCache) -> "State":
+        return replace(self, cache=cache)
+
+    def widen(self, columns: int) -> "State":
+        """The same with room for `columns` columns."""
+        extra = ((0, 0), (0, columns - self.sequences.ids.shape[1]))
+        sequences = replace(
+            self.sequences, ids=jnp.pad(self.sequences.ids, extra), mask=jnp.pad(self.sequences.mask, extra)
+        )
+        cache = self.cache if self.cache.window is not None else self.cache.resize(columns)
+        return State(sequences, self.finished, cache)
+
+    def truncate(self, new: Int[Array, " L"], finished: Bool[Array, " L"]) -> "State":
+        """Each lane with its first `new` tokens only, and those marked `finished` that are to stop."""
+        excess = jnp.maximum(self.sequences.new - new, 0)
+        length = self.sequences.length - excess
+        columns = jnp.arange(self.sequences.ids.shape[1])
+        sequences = replace(
+            self.sequences,
+            mask=self.sequences.mask & (columns < length[:, None]),
+            length=length,
+            new=self.sequences.new - excess,
+        )
+        cache = self.cache.rewind(jnp.minimum(self.cache.length, jnp.maximum(length - 1, 0)))
+        return State(sequences, self.finished | finished, cache)
+
+
+class Settings(NamedTuple):
+    """What does not change from step to step; all of it data, so that new values compile nothing."""
+
+    before: tuple[Any, ...]
+    """Logits processors ahead of those that run on the host (all of them where none does)."""
+    after: tuple[Any, ...]
+    """Logits processors behind those that run on the host."""
+    end_tokens: Int[Array, " E"]
+    max_new_tokens: Int[Array, ""]
+    rope_least: Int[Array, " L"]
+    """The length for which a lane's rope list is chosen is at least this,"""
+    rope_most: Int[Array, ""]
+    """and at most this."""
+    key: Key[Array, ""] | None
+    """For sampling; None takes the most likely token."""
+    guidance_scale: Float[Array, ""] | None = None
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale is not None
+
+    def rope_length(self, tokens: Int[Array, " L"]) -> Int[Array, " L"]:
+        """The length for which a rope list is chosen when a lane has `tokens` tokens."""
+        return jnp.minimum(jnp.maximum(tokens, self.rope_least), self.rope_most)
+
+
+def append(
+    state: State,
+    tokens: Int[Array, "R n"],
+    count: Int[Array, " R"],
+    settings: Settings,
+) -> State:
+    """Each row with the first `count` of its `tokens` behind it; rows end after an end token or at the limit.
+
+    What follows an end token must not be counted by the caller. Finished rows stay as they are.
+    """
+    sequences, lanes = state.sequences, state.finished.shape[0]
+    tokens = jnp.resize(tokens, (lanes, tokens.shape[1]))  # twins under guidance get the same tokens
+    count = jnp.where(state.finished, 0, jnp.resize(count, (lanes,)))
+    offset = jnp.arange(sequences.ids.shape[1]) - sequences.length[:, None]  # [L, S]
+    fresh = (offset >= 0) & (offset < count[:, None])
+    placed = jnp.take_along_axis(tokens, jnp.clip(offset, 0, tokens.shape[1] - 1), axis=1)
+    new = sequences.new + count
+    counted = jnp.arange(tokens.shape[1]) < count[:, None]
+    ended = jnp.any(jnp.isin(tokens, settings.end_tokens) & counted, axis=1)
+    return State(
+        Sequences(
+            ids=jnp.where(fresh, placed, sequences.ids),
+            mask=sequences.mask | fresh,
+            length=sequences.length + count,
+            new=new,
+        ),
+        state.finished | ended | (new >= settings.max_new_tokens),
+        state.cache,
+    )

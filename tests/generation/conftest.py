@@ -1,0 +1,27 @@
+"""Pairs of models that generate, each made once."""
+
+from collections.abc import Callable
+
+import pytest
+from reference import small_config
+from twins import CONTEXT, Twins
+
+
+@pytest.fixture(scope="session")
+def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Twins]:
+    """`twins_of(**changes)`: a pair of that config."""
+    made: dict[str, Twins] = {}
+
+    def get(seed: int = 0, **changes: object) -> Twins:
+        key = repr((seed, changes))
+        if key not in made:
+            made[key] = Twins(small_config(**CONTEXT | changes), tmp_path_factory.mktemp("twins"), seed)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def twins(twins_of: Callable[..., Twins]) -> Twins:
+    """The pair that most tests share: 4 query heads on 2 of keys, a context of 512."""
+    return twins_of()

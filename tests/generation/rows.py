@@ -1,0 +1,45 @@
+"""A batch taken row by row: its prompts, its answers, and what the reference makes of each row alone."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from twins import Twins
+
+
+def rows_of(ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+    """Each row's tokens without padding."""
+    return [row[used] for row, used in zip(ids, mask.astype(bool), strict=True)]
+
+
+def alone(twins: Twins, ids: np.ndarray, mask: np.ndarray, count: int, **options: Any) -> np.ndarray:
+    """The `count` new tokens that the reference gives each row when it is by itself."""
+    new = [
+        twins.theirs(row[None], np.ones_like(row)[None], max_new_tokens=count, **options)[0, len(row) :]
+        for row in rows_of(ids, mask)
+    ]
+    return np.stack(new)
+
+
+def answers(twins: Twins, ids: np.ndarray, mask: np.ndarray, count: int, **options: Any) -> np.ndarray:
+    """Our new tokens for the whole batch."""
+    return twins.ours(ids, mask, max_new_tokens=count, **options)[:, ids.shape[1] :]
+
+
+def assert_varied(new: np.ndarray) -> None:
+    """Rows that repeat one token would agree with too many wrong answers."""
+    assert min(len(set(row)) for row in new.tolist()) > 5
+
+
+def logits_along(reference: Any, tokens: np.ndarray) -> np.ndarray:
+    """The reference's logits behind each beginning of one row, as if that beginning were all there is.
+
+    Two forwards without a cache: up to `original_max_position_embeddings` and over everything.
+    """
+    original = reference.config.original_max_position_embeddings
+    with torch.no_grad():
+        logits = [
+            reference(torch.tensor(part)[None], use_cache=False).logits[0].numpy()
+            for part in (tokens[:original], tokens)
+        ]
+    return np.concatenate([logits[0], logits[1][original:]])

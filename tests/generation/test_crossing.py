@@ -1,0 +1,348 @@
+"""Longrope rows that pass `original_max_position_embeddings`: in every mode each is what it is alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from reference import LONG, SHORT, distance, longrope, small_config
+from rows import alone, answers, assert_varied, logits_along, rows_of
+from twins import Twins, prompts
+
+from phi3_jax import Phi3ForCausalLM
+from phi3_jax.generation import prompts as prompts_module
+
+ORIGINAL = 16
+LENGTHS = (5, 15, 16, 17, 30, 9)
+"""Below, one below, at, one above and far above `ORIGINAL`."""
+
+COUNT = 75
+"""New tokens that bring the shortest row 64 past `ORIGINAL`."""
+
+BATCH = prompts(LENGTHS, seed=1)
+AHEAD = {"rope_scaling": longrope()["rope_scaling"], "num_hidden_layers": 1}
+"""Of assistants, which have another `original_max_position_embeddings`."""
+
+
+@pytest.fixture(scope="module")
+def crossing(twins_of: Callable[..., Twins]) -> Twins:
+    """A pair whose rows change to the long list at `ORIGINAL`."""
+    return twins_of(num_hidden_layers=2, **longrope())
+
+
+@pytest.fixture(scope="module")
+def expected(crossing: Twins) -> np.ndarray:
+    """What the reference makes of each row of `BATCH` alone."""
+    new = alone(crossing, *BATCH, COUNT)
+    assert_varied(new)
+    return new
+
+
+@pytest.fixture(scope="module")
+def assistant_of() -> Callable[[int], Phi3ForCausalLM]:
+    """`assistant_of(original)`: a one-layer longrope model that crosses elsewhere."""
+
+    def make(original: int) -> Phi3ForCausalLM:
+        lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": original}
+        return Phi3ForCausalLM(small_config(**AHEAD | lengths), rngs=5)
+
+    return make
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_row_crosses_by_itself(crossing: Twins, expected: np.ndarray, side: str) -> None:
+    ids, mask = prompts(LENGTHS, side)
+    if side == "left":
+        ids, mask = BATCH
+    else:
+        for row, tokens in enumerate(rows_of(*BATCH)):
+            ids[row, : len(tokens)] = tokens
+    np.testing.assert_array_equal(answers(crossing, ids, mask, COUNT), expected)
+
+
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
+def test_another_original_length(twins_of: Callable[..., Twins], side: str) -> None:
+    twins = twins_of(num_hidden_layers=2, **longrope() | {"original_max_position_embeddings": 64})
+    ids, mask = prompts((20, 63, 64, 65, 90, 41), side, seed=1)
+    new = alone(twins, ids, mask, 108)
+    assert_varied(new)
+    np.testing.assert_array_equal(answers(twins, ids, mask, 108), new)
+
+
+def test_the_lists_matter(crossing: Twins, expected: np.ndarray) -> None:
+    """One list for all rows and times gives other tokens, so the tests above can fail."""
+    begins_short = np.array(LENGTHS) <= ORIGINAL
+    long, short = (answers(crossing, *BATCH, COUNT, rope_list=name) for name in ("long", "short"))
+    np.testing.assert_array_equal((long != expected).any(axis=1), begins_short)
+    assert (short != expected).any(axis=1).all()
+
+
+@pytest.mark.parametrize("chunk", [4, 8])
+def test_any_chunking(
+    crossing: Twins, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(prompts_module, "PREFILL_CHUNK", chunk)
+    np.testing.assert_array_equal(answers(crossing, *BATCH, COUNT), expected)
+
+
+def test_logits_behind_every_token(crossing: Twins, expected: np.ndarray) -> None:
+    out = crossing.ours(
+        *BATCH, max_new_tokens=COUNT, return_dict_in_generate=True, output_logits=True, output_scores=True
+    )
+    made = np.stack(out.logits, axis=1)
+    np.testing.assert_array_equal(made, np.stack(out.scores, axis=1))
+    for row, (tokens, new) in enumerate(zip(rows_of(*BATCH), expected, strict=True)):
+        theirs = logits_along(crossing.reference, np.append(tokens, new))
+        assert distance(made[row], theirs[len(tokens) - 1 : -1]) <= 1e-4
+
+
+@pytest.mark.parametrize("lengths", [(10, 15, 18), pytest.param((12,), marks=pytest.mark.slow)])
+def test_beams(crossing: Twins, lengths: tuple[int, ...]) -> None:
+    ids, mask = prompts(lengths, seed=2)
+    options = {
+        "max_new_tokens": 20,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    ours = crossing.ours(ids, mask, **options)
+    new = np.asarray(ours.sequences)[:, ids.shape[1] :].reshape(len(ids), 2, -1)
+    scores = np.asarray(ours.sequences_scores).reshape(len(ids), 2)
+    for row, tokens in enumerate(rows_of(ids, mask)):
+        theirs = crossing.theirs(tokens[None], np.ones((1, len(tokens)), np.int64), **options)
+        np.testing.assert_array_equal(new[row], theirs.sequences[:, len(tokens) :].numpy())
+        np.testing.assert_allclose(scores[row], theirs.sequences_scores.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("drafted", [10, pytest.param(3, marks=pytest.mark.slow)])
+def test_prompt_lookup(crossing: Twins, expected: np.ndarray, drafted: int) -> None:
+    """Ten tokens reach past what most rows have left of the short list."""
+    np.testing.assert_array_equal(
+        answers(crossing, *BATCH, COUNT, prompt_lookup_num_tokens=drafted), expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("original", "drafted"),
+    [(24, 20), pytest.param(8, 20, marks=pytest.mark.slow), pytest.param(24, 3, marks=pytest.mark.slow)],
+)
+def test_assistants_with_another_original_length(
+    crossing: Twins,
+    expected: np.ndarray,
+    assistant_of: Callable[[int], Phi3ForCausalLM],
+    original: int,
+    drafted: int,
+) -> None:
+    options = {"assistant_model": assistant_of(original), "num_assistant_tokens": drafted}
+    for confidence in (0.0, 0.4):
+        new = answers(crossing, *BATCH, COUNT, assistant_confidence_threshold=confidence, **options)
+        np.testing.assert_array_equal(new, expected)
+
+
+def test_a_model_that_assists_itself(crossing: Twins, expected: np.ndarray) -> None:
+    """Every draft is right, so rows reach the switch by drafts as long as may be."""
+    new = answers(
+        crossing,
+        *BATCH,
+        COUNT,
+        assistant_model=crossing.model,
+        num_assistant_tokens=20,
+        assistant_confidence_threshold=0.0,
+    )
+    np.testing.assert_array_equal(new, expected)
+
+
+@pytest.fixture(scope="module")
+def begun(crossing: Twins) -> Callable[..., tuple[np.ndarray, np.ndarray, Any]]:
+    """`begun(lengths, count)`: the longer prompts after a first call, and the cache that it returned."""
+
+    def begin(lengths: tuple[int, ...], count: int, **options: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+        ids, mask = prompts(lengths, seed=3)
+        out = crossing.ours(ids, mask, max_new_tokens=count, return_dict_in_generate=True, **options)
+        mask = np.concatenate([mask, np.ones((len(ids), count), np.int64)], axis=1)
+        return np.asarray(out.sequences), mask, out.past_key_values
+
+    return begin
+
+
+def further(ids: np.ndarray, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The batch with `count` random tokens behind each row."""
+    more = np.random.default_rng(count).integers(4, 96, (len(ids), count))
+    return np.concatenate([ids, more], axis=1), np.concatenate([mask, np.ones_like(more)], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "made", "given"),
+    [
+        ((4, 6, 2), 4, 0),  # from below, crossing while tokens are made
+        ((4, 6, 2), 4, 9),  # what is given crosses, in some rows
+        ((4, 6, 2), 4, 30),
+        ((12, 13, 10), 5, 0),  # caches of 16, 17 and 14 tokens
+        ((12, 13, 10), 5, 1),
+    ],
+)
+def test_going_on_from_a_cache(
+    crossing: Twins, begun: Callable[..., Any], lengths: tuple[int, ...], made: int, given: int
+) -> None:
+    ids, mask, cache = begun(lengths, made)
+    assert np.asarray(cache.tokens).tolist() == [length + made - 1 for length in lengths]
+    ids, mask = further(ids, mask, given)
+    new = answers(crossing, ids, mask, 24, past_key_values=cache)
+    np.testing.assert_array_equal(new, alone(crossing, ids, mask, 24))
+
+
+@pytest.mark.parametrize("rope_list", ["long", "short", "planned"])
+def test_going_on_from_a_cache_under_another_list(
+    crossing: Twins, begun: Callable[..., Any], rope_list: str
+) -> None:
+    """Rows below, about and above `ORIGINAL` are computed again where the cache has the wrong list."""
+    ids, mask, cache = begun((4, 10, 25), 8, rope_list=rope_list)
+    new = answers(crossing, ids, mask, 24, past_key_values=cache)
+    np.testing.assert_array_equal(new, alone(crossing, ids, mask, 24))
+
+
+def guided_alone(
+    reference: Any, row: np.ndarray, negative: np.ndarray, scale: float, count: int
+) -> list[int]:
+    """Greedy tokens under guidance, from forwards without a cache."""
+    new: list[int] = []
+    for _ in range(count):
+        with torch.no_grad():
+            given, without = (
+                torch.log_softmax(
+                    reference(torch.tensor([[*tokens, *new]]), use_cache=False).logits[0, -1], -1
+                )
+                for tokens in (row, negative)
+            )
+        new.append(int((without + scale * (given - without)).argmax()))
+    return new
+
+
+@pytest.mark.parametrize("negative", ["own last token", (2, 15, 6)])
+def test_guidance(crossing: Twins, negative: Any) -> None:
+    """Prompt and negative prompt cross by their own lengths."""
+    ids, mask = prompts((6, 10, 18), seed=4)
+    options, against = {}, [row[-1:] for row in rows_of(ids, mask)]
+    if negative != "own last token":
+        unwanted, unwanted_mask = prompts(negative, seed=5)
+        options = {"negative_prompt_ids": unwanted, "negative_prompt_attention_mask": unwanted_mask}
+        against = rows_of(unwanted, unwanted_mask)
+    new = answers(crossing, ids, mask, 24, guidance_scale=1.7, **options)
+    for row, tokens in enumerate(rows_of(ids, mask)):
+        assert new[row].tolist() == guided_alone(crossing.reference, tokens, against[row], 1.7, 24)
+
+
+def test_draws_do_not_depend_on_other_rows(crossing: Twins) -> None:
+    ids, mask = BATCH
+    others, others_mask = prompts((30, 1, 20, 2, 29, 16), seed=6)
+    options = {"do_sample": True, "seed": 3, "top_k": 20}
+    full = answers(crossing, ids, mask, COUNT, **options)
+    assert len(set(map(tuple, full.tolist()))) == 6
+    for kept in (0, 3, 5):
+        mixed, mixed_mask = others.copy(), others_mask.copy()
+        mixed[kept], mixed_mask[kept] = ids[kept], mask[kept]
+        new = answers(crossing, mixed, mixed_mask, COUNT, **options)
+        np.testing.assert_array_equal(new[kept], full[kept])
+        assert (new != full).any(axis=1).sum() == 5
+    assert (answers(crossing, ids, mask, COUNT, **options | {"seed": 4}) != full).any(axis=1).all()
+
+
+def test_int8_cache(crossing: Twins) -> None:
+    """The logits stay near the exact ones of the same text, before and after the switch."""
+    out = crossing.ours(
+        *BATCH,
+        max_new_tokens=COUNT,
+        cache_implementation="quantized",
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    made, new = np.stack(out.logits, axis=1), np.asarray(out.sequences)[:, BATCH[0].shape[1] :]
+    for row, tokens in enumerate(rows_of(*BATCH)):
+        text = np.append(tokens, new[row])
+        exact = logits_along(crossing.reference, text)[len(tokens) - 1 : -1]
+        assert distance(made[row], exact) <= 0.05
+
+
+@pytest.fixture(scope="module")
+def one_list(crossing: Twins) -> Callable[[str], Twins]:
+    """`one_list("long")`: the pair with a reference of the same weights that has this list alone."""
+
+    def make(rope_list: str) -> Twins:
+        factors = {"long": LONG, "short": SHORT}[rope_list]
+        config = crossing.config.replace(
+            rope_scaling={"type": "longrope", "short_factor": factors, "long_factor": factors}
+        )
+        theirs = transformers.Phi3Config(**config.to_dict())
+        theirs._attn_implementation = "eager"
+        reference = transformers.Phi3ForCausalLM(theirs).eval()
+        reference.load_state_dict(crossing.reference.state_dict())
+        twins = object.__new__(Twins)
+        twins.config, twins.model, twins.reference = config, crossing.model, reference
+        return twins
+
+    return make
+
+
+@pytest.mark.parametrize("rope_list", ["long", "short"])
+def test_one_list_from_the_start(crossing: Twins, one_list: Callable[[str], Twins], rope_list: str) -> None:
+    new = answers(crossing, *BATCH, COUNT, rope_list=rope_list)
+    np.testing.assert_array_equal(new, alone(one_list(rope_list), *BATCH, COUNT))
+
+
+def test_the_list_of_the_planned_length(crossing: Twins, one_list: Callable[[str], Twins]) -> None:
+    """Rows of up to six tokens end at `ORIGINAL` or before; which list counts is each row's own matter."""
+    ids, mask = prompts((5, 6, 7, 16), seed=7)
+    new = answers(crossing, ids, mask, 10, rope_list="planned")
+    short, long = (alone(one_list(name), ids, mask, 10) for name in ("short", "long"))
+    assert (short != long).any(axis=1).all()
+    np.testing.assert_array_equal(new, np.concatenate([short[:2], long[2:]]))
+
+
+@pytest.mark.parametrize("rope_list", ["long", "short", "planned"])
+@pytest.mark.slow
+def test_lists_in_other_modes(crossing: Twins, one_list: Callable[[str], Twins], rope_list: str) -> None:
+    reference = one_list("short" if rope_list == "short" else "long")
+    expected = alone(reference, *BATCH, COUNT)
+    modes: list[dict[str, Any]] = [
+        {"prompt_lookup_num_tokens": 10},
+        {"assistant_model": crossing.model, "assistant_confidence_threshold": 0.0},
+    ]
+    for options in modes:
+        new = answers(crossing, *BATCH, COUNT, rope_list=rope_list, **options)
+        np.testing.assert_array_equal(new, expected)
+    ids, mask = prompts((12,), seed=2)
+    beams = {"max_new_tokens": 20, "num_beams": 3}
+    ours = crossing.ours(ids, mask, rope_list=rope_list, **beams)
+    np.testing.assert_array_equal(ours, reference.theirs(ids, mask, **beams))
+
+
+@pytest.mark.slow
+def test_real_factors_at_4096(tmp_path: Path, shared_data: Callable[..., Path]) -> None:
+    """The lists of Phi-3.5 mini in a small model with its head dim and lengths."""
+    file = shared_data("phi3-longrope", "longrope_factors.json")
+    factors = json.loads(file.read_text(encoding="utf-8"))["Phi-3.5-mini-instruct"]
+    config = small_config(
+        num_hidden_layers=2,
+        hidden_size=192,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.08,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": factors["short_factor"],
+            "long_factor": factors["long_factor"],
+        },
+    )
+    assert config.head_dim == factors["head_dim"]
+    twins = Twins(config, tmp_path)
+    ids, mask = prompts((4080, 4095, 4060), seed=8)
+    expected = alone(twins, ids, mask, 50)
+    assert_varied(expected)
+    np.testing.assert_array_equal(answers(twins, ids, mask, 50), expected)

@@ -1,0 +1,628 @@
+"""Logits processors against transformers' own, row by row and as a whole chain."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.generation import logits_process as reference
+
+from phi3_jax.generation import processors, warpers
+from phi3_jax.generation.chain import logits_processors
+from phi3_jax.generation.processors import LogitsProcessor
+from phi3_jax.generation.sequences import Sequences
+
+VOCAB, COLUMNS, PAD, JUNK = 96, 24, 3, 7
+ENDS = [2, 5]
+FORBIDDEN = np.array([4, 11, 50], np.int32)
+
+apply = jax.jit(lambda processor, sequences, scores: processor(sequences, scores))
+
+
+def make_sequences(rows: list[tuple[int, int, int]], seed: int = 0) -> Sequences:
+    """Rows of (padding, prompt tokens, new tokens), with few different tokens so that they repeat."""
+    rng = np.random.default_rng(seed)
+    ids = np.full((len(rows), COLUMNS), JUNK, np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for row, (padding, prompt, new) in enumerate(rows):
+        ids[row, :padding] = PAD
+        held = slice(padding, padding + prompt + new)
+        ids[row, held] = rng.integers(8, 12, prompt + new)
+        mask[row, held] = True
+    length, new = np.array([sum(row) for row in rows]), np.array([row[2] for row in rows])
+    return Sequences(*map(jnp.asarray, (ids, mask, length.astype(np.int32), new.astype(np.int32))))
+
+
+def make_scores(rows: int, kind: str = "normal", vocab: int = VOCAB, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    scores = (3 * rng.normal(size=(rows, vocab))).astype(np.float32)
+    if kind == "masked":
+        scores[rng.random(scores.shape) < 0.4] = -np.inf
+    if kind == "peaked":
+        scores[np.arange(rows), rng.integers(0, vocab, rows)] = 80.0
+    if kind == "tied":
+        scores = np.round(scores)
+    return scores
+
+
+def check(ours: Any, theirs: Any) -> None:
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+UNEQUAL = [(0, 5, 9), (4, 3, 0), (9, 1, 2), (0, 1, 0), (2, 6, 4), (1, 2, 19), (3, 4, 1), (0, 12, 3)]
+"""Rows of every kind: padded or not, with none or many new tokens, as long as the columns or much shorter."""
+
+BIASES = {(9,): 2.5, (10, 11): -3.0, (8, 9, 12): 4.0, (11, 12): -math.inf, (9, 10, 11, 8): 1.0, (8, 11): 7.0}
+
+
+def bias_table(biases: dict[tuple[int, ...], float]) -> Any:
+    return logits_processors(
+        SimpleNamespace(sequence_bias=biases),
+        prompt_length=4,
+        max_new_tokens=9,
+        vocab_size=VOCAB,
+        eos_token_ids=ENDS,
+    )[0]
+
+
+# Name: our processor, and the reference's for a row with so many prompt tokens.
+ON_ROWS: dict[str, tuple[LogitsProcessor, Any]] = {
+    "bias": (bias_table(BIASES), lambda prompt: reference.SequenceBiasLogitsProcessor(dict(BIASES))),
+    "single_bias": (
+        bias_table({(9,): 2.5, (11,): -math.inf}),
+        lambda prompt: reference.SequenceBiasLogitsProcessor({(9,): 2.5, (11,): -math.inf}),
+    ),
+    "repetition": (
+        processors.RepetitionPenaltyLogitsProcessor(1.3),
+        lambda prompt: reference.RepetitionPenaltyLogitsProcessor(1.3),
+    ),
+    "repetition_wanted": (
+        processors.RepetitionPenaltyLogitsProcessor(0.7),
+        lambda prompt: reference.RepetitionPenaltyLogitsProcessor(0.7),
+    ),
+    **{
+        f"ngram_{size}": (
+            processors.NoRepeatNGramLogitsProcessor(size),
+            lambda prompt, size=size: reference.NoRepeatNGramLogitsProcessor(size),
+        )
+        for size in (1, 2, 3, COLUMNS, COLUMNS + 1)
+    },
+    "min_new_tokens": (
+        processors.MinNewTokensLengthLogitsProcessor(3, np.array(ENDS)),
+        lambda prompt: reference.MinNewTokensLengthLogitsProcessor(prompt, 3, ENDS),
+    ),
+    "forced_eos": (
+        processors.ForcedEOSTokenLogitsProcessor(5, np.array(ENDS)),
+        lambda prompt: reference.ForcedEOSTokenLogitsProcessor(prompt + 5, ENDS),
+    ),
+    "remove_invalid": (
+        processors.InfNanRemoveLogitsProcessor(),
+        lambda prompt: reference.InfNanRemoveLogitsProcessor(),
+    ),
+    **{
+        f"decay_{factor}": (
+            processors.ExponentialDecayLengthPenalty(2, math.log(factor), np.array(ENDS)),
+            lambda prompt, factor=factor: reference.ExponentialDecayLengthPenalty((2, factor), ENDS, prompt),
+        )
+        for factor in (1.001, 1.7, 0.5)
+    },
+    "suppress": (
+        processors.SuppressTokensLogitsProcessor(FORBIDDEN),
+        lambda prompt: reference.SuppressTokensLogitsProcessor(FORBIDDEN),
+    ),
+    "begin_suppress": (
+        processors.SuppressTokensAtBeginLogitsProcessor(FORBIDDEN, 1),
+        lambda prompt: reference.SuppressTokensAtBeginLogitsProcessor(FORBIDDEN, prompt + 1),
+    ),
+    "normalization": (processors.LogitNormalization(), lambda prompt: reference.LogitNormalization()),
+}
+
+
+@pytest.mark.parametrize("kind", ["normal", "masked", "peaked"])
+@pytest.mark.parametrize("name", ON_ROWS)
+def test_each_row_is_what_the_reference_makes_of_it_alone(name, kind):
+    ours, theirs = ON_ROWS[name]
+    sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL), kind)
+    result = apply(ours, sequences, scores)
+    for row, (padding, prompt, new) in enumerate(UNEQUAL):
+        ids = np.asarray(sequences.ids)[row : row + 1, padding : padding + prompt + new]
+        expected = theirs(prompt)(torch.tensor(ids, dtype=torch.long), torch.tensor(scores[row : row + 1]))
+        check(result[row : row + 1], expected)
+
+
+def test_the_processors_on_rows_change_something():
+    sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL))
+    idle = {"ngram_24", "ngram_25", "remove_invalid"}
+    for name, (processor, _) in ON_ROWS.items():
+        assert np.array_equal(apply(processor, sequences, scores), scores) == (name in idle), name
+
+
+def test_invalid_scores_become_numbers():
+    scores = np.array([[np.nan, np.inf, -np.inf, 1.0]], np.float32)
+    theirs = reference.InfNanRemoveLogitsProcessor()(None, torch.tensor(scores))
+    check(apply(processors.InfNanRemoveLogitsProcessor(), make_sequences([(0, 1, 0)]), scores), theirs)
+
+
+@pytest.mark.parametrize("kind", ["normal", "masked"])
+def test_repetition_penalty_leaves_out_padding_as_the_reference_does(kind):
+    rows = [(4, 5, 3), (0, 9, 3), (8, 1, 3)]
+    sequences, scores = make_sequences(rows), make_scores(3, kind)
+    theirs = reference.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=torch.tensor([4, 0, 8]))
+    ids = torch.tensor(np.asarray(sequences.ids)[:, :12], dtype=torch.long)
+    ours = apply(processors.RepetitionPenaltyLogitsProcessor(1.5), sequences, scores)
+    check(ours, theirs(ids, torch.tensor(scores)))
+    np.testing.assert_array_equal(ours[:, [PAD, JUNK]], scores[:, [PAD, JUNK]])
+
+
+def test_what_is_not_a_rows_own_never_matches():
+    ids = jnp.array([[PAD, PAD, PAD, 9, JUNK, JUNK], [8, PAD, 10, PAD, 12, PAD]], jnp.int32)
+    mask = jnp.array([[0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0]], bool)
+    sequences = Sequences(ids, mask, jnp.array([4, 5]), jnp.array([1, 2]))
+    bias = bias_table({(PAD, 9, 40): 1.0, (JUNK, 41): 1.0, (9, 42): 1.0, (PAD, 12, 43): 1.0, (PAD, 44): 1.0})
+    result = np.asarray(apply(bias, sequences, np.zeros((2, VOCAB), np.float32)))
+    assert [list(np.flatnonzero(row)) for row in result] == [[42], [43]]
+    result = np.asarray(
+        apply(processors.NoRepeatNGramLogitsProcessor(1), sequences, np.zeros((2, VOCAB), np.float32))
+    )
+    assert [list(np.flatnonzero(row)) for row in result] == [[9], [PAD, 8, 10, 12]]
+
+
+def test_frequency_and_presence_count_generated_tokens():
+    sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL), "masked")
+    counts = np.zeros(scores.shape, np.float32)
+    for row, (padding, prompt, new) in enumerate(UNEQUAL):
+        start = padding + prompt
+        np.add.at(counts[row], np.asarray(sequences.ids)[row, start : start + new], 1)
+    assert counts.max() > 2
+    frequency, presence = (
+        processors.FrequencyPenaltyLogitsProcessor(0.3),
+        processors.PresencePenaltyLogitsProcessor(-0.8),
+    )
+    check(apply(frequency, sequences, scores), scores - np.float32(0.3) * counts)
+    check(apply(presence, sequences, scores), scores + np.float32(0.8) * (counts > 0))
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 2])
+def test_forced_bos_is_the_second_token(prompt):
+    for new in range(4):
+        scores = make_scores(1)
+        chain = build(SimpleNamespace(forced_bos_token_id=6), prompt)
+        sequences = make_sequences([(0, prompt, new)])
+        ids = torch.tensor(np.asarray(sequences.ids)[:, : prompt + new], dtype=torch.long)
+        check(
+            run(chain, sequences, scores),
+            reference.ForcedBOSTokenLogitsProcessor(6)(ids, torch.tensor(scores)),
+        )
+
+
+def test_allowed_tokens_are_the_references_prefix_constraint():
+    table = np.random.default_rng(1).random((VOCAB, VOCAB)) < 0.1
+    sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL), "masked")
+    last = np.asarray(sequences.last(1)[0])[:, 0]
+    scores[4, table[last[4]]] = -np.inf
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        return np.flatnonzero(table[int(ids[-1])]).tolist()
+
+    ours = processors.AllowedTokensLogitsProcessor(lambda s: jnp.asarray(table)[s.last(1)[0][:, 0]])
+    theirs = reference.PrefixConstrainedLogitsProcessor(allowed, 1)
+    result = apply(ours, sequences, scores)
+    check(result, theirs(torch.tensor(last[:, None]), torch.tensor(scores)))
+    assert set(np.asarray(result)[4]) == {0.0, -np.inf}
+
+
+# Name: our warper and the reference's, both of the number of tokens that must stay.
+WARPERS: dict[str, tuple[Any, Any]] = {
+    "temperature": (
+        lambda keep: warpers.TemperatureLogitsWarper(0.7),
+        lambda keep: reference.TemperatureLogitsWarper(0.7),
+    ),
+    "top_h": (lambda keep: warpers.TopHLogitsWarper(0.4), lambda keep: reference.TopHLogitsWarper(0.4)),
+    **{
+        f"top_k_{k}": (
+            lambda keep, k=k: warpers.TopKLogitsWarper(k, keep),
+            lambda keep, k=k: reference.TopKLogitsWarper(k, min_tokens_to_keep=keep),
+        )
+        for k in (1, 2, 17, VOCAB, 1000)
+    },
+    **{
+        f"{name}_{value}": (
+            lambda keep, make=make, value=value: make(value, keep),
+            lambda keep, model=model, value=value: model(value, min_tokens_to_keep=keep),
+        )
+        for name, make, model, values in [
+            ("top_p", warpers.TopPLogitsWarper, reference.TopPLogitsWarper, (0.01, 0.5, 0.9, 0.999)),
+            ("min_p", warpers.MinPLogitsWarper, reference.MinPLogitsWarper, (0.001, 0.1, 1.0)),
+            ("typical", warpers.TypicalLogitsWarper, reference.TypicalLogitsWarper, (0.05, 0.4, 0.95)),
+            ("epsilon", warpers.EpsilonLogitsWarper, reference.EpsilonLogitsWarper, (0.0003, 0.05, 0.9)),
+            ("eta", warpers.EtaLogitsWarper, reference.EtaLogitsWarper, (0.0003, 0.05, 0.9)),
+        ]
+        for value in values
+    },
+}
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("kind", ["normal", "masked", "peaked"])
+@pytest.mark.parametrize("name", WARPERS)
+def test_warpers(name, kind, keep):
+    if kind == "peaked" and keep > 1 and name.startswith("typical"):
+        pytest.skip("which of the equally far tokens stay, the reference leaves to its sort")
+    ours, theirs = (make(keep) for make in WARPERS[name])
+    sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL), kind)
+    check(apply(ours, sequences, scores), theirs(None, torch.tensor(scores)))
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("name", ["temperature", "top_k_17", "min_p_0.1", "typical_0.4", "epsilon_0.05"])
+def test_warpers_on_ties(name, keep):
+    if keep > 1 and name.startswith(("typical", "min_p")):
+        pytest.skip("which of equals is among the three that stay, the reference leaves to its sort")
+    ours, theirs = (make(keep) for make in WARPERS[name])
+    scores = make_scores(len(UNEQUAL), "tied")
+    check(apply(ours, make_sequences(UNEQUAL), scores), theirs(None, torch.tensor(scores)))
+
+
+def test_top_p_keeps_ties_together_and_never_less_than_the_reference():
+    scores = make_scores(8, "tied")
+    ours = np.asarray(apply(warpers.TopPLogitsWarper(0.6), make_sequences(UNEQUAL), scores))
+    theirs = reference.TopPLogitsWarper(0.6)(None, torch.tensor(scores)).numpy()
+    assert np.all(np.isfinite(ours) >= np.isfinite(theirs))
+    least = np.where(np.isfinite(theirs), theirs, np.inf).min(axis=1, keepdims=True)
+    np.testing.assert_array_equal(np.isfinite(ours), scores >= least)
+
+
+def test_zeros_of_both_signs_are_equal():
+    scores = np.array([[0.0, -0.0, -1.0, 0.0, -0.0]], np.float32)
+    result = apply(warpers.TopKLogitsWarper(1), make_sequences([(0, 1, 0)]), scores)
+    np.testing.assert_array_equal(np.isfinite(result), [[True, True, False, True, True]])
+
+
+@pytest.mark.parametrize(
+    "name", ["top_k_17", "top_p_0.5", "top_p_0.9", "top_p_0.999", "typical_0.4", "typical_0.95"]
+)
+def test_a_large_vocabulary(name):
+    """The sets differ, if at all, by tokens that the rounding of a sum decides on."""
+    ours, theirs = (make(1) for make in WARPERS[name])
+    scores = make_scores(3, vocab=49152)
+    kept = np.isfinite(apply(ours, make_sequences(UNEQUAL[:3]), scores))
+    expected = np.isfinite(theirs(None, torch.tensor(scores)).numpy())
+    p = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=-1).numpy()
+    assert np.all(np.sum(p * (kept != expected), axis=1) < 2e-6)
+    if name.startswith("top_k"):
+        np.testing.assert_array_equal(kept, expected)
+
+
+def build(config: Any, prompt_length: int, **changes: Any) -> tuple[Any, ...]:
+    settings = {"max_new_tokens": 6, "vocab_size": VOCAB, "eos_token_ids": ENDS} | changes
+    return logits_processors(config, prompt_length=prompt_length, **settings)
+
+
+@jax.jit
+def run(chain: tuple[Any, ...], sequences: Sequences, scores: Any) -> Any:
+    for processor in chain:
+        scores = processor(sequences, scores)
+    return scores
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    config = transformers.Phi3Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=PAD,
+        eos_token_id=ENDS,
+    )
+    return transformers.Phi3ForCausalLM(config)
+
+
+def random_config(rng: np.random.Generator, prompt_length: int) -> transformers.GenerationConfig:
+    """Each setting on or off by chance; lists name tokens that occur.
+
+    No ties, of which the reference's sort would choose: one end token is forced, and beams, which keep
+    several tokens, come without scores that are all set to the least number. Nor does the length penalty come
+    with those, which it raises to infinity there.
+    """
+
+    def some(value: Any) -> Any:
+        return value if rng.random() < 0.4 else None
+
+    def token() -> int:
+        return int(rng.integers(8, 13))
+
+    def words() -> list[list[int]]:
+        return [[token() for _ in range(rng.integers(1, 4))] for _ in range(12)]
+
+    beams = int(rng.integers(1, 3))
+    decay = some((int(rng.integers(0, 4)), float(rng.uniform(0.8, 1.5))))
+    settings = {
+        "sequence_bias": some({tuple(word): float(rng.normal()) for word in words()}),
+        "repetition_penalty": some(float(rng.uniform(0.7, 1.6))),
+        "no_repeat_ngram_size": some(int(rng.integers(2, 4))),
+        "bad_words_ids": some([*words(), [ENDS[0]]]),
+        "min_length": some(prompt_length + int(rng.integers(0, 5))),
+        "min_new_tokens": some(int(rng.integers(0, 5))),
+        "forced_bos_token_id": some(6),
+        "forced_eos_token_id": some([ENDS[:1], ENDS[1]][rng.integers(2)]),
+        "remove_invalid_values": bool(beams == 1 and decay is None and rng.random() < 0.5),
+        "exponential_decay_length_penalty": decay,
+        "suppress_tokens": some([token(), token()]),
+        "begin_suppress_tokens": some([token(), token()]),
+        "do_sample": bool(rng.random() < 0.8),
+        "num_beams": beams,
+        "temperature": some(float(rng.uniform(0.3, 2.0))),
+        "top_h": some(float(rng.uniform(0.5, 0.95))),
+        "top_k": some(int(rng.integers(1, 90))),
+        "top_p": some(float(rng.uniform(0.5, 1.0))),
+        "min_p": some(float(rng.uniform(0.0, 0.1))),
+        "typical_p": some(float(rng.uniform(0.3, 1.0))),
+        "epsilon_cutoff": some(float(rng.uniform(0.0, 0.02))),
+        "eta_cutoff": some(float(rng.uniform(0.0, 0.02))),
+        "renormalize_logits": bool(rng.random() < 0.3),
+    }
+    ends = [ENDS, ENDS[:1]][rng.integers(2)]
+    return transformers.GenerationConfig(
+        eos_token_id=ends,
+        pad_token_id=PAD,
+        max_new_tokens=6,
+        **{k: v for k, v in settings.items() if v is not None},
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_chain_is_the_references(model, seed):
+    rng = np.random.default_rng(seed)
+    prompt = int(rng.choice([1, 2, 7]))
+    config = random_config(rng, prompt)
+    ends = config.eos_token_id
+    chain = build(config, prompt, eos_token_ids=ends)
+    padding = rng.integers(0, prompt, 5)
+    padding[0] = 0
+    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu")
+    config = model._prepare_generated_length(
+        config, True, config.min_length is None, "input_ids", prompt, None
+    )
+    mask = torch.tensor(np.arange(prompt) >= padding[:, None]).long()
+    theirs = model._get_logits_processor(config, prompt, model_kwargs={"attention_mask": mask})
+    assert [type(p).__name__ for p in chain] == expected_names(theirs, config, prompt)
+    for new in range(6):
+        sequences = make_sequences([(int(p), prompt - int(p), new) for p in padding], seed)
+        scores = make_scores(5, ["normal", "masked"][new % 2], seed=seed + new)
+        ids = torch.tensor(np.asarray(sequences.ids)[:, : prompt + new], dtype=torch.long)
+        check(run(chain, sequences, scores), theirs(ids, torch.tensor(scores)))
+
+
+def expected_names(theirs: Any, config: Any, prompt: int) -> list[str]:
+    """The names of the reference's processors, less those that can do nothing after such a prompt."""
+    made = [type(processor).__name__.replace("MinLength", "MinNewTokensLength") for processor in theirs]
+    idle = set()
+    if prompt > 1:
+        idle.add("ForcedBOSTokenLogitsProcessor")
+    if (config.min_length or 0) <= prompt:
+        idle.add("MinNewTokensLengthLogitsProcessor")
+    return [name for name in dict.fromkeys(made) if name not in idle]
+
+
+AFTER_FORCED_BOS = (
+    "ForcedEOSTokenLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensLogitsProcessor",
+    "SuppressTokensAtBeginLogitsProcessor",
+    *(
+        f"{name}LogitsWarper"
+        for name in ("Temperature", "TopH", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
+    ),
+    "LogitNormalization",
+)
+
+
+FULL = {
+    "sequence_bias": [[[9, 10], 1.0]],
+    "repetition_penalty": 1.2,
+    "frequency_penalty": 0.1,
+    "presence_penalty": 0.2,
+    "no_repeat_ngram_size": 3,
+    "bad_words_ids": [[8, 9]],
+    "min_new_tokens": 2,
+    "forced_bos_token_id": 6,
+    "forced_eos_token_id": 2,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (2, 1.1),
+    "suppress_tokens": [8],
+    "begin_suppress_tokens": [9],
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_h": 0.9,
+    "top_k": 50,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "typical_p": 0.9,
+    "epsilon_cutoff": 0.001,
+    "eta_cutoff": 0.001,
+    "renormalize_logits": True,
+}
+"""Every setting."""
+
+
+def test_order_with_every_setting():
+    own = object()
+    chain = build(SimpleNamespace(**FULL), 1, user=[own])
+    names = [type(processor).__name__ for processor in chain]
+    assert names[:5] == [
+        "SequenceBiasLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "FrequencyPenaltyLogitsProcessor",
+        "PresencePenaltyLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+    ]
+    assert names[5:8] == [
+        "NoBadWordsLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "ForcedBOSTokenLogitsProcessor",
+    ]
+    assert tuple(names[8:]) == (*AFTER_FORCED_BOS[:5], "object", *AFTER_FORCED_BOS[5:])
+    assert chain[names.index("object")] is own
+
+
+def test_other_numbers_do_not_compile_again():
+    other = FULL | {
+        "sequence_bias": [[[11, 12], -2.0]],
+        "repetition_penalty": 1.3,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 1.5,
+        "bad_words_ids": [[18, 19]],
+        "min_new_tokens": 4,
+        "forced_bos_token_id": 7,
+        "forced_eos_token_id": 5,
+        "exponential_decay_length_penalty": (1, 1.3),
+        "suppress_tokens": [10],
+        "begin_suppress_tokens": [11],
+        "temperature": 2,
+        "top_h": 1,
+        "top_k": 7,
+        "top_p": 0.4,
+        "min_p": 0.5,
+        "typical_p": 0.3,
+        "epsilon_cutoff": 0.1,
+        "eta_cutoff": 0.1,
+    }
+    apply_all = jax.jit(lambda *arguments: run.__wrapped__(*arguments))
+    for settings in (FULL, other):
+        chain = build(SimpleNamespace(**settings), 1)
+        apply_all(chain, make_sequences(UNEQUAL), make_scores(len(UNEQUAL)))
+    assert apply_all._cache_size() == 1
+
+
+def test_nothing_asked_for_is_nothing_done():
+    assert build(SimpleNamespace(), 3) == ()
+    off = {
+        **dict.fromkeys(FULL),
+        "repetition_penalty": 1.0,
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "no_repeat_ngram_size": 0,
+        "min_length": 3,
+        "suppress_tokens": [],
+        "begin_suppress_tokens": [],
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "typical_p": 1,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+        "renormalize_logits": False,
+    }
+    assert build(SimpleNamespace(**off), 3) == ()
+
+
+def test_greedy_search_ignores_what_shapes_the_distribution():
+    assert build(SimpleNamespace(do_sample=False, temperature=0.0, top_p=0.5), 3) == ()
+
+
+@pytest.mark.parametrize(
+    ("min_length", "min_new_tokens", "expected"), [(9, None, 5), (9, 2, 2), (4, None, None)]
+)
+def test_min_length_counts_the_prompt_and_min_new_tokens_goes_first(min_length, min_new_tokens, expected):
+    chain = build(SimpleNamespace(min_length=min_length, min_new_tokens=min_new_tokens), 4)
+    assert [processor.min_new_tokens for processor in chain] == ([] if expected is None else [expected])
+
+
+def test_end_tokens_outside_the_vocabulary_never_matter():
+    chain = build(SimpleNamespace(min_new_tokens=3), 4, eos_token_ids=[-1, 2, VOCAB])
+    result = run(chain, make_sequences([(0, 4, 0)]), np.zeros((1, VOCAB), np.float32))
+    assert list(np.flatnonzero(np.asarray(result)[0])) == [2]
+    assert build(SimpleNamespace(min_new_tokens=3), 4, eos_token_ids=[-1]) == ()
+
+
+@pytest.mark.parametrize(("beams", "ends", "keep"), [(1, ENDS, 1), (4, ENDS, 3), (4, [2], 2), (4, [], 2)])
+def test_beams_keep_a_token_that_is_no_end(beams, ends, keep):
+    (warper,) = build(SimpleNamespace(do_sample=True, top_k=1, num_beams=beams), 4, eos_token_ids=ends)
+    assert warper.min_tokens_to_keep == keep
+
+
+def test_a_users_processor_takes_the_place_of_its_class():
+    own = processors.RepetitionPenaltyLogitsProcessor(2.0)
+    config = SimpleNamespace(repetition_penalty=1.2, no_repeat_ngram_size=2)
+    chain = build(config, 4, user=[own, print])
+    assert chain[0] is own
+    assert chain[2] is print
+    assert len(chain) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0}, r"temperature=0 .* \(0, inf\).* do_sample=False"),
+        ({"temperature": -0.5}, r"temperature=-0.5 .* do_sample=False"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"top_k": -1}, "top_k=-1 .* 0 keeps every token"),
+        ({"top_k": 2.5}, "top_k=2.5 must be an integer"),
+        ({"top_k": True}, "top_k=True must be an integer"),
+        ({"top_p": 0.0}, r"top_p=0.0 .* \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p=1.5 .* \(0, 1\]"),
+        ({"top_h": 0.0}, r"top_h=0.0 .* \(0, 1\]"),
+        ({"min_p": -0.1}, r"min_p=-0.1 .* \[0, 1\]"),
+        ({"min_p": 1.1}, r"min_p=1.1 .* \[0, 1\]"),
+        ({"typical_p": 0}, r"typical_p=0 .* \(0, 1\]"),
+        ({"epsilon_cutoff": 1.0}, r"epsilon_cutoff=1.0 .* \[0, 1\)"),
+        ({"eta_cutoff": -1e-3}, r"eta_cutoff=-0.001 .* \[0, 1\)"),
+        ({"num_beams": 0}, "num_beams=0 must be an integer of at least 1"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty=0.0 .* \(0, inf\)"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty=inf"),
+        ({"presence_penalty": math.nan}, "presence_penalty=nan"),
+        ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size=-2 .* at least 0"),
+        ({"bad_words_ids": []}, r"bad_words_ids=\[\]"),
+        ({"bad_words_ids": [[]]}, r"bad_words_ids=\[\[\]\]"),
+        ({"bad_words_ids": [8, 9]}, r"bad_words_ids=\[8, 9\] must be a list of lists"),
+        ({"bad_words_ids": [[8, VOCAB]]}, "bad_words_ids names token 96; .* 0 to 95"),
+        (
+            {"bad_words_ids": [[2], [5]]},
+            r"bad_words_ids=\[\[2\], \[5\]\] has only end tokens.*suppress_tokens",
+        ),
+        ({"sequence_bias": {}}, r"sequence_bias=\{\}"),
+        ({"sequence_bias": {(): 1.0}}, r"sequence_bias=\{\(\): 1.0\}"),
+        ({"sequence_bias": {8: 1.0}}, r"sequence_bias=\{8: 1.0\}"),
+        ({"sequence_bias": [[[8, 9]]]}, r"sequence_bias=\[\[\[8, 9\]\]\]"),
+        ({"sequence_bias": {(8,): "much"}}, "sequence_bias=.*'much'"),
+        ({"sequence_bias": {(8,): math.nan}}, "sequence_bias=.*nan"),
+        ({"sequence_bias": {(8, -1): 1.0}}, "sequence_bias names token -1; .* 0 to 95"),
+        ({"suppress_tokens": [8, 96]}, "suppress_tokens names token 96; .* 0 to 95"),
+        ({"suppress_tokens": "all"}, "suppress_tokens='all' must be a list"),
+        ({"begin_suppress_tokens": [-1]}, "begin_suppress_tokens names token -1"),
+        ({"forced_bos_token_id": 96}, "forced_bos_token_id names token 96"),
+        ({"forced_bos_token_id": [6]}, r"forced_bos_token_id names token \[6\]"),
+        ({"forced_eos_token_id": 96}, "forced_eos_token_id names token 96"),
+        ({"forced_eos_token_id": []}, r"forced_eos_token_id=\[\] must name a token"),
+        ({"min_length": -1}, "min_length=-1 .* at least 0"),
+        ({"min_new_tokens": 1.5}, "min_new_tokens=1.5 must be an integer"),
+        (
+            {"exponential_decay_length_penalty": 1.1},
+            r"exponential_decay_length_penalty=1.1 .* \(start, factor\)",
+        ),
+        ({"exponential_decay_length_penalty": (2, 0.0)}, r"exponential_decay_length_penalty=\(2, 0.0\)"),
+        ({"exponential_decay_length_penalty": (-1, 1.1)}, r"exponential_decay_length_penalty=\(-1, 1.1\)"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(SimpleNamespace(do_sample=True, **settings), 4)
+
+
+def test_a_decay_needs_an_end_token():
+    with pytest.raises(ValueError, match="there are none; set eos_token_id"):
+        build(SimpleNamespace(exponential_decay_length_penalty=(2, 1.1)), 4, eos_token_ids=[])
