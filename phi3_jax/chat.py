@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +98,7 @@ class ChatSession:
         told = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*told, *self.history]
 
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str) -> Generator[str, None, None]:
         """The answer to `text`, in pieces as it is made.
 
         With its first token both are in the history. Closed early, the answer is what was said until then. An
@@ -113,8 +113,8 @@ class ChatSession:
         context = self.compiled.model.config.max_position_embeddings
         if len(ids) >= context:
             raise ContextFullError(
-                f"with this message the conversation has {len(ids)} tokens, and the model's context of {context} "
-                "leaves no room for an answer; start a new conversation with /reset, or say less"
+                f"with this message the conversation has {len(ids)} tokens, and the model's context of "
+                f"{context} leaves no room for an answer; start a new conversation with /reset, or say less"
             )
         held = self._held.beginning_of(ids) if self._held else None
         call = one_answer(
@@ -130,7 +130,7 @@ class ChatSession:
         )
         return self._answer(ask, call, Turn(len(ids), len(held.ids) if held else 0))
 
-    def _answer(self, ask: Message, call: Call, turn: Turn) -> Iterator[str]:
+    def _answer(self, ask: Message, call: Call, turn: Turn) -> Generator[str, None, None]:
         said = {"role": "assistant", "content": ""}
         decoder = self.tokenizer.stream()
         self._held, self.last, read = None, turn, True
@@ -149,7 +149,7 @@ class ChatSession:
             self._keep(call)
         said["content"] += (piece := decoder.end())
         if read:
-            self.last = replace(turn, stopped=self._why(call))
+            self.last = replace(turn, stopped=self._why(call, turn.new_tokens, int(token)))
             if piece:
                 yield piece
 
@@ -158,12 +158,12 @@ class ChatSession:
         out = call.result()
         self._held = _Held(out.past_key_values, out.sequences[0].tolist()[:-1])
 
-    def _why(self, call: Call) -> Literal["end", "max_new_tokens", "context"]:
+    def _why(self, call: Call, made: int, latest: int) -> Literal["end", "max_new_tokens", "context"]:
         """Why an answer that was read to its end is over."""
-        (tokens,), most = call.tokens, call.config.max_new_tokens
-        if len(tokens) < most or tokens[-1] in call.config.eos_token_ids:
+        config = call.request.config
+        if made < config.max_new_tokens or latest in config.eos_token_ids:
             return "end"
-        return "max_new_tokens" if most == self._max_new_tokens else "context"
+        return "max_new_tokens" if made == self._max_new_tokens else "context"
 
     def _next_seed(self) -> int | None:
         """One of its own for every turn of a session, the same in every session with this seed."""
@@ -216,6 +216,6 @@ def _checked(content: Any) -> list[Message]:
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise ValueError(
-            f"its roles are {', '.join(roles)}; expected user and assistant in turns, behind one system at most"
+            f"its roles are {', '.join(roles)}; expected user and assistant in turns, behind a system or not"
         )
     return [{"role": message["role"], "content": message["content"]} for message in messages]

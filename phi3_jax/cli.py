@@ -88,6 +88,7 @@ def generate(
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     context = pipeline.compiled.model.config.max_position_embeddings
     settings["max_new_tokens"] = max(1, min(max_new_tokens, context - len(ids)))
+    settings["attention_mask"] = [[1] * len(ids)]  # no id means padding here
     if num_beams > 1:
         _print_best(pipeline, ids, settings)
     else:
@@ -117,8 +118,7 @@ def _print_best(pipeline: "Pipeline", ids: list[int], settings: dict[str, Any]) 
     from phi3_jax.generation import generate
 
     begin = time.perf_counter()
-    mask = [[1] * len(ids)]
-    (answer,) = generate(pipeline.compiled, [ids], mask, tokenizer=pipeline.tokenizer, **settings)
+    (answer,) = generate(pipeline.compiled, [ids], tokenizer=pipeline.tokenizer, **settings)
     made = answer[len(ids) :].tolist()
     print(pipeline.tokenizer.decode(made, skip_special_tokens=True), flush=True)
     seconds = time.perf_counter() - begin
@@ -130,7 +130,8 @@ def _figures(prompt_tokens: int, arrivals: list[float]) -> str:
     made = len(arrivals) - 1
     if made == 0:
         return f"[{prompt_tokens} prompt tokens, interrupted before the first new one]"
-    line = f"[{prompt_tokens} prompt tokens, first new one after {arrivals[1] - arrivals[0]:.1f} s, {made} tokens"
+    line = f"[{prompt_tokens} prompt tokens, first new one after {arrivals[1] - arrivals[0]:.1f} s"
+    line += f", {made} tokens"
     if made > 2 and (seconds := arrivals[-1] - arrivals[2]):
         line += f", {(made - 2) / seconds:.1f} tokens/s"
     return line + "]"

@@ -78,7 +78,7 @@ def converse(session: ChatSession) -> None:
 def _answer(session: ChatSession, text: str) -> None:
     begin = time.perf_counter()
     first = None
-    with Interrupt() as interrupt, closing(session.reply(text)) as pieces:  # type: ignore[type-var]
+    with Interrupt() as interrupt, closing(session.reply(text)) as pieces:
         for piece in pieces:
             first = first or time.perf_counter()
             print(piece, end="", flush=True)

@@ -60,7 +60,6 @@ class Rules(NamedTuple):
     """How beams are ranked; compiled in, but for the penalty."""
 
     early_stopping: bool | str
-    do_sample: bool
     ends: int
     """How many end tokens there are."""
 
@@ -99,7 +98,7 @@ def propose(search: Search, scores: Float[Array, "R V"], settings: Settings, rul
     total = (scores.reshape(batch, beams, vocabulary) + search.running_scores[..., None]).reshape(batch, -1)
     count = max(2, 1 + rules.ends) * beams
     ranked = total
-    if rules.do_sample:  # the largest of these sums are a draw without replacement (Gumbel's trick)
+    if settings.key is not None:  # the largest of these sums are a draw without replacement (Gumbel's trick)
         key = jax.random.fold_in(settings.key, search.sequences.new[0])
         draw = jax.vmap(lambda row: jax.random.gumbel(jax.random.fold_in(key, row), total.shape[1:]))
         ranked = jax.nn.log_softmax(total, axis=-1) + draw(jnp.arange(batch))

@@ -9,7 +9,7 @@ import jax
 from jax.tree_util import PyTreeDef
 
 CPU_LOOPS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-"""XLA's CPU back end would widen all 16-bit weights ahead of a loop: twice the bytes to read in every step."""
+"""XLA's CPU back end would widen all 16-bit weights ahead of a loop and read twice the bytes each step."""
 
 Step = Callable[..., Any]
 """`step(model, state, *arrays, *, static...)`: pure; what must be known to compile it is keyword-only."""

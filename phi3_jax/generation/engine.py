@@ -21,7 +21,8 @@ from phi3_jax.model import KVCache
 ROOM = 512
 """Columns for new tokens to begin with; the cache doubles when they are used up."""
 
-HostProcessors = Callable[[Sequences, Float[Array, "R V"]], Any]
+HostProcessors = Callable[[Sequences, Float[Array, "R V"]], Float[Array, "R V"]]
+"""The part of the logits processors that is not compiled."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Engine:
             length=jnp.asarray(layout.length),
             new=jnp.zeros(lanes, jnp.int32),
         )
-        self.state = State(sequences, jnp.asarray(~layout.mask.any(axis=1)), cache)
+        # A State, or what beams and assistants build around one.
+        self.state: Any = State(sequences, jnp.asarray(~layout.mask.any(axis=1)), cache)
         self.prefill_records: list[Records] = []
 
     @property
@@ -152,7 +154,7 @@ class Engine:
         """A token for each row from its logits, the host's processors included."""
         scores = _process(logits, self.state.sequences, self.settings)
         if self.on_host is not None:
-            scores = jnp.asarray(self.on_host(self.state.sequences, scores), jnp.float32)
+            scores = self.on_host(self.state.sequences, scores)
         self.state, tokens, scores = _select(scores, self.state, self.settings)
         own = {"logits": logits[: self.rows, None], "scores": scores[:, None]}
         records = records | {name: own[name] for name in self.outputs & own.keys()}

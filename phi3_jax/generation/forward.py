@@ -34,6 +34,7 @@ def feed(
         rope_length=settings.rope_length(state.sequences.tokens),
         **arguments,
     )
+    assert out.past_key_values is not None
     cache = out.past_key_values.rewind(state.cache.length + count)
     return out, State(state.sequences, state.finished, cache)
 

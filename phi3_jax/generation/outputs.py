@@ -1,4 +1,4 @@
-"""What generate returns, under transformers' names, and how it is put together from what the steps recorded."""
+"""What generate returns, under transformers' names, put together from what the steps recorded."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -80,16 +80,10 @@ class Recorder:
             self._steps.append(jax.tree.map(lambda x, step=step: x[step], records))
 
     def collect(self, outputs: frozenset[str], new: int | None = None) -> dict[str, Any]:
-        """A tuple with an entry for each of the first `new` tokens (default: all), under each of the `outputs`' names."""
+        """A tuple with an entry for each of the first `new` tokens (default: all) for each of the `outputs`."""
         places = self._places()[:new]
-        rows = range(len(self._lanes))
         collected: dict[str, Any] = {
-            name: tuple(
-                jnp.asarray(
-                    np.stack([self._steps[step][name][row, at] for row, (step, at) in zip(rows, place)])
-                )
-                for place in places
-            )
+            name: tuple(jnp.asarray(self._stacked(name, place)) for place in places)
             for name in outputs & {"scores", "logits"}
         }
         if "hidden_states" in outputs:
@@ -97,6 +91,10 @@ class Recorder:
         if "attentions" in outputs:
             collected["attentions"] = self._per_layer("attentions", places, self._attention)
         return collected
+
+    def _stacked(self, name: str, where: list[tuple[int, int]]) -> np.ndarray:
+        """What every row has at its step and place."""
+        return np.stack([self._steps[step][name][row, at] for row, (step, at) in enumerate(where)])
 
     def _places(self) -> list[list[tuple[int, int]]]:
         """Each new token's step and place in it, in every row; in a row without the token, another row's."""
@@ -136,9 +134,8 @@ class Recorder:
             behind = self._layout.length[self._lanes[row]] + np.arange(token)
             seen = self._steps[step]["attentions"][layer][row][:, at]  # [N, S]
             out = np.zeros((seen.shape[0], 1, self._mask.shape[1] + token), seen.dtype)
-            out[:, 0, np.append(prompt, self._mask.shape[1] + np.arange(token))] = seen[
-                :, np.append(slots, behind)
-            ]
+            columns = np.append(prompt, self._mask.shape[1] + np.arange(token))
+            out[:, 0, columns] = seen[:, np.append(slots, behind)]
             return out
         columns, found = self._prompt(row, "attentions", layer)
         width = self._mask.shape[1]

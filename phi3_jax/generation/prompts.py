@@ -79,7 +79,7 @@ def checked_prompts(
     tokens = mask.sum(axis=1)
     if not tokens.all():
         raise ValueError(
-            f"row {np.flatnonzero(tokens == 0)[0]} of input_ids holds only padding; give it at least one token"
+            f"row {np.flatnonzero(tokens == 0)[0]} of input_ids is all padding; give it at least one token"
         )
     context = config.max_position_embeddings
     if tokens.max() >= context:
@@ -100,7 +100,7 @@ class Layout:
     """
 
     def __init__(self, rows: Sequence[Int[np.ndarray, " n"]], cache: KVCache | None = None):
-        """`rows` are each lane's tokens, none for a dummy; `cache` holds the beginning of the first ones."""
+        """`rows` are each lane's tokens, none for a dummy; `cache` holds the beginning of the first."""
         lanes = len(rows)
         self.aligned = cache is None
         self.cached = np.zeros(lanes, np.int32)

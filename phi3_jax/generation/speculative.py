@@ -1,7 +1,7 @@
 """Assisted generation: several tokens drafted, then checked in one forward; the result is as without.
 
-Drafts come from an assistant model, or from earlier in the text (prompt lookup). Sampling with an assistant is
-Algorithm 1 of Leviathan et al. (2023), https://arxiv.org/abs/2211.17192.
+Drafts come from an assistant model, or from earlier in the text (prompt lookup). Sampling with an assistant
+is Algorithm 1 of Leviathan et al. (2023), https://arxiv.org/abs/2211.17192.
 """
 
 from dataclasses import dataclass, replace
@@ -24,10 +24,10 @@ DRAFT_DRAWS, ACCEPT_DRAWS = 1 << 30, (1 << 30) + 1
 
 
 class Draft(NamedTuple):
-    """Proposed tokens: the first `count` of each row count."""
+    """Proposed tokens: the first `length` of each row."""
 
     tokens: Int[Array, "R k"]
-    count: Int[Array, " R"]
+    length: Int[Array, " R"]
     scores: Float[Array, "R k V"] | None
     """The logits they were drawn from; None if they were not drawn."""
 
@@ -154,18 +154,18 @@ def draft_limit(config: Any, sequences: Sequences, settings: Settings, most: int
 def verify(
     model: Phi3ForCausalLM, state: State, settings: Settings, draft: Draft, outputs: frozenset[str]
 ) -> tuple[State, Int[Array, "R n"], Records]:
-    """Runs the drafts through the model, keeps what it would have made itself, and adds a token of its own."""
+    """Runs the drafts through the model, keeps what it would have said itself, and adds a token."""
     sequences = state.sequences
     width = draft.tokens.shape[1] + 1
     offset = jnp.arange(sequences.ids.shape[1]) - sequences.length[:, None]
-    drafted = (offset >= 0) & (offset < draft.count[:, None])
+    drafted = (offset >= 0) & (offset < draft.length[:, None])
     places = jnp.clip(offset, 0, width - 2)
     ids = jnp.where(drafted, jnp.take_along_axis(draft.tokens, places, axis=1), sequences.ids)
     ahead = Sequences(
-        ids, sequences.mask | drafted, sequences.length + draft.count, sequences.new + draft.count
+        ids, sequences.mask | drafted, sequences.length + draft.length, sequences.new + draft.length
     )
 
-    count = jnp.where(state.finished, 0, draft.count + 1)
+    count = jnp.where(state.finished, 0, draft.length + 1)
     wanted = {f"output_{name}": True for name in outputs & {"attentions", "hidden_states"}}
     out, fed = feed(model, replace(state, sequences=ahead), settings, count, width, **wanted)
 
@@ -195,10 +195,11 @@ def _accept(
     """Tokens of each row and how many of them count: accepted drafts and one more."""
     width = scores.shape[1]
     position = jnp.arange(width)
-    if draft.scores is None:
+    key = settings.key
+    if draft.scores is None or key is None:
         # The model's own choice at every place, valid as long as the draft was what it chose.
         own = jax.vmap(lambda at, s: choose(s, sequences.new + at, settings.key), (0, 1), 1)(position, scores)
-        right = (own[:, :-1] == draft.tokens) & (position[:-1] < draft.count[:, None])
+        right = (own[:, :-1] == draft.tokens) & (position[:-1] < draft.length[:, None])
         return own, _leading(right) + 1
 
     p = jax.nn.softmax(scores, axis=-1)
@@ -206,14 +207,14 @@ def _accept(
     p_token, q_token = (
         jnp.take_along_axis(x, draft.tokens[..., None], axis=-1)[..., 0] for x in (p[:, :-1], q)
     )
-    keys = row_keys(jax.random.fold_in(settings.key, ACCEPT_DRAWS), sequences.new)
+    keys = row_keys(jax.random.fold_in(key, ACCEPT_DRAWS), sequences.new)
     chance = jax.vmap(lambda key: jax.random.uniform(key, (width - 1,)))(keys)
-    accepted = _leading((chance * q_token <= p_token) & (position[:-1] < draft.count[:, None]))
+    accepted = _leading((chance * q_token <= p_token) & (position[:-1] < draft.length[:, None]))
     # One more token: of what the model would rather have said, or after a whole draft of what it says next.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     at = accepted[:, None, None]
     p_next, q_next = (jnp.take_along_axis(x, at, axis=1)[:, 0] for x in (p, q))
-    refused = (accepted < draft.count)[:, None]
+    refused = (accepted < draft.length)[:, None]
     rest = jnp.where(refused, jnp.maximum(p_next - q_next, 0.0), p_next)
     rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, p_next)
     last = choose(jnp.log(rest), sequences.new + accepted, settings.key)
@@ -237,7 +238,9 @@ def lookup_loop(
     def one(state: State) -> tuple[State, Int[Array, "R n"], Records]:
         draft = lookup(state.sequences, tokens, max_ngram, settings.end_tokens)
         limit = draft_limit(model.config, state.sequences, settings, tokens)
-        return verify(model, state, settings, draft._replace(count=jnp.minimum(draft.count, limit)), outputs)
+        return verify(
+            model, state, settings, draft._replace(length=jnp.minimum(draft.length, limit)), outputs
+        )
 
     return run_steps(one, model.config, state, settings, steps, most)
 

@@ -56,9 +56,10 @@ def one_answer(model: Phi3ForCausalLM | CompiledModel, prompt: Sequence[int], **
     if not len(prompt):
         raise ValueError("the prompt is empty: there is nothing to continue")
     call = Call(compiled, [list(prompt)], step_by_step=True, **options)
-    if call.times > 1:
+    chosen = call.request.config
+    if call.request.times > 1:
         raise ValueError(
-            f"num_beams={call.config.num_beams} and num_return_sequences={call.config.num_return_sequences} "
+            f"num_beams={chosen.num_beams} and num_return_sequences={chosen.num_return_sequences} "
             "cannot be streamed: give 1 for both"
         )
     return call

@@ -110,12 +110,12 @@ def _attend_by_heads(
 
     def attend_block(block: tuple[Array, Array]) -> tuple[Array, Array]:
         index, queries = block
-        here = jax.tree.map(
+        keys, values = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, index * heads, heads)[None], (key, value)
         )
         visible = masks[index * len(masks) // blocks][None]
         block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return _attend(queries.swapaxes(0, 1)[None], *here, visible, scale, dropout_rate, block_key)
+        return _attend(queries.swapaxes(0, 1)[None], keys, values, visible, scale, dropout_rate, block_key)
 
     out, weights = jax.lax.map(attend_block, (jnp.arange(blocks), queries))
     out = out.reshape(batch, -1, length, heads, groups, width).swapaxes(1, 2).reshape(query.shape)

@@ -111,19 +111,20 @@ class Phi3ForCausalLM(_Headed):
     ) -> Any:
         """Continues each row of `input_ids`; names, defaults and results are those of transformers.
 
-        Returns ids [B * num_return_sequences, T + new], the prompt in front, `pad_token_id` behind an end token.
+        Returns ids [B * num_return_sequences, T + new]: the prompt, new tokens, `pad_token_id` behind an end
+        token; or, with `return_dict_in_generate`, what `phi3_jax.generation.outputs` documents.
 
         Args:
             input_ids: prompts, padded on either side.
-            attention_mask: 1 for tokens, 0 for padding; default: padding is told by `pad_token_id`, unless that
-                is an end token too.
-            generation_config: in place of `self.generation_config`, whose settings fill what it leaves open.
+            attention_mask: 1 for tokens, 0 for padding; default: padding is told by `pad_token_id`, unless
+                that is an end token too.
+            generation_config: comes before `self.generation_config`, which fills what it leaves open.
             options: any field of `GenerationConfig`, which then counts before both configs, and
-                past_key_values: the cache that an earlier call returned; `input_ids` still has all the tokens.
+                past_key_values: the cache that an earlier call returned; `input_ids` still has all tokens.
                 logits_processor: `LogitsProcessor`s, or transformers' kind (input_ids, scores) -> scores in
                     NumPy, which run on the host after every step.
-                prefix_allowed_tokens_fn: (row, ids) -> allowed tokens, on the host likewise; on the device that
-                    is `AllowedTokensLogitsProcessor`.
+                prefix_allowed_tokens_fn: (row, ids) -> allowed tokens, on the host likewise; its like on the
+                    device is `AllowedTokensLogitsProcessor`.
                 stopping_criteria: (input_ids, scores) -> bool or bools [rows], on the host.
                 tokenizer: for `stop_strings`.
                 assistant_model: a small model that drafts tokens; `prompt_lookup_num_tokens` drafts without.

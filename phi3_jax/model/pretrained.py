@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Aside:
     """Something a model carries that no computation depends on: models that differ in it are compiled once.
 
-    What a module holds besides arrays is part of what it is compiled for; this compares equal whatever it holds.
+    What a module holds besides arrays is part of what it is compiled for; this is equal whatever it holds.
     """
 
     value: Any

@@ -65,5 +65,5 @@ def rope_list_changes(
     """
     if "long_factor" in dict(config.rope_scaling.parameters):
         original = config.original_max_position_embeddings
-        return (before > 0) & (before <= original) & (after > original)
+        return (before > 0) & ((before <= original) != (after <= original))
     return np.zeros(before.shape, bool)  # on the host: the token loop asks before it dispatches a step

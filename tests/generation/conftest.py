@@ -25,3 +25,9 @@ def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Twins]:
 def twins(twins_of: Callable[..., Twins]) -> Twins:
     """The pair that most tests share: 4 query heads on 2 of keys, a context of 512."""
     return twins_of()
+
+
+@pytest.fixture(scope="session")
+def shallow(twins_of: Callable[..., Twins]) -> Twins:
+    """A pair of one layer, which compiles sooner."""
+    return twins_of(num_hidden_layers=1)

@@ -191,7 +191,7 @@ def test_rows_that_ended_have_no_scores_of_others(
         assert distance(ours[row, :length], one_by_one[row, :length]) <= 1e-5
 
 
-# --- draws ----------------------------------------------------------------------------------------------------
+# --- draws --------------------------------------------------------------------------------------------------
 
 VOCABULARY = 12
 DRAWS = 20_000
@@ -262,7 +262,7 @@ def drawn(twins: Twins, length: int, **options: Any) -> np.ndarray:
 def test_an_assistant_keeps_the_distribution(
     few_tokens: Twins, other_opinion: Phi3ForCausalLM, top_k: int, confidence: float
 ) -> None:
-    """The first token comes without a draft, the next two from drafts or the model, the last from the model."""
+    """The first token comes without a draft, the others from drafts or, if refused, the model."""
     counts = drawn(
         few_tokens,
         4 if top_k < VOCABULARY else 3,

@@ -107,8 +107,8 @@ def test_a_cache_keeps_its_list(tmp_path):
 
 
 def test_rope_list_changes():
-    before, after = jnp.array([0, 1, 12, 12, 13, 5]), jnp.array([20, 12, 12, 13, 20, 20])
-    changing = [False, False, False, True, False, True]
+    before, after = jnp.array([0, 1, 12, 12, 13, 5, 20]), jnp.array([20, 12, 12, 13, 20, 20, 12])
+    changing = [False, False, False, True, False, True, True]
     for name in ("longrope", "su", "yarn"):
         scaling = longrope()["rope_scaling"] | {"type": name}
         config = rope_config(rope_scaling=scaling, original_max_position_embeddings=12)

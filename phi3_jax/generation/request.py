@@ -1,0 +1,297 @@
+"""A call of generate, checked and made ready: prompts as lanes, settings, processors, criteria, cache."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.generation.chain import logits_processors
+from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.generation.engine import Engine
+from phi3_jax.generation.host import HostProcessors, PrefixConstraint, split_at_host
+from phi3_jax.generation.outputs import Recorder
+from phi3_jax.generation.prompts import Layout, checked_prompts, padded_rows
+from phi3_jax.generation.sequences import Sequences
+from phi3_jax.generation.state import Settings
+from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from phi3_jax.generation_config import GenerationConfig
+from phi3_jax.model import KVCache, Phi3ForCausalLM
+
+STEPS = 16
+"""Tokens a row in one dispatch, at most."""
+STEPS_BETWEEN_CRITERIA = 8
+"""Tokens in one dispatch where the host judges each: those behind the last are computed in vain."""
+NEVER = np.iinfo(np.int32).max
+NONE = np.zeros(0, np.int32)
+
+
+class Request:
+    """What a user asks of generate; arguments as `Phi3ForCausalLM.generate` documents them."""
+
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        input_ids: Any,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        past_key_values: KVCache | None = None,
+        logits_processor: Sequence[Any] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any] | None = None,
+        assistant_model: Phi3ForCausalLM | None = None,
+        negative_prompt_ids: Any = None,
+        negative_prompt_attention_mask: Any = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        seed: int | None = None,
+        step_by_step: bool = False,
+        **overrides: Any,
+    ):
+        model, config = compiled.model, compiled.model.config
+        default = model.generation_config
+        shape = np.shape(input_ids)
+        self.config = chosen = (default if generation_config is None else generation_config).resolve(
+            overrides,
+            model_default=default,
+            config=config,
+            prompt_length=shape[1] if len(shape) == 2 else 1,
+            batch_size=shape[0] if shape else 1,
+        )
+        self.compiled, self.past, self.seed = compiled, past_key_values, seed
+        self.assistant_model, self.streamer = assistant_model, streamer
+        self.ids, self.mask = self._checked(input_ids, attention_mask)
+        self.batch = len(self.ids)
+        self.times = max(chosen.num_beams, chosen.num_return_sequences)
+        self.rows = self.batch * self.times
+        self.negative = self._negative_prompts(negative_prompt_ids, negative_prompt_attention_mask)
+
+        user = list(logits_processor or ())
+        if prefix_allowed_tokens_fn is not None:
+            user.append(PrefixConstraint(prefix_allowed_tokens_fn, chosen.num_beams))
+        processors = logits_processors(
+            chosen,
+            prompt_length=self.ids.shape[1],
+            max_new_tokens=chosen.max_new_tokens,
+            vocab_size=config.vocab_size,
+            eos_token_ids=chosen.eos_token_ids,
+            user=user,
+        )
+        self.before, host, self.after = split_at_host(processors)
+        self.on_host = HostProcessors(host, self.rows, self.laid_out) if host else None
+        self.criteria = StoppingCriteriaList(stopping_criteria or ())
+        if chosen.max_time is not None:
+            self.criteria.append(MaxTimeCriteria(chosen.max_time))
+        if chosen.stop_strings:
+            if tokenizer is None:
+                raise ValueError("stop_strings need the tokenizer: give generate(..., tokenizer=tokenizer)")
+            self.criteria.append(StopStringCriteria(tokenizer, chosen.stop_strings))
+        self.each = 1 if step_by_step or streamer is not None else STEPS
+        if self.criteria:
+            self.each = min(self.each, STEPS_BETWEEN_CRITERIA)
+        names = ("scores", "logits", "attentions", "hidden_states")
+        wanted = chosen.return_dict_in_generate
+        self.outputs = frozenset(name for name in names if wanted and getattr(chosen, f"output_{name}"))
+        self._check_together()
+
+    def _checked(self, ids: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+        chosen = self.config
+        return checked_prompts(
+            self.compiled.model.config, ids, mask, chosen.pad_token_id, chosen.eos_token_ids
+        )
+
+    def _negative_prompts(self, ids: Any, mask: Any) -> list[np.ndarray] | None:
+        """Each row's unconditional prompt, if there are any."""
+        if ids is None:
+            if mask is not None:
+                raise ValueError("negative_prompt_attention_mask comes without negative_prompt_ids")
+            return None
+        if not self.guided:
+            raise ValueError("negative_prompt_ids do nothing without guidance_scale (above 1, say)")
+        ids, mask = self._checked(ids, mask)
+        if len(ids) not in (1, self.batch):
+            raise ValueError(
+                f"negative_prompt_ids has {len(ids)} rows; expected one for each of {self.batch}, or 1"
+            )
+        rows = [row[used] for row, used in zip(ids, mask, strict=True)]
+        return rows * self.batch if len(rows) == 1 else rows
+
+    def _check_together(self) -> None:
+        """Arguments that exclude each other, or do not fit the model."""
+        chosen, assistant, past = self.config, self.assistant_model, self.past
+        vocabulary = self.compiled.model.config.vocab_size
+        drafts = "drafts (assistant_model, prompt_lookup_num_tokens)"
+        problem = None
+        if assistant is not None and chosen.prompt_lookup_num_tokens is not None:
+            problem = "assistant_model and prompt_lookup_num_tokens both draft tokens; give one of them"
+        elif self.drafted and chosen.num_beams > 1:
+            problem = f"{drafts} and num_beams exclude each other"
+        elif self.drafted and self.guided:
+            problem = f"{drafts} and guidance_scale exclude each other"
+        elif self.drafted and self.on_host is not None:
+            problem = (
+                f"{drafts} check several tokens at once, on the device: give logits_processor as "
+                "LogitsProcessor, and AllowedTokensLogitsProcessor for prefix_allowed_tokens_fn"
+            )
+        elif past is not None and self.guided:
+            problem = "guidance_scale cannot go on from past_key_values, which have no unconditional side"
+        elif past is not None and past.batch_size != self.batch:
+            problem = f"past_key_values has {past.batch_size} rows and input_ids {self.batch}"
+        elif self.streamer is not None and chosen.num_beams > 1:
+            problem = "a streamer cannot follow beams, which change their minds; leave num_beams at 1"
+        elif self.slides and self.outputs & {"attentions"}:
+            problem = "a sliding cache has no attentions to give: leave cache_implementation out"
+        elif assistant is not None and assistant.config.vocab_size != vocabulary:
+            problem = (
+                f"assistant_model has a vocabulary of {assistant.config.vocab_size} tokens and this model "
+                f"{vocabulary}; they must share a tokenizer"
+            )
+        elif (self.criteria or self.times > 1 or self.batch > 1) and chosen.pad_token_id is None:
+            rows_can_differ = self.criteria and self.rows > 1
+            problem = "rows may end at different lengths: give pad_token_id" if rows_can_differ else None
+        if problem is not None:
+            raise ValueError(problem)
+
+    @property
+    def guided(self) -> bool:
+        return self.config.guidance_scale not in (None, 1.0)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens drafted at once; 0 where none are."""
+        if self.assistant_model is not None:
+            return self.config.num_assistant_tokens
+        return self.config.prompt_lookup_num_tokens or 0
+
+    @property
+    def slides(self) -> bool:
+        """Whether the cache is, or may be, a ring, whose size is fixed."""
+        if self.past is not None:
+            return self.past.window is not None
+        return self.config.cache_implementation == "sliding_window"
+
+    def prompts(self, times: int = 1) -> list[Int[np.ndarray, " n"]]:
+        """Each row's tokens, `times` times."""
+        return [row[used] for row, used in zip(self.ids, self.mask, strict=True) for _ in range(times)]
+
+    def engine(self, *, spare: int = 0, grows: bool = True) -> Engine:
+        """The batch as lanes, guidance's twins behind the rows, with the settings for them."""
+        rows = self.prompts()
+        dummies = [NONE] * (padded_rows(self.batch) - self.batch)
+        lanes = rows + dummies
+        if self.guided:  # the last token alone where nothing else is said, as in the reference
+            lanes = lanes + (self.negative or [row[-1:] for row in rows]) + dummies
+        config = self.compiled.model.config
+        return Engine(
+            self.compiled,
+            Layout(lanes, self.past),
+            self.settings(config, lanes),
+            max_new_tokens=self.config.max_new_tokens,
+            new_cache=self.new_cache if self.past is None else partial(_cache_like, config, self.past),
+            past=self.past,
+            grows=grows and not self.slides,
+            outputs=self.outputs,
+            on_host=self.on_host,
+            spare=spare,
+        )
+
+    def assistant(self, engine: Engine) -> Engine:
+        """The assistant with the same lanes."""
+        assert self.assistant_model is not None
+        lanes = self.prompts() + [NONE] * (len(engine.layout.ids) - self.batch)
+        return Engine(
+            CompiledModel(self.assistant_model),
+            engine.layout.uncached(),
+            self.settings(self.assistant_model.config, lanes),
+            max_new_tokens=self.config.max_new_tokens,
+            new_cache=self.assistant_model.init_cache,
+            grows=not self.slides,
+            spare=engine.spare,
+        )
+
+    def cache_of(self, rows: Sequence[Int[np.ndarray, " n"]]) -> KVCache:
+        """A new cache of `rows`, but for the last token of each; as many for each prompt."""
+        dummies = [NONE] * (padded_rows(len(rows)) - len(rows))
+        prompts = self.prompts(len(rows) // self.batch)  # whose lengths choose planned rope lists
+        engine = Engine(
+            self.compiled,
+            Layout([*rows, *dummies]),
+            self.settings(self.compiled.model.config, prompts + dummies)._replace(guidance_scale=None),
+            max_new_tokens=1,
+            new_cache=self.new_cache,
+            grows=not self.slides,
+        )
+        engine.fill_up()
+        return engine.state.cache.take(jnp.arange(len(rows)))
+
+    def new_cache(self, lanes: int, columns: int) -> KVCache:
+        """An empty cache of the kind that `cache_implementation` names."""
+        kind = self.config.cache_implementation
+        return self.compiled.model.init_cache(
+            lanes,
+            columns,
+            dtype="int8" if kind == "quantized" else None,
+            sliding=kind == "sliding_window",
+        )
+
+    def settings(self, model_config: Phi3Config, lanes: Sequence[Int[np.ndarray, " n"]]) -> Settings:
+        chosen = self.config
+        key = None
+        if chosen.do_sample:
+            self.seed = secrets.randbits(32) if self.seed is None else self.seed
+            key = jax.random.key(self.seed)
+        least, most = _rope_bounds(model_config, chosen.rope_list, lanes, chosen.max_new_tokens)
+        return Settings(
+            before=self.before,
+            after=self.after,
+            end_tokens=jnp.asarray(chosen.eos_token_ids, jnp.int32),
+            max_new_tokens=jnp.int32(chosen.max_new_tokens),
+            rope_least=least,
+            rope_most=most,
+            key=key,
+            guidance_scale=jnp.float32(chosen.guidance_scale) if self.guided else None,
+        )
+
+    def laid_out(self, sequences: Sequences) -> Int[np.ndarray, "R length"]:
+        """The rows as transformers lays them: the user's prompts, then the new tokens, then padding."""
+        ids, length, new = jax.device_get((sequences.ids, sequences.length, sequences.new))
+        return self.with_prompts([ids[row, length[row] - new[row] : length[row]] for row in range(self.rows)])
+
+    def with_prompts(self, tails: Sequence[Any]) -> Int[np.ndarray, "R length"]:
+        """The user's prompts with new tokens behind, as many tails for each prompt, padded."""
+        # Without a padding token nothing can end a row before the others.
+        behind = np.full((len(tails), max(map(len, tails))), self.config.pad_token_id or 0, np.int32)
+        for row, tail in enumerate(tails):
+            behind[row, : len(tail)] = tail
+        return np.concatenate([np.repeat(self.ids, len(tails) // self.batch, axis=0), behind], axis=1)
+
+    def recorder(self, engine: Engine, origins: Int[np.ndarray, " L"]) -> Recorder:
+        lanes = origins[: self.rows]
+        return Recorder(engine.layout, lanes, self.mask[lanes], engine.prefill_records)
+
+
+def _rope_bounds(
+    config: Phi3Config, rope_list: str, lanes: Sequence[Int[np.ndarray, " n"]], max_new_tokens: int
+) -> tuple[Int[Array, " L"], Int[Array, ""]]:
+    """The least and the most that a lane's length counts when its rope list is chosen."""
+    least = np.zeros(len(lanes), np.int32)
+    most = NEVER
+    if rope_list == "long":
+        least[:] = config.original_max_position_embeddings + 1
+    elif rope_list == "short":
+        most = 1
+    elif rope_list == "planned":
+        least[:] = [len(row) + max_new_tokens for row in lanes]
+    return jnp.asarray(least), jnp.int32(most)
+
+
+def _cache_like(config: Phi3Config, past: KVCache, lanes: int, columns: int) -> KVCache:
+    """An empty cache of the kind that `past` is."""
+    slots = columns if past.window is None else past.max_length
+    return KVCache.create(config, lanes, slots, past.keys[0].dtype, past.window)

@@ -1,0 +1,215 @@
+"""Beam search and beam sampling, and guidance, against transformers' generate."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from twins import PAD, Twins, prompts
+
+LENGTHS = (20, 13, 5)
+RECORDED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+
+
+@pytest.fixture(scope="module")
+def ends(twins: Twins) -> list[int]:
+    """Two tokens that beams come upon soon, in some rows."""
+    answer = twins.theirs(*prompts(LENGTHS), max_new_tokens=16, num_beams=3)
+    return [int(answer[0, 25]), int(answer[1, 29])]
+
+
+def same(twins: Twins, **options: Any) -> Any:
+    """Their output, which must be ours: sequences, scores, where tokens came from."""
+    ids, mask = prompts(LENGTHS)
+    ours = twins.ours(ids, mask, **RECORDED, **options)
+    theirs = twins.theirs(ids, mask, **RECORDED, **options)
+    np.testing.assert_array_equal(ours.sequences, theirs.sequences)
+    np.testing.assert_allclose(ours.sequences_scores, theirs.sequences_scores, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(ours.beam_indices, theirs.beam_indices)
+    # A row whose answer is at least so long was searched in that step; the others' scores mean nothing.
+    beams = options["num_beams"]
+    lengths = (theirs.beam_indices.numpy() >= 0).sum(axis=1).reshape(3, -1).max(axis=1)
+    for name in ("scores", "logits"):
+        own, others = getattr(ours, name), getattr(theirs, name)
+        assert len(own) == len(others), name
+        for step, (mine, other) in enumerate(zip(own, others, strict=True)):
+            live = np.repeat(lengths > step, beams)
+            finite = np.isfinite(other.numpy()[live])
+            np.testing.assert_array_equal(np.isfinite(np.asarray(mine)[live]), finite)
+            np.testing.assert_allclose(
+                np.asarray(mine)[live][finite], other.numpy()[live][finite], rtol=1e-3, atol=1e-4
+            )
+    return theirs
+
+
+@pytest.mark.parametrize("beams", [2, 3, 4])
+def test_beams(twins: Twins, beams: int) -> None:
+    out = same(twins, num_beams=beams, max_new_tokens=16, num_return_sequences=beams)
+    assert len(set(out.beam_indices[:, -1].tolist())) > 3
+    ids, mask = prompts(LENGTHS)
+    greedy = twins.theirs(ids, mask, max_new_tokens=16)
+    assert (out.sequences[::beams].numpy() != greedy).any(), "beams that find the greedy answer test little"
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.5, -1.5])
+def test_ends(twins: Twins, ends: list[int], early_stopping: Any, length_penalty: float) -> None:
+    options = {"early_stopping": early_stopping, "length_penalty": length_penalty, "eos_token_id": ends}
+    out = same(twins, num_beams=3, max_new_tokens=40, num_return_sequences=2, **options)
+    assert np.isin(out.sequences[:, 20:].numpy(), ends).any()
+
+
+def test_ids_alone(twins: Twins, ends: list[int]) -> None:
+    answer = twins.same(*prompts(LENGTHS), num_beams=3, max_new_tokens=40, eos_token_id=ends)
+    assert answer.shape[0] == 3
+
+
+@pytest.mark.parametrize("lengths", [(7,), (12, 9), (20, 13, 5, 8)])
+def test_other_batches(twins: Twins, ends: list[int], lengths: tuple[int, ...]) -> None:
+    twins.same(*prompts(lengths), num_beams=3, max_new_tokens=40, early_stopping=True, eos_token_id=ends)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 12},
+        {"repetition_penalty": 0.8, "renormalize_logits": True},
+    ],
+)
+def test_processors(shallow: Twins, ends: list[int], options: dict[str, Any]) -> None:
+    same(shallow, num_beams=3, max_new_tokens=24, eos_token_id=ends, num_return_sequences=3, **options)
+
+
+def test_beams_with_allowed_tokens(shallow: Twins, ends: list[int]) -> None:
+    def allowed(row: int, ids: Any) -> list[int]:
+        return [token for token in range(4, 96) if (token + int(ids[-1]) + row) % 3] + ends
+
+    options = {"num_beams": 3, "max_new_tokens": 12, "eos_token_id": ends, "num_return_sequences": 2}
+    same(shallow, **options, prefix_allowed_tokens_fn=allowed)
+
+
+def test_beams_with_a_stopping_criterion(shallow: Twins, ends: list[int]) -> None:
+    def ours(ids: np.ndarray, scores: Any, **_: Any) -> np.ndarray:
+        return (ids[:, -1] % 11 == 0) | (ids.shape[1] >= 29)
+
+    def theirs(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.tensor(ours(ids.numpy(), scores))
+
+    from transformers import StoppingCriteriaList
+
+    options = {"num_beams": 3, "max_new_tokens": 30, "eos_token_id": ends, "num_return_sequences": 3}
+    for lengths in (LENGTHS, (20, 13)):
+        ids, mask = prompts(lengths)
+        expected = shallow.theirs(ids, mask, **options, stopping_criteria=StoppingCriteriaList([theirs]))
+        np.testing.assert_array_equal(shallow.ours(ids, mask, **options, stopping_criteria=[ours]), expected)
+        assert expected.shape[1] <= 29
+
+
+def test_going_on_from_the_best_beams(twins: Twins, ends: list[int]) -> None:
+    ids, mask = prompts(LENGTHS)
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 40, "eos_token_id": ends}
+    out = twins.ours(ids, mask, **options, return_dict_in_generate=True)
+    sequences = np.asarray(out.sequences)
+    made = np.asarray(out.beam_indices) >= 0
+    more = np.concatenate([sequences, np.full((3, 1), 60)], axis=1)
+    mask = np.concatenate([mask, made, np.ones((3, 1))], axis=1).astype(np.int64)
+    answer = twins.ours(more, mask, max_new_tokens=12, past_key_values=out.past_key_values)
+    np.testing.assert_array_equal(answer[:, more.shape[1] :], twins.ours(more, mask, max_new_tokens=12)[:, more.shape[1] :])
+
+
+# --- beam sampling --------------------------------------------------------------------------------------------
+
+
+def test_beam_sampling_draws_without_replacement(shallow: Twins) -> None:
+    """Two beams of one token are two different draws, in the order of their scores."""
+    ids, mask = prompts((11,))
+    options: dict[str, Any] = {"do_sample": True, "num_beams": 2, "num_return_sequences": 2, "top_k": 6}
+    options |= {"max_new_tokens": 1, "temperature": 1.5}
+    drawn = np.concatenate(
+        [
+            shallow.ours(np.repeat(ids, 400, axis=0), np.repeat(mask, 400, axis=0), **options, seed=seed)
+            for seed in range(10)
+        ]
+    )[:, 11].reshape(-1, 2)
+    recorded = {"return_dict_in_generate": True, "output_scores": True}
+    scores = shallow.theirs(ids, mask, **options, **recorded).scores[0][0]
+    p = torch.softmax(scores.double(), dim=-1).numpy()
+    tokens = np.argsort(-p)[:6]
+    assert p[tokens].sum() == pytest.approx(1)
+    counts = Counter(map(tuple, drawn.tolist()))
+    statistic, pairs = 0.0, 0
+    for better, first in enumerate(tokens):
+        for second in tokens[better + 1 :]:
+            chance = p[first] * p[second] * (1 / (1 - p[first]) + 1 / (1 - p[second]))
+            expected = chance * len(drawn)
+            statistic += (counts.pop((int(first), int(second)), 0) - expected) ** 2 / expected
+            pairs += 1
+    assert not counts
+    assert pairs == 15
+    assert statistic < 36.1  # the 99.9% quantile of chi-square with 14 degrees of freedom
+
+
+def test_beam_sampling(shallow: Twins, ends: list[int]) -> None:
+    def answer(seed: int, **options: Any) -> np.ndarray:
+        options = {"do_sample": True, "num_beams": 3, "max_new_tokens": 16, "eos_token_id": ends} | options
+        return shallow.ours(*prompts(LENGTHS), seed=seed, **options)
+
+    np.testing.assert_array_equal(answer(1), answer(1))
+    assert answer(1).tolist() != answer(2).tolist()
+    # So cold that the candidates come in the order of their scores: the search itself.
+    scores = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 12}
+    cold = {"temperature": 1e-4, "top_k": 0, "eos_token_id": []} | scores
+    assert answer(1, **cold).tolist() == answer(2, **cold).tolist()
+
+
+# --- guidance -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.6, 0.5])
+def test_guidance(twins: Twins, scale: float) -> None:
+    answer = twins.same(*prompts(LENGTHS), max_new_tokens=24, guidance_scale=scale)
+    assert (answer != twins.theirs(*prompts(LENGTHS), max_new_tokens=24)).any()
+
+
+def test_negative_prompts(twins: Twins) -> None:
+    negative, negative_mask = prompts((9, 4, 7), seed=1)
+    ids, mask = prompts(LENGTHS)
+    options: dict[str, Any] = {"max_new_tokens": 24, "guidance_scale": 1.6}
+    expected = twins.theirs(
+        ids,
+        mask,
+        **options,
+        negative_prompt_ids=torch.tensor(negative),
+        negative_prompt_attention_mask=torch.tensor(negative_mask),
+    )
+    ours = {"negative_prompt_ids": negative, "negative_prompt_attention_mask": negative_mask}
+    np.testing.assert_array_equal(twins.ours(ids, mask, **options, **ours), expected)
+    np.testing.assert_array_equal(twins.ours(ids, mask, **options, negative_prompt_ids=negative), expected)
+    assert (expected != twins.theirs(ids, mask, **options)).any()
+
+
+def test_negative_prompts_without_padding(twins: Twins) -> None:
+    """One for all rows, and longer than the prompts."""
+    negative, _ = prompts((30,), seed=1)
+    ids, mask = prompts(LENGTHS)
+    options: dict[str, Any] = {"max_new_tokens": 12, "guidance_scale": 1.6}
+    expected = twins.theirs(ids, mask, **options, negative_prompt_ids=torch.tensor(np.repeat(negative, 3, axis=0)))
+    np.testing.assert_array_equal(twins.ours(ids, mask, **options, negative_prompt_ids=negative), expected)
+
+
+def test_guided_rows_end_by_themselves(twins: Twins) -> None:
+    free = twins.theirs(*prompts(LENGTHS), max_new_tokens=24, guidance_scale=1.6)[:, 20:]
+    ends = [int(free[0, 4]), int(free[1, 9])]
+    answer = twins.same(*prompts(LENGTHS), max_new_tokens=24, guidance_scale=1.6, eos_token_id=ends)
+    assert (answer[0, 25:] == PAD).all()
+
+
+def test_several_guided_answers(twins: Twins) -> None:
+    ids, mask = prompts(LENGTHS)
+    options: dict[str, Any] = {"max_new_tokens": 12, "guidance_scale": 1.6}
+    sampled = options | {"do_sample": True, "num_return_sequences": 2, "seed": 1}
+    greedy = twins.theirs(ids, mask, **options)
+    np.testing.assert_array_equal(twins.ours(ids, mask, **sampled, top_k=1), np.repeat(greedy, 2, axis=0))
+    drawn = twins.ours(ids, mask, **sampled, top_k=90)
+    assert len({tuple(row) for row in drawn.tolist()}) == 6

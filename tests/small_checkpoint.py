@@ -1,0 +1,41 @@
+"""A tiny chat model on disk: random weights, a byte-level tokenizer and a template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from reference import small_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from phi3_jax import Phi3ForCausalLM
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+PROMPT = "What is the capital of France?"
+NEVER = 299
+"""A token that the model has and the tokenizer has not."""
+
+
+def write_checkpoint(folder: Path, **changes: Any) -> None:
+    """A model of 300 tokens whose answers never end by themselves; `changes` to its config.
+
+    20 of its tokens have no text, and many of the others are parts of characters: what it says is read back
+    as other tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([PROMPT] * 9, trainer)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": NEVER}))
+    sizes = {"vocab_size": 300, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
+    Phi3ForCausalLM(small_config(**sizes | changes), rngs=3).save_pretrained(folder)
