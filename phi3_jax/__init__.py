@@ -2,6 +2,7 @@
 
 from phi3_jax.checkpoint import CheckpointError, convert_checkpoint
 from phi3_jax.config import Phi3Config
+from phi3_jax.generation_config import GenerationConfig
 from phi3_jax.model import (
     KVCache,
     Phi3ForCausalLM,
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "GenerationConfig",
     "KVCache",
     "Phi3Config",
     "Phi3ForCausalLM",

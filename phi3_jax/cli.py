@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from phi3_jax import cli_options as options
+from phi3_jax.cli_interrupt import Interrupt
 
 if TYPE_CHECKING:
     from phi3_jax.generation.pipeline import Pipeline
@@ -100,16 +101,16 @@ def _print_as_made(pipeline: "Pipeline", ids: list[int], settings: dict[str, Any
 
     decoder = pipeline.tokenizer.stream(skip_special_tokens=True)
     arrivals: list[float] = [time.perf_counter()]
-    interrupted = False
-    try:
-        for token in stream_tokens(pipeline.compiled, ids, tokenizer=pipeline.tokenizer, **settings):
+    tokens = stream_tokens(pipeline.compiled, ids, tokenizer=pipeline.tokenizer, **settings)
+    with Interrupt() as interrupt:
+        for token in tokens:
             arrivals.append(time.perf_counter())
             print(decoder.put(token), end="", flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
+            if interrupt.seen:
+                break
     print(decoder.end(), flush=True)
     print(_figures(len(ids), arrivals), file=sys.stderr)
-    if interrupted:
+    if interrupt.seen:
         raise typer.Exit(130)
 
 
@@ -128,8 +129,6 @@ def _print_best(pipeline: "Pipeline", ids: list[int], settings: dict[str, Any]) 
 def _figures(prompt_tokens: int, arrivals: list[float]) -> str:
     """Tokens per second; arrivals[0] is the start, each further one a token. The second step may compile."""
     made = len(arrivals) - 1
-    if made == 0:
-        return f"[{prompt_tokens} prompt tokens, interrupted before the first new one]"
     line = f"[{prompt_tokens} prompt tokens, first new one after {arrivals[1] - arrivals[0]:.1f} s"
     line += f", {made} tokens"
     if made > 2 and (seconds := arrivals[-1] - arrivals[2]):

@@ -1,15 +1,13 @@
 """A conversation in a terminal or a pipe: a line in, an answer out, commands behind a slash."""
 
 import logging
-import signal
 import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from phi3_jax.chat import ChatSession
+from phi3_jax.cli_interrupt import Interrupt
 
 logger = logging.getLogger(__name__)
 
@@ -21,26 +19,6 @@ HELP = """\
 /help         this
 /exit         leave, as the end of input does
 Ctrl-C stops an answer; pressed again, or at the prompt, it leaves."""
-
-
-class Interrupt:
-    """Within its block, Ctrl-C is noted in `seen`, and only a second one raises KeyboardInterrupt.
-
-    Raised in the middle of a step, it would leave the cache in pieces.
-    """
-
-    def __enter__(self) -> "Interrupt":
-        self.seen = False
-        self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.seen:
-            raise KeyboardInterrupt
-        self.seen = True
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
 
 
 def converse(session: ChatSession) -> None:

@@ -36,6 +36,6 @@ def write_checkpoint(folder: Path, **changes: Any) -> None:
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": NEVER}))
     sizes = {"vocab_size": 300, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
     Phi3ForCausalLM(small_config(**sizes | changes), rngs=3).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": NEVER}))

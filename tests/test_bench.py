@@ -1,12 +1,21 @@
-"""`phi3-jax bench`: what it counts, and one small run of both sides."""
+"""`phi3-jax bench`: what it counts, what it asks, and small runs of both kinds of comparison."""
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from reference import small_config
+from small_checkpoint import PROMPT, write_checkpoint
 
-from phi3_jax import Phi3ForCausalLM, bench
+from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer, bench
+
+
+def run_bench(model: Path, **changes: Any) -> None:
+    settings: dict[str, Any] = {"layers": None, "prompt": None, "prompt_lookup": None, "cache_dir": None}
+    settings |= {"prompt_tokens": 8, "new_tokens": 3, "batch": 1, "rounds": 2, "dtype": "float32"}
+    bench.run_bench(str(model), **settings | changes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -19,23 +28,39 @@ def test_bytes_a_step_are_those_of_the_weights_and_the_cache(dtype: str) -> None
     weights = (model.num_parameters() - norms - looked_up) * width
     cache = model.init_cache(2, 10 + 4 // 2, dtype)
     cached = sum(slots.nbytes for slots in (*cache.keys, *cache.values))
-    work = bench.Work(Path(), dtype, batch=2, prompt_tokens=10, new_tokens=4)
-    assert bench._bytes_a_step(config, work) == weights + cached
+    work = bench.Work(Path(), dtype, batch=2, prompt_tokens=99, new_tokens=4)
+    assert bench._bytes_a_step(config, work, prompt_tokens=10) == weights + cached
+
+
+def test_random_prompts_and_those_of_a_file(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    work = bench.Work(tmp_path, "float32", batch=2, prompt_tokens=10, new_tokens=4)
+    ids = work.ids(300)
+    assert ids.shape == (2, 10)
+    assert ids.min() >= 4
+    assert ids.max() < 300
+    np.testing.assert_array_equal(ids, work.ids(300))
+
+    text = tmp_path / "question.txt"
+    text.write_text(PROMPT)
+    asked = bench.Work(tmp_path, "float32", batch=2, prompt_tokens=10, new_tokens=4, prompt=text).ids(300)
+    tokenizer = Phi3Tokenizer.from_pretrained(tmp_path)
+    assert [tokenizer.decode(row) for row in asked] == 2 * [f"<|user|>{PROMPT}<|end|><|assistant|>"]
+
+
+@pytest.mark.parametrize("lookup", [None, 2])
+def test_a_turn_of_ours(tmp_path: Path, lookup: int | None) -> None:
+    write_checkpoint(tmp_path)
+    options = () if lookup is None else (("prompt_lookup_num_tokens", lookup),)
+    turn = bench._ours(bench.Work(tmp_path, "float32", 1, 10, 5, options=options))
+    times = [turn(), turn()]
+    assert all(run.prefill > 0 and run.decode > 0 and run.steps == 5 for run in times)
 
 
 @pytest.mark.slow
 def test_both_sides_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Phi3ForCausalLM(small_config()).save_pretrained(tmp_path)
-    bench.run_bench(
-        str(tmp_path),
-        layers=None,
-        prompt_tokens=8,
-        new_tokens=3,
-        batch=2,
-        rounds=2,
-        dtype="bfloat16",
-        cache_dir=None,
-    )
+    run_bench(tmp_path, batch=2, dtype="bfloat16")
     table = capsys.readouterr().out
     assert "phi3-jax" in table
     assert "transformers" in table
@@ -43,15 +68,18 @@ def test_both_sides_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert re.search(rf"{row}\W+[\d,.]+\W+[\d,.]+\W+\d+\.\d\d\b", table), table
 
 
+@pytest.mark.slow
+def test_drafts_against_none_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "question.txt").write_text(PROMPT)
+    run_bench(tmp_path, prompt=tmp_path / "question.txt", prompt_lookup=2)
+    table = capsys.readouterr().out
+    assert "14-token prompt" in table
+    for row in ("lookup of 2", "plain", "ratio"):
+        assert row in table
+    assert re.search(r"decode, tokens/s\W+[\d,.]+\W+[\d,.]+\W+\d+\.\d\d\b", table), table
+
+
 def test_layers_are_of_presets_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cuts a preset"):
-        bench.run_bench(
-            str(tmp_path),
-            layers=2,
-            prompt_tokens=8,
-            new_tokens=3,
-            batch=1,
-            rounds=1,
-            dtype="float32",
-            cache_dir=None,
-        )
+        run_bench(tmp_path, layers=2)

@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +20,12 @@ import torch
 import transformers
 from reference import small_config
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from small_checkpoint import NEVER, PROMPT, SPECIALS, TEMPLATE, write_checkpoint
+from tokenizers import pre_tokenizers
 
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer, cli
-from phi3_jax.generation import CompiledModel, Sampling, stream_tokens
-
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIALS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-PROMPT = "What is the capital of France?"
-NEVER = 299
-"""A token that the model has and the tokenizer has not."""
+from phi3_jax.chat import ChatSession
+from phi3_jax.generation import CompiledModel, generate, stream_tokens
 
 
 class Result(NamedTuple):
@@ -41,22 +36,8 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of 300 tokens whose answers never end by themselves, and a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([PROMPT] * 9, trainer)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "eos_token": "<|end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": NEVER}))
-    sizes = {"vocab_size": 300, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
-    Phi3ForCausalLM(small_config(**sizes), rngs=3).save_pretrained(folder)
+    write_checkpoint(folder)
     return folder
 
 
@@ -82,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
-def generate(run: Any, model_folder: Path) -> Any:
+def generate_command(run: Any, model_folder: Path) -> Any:
     """`run` of generate on the tiny model, in float32 so that it can be computed again here."""
 
     def call(*arguments: object, stdin: str = "", model: Path = model_folder) -> Result:
@@ -91,11 +72,23 @@ def generate(run: Any, model_folder: Path) -> Any:
     return call
 
 
+@pytest.fixture
+def chat(run: Any, model_folder: Path) -> Any:
+    """`run` of chat on the tiny model: `chat(line, ..., options=[...])`."""
+
+    def call(*lines: str, options: Sequence[object] = (), model: Path = model_folder) -> Result:
+        options = ["--model", model, "--dtype", "float32", "--max-new-tokens", 7, *options]
+        return run("chat", *options, stdin="".join(f"{line}\n" for line in lines))
+
+    return call
+
+
 def answer(compiled: CompiledModel, folder: Path, prompt: str, count: int, **options: Any) -> str:
     """What generate must print for this prompt, template included; a line end comes after it."""
     tokenizer = Phi3Tokenizer.from_pretrained(folder)
     ids = tokenizer.encode(prompt)
-    tokens = list(stream_tokens(compiled, ids, max_new_tokens=count, **options))
+    options = {"do_sample": False, "attention_mask": [[1] * len(ids)], "max_new_tokens": count} | options
+    tokens = list(stream_tokens(compiled, ids, tokenizer=tokenizer, **options))
     return tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
 
 
@@ -111,41 +104,70 @@ def start(*arguments: object, cache: Path, before: str = "") -> subprocess.Popen
 
 
 def test_prompt_as_argument_and_from_stdin(
-    generate: Any, compiled: CompiledModel, model_folder: Path
+    generate_command: Any, compiled: CompiledModel, model_folder: Path
 ) -> None:
     expected = answer(compiled, model_folder, f"<|user|>{PROMPT}<|end|><|assistant|>", 12)
-    result = generate(PROMPT, "--max-new-tokens", 12)
+    result = generate_command(PROMPT, "--max-new-tokens", 12)
     assert result[:2] == (0, expected)
     assert result.err.startswith("[") and " prompt tokens" in result.err and "12 tokens" in result.err  # noqa: PT018
     assert result.err.count("\n") == 1
-    assert generate("--max-new-tokens", 12, stdin=PROMPT)[:2] == (0, expected)
-    assert generate("-", "--max-new-tokens", 12, stdin=PROMPT)[:2] == (0, expected)
+    assert generate_command("--max-new-tokens", 12, stdin=PROMPT)[:2] == (0, expected)
+    assert generate_command("-", "--max-new-tokens", 12, stdin=PROMPT)[:2] == (0, expected)
 
 
-def test_raw_and_system(generate: Any, compiled: CompiledModel, model_folder: Path) -> None:
-    raw = generate(PROMPT, "--raw", "--max-new-tokens", 7)
+def test_raw_and_system(generate_command: Any, compiled: CompiledModel, model_folder: Path) -> None:
+    raw = generate_command(PROMPT, "--raw", "--max-new-tokens", 7)
     assert raw[:2] == (0, answer(compiled, model_folder, PROMPT, 7))
-    system = generate(PROMPT, "--system", "Be brief.", "--max-new-tokens", 7)
+    system = generate_command(PROMPT, "--system", "Be brief.", "--max-new-tokens", 7)
     prompt = f"<|system|>Be brief.<|end|><|user|>{PROMPT}<|end|><|assistant|>"
     assert system[:2] == (0, answer(compiled, model_folder, prompt, 7))
     assert raw.out != system.out
 
 
 def test_sampling_options_reach_the_sampler(
-    generate: Any, compiled: CompiledModel, model_folder: Path
+    generate_command: Any, compiled: CompiledModel, model_folder: Path
 ) -> None:
     options = ["--raw", "--max-new-tokens", 12, "--temperature", 1.5, "--top-k", 9, "--top-p", 0.95]
-    outs = [generate(PROMPT, *options, "--seed", seed).out for seed in (5, 5, 6)]
+    options += ["--min-p", 0.1]
+    outs = [generate_command(PROMPT, *options, "--seed", seed).out for seed in (5, 5, 6)]
     assert outs[0] == outs[1] != outs[2]
-    sampling = Sampling(1.5, 9, 0.95)
-    assert outs[0] == answer(compiled, model_folder, PROMPT, 12, sampling=sampling, seed=5)
+    drawn = {"do_sample": True, "temperature": 1.5, "top_k": 9, "top_p": 0.95, "min_p": 0.1, "seed": 5}
+    assert outs[0] == answer(compiled, model_folder, PROMPT, 12, **drawn)
+    from_all = generate_command(PROMPT, "--raw", "--max-new-tokens", 12, "--temperature", 3, "--seed", 5)
+    drawn = {"do_sample": True, "temperature": 3.0, "top_k": 0, "seed": 5}
+    assert from_all.out == answer(compiled, model_folder, PROMPT, 12, **drawn)
+
+
+def test_penalty_lookup_and_stop(generate_command: Any, compiled: CompiledModel, model_folder: Path) -> None:
+    options = ["--raw", "--max-new-tokens", 30]
+    plain = answer(compiled, model_folder, PROMPT, 30)
+    drafted = generate_command(PROMPT, *options, "--prompt-lookup", 3)
+    assert drafted[:2] == (0, plain)
+    assert "30 tokens" in drafted.err
+    penalised = answer(compiled, model_folder, PROMPT, 30, repetition_penalty=2.0)
+    assert generate_command(PROMPT, *options, "--repetition-penalty", 2).out == penalised != plain
+    place = next(at for at in range(3, 20) if plain[at].isascii() and plain[at].isprintable())
+    stopped = generate_command(PROMPT, *options, "--stop", "not this", "--stop", plain[place])
+    assert stopped.out == plain[: plain.index(plain[place]) + 1] + "\n"
+
+
+def test_beams_are_printed_at_the_end(
+    generate_command: Any, compiled: CompiledModel, model_folder: Path
+) -> None:
+    tokenizer = Phi3Tokenizer.from_pretrained(model_folder)
+    ids = tokenizer.encode(PROMPT)
+    (best,) = generate(compiled, [ids], num_beams=3, max_new_tokens=9, do_sample=False)
+    result = generate_command(PROMPT, "--raw", "--num-beams", 3, "--max-new-tokens", 9)
+    assert result[:2] == (0, tokenizer.decode(best[len(ids) :], skip_special_tokens=True) + "\n")
+    assert result.out != answer(compiled, model_folder, PROMPT, 9)
+    assert result.err.startswith(f"[{len(ids)} prompt tokens, 9 tokens after ")
 
 
 def test_each_end_token_of_generation_config_stops(
-    generate: Any, compiled: CompiledModel, model_folder: Path, tmp_path: Path
+    generate_command: Any, compiled: CompiledModel, model_folder: Path, tmp_path: Path
 ) -> None:
     ids = Phi3Tokenizer.from_pretrained(model_folder).encode(PROMPT)
-    tokens = list(stream_tokens(compiled, ids, max_new_tokens=20))
+    tokens = list(stream_tokens(compiled, ids, max_new_tokens=20, do_sample=False))
     first = {token: place for place, token in reversed(list(enumerate(tokens)))}
     early, *_, late = sorted(first, key=first.__getitem__)[1:]
     for path in model_folder.iterdir():
@@ -154,27 +176,30 @@ def test_each_end_token_of_generation_config_stops(
         (tmp_path / "generation_config.json").unlink()
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         made = min(first[end] for end in (ends if isinstance(ends, list) else [ends]) if end in first) + 1
-        result = generate(PROMPT, "--raw", "--max-new-tokens", 20, model=tmp_path)
+        result = generate_command(PROMPT, "--raw", "--max-new-tokens", 20, model=tmp_path)
         assert made < 3 or f", {made} tokens, " in result.err
         assert result.out == answer(compiled, model_folder, PROMPT, made)
 
 
 def test_what_the_user_can_mend_is_one_line(
-    generate: Any, run: Any, tmp_path: Path, model_folder: Path
+    generate_command: Any, run: Any, tmp_path: Path, model_folder: Path
 ) -> None:
     bare = tmp_path / "bare"
     Phi3ForCausalLM(small_config()).save_pretrained(bare)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")
     cases = [
-        (generate(PROMPT, model=tmp_path / "absent"), "absent"),
-        (generate(PROMPT, model=bare), "tokenizer"),
-        (generate(PROMPT, model=broken), "broken.gguf"),
-        (generate("  "), "the prompt is empty"),
-        (generate(stdin=""), "the prompt is empty"),
-        (generate(PROMPT, "--raw", "--system", "x"), "--system"),
-        (generate(PROMPT, "--top-p", 2, "--temperature", 1), "top_p=2.0"),
-        (generate("word " * 4096, "--raw"), "context is 4096"),
+        (generate_command(PROMPT, model=tmp_path / "absent"), "absent"),
+        (generate_command(PROMPT, model=bare), "tokenizer"),
+        (generate_command(PROMPT, model=broken), "broken.gguf"),
+        (generate_command("  "), "the prompt is empty"),
+        (generate_command(stdin=""), "the prompt is empty"),
+        (generate_command(PROMPT, "--raw", "--system", "x"), "--system"),
+        (generate_command(PROMPT, "--top-p", 2, "--temperature", 1), "top_p=2.0"),
+        (generate_command(PROMPT, "--top-p", 0.5), "--top-p 0.5 does nothing without draws; add --temp"),
+        (generate_command(PROMPT, "--num-beams", 2, "--prompt-lookup", 2), "exclude each other"),
+        (generate_command(PROMPT, "--repetition-penalty", 0), "repetition_penalty=0.0"),
+        (generate_command("word " * 4096, "--raw"), "context is 4096"),
         (run("generate", PROMPT, "--model", model_folder, "--dtype", "int4"), "dtype=int4"),
         (run("convert", tmp_path / "absent", tmp_path / "out"), "absent"),
         (run("convert", model_folder, model_folder), "is the checkpoint itself"),
@@ -190,7 +215,130 @@ def test_what_the_user_can_mend_is_one_line(
         assert result.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert run("generate", PROMPT, "--max-new-tokens", 0).code == 2
+    assert run("chat", "--max-new-tokens", 0).code == 2
     assert run("convert", model_folder, broken).code == 2
+
+
+def said(compiled: CompiledModel, folder: Path, *questions: str, **options: Any) -> list[str]:
+    """The answers that chat must print."""
+    options = {"seed": 0, "max_new_tokens": 7, "do_sample": False} | options
+    session = ChatSession(compiled, Phi3Tokenizer.from_pretrained(folder), **options)
+    return ["".join(session.reply(question)) for question in questions]
+
+
+def test_chat_in_a_pipe(chat: Any, compiled: CompiledModel, model_folder: Path) -> None:
+    first, second = said(compiled, model_folder, PROMPT, "And why?")
+    result = chat(PROMPT, "", "  And why? ")
+    assert result[:2] == (0, f"{first}\n{second}\n")
+    assert result.err == 2 * "[cut off after 7 tokens; --max-new-tokens sets how many]\n"
+    assert f"{second}\n" == chat("And why?").out or second != said(compiled, model_folder, "And why?")[0]
+    assert chat() == (0, "", "")
+
+    told = said(compiled, model_folder, PROMPT, system="Be brief.")
+    assert chat(PROMPT, options=["--system", "Be brief."]).out == f"{told[0]}\n" != f"{first}\n"
+    drawn = {"do_sample": True, "temperature": 1.5, "top_k": 9, "seed": 5}
+    options = ["--temperature", 1.5, "--top-k", 9, "--seed", 5]
+    answers = said(compiled, model_folder, PROMPT, PROMPT, **drawn)
+    assert chat(PROMPT, PROMPT, options=options).out == "".join(f"{text}\n" for text in answers)
+
+
+def test_chat_commands(chat: Any, compiled: CompiledModel, model_folder: Path, tmp_path: Path) -> None:
+    first, second = said(compiled, model_folder, PROMPT, "And why?")
+    (told,) = said(compiled, model_folder, PROMPT, system="Be brief.")
+    file = tmp_path / "a talk.json"
+    result = chat(
+        "/help",
+        PROMPT,
+        f"/save {file}",
+        "/reset",
+        "/system Be brief.",
+        PROMPT,
+        f"/load {file}",
+        "And why?",
+        "/exit",
+        "And how?",
+    )
+    assert result[:2] == (0, f"{first}\n{told}\n{second}\n")
+    for line in ("/load FILE", "[2 messages written]", "[a new conversation]", "[2 messages read]"):
+        assert line in result.err
+    assert json.loads(file.read_text(encoding="utf-8"))["messages"][1]["content"] == first
+    assert chat("/system Be brief.", "/system", PROMPT).out == f"{first}\n"
+    (literal,) = said(compiled, model_folder, "/help")
+    assert chat(" /help").out == f"{literal}\n"
+
+
+def test_chat_in_a_pipe_ends_at_an_error(chat: Any, tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    cases = {
+        "/frobnicate": "there is no command /frobnicate; /help lists them",
+        "/save": "/save needs a file: /save FILE",
+        "/load ": "/load needs a file",
+        f"/load {tmp_path / 'absent.json'}": "absent.json",
+        f"/load {tmp_path / 'broken.json'}": "broken.json is not a saved conversation",
+        f"/save {tmp_path / 'absent' / 'talk.json'}": "absent",
+        "word " * 4096: "the model's context of 4096 leaves no room for an answer",
+    }
+    for line, message in cases.items():
+        result = chat(line, PROMPT)
+        assert (result.code, result.out) == (1, ""), line
+        assert result.err.startswith("phi3-jax: ")
+        assert message in result.err
+        assert result.err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_chat_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
+    """A prompt, errors that are told, Ctrl-C within an answer and at the prompt."""
+    here, there = os.openpty()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", "from phi3_jax.cli import main; main()", "-v", "chat"),
+            *("--model", str(model_folder), "--max-new-tokens", "4000"),
+        ],
+        stdin=there,
+        stdout=there,
+        stderr=there,
+        env=os.environ | {"PHI3_JAX_CACHE": str(tmp_path), "TERM": "dumb"},
+    )
+    os.close(there)
+    seen = ""
+
+    def wait_for(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 120
+        while text not in seen:
+            assert select.select([here], [], [], deadline - time.monotonic())[0], seen
+            seen += os.read(here, 4096).decode(errors="replace")
+        seen = seen.split(text, 1)[1]
+
+    try:
+        wait_for("/help lists the commands")
+        wait_for("> ")
+        os.write(here, b"/frobnicate\n")
+        wait_for("there is no command /frobnicate")
+        wait_for("> ")
+        os.write(here, b"Hi\n")
+        wait_for("\n")  # the line that was typed
+        while len(seen) < 20:  # an answer is under way
+            seen += os.read(here, 4096).decode(errors="replace")
+        process.send_signal(signal.SIGINT)
+        wait_for("0 of them cached")
+        wait_for("> ")
+        os.write(here, b"Hi\n")
+        wait_for("\n")
+        while len(seen) < 20:
+            seen += os.read(here, 4096).decode(errors="replace")
+        process.send_signal(signal.SIGINT)
+        wait_for(" of them cached")
+        wait_for("> ")
+        time.sleep(0.5)  # it is waiting for a line, or about to
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert "Traceback" not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(here)
 
 
 def test_other_system_errors_too(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +482,7 @@ def test_help_is_quick_and_names_the_commands() -> None:
         times.append(time.perf_counter() - begin)
         assert done.returncode == 0
         assert done.stderr == ""
-    for name in ("generate", "convert", "bench"):
+    for name in ("generate", "chat", "convert", "bench"):
         assert name in done.stdout
     assert min(times) < 6, times
 

@@ -111,7 +111,8 @@ class Engine:
 
     def prefill(self) -> Float[Array, "L V"]:
         """Computes the prompts, in chunks, and gives the logits behind them."""
-        self._refill_changed()
+        if not self.layout.aligned:  # what a returned cache holds may be of the other rope list
+            self._refill_changed()
         lacking = self.layout.lacking
         while lacking > prompts.PREFILL_CHUNK:
             self._fill(prompts.PREFILL_CHUNK)

@@ -80,7 +80,7 @@ class Recorder:
             self._steps.append(jax.tree.map(lambda x, step=step: x[step], records))
 
     def collect(self, outputs: frozenset[str], new: int | None = None) -> dict[str, Any]:
-        """A tuple with an entry for each of the first `new` tokens (default: all) for each of the `outputs`."""
+        """A tuple with an entry for each of the first `new` tokens (default: all) for each output."""
         places = self._places()[:new]
         collected: dict[str, Any] = {
             name: tuple(jnp.asarray(self._stacked(name, place)) for place in places)

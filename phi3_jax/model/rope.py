@@ -1,7 +1,6 @@
 """Rotary position embeddings: which frequencies, their cosines and sines, and the rotation itself."""
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.config import Phi3Config
@@ -56,8 +55,8 @@ def apply_rope(
 
 
 def rope_list_changes(
-    config: Phi3Config, before: Int[Array | np.ndarray, " B"], after: Int[Array | np.ndarray, " B"]
-) -> Bool[Array | np.ndarray, " B"]:
+    config: Phi3Config, before: Int[Array, " B"], after: Int[Array, " B"]
+) -> Bool[Array, " B"]:
     """Rows whose cached keys were computed under another frequency list than their new length asks for.
 
     Such a row must be computed again from its first token: from the second layer on, keys depend on hidden
@@ -66,4 +65,4 @@ def rope_list_changes(
     if "long_factor" in dict(config.rope_scaling.parameters):
         original = config.original_max_position_embeddings
         return (before > 0) & ((before <= original) != (after <= original))
-    return np.zeros(before.shape, bool)  # on the host: the token loop asks before it dispatches a step
+    return jnp.zeros(before.shape, bool)

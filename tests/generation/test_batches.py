@@ -60,7 +60,7 @@ def pool_of(twins_of: Callable[..., Twins]) -> Callable[[str], Pool]:
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("longrope and window", (1, 3, 9)),
+        ("longrope and window", (9, 1)),
         *(some(name, tuple(range(1, 10))) for name in CONFIGS),
     ],
 )

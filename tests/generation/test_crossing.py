@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from reference import LONG, SHORT, distance, longrope, small_config
-from rows import alone, answers, assert_varied, logits_along, rows_of
+from rows import alone, answers, assert_varied, logits_along, one_thread, rows_of
 from twins import Twins, prompts
 
 from phi3_jax import Phi3ForCausalLM
@@ -81,7 +81,7 @@ def test_the_lists_matter(crossing: Twins, expected: np.ndarray) -> None:
     assert (short != expected).any(axis=1).all()
 
 
-@pytest.mark.parametrize("chunk", [4, 8])
+@pytest.mark.parametrize("chunk", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_chunking(
     crossing: Twins, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
@@ -89,6 +89,7 @@ def test_any_chunking(
     np.testing.assert_array_equal(answers(crossing, *BATCH, COUNT), expected)
 
 
+@pytest.mark.slow
 def test_logits_behind_every_token(crossing: Twins, expected: np.ndarray) -> None:
     out = crossing.ours(
         *BATCH, max_new_tokens=COUNT, return_dict_in_generate=True, output_logits=True, output_scores=True
@@ -114,7 +115,8 @@ def test_beams(crossing: Twins, lengths: tuple[int, ...]) -> None:
     new = np.asarray(ours.sequences)[:, ids.shape[1] :].reshape(len(ids), 2, -1)
     scores = np.asarray(ours.sequences_scores).reshape(len(ids), 2)
     for row, tokens in enumerate(rows_of(ids, mask)):
-        theirs = crossing.theirs(tokens[None], np.ones((1, len(tokens)), np.int64), **options)
+        with one_thread():
+            theirs = crossing.theirs(tokens[None], np.ones((1, len(tokens)), np.int64), **options)
         np.testing.assert_array_equal(new[row], theirs.sequences[:, len(tokens) :].numpy())
         np.testing.assert_allclose(scores[row], theirs.sequences_scores.numpy(), atol=1e-4)
 
@@ -144,6 +146,7 @@ def test_assistants_with_another_original_length(
         np.testing.assert_array_equal(new, expected)
 
 
+@pytest.mark.slow
 def test_a_model_that_assists_itself(crossing: Twins, expected: np.ndarray) -> None:
     """Every draft is right, so rows reach the switch by drafts as long as may be."""
     new = answers(
@@ -206,6 +209,7 @@ def test_going_on_from_a_cache_under_another_list(
     np.testing.assert_array_equal(new, alone(crossing, ids, mask, 24))
 
 
+@one_thread()
 def guided_alone(
     reference: Any, row: np.ndarray, negative: np.ndarray, scale: float, count: int
 ) -> list[int]:

@@ -16,9 +16,9 @@ LENGTHS = (20, 13, 5)
 
 
 @pytest.fixture(scope="module")
-def free(twins: Twins) -> np.ndarray:
+def free(shallow: Twins) -> np.ndarray:
     """40 new tokens behind the usual prompts where nothing ends them."""
-    return twins.theirs(*prompts(LENGTHS), max_new_tokens=40)[:, max(LENGTHS) :]
+    return shallow.theirs(*prompts(LENGTHS), max_new_tokens=40)[:, max(LENGTHS) :]
 
 
 def test_greedy_tokens(twins: Twins) -> None:
@@ -27,59 +27,63 @@ def test_greedy_tokens(twins: Twins) -> None:
     assert all(len(set(row[20:])) > 5 for row in answer), "a model that repeats itself tests little"
 
 
-@pytest.mark.parametrize("changes", [{"num_key_value_heads": 4, "tie_word_embeddings": True}, {"sliding_window": 7}])
+@pytest.mark.parametrize(
+    "changes", [{"num_key_value_heads": 4, "tie_word_embeddings": True}, {"sliding_window": 7}]
+)
 def test_other_models(twins_of: Callable[..., Twins], changes: dict[str, Any]) -> None:
     twins_of(num_hidden_layers=2, **changes).same(*prompts(LENGTHS), max_new_tokens=40)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (16,), (17, 16), (33, 1, 2, 30, 4)])
-def test_prompts_of_other_sizes(twins: Twins, lengths: tuple[int, ...]) -> None:
-    twins.same(*prompts(lengths), max_new_tokens=12)
+def test_prompts_of_other_sizes(shallow: Twins, lengths: tuple[int, ...]) -> None:
+    shallow.same(*prompts(lengths), max_new_tokens=12)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_each_row_gets_what_it_gets_alone(twins: Twins, side: str) -> None:
+def test_each_row_gets_what_it_gets_alone(shallow: Twins, side: str) -> None:
     ids, mask = prompts(LENGTHS, side)
-    answer = twins.ours(ids, mask, max_new_tokens=40)
+    answer = shallow.ours(ids, mask, max_new_tokens=40)
     np.testing.assert_array_equal(answer[:, :20], ids)
     for row in range(3):
         alone = ids[row : row + 1, mask[row] == 1]
-        expected = twins.theirs(alone, np.ones_like(alone), max_new_tokens=40)
+        expected = shallow.theirs(alone, np.ones_like(alone), max_new_tokens=40)
         np.testing.assert_array_equal(answer[row, 20:], expected[0, LENGTHS[row] :])
 
 
-def test_padding_between_the_tokens_of_a_prompt(twins: Twins) -> None:
+def test_padding_between_the_tokens_of_a_prompt(shallow: Twins) -> None:
     ids, mask = prompts((20, 20, 20))
     mask[1, [3, 4, 11]], mask[2, 17:] = 0, 0
-    answer = twins.ours(ids, mask, max_new_tokens=20)
+    answer = shallow.ours(ids, mask, max_new_tokens=20)
     for row in range(3):
         alone = ids[row : row + 1, mask[row] == 1]
-        expected = twins.theirs(alone, np.ones_like(alone), max_new_tokens=20)
+        expected = shallow.theirs(alone, np.ones_like(alone), max_new_tokens=20)
         np.testing.assert_array_equal(answer[row, 20:], expected[0, alone.shape[1] :])
 
 
-def test_padding_told_by_its_id(twins: Twins, free: np.ndarray) -> None:
+def test_padding_told_by_its_id(shallow: Twins, free: np.ndarray) -> None:
     ids, mask = prompts(LENGTHS)
-    np.testing.assert_array_equal(twins.same(ids, None, max_new_tokens=40)[:, 20:], free)
+    np.testing.assert_array_equal(shallow.same(ids, None, max_new_tokens=40)[:, 20:], free)
     # As an end token too it may well be one of the prompt's tokens: then all of them are.
-    counted = twins.same(ids, None, max_new_tokens=40, eos_token_id=PAD)
+    counted = shallow.same(ids, None, max_new_tokens=40, eos_token_id=PAD)
     assert (counted[1:, 20:] != free[1:]).any(axis=1).all()
-    np.testing.assert_array_equal(twins.same(ids, mask, max_new_tokens=40, eos_token_id=PAD)[:, 20:30], free[:, :10])
+    np.testing.assert_array_equal(
+        shallow.same(ids, mask, max_new_tokens=40, eos_token_id=PAD)[:, 20:30], free[:, :10]
+    )
 
 
-def test_what_stands_in_the_padding_does_not_matter(twins: Twins, free: np.ndarray) -> None:
+def test_what_stands_in_the_padding_does_not_matter(shallow: Twins, free: np.ndarray) -> None:
     ids, mask = prompts(LENGTHS)
-    answer = twins.ours(np.where(mask == 1, ids, 77), mask, max_new_tokens=40)
+    answer = shallow.ours(np.where(mask == 1, ids, 77), mask, max_new_tokens=40)
     np.testing.assert_array_equal(answer[:, 20:], free)
     for other in (mask.astype(bool), mask.astype(np.float32), jax.numpy.asarray(mask), mask * 5):
-        np.testing.assert_array_equal(twins.ours(ids, other, max_new_tokens=40)[:, 20:], free)
+        np.testing.assert_array_equal(shallow.ours(ids, other, max_new_tokens=40)[:, 20:], free)
 
 
-def test_end_tokens(twins: Twins, free: np.ndarray) -> None:
+def test_end_tokens(shallow: Twins, free: np.ndarray) -> None:
     unseen = next(token for token in range(4, 96) if token not in free)
     for ends in ([free[0, 4], unseen], [free[0, 9], free[1, 3]], [free[2, 0], free[0, 30]], [unseen, 0]):
         ends = [int(token) for token in ends]
-        answer = twins.same(*prompts(LENGTHS), max_new_tokens=40, eos_token_id=ends)[:, 20:]
+        answer = shallow.same(*prompts(LENGTHS), max_new_tokens=40, eos_token_id=ends)[:, 20:]
         lengths = []
         for row, whole in zip(answer, free, strict=True):
             first = next((at for at, token in enumerate(whole) if token in ends), 39)
@@ -88,17 +92,17 @@ def test_end_tokens(twins: Twins, free: np.ndarray) -> None:
             lengths.append(first + 1)
         assert answer.shape[1] == max(lengths)
         assert len(set(lengths)) > 1 or ends == [unseen, 0]
-    twins.same(*prompts(LENGTHS), max_new_tokens=40, eos_token_id=int(free[1, 7]))
+    shallow.same(*prompts(LENGTHS), max_new_tokens=40, eos_token_id=int(free[1, 7]))
 
 
-def test_the_padding_is_an_end_token(twins: Twins, free: np.ndarray) -> None:
+def test_the_padding_is_an_end_token(shallow: Twins, free: np.ndarray) -> None:
     end = int(free[1, 7])
-    answer = twins.same(*prompts(LENGTHS), max_new_tokens=40, eos_token_id=end, pad_token_id=end)
+    answer = shallow.same(*prompts(LENGTHS), max_new_tokens=40, eos_token_id=end, pad_token_id=end)
     assert (answer[1, 27:] == end).all()
 
 
-def test_every_row_ends_at_once(twins: Twins, free: np.ndarray) -> None:
-    answer = twins.same(*prompts(LENGTHS), max_new_tokens=40, eos_token_id=sorted(set(free[:, 0].tolist())))
+def test_every_row_ends_at_once(shallow: Twins, free: np.ndarray) -> None:
+    answer = shallow.same(*prompts(LENGTHS), max_new_tokens=40, eos_token_id=sorted(set(free[:, 0].tolist())))
     assert answer.shape == (3, 21)
 
 
@@ -115,17 +119,17 @@ def test_every_row_ends_at_once(twins: Twins, free: np.ndarray) -> None:
         {"max_new_tokens": 30, "min_length": 7},
     ],
 )
-def test_lengths(twins: Twins, free: np.ndarray, options: dict[str, int]) -> None:
+def test_lengths(shallow: Twins, free: np.ndarray, options: dict[str, int]) -> None:
     ends = [int(free[0, 3]), int(free[1, 6])]
-    expected = twins.same(*prompts(LENGTHS), **options, eos_token_id=ends)
+    expected = shallow.same(*prompts(LENGTHS), **options, eos_token_id=ends)
     assert expected.shape[1] - 20 >= max(options.get("min_length", 0) - 20, options.get("min_new_tokens", 0))
     if not any(name.startswith("min") for name in options):
-        twins.same(*prompts(LENGTHS), **options)
+        shallow.same(*prompts(LENGTHS), **options)
 
 
-def test_length_by_default(twins: Twins) -> None:
+def test_length_by_default(shallow: Twins) -> None:
     with pytest.warns(UserWarning, match="model-agnostic default"):  # theirs
-        assert twins.same(*prompts(LENGTHS)).shape == (3, 40)
+        assert shallow.same(*prompts(LENGTHS)).shape == (3, 40)
 
 
 def test_the_context_ends_the_answer(twins_of: Callable[..., Twins]) -> None:
@@ -136,34 +140,36 @@ def test_the_context_ends_the_answer(twins_of: Callable[..., Twins]) -> None:
     np.testing.assert_array_equal(answer, small.theirs(ids, mask, max_new_tokens=14))
 
 
-def test_generation_configs(twins: Twins, free: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_configs(shallow: Twins, free: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask = prompts(LENGTHS)
 
     def ours(**options: Any) -> np.ndarray:
-        return np.asarray(twins.model.generate(ids, mask, **options))[:, 20:]
+        return np.asarray(shallow.model.generate(ids, mask, **options))[:, 20:]
 
     config = GenerationConfig(max_new_tokens=9, eos_token_id=[], pad_token_id=PAD)
     np.testing.assert_array_equal(ours(generation_config=config), free[:, :9])
     np.testing.assert_array_equal(ours(generation_config=config, max_new_tokens=4), free[:, :4])
     np.testing.assert_array_equal(ours(generation_config=config, max_length=25), free[:, :5])
-    np.testing.assert_array_equal(np.asarray(twins.model.generate(ids, mask, config))[:, 20:], free[:, :9])
+    np.testing.assert_array_equal(np.asarray(shallow.model.generate(ids, mask, config))[:, 20:], free[:, :9])
     ended = ours(generation_config=config, eos_token_id=int(free[0, 2]))
     assert (ended[0] == [*free[0, :3], *[PAD] * 6]).all()
 
     # The model's own, and how a call takes its end token back.
-    own = twins.model.generation_config
+    own = shallow.model.generation_config
     assert own.eos_token_id == 2
     try:
-        twins.model.generation_config = own.replace(eos_token_id=int(free[0, 2]), max_new_tokens=9)
+        shallow.model.generation_config = own.replace(eos_token_id=int(free[0, 2]), max_new_tokens=9)
         np.testing.assert_array_equal(ours(), ended)
-        np.testing.assert_array_equal(ours(generation_config=GenerationConfig(max_new_tokens=5)), ended[:, :5])
+        np.testing.assert_array_equal(
+            ours(generation_config=GenerationConfig(max_new_tokens=5)), ended[:, :5]
+        )
         np.testing.assert_array_equal(ours(eos_token_id=[]), free[:, :9])
         np.testing.assert_array_equal(ours(generation_config=config.replace(max_new_tokens=7)), free[:, :7])
     finally:
-        twins.model.generation_config = own
+        shallow.model.generation_config = own
 
 
-# --- sampling -------------------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------------------------
 
 
 def too_far(counts: np.ndarray, p: np.ndarray) -> bool:
@@ -210,10 +216,10 @@ def test_draws_of_equal_prompts_and_of_steps_are_independent(shallow: Twins) -> 
         assert 0.3 / 96 < pairs.mean() < 3 / 96
 
 
-def test_seeds(twins: Twins) -> None:
+def test_seeds(shallow: Twins) -> None:
     def answer(rows: int = 3, **options: Any) -> np.ndarray:
         ids, mask = prompts((20, 13, 5, 9, 18))
-        return twins.ours(ids[:rows], mask[:rows], do_sample=True, max_new_tokens=20, **options)
+        return shallow.ours(ids[:rows], mask[:rows], do_sample=True, max_new_tokens=20, **options)
 
     first = answer(seed=5)
     np.testing.assert_array_equal(answer(seed=5), first)
@@ -222,27 +228,27 @@ def test_seeds(twins: Twins) -> None:
     np.testing.assert_array_equal(answer(rows=5, seed=5)[:3], first, "rows beside it change no row's draw")
 
 
-def test_sampling_that_leaves_one_token_is_greedy(twins: Twins, free: np.ndarray) -> None:
+def test_sampling_that_leaves_one_token_is_greedy(shallow: Twins, free: np.ndarray) -> None:
     for options in ({"top_k": 1}, {"top_p": 1e-6, "top_k": 0}, {"temperature": 1e-4}):
-        answer = twins.ours(*prompts(LENGTHS), do_sample=True, max_new_tokens=40, seed=7, **options)
+        answer = shallow.ours(*prompts(LENGTHS), do_sample=True, max_new_tokens=40, seed=7, **options)
         np.testing.assert_array_equal(answer[:, 20:], free)
 
 
-def test_several_answers_to_each_prompt(twins: Twins) -> None:
+def test_several_answers_to_each_prompt(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 15, "num_return_sequences": 4, "seed": 3}
-    answer = twins.ours(ids, mask, **options)
+    answer = shallow.ours(ids, mask, **options)
     np.testing.assert_array_equal(answer[:, :20], np.repeat(ids, 4, axis=0))
     assert len({tuple(row) for row in answer.tolist()}) == 12
     end = int(answer[5, 22])
-    ended = twins.ours(ids, mask, **options, eos_token_id=end)
+    ended = shallow.ours(ids, mask, **options, eos_token_id=end)
     for row, whole in zip(ended[:, 20:], answer[:, 20:], strict=True):
         length = whole.tolist().index(end) + 1 if end in whole else 15
         np.testing.assert_array_equal(row[:length], whole[:length])
         assert (row[length:] == PAD).all()
 
 
-# --- compilation, and what is refused -------------------------------------------------------------------------
+# --- compilation, and what is refused ------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from twins import Twins, prompts
+from twins import PAD, Twins, prompts
 
 LENGTHS = (20, 13, 5)
 RECORDED = {"return_dict_in_generate": True, "output_scores": True}
@@ -16,16 +16,24 @@ def free(shallow: Twins) -> np.ndarray:
     return shallow.theirs(*prompts(LENGTHS), max_new_tokens=30)[:, 20:]
 
 
+def ends_of(free: np.ndarray) -> list[int]:
+    """End tokens: one that the last row comes upon, one that is never seen."""
+    return [int(free[2, 7]), next(token for token in range(4, 96) if token not in free)]
+
+
 def rules(free: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Settings that each change these answers."""
+    """Settings that each change these answers.
+
+    The reference takes a prompt's padding for n-grams too, which shows behind a padding token: none is made.
+    """
     row, other, third = free.tolist()
     bias = {(row[2],): -3.0, (row[5], row[6]): -9.0, (other[1], other[2], other[3]): -20.0, (50,): 2.5}
     return {
         "repetition_penalty": {"repetition_penalty": 1.4},
-        "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+        "no_repeat_ngram_size": {"no_repeat_ngram_size": 2, "suppress_tokens": [PAD]},
         "bad_words_ids": {"bad_words_ids": [[row[1]], [other[2], other[3]], [third[3], third[4], third[5]]]},
         "sequence_bias": {"sequence_bias": bias},
-        "suppress_tokens": {"suppress_tokens": [row[3], other[0], 90]},
+        "suppress_tokens": {"suppress_tokens": [row[3], other[0], PAD]},
         "begin_suppress_tokens": {"begin_suppress_tokens": [row[0], third[0]]},
         "forced_eos_token_id": {"forced_eos_token_id": [17]},
         "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (5, 1.4)},
@@ -45,7 +53,7 @@ def check_scores(ours: Any, theirs: Any, rows: Any = slice(None)) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_processor(shallow: Twins, free: np.ndarray, name: str) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": [int(free[0, 4]), int(free[2, 7])]}
+    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": ends_of(free)}
     changed = shallow.same(*prompts(LENGTHS), **options, **rules(free)[name])
     before = shallow.theirs(*prompts(LENGTHS), **options)
     assert changed.shape != before.shape or (changed != before).any()
@@ -53,7 +61,7 @@ def test_a_processor(shallow: Twins, free: np.ndarray, name: str) -> None:
 
 def test_biases_as_a_list(shallow: Twins, free: np.ndarray) -> None:
     bias = [[list(tokens), value] for tokens, value in rules(free)["sequence_bias"]["sequence_bias"].items()]
-    ends = [int(free[0, 4]), int(free[2, 7])]
+    ends = ends_of(free)
     shallow.same(*prompts(LENGTHS), max_new_tokens=30, eos_token_id=ends, sequence_bias=bias)
 
 
@@ -70,10 +78,11 @@ def test_forced_first_token(shallow: Twins) -> None:
 def test_processors_together(shallow: Twins, free: np.ndarray, seed: int) -> None:
     """The order of transformers, and scores as it records them."""
     rng = np.random.default_rng(seed)
-    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": [int(free[0, 4]), int(free[2, 7])]}
+    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": ends_of(free)}
     for name in rng.choice(NAMES, 5, replace=False):
         options |= rules(free)[name]
-    options |= {"renormalize_logits": bool(seed % 2), "remove_invalid_values": seed > 1} | RECORDED
+    # With both of these, and forbidden tokens, the reference arrives at NaN.
+    options |= {("renormalize_logits", "remove_invalid_values")[seed % 2]: True} | RECORDED
     ours, theirs = shallow.ours(*prompts(LENGTHS), **options), shallow.theirs(*prompts(LENGTHS), **options)
     np.testing.assert_array_equal(ours.sequences, theirs.sequences)
     assert len(ours.scores) == len(theirs.scores)
@@ -102,11 +111,14 @@ def test_processors_together(shallow: Twins, free: np.ndarray, seed: int) -> Non
 def test_distributions_drawn_from(shallow: Twins, options: dict[str, Any]) -> None:
     options = options | RECORDED | {"do_sample": True, "max_new_tokens": 1}
     ids, mask = prompts(LENGTHS)
-    (ours,), (theirs,) = shallow.ours(ids, mask, **options).scores, shallow.theirs(ids, mask, **options).scores
+    (ours,), (theirs,) = (
+        shallow.ours(ids, mask, **options).scores,
+        shallow.theirs(ids, mask, **options).scores,
+    )
     check_scores(ours, theirs)
     if set(options) & {"top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}:
         kept = np.isfinite(theirs.numpy()).sum(axis=1)
-        assert (kept < 50).all()
+        assert (kept < 80).all()
         assert (kept > 1).any()
 
 

@@ -1,0 +1,46 @@
+"""The loops on the device lower for platforms that are not here."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from reference import longrope, small_config
+
+from phi3_jax import Phi3ForCausalLM
+from phi3_jax.generation import CompiledModel, beam, sampling, speculative
+from phi3_jax.generation.request import Request
+
+MODEL = Phi3ForCausalLM(small_config(**longrope()), dtype="bfloat16")
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1}
+BEAM_RULES = beam.Rules(early_stopping=False, ends=1)
+
+
+def loops(model: Any, state: Any, settings: Any) -> Any:
+    """Every loop on the same state, as one function."""
+    none: frozenset[str] = frozenset()
+    dummies = state.finished
+    lanes = np.repeat(np.arange(len(dummies)), 2)
+    search = beam.start(state.take(lanes), 2, 8, dummies)
+    of_beams = settings._replace(rope_least=settings.rope_least[lanes])
+    pair = speculative.Pair(state, state.cache)
+    return (
+        sampling.loop(model, state, settings, 4, most=4, outputs=frozenset({"scores"})),
+        speculative.lookup_loop(model, state, settings, 4, most=4, tokens=3, max_ngram=2, outputs=none),
+        speculative.assisted_loop(
+            (model, model), pair, settings, 4, settings, 0.4, most=4, tokens=3, outputs=none
+        ),
+        beam.loop(model, search, of_beams, 4, 1.0, most=4, rules=BEAM_RULES, outputs=none),
+    )
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("cache", [None, "quantized"])
+def test_lowers(platform: str, cache: str | None) -> None:
+    ids = np.random.default_rng(0).integers(4, 96, (2, 5))
+    options = SAMPLING if cache is None else {"do_sample": False, "cache_implementation": cache}
+    request = Request(CompiledModel(MODEL), ids, max_new_tokens=8, seed=0, **options)
+    engine = request.engine(spare=4)
+    settings = engine.settings
+    lowered = jax.jit(loops).trace(MODEL, engine.state, settings).lower(lowering_platforms=(platform,))
+    assert "stablehlo.while" in lowered.as_text()

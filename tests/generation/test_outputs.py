@@ -1,0 +1,253 @@
+"""What generate returns with `return_dict_in_generate`, and going on from the cache in it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import distance
+from rows import alone
+from twins import PAD, Twins, prompts
+
+from phi3_jax.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from phi3_jax.generation import prompts as sizes
+
+LENGTHS = (20, 13, 5)
+NAMES = ("scores", "logits", "attentions", "hidden_states")
+ALL = {"return_dict_in_generate": True, **{f"output_{name}": True for name in NAMES}}
+
+
+@pytest.fixture(params=["whole", "in chunks"])
+def prefill(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts computed at once, or 8 columns at a time."""
+    if request.param == "in chunks":
+        monkeypatch.setattr(sizes, "PREFILL_CHUNK", 8)
+
+
+def assert_same_output(ours: Any, theirs: Any, mask: np.ndarray) -> None:
+    """All four tuples, prompts at their tokens only; windows may hide what theirs has dropped."""
+    np.testing.assert_array_equal(ours.sequences, theirs.sequences)
+    rows, width = mask.shape
+    for name in ("scores", "logits"):
+        assert len(getattr(ours, name)) == len(getattr(theirs, name))
+        for own, other in zip(getattr(ours, name), getattr(theirs, name), strict=True):
+            assert distance(own, other) < 1e-5
+    for name in ("attentions", "hidden_states"):
+        own_steps, other_steps = getattr(ours, name), getattr(theirs, name)
+        assert len(own_steps) == len(other_steps)
+        for step, (own, other) in enumerate(zip(own_steps, other_steps, strict=True)):
+            assert len(own) == len(other)
+            queries = mask.astype(bool) if step == 0 else np.ones((rows, 1), bool)
+            for mine, others in zip(own, other, strict=True):
+                if name == "hidden_states":
+                    assert distance(mine, others, queries[:, :, None]) < 1e-5
+                    continue
+                keys = others.shape[-1]
+                assert mine.shape == (rows, 4, queries.shape[1], width + step)
+                assert distance(mine[..., -keys:], others, queries[:, None, :, None]) < 1e-5
+                assert not np.asarray(mine[..., :-keys]).any()
+                if step == 0:
+                    assert not np.asarray(mine)[np.broadcast_to(~queries[:, None, :, None], mine.shape)].any()
+
+
+def test_tuples(twins: Twins, prefill: None) -> None:
+    ids, mask = prompts(LENGTHS)
+    ours = twins.ours(ids, mask, max_new_tokens=6, **ALL)
+    assert isinstance(ours, GenerateDecoderOnlyOutput)
+    assert_same_output(ours, twins.theirs(ids, mask, max_new_tokens=6, **ALL), mask)
+
+
+def test_tuples_of_a_sliding_window(twins_of: Callable[..., Twins], prefill: None) -> None:
+    windowed = twins_of(num_hidden_layers=2, sliding_window=7)
+    ids, mask = prompts(LENGTHS)
+    ours = windowed.ours(ids, mask, max_new_tokens=6, **ALL)
+    assert_same_output(ours, windowed.theirs(ids, mask, max_new_tokens=6, **ALL), mask)
+
+
+def test_tuples_of_right_padded_prompts(twins: Twins) -> None:
+    """Each row's are those that the reference gives it alone."""
+    ids, mask = prompts(LENGTHS, "right")
+    ours = twins.ours(ids, mask, max_new_tokens=4, **ALL)
+    for row, length in enumerate(LENGTHS):
+        tokens = ids[row : row + 1, :length]
+        theirs = twins.theirs(tokens, np.ones_like(tokens), max_new_tokens=4, **ALL)
+        assert distance(ours.hidden_states[0][2][row, :length], theirs.hidden_states[0][2][0]) < 1e-5
+        assert distance(ours.attentions[0][1][row, :, :length, :length], theirs.attentions[0][1][0]) < 1e-5
+        for step in range(1, 4):
+            held = [*range(length), *range(20, 20 + step)]
+            own = np.asarray(ours.attentions[step][1])[row][..., held]
+            assert distance(own, theirs.attentions[step][1][0]) < 1e-5
+            assert distance(ours.hidden_states[step][3][row], theirs.hidden_states[step][3][0]) < 1e-5
+
+
+def test_only_what_is_asked_for(twins: Twins) -> None:
+    for name in ("scores", "hidden_states"):
+        options = {"return_dict_in_generate": True, f"output_{name}": True, "max_new_tokens": 3}
+        out = twins.ours(*prompts(LENGTHS), **options)
+        assert len(getattr(out, name)) == 3
+        assert all(getattr(out, other) is None for other in NAMES if other != name)
+    ids = twins.ours(*prompts(LENGTHS), max_new_tokens=3)
+    np.testing.assert_array_equal(out.sequences, ids)
+
+
+def test_rows_that_have_ended(twins: Twins) -> None:
+    """Tuples are as long as the longest row, and right in each as long as it goes on."""
+    ids, mask = prompts(LENGTHS)
+    free = twins.theirs(ids, mask, max_new_tokens=12, **ALL)
+    new = free.sequences[:, 20:].numpy()
+    ends = [int(new[0, 2]), int(new[1, 6])]
+    out = twins.ours(ids, mask, max_new_tokens=12, eos_token_id=ends, **ALL)
+    lengths = [next((at + 1 for at, token in enumerate(row) if token in ends), 12) for row in new]
+    assert len(set(lengths)) > 1
+    assert [len(getattr(out, name)) for name in NAMES] == [max(lengths)] * 4
+    for row, length in enumerate(lengths):
+        for step in range(length):
+            assert distance(out.logits[step][row], free.logits[step][row]) < 1e-5
+            if step:
+                assert distance(out.hidden_states[step][-1][row], free.hidden_states[step][-1][row]) < 1e-5
+                assert distance(out.attentions[step][0][row], free.attentions[step][0][row]) < 1e-5
+
+
+def test_tuples_of_prompt_lookup(twins: Twins) -> None:
+    """Token by token, as without drafts."""
+    ids, mask = prompts(LENGTHS)
+    ids[0] = np.tile(ids[0, :5], 4)
+    ours = twins.ours(ids, mask, max_new_tokens=20, prompt_lookup_num_tokens=3, **ALL)
+    assert_same_output(ours, twins.theirs(ids, mask, max_new_tokens=20, **ALL), mask)
+
+
+def test_tuples_of_several_answers(twins: Twins) -> None:
+    """A prompt's are repeated for each of its answers."""
+    ids, mask = prompts(LENGTHS)
+    options: dict[str, Any] = {"max_new_tokens": 6} | ALL
+    ours = twins.ours(ids, mask, do_sample=True, top_k=1, num_return_sequences=2, seed=0, **options)
+    theirs = twins.theirs(ids, mask, **options)
+    for row in range(6):
+        for step in range(6):
+            assert distance(ours.logits[step][row], theirs.logits[step][row // 2]) < 1e-5
+            where = mask[row // 2].astype(bool) if step == 0 else np.ones(1, bool)
+            for name, at in (("hidden_states", where[:, None]), ("attentions", where[:, None])):
+                own, other = getattr(ours, name)[step][1][row], getattr(theirs, name)[step][1][row // 2]
+                assert distance(own, other, at) < 1e-5
+
+
+def test_tuples_of_beams(twins: Twins, prefill: None) -> None:
+    ids, mask = prompts(LENGTHS)
+    options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 3} | ALL
+    ours, theirs = twins.ours(ids, mask, **options), twins.theirs(ids, mask, **options)
+    assert isinstance(ours, GenerateBeamDecoderOnlyOutput)
+    first = theirs.hidden_states[0][0].shape[0]  # the reference's prompts may stand once, or once a beam
+    lanes = np.arange(9) if first == 9 else np.repeat(np.arange(3), 3)
+    at = np.repeat(mask, 3, axis=0).astype(bool)
+    for layer in range(3):
+        assert (
+            distance(ours.hidden_states[0][layer], theirs.hidden_states[0][layer][lanes], at[..., None])
+            < 1e-5
+        )
+        assert (
+            distance(ours.attentions[0][layer], theirs.attentions[0][layer][lanes], at[:, None, :, None])
+            < 1e-5
+        )
+    for step in range(1, 6):
+        for layer in range(3):
+            assert distance(ours.hidden_states[step][layer], theirs.hidden_states[step][layer]) < 1e-5
+            assert distance(ours.attentions[step][layer], theirs.attentions[step][layer]) < 1e-5
+
+
+# --- going on ------------------------------------------------------------------------------------------
+
+
+def behind(out: Any, mask: np.ndarray, more: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of `out` and `more` new ones in each row, padded on the right, with their mask."""
+    sequences = np.asarray(out.sequences)
+    held = np.concatenate([mask, np.ones((len(mask), sequences.shape[1] - mask.shape[1]), np.int64)], axis=1)
+    added, added_mask = prompts(more, "right", seed)
+    return np.concatenate([sequences, added], axis=1), np.concatenate([held, added_mask], axis=1)
+
+
+def go_on(twins: Twins, out: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> Any:
+    """The next 10 tokens from the cache of `out`, which must be those that each row gets from scratch."""
+    then = twins.ours(
+        ids,
+        mask,
+        past_key_values=out.past_key_values,
+        max_new_tokens=10,
+        return_dict_in_generate=True,
+        **options,
+    )
+    new = np.asarray(then.sequences)[:, ids.shape[1] :]
+    np.testing.assert_array_equal(new, alone(twins, ids, mask, 10))
+    return then
+
+
+@pytest.mark.parametrize("more", [[1, 1, 1], [3, 3, 3], [2, 20, 7]])
+def test_going_on(twins: Twins, more: list[int]) -> None:
+    ids, mask = prompts(LENGTHS)
+    out = twins.ours(ids, mask, max_new_tokens=10, return_dict_in_generate=True)
+    longer, longer_mask = behind(out, mask, more)
+    go_on(twins, out, longer, longer_mask)
+    go_on(twins, out, longer, longer_mask)  # the cache is the user's, and still whole
+    go_on(twins, out, *behind(out, mask, more, seed=1))
+
+
+def test_going_on_without_new_tokens(twins: Twins) -> None:
+    ids, mask = prompts(LENGTHS)
+    out = twins.ours(ids, mask, max_new_tokens=10, return_dict_in_generate=True)
+    held = np.concatenate([mask, np.ones((3, 10), np.int64)], axis=1)
+    go_on(twins, out, np.asarray(out.sequences), held)
+    for cut in (1, 2, 7, 14):
+        go_on(twins, out, np.asarray(out.sequences)[:, :-cut], held[:, :-cut])
+
+
+def test_a_conversation(twins: Twins) -> None:
+    ids, mask = prompts(LENGTHS)
+    out = twins.ours(ids, mask, max_new_tokens=10, return_dict_in_generate=True)
+    for turn, more in enumerate(([4, 9, 1], [1, 3, 6], [18, 2, 2])):
+        ids, mask = behind(out, mask, more, turn)
+        out = go_on(twins, out, ids, mask)
+
+
+def test_going_on_behind_rows_that_ended(twins: Twins) -> None:
+    ids, mask = prompts(LENGTHS)
+    new = twins.theirs(ids, mask, max_new_tokens=12)[:, 20:]
+    out = twins.ours(
+        ids,
+        mask,
+        max_new_tokens=12,
+        eos_token_id=[int(new[0, 2]), int(new[1, 6])],
+        return_dict_in_generate=True,
+    )
+    longer, longer_mask = behind(out, mask, [3, 5, 4])
+    answered = np.asarray(out.sequences)[:, 20:]
+    longer_mask[:, 20:-5] = answered != PAD
+    assert (answered == PAD).any()
+    go_on(twins, out, longer, longer_mask)
+
+
+def test_going_on_in_other_ways(twins: Twins) -> None:
+    """Beams, drafts and several answers from the same cache."""
+    ids, mask = prompts(LENGTHS)
+    out = twins.ours(ids, mask, max_new_tokens=10, return_dict_in_generate=True)
+    longer, longer_mask = behind(out, mask, [3, 5, 4])
+    go_on(twins, out, longer, longer_mask, prompt_lookup_num_tokens=3)
+    past = {"past_key_values": out.past_key_values, "max_new_tokens": 10}
+    for options in ({"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "seed": 0}):
+        expected = twins.ours(longer, longer_mask, max_new_tokens=10, **options)
+        np.testing.assert_array_equal(twins.ours(longer, longer_mask, **past, **options), expected)
+
+
+def test_tuples_of_a_continuation(twins: Twins) -> None:
+    """Attentions and hidden states of the new tokens only, over all keys, as the reference has it."""
+    ids, mask = prompts(LENGTHS)
+    first = {"max_new_tokens": 5, "return_dict_in_generate": True}
+    ours, theirs = twins.ours(ids, mask, **first), twins.theirs(ids, mask, **first)
+    longer, longer_mask = behind(ours, mask, [6, 6, 6])
+    options: dict[str, Any] = {"max_new_tokens": 4} | ALL
+    then = twins.ours(longer, longer_mask, past_key_values=ours.past_key_values, **options)
+    expected = twins.theirs(longer, longer_mask, past_key_values=theirs.past_key_values, **options)
+    np.testing.assert_array_equal(then.sequences, expected.sequences)
+    for step in range(4):
+        assert distance(then.logits[step], expected.logits[step]) < 1e-5
+        for layer in range(3):
+            assert distance(then.hidden_states[step][layer], expected.hidden_states[step][layer]) < 1e-5
+            assert distance(then.attentions[step][layer], expected.attentions[step][layer]) < 1e-5
