@@ -5,6 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+# Small models are several times faster on one thread than on two that wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

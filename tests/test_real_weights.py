@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, the default model: answers and perplexities beside transformers'."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ pytestmark = pytest.mark.slow
 ANSWER = [504, 3575, 282, 4649, 314, 7042, 30, 2]
 """What llama.cpp and transformers answer to QUESTION with the same weights."""
 QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_threads() -> Iterator[None]:
+    """For a model of this size they pay."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def start(lanes: State, beams: int, new_tokens: int, dummies: Bool[Array, " B"])
         best_scores=impossible,
         best_tokens=jnp.zeros_like(none),
         best_origins=none,
-        best_is_finished=jnp.zeros((batch, beams), bool),
+        best_is_finished=jnp.zeros((batch, beams), bool) | dummies[:, None],
         improvable=~dummies[:, None],
         over=jnp.zeros((), bool),
     )
@@ -191,7 +191,10 @@ def _judge(
     worst = jnp.where(search.best_is_finished, worst, IMPOSSIBLE)
     improvable = search.improvable & jnp.any(possible > worst, axis=1, keepdims=True)
     full = rules.early_stopping is True and jnp.all(search.best_is_finished)
-    return replace(search, improvable=improvable, over=~jnp.any(improvable) | full | jnp.all(ending))
+    batch, beams = search.running_scores.shape
+    dummies = search.lanes.finished[: batch * beams].reshape(batch, beams)[:, :1]
+    nowhere = jnp.all(ending | dummies)
+    return replace(search, improvable=improvable, over=~jnp.any(improvable) | full | nowhere)
 
 
 def step(
@@ -230,7 +233,7 @@ def loop(
 
     def one(search: Search) -> tuple[Search, Int[Array, "R 1"], Records]:
         logits, lanes, records = next_logits(
-            model, search.lanes, settings, width=1, aligned=True, outputs=outputs
+            model, search.lanes, settings.rope, width=1, aligned=True, outputs=outputs
         )
         search, scores = step(replace(search, lanes=lanes), logits, settings, length_penalty, rules)
         own = {"logits": logits[: len(scores), None], "scores": scores[:, None]}

@@ -114,7 +114,7 @@ class BeamSearch:
     def result(self) -> Any:
         """Ids [R, length], or with `return_dict_in_generate` everything that was asked for."""
         request = self.request
-        sequences = jnp.asarray(request.with_prompts(self.tokens))
+        sequences = jax.device_put(request.with_prompts(self.tokens))  # asarray compiles for each shape
         if not request.config.return_dict_in_generate:
             return sequences
         prompts = request.prompts(request.config.num_return_sequences)

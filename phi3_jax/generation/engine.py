@@ -82,10 +82,18 @@ class Engine:
         self.layout = layout
         self._new_cache, self.spare = new_cache, spare
         used = int(layout.length.max())
-        fed = int(layout.cached.max()) + padded_length(layout.lacking)
-        self._limit = cache_length(max(used + max_new_tokens + spare, fed))
-        ahead = min(max_new_tokens, ROOM) if grows else max_new_tokens
-        columns = min(self._limit, cache_length(max(used + ahead + spare, fed)))
+        # A write that reaches over the end would be moved back, onto what is there: no step must do that, not
+        # even one that feeds a lane nothing.
+        least = used + max(spare, 1)
+        if not layout.aligned:
+            least = used + max(spare, min(padded_length(layout.lacking), prompts.PREFILL_CHUNK))
+        self._limit = cache_length(max(used + max_new_tokens + max(spare, 1), least))
+        columns = cache_length(max(used + min(max_new_tokens, ROOM) + max(spare, 1), least))
+        if not grows:
+            columns = self._limit
+        elif past is not None and past.max_length >= least:
+            columns = cache_length(past.max_length)  # grown when it is full: a conversation compiles less
+        self._limit = max(self._limit, columns)
         room = ((0, 0), (0, columns - layout.ids.shape[1]))
         lanes = len(layout.ids)
         cache = new_cache(lanes, columns)
@@ -121,7 +129,7 @@ class Engine:
         logits, self.state, records = self.compiled(
             next_logits,
             self.state,
-            self.settings,
+            self.settings.rope,
             width=lacking if aligned else padded_length(lacking),
             aligned=aligned,
             outputs=self.outputs,
@@ -139,7 +147,7 @@ class Engine:
 
     def _fill(self, width: int) -> None:
         self.state, records = self.compiled(
-            fill, self.state, self.settings, width=width, outputs=self.outputs
+            fill, self.state, self.settings.rope, width=width, outputs=self.outputs
         )
         self.prefill_records.append(records)
 
@@ -148,7 +156,7 @@ class Engine:
         lanes = np.repeat(np.arange(len(self.layout.ids)), times)
         if times > 1:
             self.state = _take(self.state, lanes)
-            self.settings = self.settings._replace(rope_least=self.settings.rope_least[lanes])
+            self.settings = self.settings._replace(rope=self.settings.rope.take(lanes))
         return lanes
 
     def choose(self, logits: Float[Array, "L V"], records: Records) -> Made:
@@ -212,7 +220,7 @@ class Engine:
         if int(jnp.max(self.state.sequences.length)) >= self.state.sequences.ids.shape[1]:
             self.widen()
         logits, self.state, records = self.compiled(
-            next_logits, self.state, self.settings, width=1, aligned=True, outputs=self.outputs
+            next_logits, self.state, self.settings.rope, width=1, aligned=True, outputs=self.outputs
         )
         return logits, records
 
@@ -227,7 +235,7 @@ class Engine:
         self.state = _widen(self.state, min(self._limit, cache_length(2 * columns)))
 
     def _refill_changed(self) -> None:
-        changed = np.asarray(_needs_refill(self.compiled.model.config, self.state, self.settings))
+        changed = np.asarray(_needs_refill(self.compiled.model.config, self.state, self.settings.rope))
         if changed.any():
             self.refill(changed)
 
@@ -242,9 +250,9 @@ class Engine:
             jnp.asarray(index == lanes),
             self._new_cache(len(index), columns),
         )
-        settings = self.settings._replace(rope_least=self.settings.rope_least[index])
+        rope = self.settings.rope.take(index)
         lacking = int(np.asarray(self.state.sequences.length)[numbers].max()) - 1
         width = refill_chunk(columns)
         for _ in range(0, lacking, width):
-            part, _ = self.compiled(fill, part, settings, width=width, outputs=frozenset())
+            part, _ = self.compiled(fill, part, rope, width=width, outputs=frozenset())
         self.state = self.state.with_cache(_put(self.state.cache, jnp.asarray(index), part.cache))

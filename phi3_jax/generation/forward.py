@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from phi3_jax.config import Phi3Config
 from phi3_jax.generation.sequences import Sequences
-from phi3_jax.generation.state import Settings, State
+from phi3_jax.generation.state import RopeChoice, Settings, State
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.rope import rope_list_changes
 
@@ -18,7 +19,7 @@ Records = dict[str, Any]
 def feed(
     model: Phi3ForCausalLM,
     state: State,
-    settings: Settings,
+    rope: RopeChoice,
     count: Int[Array, " L"],
     width: int,
     **arguments: Any,
@@ -31,7 +32,7 @@ def feed(
         ids,
         mask & (jnp.arange(width) < count[:, None]),
         past_key_values=state.cache,
-        rope_length=settings.rope_length(state.sequences.tokens),
+        rope_length=rope.length(state.sequences.tokens),
         **arguments,
     )
     assert out.past_key_values is not None
@@ -40,19 +41,19 @@ def feed(
 
 
 def fill(
-    model: Phi3ForCausalLM, state: State, settings: Settings, *, width: int, outputs: frozenset[str]
+    model: Phi3ForCausalLM, state: State, rope: RopeChoice, *, width: int, outputs: frozenset[str]
 ) -> tuple[State, Records]:
     """Feeds up to `width` columns of each lane, all but its last: no logits."""
     count = jnp.clip(state.lacking - 1, 0, width)
     wanted = {f"output_{name}": True for name in outputs & {"attentions", "hidden_states"}}
-    out, state = feed(model, state, settings, count, width, logits_to_keep=1, **wanted)
+    out, state = feed(model, state, rope, count, width, logits_to_keep=1, **wanted)
     return state, kept(out, outputs)
 
 
 def next_logits(
     model: Phi3ForCausalLM,
     state: State,
-    settings: Settings,
+    rope: RopeChoice,
     *,
     width: int,
     aligned: bool,
@@ -65,7 +66,7 @@ def next_logits(
     count = state.lacking
     keep = 1 if aligned else jnp.maximum(count - 1, 0)[:, None]
     wanted = {f"output_{name}": True for name in outputs & {"attentions", "hidden_states"}}
-    out, state = feed(model, state, settings, count, width, logits_to_keep=keep, **wanted)
+    out, state = feed(model, state, rope, count, width, logits_to_keep=keep, **wanted)
     return out.logits[:, 0], state, kept(out, outputs)
 
 
@@ -94,8 +95,8 @@ def apply_all(
     return scores
 
 
-def needs_refill(config: Any, state: State, settings: Settings) -> Bool[Array, " L"]:
+def needs_refill(config: Phi3Config, state: State, rope: RopeChoice) -> Bool[Array, " L"]:
     """Lanes whose cache was computed under another rope list than their next column asks for."""
     return ~state.finished & rope_list_changes(
-        config, state.cache.rope_length, settings.rope_length(state.sequences.tokens)
+        config, state.cache.rope_length, rope.length(state.sequences.tokens)
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
@@ -34,14 +35,23 @@ class OneByOne:
         origins = engine.repeat(request.times)
         self.recorder = request.recorder(engine, origins)
         try:
-            yield from self._accept(engine, engine.choose(logits[origins], {}))
-            for made in self._dispatches(engine):
+            made = engine.choose(logits[origins], {})
+            yield from self._accept(engine, made)
+            dispatches = iter(()) if made.finished.all() else self._dispatches(engine)
+            for made in dispatches:
                 yield from self._accept(engine, made)
-        finally:  # a reader may lose interest, and go on from here all the same
-            if request.config.return_dict_in_generate:
-                new = np.array([len(tokens) for tokens in self.tokens])
-                used = engine.layout.length[origins[: request.rows]] + new - 1
-                self.cache = engine.state.cache.take(jnp.arange(request.rows)).rewind(jnp.asarray(used))
+        except GeneratorExit:  # the reader has lost interest, and may go on from here all the same
+            self._keep_cache(engine, origins)
+            raise
+        self._keep_cache(engine, origins)
+
+    def _keep_cache(self, engine: Engine, origins: Int[np.ndarray, " L"]) -> None:
+        """The cache of each row's accepted tokens but the last, for the result."""
+        request = self.request
+        if request.config.return_dict_in_generate:
+            new = np.array([len(tokens) for tokens in self.tokens])
+            used = engine.layout.length[origins[: request.rows]] + new - 1
+            self.cache = engine.state.cache.take(jnp.arange(request.rows)).rewind(jnp.asarray(used))
 
     def _dispatches(self, engine: Engine) -> Iterator[Made]:
         request = self.request
@@ -138,7 +148,7 @@ class OneByOne:
     def result(self) -> Any:
         """Ids [R, length], or with `return_dict_in_generate` everything that was asked for."""
         request = self.request
-        sequences = jnp.asarray(request.with_prompts(self.tokens))
+        sequences = jax.device_put(request.with_prompts(self.tokens))  # asarray compiles for each shape
         if not request.config.return_dict_in_generate:
             return sequences
         new = max(map(len, self.tokens))

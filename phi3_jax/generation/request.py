@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.generation.chain import logits_processors
@@ -18,7 +18,7 @@ from phi3_jax.generation.host import HostProcessors, PrefixConstraint, split_at_
 from phi3_jax.generation.outputs import Recorder
 from phi3_jax.generation.prompts import Layout, checked_prompts, padded_rows
 from phi3_jax.generation.sequences import Sequences
-from phi3_jax.generation.state import Settings
+from phi3_jax.generation.state import RopeChoice, Settings
 from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from phi3_jax.generation_config import GenerationConfig
 from phi3_jax.model import KVCache, Phi3ForCausalLM
@@ -152,9 +152,8 @@ class Request:
                 f"assistant_model has a vocabulary of {assistant.config.vocab_size} tokens and this model "
                 f"{vocabulary}; they must share a tokenizer"
             )
-        elif (self.criteria or self.times > 1 or self.batch > 1) and chosen.pad_token_id is None:
-            rows_can_differ = self.criteria and self.rows > 1
-            problem = "rows may end at different lengths: give pad_token_id" if rows_can_differ else None
+        elif self.criteria and self.rows > 1 and chosen.pad_token_id is None:
+            problem = "the criteria may end rows at different lengths: give pad_token_id"
         if problem is not None:
             raise ValueError(problem)
 
@@ -246,14 +245,12 @@ class Request:
         if chosen.do_sample:
             self.seed = secrets.randbits(32) if self.seed is None else self.seed
             key = jax.random.key(self.seed)
-        least, most = _rope_bounds(model_config, chosen.rope_list, lanes, chosen.max_new_tokens)
         return Settings(
             before=self.before,
             after=self.after,
             end_tokens=jnp.asarray(chosen.eos_token_ids, jnp.int32),
             max_new_tokens=jnp.int32(chosen.max_new_tokens),
-            rope_least=least,
-            rope_most=most,
+            rope=_rope_choice(model_config, chosen.rope_list, lanes, chosen.max_new_tokens),
             key=key,
             guidance_scale=jnp.float32(chosen.guidance_scale) if self.guided else None,
         )
@@ -276,10 +273,10 @@ class Request:
         return Recorder(engine.layout, lanes, self.mask[lanes], engine.prefill_records)
 
 
-def _rope_bounds(
+def _rope_choice(
     config: Phi3Config, rope_list: str, lanes: Sequence[Int[np.ndarray, " n"]], max_new_tokens: int
-) -> tuple[Int[Array, " L"], Int[Array, ""]]:
-    """The least and the most that a lane's length counts when its rope list is chosen."""
+) -> RopeChoice:
+    """What `rope_list` asks for."""
     least = np.zeros(len(lanes), np.int32)
     most = NEVER
     if rope_list == "long":
@@ -288,7 +285,7 @@ def _rope_bounds(
         most = 1
     elif rope_list == "planned":
         least[:] = [len(row) + max_new_tokens for row in lanes]
-    return jnp.asarray(least), jnp.int32(most)
+    return RopeChoice(jnp.asarray(least), jnp.int32(most))
 
 
 def _cache_like(config: Phi3Config, past: KVCache, lanes: int, columns: int) -> KVCache:

@@ -73,7 +73,9 @@ def loop(
     """
 
     def step(state: State) -> tuple[State, Int[Array, "R 1"], Records]:
-        logits, state, records = next_logits(model, state, settings, width=1, aligned=True, outputs=outputs)
+        logits, state, records = next_logits(
+            model, state, settings.rope, width=1, aligned=True, outputs=outputs
+        )
         scores = process(logits, state.sequences, settings)
         state, tokens, scores = select(scores, state, settings)
         own = {"logits": logits[: scores.shape[0], None], "scores": scores[:, None]}
@@ -95,7 +97,7 @@ def run_steps(
 
     `stale` tells which lanes must be computed again under another rope list; default: those of the model.
     """
-    stale = stale or (lambda state: needs_refill(config, state, settings))
+    stale = stale or (lambda state: needs_refill(config, state, settings.rope))
     columns = state.sequences.ids.shape[1]
     _, tokens_of_step, records_of_step = jax.eval_shape(step, state)
     rows, width = tokens_of_step.shape
@@ -106,7 +108,8 @@ def run_steps(
 
     def go_on(carry: Any) -> Bool[Array, ""]:
         done, state, refill, _ = carry
-        room = jnp.max(jnp.where(state.finished, 0, state.sequences.length)) + width <= columns
+        # A lane that has ended is written behind its end too, so it counts as well.
+        room = jnp.max(state.sequences.length) + width <= columns
         return (done < steps) & room & ~jnp.all(state.finished) & ~jnp.any(refill)
 
     def body(carry: Any) -> Any:

@@ -110,7 +110,7 @@ def ask(
         made, state, draft, drawn, drafting, count = carry
         # The cache lacks the latest token, and the one before it if the last draft was accepted whole.
         logits, state, _ = next_logits(
-            assistant, state, settings, width=2, aligned=False, outputs=frozenset()
+            assistant, state, settings.rope, width=2, aligned=False, outputs=frozenset()
         )
         scores = apply_all(settings.after, state.sequences, process(logits, state.sequences, settings))
         token = choose(scores, state.sequences.new, key)
@@ -145,7 +145,7 @@ def draft_limit(config: Any, sequences: Sequences, settings: Settings, most: int
     limit = jnp.clip(settings.max_new_tokens - sequences.new - 1, 0, most)
     if "long_factor" in dict(config.rope_scaling.parameters):
         tokens = sequences.tokens
-        crosses = rope_list_changes(config, settings.rope_length(tokens), settings.rope_length(tokens + most))
+        crosses = rope_list_changes(config, settings.rope.length(tokens), settings.rope.length(tokens + most))
         within = jnp.maximum(config.original_max_position_embeddings - tokens, 0)
         limit = jnp.where(crosses, jnp.minimum(limit, within), limit)
     return limit
@@ -167,7 +167,7 @@ def verify(
 
     count = jnp.where(state.finished, 0, draft.length + 1)
     wanted = {f"output_{name}": True for name in outputs & {"attentions", "hidden_states"}}
-    out, fed = feed(model, replace(state, sequences=ahead), settings, count, width, **wanted)
+    out, fed = feed(model, replace(state, sequences=ahead), settings.rope, count, width, **wanted)
 
     def score(position: Int[Array, ""], logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
         seen = Sequences(
@@ -209,7 +209,7 @@ def _accept(
     )
     keys = row_keys(jax.random.fold_in(key, ACCEPT_DRAWS), sequences.new)
     chance = jax.vmap(lambda key: jax.random.uniform(key, (width - 1,)))(keys)
-    accepted = _leading((chance * q_token <= p_token) & (position[:-1] < draft.length[:, None]))
+    accepted = _leading((chance * q_token < p_token) & (position[:-1] < draft.length[:, None]))
     # One more token: of what the model would rather have said, or after a whole draft of what it says next.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     at = accepted[:, None, None]
@@ -277,8 +277,8 @@ def assisted_loop(
         own = replace(pair.lanes, cache=pair.assistant)
         return jnp.concatenate(
             [
-                needs_refill(model.config, pair.lanes, settings),
-                needs_refill(assistant.config, own, assistant_settings),
+                needs_refill(model.config, pair.lanes, settings.rope),
+                needs_refill(assistant.config, own, assistant_settings.rope),
             ]
         )
 

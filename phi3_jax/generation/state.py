@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from phi3_jax.generation.sequences import Sequences
@@ -65,6 +66,21 @@ class State:
         return State(sequences, self.finished | finished, cache)
 
 
+class RopeChoice(NamedTuple):
+    """How the rope list of a lane follows from its tokens."""
+
+    least: Int[Array, " L"]
+    most: Int[Array, ""]
+
+    def length(self, tokens: Int[Array, " L"]) -> Int[Array, " L"]:
+        """The length for which the list is chosen when a lane has `tokens` tokens."""
+        return jnp.minimum(jnp.maximum(tokens, self.least), self.most)
+
+    def take(self, lanes: Int[Array | np.ndarray, " n"]) -> "RopeChoice":
+        """Of those lanes, in that order."""
+        return RopeChoice(self.least[lanes], self.most)
+
+
 class Settings(NamedTuple):
     """What does not change from step to step; all of it data, so that new values compile nothing."""
 
@@ -74,21 +90,10 @@ class Settings(NamedTuple):
     """Logits processors behind those that run on the host."""
     end_tokens: Int[Array, " E"]
     max_new_tokens: Int[Array, ""]
-    rope_least: Int[Array, " L"]
-    """The length for which a lane's rope list is chosen is at least this,"""
-    rope_most: Int[Array, ""]
-    """and at most this."""
+    rope: "RopeChoice"
     key: Key[Array, ""] | None
     """For sampling; None takes the most likely token."""
     guidance_scale: Float[Array, ""] | None = None
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale is not None
-
-    def rope_length(self, tokens: Int[Array, " L"]) -> Int[Array, " L"]:
-        """The length for which a rope list is chosen when a lane has `tokens` tokens."""
-        return jnp.minimum(jnp.maximum(tokens, self.rope_least), self.rope_most)
 
 
 def append(

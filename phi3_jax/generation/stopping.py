@@ -16,7 +16,7 @@ from phi3_jax.tokenizer._stream import _BYTE_OF_CHARACTER, _BYTE_PIECE, ByteLeve
 class StoppingCriteria(Protocol):
     """Looks at all the tokens so far, prompt and padding included, and says which rows are done.
 
-    Any callable of this kind serves. `scores` is what `output_scores` collects, or None.
+    Any callable of this kind serves. `generate` gives None as `scores`.
     """
 
     def __call__(

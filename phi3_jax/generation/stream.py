@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.generate import Call
 from phi3_jax.model import Phi3ForCausalLM
@@ -55,6 +57,7 @@ def one_answer(model: Phi3ForCausalLM | CompiledModel, prompt: Sequence[int], **
     compiled = model if isinstance(model, CompiledModel) else CompiledModel(model)
     if not len(prompt):
         raise ValueError("the prompt is empty: there is nothing to continue")
+    options.setdefault("attention_mask", np.ones((1, len(prompt)), np.int32))  # there is no padding
     call = Call(compiled, [list(prompt)], step_by_step=True, **options)
     chosen = call.request.config
     if call.request.times > 1:

@@ -66,16 +66,24 @@ def test_ids_alone(twins: Twins, ends: list[int]) -> None:
     assert answer.shape[0] == 3
 
 
+def test_beams_go_on_where_the_best_ones_end(shallow: Twins, ends: list[int]) -> None:
+    """With end tokens as the likeliest behind every beam, what goes on stands far down the candidates."""
+    options: dict[str, Any] = {"eos_token_id": ends, "renormalize_logits": True, "early_stopping": "never"}
+    options["sequence_bias"] = {(end,): 12.0 for end in ends}
+    out = same(shallow, num_beams=3, max_new_tokens=20, num_return_sequences=3, **options)
+    assert len(out.scores) > 3
+
+
 @pytest.mark.parametrize("lengths", [LENGTHS, (20, 13)])
-def test_early_stopping_stops(shallow: Twins, lengths: tuple[int, ...]) -> None:
+def test_early_stopping_stops(shallow: Twins, ends: list[int], lengths: tuple[int, ...]) -> None:
     """As soon as every row has its finished beams, whatever the size of the batch."""
     ids, mask = prompts(lengths)
-    free = shallow.theirs(ids, mask, max_new_tokens=12, num_beams=3)
-    options = {"num_beams": 3, "max_new_tokens": 40, "early_stopping": True, "return_dict_in_generate": True}
-    options |= {"eos_token_id": [int(free[0, 22]), int(free[1, 23])], "output_scores": True}
-    theirs = shallow.theirs(ids, mask, **options)
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 40, "early_stopping": True} | RECORDED
+    options |= {"eos_token_id": ends, "sequence_bias": {(end,): 2.0 for end in ends}, "length_penalty": 2.0}
+    ours, theirs = shallow.ours(ids, mask, **options), shallow.theirs(ids, mask, **options)
+    np.testing.assert_array_equal(ours.sequences, theirs.sequences)
     assert len(theirs.scores) < 40
-    assert len(shallow.ours(ids, mask, **options).scores) == len(theirs.scores)
+    assert len(ours.scores) == len(theirs.scores)
 
 
 @pytest.mark.parametrize("lengths", [(7,), (12, 9), (20, 13, 5, 8)])

@@ -22,7 +22,7 @@ def loops(model: Any, state: Any, settings: Any) -> Any:
     dummies = state.finished
     lanes = np.repeat(np.arange(len(dummies)), 2)
     search = beam.start(state.take(lanes), 2, 8, dummies)
-    of_beams = settings._replace(rope_least=settings.rope_least[lanes])
+    of_beams = settings._replace(rope=settings.rope.take(lanes))
     pair = speculative.Pair(state, state.cache)
     return (
         sampling.loop(model, state, settings, 4, most=4, outputs=frozenset({"scores"})),
