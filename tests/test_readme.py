@@ -1,5 +1,6 @@
 """The README's Python examples, run as they stand on a tiny model."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    (folder / "tokenizer_config.json").write_text('{"pad_token": "<pad>", "padding_side": "left"}')
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    settings = {"pad_token": "<pad>", "padding_side": "left", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     config = small_config(vocab_size=len(alphabet), pad_token_id=0, max_position_embeddings=2048)
     model = Phi3ForCausalLM(config)
     model.save_pretrained(folder)
@@ -39,6 +42,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
         "text": "All happy families are alike. " * 40,
         "batch_size": 2,
         "prompt_ids": np.full((2, 5), 7),
+        "ids": np.full((2, 5), 7),
     }
 
 

@@ -130,7 +130,7 @@ class Engine:
             next_logits,
             self.state,
             self.settings.rope,
-            width=lacking if aligned else padded_length(lacking),
+            width=lacking if aligned else min(padded_length(lacking), prompts.PREFILL_CHUNK),
             aligned=aligned,
             outputs=self.outputs,
         )

@@ -15,10 +15,13 @@ PREFILL_CHUNK = 512
 
 
 def padded_length(length: int) -> int:
-    """The smallest power of two from 16, or number of whole chunks, that holds `length` columns."""
-    if length > PREFILL_CHUNK:
-        return -(-length // PREFILL_CHUNK) * PREFILL_CHUNK
-    return min(max(16, 1 << (length - 1).bit_length()), PREFILL_CHUNK)
+    """Columns for `length` tokens: a power of two from 16 up to 128, above a multiple of 128.
+
+    So the last of a prompt's chunks has one of a few widths, and the others are whole.
+    """
+    if length > 128:
+        return -(-length // 128) * 128
+    return max(16, 1 << (length - 1).bit_length())
 
 
 def cache_length(slots: int) -> int:

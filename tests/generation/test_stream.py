@@ -185,8 +185,8 @@ def test_draws_stay_within_top_k(twins: Twins) -> None:
 
 
 def test_sizes_are_few() -> None:
-    assert [padded_length(n) for n in (1, 16, 17, 33, 512, 513, 1024, 1025)] == [
-        *(16, 16, 32, 64, 512, 1024, 1024, 1536)
+    assert [padded_length(n) for n in (1, 16, 17, 33, 129, 512, 513, 1024, 1025)] == [
+        *(16, 16, 32, 64, 256, 512, 640, 1024, 1152)
     ]
     for slots in range(1, 5000, 7):
         assert slots <= cache_length(slots) <= max(128, 1.25 * slots + 128)
