@@ -43,6 +43,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
         "batch_size": 2,
         "prompt_ids": np.full((2, 5), 7),
         "ids": np.full((2, 5), 7),
+        "np": np,
     }
 
 
