@@ -1,7 +1,5 @@
 """A batch taken row by row: its prompts, its answers, and what the reference makes of each row alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,21 +7,11 @@ import torch
 from twins import Twins
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Threads of torch wait for each other in models this small: one is several times faster than two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows_of(ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
     """Each row's tokens without padding."""
     return [row[used] for row, used in zip(ids, mask.astype(bool), strict=True)]
 
 
-@one_thread()
 def alone(twins: Twins, ids: np.ndarray, mask: np.ndarray, count: int, **options: Any) -> np.ndarray:
     """The `count` new tokens that the reference gives each row when it is by itself."""
     new = [
@@ -43,7 +31,6 @@ def assert_varied(new: np.ndarray) -> None:
     assert min(len(set(row)) for row in new.tolist()) > 5
 
 
-@one_thread()
 def logits_along(reference: Any, tokens: np.ndarray) -> np.ndarray:
     """The reference's logits behind each beginning of one row, as if that beginning were all there is.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference import alone as logits_alone
 from reference import distance, longrope, run, small_config
-from rows import alone, answers, assert_varied, one_thread, rows_of
+from rows import alone, answers, assert_varied, rows_of
 from twins import Twins, prompts
 
 from phi3_jax import Phi3ForCausalLM
@@ -93,8 +93,7 @@ def test_a_ring_with_beams(windowed: Twins) -> None:
     }
     ours = windowed.ours(ids, mask, cache_implementation="sliding_window", **beams)
     for row, tokens in enumerate(rows_of(ids, mask)):
-        with one_thread():
-            theirs = windowed.theirs(tokens[None], np.ones((1, len(tokens)), np.int64), **beams)
+        theirs = windowed.theirs(tokens[None], np.ones((1, len(tokens)), np.int64), **beams)
         np.testing.assert_array_equal(ours.sequences[row, ids.shape[1] :], theirs.sequences[0, len(tokens) :])
         np.testing.assert_allclose(ours.sequences_scores[row], theirs.sequences_scores[0], atol=1e-4)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from reference import LONG, SHORT, distance, longrope, small_config
-from rows import alone, answers, assert_varied, logits_along, one_thread, rows_of
+from rows import alone, answers, assert_varied, logits_along, rows_of
 from twins import Twins, prompts
 
 from phi3_jax import Phi3ForCausalLM
@@ -115,8 +115,7 @@ def test_beams(crossing: Twins, lengths: tuple[int, ...]) -> None:
     new = np.asarray(ours.sequences)[:, ids.shape[1] :].reshape(len(ids), 2, -1)
     scores = np.asarray(ours.sequences_scores).reshape(len(ids), 2)
     for row, tokens in enumerate(rows_of(ids, mask)):
-        with one_thread():
-            theirs = crossing.theirs(tokens[None], np.ones((1, len(tokens)), np.int64), **options)
+        theirs = crossing.theirs(tokens[None], np.ones((1, len(tokens)), np.int64), **options)
         np.testing.assert_array_equal(new[row], theirs.sequences[:, len(tokens) :].numpy())
         np.testing.assert_allclose(scores[row], theirs.sequences_scores.numpy(), atol=1e-4)
 
@@ -209,7 +208,6 @@ def test_going_on_from_a_cache_under_another_list(
     np.testing.assert_array_equal(new, alone(crossing, ids, mask, 24))
 
 
-@one_thread()
 def guided_alone(
     reference: Any, row: np.ndarray, negative: np.ndarray, scale: float, count: int
 ) -> list[int]:
