@@ -1,14 +1,24 @@
 """Fixtures for every test."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 import torch
 
 # Small models are several times faster on one thread than on two that wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_let_go() -> Iterator[None]:
+    """A compiled program holds memory maps, and a process may have 65,530: fewer than all tests together need."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
