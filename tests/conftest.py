@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_let_go() -> Iterator[None]:
-    """A compiled program holds memory maps, and a process may have 65,530: fewer than all tests together need."""
+    """Compiled programs hold memory maps, and a process may have 65,530: fewer than all tests need."""
     yield
     jax.clear_caches()
     gc.collect()
