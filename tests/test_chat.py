@@ -113,7 +113,7 @@ def test_a_later_turn_feeds_its_own_tokens_only(
     monkeypatch.setattr(CompiledModel, "__call__", counted)
     session = session_of(suppress_tokens=illegible)
     list(session.reply("long " * 60))
-    assert widths == [512]
+    assert widths == [384]
     widths.clear()
     list(session.reply("Hi"))
     assert widths == [16]

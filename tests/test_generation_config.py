@@ -30,7 +30,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     **dict.fromkeys(("no_repeat_ngram_size", "forced_bos_token_id", "pad_token_id", "bos_token_id"), (5, 5)),
     **dict.fromkeys(("do_sample", "renormalize_logits", "remove_invalid_values", "use_cache"), (True, True)),
     **{name: (True, True) for name in NAMES if name.startswith(("output_", "return_dict"))},
-    **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff"), (0.5, 0.5)),
+    **dict.fromkeys(("temperature", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff"), (0.5, 0.5)),
     **dict.fromkeys(("eta_cutoff", "assistant_confidence_threshold", "max_time"), (0.25, 0.25)),
     **dict.fromkeys(("repetition_penalty", "length_penalty", "guidance_scale"), (1.5, 1.5)),
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), (-0.5, -0.5)),
@@ -71,7 +71,7 @@ BAD: dict[str, list[Any]] = {
     "use_cache": [False, 1],
     "cache_implementation": ["offloaded", "Static", 1],
     "temperature": [-0.5, "hot", True, float("nan")],
-    "typical_p": [0, 0.0, 1.5, True],
+    **dict.fromkeys(("typical_p", "top_h"), [0, 0.0, 1.5, True]),
     "repetition_penalty": [0, -1.0, True],
     "bad_words_ids": [[], [[]], [1], [[1], [-2]], 3],
     "sequence_bias": [{}, {5: 1.0}, {(5,): "x"}, {(): 1.0}, [[1, 2]], [[[1], 1.0, 2]], 4],
@@ -382,9 +382,14 @@ def test_the_context_cuts_what_was_asked_for() -> None:
         assert resolve(prompt_length=64).max_new_tokens == 20, "a prompt that is too long is told elsewhere"
 
 
-SAMPLED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9} | dict.fromkeys(
-    ("epsilon_cutoff", "eta_cutoff"), 0.01
-)
+SAMPLED = {
+    "temperature": 0.7,
+    "top_k": 5,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "typical_p": 0.9,
+    "top_h": 0.5,
+} | dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0.01)
 BEAMS = {"early_stopping": True, "length_penalty": 0.5}
 OUTPUTS = dict.fromkeys([name for name in NAMES if name.startswith("output_")], True)
 

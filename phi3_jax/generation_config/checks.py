@@ -191,6 +191,7 @@ _NEEDED: dict[str, tuple[tuple[Any, ...], _Needs]] = {
     "top_k": ((50, 0), _sampling),
     "top_p": ((1,), _sampling),
     "min_p": ((0,), _sampling),
+    "top_h": ((), _sampling),
     "typical_p": ((1,), _sampling),
     "epsilon_cutoff": ((0,), _sampling),
     "eta_cutoff": ((0,), _sampling),
