@@ -71,7 +71,7 @@ BAD: dict[str, list[Any]] = {
     "use_cache": [False, 1],
     "cache_implementation": ["offloaded", "Static", 1],
     "temperature": [-0.5, "hot", True, float("nan")],
-    **dict.fromkeys(("typical_p", "top_h"), [0, 0.0, 1.5, True]),
+    **{key: [0, 0.0, 1.5, True] for key in ("typical_p", "top_h")},
     "repetition_penalty": [0, -1.0, True],
     "bad_words_ids": [[], [[]], [1], [[1], [-2]], 3],
     "sequence_bias": [{}, {5: 1.0}, {(5,): "x"}, {(): 1.0}, [[1, 2]], [[[1], 1.0, 2]], 4],
