@@ -149,7 +149,8 @@ def test_saving_again_replaces_shards_and_keeps_the_rest(tmp_path: Path) -> None
     assert len(list(folder.glob("model-*.safetensors"))) > 3
 
     small.save_pretrained(folder)
-    assert {path.name for path in folder.iterdir()} == {*others, "config.json", "model.safetensors", "sub"}
+    ours = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {*others, *ours, "sub"}
     assert {name: (folder / name).read_bytes() for name in others} == others
     loaded = values(Phi3ForCausalLM.from_pretrained(folder))
     assert all(np.array_equal(loaded[name], value) for name, value in values(small).items())
