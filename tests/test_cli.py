@@ -92,10 +92,19 @@ def answer(compiled: CompiledModel, folder: Path, prompt: str, count: int, **opt
     return tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
 
 
+HEEDS_SIGINT = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""A process started in the background by a shell ignores SIGINT, and hands that on to its children."""
+
+
 def start(*arguments: object, cache: Path, before: str = "") -> subprocess.Popen[bytes]:
     """The command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", f"from phi3_jax.cli import main\n{before}\nmain()", *map(str, arguments)],
+        [
+            sys.executable,
+            "-c",
+            f"{HEEDS_SIGINT}from phi3_jax.cli import main\n{before}\nmain()",
+            *map(str, arguments),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -292,7 +301,7 @@ def test_chat_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
     here, there = os.openpty()
     process = subprocess.Popen(
         [
-            *(sys.executable, "-c", "from phi3_jax.cli import main; main()", "-v", "chat"),
+            *(sys.executable, "-c", f"{HEEDS_SIGINT}from phi3_jax.cli import main\nmain()", "-v", "chat"),
             *("--model", str(model_folder), "--max-new-tokens", "4000"),
         ],
         stdin=there,
@@ -474,7 +483,7 @@ def test_convert_gguf_and_generate_from_both(run: Any, tmp_path: Path) -> None:
 
 
 def test_help_is_quick_and_names_the_commands() -> None:
-    command = [sys.executable, "-c", "from phi3_jax.cli import main; main()", "--help"]
+    command = [sys.executable, "-c", f"{HEEDS_SIGINT}from phi3_jax.cli import main\nmain()", "--help"]
     times = []
     for _ in range(3):
         begin = time.perf_counter()
