@@ -130,7 +130,10 @@ def test_another_system_message_keeps_the_history(session_of: MakeSession) -> No
     assert len(session.history) == 8
 
 
-@pytest.mark.parametrize("original", [40, 45, 64, 100])
+@pytest.mark.parametrize(
+    "original",
+    [45, 64, pytest.param(40, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)],
+)
 def test_longrope_that_crosses_in_or_between_answers(session_of: MakeSession, original: int) -> None:
     changes = longrope() | {"original_max_position_embeddings": original, "max_position_embeddings": 400}
     session = session_of(changes)
