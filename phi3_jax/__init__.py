@@ -11,6 +11,7 @@ from phi3_jax.model import (
     Phi3Model,
 )
 from phi3_jax.rope_scaling import RopeScaling, rope_type
+from phi3_jax.sharding import make_mesh
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 __version__ = "0.1.0"
@@ -27,5 +28,6 @@ __all__ = [
     "Phi3Tokenizer",
     "RopeScaling",
     "convert_checkpoint",
+    "make_mesh",
     "rope_type",
 ]

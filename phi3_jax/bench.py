@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.distributed import process_count
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 PAUSE = 0.5
@@ -39,6 +41,8 @@ class Work:
     """A text that is answered, up to an end token, instead of random tokens that are continued."""
     options: tuple[tuple[str, Any], ...] = ()
     """Further arguments of generate."""
+    mesh: tuple[tuple[str, int], ...] = ()
+    """Axes and sizes of a mesh over all devices; default: one device."""
 
     def ids(self, vocab_size: int) -> np.ndarray:
         if self.prompt is None:
@@ -73,19 +77,28 @@ def run_bench(
     batch: int,
     rounds: int,
     dtype: str,
+    mesh: Mesh | None = None,
     cache_dir: Path | None,
 ) -> None:
-    """Measures and prints a table; see the command's help for the arguments."""
+    """Measures and prints a table; see the command's help for the arguments.
+
+    Raises:
+        ValueError: `layers` of a checkpoint; a preset over several processes.
+    """
+    several = process_count() > 1
+    if several and model in Phi3Config.presets():
+        raise ValueError(f"{model} is a preset; over several processes give a checkpoint that all can read")
     with tempfile.TemporaryDirectory(prefix="phi3-jax-bench-") as scratch:
         path = _model_path(model, layers, dtype, Path(scratch) / "model", cache_dir)
-        work = Work(path, dtype, batch, prompt_tokens, new_tokens, prompt)
+        axes = () if mesh is None else tuple(mesh.shape.items())
+        work = Work(path, dtype, batch, prompt_tokens, new_tokens, prompt, mesh=axes)
         sides: Sides = {"phi3-jax": (_ours, work)}
         if prompt_lookup is not None:
             lookup = replace(work, options=(("prompt_lookup_num_tokens", prompt_lookup),))
             sides = {f"lookup of {prompt_lookup}": (_ours, lookup), "plain": (_ours, work)}
-        elif importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        elif mesh is None and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
             sides["transformers"] = (_theirs, work)
-        results = _take_turns(sides, rounds)
+        results = (_take_turns_here if several else _take_turns)(sides, rounds)
         _print_table(model or path.name, results, work, Phi3Config.from_pretrained(path))
 
 
@@ -131,6 +144,18 @@ def _take_turns(sides: Sides, rounds: int) -> dict[str, list[Times]]:
     return results
 
 
+def _take_turns_here(sides: Sides, rounds: int) -> dict[str, list[Times]]:
+    """In this process, which is one of several: they cannot each have others."""
+    turns = {name: side(work) for name, (side, work) in sides.items()}
+    for turn in turns.values():
+        turn()
+    results: dict[str, list[Times]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            results[name].append(turn())
+    return results
+
+
 def _ask(name: str, connection: Connection) -> Any:
     try:
         answer = connection.recv()
@@ -160,8 +185,10 @@ def _ours(work: Work) -> Turn:
     from phi3_jax.generation import CompiledModel
     from phi3_jax.generation.generate import Call
     from phi3_jax.model import Phi3ForCausalLM
+    from phi3_jax.sharding import make_mesh
 
-    compiled = CompiledModel(Phi3ForCausalLM.from_pretrained(work.model, dtype=work.dtype))
+    mesh = make_mesh(dict(work.mesh)) if work.mesh else None
+    compiled = CompiledModel(Phi3ForCausalLM.from_pretrained(work.model, dtype=work.dtype, mesh=mesh))
     ids = work.ids(compiled.model.config.vocab_size)
     options: dict[str, Any] = {"max_new_tokens": work.new_tokens + 1, "do_sample": False}
     options |= dict(work.options)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from phi3_jax.distributed import agreed
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.generate import Call
 from phi3_jax.generation.stream import one_answer
@@ -178,8 +179,10 @@ class ChatSession:
         self.history = []  # a list of its own: an answer that still runs writes into the old one
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the messages as JSON, whole or not at all."""
-        target = Path(path)
+        """Writes the messages as JSON, whole or not at all; of several processes, process 0 does."""
+        agreed(self.compiled.mesh, lambda: self._write(Path(path)))
+
+    def _write(self, target: Path) -> None:
         content = json.dumps({"messages": self.messages}, indent=2, ensure_ascii=False) + "\n"
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
             written = Path(work) / target.name
@@ -187,14 +190,15 @@ class ChatSession:
             os.replace(written, target)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Goes on from what `save` wrote, its system message included.
+        """Goes on from what `save` wrote, its system message included; of several processes, process 0 reads.
 
         Raises:
             ValueError: the file holds no conversation; this one stays as it was. OSError: it cannot be read.
         """
         file = Path(path)
         try:
-            messages = _checked(json.loads(file.read_text(encoding="utf-8")))
+            text = agreed(self.compiled.mesh, lambda: file.read_text(encoding="utf-8"))
+            messages = _checked(json.loads(text))
         except ValueError as error:  # JSON's and Unicode's are of this kind
             raise ValueError(f"{file} is not a saved conversation: {error}") from error
         told = messages[:1] if messages and messages[0]["role"] == "system" else []

@@ -10,8 +10,12 @@ import typer
 
 from phi3_jax import cli_options as options
 from phi3_jax.cli_interrupt import Interrupt
+from phi3_jax.cli_plan import plan
+from phi3_jax.cli_processes import join, prepare, tell, tell_error
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from phi3_jax.generation.pipeline import Pipeline
 
 app = typer.Typer(
@@ -58,15 +62,13 @@ def generate(
         bool, typer.Option("--raw", help="Continue the prompt as it is, without a template.")
     ] = False,
     dtype: options.Dtype = "bfloat16",
+    mesh: options.Mesh = None,
+    distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Answer one prompt; the answer comes on standard output as it is made, figures on standard error."""
     if raw and system is not None:
         raise ValueError("--system needs the template that --raw leaves out; use one of them")
-    text = sys.stdin.read() if prompt in (None, "-") else prompt
-    assert text is not None
-    if not text.strip():
-        raise ValueError("the prompt is empty")
     settings = options.generation_options(
         temperature=temperature,
         top_k=top_k,
@@ -78,7 +80,12 @@ def generate(
     settings |= {"seed": seed, "num_beams": num_beams}
     if stop:
         settings["stop_strings"] = stop
-    pipeline = load_pipeline(model, dtype, cache_dir)
+    where = prepare(mesh, distributed)
+    text = _read_prompt() if prompt in (None, "-") else prompt
+    assert text is not None
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    pipeline = load_pipeline(model, dtype, cache_dir, where)
     tokenizer = pipeline.tokenizer
     if raw:
         ids = tokenizer.encode(text)
@@ -96,6 +103,12 @@ def generate(
         _print_as_made(pipeline, ids, settings)
 
 
+def _read_prompt() -> str:
+    from phi3_jax.distributed import from_primary
+
+    return from_primary(lambda: sys.stdin.read())
+
+
 def _print_as_made(pipeline: "Pipeline", ids: list[int], settings: dict[str, Any]) -> None:
     from phi3_jax.generation import stream_tokens
 
@@ -106,11 +119,11 @@ def _print_as_made(pipeline: "Pipeline", ids: list[int], settings: dict[str, Any
         for token in tokens:
             arrivals.append(time.perf_counter())
             print(decoder.put(token), end="", flush=True)
-            if interrupt.seen:
+            if interrupt.stops():
                 break
     print(decoder.end(), flush=True)
-    print(_figures(len(ids), arrivals), file=sys.stderr)
-    if interrupt.seen:
+    tell(_figures(len(ids), arrivals))
+    if interrupt.stopped:
         raise typer.Exit(130)
 
 
@@ -123,7 +136,7 @@ def _print_best(pipeline: "Pipeline", ids: list[int], settings: dict[str, Any]) 
     made = answer[len(ids) :].tolist()
     print(pipeline.tokenizer.decode(made, skip_special_tokens=True), flush=True)
     seconds = time.perf_counter() - begin
-    print(f"[{len(ids)} prompt tokens, {len(made)} tokens after {seconds:.1f} s]", file=sys.stderr)
+    tell(f"[{len(ids)} prompt tokens, {len(made)} tokens after {seconds:.1f} s]")
 
 
 def _figures(prompt_tokens: int, arrivals: list[float]) -> str:
@@ -149,6 +162,8 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = None,
     prompt_lookup: options.PromptLookup = None,
     dtype: options.Dtype = "bfloat16",
+    mesh: options.Mesh = None,
+    distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Hold a conversation: a message a line, from the terminal or standard input; /help lists commands."""
@@ -160,7 +175,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         prompt_lookup=prompt_lookup,
     )
-    pipeline = load_pipeline(model, dtype, cache_dir)
+    pipeline = load_pipeline(model, dtype, cache_dir, prepare(mesh, distributed))
 
     from phi3_jax.chat import ChatSession
     from phi3_jax.cli_chat import converse
@@ -184,13 +199,20 @@ def convert(
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest file, such as 5GB.")] = "5GB",
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="One of several processes: 0 does all, the others wait.")
+    ] = False,
 ) -> None:
     """Rewrite a checkpoint as safetensors with config and tokenizer, as transformers reads it."""
     from phi3_jax.checkpoint import convert_checkpoint, resolve
+    from phi3_jax.distributed import from_primary
 
-    convert_checkpoint(resolve(source), destination, dtype=dtype, max_shard_size=max_shard_size)
-    size = sum(path.stat().st_size for path in destination.glob("*.safetensors"))
-    print(f"{destination}: {size / 1e9:.2f} GB")
+    def convert() -> int:
+        convert_checkpoint(resolve(source), destination, dtype=dtype, max_shard_size=max_shard_size)
+        return sum(path.stat().st_size for path in destination.glob("*.safetensors"))
+
+    join(distributed)
+    print(f"{destination}: {from_primary(convert) / 1e9:.2f} GB")
 
 
 @app.command()
@@ -211,11 +233,14 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements, ours and theirs in turn.")] = 5,
     dtype: options.Dtype = "bfloat16",
+    mesh: options.Mesh = None,
+    distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Measure generate, side by side with transformers where it is installed."""
+    """Measure generate, side by side with transformers where it is installed and no mesh is given."""
     from phi3_jax.bench import run_bench
 
+    where = prepare(mesh, distributed)
     keep_compiled_programs(cache_dir)
     run_bench(
         model,
@@ -227,17 +252,29 @@ def bench(
         batch=batch,
         rounds=rounds,
         dtype=dtype,
+        mesh=where,
         cache_dir=cache_dir,
     )
 
 
-def load_pipeline(model: str | None, dtype: str, cache_dir: Path | None) -> "Pipeline":
-    """The checkpoint that `--model` names, ready to answer."""
+app.command()(plan)
+
+
+def load_pipeline(
+    model: str | None, dtype: str, cache_dir: Path | None, mesh: "Mesh | None" = None
+) -> "Pipeline":
+    """The checkpoint that `--model` names, ready to answer; of several processes all have it, or none."""
     from phi3_jax.checkpoint import default_model, resolve
+    from phi3_jax.distributed import together
     from phi3_jax.generation.pipeline import Pipeline
 
     keep_compiled_programs(cache_dir)
-    return Pipeline.load(default_model(cache_dir) if model is None else resolve(model), dtype=dtype)
+
+    def load() -> Pipeline:
+        path = default_model(cache_dir, progress=tell) if model is None else resolve(model)
+        return Pipeline.load(path, dtype=dtype, mesh=mesh)
+
+    return together(load)
 
 
 def keep_compiled_programs(cache_dir: Path | None) -> None:
@@ -259,7 +296,7 @@ def main() -> NoReturn:
         sys.stderr.close()
         sys.exit(1)
     except (ValueError, OSError, TypeError) as error:
-        print(f"phi3-jax: {error}", file=sys.stderr)
+        tell_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from phi3_jax.chat import ChatSession
 from phi3_jax.cli_interrupt import Interrupt
+from phi3_jax.cli_processes import tell
+from phi3_jax.distributed import from_primary
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +28,18 @@ def converse(session: ChatSession) -> None:
 
     In a terminal an error is told and the conversation goes on; in a pipe it ends there.
     """
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = from_primary(lambda: sys.stdin.isatty() and sys.stdout.isatty())
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  # lines can be edited, and brought back with the arrow keys
-        _tell("/help lists the commands; Ctrl-D leaves.")
+        tell("/help lists the commands; Ctrl-D leaves.")
     while True:
         try:
-            line = input("> " if terminal else "")
+            line = from_primary(lambda: input("> " if terminal else ""))
         except EOFError:
             break
         except KeyboardInterrupt:
-            _tell("")
+            tell("")
             raise
         try:
             if line.startswith("/"):
@@ -48,9 +50,9 @@ def converse(session: ChatSession) -> None:
         except (ValueError, OSError) as error:
             if not terminal or isinstance(error, BrokenPipeError):
                 raise
-            _tell(str(error))
+            tell(str(error))
     if terminal:
-        _tell("")
+        tell("")
 
 
 def _answer(session: ChatSession, text: str) -> None:
@@ -60,15 +62,15 @@ def _answer(session: ChatSession, text: str) -> None:
         for piece in pieces:
             first = first or time.perf_counter()
             print(piece, end="", flush=True)
-            if interrupt.seen:
+            if interrupt.stops():
                 break
     print(flush=True)
     turn, end = session.last, time.perf_counter()
     assert turn is not None
     if turn.stopped == "max_new_tokens":
-        _tell(f"[cut off after {turn.new_tokens} tokens; --max-new-tokens sets how many]")
+        tell(f"[cut off after {turn.new_tokens} tokens; --max-new-tokens sets how many]")
     elif turn.stopped == "context":
-        _tell("[cut off: the model's context is full; /reset starts a new conversation]")
+        tell("[cut off: the model's context is full; /reset starts a new conversation]")
     logger.info(
         "%d prompt tokens, %d of them cached; first text after %.1f s; %d new tokens in %.1f s",
         *(turn.prompt_tokens, turn.cached_tokens, (first or end) - begin, turn.new_tokens, end - begin),
@@ -83,27 +85,23 @@ def _obey(session: ChatSession, line: str) -> bool:
         case "exit":
             return False
         case "help":
-            _tell(HELP)
+            tell(HELP)
         case "reset":
             session.reset()
-            _tell("[a new conversation]")
+            tell("[a new conversation]")
         case "system":
             session.system = argument or None
-            _tell("[the system message is set]" if argument else "[there is no system message]")
+            tell("[the system message is set]" if argument else "[there is no system message]")
         case "save" | "load" if not argument:
             raise ValueError(f"/{name} needs a file: /{name} FILE")
         case "save":
             session.save(Path(argument).expanduser())
-            _tell(f"[{len(session.history)} messages written]")
+            tell(f"[{len(session.history)} messages written]")
         case "load":
             session.load(Path(argument).expanduser())
-            _tell(f"[{len(session.history)} messages read]")
+            tell(f"[{len(session.history)} messages read]")
         case _:
             raise ValueError(
                 f"there is no command /{name}; /help lists them (a space in front makes the line a message)"
             )
     return True
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -17,6 +17,21 @@ CacheDir = Annotated[
         file_okay=False,
     ),
 ]
+Mesh = Annotated[
+    str | None,
+    Option(
+        help="Divide the model over all devices: sizes of data, fsdp, context, tensor that multiply to their "
+        "number, as in fsdp=4,tensor=2; -1: what is left. Default: one device, however many there are."
+    ),
+]
+Distributed = Annotated[
+    bool,
+    Option(
+        "--distributed",
+        help="This is one of several processes with the same command, on Cloud TPU, GKE, SLURM, Open MPI, or "
+        "with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID set. Process 0 prints and writes.",
+    ),
+]
 Dtype = Annotated[str, Option(help="Of parameters and activations.")]
 System = Annotated[str | None, Option(help="A system message before everything else.")]
 MaxNewTokens = Annotated[int, Option(min=1, help="End an answer after this many tokens.")]

@@ -247,6 +247,16 @@ class Phi3Config:
         dtype = self.extra.get("dtype") or self.extra.get("torch_dtype")
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
+    @property
+    def divided_sizes(self) -> dict[str, int]:
+        """Sizes of the logical axes of parameters that a mesh may divide; see `phi3_jax.sharding.RULES`."""
+        return {
+            "vocab": self.vocab_size,
+            "embed": self.hidden_size,
+            "kv_heads": self.num_key_value_heads,
+            "mlp": self.intermediate_size,
+        }
+
     def replace(self, **changes: Any) -> "Phi3Config":
         """A copy with these fields changed, checked anew.
 

@@ -9,6 +9,11 @@ import jax
 import pytest
 import torch
 
+# Eight devices to divide models over. Accelerators are used where a user names them in JAX_PLATFORMS.
+jax.config.update("jax_num_cpu_devices", 8)
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+
 # Small models are several times faster on one thread than on two that wait for each other.
 torch.set_num_threads(1)
 

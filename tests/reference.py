@@ -11,6 +11,7 @@ import transformers
 
 import phi3_jax
 from phi3_jax import Phi3Config
+from phi3_jax.model.abstract import abstract_model
 
 CLASSES = {
     "causal": ("Phi3ForCausalLM", phi3_jax.Phi3ForCausalLM),
@@ -64,6 +65,17 @@ def pair(kind: str, config: Phi3Config, folder: Path, seed: int = 0) -> tuple[An
                 parameter.add_(0.3 * torch.randn_like(parameter))
     theirs.save_pretrained(folder)
     return ours_class.from_pretrained(folder), theirs
+
+
+def on_mesh(model: Any, mesh: Any) -> Any:
+    """A model with the same weights, divided over `mesh`."""
+    config, dtype = model.config, model.dtype
+    leaves, structure = jax.tree.flatten(abstract_model(type(model), config, dtype=dtype, mesh=mesh))
+    weights = [
+        jax.device_put(np.asarray(weight), leaf.sharding)
+        for weight, leaf in zip(jax.tree.leaves(model), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, weights)
 
 
 def padding_mask(batch: int, length: int, side: str) -> np.ndarray:

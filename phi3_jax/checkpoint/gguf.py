@@ -48,11 +48,13 @@ _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_
 class GGUFSource:
     """The tensors, configuration and tokenizer of one .gguf file, as a `TensorSource`.
 
-    Everything the header says is checked on opening; `read` dequantises one tensor. Raises CheckpointError.
+    Everything the header says is checked on opening; `read` dequantises one tensor, `read_part`
+    cuts from a whole one, of which the latest is kept. Raises CheckpointError.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        self._latest: tuple[str, np.ndarray] | None = None
         self._reader = _open(self.path)
         self._architecture = ""
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
@@ -90,6 +92,15 @@ class GGUFSource:
             out[row : row + len(values)] = values
             row += len(values)
         return out
+
+    def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
+        """These runs of the tensor's rows, cut to these columns."""
+        if self._latest is None or self._latest[0] != name:
+            self._latest = None  # gone before the next one comes
+            self._latest = name, self.read(name)
+        whole = self._latest[1].reshape(len(self._latest[1]), -1)
+        parts = [whole[run, columns] for run in rows]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def config_dict(self) -> dict[str, Any]:
         """The file's hyperparameters as Hugging Face's config.json would hold them."""

@@ -3,21 +3,25 @@
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, Sharding
 
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.layout import ignorable, layout_of
+from phi3_jax.checkpoint.parts import put_parameter
 from phi3_jax.checkpoint.safetensors import SafetensorsSource, parameter_dtype, some
-from phi3_jax.checkpoint.source import CheckpointError, TensorSource
+from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource, TensorSource
 from phi3_jax.config import Phi3Config
 from phi3_jax.generation_config import GenerationConfig
 from phi3_jax.model import Phi3ForCausalLM, Phi3PreTrainedModel
+from phi3_jax.model.abstract import abstract_model
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ FRESH = ("score.weight", "score.bias")
 """Tensors that are initialised where the checkpoint has none, as for a classifier before its fine-tuning."""
 
 
-def open_checkpoint(path: Path) -> tuple[TensorSource, Phi3Config]:
+def open_checkpoint(path: Path) -> tuple[CheckpointSource, Phi3Config]:
     """The tensors and the config of a directory in Hugging Face's layout or of a GGUF file."""
     if path.suffix == ".gguf" and not path.is_dir():
         gguf = GGUFSource(path)
@@ -49,6 +53,7 @@ def load_model(
     name_or_path: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    mesh: Mesh | None = None,
     config: Phi3Config | None = None,
     ignore_mismatched_sizes: bool = False,
     rngs: nnx.Rngs | int = 0,
@@ -60,12 +65,15 @@ def load_model(
 ) -> Model:
     """Loads a model of class `cls`, holding one tensor besides the parameters in host memory.
 
-    Names, shapes and dtypes are checked against the files' headers before anything is put on a device.
+    Names, shapes and dtypes are checked against the files' headers before anything is put on a device. On a
+    mesh over several processes, all of them call this, and each reads and holds what its own devices hold (of
+    a GGUF file each dequantises whole tensors, one at a time).
 
     Args:
         cls: the class to build; a causal language model loads into a classifier too, with a new `score`.
         name_or_path: a directory in Hugging Face's layout, a GGUF file, or a name on the Hub.
         dtype: of the parameters: float32, bfloat16 or float16; None or "auto": as the embedding is stored.
+        mesh: to divide the model over, of `phi3_jax.make_mesh`; default: the whole of it on one device.
         config: used in place of the checkpoint's.
         ignore_mismatched_sizes: initialise `score` anew where the number of labels differs.
         rngs: for parameters that are initialised; an int is a seed.
@@ -77,7 +85,8 @@ def load_model(
 
     Raises:
         CheckpointError: what is wrong with the checkpoint, the tensors concerned named.
-        ValueError: a dtype that parameters cannot have, config changes that do not fit together.
+        ValueError: a dtype that parameters cannot have, config changes that do not fit together, sizes that
+            the mesh does not divide.
     """
     kind = None if dtype in (None, "auto") else parameter_dtype(dtype)
     path = resolve(
@@ -87,19 +96,18 @@ def load_model(
     config = (config or own_config).replace(**config_changes)
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
     build: Callable[..., Model] = cls
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
-    parameters = {".".join(map(str, keys)): leaf for keys, leaf in nnx.to_flat_state(abstract)}
+    graph, abstract = nnx.split(abstract_model(cls, config, mesh=mesh))
+    parameters = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in nnx.to_flat_state(abstract)}
     wanted = {name: leaf.shape for name, leaf in parameters.items()}
     files = _match(cls, source, config, wanted, ignore_mismatched_sizes, path)
     if kind is None:
         stored = source.dtype(next(files[name] for name in files if name.endswith("embed_tokens.weight")))
         kind = np.dtype(np.float32) if stored == np.float64 else stored  # JAX has no float64 unless told so
-    fresh = [name for name in wanted if name not in files]
-    values = _initialise(build, config, rngs, kind, fresh) if fresh else {}
+    fresh = {name: leaf.sharding for name, leaf in parameters.items() if name not in files}
+    values = _initialise(partial(build, config, dtype=kind, mesh=mesh), rngs, fresh) if fresh else {}
     for name, file_name in files.items():
-        tensor = layout_of(name).to_parameter(source.read(file_name), wanted[name])
-        # Waited for, lest many tensors be on their way at once and all in host memory.
-        values[name] = jax.device_put(np.ascontiguousarray(tensor, dtype=kind)).block_until_ready()
+        leaf = parameters[name]
+        values[name] = put_parameter(source, file_name, layout_of(name), leaf.shape, kind, leaf.sharding)
     if fresh:
         names = " and ".join(fresh)
         logger.warning("%s has no %s that fits: initialised anew, to be trained before use", path, names)
@@ -182,14 +190,13 @@ def _match(
 
 
 def _initialise(
-    build: Callable[..., Model], config: Phi3Config, rngs: nnx.Rngs, dtype: np.dtype, names: list[str]
+    build: Callable[..., Phi3PreTrainedModel], rngs: nnx.Rngs, wanted: dict[str, Sharding | None]
 ) -> dict[str, jax.Array]:
-    """Initial values of a few parameters; those of all others are never computed."""
+    """Initial values of a few parameters, where they belong; those of all others are never computed."""
 
-    @jax.jit
     def initialise(key: jax.Array) -> dict[str, jax.Array]:
-        state = nnx.state(build(config, rngs=nnx.Rngs(key), dtype=dtype))
+        state = nnx.state(build(rngs=nnx.Rngs(key)))
         flat = {".".join(map(str, keys)): leaf[...] for keys, leaf in nnx.to_flat_state(state)}
-        return {name: flat[name] for name in names}
+        return {name: flat[name] for name in wanted}
 
-    return initialise(rngs.params())
+    return jax.jit(initialise, out_shardings=wanted)(rngs.params())

@@ -17,6 +17,8 @@ from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BLOCK = 1 << 23
+"""Bytes read at once of rows whose columns are cut."""
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -36,6 +38,11 @@ class _Stored(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return math.prod(self.shape[:1]), math.prod(self.shape[1:])
 
 
 class SafetensorsSource:
@@ -62,10 +69,33 @@ class SafetensorsSource:
         return self._stored[name].dtype
 
     def read(self, name: str) -> np.ndarray:
+        height, width = self._stored[name].matrix
+        return self.read_part(name, [slice(0, height)], slice(0, width)).reshape(self.shape(name))
+
+    def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
         # Read, not mapped: the pages of a mapped file would stand in memory beside the copy.
         stored = self._stored[name]
-        count = math.prod(stored.shape)
-        return np.fromfile(stored.path, stored.dtype, count, offset=stored.offset).reshape(stored.shape)
+        _, width = stored.matrix
+        whole = columns == slice(0, width)
+        kept = np.empty(
+            (sum(run.stop - run.start for run in rows), columns.stop - columns.start), stored.dtype
+        )
+        size = width * stored.dtype.itemsize
+        at = 0
+        with stored.path.open("rb") as file:
+            for run in rows:
+                file.seek(stored.offset + run.start * size)
+                count = run.stop - run.start
+                step = count if whole else max(1, BLOCK // size)
+                for start in range(0, count, step):
+                    part = kept[at : at + min(step, count - start)]
+                    block = part if whole else np.empty((len(part), width), stored.dtype)
+                    if file.readinto(block.reshape(-1).view(np.uint8).data) != block.nbytes:
+                        raise CheckpointError(f"{stored.path} ends within {name}; fetch it again")
+                    if not whole:
+                        part[:] = block[:, columns]
+                    at += len(part)
+        return kept
 
     def _files(self) -> list[tuple[Path, set[str] | None]]:
         """The files to read and, where an index says so, the tensors expected in each."""

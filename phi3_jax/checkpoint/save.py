@@ -3,18 +3,26 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from phi3_jax import distributed
 from phi3_jax.checkpoint.atomic import atomic_directory
 from phi3_jax.checkpoint.layout import layout_of
 from phi3_jax.checkpoint.safetensors import write_tensors
+from phi3_jax.checkpoint.source import TensorSource
 from phi3_jax.model import Phi3ForCausalLM, Phi3PreTrainedModel
 
 
 class ModelSource:
-    """The parameters of a model under the checkpoint's names and in its layout."""
+    """The parameters of a model under the checkpoint's names and in its layout.
+
+    Of a model over several processes all of them must `read` the same tensors in the same order.
+    """
 
     def __init__(self, model: Phi3PreTrainedModel):
         flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -30,7 +38,40 @@ class ModelSource:
         return np.dtype(self._parameters[name].dtype)
 
     def read(self, name: str) -> np.ndarray:
-        return layout_of(name).to_checkpoint(np.asarray(self._parameters[name][...]))
+        return layout_of(name).to_checkpoint(np.asarray(_readable(self._parameters[name][...])))
+
+
+def _readable(parameter: Any) -> Any:
+    """The parameter where this process can read it: of one over several processes, a copy on every device."""
+    if not isinstance(parameter, jax.Array) or parameter.is_fully_addressable:
+        return parameter
+    assert isinstance(parameter.sharding, NamedSharding)
+    everywhere = NamedSharding(parameter.sharding.mesh, PartitionSpec())
+    return jax.jit(lambda x: x, out_shardings=everywhere)(parameter)
+
+
+class _Gathered:
+    """In process 0: the tensors of `source`, each told to the other processes, which `_follow`."""
+
+    def __init__(self, source: TensorSource):
+        self._source = source
+        self.names, self.shape, self.dtype = source.names, source.shape, source.dtype
+
+    def read(self, name: str) -> np.ndarray:
+        distributed.broadcast((name, None))
+        return self._source.read(name)
+
+
+def _follow(source: TensorSource) -> None:
+    """In the other processes: takes part in what process 0 reads until it is done, and fails as it does."""
+    while True:
+        name, error = distributed.broadcast(None)
+        if error is not None:
+            error.of_process = 0
+            raise error
+        if name is None:
+            return
+        source.read(name)
 
 
 def save_model(
@@ -40,16 +81,36 @@ def save_model(
 
     For a causal language model also `generation_config.json`.
 
-    Files take their names only when all are written; what else the directory holds stays.
+    Files take their names only when all are written; what else the directory holds stays. Of several
+    processes all call this; process 0 writes, the others wait until it has, or has failed.
 
     Raises:
         CheckpointError: the disk is full, or the directory cannot be written.
     """
+    source = ModelSource(model)
+    if distributed.process_count() == 1:
+        _write(model, source, Path(directory), max_shard_size)
+    elif distributed.is_primary():
+        failed: BaseException | None = None
+        try:
+            _write(model, _Gathered(source), Path(directory), max_shard_size)
+        except BaseException as error:
+            failed = error
+        distributed.broadcast((None, failed and distributed.portable(failed)))
+        if failed is not None:
+            raise failed
+    else:
+        _follow(source)
+
+
+def _write(
+    model: Phi3PreTrainedModel, source: TensorSource, directory: Path, max_shard_size: int | str
+) -> None:
     config = model.config
     about = {"architectures": [type(model).__name__], "dtype": str(model.dtype)}
     extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"} | about
-    with atomic_directory(Path(directory)) as work:
-        write_tensors(ModelSource(model), work, max_shard_size)
+    with atomic_directory(directory) as work:
+        write_tensors(source, work, max_shard_size)
         if isinstance(model, Phi3ForCausalLM):
             model.generation_config.save_pretrained(work)
         config.replace(extra=extra).save_pretrained(work)

@@ -29,5 +29,16 @@ class TensorSource(Protocol):
         ...
 
 
+class CheckpointSource(TensorSource, Protocol):
+    """A checkpoint on disk, whose tensors may be read in parts."""
+
+    def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
+        """These runs of a tensor's rows, one below the other, cut to these columns [rows, columns].
+
+        A tensor of one dimension has one column. May be a view of what it was cut from.
+        """
+        ...
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the text says what is wrong with it and what to do."""

@@ -88,7 +88,7 @@ class BeamSearch:
         if request.criteria:
             made = int(search.sequences.new[0]) + 1
             tokens = np.asarray(_extended(search, candidates)[0])[: request.batch, :, :made]
-            stopped = request.criteria(request.with_prompts(list(tokens.reshape(-1, made))), None)
+            stopped = request.stopped(list(tokens.reshape(-1, made)))
             ending = ending.at[: request.batch].max(stopped.reshape(request.batch, -1))
         own = {"logits": logits[: len(scores), None], "scores": scores[:, None]}
         records = records | {name: own[name] for name in request.outputs & own.keys()}

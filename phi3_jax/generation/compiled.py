@@ -6,7 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
+
+from phi3_jax.model import KVCache
+from phi3_jax.sharding import replicate
 
 CPU_LOOPS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 """XLA's CPU back end would widen all 16-bit weights ahead of a loop and read twice the bytes each step."""
@@ -27,19 +31,27 @@ class CompiledModel:
         self._leaves, self._structure = jax.tree.flatten(model)
         platforms = {device.platform for leaf in self._leaves for device in leaf.devices()}
         self._on_cpu = platforms == {"cpu"}
+        first = model[0] if isinstance(model, tuple) else model
+        self.mesh: Mesh | None = first.decoder.mesh
         self._programs: dict[Step, Callable[..., Any]] = {}
 
     def __call__(self, step: Step, state: Any, *arguments: Any, **static: Any) -> Any:
         """Runs `step`; `state` is donated, so what went in is gone afterwards."""
         if step not in self._programs:
-            self._programs[step] = _program(step, self._structure, self._on_cpu)
+            self._programs[step] = _program(step, self._structure, self._on_cpu, self.mesh)
         return self._programs[step](self._leaves, state, *arguments, **static)
 
 
 @lru_cache(maxsize=256)
-def _program(step: Step, structure: PyTreeDef, on_cpu: bool) -> Callable[..., Any]:
+def _program(step: Step, structure: PyTreeDef, on_cpu: bool, mesh: Mesh | None) -> Callable[..., Any]:
     def run(leaves: list[Any], state: Any, *arguments: Any, **static: Any) -> Any:
-        return step(jax.tree.unflatten(structure, leaves), state, *arguments, **static)
+        made = step(jax.tree.unflatten(structure, leaves), state, *arguments, **static)
+        # Caches stay divided; all else is small, and read by the host, in every process.
+        return jax.tree.map(
+            lambda x: x.constrain(mesh) if isinstance(x, KVCache) else replicate(x, mesh),
+            made,
+            is_leaf=lambda x: isinstance(x, KVCache),
+        )
 
     parameters = inspect.signature(step).parameters.values()
     return jax.jit(

@@ -17,6 +17,7 @@ from phi3_jax.generation.sampling import Report, select
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import Settings, State
 from phi3_jax.model import KVCache
+from phi3_jax.sharding import shards
 
 ROOM = 512
 """Columns for new tokens to begin with; the cache doubles when they are used up."""
@@ -243,7 +244,9 @@ class Engine:
         """Computes the cache of these lanes again under the rope list that they now need, and no other's."""
         numbers = np.flatnonzero(changed)
         lanes, columns = changed.shape[0], self.state.sequences.ids.shape[1]
-        index = np.full(padded_rows(len(numbers)), lanes)  # dummies lie past the batch
+        index = np.full(
+            padded_rows(len(numbers), shards(self.compiled.mesh, "batch")), lanes
+        )  # dummies lie past the batch
         index[: len(numbers)] = numbers
         part = State(
             jax.tree.map(lambda x: x[index], self.state.sequences),

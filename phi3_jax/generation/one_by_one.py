@@ -136,7 +136,7 @@ class OneByOne:
             for row in np.flatnonzero(making):
                 self.tokens[row].append(int(tokens[row]))
             if request.criteria:
-                self.stopped |= request.criteria(request.with_prompts(self.tokens), None) & making
+                self.stopped |= request.stopped(self.tokens) & making
             yield np.where(making, tokens, NO_TOKEN)
         if (self.stopped != before).any():
             new = np.zeros(engine.rows, np.int32)

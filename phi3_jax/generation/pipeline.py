@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.load import load_model
@@ -24,7 +26,7 @@ class Pipeline:
     tokenizer: Phi3Tokenizer
 
     @classmethod
-    def load(cls, path: Path, *, dtype: Any) -> "Pipeline":
+    def load(cls, path: Path, *, dtype: Any, mesh: Mesh | None = None) -> "Pipeline":
         """Loads a directory in Hugging Face's layout or a GGUF file.
 
         A checkpoint that names no end tokens gets those that its config and its tokenizer tell.
@@ -43,7 +45,7 @@ class Pipeline:
                 tokenizer = Phi3Tokenizer.from_pretrained(path)
             except FileNotFoundError as error:
                 raise CheckpointError(str(error)) from error
-        model = load_model(Phi3ForCausalLM, path, dtype=dtype)
+        model = load_model(Phi3ForCausalLM, path, dtype=dtype, mesh=mesh)
         if len(tokenizer) > model.config.vocab_size:
             raise CheckpointError(
                 f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}; "

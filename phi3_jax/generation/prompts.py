@@ -30,9 +30,10 @@ def cache_length(slots: int) -> int:
     return -(-slots // step) * step
 
 
-def padded_rows(rows: int) -> int:
-    """The batch size for `rows`: a power of two up to 8, above a multiple of 8."""
-    return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+def padded_rows(rows: int, shards: int = 1) -> int:
+    """The batch size for `rows`: a power of two up to 8, above a multiple of 8; of `shards` too."""
+    padded = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+    return -(-padded // shards) * shards
 
 
 def refill_chunk(columns: int) -> int:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.distributed import agreed
 from phi3_jax.generation.chain import logits_processors
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.engine import Engine
@@ -22,6 +23,7 @@ from phi3_jax.generation.state import RopeChoice, Settings
 from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from phi3_jax.generation_config import GenerationConfig
 from phi3_jax.model import KVCache, Phi3ForCausalLM
+from phi3_jax.sharding import shards
 
 STEPS = 16
 """Tokens a row in one dispatch, at most."""
@@ -152,6 +154,8 @@ class Request:
                 f"assistant_model has a vocabulary of {assistant.config.vocab_size} tokens and this model "
                 f"{vocabulary}; they must share a tokenizer"
             )
+        elif assistant is not None and assistant.decoder.mesh != self.compiled.mesh:
+            problem = "assistant_model lies on another mesh than this model; load both with the same mesh"
         elif self.criteria and self.rows > 1 and chosen.pad_token_id is None:
             problem = "the criteria may end rows at different lengths: give pad_token_id"
         if problem is not None:
@@ -175,6 +179,10 @@ class Request:
             return self.past.window is not None
         return self.config.cache_implementation == "sliding_window"
 
+    def _lanes(self, rows: int) -> int:
+        """Lanes for so many rows: a size that is compiled anyway, and that a mesh divides."""
+        return padded_rows(rows, shards(self.compiled.model.decoder.mesh, "batch"))
+
     def prompts(self, times: int = 1) -> list[Int[np.ndarray, " n"]]:
         """Each row's tokens, `times` times."""
         return [row[used] for row, used in zip(self.ids, self.mask, strict=True) for _ in range(times)]
@@ -182,17 +190,17 @@ class Request:
     def engine(self, *, spare: int = 0, grows: bool = True) -> Engine:
         """The batch as lanes, guidance's twins behind the rows, with the settings for them."""
         rows = self.prompts()
-        dummies = [NONE] * (padded_rows(self.batch) - self.batch)
+        dummies = [NONE] * (self._lanes(self.batch) - self.batch)
         lanes = rows + dummies
         if self.guided:  # the last token alone where nothing else is said, as in the reference
             lanes = lanes + (self.negative or [row[-1:] for row in rows]) + dummies
-        config = self.compiled.model.config
+        model = self.compiled.model
         return Engine(
             self.compiled,
             Layout(lanes, self.past),
-            self.settings(config, lanes),
+            self.settings(model.config, lanes),
             max_new_tokens=self.config.max_new_tokens,
-            new_cache=self.new_cache if self.past is None else partial(_cache_like, config, self.past),
+            new_cache=self.new_cache if self.past is None else partial(_cache_like, model, self.past),
             past=self.past,
             grows=grows and not self.slides,
             outputs=self.outputs,
@@ -216,7 +224,7 @@ class Request:
 
     def cache_of(self, rows: Sequence[Int[np.ndarray, " n"]]) -> KVCache:
         """A new cache of `rows`, but for the last token of each; as many for each prompt."""
-        dummies = [NONE] * (padded_rows(len(rows)) - len(rows))
+        dummies = [NONE] * (self._lanes(len(rows)) - len(rows))
         prompts = self.prompts(len(rows) // self.batch)  # whose lengths choose planned rope lists
         engine = Engine(
             self.compiled,
@@ -243,7 +251,8 @@ class Request:
         chosen = self.config
         key = None
         if chosen.do_sample:
-            self.seed = secrets.randbits(32) if self.seed is None else self.seed
+            if self.seed is None:
+                self.seed = agreed(self.compiled.mesh, lambda: secrets.randbits(32))
             key = jax.random.key(self.seed)
         return Settings(
             before=self.before,
@@ -268,6 +277,10 @@ class Request:
             behind[row, : len(tail)] = tail
         return np.concatenate([np.repeat(self.ids, len(tails) // self.batch, axis=0), behind], axis=1)
 
+    def stopped(self, tails: Sequence[Any]) -> Bool[np.ndarray, " R"]:
+        """Which rows the host's criteria end, given their new tokens; asked in process 0 only."""
+        return agreed(self.compiled.mesh, lambda: self.criteria(self.with_prompts(tails), None))
+
     def recorder(self, engine: Engine, origins: Int[np.ndarray, " L"]) -> Recorder:
         lanes = origins[: self.rows]
         return Recorder(engine.layout, lanes, self.mask[lanes], engine.prefill_records)
@@ -288,7 +301,8 @@ def _rope_choice(
     return RopeChoice(jnp.asarray(least), jnp.int32(most))
 
 
-def _cache_like(config: Phi3Config, past: KVCache, lanes: int, columns: int) -> KVCache:
+def _cache_like(model: Phi3ForCausalLM, past: KVCache, lanes: int, columns: int) -> KVCache:
     """An empty cache of the kind that `past` is."""
     slots = columns if past.window is None else past.max_length
-    return KVCache.create(config, lanes, slots, past.keys[0].dtype, past.window)
+    dtype, mesh = past.keys[0].dtype, model.decoder.mesh
+    return KVCache.create(model.config, lanes, slots, dtype, past.window, mesh)

@@ -16,7 +16,8 @@ from phi3_jax.tokenizer._stream import _BYTE_OF_CHARACTER, _BYTE_PIECE, ByteLeve
 class StoppingCriteria(Protocol):
     """Looks at all the tokens so far, prompt and padding included, and says which rows are done.
 
-    Any callable of this kind serves. `generate` gives None as `scores`.
+    Any callable of this kind serves. `generate` gives None as `scores`. Where several processes compute one
+    model, only process 0 is asked, and its answer counts in all.
     """
 
     def __call__(

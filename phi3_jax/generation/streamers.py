@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from phi3_jax.distributed import is_primary
 from phi3_jax.tokenizer import IncrementalDecoder, Phi3Tokenizer
 
 _DECODE_OPTIONS = ("skip_special_tokens",)
@@ -74,8 +75,9 @@ class TextStreamer(BaseStreamer):
         self.on_finalized_text(self._decoder.end(), stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Prints; `text` is never empty but at the end, where it may be."""
-        print(text, end="\n" if stream_end else "", flush=True)
+        """Prints, in process 0; `text` is never empty but at the end, where it may be."""
+        if is_primary():
+            print(text, end="\n" if stream_end else "", flush=True)
 
 
 class TextIteratorStreamer(TextStreamer):

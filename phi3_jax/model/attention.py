@@ -1,170 +1,249 @@
-"""Scaled dot-product attention over grouped heads; masks and cache come from outside."""
+"""Attention: the kernel for the platform, on one device or on every device of a mesh."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
 
-from phi3_jax.model.layers import dropout, pad_single_row
+from phi3_jax.model.kernels import cudnn, splash
+from phi3_jax.model.kernels.cached import cached_attention
+from phi3_jax.model.kernels.xla import Attended, xla_attention
+from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.quantized import QuantizedVectors
+from phi3_jax.sharding import spec
 
-QUERY_BLOCK = 128
-"""Queries attended at a time, so that scores take QUERY_BLOCK x S a head: what CPU caches can hold."""
+IMPLEMENTATIONS = (None, "xla", "pallas", "cudnn")
+"""What `attn_implementation` may be; None: Pallas on TPU, cuDNN on GPU, XLA elsewhere."""
 
-HEADS_BLOCK_BYTES = 4 << 20
-"""What the int8 keys that a CPU widens at a time may take in float32: again what its caches hold."""
+LEAST_QUERIES = 256
+"""Queries that see each other alone, from which on a kernel of its own pays."""
+
+LEAST_SLOTS = 512
+"""Slots of a cache, likewise."""
+
+Attend = Callable[..., Attended]
+Vectors = Float[Array, "B K S H"] | QuantizedVectors
 
 
 def attention(
     query: Float[Array, "B T K G H"],
-    key: Float[Array, "B K S H"] | QuantizedVectors,
-    value: Float[Array, "B K S H"] | QuantizedVectors,
-    mask: Bool[Array, "B #heads T S"] | Float[Array, "B #heads T S"],
+    key: Vectors,
+    value: Vectors,
+    mask: CausalMask | Array,
     *,
     scale: float,
+    mesh: Mesh | None = None,
+    implementation: str | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     output_weights: bool = False,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B N T S"] | None]:
-    """Softmax attention, scores and softmax in float32.
+    """Softmax attention over grouped heads, scores and softmax in float32.
 
-    Args:
-        query: grouped by the key/value head that each query head reads.
-        key: keys, head-major: a decode step then reads each head's keys in one run.
-        value: values, likewise.
-        mask: True where a query sees a key, or numbers added to the scores; one for all heads or one a head.
-        scale: factor on the scores.
-        dropout_rate: dropout on the probabilities, applied when `dropout_key` is given.
-        dropout_key: randomness for dropout.
-        output_weights: also return the probabilities.
+    Arguments as in `xla_attention`; besides:
+        mesh: over which queries, keys and values are divided. Each device attends with its own heads and
+            rows. Over `context`, queries that see only each other are divided and their keys gathered; else
+            keys are divided, and what the devices found in their parts is put together.
+        implementation: of `IMPLEMENTATIONS`; what a kernel cannot do (weights, dropout, masks as arrays) XLA
+            does.
 
     Returns:
-        The attended values and, if asked for, the probabilities of all N = K * G heads.
+        The attended values and, if asked for, the probabilities.
+    """
+    dropping = dropout_key is not None and dropout_rate > 0
+    if not isinstance(mask, CausalMask) or output_weights or dropping:
+        attended = xla_attention(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            output_weights=output_weights,
+        )
+        return attended.out, attended.weights
+    kernel = _Kernel(query, key, mask, scale, mesh, implementation)
+    if mesh is None:
+        return kernel.attend(query, key, value, mask).out, None
+    return _on_mesh(kernel, query, key, value, mask, mesh), None
+
+
+def _on_mesh(
+    kernel: "_Kernel", query: Array, key: Vectors, value: Vectors, mask: CausalMask, mesh: Mesh
+) -> Array:
+    """Each device attends with its heads and rows, and its part of queries or keys."""
+    length, slots = ("length", None) if mask.fresh else (None, "slots")
+    heads = ("batch", "kv_heads")
+    queries = spec("batch", length, "kv_heads", "groups", "head_dim")
+    keys = jax.tree.map(lambda x: spec(*heads, slots, *(None,) * (x.ndim - 3)), key)
+    row = "batch" if mask.key_slots.shape[0] > 1 else None
+    parts: Any = (spec("batch", length), spec(row, slots), spec("batch", slots))
+    masks: Any = replace(mask, query_slots=parts[0], key_slots=parts[1], key_mask=parts[2])
+    combined = not mask.fresh and mesh.shape["context"] > 1
+
+    def local(splash: Any, query: Array, key: Vectors, value: Vectors, mask: CausalMask) -> Array:
+        attended = kernel.attend(query, key, value, mask, splash=splash, output_lse=combined)
+        return _combine(attended, "context") if combined else attended.out
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(kernel.splash_specs, queries, keys, keys, masks),
+        out_specs=queries,
+        check_vma=False,  # Pallas kernels do not tell over which axes they vary
+    )(kernel.splash, query, key, value, mask)
+
+
+def _combine(attended: Attended, axis: str) -> Array:
+    """What each device found in its part of the keys, weighted by the part's share of all probability."""
+    assert attended.lse is not None
+    batch, length, kv_heads, groups, _ = attended.out.shape
+    weight = jnp.exp(attended.lse - jax.lax.pmax(attended.lse, axis))  # [B, N, T]
+    weight = weight.swapaxes(1, 2).reshape(batch, length, kv_heads, groups, 1)
+    total = jax.lax.psum(weight * attended.out.astype(jnp.float32), axis)
+    return (total / jax.lax.psum(weight, axis)).astype(attended.out.dtype)
+
+
+class _Kernel:
+    """The kernel for one call, and what it needs besides the arrays."""
+
+    splash: Any = None
+    """The Pallas kernel for queries that see each other alone; a pytree, whose queries a mesh divides."""
+    splash_specs: Any = None
+
+    def __init__(
+        self,
+        query: Array,
+        key: Vectors,
+        mask: CausalMask,
+        scale: float,
+        mesh: Mesh | None,
+        implementation: str | None,
+    ):
+        self._scale, self._implementation = scale, implementation
+        # Known on a mesh, which may be of an absent machine; else whatever a program is lowered for.
+        self._platform = None if mesh is None else mesh.devices.flat[0].platform
+        self._pallas = implementation == "pallas" or (
+            implementation is None and self._platform in (None, "tpu") and _worth_a_kernel(query, key, mask)
+        )
+        self._cudnn = (
+            implementation in (None, "cudnn")
+            and self._platform in (None, "gpu")
+            and isinstance(key, Array)
+            and (implementation == "cudnn" or _suits_cudnn(query, key, mask))
+            and cudnn.supported(query.dtype, query.shape[-1])
+        )
+        if not (self._pallas and mask.fresh):
+            return
+        length, context = query.shape[1], 1 if mesh is None else mesh.shape["context"]
+        if context > 1 and length % (splash.TILE * context):
+            self._pallas = False
+            return
+        interpret = self._platform not in (None, "tpu")
+        self._make = partial(splash.make_kernel, query.shape[3], length, mask.window, shards=context)
+        self.splash = self._make(interpret=interpret)
+        if mesh is not None:
+            self.splash_specs = splash.kernel_specs(self.splash, mesh, "context")
+
+    def attend(
+        self,
+        query: Array,
+        key: Vectors,
+        value: Vectors,
+        mask: CausalMask,
+        *,
+        splash: Any = None,
+        output_lse: bool = False,
+    ) -> Attended:
+        """Attention on one device; `splash` is this device's piece of that kernel."""
+        xla = partial(xla_attention, scale=self._scale, output_lse=output_lse)
+        default: Attend = xla
+        choices: dict[str, Attend] = {}
+        if self._pallas:
+            choices["tpu"] = partial(self._attend_pallas, splash or self.splash, False, output_lse)
+        if self._pallas and self._implementation == "pallas":
+            kernel = splash or (self._make(interpret=True) if self.splash is not None else None)
+            default = partial(self._attend_pallas, kernel, True, output_lse)
+        if self._cudnn and not output_lse:
+            choices["cuda"] = self._attend_cudnn
+        if self._platform is None:
+            if not choices:
+                return default(query, key, value, mask)
+            return jax.lax.platform_dependent(query, key, value, mask, default=default, **choices)
+        platform = {"gpu": "cuda"}.get(self._platform, self._platform)
+        return choices.get(platform, default)(query, key, value, mask)
+
+    def _attend_pallas(
+        self,
+        kernel: Any,
+        interpret: bool,
+        output_lse: bool,
+        query: Array,
+        key: Vectors,
+        value: Vectors,
+        mask: CausalMask,
+    ) -> Attended:
+        if mask.fresh and isinstance(key, Array) and isinstance(value, Array):
+            out = splash.attend(kernel, query, key, value, mask.key_mask, self._scale)
+            # The kernel's gradient for queries that see nothing is wrong by any factor.
+            return Attended(jnp.where(mask.sighted()[..., None, None, None], out, 0), None, None)
+        out, lse = _cached(query, key, value, mask, self._scale, interpret)
+        return Attended(out.astype(query.dtype), None, _heads_first(lse) if output_lse else None)
+
+    def _attend_cudnn(self, query: Array, key: Array, value: Array, mask: CausalMask) -> Attended:
+        return Attended(cudnn.cudnn_attention(query, key, value, mask, scale=self._scale), None, None)
+
+
+def _worth_a_kernel(query: Array, key: Vectors, mask: CausalMask) -> bool:
+    """Whether the scores are so many that XLA's way of keeping them costs."""
+    return query.shape[1] >= LEAST_QUERIES if mask.fresh else key.shape[2] >= LEAST_SLOTS
+
+
+def _suits_cudnn(query: Array, key: Vectors, mask: CausalMask) -> bool:
+    """Whether cuDNN is the better one for it.
+
+    Not for one query, for which it would copy the cache, nor where a window needs a mask of T x T.
     """
     length = query.shape[1]
-    if output_weights or length <= QUERY_BLOCK:
-        out, weights = _attend_at_once(query, key, value, mask, scale, dropout_rate, dropout_key)
-        return out, weights if output_weights else None
-
-    blocks = -(-length // QUERY_BLOCK)
-    padding = blocks * QUERY_BLOCK - length
-
-    def split(x: Array, axis: int) -> Array:
-        """Cuts `axis` into blocks and puts the blocks in front."""
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, padding)
-        x = jnp.pad(x, widths)
-        x = x.reshape(*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    @jax.checkpoint
-    def attend_block(block: tuple[Array, Array, Array]) -> Array:
-        index, queries, visible = block
-        block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return _attend_at_once(queries, key, value, visible, scale, dropout_rate, block_key)[0]
-
-    out = jax.lax.map(attend_block, (jnp.arange(blocks), split(query, 1), split(mask, 2)))
-    out = jnp.moveaxis(out, 0, 1)  # [B, blocks, QUERY_BLOCK, K, G, H]
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], None
+    within = mask.window is None or mask.window >= length
+    return _worth_a_kernel(query, key, mask) and (within if mask.fresh else length > 1)
 
 
-def _attend_at_once(
-    query: Array,
-    key: Array | QuantizedVectors,
-    value: Array | QuantizedVectors,
-    mask: Array,
-    scale: float,
-    dropout_rate: float,
-    dropout_key: Array | None,
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cached(
+    query: Array, key: Vectors, value: Vectors, mask: CausalMask, scale: float, interpret: bool
 ) -> tuple[Array, Array]:
-    """Attention of a block of queries; on CPU some heads at a time if keys and values are int8.
-
-    XLA widens int8 inside the matrix product on TPU and GPU, and in memory on CPU.
-    """
-    if isinstance(key, Array):
-        return _attend(query, key, value, mask, scale, dropout_rate, dropout_key)
-    by_heads = partial(_attend_by_heads, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key)
-    at_once = partial(_attend, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key)
-    return jax.lax.platform_dependent(query, key, value, mask, cpu=by_heads, default=at_once)
+    return cached_attention(query, key, value, mask, scale=scale, interpret=interpret)
 
 
-def _attend_by_heads(
-    query: Array,
-    key: QuantizedVectors,
-    value: QuantizedVectors,
-    mask: Array,
-    scale: float,
-    dropout_rate: float,
-    dropout_key: Array | None,
-) -> tuple[Array, Array]:
-    batch, length, kv_heads, groups, width = query.shape
-    fitting = max(HEADS_BLOCK_BYTES // (4 * key.shape[2] * width), 1)
-    heads = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= fitting)
-    blocks = batch * kv_heads // heads
-    dtype = jnp.float32 if length == 1 else query.dtype  # for a single query the faster product
-    queries = query.astype(dtype).swapaxes(1, 2).reshape(blocks, heads, length, groups, width)
-    masks = mask if mask.shape[1] == 1 else mask.reshape(blocks, heads * groups, *mask.shape[2:])
-    # Blocks are cut inside the loop: XLA copies the whole cache to split it beside an axis of length 1.
-    key, value = jax.tree.map(lambda x: x.reshape(batch * kv_heads, *x.shape[2:]), (key, value))
-
-    def attend_block(block: tuple[Array, Array]) -> tuple[Array, Array]:
-        index, queries = block
-        keys, values = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, index * heads, heads)[None], (key, value)
-        )
-        visible = masks[index * len(masks) // blocks][None]
-        block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return _attend(queries.swapaxes(0, 1)[None], keys, values, visible, scale, dropout_rate, block_key)
-
-    out, weights = jax.lax.map(attend_block, (jnp.arange(blocks), queries))
-    out = out.reshape(batch, -1, length, heads, groups, width).swapaxes(1, 2).reshape(query.shape)
-    weights = weights.reshape(batch, kv_heads * groups, length, -1)
-    return out.astype(query.dtype), weights.astype(query.dtype)
+def _cached_forward(
+    query: Array, key: Vectors, value: Vectors, mask: CausalMask, scale: float, interpret: bool
+) -> Any:
+    return _cached(query, key, value, mask, scale, interpret), (query, key, value, mask)
 
 
-def _attend(
-    query: Array,
-    key: Array | QuantizedVectors,
-    value: Array | QuantizedVectors,
-    mask: Array,
-    scale: float,
-    dropout_rate: float,
-    dropout_key: Array | None,
-) -> tuple[Array, Array]:
-    batch, length, kv_heads, groups, width = query.shape
-    rows = groups * length
-    key, key_scale = _split(key)
-    value, value_scale = _split(value)
-    # A decode step reads a float32 cache as it is; with more queries, casting it first pays.
-    dtype = jnp.promote_types(query.dtype, key.dtype) if length == 1 else query.dtype
-    key, value = key.astype(dtype), value.astype(dtype)
-    folded = query.astype(dtype).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width)
-    scores = jnp.einsum("BKRH,BKSH->BKRS", pad_single_row(folded), key, preferred_element_type=jnp.float32)
-    scores = scores[:, :, :rows]
-    if key_scale is not None:
-        scores = scores * key_scale
-    scores = scores.reshape(batch, kv_heads * groups, length, -1) * scale  # [B, N, T, S]
-    if mask.dtype == jnp.bool:
-        # Finite and added, as in the reference: a query that sees nothing attends everywhere alike instead of
-        # giving NaN, and has the reference's gradient.
-        mask = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
-    scores = scores + mask.astype(jnp.float32)
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    weights = probabilities.astype(query.dtype)
-    # Where a scale is still to come, rounding waits for the product.
-    folded = dropout(weights if value_scale is None else probabilities, dropout_rate, dropout_key)
-    folded = folded.reshape(batch, kv_heads, rows, -1)
-    if value_scale is not None:
-        folded = folded * value_scale
-    folded = pad_single_row(folded.astype(dtype))
-    out = jnp.einsum("BKRS,BKSH->BKRH", folded, value, preferred_element_type=jnp.float32)
-    out = out[:, :, :rows].reshape(batch, kv_heads, groups, length, width).astype(query.dtype)
-    return out.transpose(0, 3, 1, 2, 4), weights
+def _cached_backward(scale: float, interpret: bool, residuals: Any, gradients: tuple[Array, Array]) -> Any:
+    """The kernel has none of its own: gradients past a cache are rare, and XLA's."""
+    query, key, value, mask = residuals
+
+    def again(query: Array, key: Vectors, value: Vectors) -> tuple[Array, Array]:
+        attended = xla_attention(query, key, value, mask, scale=scale, output_lse=True)
+        batch, length, kv_heads, groups, _ = attended.out.shape
+        assert attended.lse is not None
+        lse = attended.lse.swapaxes(1, 2).reshape(batch, length, kv_heads, groups)
+        return attended.out.astype(jnp.float32), lse
+
+    return (*jax.vjp(again, query, key, value)[1](gradients), None)
 
 
-def _split(vectors: Array | QuantizedVectors) -> tuple[Array, Array | None]:
-    """The numbers to multiply with, and the factor [B, K, 1, S] on the products, if there is one."""
-    if isinstance(vectors, Array):
-        return vectors, None
-    return vectors.values, vectors.scale[:, :, None].astype(jnp.float32)
+_cached.defvjp(_cached_forward, _cached_backward)
+
+
+def _heads_first(lse: Float[Array, "B T K G"]) -> Float[Array, "B N T"]:
+    return lse.reshape(*lse.shape[:2], -1).swapaxes(1, 2)

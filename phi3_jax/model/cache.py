@@ -1,14 +1,19 @@
 """The key/value cache: a pytree that goes into the forward and comes out of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.model.quantized import QuantizedVectors
+from phi3_jax.sharding import check_divides, constrain, sharding, shards, spec
 
 Vectors = Float[Array, "B K S H"] | QuantizedVectors
 """One layer's keys or values."""
@@ -45,20 +50,34 @@ class KVCache:
         max_length: int,
         dtype: jnp.dtype = jnp.bfloat16,
         window: int | None = None,
+        mesh: Mesh | None = None,
     ) -> "KVCache":
-        """An empty cache of `max_length` slots a row; for int8 see `QuantizedVectors`."""
+        """An empty cache of `max_length` slots a row; for int8 see `QuantizedVectors`.
+
+        On a mesh that divides slots, there are as many more as makes them divide evenly.
+        """
         dtype = jnp.dtype(dtype)
         if max_length < 1:
             raise ValueError(f"max_length={max_length}: a cache needs at least one slot a row")
         if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype={dtype}: a cache holds floating-point numbers or int8")
+        check_divides(mesh, {"batch": batch_size})
+        if window is None:
+            max_length = -(-max_length // shards(mesh, "slots")) * shards(mesh, "slots")
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        axes = _axes(window)
+
+        def zeros() -> Vectors:
+            empty = QuantizedVectors.zeros if dtype == jnp.int8 else partial(jnp.zeros, dtype=dtype)
+            if mesh is None:
+                return empty(shape)
+            return jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype, device=sharding(mesh, axes[: x.ndim])),
+                jax.eval_shape(lambda: empty(shape)),
+            )
 
         def vectors() -> list[Vectors]:
-            layers = range(config.num_hidden_layers)
-            if dtype == jnp.int8:
-                return [QuantizedVectors.zeros(shape) for _ in layers]
-            return [jnp.zeros(shape, dtype) for _ in layers]
+            return [zeros() for _ in range(config.num_hidden_layers)]
 
         return cls(
             keys=vectors(),
@@ -153,9 +172,20 @@ class KVCache:
         keys, values = jax.tree.map(lambda x: fit(x, 2), (self.keys, self.values))
         return replace(self, keys=keys, values=values, mask=fit(self.mask, 1))
 
-    def layer(self, index: int) -> "LayerCache":
-        """What one layer needs of the cache."""
-        return LayerCache(self.keys[index], self.values[index], self.length, self.window is not None)
+    def layer(self, index: int, fresh: bool = False) -> "LayerCache":
+        """What one layer needs of the cache; `fresh` says that nothing has been written to it."""
+        return LayerCache(self.keys[index], self.values[index], self.length, self.window is not None, fresh)
+
+    def constrain(self, mesh: Mesh | None) -> "KVCache":
+        """The same cache, divided over `mesh`: rows, heads and, but for a ring, slots."""
+        return self if mesh is None else jax.lax.with_sharding_constraint(self, self.shardings(mesh))
+
+    def shardings(self, mesh: Mesh) -> "KVCache":
+        """Of every array; those that tell of the rows are whole on every device."""
+        axes = _axes(self.window)
+        keys, values = jax.tree.map(lambda x: sharding(mesh, axes[: x.ndim]), (self.keys, self.values))
+        rest = jax.tree.map(lambda _: sharding(mesh, ()), self)
+        return replace(rest, keys=keys, values=values)
 
 
 @jax.tree_util.register_dataclass
@@ -167,27 +197,60 @@ class LayerCache:
     values: Vectors
     start: Int[Array, " B"]
     ring: bool = field(metadata={"static": True})
+    fresh: bool = field(default=False, metadata={"static": True})
 
     def write(
-        self, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"]
+        self, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"], mesh: Mesh | None = None
     ) -> tuple[Vectors, Vectors]:
         """The cached keys and values with the new ones in each row's slots [start, start + T).
 
-        On CPU the write stands in a conditional that is always true: written plainly, XLA repeats it inside
-        the attention that reads the result, and copies the whole cache for that.
+        On a mesh each device writes what falls into its part.
         """
         quantized = isinstance(self.keys, QuantizedVectors)
         convert = QuantizedVectors.quantize if quantized else lambda new: new.astype(self.keys.dtype)
-        new = convert(keys), convert(values)
-
-        def write(cached: tuple[Vectors, Vectors]) -> tuple[Vectors, Vectors]:
+        cached, new = (self.keys, self.values), (convert(keys), convert(values))
+        if self.fresh:
+            return jax.tree.map(lambda slots, chunk: fill_slots(slots, chunk, mesh), cached, new)
+        if mesh is None:
             put = write_ring if self.ring else write_slots
-            return jax.tree.map(lambda slots, chunk: put(slots, chunk, self.start), cached, new)
+            return _written(put, cached, new, self.start)
+        axes = _axes(self.ring or None)
+        slots = jax.tree.map(lambda x: spec(*axes[: x.ndim]), cached)
+        chunks = jax.tree.map(lambda x: spec("batch", "kv_heads", *(None,) * (x.ndim - 2)), new)
+        divided = not self.ring and mesh.shape["context"] > 1
 
-        def write_on_cpu(cached: tuple[Vectors, Vectors]) -> tuple[Vectors, Vectors]:
-            return jax.lax.cond(jnp.all(self.start >= 0), write, lambda same: same, cached)
+        def local(cached: tuple[Vectors, Vectors], new: tuple[Vectors, Vectors], start: Array) -> Any:
+            if not divided:
+                return _written(write_ring if self.ring else write_slots, cached, new, start)
+            first = jax.lax.axis_index("context") * cached[0].shape[2]
+            return _written(write_part, cached, new, start - first)
 
-        return jax.lax.platform_dependent((self.keys, self.values), cpu=write_on_cpu, default=write)
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(slots, chunks, spec("batch")), out_specs=slots, check_vma=False
+        )(cached, new, self.start)
+
+
+def _axes(window: int | bool | None) -> tuple[str | None, ...]:
+    """Logical axes of keys and values; a ring is small, and whole on every device of `context`."""
+    return ("batch", "kv_heads", None if window else "slots", "head_dim")
+
+
+def _written(
+    put: Callable[..., Array], cached: tuple[Vectors, Vectors], new: tuple[Vectors, Vectors], start: Array
+) -> tuple[Vectors, Vectors]:
+    """`cached` with `new` put at `start`.
+
+    On CPU the write stands in a conditional that is always true: written plainly, XLA repeats it inside
+    the attention that reads the result, and copies the whole cache for that.
+    """
+
+    def write(cached: tuple[Vectors, Vectors]) -> tuple[Vectors, Vectors]:
+        return jax.tree.map(lambda slots, chunk: put(slots, chunk, start), cached, new)
+
+    def write_on_cpu(cached: tuple[Vectors, Vectors]) -> tuple[Vectors, Vectors]:
+        return jax.lax.cond(jnp.all(start > -(1 << 30)), write, lambda same: same, cached)
+
+    return jax.lax.platform_dependent(cached, cpu=write_on_cpu, default=write)
 
 
 def write_slots(
@@ -199,6 +262,34 @@ def write_slots(
     return jax.vmap(lambda row, chunk, at: jax.lax.dynamic_update_slice_in_dim(row, chunk, at, axis=1))(
         slots, new, start
     )
+
+
+def fill_slots(
+    slots: Float[Array, "B K S ..."], new: Float[Array, "B K T ..."], mesh: Mesh | None
+) -> Float[Array, "B K S ..."]:
+    """Empty `slots` with `new` in front; on a mesh without bringing all of `new` to every device."""
+    room = [(0, 0)] * new.ndim
+    room[2] = (0, slots.shape[2] - new.shape[2])
+    return constrain(jnp.pad(new, room), mesh, *_axes(None)[: new.ndim])
+
+
+def write_part(
+    slots: Float[Array, "B K S ..."], new: Float[Array, "B K T ..."], start: Int[Array, " B"]
+) -> Float[Array, "B K S ..."]:
+    """As `write_slots` for a part of a divided cache: only what falls into it, which may be nothing."""
+    size, length = slots.shape[2], new.shape[2]
+    if length > size:  # in pieces that fit
+        for piece in range(0, length, size):
+            slots = write_part(slots, new[:, :, piece : piece + size], start + piece)
+        return slots
+    at = jnp.clip(start, 0, size - length)
+    index = at[:, None] + jnp.arange(length) - start[:, None]  # [B, T], of the new one for each slot written
+    inside = (index >= 0) & (index < length)
+    extra = (1,) * (new.ndim - 3)
+    index = jnp.clip(index, 0, length - 1).reshape(len(start), 1, length, *extra)
+    moved = jnp.take_along_axis(new, index, axis=2)
+    inside = inside.reshape(len(start), 1, length, *extra)
+    return write_slots(slots, jnp.where(inside, moved, read_slots(slots, at, length)), at)
 
 
 def write_ring(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num
 
 from phi3_jax.config import Phi3Config
@@ -21,6 +22,7 @@ from phi3_jax.model.outputs import (
     TokenClassifierOutput,
 )
 from phi3_jax.model.pretrained import Aside, Phi3PreTrainedModel
+from phi3_jax.sharding import constrain, gather
 
 
 class _Headed(Phi3PreTrainedModel):
@@ -43,12 +45,21 @@ class Phi3ForCausalLM(_Headed):
     Arguments as in `Phi3Model`.
     """
 
-    def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs | int = 0, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        config: Phi3Config,
+        *,
+        rngs: nnx.Rngs | int = 0,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+    ):
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
         self.generation_config = GenerationConfig.from_model(config)
-        self.model = Phi3Model(config, rngs=rngs, dtype=dtype)
+        self.model = Phi3Model(config, rngs=rngs, dtype=dtype, mesh=mesh)
         self.lm_head = (
-            None if config.tie_word_embeddings else _head(config, "vocab", config.vocab_size, rngs, dtype)
+            None
+            if config.tie_word_embeddings
+            else _head(config, "vocab", config.vocab_size, rngs, dtype, mesh)
         )
 
     def __call__(
@@ -88,8 +99,14 @@ class Phi3ForCausalLM(_Headed):
         last = int(keep) if np.ndim(keep) == 0 else 0
         out = self.model(input_ids, attention_mask, hidden_states_to_keep=last, **decoder_arguments)
         x = out.last_hidden_state if np.ndim(keep) == 0 else _kept(out.last_hidden_state, keep)
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits = matmul(x, weight[...])
+        weight, mesh = (
+            (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight,
+            self.model.mesh,
+        )
+        logits = matmul(x, gather(weight[...], mesh, weight.axes))
+        fresh = decoder_arguments.get("past_key_values") is None
+        whole = last == 0 and np.ndim(keep) == 0
+        logits = constrain(logits, mesh, "batch", "length" if fresh and whole else None, "vocab")
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **_carried(out))
 
@@ -151,10 +168,17 @@ class Phi3ForSequenceClassification(_Headed):
     Arguments as in `Phi3Model`; `config.num_labels` and `config.problem_type` say what is predicted.
     """
 
-    def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs | int = 0, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        config: Phi3Config,
+        *,
+        rngs: nnx.Rngs | int = 0,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+    ):
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
-        self.model = Phi3Model(config, rngs=rngs, dtype=dtype)
-        self.score = _head(config, "labels", config.num_labels, rngs, dtype)
+        self.model = Phi3Model(config, rngs=rngs, dtype=dtype, mesh=mesh)
+        self.score = _head(config, "labels", config.num_labels, rngs, dtype, mesh)
 
     def __call__(
         self,
@@ -207,12 +231,19 @@ class Phi3ForTokenClassification(_Headed):
     Arguments as in `Phi3Model`.
     """
 
-    def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs | int = 0, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        config: Phi3Config,
+        *,
+        rngs: nnx.Rngs | int = 0,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+    ):
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
-        self.model = Phi3Model(config, rngs=rngs, dtype=dtype)
+        self.model = Phi3Model(config, rngs=rngs, dtype=dtype, mesh=mesh)
         rates = (config.classifier_dropout, config.hidden_dropout, 0.1)
         self.classifier_dropout = next(rate for rate in rates if rate is not None)
-        self.score = _head(config, "labels", config.num_labels, rngs, dtype, bias=True)
+        self.score = _head(config, "labels", config.num_labels, rngs, dtype, mesh, bias=True)
 
     def __call__(
         self,
@@ -251,7 +282,14 @@ class Phi3ForTokenClassification(_Headed):
 
 
 def _head(
-    config: Phi3Config, axis: str, size: int, rngs: nnx.Rngs, dtype: Any, *, bias: bool = False
+    config: Phi3Config,
+    axis: str,
+    size: int,
+    rngs: nnx.Rngs,
+    dtype: Any,
+    mesh: Mesh | None,
+    *,
+    bias: bool = False,
 ) -> Linear:
     return Linear(
         {"embed": config.hidden_size},
@@ -259,6 +297,7 @@ def _head(
         std=config.initializer_range,
         rngs=rngs,
         dtype=jnp.dtype(dtype),
+        mesh=mesh,
         bias=bias,
     )
 

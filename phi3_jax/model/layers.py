@@ -3,11 +3,15 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
+
+from phi3_jax.sharding import gather, place, shards
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -50,13 +54,13 @@ def pad_single_row(x: Float[Array, "... R D"]) -> Float[Array, "... rows D"]:
     return jnp.concatenate([x, jnp.zeros_like(x)], axis=-2)
 
 
-def matmul(x: Float[Array, "... R D"], weight: Float[Array, "O D"]) -> Float[Array, "... R O"]:
-    """`x @ weight.T`, accumulated and returned in float32."""
+def matmul(
+    x: Float[Array, "... R D"], weight: Float[Array, "O D"], dtype: jnp.dtype = jnp.float32
+) -> Float[Array, "... R O"]:
+    """`x @ weight.T`, accumulated in float32 and returned in `dtype`."""
     rows = x.shape[-2]
     operand = pad_single_row(x) if math.prod(x.shape[:-1]) == 1 else x
-    y = jax.lax.dot_general(
-        operand, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    y = jax.lax.dot_general(operand, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
     return y[..., :rows, :]
 
 
@@ -89,30 +93,51 @@ class Linear(nnx.Module):
         std: float,
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
+        mesh: Mesh | None,
         bias: bool = False,
     ):
         self.input_axes = len(inputs)
-        shape = (*outputs.values(), *inputs.values())
+        self.mesh = mesh
+        shape, axes = (*outputs.values(), *inputs.values()), (*outputs, *inputs)
         weight = (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
-        self.weight = nnx.Param(weight, axes=(*outputs, *inputs))
-        self.bias = nnx.Param(jnp.zeros(shape[: len(outputs)], dtype), axes=tuple(outputs)) if bias else None
+        self.weight = nnx.Param(place(weight, mesh, axes), axes=axes)
+        zeros = place(jnp.zeros(shape[: len(outputs)], dtype), mesh, tuple(outputs)) if bias else None
+        self.bias = None if zeros is None else nnx.Param(zeros, axes=tuple(outputs))
+        self.adapter: Any = nnx.data(None)
+        """A module whose output is added, such as `phi3_jax.lora.LoRA`."""
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """[..., *inputs] -> [..., *outputs] in float32."""
+        """[..., *inputs] -> [..., *outputs] in float32; where devices add up partial sums, in x's dtype."""
+        axes = self.weight.axes
+        inputs = axes[len(axes) - self.input_axes :]
         lead = x.shape[: x.ndim - self.input_axes]
-        weight = self.weight[...]
+        weight = gather(self.weight[...], self.mesh, axes)
         output_shape = weight.shape[: weight.ndim - self.input_axes]
-        weight = weight.reshape(math.prod(output_shape), -1)
-        y = matmul(x.reshape(*lead, weight.shape[1]), weight).reshape(*lead, *output_shape)
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+        if self.mesh is None:
+            # XLA's CPU back end copies a weight that is not flat.
+            flat = weight.reshape(math.prod(output_shape), -1)
+            y = matmul(x.reshape(*lead, flat.shape[1]), flat).reshape(*lead, *output_shape)
+        else:
+            # Flat, an axis that the mesh divides would not always lie in front, and be gathered.
+            divided = any(shards(self.mesh, axis) > 1 for axis in inputs if axis != "embed")
+            contracted = tuple(range(len(lead), x.ndim)), tuple(range(len(output_shape), weight.ndim))
+            y = jax.lax.dot_general(
+                x,
+                weight,
+                (contracted, ((), ())),
+                preferred_element_type=x.dtype if divided else jnp.float32,
+            )
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square norm in float32; the weight multiplies after the cast back, as in the reference."""
 
-    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype):
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, mesh: Mesh | None):
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=("norm",))
+        self.weight = nnx.Param(place(jnp.ones((size,), dtype), mesh, ("norm",)), axes=("norm",))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
@@ -121,7 +146,10 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embeddings [V, D]; the padding row starts at zero and gets no gradient from look-ups."""
+    """Token embeddings [V, D]; the padding row starts at zero and gets no gradient from look-ups.
+
+    One that is the head's weight too (`tied`) is divided as the head's.
+    """
 
     def __init__(
         self,
@@ -129,20 +157,25 @@ class Embedding(nnx.Module):
         features: int,
         *,
         padding_idx: int | None,
+        tied: bool,
         std: float,
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
+        mesh: Mesh | None,
     ):
         self.padding_idx = padding_idx
+        self.mesh = mesh
+        axes = ("vocab" if tied else "tokens", "embed")
         weight = (std * jax.random.normal(rngs.params(), (num_embeddings, features), jnp.float32)).astype(
             dtype
         )
         if padding_idx is not None:
             weight = weight.at[padding_idx].set(0)
-        self.weight = nnx.Param(weight, axes=("vocab", "embed"))
+        self.weight = nnx.Param(place(weight, mesh, axes), axes=axes)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = jnp.take(self.weight[...], ids, axis=0, mode="clip")
+        weight = gather(self.weight[...], self.mesh, self.weight.axes)
+        x = jnp.take(weight, ids, axis=0, mode="clip")
         if self.padding_idx is None:
             return x
         return jnp.where((ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)

@@ -1,22 +1,51 @@
 """Which query may see which key."""
 
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-def causal_mask(
-    query_slots: Int[Array, "B T"],
-    key_slots: Int[Array, "#B S"],
-    key_mask: Bool[Array, "B S"],
-    sliding_window: int | None,
-) -> Bool[Array, "B 1 T S"]:
-    """True where a query sees a key: a token, at its own slot or before, within the window.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CausalMask:
+    """A query sees a key that is a token, at its own slot or before, within the window.
 
-    Slots count padding, so left padding shifts queries and keys alike. A window of W lets a query see W keys,
-    itself included.
+    Kept as vectors, so that each kernel makes of it what it needs and nobody holds T x S of anything. Slots
+    count padding, so left padding shifts queries and keys alike.
     """
-    query = query_slots[:, :, None]  # [B, T, 1]
-    key = key_slots[:, None, :]  # [B, 1, S]
-    visible = key_mask[:, None, :] & (key <= query)
-    if sliding_window is not None:
-        visible &= key > query - sliding_window
-    return visible[:, None]
+
+    query_slots: Int[Array, "B T"]
+    key_slots: Int[Array, "#B S"]
+    """Below 0: nothing lies there."""
+    key_mask: Bool[Array, "B S"]
+    """Keys that are tokens, not padding."""
+    window: int | None = field(metadata={"static": True})
+    """Keys that a query sees at most, its own included."""
+    fresh: bool = field(default=False, metadata={"static": True})
+    """The keys are those of the queries and nothing else: both lie in the slots 0 to T - 1."""
+
+    def dense(self) -> Bool[Array, "B 1 T S"]:
+        """True where a query sees a key."""
+        query = self.query_slots[:, :, None]  # [B, T, 1]
+        key = self.key_slots[:, None, :]  # [B, 1, S]
+        visible = self.key_mask[:, None, :] & (key <= query)
+        if self.window is not None:
+            visible &= key > query - self.window
+        return visible[:, None]
+
+    def sighted(self) -> Bool[Array, "B T"]:
+        """Queries of a fresh mask that see any key: all but some that are padding."""
+        tokens = jnp.pad(jnp.cumsum(self.key_mask, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+        seen = jnp.take_along_axis(tokens, self.query_slots + 1, axis=1)
+        if self.window is not None:
+            before = jnp.maximum(self.query_slots + 1 - self.window, 0)
+            seen -= jnp.take_along_axis(tokens, before, axis=1)
+        return seen > 0
+
+    def last_queries(self, count: int) -> "CausalMask":
+        """The mask of the last `count` queries; 0: of all."""
+        query_slots = self.query_slots[:, -count:]
+        fresh = self.fresh and query_slots.shape == self.query_slots.shape
+        return replace(self, query_slots=query_slots, fresh=fresh)

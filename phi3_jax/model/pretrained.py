@@ -10,8 +10,11 @@ from flax import nnx
 from jaxtyping import Array
 
 from phi3_jax.config import Phi3Config
+from phi3_jax.model.attention import IMPLEMENTATIONS
 from phi3_jax.model.cache import KVCache
+from phi3_jax.model.decoder_layer import Phi3Attention
 from phi3_jax.model.layers import Embedding, normal
+from phi3_jax.sharding import check_divides, place
 
 if TYPE_CHECKING:
     from phi3_jax.model.decoder import Phi3Model
@@ -86,7 +89,26 @@ class Phi3PreTrainedModel(nnx.Module):
             traced = isinstance(weight, jax.core.Tracer)
             on_cpu = not traced and {device.platform for device in weight.devices()} == {"cpu"}
             dtype = jnp.float32 if on_cpu else weight.dtype
-        return KVCache.create(self.config, batch_size, max_length, jnp.dtype(dtype), window)
+        return KVCache.create(
+            self.config, batch_size, max_length, jnp.dtype(dtype), window, self.decoder.mesh
+        )
+
+    def set_attn_implementation(self, implementation: str | None) -> None:
+        """Chooses the attention kernel, which is otherwise chosen by the platform.
+
+        Args:
+            implementation: "xla", "pallas" (splash attention and our kernel for caches; interpreted where
+                there is no TPU), "cudnn" (NVIDIA GPUs), or None: Pallas on TPU, cuDNN on GPU, else XLA.
+
+        Raises:
+            ValueError: another name.
+        """
+        if implementation not in IMPLEMENTATIONS:
+            known = ", ".join(map(repr, IMPLEMENTATIONS))
+            raise ValueError(f"attn_implementation={implementation!r} is not known; use one of {known}")
+        for module in nnx.iter_modules(self):
+            if isinstance(module[1], Phi3Attention):
+                module[1].implementation = implementation
 
     def get_input_embeddings(self) -> Embedding:
         return self.decoder.embed_tokens
@@ -120,13 +142,16 @@ class Phi3PreTrainedModel(nnx.Module):
             rngs: for new rows that are drawn.
 
         Raises:
-            ValueError: no row would be left, or a token that the config names (pad, bos, eos) would go.
+            ValueError: no row would be left, a token that the config names (pad, bos, eos) would go, or the
+                mesh does not divide the rows.
         """
         if pad_to_multiple_of is not None:
             if pad_to_multiple_of < 1:
                 raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of} must be positive")
             new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         config = self.config.replace(vocab_size=new_num_tokens)  # checks the number and the special tokens
+        mesh = self.decoder.mesh
+        check_divides(mesh, config.divided_sizes)
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
 
         def resize(weight: Array) -> Array:
@@ -141,7 +166,7 @@ class Phi3PreTrainedModel(nnx.Module):
             return jnp.concatenate([weight, rows.astype(weight.dtype)])
 
         for parameter in self._vocabulary_weights():
-            parameter.set_value(resize(parameter[...]))
+            parameter.set_value(place(resize(parameter[...]), mesh, parameter.axes))
         self.decoder.config = config
         return self.get_input_embeddings()
 

@@ -7,8 +7,8 @@ import pytest
 from reference import alone, distance, longrope, pair, random_ids, run, small_config
 
 from phi3_jax import Phi3ForCausalLM
-from phi3_jax.model import attention as attention_module
 from phi3_jax.model.attention import attention
+from phi3_jax.model.kernels import xla as xla_module
 from phi3_jax.model.quantized import QuantizedVectors
 
 WINDOW, CHUNK, RING = 65, 64, 128
@@ -291,7 +291,7 @@ def test_quantized_vectors():
 )
 def test_int8_attention_equals_that_over_dequantized_vectors(length, limit, monkeypatch):
     """With four heads at a time, two or one; for one mask and one a head."""
-    monkeypatch.setattr(attention_module, "HEADS_BLOCK_BYTES", limit)
+    monkeypatch.setattr(xla_module, "HEADS_BLOCK_BYTES", limit)
     batch, kv_heads, groups, slots, width = 3, 4, 2, 40, 12
     random = np.random.default_rng(0)
     query = jnp.asarray(random.normal(size=(batch, length, kv_heads, groups, width)), jnp.float32)
@@ -315,7 +315,7 @@ def test_int8_attention_equals_that_over_dequantized_vectors(length, limit, monk
 
 def test_dropout_over_int8(monkeypatch):
     """Drops what it says, and not the same for every head."""
-    monkeypatch.setattr(attention_module, "HEADS_BLOCK_BYTES", 1)
+    monkeypatch.setattr(xla_module, "HEADS_BLOCK_BYTES", 1)
     query = jnp.zeros((1, 100, 2, 1, 8))
     vectors = QuantizedVectors.quantize(jnp.ones((1, 2, 50, 8)))
     mask = jnp.ones((1, 1, 100, 50), bool)
@@ -350,7 +350,7 @@ def test_dtypes_that_no_cache_has():
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 1), (2, 4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_written_in_place(kind, batch, length, monkeypatch):
-    monkeypatch.setattr(attention_module, "HEADS_BLOCK_BYTES", 1)
+    monkeypatch.setattr(xla_module, "HEADS_BLOCK_BYTES", 1)
     heads = {"head_dim": 64, "num_attention_heads": 16, "num_key_value_heads": 16}
     model = Phi3ForCausalLM(kind_config(**heads, sliding_window=961))
 

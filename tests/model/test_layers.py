@@ -15,8 +15,8 @@ from phi3_jax import (
     Phi3ForTokenClassification,
     Phi3Model,
 )
-from phi3_jax.model import attention as attention_module
 from phi3_jax.model.attention import attention
+from phi3_jax.model.kernels import xla as xla_module
 from phi3_jax.model.layers import ACTIVATIONS, activation, dropout
 
 TOLERANCE = 1e-5
@@ -121,7 +121,7 @@ def test_classifier_dropout():
 @pytest.mark.parametrize("block", [1024, 4])
 def test_attention_dropout(block, monkeypatch):
     """With the identity for values, the output is the probabilities."""
-    monkeypatch.setattr(attention_module, "QUERY_BLOCK", block)
+    monkeypatch.setattr(xla_module, "QUERY_BLOCK", block)
     query, key = jax.random.normal(jax.random.key(0), (2, 2, 18, 2, 3, 18))
     key = key[:, :, :, 0].swapaxes(1, 2)
     values = jnp.broadcast_to(jnp.eye(18), (2, 2, 18, 18))
@@ -186,7 +186,7 @@ def test_blocks_of_queries(heads, additive, monkeypatch):
     direct_gradients, direct = both()
     expected = attention(query, key, value, mask, scale=0.35, output_weights=True)[0]
     for block in (4, 5):  # with and without a rest
-        monkeypatch.setattr(attention_module, "QUERY_BLOCK", block)
+        monkeypatch.setattr(xla_module, "QUERY_BLOCK", block)
         in_blocks, out = both()
         assert distance(out, direct) <= 1e-6
         assert distance(out, expected) <= 1e-6
@@ -201,7 +201,7 @@ def test_blocks_of_queries_in_a_model(tmp_path, monkeypatch):
     theirs_logits = theirs(
         torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions(mask))
     ).logits
-    monkeypatch.setattr(attention_module, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(xla_module, "QUERY_BLOCK", 4)
     assert "scan" in str(jax.make_jaxpr(lambda m: m(ids, mask).logits)(ours))
     out = jax.jit(lambda m: m(ids, mask))(ours)
     assert distance(out.logits, theirs_logits, mask.astype(bool)[..., None]) <= TOLERANCE

@@ -1,0 +1,354 @@
+"""A Pallas TPU kernel for queries against a cache: decoding, chunks of a prompt, checking drafts."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from phi3_jax.model.masks import CausalMask
+from phi3_jax.model.quantized import QuantizedVectors
+
+LANES = 128
+SUBLANES = 8
+
+UNSEEN = float(np.finfo(np.float32).min)
+"""The score of a key that a query does not see, and the log-sum-exp of a query that sees none."""
+
+START = UNSEEN / 2
+"""Where running maxima start: above UNSEEN, so that unseen keys get exp(UNSEEN - START) = 0."""
+
+FAR = np.iinfo(np.int32).max
+"""The slot given to keys that are padding: after every query."""
+
+KEY_BLOCK = 512
+"""Keys a grid step; few enough that little is read past the last token."""
+
+LARGEST_KEY_BLOCK = 2048
+"""Keys a grid step where there are few heads to take together."""
+
+ROW_BLOCK = 512
+"""Query rows (queries times groups) a grid step; at 256 and above the MXU outruns the cache's reading."""
+
+STEP_BYTES = 2 << 20
+"""Keys and values a grid step, twice in VMEM: large beside a step's 0.35 us, small beside VMEM's 16 MB."""
+
+ROWS_BYTES = 5 << 20
+"""What the query rows of a grid step may take of VMEM, with their sums and results."""
+
+SCORES_BYTES = 1 << 20
+"""What the scores of one head of a grid step may take; several arrays of that size are live at a time."""
+
+UNROLLED_ROWS = 64
+"""Rows up to which the heads of a step are unrolled, so that the work of one hides the waits of another."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What one grid step takes."""
+
+    queries: int
+    rows: int
+    """`queries` times groups, rounded up to whole tiles."""
+    heads: int
+    keys: int
+
+
+def cached_attention(
+    query: Float[Array, "B T K G H"],
+    key: Float[Array, "B K S H"] | QuantizedVectors,
+    value: Float[Array, "B K S H"] | QuantizedVectors,
+    mask: CausalMask,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
+    """Softmax attention that reads only those blocks of keys in which some query may see something.
+
+    Where T queries have slots in order and without gaps these are exactly the blocks with a visible key; the
+    grid is as long as the longest row needs. Not differentiable.
+
+    Returns:
+        The attended values in float32, and the log-sum-exp of each query's scores, by which a cache divided
+        over devices is put together (`combine`). A query that sees nothing gets zeros and `UNSEEN`.
+    """
+    batch, length, kv_heads, groups, width = query.shape
+    size = key.shape[2]
+    blocks = choose_blocks(length, kv_heads, groups, width, size, key.dtype.itemsize)
+    query_blocks = -(-length // blocks.queries)
+
+    keys_at = jnp.where(mask.key_mask, mask.key_slots, FAR)
+    keys_at = _pad(keys_at, 1, -(-size // blocks.keys) * blocks.keys, constant_values=FAR)  # [B, blocks' S]
+    # Queries that fill a block up repeat the last one, so that they see nothing new.
+    queries_at = _pad(mask.query_slots, 1, query_blocks * blocks.queries, mode="edge")
+    queries_at = queries_at.reshape(batch, query_blocks, blocks.queries)
+    order, counts = live_blocks(queries_at, keys_at, mask.window, blocks.keys)
+
+    rows = query.swapaxes(1, 2)  # [B, K, T, G, H]
+    rows = _pad(rows, 2, query_blocks * blocks.queries)
+    rows = rows.reshape(batch, kv_heads, query_blocks, blocks.queries * groups, width)
+    rows = _pad(rows, 3, blocks.rows).reshape(batch, kv_heads, -1, width)
+    rows_at = _pad(jnp.repeat(queries_at, groups, axis=2), 2, blocks.rows, mode="edge").reshape(batch, -1, 1)
+
+    out, lse = _call(
+        rows, key, value, rows_at, keys_at[:, None], order, counts, mask.window, scale, blocks, interpret
+    )
+
+    def unfold(x: Array) -> Array:
+        """[B, K, rows, n] -> [B, T, K, G, n]."""
+        x = x.reshape(batch, kv_heads, query_blocks, blocks.rows, -1)[:, :, :, : blocks.queries * groups]
+        x = x.reshape(batch, kv_heads, query_blocks * blocks.queries, groups, -1)[:, :, :length]
+        return x.swapaxes(1, 2)
+
+    return unfold(out), unfold(lse)[..., 0]
+
+
+def combine(
+    out: Float[Array, "pieces B T K G H"], lse: Float[Array, "pieces B T K G"]
+) -> Float[Array, "B T K G H"]:
+    """Attention over a whole cache from that over its pieces."""
+    weights = jax.nn.softmax(lse, axis=0)
+    return jnp.einsum("p...,p...H->...H", weights, out)
+
+
+def choose_blocks(length: int, kv_heads: int, groups: int, width: int, size: int, itemsize: int) -> Blocks:
+    """Steps that are large beside their overhead and fit into VMEM."""
+    queries = length
+    if length * groups > ROW_BLOCK:
+        most = max(ROW_BLOCK // groups // SUBLANES, 1) * SUBLANES
+        queries = -(-length // (-(-length // most)))
+        queries = -(-queries // SUBLANES) * SUBLANES
+    rows = -(-queries * groups // SUBLANES) * SUBLANES
+    lanes = -(-width // LANES) * LANES
+    # A head's sum, its result and queries (two buffers each), maximum, normalizer and log-sum-exp (two).
+    head_rows_bytes = rows * (lanes * (4 + 2 * 4 + 2 * 4) + LANES * 4 * 4)
+    keys = min(KEY_BLOCK, size)
+
+    def fits(heads: int, keys: int) -> bool:
+        return (
+            2 * heads * keys * width * itemsize <= STEP_BYTES
+            and heads * head_rows_bytes <= ROWS_BYTES
+            and rows * keys * 4 <= SCORES_BYTES
+        )
+
+    heads = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or fits(n, keys)))
+    while keys < min(LARGEST_KEY_BLOCK, size) and fits(heads, 2 * keys):
+        keys = min(2 * keys, size)
+    return Blocks(queries=queries, rows=rows, heads=heads, keys=keys)
+
+
+def live_blocks(
+    query_slots: Int[Array, "B blocks queries"], key_slots: Int[Array, "B S"], window: int | None, keys: int
+) -> tuple[Int[Array, "B blocks key_blocks"], Int[Array, "B blocks"]]:
+    """For each block of queries the blocks of keys it has to read, in order and then repeated, and how many.
+
+    A block index that repeats is not fetched again.
+    """
+    key_blocks = key_slots.shape[1] // keys
+    first, last = jnp.min(query_slots, axis=2), jnp.max(query_slots, axis=2)  # [B, blocks]
+    live = key_slots[:, None] <= last[:, :, None]  # [B, blocks, S]
+    if window is not None:
+        live &= key_slots[:, None] > first[:, :, None] - window
+    live = live.reshape(*first.shape, key_blocks, keys).any(axis=3)
+    seen = jnp.cumsum(live, axis=2, dtype=jnp.int32)
+    counts = seen[:, :, -1]
+    rank = jnp.minimum(jnp.arange(key_blocks), jnp.maximum(counts[:, :, None] - 1, 0))
+    # The block of rank n comes after as many blocks as have at most n live ones up to them. (No sorting.)
+    order = jnp.sum(seen[:, :, None] <= rank[..., None], axis=3, dtype=jnp.int32)
+    return jnp.minimum(order, key_blocks - 1), counts
+
+
+def _call(
+    rows: Array,
+    key: Array | QuantizedVectors,
+    value: Array | QuantizedVectors,
+    rows_at: Array,
+    keys_at: Array,
+    order: Array,
+    counts: Array,
+    window: int | None,
+    scale: float,
+    blocks: Blocks,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """The kernel on rows [B, K, R, H] with slots [B, R, 1] and keys with slots [B, 1, S]."""
+    batch, kv_heads, _, width = rows.shape
+    size = key.shape[2]
+    query_blocks, key_blocks = order.shape[1:]
+    # TPUs keep [B, K, S, H] with S in the lanes unless H fills them: there the swapped view costs nothing.
+    swapped = width % LANES != 0
+    quantized = isinstance(key, QuantizedVectors)
+
+    def block(b: Array, q: Array, j: Array, order_ref: jax.Ref) -> Array:
+        return order_ref[(b * query_blocks + q) * key_blocks + j]
+
+    rows_spec = pl.BlockSpec((1, blocks.heads, blocks.rows, width), lambda b, h, q, j, *_: (b, h, q, 0))
+    if swapped:
+        vectors_spec = pl.BlockSpec(
+            (1, blocks.heads, width, blocks.keys),
+            lambda b, h, q, j, order, counts: (b, h, 0, block(b, q, j, order)),
+        )
+    else:
+        vectors_spec = pl.BlockSpec(
+            (1, blocks.heads, blocks.keys, width),
+            lambda b, h, q, j, order, counts: (b, h, block(b, q, j, order), 0),
+        )
+    # Scales of all heads: a block of some rows would have to be whole tiles.
+    scales_spec = pl.BlockSpec(
+        (1, kv_heads, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
+    )
+
+    def operands(vectors: Array | QuantizedVectors) -> list[Array]:
+        if isinstance(vectors, QuantizedVectors):
+            return [*operands(vectors.values), vectors.scale]
+        return [vectors.swapaxes(2, 3) if swapped else vectors]
+
+    vectors_specs = [vectors_spec, scales_spec] if quantized else [vectors_spec]
+    return pl.pallas_call(
+        partial(
+            _kernel,
+            query_blocks=query_blocks,
+            key_blocks=key_blocks,
+            window=window,
+            scale=scale,
+            swapped=swapped,
+            quantized=quantized,
+            size=size,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, kv_heads // blocks.heads, query_blocks, jnp.maximum(jnp.max(counts), 1)),
+            in_specs=[
+                pl.BlockSpec((1, blocks.rows, 1), lambda b, h, q, j, *_: (b, q, 0)),
+                pl.BlockSpec(
+                    (1, 1, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
+                ),
+                rows_spec,
+                *vectors_specs,
+                *vectors_specs,
+            ],
+            out_specs=[
+                rows_spec,
+                pl.BlockSpec((1, blocks.heads, blocks.rows, 1), lambda b, h, q, j, *_: (b, h, q, 0)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((blocks.heads, blocks.rows, width), jnp.float32),
+                pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
+                pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
+                *([pltpu.VMEM((kv_heads, blocks.keys), jnp.float32)] * 2 if quantized else []),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(rows.shape, jnp.float32),
+            jax.ShapeDtypeStruct((*rows.shape[:3], 1), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
+        name="cached_attention",
+        interpret=interpret,
+    )(order.reshape(-1), counts.reshape(-1), rows_at, keys_at, rows, *operands(key), *operands(value))
+
+
+def _kernel(
+    order_ref: jax.Ref,
+    counts_ref: jax.Ref,
+    rows_at_ref: jax.Ref,
+    keys_at_ref: jax.Ref,
+    rows_ref: jax.Ref,
+    *refs: jax.Ref,
+    query_blocks: int,
+    key_blocks: int,
+    window: int | None,
+    scale: float,
+    swapped: bool,
+    quantized: bool,
+    size: int,
+) -> None:
+    """One step: the rows of some heads against one block of keys, with the softmax taken on the way."""
+    if quantized:
+        key_ref, key_scale_ref, value_ref, value_scale_ref, *refs_left = refs
+        out_ref, lse_ref, sum_ref, max_ref, norm_ref, key_scales, value_scales = refs_left
+    else:
+        key_ref, value_ref, out_ref, lse_ref, sum_ref, max_ref, norm_ref = refs
+    row, head_block, query_block, step = (pl.program_id(axis) for axis in range(4))
+    at = row * query_blocks + query_block
+    heads, keys = rows_ref.shape[1], keys_at_ref.shape[2]
+    dtype = rows_ref.dtype if quantized else jnp.promote_types(rows_ref.dtype, key_ref.dtype)
+
+    @pl.when(step == 0)
+    def start() -> None:
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        max_ref[...] = jnp.full_like(max_ref, START)
+        norm_ref[...] = jnp.zeros_like(norm_ref)
+
+    @pl.when(step < counts_ref[at])
+    def add_block() -> None:
+        keys_at, rows_at = keys_at_ref[0], rows_at_ref[0]  # [1, keys], [rows, 1]
+        visible = keys_at <= rows_at
+        if window is not None:
+            visible &= keys_at > rows_at - window
+        if quantized:  # rows of packed numbers cannot be picked by a number that is not known
+            key_scales[...] = key_scale_ref[0].astype(jnp.float32)
+            value_scales[...] = value_scale_ref[0].astype(jnp.float32)
+        left = size - order_ref[at * key_blocks + step] * keys
+
+        def add_head(head: Array, _: None) -> None:
+            scale_row = pl.ds(head_block * heads + head, 1)
+            key = _widen(key_ref[0, head], dtype)
+            scores = jax.lax.dot_general(
+                rows_ref[0, head].astype(dtype),
+                key,
+                (((1,), (0 if swapped else 1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            if quantized:
+                scores = scores * key_scales[scale_row, :]
+            scores = jnp.where(visible, scores * scale, UNSEEN)  # [rows, keys]
+
+            before = max_ref[head]  # the same in every lane, as all three are
+            now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+            weights = jnp.exp(scores - now[:, :1])
+            faded = jnp.exp(before - now)
+            max_ref[head] = now
+            norm_ref[head] = norm_ref[head] * faded + jnp.sum(weights, axis=1, keepdims=True)
+
+            if quantized:
+                weights = weights * value_scales[scale_row, :]
+            value = _widen(value_ref[0, head], dtype)
+            if size % keys:  # past the last value lies anything, NaN as well
+                axis = 1 if swapped else 0
+                value = jnp.where(jax.lax.broadcasted_iota(jnp.int32, value.shape, axis) < left, value, 0)
+            added = jax.lax.dot_general(
+                weights.astype(dtype),
+                value,
+                (((1,), (1 if swapped else 0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            sum_ref[head] = sum_ref[head] * faded[:, :1] + added
+
+        jax.lax.fori_loop(0, heads, add_head, None, unroll=rows_ref.shape[2] <= UNROLLED_ROWS)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def finish() -> None:
+        norm = norm_ref[...]
+        nothing = norm == 0
+        safe = jnp.where(nothing, 1.0, norm)
+        out_ref[0] = sum_ref[...] / safe[:, :, :1]
+        lse_ref[0] = jnp.where(nothing, UNSEEN, max_ref[...] + jnp.log(safe))[:, :, :1]
+
+
+def _widen(vectors: Array, dtype: jnp.dtype) -> Array:
+    return vectors.astype(jnp.float32).astype(dtype) if vectors.dtype == jnp.int8 else vectors.astype(dtype)
+
+
+def _pad(x: Array, axis: int, size: int, **how: Any) -> Array:
+    """`x` filled up to `size` along `axis`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, **how)

@@ -1,0 +1,171 @@
+"""JAX's splash attention (TPU) for forwards whose keys are the queries' own, with its backward pass."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask, MultiHeadMask
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+TILE = 128
+BLOCK = 512
+"""Queries and keys multiplied at a time: large beside a step's overhead; their scores take 1 MB of VMEM."""
+
+
+@dataclass(frozen=True)
+class _Visible:
+    """Which keys a query sees, by their places; equal for equal windows, so that programs are reused."""
+
+    window: int | None
+
+    def __call__(self, query: Array, key: Array) -> Array:
+        visible = query >= key
+        return visible if self.window is None else visible & (key > query - self.window)
+
+
+@dataclass(frozen=True)
+class _CausalBlocks(Mask):
+    """The causal mask as the library asks for it, without ever making one.
+
+    Of a block the library only wants to know whether any and whether all of it is visible (inside the kernel
+    it uses `mask_function`), and two numbers say that. Its own masks compute every element on the host: a
+    minute at 131,072 tokens.
+    """
+
+    length: int
+    window: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.length, self.length
+
+    @property
+    def q_sequence(self) -> np.ndarray:
+        return np.arange(self.length, dtype=np.int32)
+
+    @property
+    def mask_function(self) -> _Visible:
+        return _Visible(self.window)
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        """[whether anything, whether everything in the block is visible]."""
+        queries, keys = block
+        some = keys.start < queries.stop
+        every = keys.stop - 1 <= queries.start
+        if self.window is not None:
+            some &= keys.stop - 1 > queries.start - self.window
+            every &= keys.start > queries.stop - 1 - self.window
+        return np.array([some, every])
+
+
+@lru_cache(maxsize=16)
+def make_kernel(
+    groups: int, length: int, window: int | None, *, shards: int = 1, interpret: bool = False
+) -> library.SplashAttentionKernel:
+    """The kernel of `groups` query heads that share a key/value head; a pytree of NumPy arrays.
+
+    Args:
+        groups: query heads a key/value head.
+        length: tokens of the whole sequence.
+        window: keys that a query sees at most, its own included.
+        shards: pieces into which the queries are cut over a mesh axis, keys and values being whole.
+        interpret: run without a TPU, for tests.
+
+    Raises:
+        ValueError: `length` is no multiple of 128 times `shards`, if `shards` is not 1.
+    """
+    if window is not None and window >= length:
+        window = None
+    block, padded = _block(length, shards)
+    blocks = padded // block
+    # Twice the keys a step halves the steps' overhead where nothing stands against it.
+    keys = 2 * block if blocks % 2 == 0 else block
+    sizes = library.BlockSizes(
+        block_q=block,
+        block_kv=keys,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=block,
+        # The fused backward pass would keep a dq in bfloat16 for each block of keys: 64 times the queries'
+        # size at 32,768 tokens.
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    with jax.ensure_compile_time_eval():
+        kernel = library.make_splash_mqa(
+            MultiHeadMask([_CausalBlocks(padded, window)] * groups),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=shards,
+            interpret=interpret,
+        )
+        return jax.tree.map(np.asarray, kernel)
+
+
+def _block(length: int, shards: int) -> tuple[int, int]:
+    """The block size, and the length that whole blocks take."""
+    if shards == 1:
+        blocks = -(-length // BLOCK)
+        block = -(-length // (blocks * TILE)) * TILE
+        return block, blocks * block
+    if length % (TILE * shards):
+        raise ValueError(
+            f"{length} tokens do not divide over context={shards} in pieces of whole {TILE}s: "
+            f"pad them to {-(-length // (TILE * shards)) * TILE * shards}"
+        )
+    piece = length // shards
+    return max(n for n in range(TILE, BLOCK + 1, TILE) if piece % n == 0), length
+
+
+def kernel_specs(
+    kernel: library.SplashAttentionKernel, mesh: Mesh, axis: str | None
+) -> library.SplashAttentionKernel:
+    """The kernel's `in_specs` for `shard_map`, its queries being cut over `axis` of the mesh (None: whole).
+
+    The library's kernels want `check_vma=False`.
+    """
+    return kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
+
+
+def attend(
+    kernel: library.SplashAttentionKernel,
+    query: Float[Array, "B T K G H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    key_mask: Bool[Array, "B S"],
+    scale: float,
+) -> Float[Array, "B T K G H"]:
+    """Softmax attention of the kernel's own queries (all, or one device's piece) over all keys.
+
+    A query that sees nothing gets the mean of the values in its blocks, and a gradient that is finite and of
+    no use: mask such queries in the loss. `scale` is multiplied into the queries, and rounded with them.
+    """
+    length = query.shape[1]
+    places = kernel.fwd_mask_info.q_sequence
+    assert places is not None  # every mask of `make_kernel` has them
+    padding = places.shape[0] - length
+
+    def pad(x: Array, axis: int) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, padding)
+        return jnp.pad(x, widths)
+
+    queries = pad((query.astype(jnp.float32) * scale).astype(query.dtype), 1).transpose(0, 2, 3, 1, 4)
+    ids = pad(key_mask.astype(jnp.int32), 1)
+    ones = jnp.ones((queries.shape[3],), jnp.int32)
+
+    def attend_row(queries: Array, keys: Array, values: Array, ids: Array) -> Array:
+        def attend_head(queries: Array, keys: Array, values: Array) -> Array:
+            out = kernel(queries, keys, values, library.SegmentIds(q=ones, kv=ids))
+            assert isinstance(out, jax.Array)  # no residuals were asked for
+            return out
+
+        return jax.vmap(attend_head)(queries, keys, values)
+
+    out = jax.vmap(attend_row)(queries, pad(key, 2), pad(value, 2), ids)  # [B, K, G, T, H]
+    return out.transpose(0, 3, 1, 2, 4)[:, :length]

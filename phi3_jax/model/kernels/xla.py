@@ -1,0 +1,213 @@
+"""Attention in plain JAX: for every platform, mask and dtype, and the measure of the other kernels."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from phi3_jax.model.layers import dropout, pad_single_row
+from phi3_jax.model.masks import CausalMask
+from phi3_jax.model.quantized import QuantizedVectors
+
+QUERY_BLOCK = 128
+"""Queries attended at a time, so that scores take QUERY_BLOCK x S a head: what CPU caches can hold."""
+
+HEADS_BLOCK_BYTES = 4 << 20
+"""What the int8 keys that a CPU widens at a time may take in float32: again what its caches hold."""
+
+
+class Attended(NamedTuple):
+    """What attention gives."""
+
+    out: Float[Array, "B T K G H"]
+    weights: Float[Array, "B N T S"] | None
+    """The probabilities of all N = K * G heads."""
+    lse: Float[Array, "B N T"] | None
+    """The logarithm of the scores' summed exponentials, by which parts of the keys are put together; about
+    the least float32 where nothing is visible."""
+
+
+class _Wanted(NamedTuple):
+    weights: bool
+    lse: bool
+
+
+def xla_attention(
+    query: Float[Array, "B T K G H"],
+    key: Float[Array, "B K S H"] | QuantizedVectors,
+    value: Float[Array, "B K S H"] | QuantizedVectors,
+    mask: CausalMask | Bool[Array, "B #heads T S"] | Float[Array, "B #heads T S"],
+    *,
+    scale: float,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    output_weights: bool = False,
+    output_lse: bool = False,
+) -> Attended:
+    """Softmax attention, scores and softmax in float32.
+
+    Args:
+        query: grouped by the key/value head that each query head reads.
+        key: keys, head-major: a decode step then reads each head's keys in one run.
+        value: values, likewise.
+        mask: who sees whom; an array is True where a query sees a key, or numbers added to the scores.
+        scale: factor on the scores.
+        dropout_rate: dropout on the probabilities, applied when `dropout_key` is given.
+        dropout_key: randomness for dropout.
+        output_weights: also return the probabilities.
+        output_lse: also return the scores' log-sum-exp.
+    """
+    length = query.shape[1]
+    wanted = _Wanted(output_weights, output_lse)
+    if output_weights or length <= QUERY_BLOCK:
+        return _attend_at_once(query, key, value, mask, scale, dropout_rate, dropout_key, wanted)
+
+    blocks = -(-length // QUERY_BLOCK)
+    padding = blocks * QUERY_BLOCK - length
+
+    def split(x: Array, axis: int) -> Array:
+        """Cuts `axis` into blocks and puts the blocks in front."""
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, padding)
+        x = jnp.pad(x, widths)
+        x = x.reshape(*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    rows = split(mask.query_slots, 1) if isinstance(mask, CausalMask) else split(mask, 2)
+
+    @jax.checkpoint
+    def attend_block(block: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
+        index, queries, rows = block
+        visible = replace(mask, query_slots=rows) if isinstance(mask, CausalMask) else rows
+        block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        block_out = _attend_at_once(queries, key, value, visible, scale, dropout_rate, block_key, wanted)
+        return block_out.out, block_out.lse
+
+    out, lse = jax.lax.map(attend_block, (jnp.arange(blocks), split(query, 1), rows))
+    out = jnp.moveaxis(out, 0, 1)  # [B, blocks, QUERY_BLOCK, K, G, H]
+    out = out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+    if lse is not None:
+        lse = jnp.moveaxis(lse, 0, 2)  # [B, N, blocks, QUERY_BLOCK]
+        lse = lse.reshape(*lse.shape[:2], -1)[:, :, :length]
+    return Attended(out, None, lse)
+
+
+def _attend_at_once(
+    query: Array,
+    key: Array | QuantizedVectors,
+    value: Array | QuantizedVectors,
+    mask: CausalMask | Array,
+    scale: float,
+    dropout_rate: float,
+    dropout_key: Array | None,
+    wanted: _Wanted,
+) -> Attended:
+    """Attention of a block of queries; on CPU some heads at a time if keys and values are int8.
+
+    XLA widens int8 inside the matrix product on TPU and GPU, and in memory on CPU.
+    """
+    mask = mask.dense() if isinstance(mask, CausalMask) else mask
+    if isinstance(key, Array):
+        return _attend(query, key, value, mask, scale, dropout_rate, dropout_key, wanted)
+    settings: Any = {
+        "scale": scale,
+        "dropout_rate": dropout_rate,
+        "dropout_key": dropout_key,
+        "wanted": wanted,
+    }
+    by_heads, at_once = partial(_attend_by_heads, **settings), partial(_attend, **settings)
+    return jax.lax.platform_dependent(query, key, value, mask, cpu=by_heads, default=at_once)
+
+
+def _attend_by_heads(
+    query: Array,
+    key: QuantizedVectors,
+    value: QuantizedVectors,
+    mask: Array,
+    scale: float,
+    dropout_rate: float,
+    dropout_key: Array | None,
+    wanted: _Wanted,
+) -> Attended:
+    batch, length, kv_heads, groups, width = query.shape
+    fitting = max(HEADS_BLOCK_BYTES // (4 * key.shape[2] * width), 1)
+    heads = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= fitting)
+    blocks = batch * kv_heads // heads
+    dtype = jnp.float32 if length == 1 else query.dtype  # for a single query the faster product
+    queries = query.astype(dtype).swapaxes(1, 2).reshape(blocks, heads, length, groups, width)
+    masks = mask if mask.shape[1] == 1 else mask.reshape(blocks, heads * groups, *mask.shape[2:])
+    # Blocks are cut inside the loop: XLA copies the whole cache to split it beside an axis of length 1.
+    key, value = jax.tree.map(lambda x: x.reshape(batch * kv_heads, *x.shape[2:]), (key, value))
+
+    def attend_block(block: tuple[Array, Array]) -> Attended:
+        index, queries = block
+        keys, values = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, index * heads, heads)[None], (key, value)
+        )
+        visible = masks[index * len(masks) // blocks][None]
+        block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        queries = queries.swapaxes(0, 1)[None]
+        return _attend(queries, keys, values, visible, scale, dropout_rate, block_key, wanted)
+
+    out, weights, lse = jax.lax.map(attend_block, (jnp.arange(blocks), queries))
+    out = out.reshape(batch, -1, length, heads, groups, width).swapaxes(1, 2).reshape(query.shape)
+    if weights is not None:
+        weights = weights.reshape(batch, kv_heads * groups, length, -1).astype(query.dtype)
+    if lse is not None:
+        lse = lse.reshape(batch, kv_heads * groups, length)
+    return Attended(out.astype(query.dtype), weights, lse)
+
+
+def _attend(
+    query: Array,
+    key: Array | QuantizedVectors,
+    value: Array | QuantizedVectors,
+    mask: Array,
+    scale: float,
+    dropout_rate: float,
+    dropout_key: Array | None,
+    wanted: _Wanted,
+) -> Attended:
+    batch, length, kv_heads, groups, width = query.shape
+    rows = groups * length
+    key, key_scale = _split(key)
+    value, value_scale = _split(value)
+    # A decode step reads a float32 cache as it is; with more queries, casting it first pays.
+    dtype = jnp.promote_types(query.dtype, key.dtype) if length == 1 else query.dtype
+    key, value = key.astype(dtype), value.astype(dtype)
+    folded = query.astype(dtype).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width)
+    scores = jnp.einsum("BKRH,BKSH->BKRS", pad_single_row(folded), key, preferred_element_type=jnp.float32)
+    scores = scores[:, :, :rows]
+    if key_scale is not None:
+        scores = scores * key_scale
+    scores = scores.reshape(batch, kv_heads * groups, length, -1) * scale  # [B, N, T, S]
+    if mask.dtype == jnp.bool:
+        # Finite and added, as in the reference: a query that sees nothing attends everywhere alike instead of
+        # giving NaN, and has the reference's gradient.
+        mask = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+    scores = scores + mask.astype(jnp.float32)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    weights = probabilities.astype(query.dtype)
+    # Where a scale is still to come, rounding waits for the product.
+    folded = dropout(weights if value_scale is None else probabilities, dropout_rate, dropout_key)
+    folded = folded.reshape(batch, kv_heads, rows, -1)
+    if value_scale is not None:
+        folded = folded * value_scale
+    folded = pad_single_row(folded.astype(dtype))
+    out = jnp.einsum("BKRS,BKSH->BKRH", folded, value, preferred_element_type=jnp.float32)
+    out = out[:, :, :rows].reshape(batch, kv_heads, groups, length, width).astype(query.dtype)
+    return Attended(
+        out.transpose(0, 3, 1, 2, 4),
+        weights if wanted.weights else None,
+        jax.nn.logsumexp(scores, axis=-1) if wanted.lse else None,
+    )
+
+
+def _split(vectors: Array | QuantizedVectors) -> tuple[Array, Array | None]:
+    """The numbers to multiply with, and the factor [B, K, 1, S] on the products, if there is one."""
+    if isinstance(vectors, Array):
+        return vectors, None
+    return vectors.values, vectors.scale[:, :, None].astype(jnp.float32)

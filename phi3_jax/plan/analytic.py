@@ -1,0 +1,202 @@
+"""Bytes held, read and sent by one chip in one step, from shapes alone: for chips that nothing can be
+compiled for, and for choosing among meshes before anything is.
+
+What is held of parameters, optimizer and cache is exact. What is read and sent is what the task cannot do
+without. Temporaries are an estimate.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from phi3_jax.plan import shapes
+from phi3_jax.plan.collectives import traffic
+from phi3_jax.plan.flops import Flops, step_flops
+from phi3_jax.plan.work import Work
+
+_ID_ARRAYS = {"finetune": 3, "prefill": 2, "decode": 1}
+"""Of the batch: ids, mask, labels."""
+
+
+@dataclass(frozen=True)
+class Analytic:
+    """One step of a task on one mesh; bytes are one chip's."""
+
+    parameters: int
+    """Of the model, over all chips."""
+    trained_parameters: int
+    flops: Flops
+    """Over all chips."""
+    parameter_bytes: int
+    optimizer_bytes: int
+    cache_bytes: int
+    batch_bytes: int
+    temporary_bytes: int
+    """An estimate: saved activations, one layer's work, logits, gradients, a gathered layer."""
+    hbm_traffic_bytes: float
+    link_bytes: float
+
+    @property
+    def total_bytes(self) -> int:
+        held = self.parameter_bytes + self.optimizer_bytes + self.cache_bytes + self.batch_bytes
+        return held + self.temporary_bytes
+
+
+@dataclass(frozen=True)
+class _Chip:
+    """What one chip has to do with, on one mesh."""
+
+    work: Work
+    mesh: Mapping[str, int]
+
+    def axis(self, name: str) -> int:
+        return self.mesh.get(name, 1)
+
+    @property
+    def rows(self) -> int:
+        return -(-self.work.batch // (self.axis("data") * self.axis("fsdp")))
+
+    @property
+    def tokens(self) -> int:
+        length = 1 if self.work.task == "decode" else -(-self.work.seq // self.axis("context"))
+        return self.rows * length
+
+    @property
+    def adapters(self) -> int:
+        """Numbers in the adapters that lie here."""
+        return self.adapters_on(self.mesh)
+
+    def adapters_on(self, mesh: Mapping[str, int]) -> int:
+        rank = self.work.lora or 0
+        return sum(p.shard_adapter_size(rank, mesh) for p in shapes.layer_projections(self.work.config))
+
+    @property
+    def weights(self) -> int:
+        """Numbers of the model that lie here."""
+        return sum(p.shard_size(self.mesh) for p in shapes.parameters(self.work.config))
+
+    @property
+    def used_weights(self) -> int:
+        """Numbers that a product here needs: gathered over fsdp, still divided over tensor; no embeddings."""
+        config = self.work.config
+        head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+        products = [p for p in shapes.parameters(config) if p.input_axes or p.name == head]
+        return sum(p.shard_size(self.gathered) for p in products)
+
+    @property
+    def gathered(self) -> dict[str, int]:
+        """The mesh as a product sees it."""
+        return {**self.mesh, "fsdp": 1}
+
+    @property
+    def trained(self) -> int:
+        """Numbers with a gradient that lie here."""
+        if self.work.task != "finetune":
+            return 0
+        return self.weights if self.work.lora is None else self.adapters
+
+    def cache_bytes(self, slots: int) -> int:
+        """Keys and values of `slots` positions a row; int8 has a float32 scale a vector."""
+        config, work = self.work.config, self.work
+        vector = config.head_dim * work.cache_item_bytes + (4 if work.cache_dtype == "int8" else 0)
+        vectors = 2 * config.num_hidden_layers * self.rows * config.num_key_value_heads // self.axis("tensor")
+        return vectors * vector * -(-slots // self.axis("context"))
+
+
+def analyse(work: Work, mesh: Mapping[str, int]) -> Analytic:
+    """What one step means for each chip of `mesh`, {"data": 2, "tensor": 4}; axes not named have size 1."""
+    chip = _Chip(work, mesh)
+    config, item = work.config, work.item_bytes
+    adapters = 0 if work.lora is None else shapes.lora_parameters(config, work.lora)
+    base = sum(p.size for p in shapes.parameters(config))
+    all_trained = 0 if work.task != "finetune" else base if work.lora is None else adapters
+    length = 1 if work.task == "decode" else work.seq
+    return Analytic(
+        parameters=base + adapters,
+        trained_parameters=all_trained,
+        flops=step_flops(work),
+        parameter_bytes=(chip.weights + chip.adapters - chip.trained) * item
+        + chip.trained * work.optimizer_item_bytes,
+        optimizer_bytes=2 * chip.trained * work.optimizer_item_bytes,
+        cache_bytes=0 if work.task == "finetune" else chip.cache_bytes(work.seq),
+        batch_bytes=_ID_ARRAYS[work.task] * chip.rows * -(-length // chip.axis("context")) * 4,
+        temporary_bytes=_temporary_bytes(chip),
+        hbm_traffic_bytes=_hbm_traffic(chip),
+        link_bytes=_link_bytes(chip),
+    )
+
+
+def _layer_width(chip: _Chip) -> float:
+    """Numbers that one token makes in one layer: the inputs and outputs of its four products."""
+    config, tensor = chip.work.config, chip.axis("tensor")
+    divided = sum(
+        size
+        for p in shapes.layer_projections(config)
+        for size in ((p.outputs,) if p.name in ("qkv_proj", "gate_up_proj") else (p.inputs,))
+    )
+    return 4 * config.hidden_size + divided / tensor
+
+
+def _temporary_bytes(chip: _Chip) -> int:
+    """Finetune: each layer's input (remat "full"), or all that a layer makes ("none", about half of it
+    "dots"); one layer at work forward and backward; logits and their gradient in float32; what is trained in
+    the computation's dtype, and its gradients. Else one layer at work and the logits. With fsdp, one layer's
+    gathered weights, twice: one in use, the next on its way.
+    """
+    work, config, item = chip.work, chip.work.config, chip.work.item_bytes
+    vocab = config.vocab_size / chip.axis("tensor")
+    layer = chip.tokens * _layer_width(chip) * item
+    gathered = 2 * chip.used_weights / config.num_hidden_layers * item if chip.axis("fsdp") > 1 else 0
+    if work.task != "finetune":
+        return round(layer + chip.rows * vocab * 4 + gathered)
+    share = {"full": chip.tokens * config.hidden_size * item, "dots": layer / 2, "none": layer}[work.remat]
+    logits = 2 * chip.tokens * vocab * 4
+    trained = chip.trained * (item + work.optimizer_item_bytes)
+    return round(config.num_hidden_layers * share + 2 * layer + logits + trained + gathered)
+
+
+def _hbm_traffic(chip: _Chip) -> float:
+    """Each use of the weights reads them once: forward, remat's second forward, and the inputs' gradients;
+    weights that fsdp gathers are also written once a use. Activations: what a layer makes is written and read
+    once a pass. Adam writes and reads the gradients, and reads and writes what is trained and both moments.
+    Decode reads the cache that the window sees.
+    """
+    work, config, item = chip.work, chip.work.config, chip.work.item_bytes
+    passes = 1
+    if work.task == "finetune":
+        passes = {"full": 3, "dots": 2, "none": 2}[work.remat]
+    gathered = 2 if chip.axis("fsdp") > 1 else 1
+    weights = passes * gathered * chip.used_weights * item
+    activations = passes * 2 * chip.tokens * _layer_width(chip) * config.num_hidden_layers * item
+    moved = weights + activations + chip.tokens * config.hidden_size * item  # the embeddings' rows
+    if work.task == "decode":
+        moved += chip.cache_bytes(min(work.seq, config.sliding_window or work.seq))
+    if work.task == "prefill":
+        moved += chip.cache_bytes(work.seq)
+    if work.task == "finetune":
+        moved += chip.trained * (2 + 2 * 3) * work.optimizer_item_bytes
+    scored = chip.tokens if work.task == "finetune" else chip.rows
+    return moved + 2 * scored * config.vocab_size / chip.axis("tensor") * 4
+
+
+def _link_bytes(chip: _Chip) -> float:
+    """tensor: two all-reduces of [tokens, hidden] a layer, forward, again under remat "full", and backward;
+    outside of training the logits are gathered. fsdp: weights are gathered forward and backward, gradients
+    scattered. data: gradients all-reduced. context: keys and values of all positions gathered a layer,
+    forward, and their gradients scattered.
+    """
+    work, config, item = chip.work, chip.work.config, chip.work.item_bytes
+    layers, training = config.num_hidden_layers, work.task == "finetune"
+    tensor, fsdp, data, context = (chip.axis(name) for name in ("tensor", "fsdp", "data", "context"))
+    passes = (3 if work.remat == "full" else 2) if training else 1
+    hidden = chip.tokens * config.hidden_size * item
+    sent = 2 * layers * passes * traffic("all-reduce", hidden, tensor)
+    if not training:
+        sent += traffic("all-gather", chip.rows * config.vocab_size / tensor * 4, tensor)
+    gathered = (chip.used_weights + chip.adapters_on(chip.gathered)) * item
+    sent += (2 if training else 1) * traffic("reduce-scatter", gathered, fsdp)  # a gather sends as much
+    if training:
+        full_gradients = (chip.used_weights if work.lora is None else chip.adapters_on(chip.gathered)) * item
+        sent += traffic("reduce-scatter", full_gradients, fsdp)
+        sent += traffic("all-reduce", full_gradients / fsdp, data * context)
+    key_values = 2 * chip.tokens * config.num_key_value_heads / tensor * config.head_dim * item
+    return sent + (passes + 1 if training else 1) * layers * traffic("all-gather", key_values, context)

@@ -1,0 +1,73 @@
+"""Operations of one step, from shapes: matrix products and attention, two for each multiply-and-add."""
+
+from dataclasses import dataclass
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.plan.shapes import layer_projections, lora_parameters
+from phi3_jax.plan.work import Work
+
+
+def attention_pairs(config: Phi3Config, queries: int, keys: int, *, causal: bool = True) -> int:
+    """Query-key pairs of one row and head: `queries` last ones of `keys` positions.
+
+    causal: those that the mask lets through, key <= query and within the window; else all of them, which is
+    what an attention without a block-skipping kernel computes.
+    """
+    if not causal:
+        return queries * keys
+    window = config.sliding_window or keys
+    first = keys - queries + 1  # keys that the first query sees, without a window
+    growing = max(0, min(keys, window) - first + 1)  # queries that see fewer keys than the window, or just it
+    growing = min(growing, queries)
+    return growing * (2 * first + growing - 1) // 2 + (queries - growing) * min(keys, window)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one step, over all chips."""
+
+    layers: int
+    """Products with the layers' weights, adapters included."""
+    attention: int
+    """Scores, and their product with the values; pairs that the mask lets through."""
+    head: int
+    recomputed: int
+    """What remat does a second time."""
+
+    @property
+    def model(self) -> int:
+        """What the task needs, whatever the implementation: the basis of model FLOPs utilisation."""
+        return self.layers + self.attention + self.head
+
+    @property
+    def hardware(self) -> int:
+        """What is computed."""
+        return self.model + self.recomputed
+
+
+def step_flops(work: Work, *, causal: bool = True) -> Flops:
+    """Forward: 2 x tokens x weight size for each product, 4 x head_dim for each pair and query head.
+
+    Backward: twice the forward, for the gradients of inputs and of weights; attention too has four products
+    there for two. Under LoRA the frozen weights need the first only: once the forward. Remat "full" computes
+    every layer again, "dots" attention only, whose products are not those of weights.
+    """
+    config, tokens = work.config, work.tokens
+    projections = 2 * tokens * sum(p.size for p in layer_projections(config))
+    keys = work.seq
+    queries = 1 if work.task == "decode" else work.seq
+    pairs = work.batch * attention_pairs(config, queries, keys, causal=causal)
+    attention = 4 * config.head_dim * config.num_attention_heads * config.num_hidden_layers * pairs
+    scored = work.tokens if work.task == "finetune" else work.batch
+    head = 2 * scored * config.hidden_size * config.vocab_size
+    if work.task != "finetune":
+        return Flops(projections, attention, head, 0)
+    adapters = 0 if work.lora is None else 2 * tokens * lora_parameters(config, work.lora)
+    recomputed = {"full": projections + adapters + attention, "dots": attention, "none": 0}[work.remat]
+    frozen = work.lora is not None
+    return Flops(
+        layers=(2 if frozen else 3) * projections + 3 * adapters,
+        attention=3 * attention,
+        head=(2 if frozen else 3) * head,
+        recomputed=recomputed,
+    )

@@ -1,0 +1,154 @@
+"""`plan`: one step on chips that need not be here, compiled where that is possible."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+from phi3_jax.plan.absent import absent_devices
+from phi3_jax.plan.analytic import Analytic, analyse
+from phi3_jax.plan.chips import Topology
+from phi3_jax.plan.chips import topology as topology_named
+from phi3_jax.plan.program import Program, Refusal, bytes_per_chip, compile_step
+from phi3_jax.plan.roofline import Roofline, roofline
+from phi3_jax.plan.search import COMPILED, sensible_meshes
+from phi3_jax.plan.work import BuildStep, Work
+from phi3_jax.sharding import AXES, make_mesh, parse_mesh
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step needs, and takes at least, on one mesh; without a `program`, from shapes."""
+
+    work: Work
+    topology: Topology
+    mesh: dict[str, int]
+    analytic: Analytic
+    roofline: Roofline
+    program: Program | None = None
+    refusal: Refusal | None = None
+    """The compiler says that it does not fit."""
+    problem: str | None = None
+    """Why the step could not be built on this mesh."""
+    part_bytes: dict[str, int] = field(default_factory=dict)
+    """Of the step's arguments, a chip's bytes: parameters, optimizer, cache, batch."""
+    others: "tuple[Plan, ...]" = ()
+    """The other meshes that were looked at, best first."""
+
+    @property
+    def compiled(self) -> bool:
+        """The compiler has spoken; otherwise memory is an estimate."""
+        return self.program is not None or self.refusal is not None
+
+    @property
+    def fits(self) -> bool:
+        if self.program is not None:
+            return True  # or it would have refused
+        return self.refusal is None and self.problem is None and self.needed_bytes <= self.usable_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """On each chip."""
+        if self.program is not None:
+            return self.program.memory.total_bytes
+        return self.analytic.total_bytes if self.refusal is None else self.refusal.required_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        return self.topology.chip.hbm_bytes if self.refusal is None else self.refusal.available_bytes
+
+    @property
+    def mesh_text(self) -> str:
+        """As `--mesh` takes it."""
+        named = [f"{name}={size}" for name, size in self.mesh.items() if size > 1]
+        return ",".join(named) or "data=1"
+
+
+def plan(
+    work: Work,
+    topology: Topology | str,
+    mesh: str | Mapping[str, int] | None = None,
+    *,
+    compiled: int = COMPILED,
+    build: BuildStep | None = None,
+) -> Plan:
+    """Plans one step.
+
+    Args:
+        work: what the step does. topology: "v5e:4x4", "h100:8"; for GPUs nothing is compiled. mesh: "fsdp=16"
+        or a mapping; None: the sensible ones are tried, and the best is returned with `others`. compiled:
+        without `mesh`, how many of the meshes that look best are compiled. build: makes the step, in place of
+        the library's own.
+
+    Raises:
+        ValueError: an unknown topology; a mesh with other than the topology's number of chips, or that does
+        not
+            divide the model; libtpu is missing.
+    """
+    topology = topology_named(topology) if isinstance(topology, str) else topology
+    if mesh is not None:
+        return _plan_on(work, topology, _sizes(mesh, topology), build)
+    candidates = [_from_shapes(work, topology, sizes) for sizes in sensible_meshes(work, topology.devices)]
+    candidates.sort(key=_rank)
+    if topology.chip.is_tpu:
+        candidates = [
+            _attempt(work, topology, one.mesh, build) if place < compiled else one
+            for place, one in enumerate(candidates)
+        ]
+    best, *others = sorted(candidates, key=_rank)
+    if best.problem is not None:
+        raise ValueError(best.problem)
+    return replace(best, others=tuple(others))
+
+
+def _rank(one: Plan) -> tuple[bool, bool, bool, float, float]:
+    """What fits before what does not, then compiled before estimated, then the bound, then overlap."""
+    bound = one.roofline
+    overlapping = bound.compute_seconds + bound.hbm_seconds + bound.link_seconds
+    return one.problem is not None, not one.fits, not one.compiled, bound.step_seconds, overlapping
+
+
+def _sizes(mesh: str | Mapping[str, int], topology: Topology) -> dict[str, int]:
+    sizes = parse_mesh(mesh) if isinstance(mesh, str) else dict(mesh)
+    named = prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values() and topology.devices % named == 0:
+        sizes = {name: topology.devices // named if size == -1 else size for name, size in sizes.items()}
+    if prod(sizes.values()) != topology.devices:
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"mesh {text!r} has {prod(sizes.values())} places, {topology.name} {topology.devices}; "
+            f"the sizes must multiply to {topology.devices}, as in fsdp={topology.devices}"
+        )
+    return {name: sizes.get(name, 1) for name in AXES}
+
+
+def _from_shapes(work: Work, topology: Topology, sizes: dict[str, int]) -> Plan:
+    analytic = analyse(work, sizes)
+    return Plan(work, topology, sizes, analytic, roofline(work, topology, analytic))
+
+
+def _attempt(work: Work, topology: Topology, sizes: dict[str, int], build: BuildStep | None) -> Plan:
+    try:
+        return _plan_on(work, topology, sizes, build)
+    except ValueError as error:
+        return replace(_from_shapes(work, topology, sizes), problem=str(error))
+
+
+def _plan_on(work: Work, topology: Topology, sizes: dict[str, int], build: BuildStep | None) -> Plan:
+    estimate = _from_shapes(work, topology, sizes)
+    if not topology.chip.is_tpu:
+        return estimate
+    mesh = make_mesh(sizes, absent_devices(topology))
+    step = (build or _library_step())(work, mesh)
+    parts = {name: bytes_per_chip(tree) for name, tree in step.parts.items()}
+    result = compile_step(step, dict(mesh.shape))
+    if isinstance(result, Refusal):
+        return replace(estimate, refusal=result, part_bytes=parts)
+    bound = roofline(work, topology, estimate.analytic, result)
+    return replace(estimate, program=result, roofline=bound, part_bytes=parts)
+
+
+def _library_step() -> Any:
+    from phi3_jax.plan.steps import abstract_step
+
+    return abstract_step

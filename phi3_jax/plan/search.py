@@ -1,0 +1,59 @@
+"""Meshes worth a look, for a task and a number of chips."""
+
+import itertools
+from collections.abc import Iterator
+
+from phi3_jax.plan.work import Work
+
+COMPILED = 4
+"""How many of the meshes that look best from shapes are compiled."""
+
+LONG = 16_384
+"""Tokens a row from which it is worth while to divide a sequence."""
+
+
+def sensible_meshes(work: Work, devices: int) -> list[dict[str, int]]:
+    """Every mesh of `devices` chips over which model, batch and sequence divide.
+
+    Data, fsdp and tensor as they divide; context for long sequences outside of decode.
+
+    Raises:
+        ValueError: there is none; the text says what would have to divide.
+    """
+    found = [mesh for mesh in _meshes(devices) if not obstacles(work, mesh)]
+    if not found:
+        tensor = [t for t in _divisors(devices) if not obstacles(work, {"data": 1, "tensor": t})]
+        raise ValueError(
+            f"no mesh of {devices} devices suits a batch of {work.batch}: tensor can be "
+            f"{', '.join(map(str, tensor))}, and data x fsdp must divide the batch; try --batch {devices}"
+        )
+    return found
+
+
+def obstacles(work: Work, mesh: dict[str, int]) -> list[str]:
+    """What does not divide over `mesh`; empty: everything does."""
+    config = work.config
+    data, fsdp, tensor, context = (mesh.get(name, 1) for name in ("data", "fsdp", "tensor", "context"))
+    sizes = [
+        ("num_key_value_heads", config.num_key_value_heads, tensor),
+        ("intermediate_size", config.intermediate_size, tensor),
+        ("vocab_size", config.vocab_size, tensor),
+        ("hidden_size", config.hidden_size, fsdp),
+        ("batch", work.batch, data * fsdp),
+        ("seq", work.seq, context),
+    ]
+    found = [name for name, size, parts in sizes if size % parts]
+    if context > 1 and (work.task == "decode" or work.seq < LONG):
+        found.append("context")
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _meshes(devices: int) -> Iterator[dict[str, int]]:
+    for data, fsdp, context in itertools.product(_divisors(devices), repeat=3):
+        if devices % (data * fsdp * context) == 0:
+            tensor = devices // (data * fsdp * context)
+            yield {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}

@@ -1,0 +1,87 @@
+"""The steps that are planned: those that users run, with shapes in place of numbers."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from phi3_jax.lora import add_lora
+from phi3_jax.model import KVCache, Phi3ForCausalLM
+from phi3_jax.model.abstract import abstract_cache, abstract_model, placed
+from phi3_jax.plan.work import AbstractStep, Work
+from phi3_jax.sharding import replicate, sharding
+from phi3_jax.training import Trainer
+
+
+def abstract_step(work: Work, mesh: Mesh) -> AbstractStep:
+    """The step of `work` on `mesh`, ready to be lowered.
+
+    Raises:
+        ValueError: sizes that the mesh does not divide; the text names those that it would.
+    """
+    return {"finetune": _finetune, "prefill": _prefill, "decode": _decode}[work.task](work, mesh)
+
+
+def _finetune(work: Work, mesh: Mesh) -> AbstractStep:
+    model = abstract_model(Phi3ForCausalLM, work.config, dtype=work.dtype, mesh=mesh)
+    wrt = nnx.Param
+    if (rank := work.lora) is not None:
+        model = placed(nnx.eval_shape(lambda model: add_lora(model, rank), model), mesh)
+        wrt = nnx.LoRAParam
+    trainer = Trainer(
+        model,
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4)),
+        wrt=wrt,
+        master_dtype=work.optimizer_dtype or jnp.float32,
+        compute_dtype=work.dtype,
+        remat=work.remat,
+    )
+    state = trainer.state_shapes
+    ids = _ids(work.batch, work.seq, mesh)
+    batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
+    parts = {"parameters": (state.trained, state.frozen), "optimizer": state.optimizer, "batch": batch}
+    return AbstractStep(trainer.step, (state, batch), parts)
+
+
+def _prefill(work: Work, mesh: Mesh) -> AbstractStep:
+    if work.cache_dtype not in (None, work.dtype):
+        raise ValueError(
+            f"cache_dtype={work.cache_dtype} is for decode: a first prefill keeps what it computed"
+        )
+    model = abstract_model(Phi3ForCausalLM, work.config, dtype=work.dtype, mesh=mesh)
+
+    def prefill(
+        model: Phi3ForCausalLM, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"]
+    ) -> tuple[Int[Array, " B"], KVCache]:
+        out = model(input_ids, attention_mask, use_cache=True, logits_to_keep=1)
+        assert out.past_key_values is not None
+        return jnp.argmax(replicate(out.logits[:, -1], mesh), axis=-1), out.past_key_values
+
+    ids = _ids(work.batch, work.seq, mesh)
+    _, cache = jax.eval_shape(prefill, model, ids, ids)
+    cache = abstract_cache(model, work.batch, cache.max_length)
+    parts = {"parameters": model, "cache": cache, "batch": ids}
+    return AbstractStep(jax.jit(prefill), (model, ids, ids), parts)
+
+
+def _decode(work: Work, mesh: Mesh) -> AbstractStep:
+    model = abstract_model(Phi3ForCausalLM, work.config, dtype=work.dtype, mesh=mesh)
+    cache = abstract_cache(model, work.batch, work.seq, work.cache_dtype)
+
+    def decode(
+        model: Phi3ForCausalLM, token: Int[Array, "B 1"], cache: KVCache
+    ) -> tuple[Int[Array, " B"], KVCache]:
+        out = model(token, past_key_values=cache, logits_to_keep=1)
+        assert out.past_key_values is not None
+        return jnp.argmax(replicate(out.logits[:, -1], mesh), axis=-1), out.past_key_values
+
+    token = jax.ShapeDtypeStruct((work.batch, 1), jnp.int32, sharding=sharding(mesh, ()))
+    parts = {"parameters": model, "cache": cache, "batch": token}
+    return AbstractStep(jax.jit(decode, donate_argnames="cache"), (model, token, cache), parts)
+
+
+def _ids(batch: int, length: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    where = sharding(mesh, ("batch", "length"))
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=where)

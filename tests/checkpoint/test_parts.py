@@ -1,0 +1,61 @@
+"""Parts of parameters from parts of stored tensors, whatever is divided, against the whole parameter cut."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from phi3_jax.checkpoint import parts, safetensors
+from phi3_jax.checkpoint.layout import layout_of
+from phi3_jax.checkpoint.safetensors import SafetensorsSource
+
+SHAPES = {
+    "layers.0.self_attn.qkv_proj.weight": (3, 4, 5, 12),
+    "layers.0.self_attn.o_proj.weight": (12, 3, 2, 5),
+    "layers.0.mlp.gate_up_proj.weight": (2, 8, 12),
+    "layers.0.mlp.down_proj.weight": (12, 8),
+    "norm.weight": (12,),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_part_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(safetensors, "BLOCK", 64)  # some rows at once, where columns are cut
+    shape, layout = SHAPES[name], layout_of(name)
+    parameter = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
+    stored = np.ascontiguousarray(layout.to_checkpoint(parameter))
+    assert stored.shape == layout.checkpoint_shape(shape)
+    save_file({"before": np.zeros(3, np.float32), name: stored}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    np.testing.assert_array_equal(source.read(name), stored)
+    for axis, (start, stop) in itertools.product(range(len(shape)), ((0, None), (1, None), (0, -1), (1, 2))):
+        index: list[Any] = [slice(0, size) for size in shape]
+        index[axis] = slice(*slice(start, stop).indices(shape[axis])[:2])
+        if name.endswith("o_proj.weight") and axis > 1 and index[axis] != slice(0, shape[axis]):
+            with pytest.raises(ValueError, match=r"columns in [36] places"):
+                layout.reads(shape, tuple(index))
+            continue
+        rows, columns = layout.reads(shape, tuple(index))
+        found = source.read_part(name, rows, columns)
+        expected = parameter[tuple(index)]
+        np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
+def test_query_rows_stand_before_keys_and_values() -> None:
+    """Of 2 key/value heads with 2 queries each, 1 dim: q0 q1 q2 q3 k0 k1 v0 v1 in the file."""
+    layout = layout_of("layers.0.self_attn.qkv_proj.weight")
+    parameter = np.array([[0, 1, 4, 6], [2, 3, 5, 7]]).reshape(2, 4, 1, 1)
+    np.testing.assert_array_equal(layout.to_checkpoint(parameter).reshape(-1), np.arange(8))
+    second = (slice(1, 2), slice(0, 4), slice(0, 1), slice(0, 1))
+    assert layout.reads((2, 4, 1, 1), second) == ([slice(2, 4), slice(5, 6), slice(7, 8)], slice(0, 1))
+
+
+def test_blocks_cover_all_boxes() -> None:
+    boxes = [((2, 6), (0, 3)), ((6, 10), (0, 3))]
+    assert list(parts._blocks(boxes, parts.BLOCK // 9)) == [
+        ((start, min(start + 3, 10)), (0, 3)) for start in (2, 5, 8)
+    ]

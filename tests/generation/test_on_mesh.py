@@ -1,0 +1,75 @@
+"""Every way of generating, divided over eight devices: the ids of one device."""
+
+import numpy as np
+import pytest
+from reference import longrope, on_mesh, small_config
+from twins import PAD, prompts
+
+from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.sharding import make_mesh
+
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12, "num_hidden_layers": 2}
+LONG = {"max_position_embeddings": 64, **longrope()}
+
+MODES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8, "seed": 7},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    "guidance": {"do_sample": False, "guidance_scale": 1.4},
+    "int8": {"do_sample": False, "cache_implementation": "quantized"},
+}
+
+
+@pytest.fixture(scope="module")
+def one():
+    """Longrope whose short list ends at 16 tokens, which some rows cross."""
+    return Phi3ForCausalLM(small_config(**GROUPED, **LONG))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mesh",
+    ["fsdp=2,context=2,tensor=2"]
+    + [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp=8", "data=2,tensor=4", "context=8")],
+)
+def test_generate_equals_one_device(one, mesh, mode):
+    """Three rows on two or eight devices, of unequal lengths, padded on the left."""
+    ids, mask = prompts([5, 14, 11])
+    options = {"max_new_tokens": 12, "eos_token_id": [], "pad_token_id": PAD} | MODES[mode]
+    several = on_mesh(one, make_mesh(mesh))
+    expected = np.asarray(one.generate(ids, mask, **options))
+    np.testing.assert_array_equal(np.asarray(several.generate(ids, mask, **options)), expected)
+
+
+def test_an_assistant_on_the_same_mesh(one):
+    mesh = make_mesh("data=2,tensor=4")
+    assistant = Phi3ForCausalLM(small_config(**GROUPED, **LONG), rngs=5)
+    ids, mask = prompts([5, 14, 11])
+    options = {"max_new_tokens": 12, "eos_token_id": [], "pad_token_id": PAD, "do_sample": False}
+    expected = np.asarray(one.generate(ids, mask, assistant_model=assistant, **options))
+    made = on_mesh(one, mesh).generate(ids, mask, assistant_model=on_mesh(assistant, mesh), **options)
+    np.testing.assert_array_equal(np.asarray(made), expected)
+
+
+def test_a_returned_cache_goes_on(one):
+    several = on_mesh(one, make_mesh("fsdp=2,context=2,tensor=2"))
+    options = {"eos_token_id": [], "pad_token_id": PAD, "do_sample": False, "return_dict_in_generate": True}
+    made = []
+    for model in (one, several):
+        ids, _ = prompts([9, 9])
+        first = model.generate(ids, max_new_tokens=5, **options)
+        more = np.concatenate([np.asarray(first.sequences), [[7, 8], [9, 10]]], axis=1)
+        second = model.generate(more, max_new_tokens=8, past_key_values=first.past_key_values, **options)
+        made.append(np.asarray(second.sequences))
+    np.testing.assert_array_equal(made[1], made[0])
+
+
+def test_a_ring_on_a_mesh():
+    one = Phi3ForCausalLM(small_config(**GROUPED, sliding_window=9))
+    several = on_mesh(one, make_mesh("fsdp=2,context=2,tensor=2"))
+    ids, mask = prompts([5, 14, 11])
+    options = {"max_new_tokens": 20, "eos_token_id": [], "pad_token_id": PAD, "do_sample": False}
+    options["cache_implementation"] = "sliding_window"
+    expected = np.asarray(one.generate(ids, mask, **options))
+    np.testing.assert_array_equal(np.asarray(several.generate(ids, mask, **options)), expected)

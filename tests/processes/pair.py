@@ -1,0 +1,73 @@
+"""Two processes with two CPU devices each, on this machine; none outlives the call."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+GRACE = 100
+"""Seconds that a process may go on after the other has failed, which JAX ends by itself at some time."""
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run_pair(
+    first: Sequence[object],
+    second: Sequence[object],
+    *,
+    logs: Path,
+    timeout: float,
+    stdin: str = "",
+    environment: dict[str, str] | None = None,
+) -> list[Ended]:
+    """`python FIRST` and `python SECOND` as processes 0 and 1, of which the first has the `stdin`.
+
+    Raises:
+        AssertionError: they have not ended after `timeout` seconds.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONUNBUFFERED": "1",
+    }
+    inherited = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    (logs / "stdin").write_text(stdin)
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, arguments in enumerate((first, second)):
+            with (
+                (logs / "stdin").open() if number == 0 else open(os.devnull) as given,
+                (logs / f"{number}.out").open("w") as out,
+                (logs / f"{number}.err").open("w") as err,
+            ):
+                environ = inherited | both | {"JAX_PROCESS_ID": str(number)} | (environment or {})
+                command = [sys.executable, *map(str, arguments)]
+                processes.append(subprocess.Popen(command, stdin=given, stdout=out, stderr=err, env=environ))
+        end = time.monotonic() + timeout
+        while None in (codes := [process.poll() for process in processes]) and time.monotonic() < end:
+            if any(codes):
+                end = min(end, time.monotonic() + GRACE)
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    ended = [
+        Ended(process.returncode, *((logs / f"{number}.{kind}").read_text() for kind in ("out", "err")))
+        for number, process in enumerate(processes)
+    ]
+    assert None not in codes, f"ended, or were ended after {timeout} s: {ended}"
+    return ended

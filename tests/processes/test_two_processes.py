@@ -1,0 +1,210 @@
+"""Two processes over loopback: the checks of `worker.py`, and the commands with --distributed."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pair import Ended, run_pair
+from reference import longrope
+from small_checkpoint import PROMPT, write_checkpoint
+
+from phi3_jax import Phi3ForCausalLM, cli
+
+WORKER = Path(__file__).with_name("worker.py")
+FAST = (
+    "every_process_has_its_part_of_the_parameters",
+    "logits_are_those_of_one_device",
+    "greedy",
+    "saved_is_what_was_loaded",
+    "errors_of_process_0_reach_all",
+    "a_disk_that_fills_up_while_writing",
+    "long_values_are_broadcast",
+    "sizes_that_do_not_divide_are_an_error_before_anything_is_read",
+)
+SLOW = (
+    "greedy_on_the_other_meshes",
+    "sampling_and_a_seed_of_process_0",
+    "beams",
+    "drafts",
+    "guidance",
+    "int8_cache",
+    "sliding_cache_goes_on",
+    "goes_on_from_a_returned_cache",
+    "longrope_crosses_in_a_batch",
+    "outputs_can_be_read",
+    "processors_and_criteria_on_the_host",
+    "time_is_up_when_process_0_says_so",
+    "streams_and_streamers",
+    "chat_sessions",
+    "a_new_head_is_divided",
+)
+COMMAND = ("-c", "from phi3_jax.cli import main; main()")
+MESH = ("--distributed", "--mesh", "fsdp=2,tensor=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    changes: dict[str, dict[str, Any]] = {
+        "model": {},
+        "longrope": longrope() | {"max_position_embeddings": 64},
+        "sliding": {"sliding_window": 6},
+    }
+    for name, change in changes.items():
+        (folder / name).mkdir()
+        write_checkpoint(folder / name, **change)
+    Phi3ForCausalLM.from_pretrained(folder / "model").save_pretrained(
+        folder / "expected", max_shard_size="100KB"
+    )
+    return folder
+
+
+def run_checks(folder: Path, names: tuple[str, ...], timeout: float) -> dict[str, list[str | None]]:
+    """Each check's error in both processes, which end behind the first error: they may be out of step."""
+    tests = str(WORKER.parents[1])
+    command = [WORKER, folder, *names]
+    ended = run_pair(command, command, logs=folder, timeout=timeout, environment={"PYTHONPATH": tests})
+    found = [json.loads((folder / f"{process}.json").read_text()) for process in (0, 1)]
+    return {name: [one.get(name, f"not reached: {ended}") for one in found] for name in names}
+
+
+@pytest.fixture(scope="module")
+def fast_results(folder: Path) -> dict[str, list[str | None]]:
+    return run_checks(folder, FAST, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def slow_results(folder: Path) -> dict[str, list[str | None]]:
+    return run_checks(folder, SLOW, timeout=1800)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_together(fast_results: dict[str, list[str | None]], name: str) -> None:
+    assert fast_results[name] == [None, None], "\n".join(filter(None, fast_results[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_together_every_way(slow_results: dict[str, list[str | None]], name: str) -> None:
+    assert slow_results[name] == [None, None], "\n".join(filter(None, slow_results[name]))
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`alone("generate", ...)`: what the command prints in a process by itself."""
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda cache_dir: None)
+
+    def call(*arguments: object, stdin: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", ["phi3-jax", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def run_command(folder: Path, *arguments: object, timeout: float = 150, stdin: str = "") -> list[Ended]:
+    cache = {"PHI3_JAX_CACHE": str(folder / "cache")}
+    command = [*COMMAND, *arguments]
+    return run_pair(command, command, logs=folder, timeout=timeout, stdin=stdin, environment=cache)
+
+
+def told(ended: Ended) -> str:
+    """Standard error but for what Gloo says of its connections."""
+    return "".join(line for line in ended.err.splitlines(True) if not line.startswith("[Gloo]"))
+
+
+def test_generate_prints_in_process_0_what_it_prints_alone(folder: Path, alone: Any) -> None:
+    arguments = ("generate", "--model", folder / "model", "--dtype", "float32", "--max-new-tokens", 12)
+    first, second = run_command(folder, *arguments, *MESH, stdin=PROMPT)
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert first.out == alone(*arguments, stdin=PROMPT)
+    assert told(first).startswith("[") and " tokens after" not in told(first)  # noqa: PT018
+    assert second.out == told(second) == ""
+
+
+@pytest.mark.slow
+def test_a_conversation_is_held_by_process_0(folder: Path, alone: Any, tmp_path: Path) -> None:
+    lines = [
+        PROMPT,
+        f"/save {tmp_path / 'said.json'}",
+        "And why?",
+        "/reset",
+        f"/load {tmp_path / 'said.json'}",
+        "Yes?",
+    ]
+    arguments = ("chat", "--model", folder / "model", "--dtype", "float32", "--max-new-tokens", 9)
+    stdin = "".join(f"{line}\n" for line in lines)
+    expected = alone(*arguments, stdin=stdin)
+    (tmp_path / "said.json").unlink()
+    first, second = run_command(folder, *arguments, *MESH, stdin=stdin)
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert first.out == expected
+    assert second.out == told(second) == ""
+    assert (tmp_path / "said.json").exists()
+
+    first, second = run_command(folder, *arguments, *MESH, stdin=f"/load {tmp_path / 'none.json'}\n")
+    assert (first.code, second.code) == (1, 1), (first, second)
+    assert "none.json" in told(first)
+    assert told(first).count("\n") == 1
+    assert second.out == told(second) == ""
+
+
+@pytest.mark.slow
+def test_beams_and_samples_of_the_command(folder: Path, alone: Any) -> None:
+    arguments = ("generate", PROMPT, "--model", folder / "model", "--dtype", "float32", "--max-new-tokens", 9)
+    for options in (("--num-beams", 2), ("--temperature", 2, "--seed", 7)):
+        first, second = run_command(folder, *arguments, *options, *MESH)
+        assert first.out == alone(*arguments, *options), first
+        assert second.out == told(second) == ""
+
+
+@pytest.mark.slow
+def test_convert_and_bench(folder: Path, alone: Any) -> None:
+    first, second = run_command(folder, "convert", folder / "model", folder / "converted", "--distributed")
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert first.out.startswith(f"{folder / 'converted'}: ")
+    assert second.out == told(second) == ""
+    weights = [path / "model.safetensors" for path in (folder / "converted", folder / "model")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    arguments = ("--model", folder / "model", "--new-tokens", 3, "--prompt-tokens", 8, "--rounds", 2)
+    first, second = run_command(folder, "bench", *arguments, *MESH)
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert "decode, tokens/s" in first.out
+    assert second.out == told(second) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mesh", "fsdp=3"), "there are 4 devices"),
+        ((), "needs --mesh"),
+        (("--mesh", "tensor=4"), "num_key_value_heads=2 does not divide over tensor=4; use tensor=1, 2"),
+    ],
+)
+def test_what_fits_no_process_is_told_in_a_line(folder: Path, options: tuple[str, ...], message: str) -> None:
+    arguments = ("generate", PROMPT, "--model", folder / "model", "--distributed", *options)
+    first, second = run_command(folder, *arguments)
+    assert (first.code, second.code) == (1, 1)
+    assert message in told(first)
+    assert told(first).count("\n") == 1
+    assert second.out == ""
+
+
+@pytest.mark.slow
+def test_a_file_that_one_process_lacks_ends_both(folder: Path) -> None:
+    commands = [
+        [*COMMAND, "generate", PROMPT, "--model", folder / name, *MESH] for name in ("model", "absent")
+    ]
+    ended = run_pair(*commands, logs=folder, timeout=150)
+    assert [one.code for one in ended] == [1, 1]
+    assert "(in process 1)" in told(ended[0])
+    assert "phi3-jax (process 1): " in told(ended[1])
+    assert all(told(one).count("\n") == 1 for one in ended)
