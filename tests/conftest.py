@@ -18,6 +18,15 @@ if "JAX_PLATFORMS" not in os.environ:
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without the slow tests, programs are compiled in two thirds of the time, and not optimised to the last.
+
+    The slow ones, real models among them, run what users run.
+    """
+    if config.getoption("markexpr") == "not slow":
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_let_go() -> Iterator[None]:
     """Compiled programs hold memory maps, and a process may have 65,530: fewer than all tests need."""

@@ -11,6 +11,8 @@ from phi3_jax.sharding import make_mesh
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12, "num_hidden_layers": 2}
 LONG = {"max_position_embeddings": 64, **longrope()}
 
+OTHERS = [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp=8", "data=2,tensor=4", "context=8")]
+
 MODES = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8, "seed": 7},
@@ -28,11 +30,7 @@ def one():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "mesh",
-    ["fsdp=2,context=2,tensor=2"]
-    + [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp=8", "data=2,tensor=4", "context=8")],
-)
+@pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", *OTHERS])
 def test_generate_equals_one_device(one, mesh, mode):
     """Three rows on two or eight devices, of unequal lengths, padded on the left."""
     ids, mask = prompts([5, 14, 11])

@@ -11,7 +11,8 @@ from reference import CLASSES, longrope, on_mesh, padding_mask, small_config
 from phi3_jax.model import KVCache, Phi3ForCausalLM
 from phi3_jax.sharding import make_mesh
 
-MESHES = ("fsdp=8", "data=2,tensor=4", "fsdp=2,context=2,tensor=2", "data=2,context=4")
+OTHERS = ("fsdp=8", "data=2,tensor=4", "data=2,context=4")
+MESHES = ["fsdp=2,context=2,tensor=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in OTHERS)]
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12}
 BATCH, LENGTH = 8, 24
 
@@ -148,8 +149,15 @@ def test_outputs_and_masks_of_a_users_own(rows):
         close(ours, theirs)
 
 
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("mesh", [None, "data=2,context=2,tensor=2"])
+@pytest.mark.parametrize(
+    ("mesh", "window"),
+    [
+        (None, 100),
+        ("data=2,context=2,tensor=2", None),
+        pytest.param(None, None, marks=pytest.mark.slow),
+        pytest.param("data=2,context=2,tensor=2", 100, marks=pytest.mark.slow),
+    ],
+)
 def test_pallas_kernels_within_the_model(mesh, window):
     """Splash attention and the cache's kernel, interpreted, against XLA: logits, gradients, a step."""
     config = small_config(**GROUPED, num_hidden_layers=2, max_position_embeddings=512, sliding_window=window)

@@ -38,6 +38,7 @@ def test_a_decode_step_moves_two_sums_a_layer_and_the_logits(name):
     assert program.memory.temporary_bytes < 0.05 * program.memory.argument_bytes
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_costs_one_more_sum():
     program = compiled("phi-4-mini-instruct", 2, "v5e:2x4", "tensor=8", task="decode", batch=8, seq=4096)
     assert moved(program)["all-reduce", ("tensor",)] == 5

@@ -62,7 +62,14 @@ def test_steps_equal_pytorchs(kind, tmp_path):
         close(made, expected, 1e-4)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,tensor=4", "fsdp=2,context=2,tensor=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "fsdp=2,context=2,tensor=2",
+        pytest.param("fsdp=8", marks=pytest.mark.slow),
+        pytest.param("data=2,tensor=4", marks=pytest.mark.slow),
+    ],
+)
 def test_three_steps_on_a_mesh_equal_one_device(mesh):
     one = Phi3ForCausalLM(small_config(**GROUPED))
     several = on_mesh(one, make_mesh(mesh))
