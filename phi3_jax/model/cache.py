@@ -267,10 +267,22 @@ def write_slots(
 def fill_slots(
     slots: Float[Array, "B K S ..."], new: Float[Array, "B K T ..."], mesh: Mesh | None
 ) -> Float[Array, "B K S ..."]:
-    """Empty `slots` with `new` in front; on a mesh without bringing all of `new` to every device."""
-    room = [(0, 0)] * new.ndim
-    room[2] = (0, slots.shape[2] - new.shape[2])
-    return constrain(jnp.pad(new, room), mesh, *_axes(None)[: new.ndim])
+    """Empty `slots` with `new` in front, which on a mesh is divided along T as the slots are along S."""
+    spare = slots.shape[2] - new.shape[2]
+    pieces = shards(mesh, "slots")
+    axes = ("batch", "kv_heads", "slots", "head_dim")[: new.ndim]
+    if mesh is None or pieces == 1 or spare > new.shape[2] // pieces:
+        return constrain(jnp.pad(new, [(0, 0), (0, 0), (0, spare), *[(0, 0)] * (new.ndim - 3)]), mesh, *axes)
+
+    def shift(part: Array) -> Array:
+        """A device's slots: its own but for those that belong before, then the next device's first ones."""
+        following = [(device, device - 1) for device in range(1, pieces)]
+        behind = jax.lax.ppermute(part[:, :, :spare], "context", following)  # zeros for the last device
+        start = jax.lax.axis_index("context") * (spare // pieces)
+        whole = jnp.concatenate([part, behind], axis=2)
+        return jax.lax.dynamic_slice_in_dim(whole, start, slots.shape[2] // pieces, axis=2)
+
+    return jax.shard_map(shift, mesh=mesh, in_specs=spec(*axes), out_specs=spec(*axes), check_vma=False)(new)
 
 
 def write_part(

@@ -134,6 +134,18 @@ def test_writes_that_miss_a_part_or_span_all_of_it():
         np.testing.assert_array_equal(keys[row, :, :at], 0)
 
 
+@pytest.mark.parametrize("spare", [0, 4, 8, 100])
+def test_a_first_prefill_fills_slots_divided_otherwise(spare):
+    """More slots than tokens: every device but the first begins with others than those it computed."""
+    mesh = make_mesh("data=2,context=4")
+    new = jnp.asarray(np.random.default_rng(5).normal(size=(2, 4, 32, 12)), jnp.float32)
+    cache = KVCache.create(small_config(**GROUPED), 2, 32 + spare, jnp.float32, mesh=mesh)
+    keys, _ = jax.jit(lambda layer: layer.write(new, new, mesh))(cache.layer(0, fresh=True))
+    assert keys.sharding.is_equivalent_to(cache.keys[0].sharding, 4)
+    np.testing.assert_array_equal(keys[:, :, :32], new)
+    np.testing.assert_array_equal(keys[:, :, 32:], 0)
+
+
 def test_outputs_and_masks_of_a_users_own(rows):
     """Attention weights, hidden states and 4-D masks go through XLA on a mesh, with the same numbers."""
     ids, _ = rows
