@@ -115,10 +115,12 @@ def run_command(folder: Path, *arguments: object, timeout: float = 150, stdin: s
     return run_pair(command, command, logs=folder, timeout=timeout, stdin=stdin, environment=cache)
 
 
+GLOO = r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+"
+
+
 def told(ended: Ended) -> str:
-    """Standard error but for what Gloo says of its connections, several threads of it in one another's lines."""
-    said = r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+"
-    return "".join(line for line in re.sub(said, "", ended.err).splitlines(True) if line.strip())
+    """Standard error but for what Gloo's threads say of their connections, one in another's line."""
+    return "".join(line for line in re.sub(GLOO, "", ended.err).splitlines(True) if line.strip())
 
 
 def test_generate_prints_in_process_0_what_it_prints_alone(folder: Path, alone: Any) -> None:
