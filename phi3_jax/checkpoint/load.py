@@ -54,6 +54,7 @@ def load_model(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    attn_implementation: str | None = None,
     config: Phi3Config | None = None,
     ignore_mismatched_sizes: bool = False,
     rngs: nnx.Rngs | int = 0,
@@ -74,6 +75,7 @@ def load_model(
         name_or_path: a directory in Hugging Face's layout, a GGUF file, or a name on the Hub.
         dtype: of the parameters: float32, bfloat16 or float16; None or "auto": as the embedding is stored.
         mesh: to divide the model over, of `phi3_jax.make_mesh`; default: the whole of it on one device.
+        attn_implementation: as in `set_attn_implementation`; default: by the platform.
         config: used in place of the checkpoint's.
         ignore_mismatched_sizes: initialise `score` anew where the number of labels differs.
         rngs: for parameters that are initialised; an int is a seed.
@@ -96,7 +98,9 @@ def load_model(
     config = (config or own_config).replace(**config_changes)
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
     build: Callable[..., Model] = cls
-    graph, abstract = nnx.split(abstract_model(cls, config, mesh=mesh))
+    shapes = abstract_model(cls, config, mesh=mesh)
+    shapes.set_attn_implementation(attn_implementation)
+    graph, abstract = nnx.split(shapes)
     parameters = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in nnx.to_flat_state(abstract)}
     wanted = {name: leaf.shape for name, leaf in parameters.items()}
     files = _match(cls, source, config, wanted, ignore_mismatched_sizes, path)

@@ -222,6 +222,14 @@ def test_gradients_through_the_caches_kernel():
         close(ours, theirs)
 
 
+def test_a_checkpoint_is_loaded_with_an_implementation(tmp_path):
+    Phi3ForCausalLM(small_config()).save_pretrained(tmp_path)
+    model = Phi3ForCausalLM.from_pretrained(tmp_path, attn_implementation="pallas")
+    assert {layer.self_attn.implementation for layer in model.model.layers} == {"pallas"}
+    with pytest.raises(ValueError, match="attn_implementation='eager' is not known"):
+        Phi3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+
+
 def test_an_unknown_implementation_is_an_error():
     with pytest.raises(ValueError, match="attn_implementation='flash' is not known; use one of None, 'xla'"):
         Phi3ForCausalLM(small_config()).set_attn_implementation("flash")

@@ -75,7 +75,7 @@ def cached_attention(
 
     Returns:
         The attended values in float32, and the log-sum-exp of each query's scores, by which a cache divided
-        over devices is put together (`combine`). A query that sees nothing gets zeros and `UNSEEN`.
+        over devices is put together. A query that sees nothing gets zeros and `UNSEEN`.
     """
     batch, length, kv_heads, groups, width = query.shape
     size = key.shape[2]
@@ -106,14 +106,6 @@ def cached_attention(
         return x.swapaxes(1, 2)
 
     return unfold(out), unfold(lse)[..., 0]
-
-
-def combine(
-    out: Float[Array, "pieces B T K G H"], lse: Float[Array, "pieces B T K G"]
-) -> Float[Array, "B T K G H"]:
-    """Attention over a whole cache from that over its pieces."""
-    weights = jax.nn.softmax(lse, axis=0)
-    return jnp.einsum("p...,p...H->...H", weights, out)
 
 
 def choose_blocks(length: int, kv_heads: int, groups: int, width: int, size: int, itemsize: int) -> Blocks:
