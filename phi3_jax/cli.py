@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from phi3_jax import cli_options as options
+from phi3_jax.cli_finetune import finetune
 from phi3_jax.cli_interrupt import Interrupt
 from phi3_jax.cli_plan import plan
 from phi3_jax.cli_processes import join, prepare, tell, tell_error
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="phi3-jax",
-    help="The Phi-3 family in JAX: generate, chat, convert, measure.",
+    help="The Phi-3 family in JAX: generate, chat, fine-tune, convert, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,7 +34,7 @@ def common(
         bool, typer.Option("--verbose", "-v", help="Log what is loaded and compiled.")
     ] = False,
 ) -> None:
-    """The Phi-3 family in JAX: generate, chat, convert, measure."""
+    """The Phi-3 family in JAX: generate, chat, fine-tune, convert, measure."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
     )
@@ -258,6 +259,7 @@ def bench(
 
 
 app.command()(plan)
+app.command()(finetune)
 
 
 def load_pipeline(

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 
-def join(distributed: bool) -> None:
+def join(distributed: bool, *, preemption: bool = False) -> None:
     """Joins the other processes, if the user says that there are some; all but process 0 then keep quiet."""
     if not distributed:
         return
@@ -18,7 +18,7 @@ def join(distributed: bool) -> None:
     # What libraries print while processes connect (Gloo does) must not mix with the answers.
     own = os.dup(1)
     os.dup2(2, 1)
-    start()
+    start(preemption=preemption)
     sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     if not is_primary():
         sys.stdout.close()
@@ -26,8 +26,8 @@ def join(distributed: bool) -> None:
         logging.getLogger().setLevel(logging.ERROR)
 
 
-def prepare(mesh: str | None, distributed: bool) -> "Mesh | None":
-    """Joins the other processes and builds the mesh that the user names.
+def prepare(mesh: str | None, distributed: bool, *, preemption: bool = False) -> "Mesh | None":
+    """Joins the other processes and builds the mesh that the user names; `preemption` as in `start`.
 
     Raises:
         ValueError: a mesh that cannot be, or none where several processes need one.
@@ -38,7 +38,7 @@ def prepare(mesh: str | None, distributed: bool) -> "Mesh | None":
 
     if mesh is not None:
         parse_mesh(mesh)  # a typing error is told before anyone is waited for
-    join(distributed)
+    join(distributed, preemption=preemption)
     import jax
 
     if mesh is not None:

@@ -22,11 +22,16 @@ SHORT = 256
 """Bytes of what is sent at once: all but long texts fit, so that one program sends nearly everything."""
 
 
-def start(timeout: int = 300) -> None:
+def start(timeout: int = 300, *, preemption: bool = False) -> None:
     """Joins the processes of the cluster that this one runs in, before anything else is asked of JAX.
 
     Cloud TPU, GKE (xpk too), SLURM, Open MPI and Kubernetes are known to JAX by what they set; elsewhere
     give every process JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Args:
+        timeout: seconds to wait for the others.
+        preemption: a SIGTERM in any process does not end it, but is noticed by all of them at the same step
+            (`multihost_utils.reached_preemption_sync_point`), for a run that saves itself first.
 
     Raises:
         ValueError: there is no cluster, or the variables are wrong.
@@ -40,7 +45,7 @@ def start(timeout: int = 300) -> None:
         raise ValueError(
             f"{VARIABLES[2]}={process} is not one of {VARIABLES[1]}={count} processes, from 0 on"
         )
-    jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending the process
+    jax.config.update("jax_enable_preemption_service", preemption)  # it keeps SIGTERM from ending the process
     try:
         jax.distributed.initialize(
             num_processes=count,

@@ -25,8 +25,8 @@ class LoRA(nnx.Module):
     `a` is [rank, *inputs], `b` [*outputs, rank], both float32, divided over the projection's mesh as it is.
     """
 
-    def __init__(self, base: Linear, *, rank: int, alpha: float, rngs: nnx.Rngs):
-        self.mesh, self.scaling = base.mesh, alpha / rank
+    def __init__(self, base: Linear, *, rank: int, alpha: float, rslora: bool, rngs: nnx.Rngs):
+        self.mesh, self.rank, self.alpha, self.rslora = base.mesh, rank, alpha, rslora
         shape, axes, split = base.weight.shape, base.weight.axes, len(base.weight.axes) - base.input_axes
         a_axes, b_axes = ("rank", *axes[split:]), (*axes[:split], "rank")
         bound = math.prod(shape[split:]) ** -0.5
@@ -34,6 +34,11 @@ class LoRA(nnx.Module):
         b = jnp.zeros((*shape[:split], rank), jnp.float32)
         self.a = nnx.LoRAParam(place(a, base.mesh, a_axes), axes=a_axes)
         self.b = nnx.LoRAParam(place(b, base.mesh, b_axes), axes=b_axes)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank; rank-stabilised (Kalajdzievski 2023), alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """[..., *inputs] -> [..., *outputs] in float32."""
@@ -60,12 +65,14 @@ def add_lora(
     *,
     alpha: float | None = None,
     targets: Collection[str] = TARGETS,
+    rslora: bool = False,
     rngs: nnx.Rngs | int = 0,
 ) -> Model:
     """A model with adapters of this rank on the named projections of every layer; B is zero at first.
 
     Their parameters are `nnx.LoRAParam`s, so that `Trainer(wrt=nnx.LoRAParam)` trains them alone. `alpha`
-    defaults to twice the rank. The given model stays as it is and shares its weights.
+    defaults to twice the rank; what they add is scaled by alpha / rank, with `rslora` by alpha / sqrt(rank).
+    The given model stays as it is and shares its weights.
 
     Raises:
         ValueError: a rank below 1, an unknown target, stacked layers, adapters there already.
@@ -77,18 +84,18 @@ def add_lora(
     alpha = 2.0 * rank if alpha is None else alpha
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
     model = jax.tree.map(lambda leaf: leaf, model)
-    for name, linear in _projections(model):
+    for name, linear in projections(model):
         if linear.adapter is not None:
             raise ValueError("the model has adapters already; merge them first (merge_lora)")
-        if name in targets:
-            linear.adapter = LoRA(linear, rank=rank, alpha=alpha, rngs=rngs)
+        if name.rpartition(".")[2] in targets:
+            linear.adapter = LoRA(linear, rank=rank, alpha=alpha, rslora=rslora, rngs=rngs)
     return model
 
 
 def merge_lora(model: Model) -> Model:
     """A plain model that computes the same as this one with its adapters, but for rounding."""
     model = jax.tree.map(lambda leaf: leaf, model)
-    for _, linear in _projections(model):
+    for _, linear in projections(model):
         if linear.adapter is not None:
             weight = linear.weight[...]
             linear.weight.set_value(
@@ -98,9 +105,16 @@ def merge_lora(model: Model) -> Model:
     return model
 
 
-def _projections(model: Phi3PreTrainedModel) -> Iterator[tuple[str, Linear]]:
+def projections(model: Phi3PreTrainedModel) -> Iterator[tuple[str, Linear]]:
+    """The projections of all layers under the names that they have in a checkpoint.
+
+    Raises:
+        ValueError: stacked layers.
+    """
     if not isinstance(model.decoder.layers, nnx.List):
         raise ValueError("the model's layers are stacked; unstack them first (unstack_layers)")
-    for layer in model.decoder.layers:
+    prefix = "" if model.decoder is model else "model."
+    for index, layer in enumerate(model.decoder.layers):
         for name in TARGETS:
-            yield name, getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name)
+            block = "self_attn" if hasattr(layer.self_attn, name) else "mlp"
+            yield f"{prefix}layers.{index}.{block}.{name}", getattr(getattr(layer, block), name)

@@ -1,5 +1,6 @@
 """Checkpoints: Hugging Face safetensors to and from a model, GGUF to a model, names to files."""
 
+from phi3_jax.checkpoint.adapters import load_adapters, save_adapters
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.checkpoint.hub import resolve
@@ -12,8 +13,10 @@ __all__ = [
     "TensorSource",
     "convert_checkpoint",
     "default_model",
+    "load_adapters",
     "load_model",
     "open_checkpoint",
     "resolve",
+    "save_adapters",
     "save_model",
 ]

@@ -16,12 +16,14 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(
+    target: Path, *, config: str = CONFIG, weights: re.Pattern[str] = _WEIGHTS
+) -> Iterator[Path]:
     """A temporary directory whose files take their place in `target` when the block ends well.
 
-    Weights that `target` held before are removed, so that old shards cannot mix with new ones; other files
-    stay. After an error nothing is left behind and `target` is as it was. A process killed meanwhile leaves a
-    hidden directory, and never a `config.json` beside weights that are not its own.
+    Weights (files that `weights` names) that `target` held before are removed, so that old shards cannot mix
+    with new ones; other files stay. After an error nothing is left behind and `target` is as it was. A
+    process killed meanwhile leaves a hidden directory, and never a `config` beside weights not its own.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
@@ -38,7 +40,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     try:
         yield work
         if exists:
-            _exchange(work, target)
+            _exchange(work, target, config, weights)
         else:
             work.chmod(0o777 & ~_umask())
             work.rename(target)
@@ -48,13 +50,13 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _exchange(work: Path, target: Path) -> None:
+def _exchange(work: Path, target: Path, config: str, weights: re.Pattern[str]) -> None:
     """Moves the files of `work` into `target` and what they replace out of it; all of them or none.
 
-    `config.json` leaves first and comes last: in between, the directory is no checkpoint.
+    `config` leaves first and comes last: in between, the directory is no checkpoint.
     """
-    new = sorted((path.name for path in work.iterdir()), key=lambda name: name == CONFIG)
-    old = [path.name for path in target.iterdir() if path.name in new or _WEIGHTS.fullmatch(path.name)]
+    new = sorted((path.name for path in work.iterdir()), key=lambda name: name == config)
+    old = [path.name for path in target.iterdir() if path.name in new or weights.fullmatch(path.name)]
     kept = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target))
     moved: list[tuple[Path, Path]] = []
 
@@ -63,7 +65,7 @@ def _exchange(work: Path, target: Path) -> None:
         moved.append((path, to))
 
     try:
-        for name in sorted(old, key=lambda name: name != CONFIG):
+        for name in sorted(old, key=lambda name: name != config):
             move(target / name, kept / name)
         for name in new:
             move(work / name, target / name)

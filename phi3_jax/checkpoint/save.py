@@ -1,7 +1,7 @@
 """From a model to a directory that transformers loads."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,43 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from phi3_jax import distributed
 from phi3_jax.checkpoint.atomic import atomic_directory
-from phi3_jax.checkpoint.layout import layout_of
+from phi3_jax.checkpoint.layout import Layout, layout_of
 from phi3_jax.checkpoint.safetensors import write_tensors
 from phi3_jax.checkpoint.source import TensorSource
 from phi3_jax.model import Phi3ForCausalLM, Phi3PreTrainedModel
 
 
-class ModelSource:
-    """The parameters of a model under the checkpoint's names and in its layout.
+class ParameterSource:
+    """Parameters under the names and in the layouts that they are stored in.
 
     Of a model over several processes all of them must `read` the same tensors in the same order.
     """
 
-    def __init__(self, model: Phi3PreTrainedModel):
-        flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-        self._parameters = {".".join(map(str, keys)): leaf for keys, leaf in flat}
+    def __init__(self, parameters: Mapping[str, tuple[nnx.Param, Layout]]):
+        self._parameters = parameters
 
     def names(self) -> Sequence[str]:
         return list(self._parameters)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return layout_of(name).checkpoint_shape(self._parameters[name].shape)
+        parameter, layout = self._parameters[name]
+        return layout.checkpoint_shape(parameter.shape)
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(self._parameters[name].dtype)
+        return np.dtype(self._parameters[name][0].dtype)
 
     def read(self, name: str) -> np.ndarray:
-        return layout_of(name).to_checkpoint(np.asarray(_readable(self._parameters[name][...])))
+        parameter, layout = self._parameters[name]
+        return layout.to_checkpoint(np.asarray(_readable(parameter[...])))
+
+
+class ModelSource(ParameterSource):
+    """The parameters of a model under the checkpoint's names and in its layout."""
+
+    def __init__(self, model: Phi3PreTrainedModel):
+        flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        names = {".".join(map(str, keys)): leaf for keys, leaf in flat}
+        super().__init__({name: (leaf, layout_of(name)) for name, leaf in names.items()})
 
 
 def _readable(parameter: Any) -> Any:
@@ -85,15 +95,28 @@ def save_model(
     processes all call this; process 0 writes, the others wait until it has, or has failed.
 
     Raises:
+        ValueError: the model has adapters, for which a checkpoint has no names.
         CheckpointError: the disk is full, or the directory cannot be written.
     """
-    source = ModelSource(model)
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        raise ValueError(
+            "the model has adapters, which a checkpoint cannot hold; merge them first (merge_lora), or write "
+            "them alone (save_adapters)"
+        )
+    write_in_one(ModelSource(model), lambda source: _write(model, source, Path(directory), max_shard_size))
+
+
+def write_in_one(source: TensorSource, write: Callable[[TensorSource], None]) -> None:
+    """Calls `write` with the tensors of `source` in process 0, while the others take part in reading them.
+
+    All processes return when it has written, or raise what it raised.
+    """
     if distributed.process_count() == 1:
-        _write(model, source, Path(directory), max_shard_size)
+        write(source)
     elif distributed.is_primary():
         failed: BaseException | None = None
         try:
-            _write(model, _Gathered(source), Path(directory), max_shard_size)
+            write(_Gathered(source))
         except BaseException as error:
             failed = error
         distributed.broadcast((None, failed and distributed.portable(failed)))

@@ -85,6 +85,8 @@ def _on_mesh(
     row = "batch" if mask.key_slots.shape[0] > 1 else None
     parts: Any = (spec("batch", length), spec(row, slots), spec("batch", slots))
     masks: Any = replace(mask, query_slots=parts[0], key_slots=parts[1], key_mask=parts[2])
+    if mask.key_segments is not None:
+        masks = replace(masks, query_segments=parts[0], key_segments=parts[2])
     combined = not mask.fresh and mesh.shape["context"] > 1
 
     def local(splash: Any, query: Array, key: Vectors, value: Vectors, mask: CausalMask) -> Array:
@@ -132,6 +134,8 @@ class _Kernel:
         self._pallas = implementation == "pallas" or (
             implementation is None and self._platform in (None, "tpu") and _worth_a_kernel(query, key, mask)
         )
+        if mask.key_segments is not None and not mask.fresh:
+            self._pallas = False  # the cache's kernel knows no segments: the last few queries are XLA's
         self._cudnn = (
             implementation in (None, "cudnn")
             and self._platform in (None, "gpu")
@@ -190,7 +194,8 @@ class _Kernel:
         mask: CausalMask,
     ) -> Attended:
         if mask.fresh and isinstance(key, Array) and isinstance(value, Array):
-            out = splash.attend(kernel, query, key, value, mask.key_mask, self._scale)
+            segments = mask.query_segments, mask.key_segments
+            out = splash.attend(kernel, query, key, value, mask.key_mask, self._scale, *segments)
             # The kernel's gradient for queries that see nothing is wrong by any factor.
             return Attended(jnp.where(mask.sighted()[..., None, None, None], out, 0), None, None)
         out, lse = _cached(query, key, value, mask, self._scale, interpret)
@@ -208,8 +213,10 @@ def _worth_a_kernel(query: Array, key: Vectors, mask: CausalMask) -> bool:
 def _suits_cudnn(query: Array, key: Vectors, mask: CausalMask) -> bool:
     """Whether cuDNN is the better one for it.
 
-    Not for one query, for which it would copy the cache, nor where a window needs a mask of T x T.
+    Not for one query, for which it would copy the cache, nor where a window or segments need a mask of T x T.
     """
+    if mask.key_segments is not None:
+        return False
     length = query.shape[1]
     within = mask.window is None or mask.window >= length
     return _worth_a_kernel(query, key, mask) and (within if mask.fresh else length > 1)

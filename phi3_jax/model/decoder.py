@@ -89,6 +89,7 @@ class Phi3Model(Phi3PreTrainedModel):
         attention_scaling: Float[Array, "..."] | float | None = None,
         rope_length: Int[Array, " B"] | None = None,
         hidden_states_to_keep: int = 0,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder over new tokens, after those in the cache if there is one.
 
@@ -114,13 +115,24 @@ class Phi3Model(Phi3PreTrainedModel):
                 was computed with if that is more.
             hidden_states_to_keep: n: give `last_hidden_state` at the last n positions only, and spare the
                 last layer the work on the others; 0: at all.
+            segment_ids: rows that hold several examples, each side by side: the number of every token's
+                example, 0 for padding (with an `attention_mask`, what either calls padding is). Tokens see
+                only their own example, and positions restart at 0 where another begins. One longrope list
+                still serves the whole row, that of its longest example unless `rope_length` says otherwise.
+                Without a cache only.
 
         Raises:
-            ValueError: shapes that do not fit, ids outside the vocabulary, a sequence beyond the cache.
+            ValueError: shapes that do not fit, ids outside the vocabulary, a sequence beyond the cache,
+                `segment_ids` together with a cache or a 4-D mask.
         """
         config = self.config
-        new = inputs.check(config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         past = past_key_values
+        if segment_ids is not None and (past is not None or use_cache):
+            raise ValueError(
+                "segment_ids go without a cache, whose slots are one example's: leave out past_key_values "
+                "and use_cache, and give each example a row of its own to continue it"
+            )
+        new = inputs.check(config, input_ids, inputs_embeds, attention_mask, position_ids, past, segment_ids)
         where = inputs.locate(new, past)
         if rope_length is None:
             rope_length = where.tokens if past is None else jnp.maximum(where.tokens, past.rope_length)
@@ -134,7 +146,15 @@ class Phi3Model(Phi3PreTrainedModel):
         fresh = past is None
         mask: CausalMask | Array | None = new.mask_4d
         if mask is None:
-            mask = CausalMask(where.slots, where.key_slots, where.key_mask, config.sliding_window, fresh)
+            mask = CausalMask(
+                where.slots,
+                where.key_slots,
+                where.key_mask,
+                config.sliding_window,
+                fresh,
+                where.segments,
+                where.segments,
+            )
         length = "length" if fresh and new.mask_4d is None else None
         check_divides(self.mesh, {"batch": new.batch_size} | ({length: new.length} if length else {}))
         cache, key_mask = past, where.key_mask

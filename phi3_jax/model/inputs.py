@@ -22,6 +22,7 @@ class NewTokens:
     """Over the new tokens or over the cached and the new ones."""
     mask_4d: Array | None
     position_ids: Int[Array, "B T"] | None
+    segment_ids: Int[Array, "B T"] | None
     batch_size: int
     length: int
 
@@ -39,6 +40,8 @@ class Location:
     """Tokens of each row so far, by position: the greatest position of a token plus one."""
     counted: Int[Array, " B"]
     """Tokens of each row so far, counted along the mask."""
+    segments: Int[Array, "B T"] | None
+    """The example that each token belongs to; 0: padding."""
 
 
 def roomy(length: int) -> int:
@@ -58,6 +61,7 @@ def check(
     attention_mask: Any,
     position_ids: Any,
     cache: KVCache | None,
+    segment_ids: Any,
 ) -> NewTokens:
     """Brings the arguments to one form or says which of them is wrong; values only where they are known."""
     if (input_ids is None) == (inputs_embeds is None):
@@ -87,7 +91,19 @@ def check(
     if cache is not None:
         _check_cache(config, cache, batch, length)
     mask, mask_4d = _check_mask(config, attention_mask, batch, length, cache)
-    return NewTokens(input_ids, inputs_embeds, mask, mask_4d, position_ids, batch, length)
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(segment_ids)
+        if segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise ValueError(
+                f"segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}; "
+                f"expected integers of shape {[batch, length]}"
+            )
+        if mask_4d is not None:
+            raise ValueError(
+                "segment_ids say who sees whom, and so does a 4-D attention_mask; give one of them"
+            )
+        segment_ids = segment_ids.astype(jnp.int32)
+    return NewTokens(input_ids, inputs_embeds, mask, mask_4d, position_ids, segment_ids, batch, length)
 
 
 def _check_ids(config: Phi3Config, input_ids: Any) -> Array:
@@ -178,6 +194,8 @@ def locate(new: NewTokens, cache: KVCache | None) -> Location:
     """Slots, visible keys and positions of the new tokens."""
     batch, length = new.batch_size, new.length
     is_token = jnp.ones((batch, length), bool) if new.mask is None else new.mask
+    if new.segment_ids is not None:
+        is_token &= new.segment_ids != 0
     offsets = jnp.arange(length, dtype=jnp.int32)
     if cache is None:
         start = past = jnp.zeros((batch,), jnp.int32)
@@ -194,7 +212,15 @@ def locate(new: NewTokens, cache: KVCache | None) -> Location:
             brought = jnp.take_along_axis(is_token, jnp.clip(index, 0, length - 1), axis=1)
             key_mask = jnp.where((index >= 0) & (index < length), brought, cache.mask)
     counted = past[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32)
-    position_ids = jnp.maximum(counted - 1, 0) if new.position_ids is None else new.position_ids
+    position_ids, segments = new.position_ids, None
+    if position_ids is None:
+        position_ids = jnp.maximum(counted - 1, 0)
+        if new.segment_ids is not None:
+            begins = jnp.diff(new.segment_ids, axis=1, prepend=0) != 0
+            before = jax.lax.cummax(jnp.where(begins, counted - is_token, 0), axis=1)  # in other segments
+            position_ids = jnp.maximum(position_ids - before, 0)
+    if new.segment_ids is not None:
+        segments = jnp.where(is_token, new.segment_ids, 0)
     return Location(
         slots=start[:, None] + offsets,
         key_slots=key_slots,
@@ -202,4 +228,5 @@ def locate(new: NewTokens, cache: KVCache | None) -> Location:
         position_ids=position_ids,
         tokens=jnp.max(jnp.where(is_token, position_ids + 1, 0), axis=1),
         counted=counted[:, -1],
+        segments=segments,
     )

@@ -25,6 +25,9 @@ class CausalMask:
     """Keys that a query sees at most, its own included."""
     fresh: bool = field(default=False, metadata={"static": True})
     """The keys are those of the queries and nothing else: both lie in the slots 0 to T - 1."""
+    query_segments: Int[Array, "B T"] | None = None
+    """Queries see only keys of their own segment; 0: padding."""
+    key_segments: Int[Array, "B S"] | None = None
 
     def dense(self) -> Bool[Array, "B 1 T S"]:
         """True where a query sees a key."""
@@ -33,10 +36,14 @@ class CausalMask:
         visible = self.key_mask[:, None, :] & (key <= query)
         if self.window is not None:
             visible &= key > query - self.window
+        if self.query_segments is not None and self.key_segments is not None:
+            visible &= self.query_segments[:, :, None] == self.key_segments[:, None, :]
         return visible[:, None]
 
     def sighted(self) -> Bool[Array, "B T"]:
         """Queries of a fresh mask that see any key: all but some that are padding."""
+        if self.query_segments is not None:
+            return self.query_segments != 0  # tokens see themselves, padding sees none of its segment
         tokens = jnp.pad(jnp.cumsum(self.key_mask, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
         seen = jnp.take_along_axis(tokens, self.query_slots + 1, axis=1)
         if self.window is not None:
@@ -47,5 +54,6 @@ class CausalMask:
     def last_queries(self, count: int) -> "CausalMask":
         """The mask of the last `count` queries; 0: of all."""
         query_slots = self.query_slots[:, -count:]
+        segments = None if self.query_segments is None else self.query_segments[:, -count:]
         fresh = self.fresh and query_slots.shape == self.query_slots.shape
-        return replace(self, query_slots=query_slots, fresh=fresh)
+        return replace(self, query_slots=query_slots, query_segments=segments, fresh=fresh)

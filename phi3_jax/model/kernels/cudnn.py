@@ -53,9 +53,9 @@ def cudnn_attention(
     attend = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     if not mask.fresh:
         out = attend(*arrays, mask=mask.dense())
-    elif mask.window is not None and mask.window < length:
-        # Padding between tokens counts towards the window, so only a mask is exact; 33 MB a row at 4,096
-        # tokens. cuDNN has a backward pass only for even lengths then.
+    elif mask.key_segments is not None or (mask.window is not None and mask.window < length):
+        # Padding between tokens counts towards the window, so only a mask is exact, as for segments; 33 MB a
+        # row at 4,096 tokens. cuDNN has a backward pass only for even lengths then.
         padded = [jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in arrays]
         visible = jnp.pad(mask.dense(), ((0, 0), (0, 0), (0, length % 2), (0, length % 2)))
         out = attend(*padded, mask=visible, is_causal=True)[:, :length]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask, MultiHeadMask
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 TILE = 128
 BLOCK = 512
@@ -139,11 +139,14 @@ def attend(
     value: Float[Array, "B K S H"],
     key_mask: Bool[Array, "B S"],
     scale: float,
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Softmax attention of the kernel's own queries (all, or one device's piece) over all keys.
 
     A query that sees nothing gets the mean of the values in its blocks, and a gradient that is finite and of
     no use: mask such queries in the loss. `scale` is multiplied into the queries, and rounded with them.
+    Given segments, 0 for padding, a query sees its own only, and `key_mask` says nothing more.
     """
     length = query.shape[1]
     places = kernel.fwd_mask_info.q_sequence
@@ -156,16 +159,21 @@ def attend(
         return jnp.pad(x, widths)
 
     queries = pad((query.astype(jnp.float32) * scale).astype(query.dtype), 1).transpose(0, 2, 3, 1, 4)
-    ids = pad(key_mask.astype(jnp.int32), 1)
-    ones = jnp.ones((queries.shape[3],), jnp.int32)
+    rows: tuple[int | None, int]
+    if query_segments is None or key_segments is None:  # one segment, to which padding does not belong
+        ones = jnp.ones((queries.shape[3],), jnp.int32)
+        ids, rows = (ones, pad(key_mask.astype(jnp.int32), 1)), (None, 0)
+    else:
+        ids, rows = (pad(query_segments, 1), pad(key_segments, 1)), (0, 0)
 
-    def attend_row(queries: Array, keys: Array, values: Array, ids: Array) -> Array:
+    def attend_row(queries: Array, keys: Array, values: Array, ids: tuple[Array, Array]) -> Array:
         def attend_head(queries: Array, keys: Array, values: Array) -> Array:
-            out = kernel(queries, keys, values, library.SegmentIds(q=ones, kv=ids))
+            out = kernel(queries, keys, values, library.SegmentIds(*ids))
             assert isinstance(out, jax.Array)  # no residuals were asked for
             return out
 
         return jax.vmap(attend_head)(queries, keys, values)
 
-    out = jax.vmap(attend_row)(queries, pad(key, 2), pad(value, 2), ids)  # [B, K, G, T, H]
+    attend_rows = jax.vmap(attend_row, in_axes=(0, 0, 0, rows))
+    out = attend_rows(queries, pad(key, 2), pad(value, 2), ids)  # [B, K, G, T, H]
     return out.transpose(0, 3, 1, 2, 4)[:, :length]

@@ -76,12 +76,18 @@ def xla_attention(
         x = x.reshape(*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    rows = split(mask.query_slots, 1) if isinstance(mask, CausalMask) else split(mask, 2)
+    rows: Any
+    if isinstance(mask, CausalMask):
+        rows = jax.tree.map(lambda x: split(x, 1), (mask.query_slots, mask.query_segments))
+    else:
+        rows = split(mask, 2)
 
     @jax.checkpoint
-    def attend_block(block: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
-        index, queries, rows = block
-        visible = replace(mask, query_slots=rows) if isinstance(mask, CausalMask) else rows
+    def attend_block(block: tuple[Array, Array, Any]) -> tuple[Array, Array | None]:
+        index, queries, visible = block
+        if isinstance(mask, CausalMask):
+            slots, segments = visible
+            visible = replace(mask, query_slots=slots, query_segments=segments)
         block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         block_out = _attend_at_once(queries, key, value, visible, scale, dropout_rate, block_key, wanted)
         return block_out.out, block_out.lse

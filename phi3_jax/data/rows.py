@@ -1,0 +1,304 @@
+"""Rows of CSV, TSV, JSONL, Parquet and CoNLL files or of a data set, one by one; faults name their place."""
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+# Each byte that is not UTF-8 is decoded to one of these, which UTF-8 itself never gives.
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+_LONGEST_FIELD = 2**24
+_PARQUET_BATCH = 1024
+
+
+class Place(NamedTuple):
+    """Where a row stands: "train.csv, line 3"."""
+
+    file: str
+    line: int
+    """Counts from 1; of a row of several lines, the first."""
+    unit: str = "line"
+    """What is counted: "row" where there are no lines."""
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.line}"
+
+
+class Row(NamedTuple):
+    """Values by column."""
+
+    values: dict[str, Any]
+    place: Place
+
+
+class BadRowError(ValueError):
+    """A row that nothing can be learnt from: "train.csv, line 3: label is empty"."""
+
+    def __init__(self, place: Place, fault: str):
+        super().__init__(place, fault)
+        self.place, self.fault = place, fault
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.fault}"
+
+
+class BadRows:
+    """What becomes of bad rows: the first one ends the reading, or all are skipped and counted.
+
+    Attributes:
+        count: how many were skipped.
+        first: what was wrong with the first five.
+    """
+
+    def __init__(self, skip: bool):
+        self.skip = skip
+        self.count = 0
+        self.first: list[str] = []
+
+    def __call__(self, error: BadRowError) -> None:
+        """Raises `error`, or counts it."""
+        if not self.skip:
+            raise error
+        self.count += 1
+        if len(self.first) < 5:
+            self.first.append(str(error))
+
+
+def read_rows(
+    path: str | PathLike[str],
+    *,
+    file_format: str | None = None,
+    columns: Collection[str] = (),
+    bad: BadRows,
+) -> Iterator[Row]:
+    """The rows of a file, read as they are asked for: memory does not grow with the file.
+
+    CSV and TSV have a header line. CoNLL has a word and its tags a line, the last one counts, and blank lines
+    between sentences; its columns are `words` and `labels`. Text is UTF-8, and may be compressed (.gz).
+
+    Args:
+        file_format: "csv", "tsv", "jsonl", "parquet" or "conll"; by the file's suffix if not given.
+        columns: must be there, where all rows have the same (JSONL's may differ from row to row).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unknown format, broken file, no rows, a bad header, a column is missing.
+        BadRowError: the first bad row, unless `bad` skips them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no data at {path}: " + ("it is a folder" if path.is_dir() else "no such file")
+        )
+    return _sifted(_READERS[_format_of(path, file_format)](path, columns), path, bad)
+
+
+def read_dataset(name: str, split: str) -> Iterator[Row]:
+    """The rows of a data set of the Hugging Face hub, streamed; class numbers become the classes' names.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"the data set {name!r} needs the library datasets; pip install datasets, or give a file"
+        ) from error
+    data = datasets.load_dataset(name, split=split, streaming=True)
+    named = {}
+    for column, feature in (data.features or {}).items():
+        # A list of classes, as token labels are, has the classes one level down.
+        classes = getattr(feature, "feature", feature)
+        if isinstance(classes, datasets.ClassLabel):
+            named[column] = classes.names
+    for number, values in enumerate(data, 1):
+        for column, names in named.items():
+            values[column] = _class_names(values[column], names)
+        yield Row(values, Place(f"{name}, {split}", number, "row"))
+
+
+def _class_names(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_class_names(one, names) for one in value]
+    # -1 stands for a hidden label.
+    return names[value] if isinstance(value, int) and value >= 0 else None
+
+
+def _format_of(path: Path, file_format: str | None) -> str:
+    known = ", ".join(map(repr, _READERS))
+    if file_format is not None:
+        if file_format not in _READERS:
+            raise ValueError(f"file_format={file_format!r} is not known; use one of {known}")
+        return file_format
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    found = {".json": "jsonl"}.get(suffix, suffix.removeprefix("."))
+    if found not in _READERS:
+        raise ValueError(f"the suffix of {path} names no format; give file_format= one of {known}")
+    return found
+
+
+def _sifted(items: Iterable[Row | BadRowError], path: Path, bad: BadRows) -> Iterator[Row]:
+    item = None
+    for item in items:
+        if isinstance(item, BadRowError):
+            bad(item)
+        else:
+            yield item
+    if item is None:
+        raise ValueError(f"{path} holds no rows")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends; bytes that are not UTF-8 can be told by `_encoding_fault`."""
+    zipped = path.name.lower().endswith(".gz")
+    with gzip.open(path, "rb") if zipped else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                # utf-8-sig takes the byte order mark away that some editors begin a file with.
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is not a gzip file, or is cut short: {error}") from error
+
+
+def _encoding_fault(text: str) -> str | None:
+    if found := _ESCAPED_BYTE.search(text):
+        return f"byte 0x{ord(found[0]) - 0xDC00:02x} is not UTF-8; save the file as UTF-8"
+    return None
+
+
+def _check_columns(path: Path, there: Collection[str], wanted: Collection[str]) -> None:
+    for column in wanted:
+        if column not in there:
+            raise ValueError(
+                f"{path} has no column {column!r}; its columns are {', '.join(map(repr, there))}"
+            )
+
+
+def _csv(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
+    return _delimited(path, columns, ",")
+
+
+def _tsv(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
+    return _delimited(path, columns, "\t")
+
+
+def _delimited(path: Path, columns: Collection[str], delimiter: str) -> Iterator[Row | BadRowError]:
+    # The library's own limit, 131,072 characters, is less than a long document has; none at all would let a
+    # quote that is left open take the rest of the file into memory.
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    header = _header(reader, path)
+    _check_columns(path, header, columns)
+    while True:
+        place = Place(str(path), reader.line_num + 1)
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield BadRowError(place, f"{error}; look for a quote that is left open or not doubled")
+            continue
+        if not fields:  # a blank line
+            continue
+        fault = _encoding_fault("".join(fields))
+        if len(fields) != len(header):
+            fault = f"{len(fields)} fields, where the header names {len(header)}"
+        yield BadRowError(place, fault) if fault else Row(dict(zip(header, fields, strict=True)), place)
+
+
+def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
+    try:
+        header = next(reader, None)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line 1: {error}; expected the columns' names") from error
+    if header is None:
+        raise ValueError(f"{path} is empty; expected a line with the columns' names, and rows")
+    fault = _encoding_fault("".join(header))
+    if not all(name.strip() for name in header) or not header:
+        fault = f"a column has no name: {header}"
+    elif twice := [name for name in header if header.count(name) > 1]:
+        fault = f"two columns have the name {twice[0]!r}"
+    if fault:
+        raise ValueError(f"{path}, line 1: {fault}")
+    return header
+
+
+def _jsonl(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        place = Place(str(path), number)
+        values: Any = None
+        fault = _encoding_fault(line)
+        if fault is None:
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                fault = f"broken JSON at column {error.colno}: {error.msg}"
+            except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+                fault = f"JSON that cannot be read: {error}"
+            else:
+                if not isinstance(values, dict):
+                    fault = f"expected a JSON object in each line, got {line.strip():.40}"
+        yield BadRowError(place, fault) if fault else Row(values, place)
+
+
+def _parquet(path: Path, columns: Collection[str]) -> Iterator[Row]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names, columns)
+            done = 0
+            for batch in file.iter_batches(_PARQUET_BATCH, columns=list(columns) or None):
+                for number, values in enumerate(batch.to_pylist(), done + 1):
+                    yield Row(values, Place(str(path), number, "row"))
+                done += len(batch)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a Parquet file, or is cut short: {error}") from error
+
+
+def _conll(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
+    _check_columns(path, ("words", "labels"), columns)
+    words: list[str] = []
+    labels: list[str] = []
+    begin, error = 0, None
+    for number, line in chain(_lines(path), [(0, "")]):
+        parts = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+        if not line.strip():
+            if error:
+                yield error
+            elif words:
+                yield Row({"words": words, "labels": labels}, Place(str(path), begin))
+            words, labels, begin, error = [], [], 0, None
+        elif parts[0].split()[:1] != ["-DOCSTART-"]:
+            begin = begin or number
+            if (fault := _word_fault(line, parts)) and error is None:
+                error = BadRowError(Place(str(path), number), fault)
+            words.append(parts[0])
+            labels.append(parts[-1])
+
+
+def _word_fault(line: str, parts: Sequence[str]) -> str | None:
+    if fault := _encoding_fault(line):
+        return fault
+    if len(parts) < 2 or not parts[0].strip() or not parts[-1].strip():
+        return f"expected a word and its tag, separated by a tab or by spaces, got {line.rstrip()!r:.60}"
+    return None
+
+
+_READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Row | BadRowError]]] = {
+    "csv": _csv,
+    "tsv": _tsv,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "conll": _conll,
+}

@@ -1,0 +1,413 @@
+"""What is learnt from a row: a class of the text, a class of each word, or the text itself."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from phi3_jax.model.losses import IGNORE_INDEX
+from phi3_jax.tokenizer import Phi3Tokenizer
+
+from .chat_examples import encode_chat
+from .labels import Labels, label_name
+from .rows import BadRowError, BadRows, Place, Row
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised row, or a part of one."""
+
+    input_ids: list[int]
+    labels: int | list[float] | list[int] | None
+    """A class; a number for each class or output; a class or id for each token (-100: not counted)."""
+    place: Place
+    firsts: list[bool] | None = None
+    """Marks the first token of each word."""
+    truncated: bool = False
+    """Whether tokens of the row are in no example."""
+
+
+@dataclass(frozen=True)
+class SequenceClassification:
+    """A class, several classes or numbers for a text or a pair of texts.
+
+    Args:
+        label: a column; or several, which hold 0 or 1 for the class they are named after, or a number each
+            (regression). None: rows are not labelled.
+        label_separator: stands between the labels of a text in a column of several; no text means no label.
+    """
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str | tuple[str, ...] | None = "label"
+    problem_type: ProblemType = "single_label_classification"
+    label_separator: str = "|"
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        known = get_args(ProblemType)
+        if self.problem_type not in known:
+            raise ValueError(f"problem_type={self.problem_type!r}; use one of {', '.join(map(repr, known))}")
+        if self.problem_type == "single_label_classification" and isinstance(self.label, tuple):
+            raise ValueError(
+                f"label={self.label!r} names several columns, and single_label_classification has one; use "
+                "multi_label_classification for columns of 0 and 1"
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that rows must have."""
+        return (self.text, *filter(None, [self.text_pair]), *self._label_columns)
+
+    @property
+    def _label_columns(self) -> tuple[str, ...]:
+        return (self.label,) if isinstance(self.label, str) else self.label or ()
+
+    def label_set(self, rows: Iterable[Row]) -> Labels:
+        """The classes in the rows; the columns' names where each output has a column.
+
+        Bad rows are passed over, for `encode` to name.
+
+        Raises:
+            ValueError: no labels, or a single class, which leaves nothing to learn.
+        """
+        if self.label is None:
+            raise ValueError("label=None, so there are no classes; name the column that holds them")
+        if self.problem_type == "regression" or isinstance(self.label, tuple):
+            return Labels(self._label_columns)
+        labels = _label_set(rows, self._names)
+        if self.problem_type == "single_label_classification" and len(labels) == 1:
+            raise ValueError(f"all rows have the label {labels.names[0]!r}; expected two classes or more")
+        return labels
+
+    def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
+        """One example, with the ids that `tokenizer(text, text_pair, truncation=True)` gives.
+
+        Raises:
+            BadRowError: no text, or a label that is missing, unknown or no number.
+        """
+        text = _text(row, self.text)
+        if not text.strip():
+            raise BadRowError(row.place, f"{self.text!r} is empty")
+        pair = None if self.text_pair is None else _text(row, self.text_pair)
+        target = None if self.label is None else self._target(row, labels)
+        try:
+            ids = tokenizer(text, pair, padding=False).input_ids[0]
+            truncated = len(ids) > self.max_length
+            if truncated:
+                ids = tokenizer(
+                    text, pair, padding=False, truncation=True, max_length=self.max_length
+                ).input_ids[0]
+        except ValueError as error:
+            raise BadRowError(row.place, str(error)) from error
+        return [Example(ids.tolist(), target, row.place, truncated=truncated)]
+
+    def _target(self, row: Row, labels: Labels) -> int | list[float]:
+        if self.problem_type == "regression":
+            return [_number(row, column) for column in self._label_columns]
+        if isinstance(self.label, tuple):
+            return [_zero_or_one(row, column) for column in self.label]
+        chosen = [_label_id(row, labels, name) for name in self._names(row)]
+        if self.problem_type == "single_label_classification":
+            return chosen[0]
+        return [float(index in chosen) for index in range(len(labels))]
+
+    def _names(self, row: Row) -> list[str]:
+        """The names of a row's classes."""
+        (column,) = self._label_columns
+        value = _value(row, column)
+        if self.problem_type == "multi_label_classification":
+            if isinstance(value, str):
+                value = value.split(self.label_separator) if value.strip() else []
+            return _label_names(row, column, value)
+        return _label_names(row, column, [value])
+
+
+@dataclass(frozen=True)
+class TokenClassification:
+    """A class for each word of a text.
+
+    Words are encoded one by one, as transformers does with `is_split_into_words`. To a byte-level vocabulary
+    a word alone is one at a text's beginning or within a longer word; `prefix_space` gives every word but the
+    first the space that it has in running text, which the model knows it by. Without it the ids are those of
+    transformers (as they are either way for vocabularies that mark beginnings of words by themselves). A word
+    without any token becomes the unk token, so that every word has a prediction.
+
+    Args:
+        labels: None: rows are not labelled.
+        label_all_pieces: labels every token of a word (I-X behind a first B-X), and not only the first.
+    """
+
+    words: str = "words"
+    labels: str | None = "labels"
+    label_all_pieces: bool = False
+    prefix_space: bool = True
+    max_length: int = 512
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that rows must have."""
+        return (self.words, *filter(None, [self.labels]))
+
+    def label_set(self, rows: Iterable[Row]) -> Labels:
+        """The tags in the rows. Bad rows are passed over, for `encode` to name.
+
+        Raises:
+            ValueError: no labels.
+        """
+        if self.labels is None:
+            raise ValueError("labels=None, so there are no tags; name the column that holds them")
+        return _label_set(rows, self._all_names)
+
+    def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
+        """One example. `firsts` marks the tokens that speak for their words.
+
+        Raises:
+            BadRowError: no words, an empty one, not a label for each, an unknown label.
+        """
+        words = self._words(row)
+        names = None if self.labels is None else self._names(row, words)
+        pieces = self._pieces(row, words, tokenizer)
+        firsts = [place == 0 for piece in pieces for place in range(len(piece))]
+        targets: list[int] = []
+        if names is not None:
+            for piece, name in zip(pieces, names, strict=True):
+                inside = _label_id(row, labels, _continued(name)) if self.label_all_pieces else IGNORE_INDEX
+                targets += [_label_id(row, labels, name), *[inside] * (len(piece) - 1)]
+        before, after = _surroundings(tokenizer)
+        room = self.max_length - len(before) - len(after)
+        if room < 1:
+            least = len(before) + len(after) + 1
+            raise ValueError(f"max_length={self.max_length} leaves no room for words; use {least} or more")
+        count = len(firsts)
+        kept = slice(0, room) if tokenizer.truncation_side == "right" else slice(max(count - room, 0), count)
+        ids = [token for piece in pieces for token in piece]
+        return [
+            Example(
+                [*before, *ids[kept], *after],
+                None if names is None else _padded(targets[kept], IGNORE_INDEX, before, after),
+                row.place,
+                firsts=_padded(firsts[kept], False, before, after),
+                truncated=count > room,
+            )
+        ]
+
+    def _words(self, row: Row) -> list[str]:
+        words = _list(row, self.words)
+        if not words:
+            raise BadRowError(row.place, f"{self.words!r} is empty")
+        for index, word in enumerate(words):
+            if not isinstance(word, str) or not word.strip():
+                raise BadRowError(row.place, f"{self.words}[{index}] is {word!r:.40}; expected a word")
+        return words
+
+    def _names(self, row: Row, words: Sequence[str]) -> list[str]:
+        assert self.labels is not None
+        names = _label_names(row, self.labels, _value(row, self.labels))
+        if len(names) != len(words):
+            raise BadRowError(row.place, f"{len(words)} words and {len(names)} labels; expected one for each")
+        return names
+
+    def _all_names(self, row: Row) -> list[str]:
+        """A row's names, and those that label the other pieces of its words."""
+        names = self._names(row, self._words(row))
+        return names + [_continued(name) for name in names] if self.label_all_pieces else names
+
+    def _pieces(self, row: Row, words: Sequence[str], tokenizer: Phi3Tokenizer) -> list[list[int]]:
+        space = " " if self.prefix_space and not _marks_beginnings(tokenizer) else ""
+        try:
+            pieces = [
+                tokenizer.encode(space + word if index else word, add_special_tokens=False)
+                for index, word in enumerate(words)
+            ]
+        except ValueError as error:
+            raise BadRowError(row.place, str(error)) from error
+        for index, piece in enumerate(pieces):
+            if not piece:
+                if tokenizer.unk_token_id is None:
+                    raise BadRowError(row.place, f"the tokenizer has no token for the word {words[index]!r}")
+                piece.append(tokenizer.unk_token_id)
+        return pieces
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """The next token, of raw texts or of the assistant's turns in conversations.
+
+    Args:
+        messages: column of conversations, which the tokenizer's chat template writes; or None.
+        text: column of raw texts, where `messages` is None.
+        max_length: conversations are cut off behind it; texts go on in the next example.
+    """
+
+    messages: str | None = None
+    text: str = "text"
+    max_length: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length}; the next token needs at least 2")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that rows must have."""
+        return (self.text if self.messages is None else self.messages,)
+
+    def label_set(self, rows: Iterable[Row]) -> None:
+        """None: the vocabulary is what there is."""
+
+    def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels | None = None) -> list[Example]:
+        """The example of a conversation, or those of a text; labels are ids, not shifted.
+
+        A text's examples share a token where one ends and the next begins, so that every token but the text's
+        first is predicted once. Its end is the eos token.
+
+        Raises:
+            BadRowError: no text, no answer of the assistant's, or a template that failed.
+        """
+        if self.messages is not None:
+            messages = _list(row, self.messages)
+            try:
+                ids, targets, truncated = encode_chat(messages, tokenizer, self.max_length)
+            except ValueError as error:
+                raise BadRowError(row.place, str(error)) from error
+            return [Example(ids, targets, row.place, truncated=truncated)]
+        ids = self._text_ids(row, tokenizer)
+        parts = [
+            ids[begin : begin + self.max_length] for begin in range(0, len(ids) - 1, self.max_length - 1)
+        ]
+        return [Example(part, part, row.place) for part in parts]
+
+    def _text_ids(self, row: Row, tokenizer: Phi3Tokenizer) -> list[int]:
+        text = _text(row, self.text)
+        if not text.strip():
+            raise BadRowError(row.place, f"{self.text!r} is empty")
+        try:
+            ids = tokenizer.encode(text)
+        except ValueError as error:
+            raise BadRowError(row.place, str(error)) from error
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) < 2:
+            raise BadRowError(
+                row.place, f"{self.text!r} is a single token, which nothing predicts: {text!r:.40}"
+            )
+        return ids
+
+
+Task = SequenceClassification | TokenClassification | CausalLM
+
+
+def encode_rows(
+    task: Task, rows: Iterable[Row], tokenizer: Phi3Tokenizer, labels: Any, *, bad: BadRows
+) -> Iterator[Example]:
+    """The examples of all rows, as they are asked for; `labels` is what `task.label_set` found.
+
+    Raises:
+        BadRowError: the first bad row, unless `bad` skips them.
+    """
+    for row in rows:
+        try:
+            examples = task.encode(row, tokenizer, labels)
+        except BadRowError as error:
+            bad(error)
+        else:
+            yield from examples
+
+
+def _value(row: Row, column: str) -> Any:
+    if column not in row.values:
+        there = ", ".join(map(repr, row.values)) or "none"
+        raise BadRowError(row.place, f"there is no column {column!r}; the columns are {there}")
+    return row.values[column]
+
+
+def _text(row: Row, column: str) -> str:
+    value = _value(row, column)
+    if not isinstance(value, str):
+        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected text")
+    return value
+
+
+def _list(row: Row, column: str) -> list[Any]:
+    value = _value(row, column)
+    if not isinstance(value, list):
+        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected a list")
+    return value
+
+
+def _number(row: Row, column: str) -> float:
+    value = _value(row, column)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= _FLOAT32_MAX:
+        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected a number that float32 holds")
+    return number
+
+
+def _zero_or_one(row: Row, column: str) -> float:
+    value = row.values.get(column)
+    number = float(value) if isinstance(value, bool) else _number(row, column)
+    if number not in (0, 1):
+        raise BadRowError(row.place, f"{column!r} is {value!r}; expected 0 or 1")
+    return number
+
+
+def _label_names(row: Row, column: str, values: Any) -> list[str]:
+    if not isinstance(values, list):
+        raise BadRowError(row.place, f"{column!r} is {values!r:.40}; expected a list of labels")
+    try:
+        return [label_name(value) for value in values]
+    except ValueError as error:
+        raise BadRowError(row.place, f"{column!r}: {error}") from error
+
+
+def _label_id(row: Row, labels: Labels, name: str) -> int:
+    try:
+        return labels.id(name)
+    except ValueError as error:
+        raise BadRowError(row.place, str(error)) from error
+
+
+def _label_set(rows: Iterable[Row], names_of: Callable[[Row], list[str]]) -> Labels:
+    """The names that the rows have, faults in them set aside unless nothing else is there."""
+    found: set[str] = set()
+    fault = None
+    for row in rows:
+        try:
+            found.update(names_of(row))
+        except BadRowError as error:
+            fault = fault or error
+    if not found:
+        raise fault or ValueError("the rows have no labels; expected at least one")
+    return Labels.from_names(found)
+
+
+def _continued(name: str) -> str:
+    """The tag of what follows within an entity."""
+    return "I-" + name[2:] if name.startswith("B-") else name
+
+
+def _marks_beginnings(tokenizer: Phi3Tokenizer) -> bool:
+    """Whether a word by itself has the ids that it has behind a space."""
+    alone = tokenizer.encode("a", add_special_tokens=False)
+    return tokenizer.encode("a a", add_special_tokens=False) == alone * 2
+
+
+def _surroundings(tokenizer: Phi3Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens before and behind a text."""
+    alone, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    at = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
+    return whole[:at], whole[at + len(alone) :]
+
+
+def _padded(values: list[Any], fill: Any, before: Sequence[int], after: Sequence[int]) -> list[Any]:
+    return [fill] * len(before) + values + [fill] * len(after)

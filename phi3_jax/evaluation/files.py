@@ -1,0 +1,37 @@
+"""Small files that change as a whole, and values that JSON has no words for."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path, whose file takes the place of `path` if the block ends well and else goes."""
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield work
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def json_value(value: Any) -> Any:
+    """The value in JSON's types.
+
+    NaN and infinities become text that `float` reads back, and objects of other types their `str`.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(name): json_value(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,0 +1,109 @@
+"""How far a run is: a live bar on a terminal, a plain line now and then anywhere else."""
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+from time import monotonic
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_SECONDS = 10
+"""Between two lines where there is no terminal."""
+
+
+class Progress:
+    """Shows steps, loss, metrics, speed and time on standard error, as a context manager.
+
+    Args:
+        total_steps: of the whole run.
+        start: steps that were done before, where a run is resumed.
+        show: False prints nothing, as in processes other than the first.
+    """
+
+    def __init__(self, total_steps: int, start: int, show: bool) -> None:
+        self._total, self._step, self._show = total_steps, start, show
+        self._values: dict[str, float] = {}
+        self._began = self._printed = monotonic()
+        # Of the first and the last update: before the first, the program was compiled.
+        self._first: tuple[int, float] | None = None
+        self._last = (start, self._began)
+        self._printed_step: int | None = None
+        self._console = Console(stderr=True)
+        self._live: Live | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Progress":
+        # Not the console's own word: FORCE_COLOR, which many CI systems set, makes it call a file a terminal.
+        if self._show and sys.stderr.isatty() and not self._console.is_dumb_terminal:
+            self._live = self._stack.enter_context(Live(console=self._console, get_renderable=self._render))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._show and self._live is None and self._printed_step != self._step:
+            self._print_line()
+        self._stack.close()
+
+    def update(self, step: int, values: Mapping[str, float | None]) -> None:
+        """`step` steps are done. Values stay until newer ones come; None is one that is not known.
+
+        tokens_per_second, flops_per_second and mfu (0 to 1) are shown with their units, others by name.
+        """
+        self._step = step
+        # A new dict, since the bar's thread may be reading the old one.
+        self._values = self._values | {name: value for name, value in values.items() if value is not None}
+        self._last = (step, monotonic())
+        self._first = self._first or self._last
+        if self._show and self._live is None and monotonic() - self._printed >= PLAIN_SECONDS:
+            self._print_line()
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._live is not None:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elif self._show:
+            print(line, file=sys.stderr, flush=True)
+
+    def _print_line(self) -> None:
+        self._printed, self._printed_step = monotonic(), self._step
+        self.say(", ".join((self._steps(), *self._numbers(), self._time())))
+
+    def _render(self) -> RenderableType:
+        top = Table.grid(padding=(0, 2), expand=True)
+        top.add_column(no_wrap=True)
+        top.add_column(ratio=1)
+        top.add_column(no_wrap=True)
+        bar = ProgressBar(total=self._total, completed=self._step)
+        top.add_row(self._steps(), bar, self._time())
+        numbers = Text("  ".join(self._numbers()), style="cyan", no_wrap=True, overflow="ellipsis")
+        return Group(top, numbers)
+
+    def _steps(self) -> str:
+        return f"step {self._step:,}/{self._total:,}"
+
+    def _time(self) -> str:
+        elapsed = f"{_clock(monotonic() - self._began)} elapsed"
+        (step, at), (first_step, first_at) = self._last, self._first or self._last
+        if step == first_step:
+            return elapsed
+        left = (at - first_at) / (step - first_step) * (self._total - step)
+        # The estimate runs down between updates.
+        return f"{elapsed}, {_clock(max(0.0, left - (monotonic() - at)))} left"
+
+    def _numbers(self) -> list[str]:
+        units = {
+            "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+            "flops_per_second": lambda value: f"{value / 1e12:,.3g} TFLOP/s",
+            "mfu": lambda value: f"MFU {100 * value:.1f}%",
+        }
+        values = self._values
+        named = [f"{name} {value:.4g}" for name, value in values.items() if name not in units]
+        return named + [form(values[name]) for name, form in units.items() if name in values]
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,173 @@
+"""Every example once an epoch, in a width that holds it, whoever asks; and widths that pad least."""
+
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from phi3_jax.data.batches import BatchPlan, bucket_widths, permutation
+
+
+def lengths_of(seed: int, most: int = 300) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.minimum(rng.lognormal(3.5, 1.0, rng.integers(1, most)).astype(np.int32) + 1, 512)
+
+
+def plan_of(seed: int, shuffle: bool = True) -> tuple[BatchPlan, np.ndarray]:
+    lengths = lengths_of(seed)
+    widths = bucket_widths(lengths, most=1 + seed % 5)
+    return BatchPlan(lengths, rows=1 + seed % 7, widths=widths, shuffle=shuffle, seed=seed), lengths
+
+
+def epoch_of(plan: BatchPlan, epoch: int) -> list[tuple[int, list[int]]]:
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    return [(width, indices.tolist()) for width, indices in map(plan.step, steps)]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("seed", range(40))
+def test_every_example_stands_once_in_an_epoch_in_a_width_that_holds_it(seed: int, shuffle: bool) -> None:
+    plan, lengths = plan_of(seed, shuffle)
+    assert plan.steps_per_epoch == -(-len(lengths) // plan.rows)
+    for epoch in (0, 1, 5):
+        steps = epoch_of(plan, epoch)
+        assert all(len(indices) == plan.rows for _, indices in steps)
+        there = [[i for i in indices if i >= 0] for _, indices in steps]
+        assert sorted(itertools.chain(*there)) == list(range(len(lengths)))
+        assert sum(len(row) < plan.rows for row in there) == (len(lengths) % plan.rows != 0)
+        for (width, _), row in zip(steps, there, strict=True):
+            # The narrowest width that holds the longest: rows that were moved on alone are not widened.
+            assert width == min(w for w in plan.widths if w >= lengths[row].max())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_only_batches_on_a_border_hold_examples_of_a_narrower_width(seed: int) -> None:
+    plan, lengths = plan_of(seed)
+    mixed = 0
+    for width, indices in epoch_of(plan, 0):
+        narrower = [w for w in plan.widths if w < width]
+        mixed += any(lengths[i] <= max(narrower, default=0) for i in indices if i >= 0)
+    assert mixed <= len(plan.widths) - 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_steps_are_the_same_whatever_was_asked_before(seed: int) -> None:
+    plan, lengths = plan_of(seed)
+    steps = [epoch_of(plan, epoch) for epoch in range(4)]
+    flat = list(itertools.chain(*steps))
+    other = BatchPlan(lengths.tolist(), rows=plan.rows, widths=plan.widths[::-1], shuffle=True, seed=seed)
+    for number in np.random.default_rng(seed).permutation(len(flat)):
+        width, indices = other.step(int(number))
+        assert (width, indices.tolist()) == flat[number]
+
+
+def test_epochs_and_seeds_differ_and_an_evaluation_does_not() -> None:
+    lengths = lengths_of(3)
+    widths = bucket_widths(lengths, most=3)
+    plans = [BatchPlan(lengths, rows=4, widths=widths, shuffle=True, seed=seed) for seed in (0, 1)]
+    epochs = [epoch_of(plan, epoch) for plan in plans for epoch in (0, 1)]
+    assert all(a != b for a, b in itertools.combinations(epochs, 2))
+    # Who stands beside whom changes too, not only the order of the batches.
+    together = [{frozenset(row) for _, row in epoch} for epoch in epochs]
+    assert all(a != b for a, b in itertools.combinations(together, 2))
+    evaluation = BatchPlan(lengths, rows=4, widths=widths, shuffle=False)
+    assert epoch_of(evaluation, 0) == epoch_of(evaluation, 7)
+    order = [lengths[i] for _, row in epoch_of(evaluation, 0) for i in row if i >= 0]
+    assert order == sorted(lengths, reverse=True)
+
+
+def test_batches_of_all_widths_are_shuffled() -> None:
+    lengths = np.repeat([8, 16, 24, 32], 100)
+    plan = BatchPlan(lengths, rows=4, widths=(8, 16, 24, 32), shuffle=True)
+    widths = [width for width, _ in epoch_of(plan, 0)]
+    assert sorted(widths) == [8] * 25 + [16] * 25 + [24] * 25 + [32] * 25
+    assert np.count_nonzero(np.diff(widths)) > 50
+    alike = BatchPlan(np.full(39, 8), rows=4, widths=(8,), shuffle=True)
+    partial = {[row.count(-1) for _, row in epoch_of(alike, epoch)].index(1) for epoch in range(20)}
+    assert len(partial) > 3
+
+
+def test_threads_that_come_to_an_epoch_together_get_the_same() -> None:
+    plan, _ = plan_of(8)
+    cut, epochs = plan._cut, []
+
+    def slow_cut(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        epochs.append(epoch)
+        time.sleep(0.05)
+        return cut(epoch)
+
+    plan._cut = slow_cut  # type: ignore[method-assign]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(plan.step, range(8)))
+    assert epochs == [0]
+    plan._cut = cut  # type: ignore[method-assign]
+    numbers = list(range(plan.steps_per_epoch * 3)) * 4
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda number: plan.step(number)[1].tolist(), numbers))
+    assert answers == [plan.step(number)[1].tolist() for number in numbers]
+    assert len(plan._epochs) == 2
+
+
+def test_a_plan_is_not_for_writing() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        plan_of(1)[0].step(0)[1][0] = 3
+
+
+def test_what_makes_no_plan_is_told() -> None:
+    with pytest.raises(
+        ValueError, match=r"2 of 3 examples are longer than the widest batch, 16 tokens .* 40"
+    ):
+        BatchPlan(np.array([3, 17, 40]), rows=2, widths=(8, 16), shuffle=True)
+    with pytest.raises(ValueError, match="no examples"):
+        BatchPlan(np.array([], int), rows=2, widths=(8,), shuffle=True)
+    with pytest.raises(ValueError, match=r"rows=0 and widths=\[8\]"):
+        BatchPlan(np.array([3]), rows=0, widths=(8,), shuffle=True)
+    with pytest.raises(IndexError, match="step -1 does not exist"):
+        plan_of(1)[0].step(-1)
+
+
+def test_a_permutation_is_the_one_that_every_release_gives() -> None:
+    assert permutation(8, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert sorted(permutation(1000, 1, 2)) == list(range(1000))
+    assert permutation(50, 1, 2).tolist() != permutation(50, 2, 1).tolist()
+
+
+def padded(lengths: np.ndarray, widths: tuple[int, ...]) -> int:
+    return sum(min(w for w in widths if w >= length) for length in lengths)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_other_widths_pad_less(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 60, rng.integers(1, 40))
+    most, multiple = int(rng.integers(1, 5)), int(rng.choice([1, 4, 8]))
+    widths = bucket_widths(lengths, most=most, multiple=multiple)
+    assert len(widths) <= most
+    assert list(widths) == sorted(set(widths))
+    assert all(w % multiple == 0 for w in widths)
+    last = -(-lengths.max() // multiple) * multiple
+    assert widths[-1] == last
+    candidates = np.unique(-(-lengths // multiple) * multiple)[:-1]
+    best = min(
+        padded(lengths, (*others, last))
+        for count in range(min(most, len(candidates) + 1))
+        for others in itertools.combinations(candidates, count)
+    )
+    assert padded(lengths, widths) == best
+
+
+def test_widths_of_no_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match="no examples"):
+        bucket_widths(np.array([], int))
+
+
+@pytest.mark.slow
+def test_a_million_examples_are_planned_at_once() -> None:
+    lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1.5, 1_000_000).astype(int) + 1, 131072)
+    begin = time.process_time()
+    widths = bucket_widths(lengths)
+    plan = BatchPlan(lengths, rows=64, widths=widths, shuffle=True)
+    plan.step(plan.steps_per_epoch)
+    assert time.process_time() - begin < 10

@@ -1,0 +1,521 @@
+"""Rows to examples: ids are those of transformers, labels stand where they should, faults have a place."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+
+from phi3_jax.data.labels import Labels
+from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
+from phi3_jax.data.tasks import (
+    CausalLM,
+    Example,
+    SequenceClassification,
+    Task,
+    TokenClassification,
+    encode_rows,
+)
+from phi3_jax.tokenizer import Phi3Tokenizer
+
+SENTENCES = [
+    "The old bridge over the river is closed on Monday, and nobody knows why.",
+    "Anna's train left at 10:45 from platform 3; it isn't late.",
+    "  two spaces in front, naïve café 😀",
+]
+SPECIALS = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|im_start|>"]
+SPECIALS += ["<|im_end|>", "<|im_sep|>"]
+PLACE = Place("rows.csv", 7)
+
+
+def row(**values: Any) -> Row:
+    return Row(values, PLACE)
+
+
+def write_tokenizer(folder: Path, *, surrounded: bool) -> Path:
+    """A byte-level vocabulary; `surrounded` texts have <s> in front and </s> behind."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 5, trainer)
+    if surrounded:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["plain", "surrounded"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("both"), surrounded=request.param == "surrounded")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Phi3Tokenizer:
+    return Phi3Tokenizer.from_pretrained(write_tokenizer(tmp_path_factory.mktemp("plain"), surrounded=False))
+
+
+def only(examples: list[Example]) -> Example:
+    (example,) = examples
+    assert example.place == PLACE
+    return example
+
+
+# Sequence classification
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("max_length", [9, 40, 512])
+def test_ids_of_texts_are_those_of_transformers(folder: Path, pair: bool, side: str, max_length: int) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder, truncation_side=side)
+    ours = Phi3Tokenizer.from_pretrained(folder, truncation_side=side)
+    task = SequenceClassification("a", "b" if pair else None, label=None, max_length=max_length)
+    for first, second in zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True):
+        example = only(task.encode(row(a=first, b=second), ours, Labels(("x",))))
+        texts = (first, second) if pair else (first,)
+        assert example.input_ids == theirs(*texts, truncation=True, max_length=max_length).input_ids
+        assert example.truncated == (len(theirs(*texts).input_ids) > max_length)
+        assert (example.labels, example.firsts) == (None, None)
+
+
+def test_one_label(plain: Phi3Tokenizer) -> None:
+    task = SequenceClassification(label="kind")
+    rows = [
+        row(text="a", kind=10),
+        row(text="b", kind="9"),
+        row(text="c", kind=10.0),
+        row(text="d", kind=None),
+    ]
+    labels = task.label_set(rows)
+    assert labels.names == ("9", "10")
+    assert [only(task.encode(r, plain, labels)).labels for r in rows[:3]] == [1, 0, 1]
+    with pytest.raises(BadRowError, match=r"^rows\.csv, line 7: 'kind': label is missing"):
+        task.encode(rows[3], plain, labels)
+    with pytest.raises(
+        BadRowError, match=r"^rows\.csv, line 7: label '11' is not among the 2 known: '9', '10'"
+    ):
+        task.encode(row(text="a", kind=11), plain, labels)
+
+
+def test_several_labels(plain: Phi3Tokenizer) -> None:
+    task = SequenceClassification(
+        label="tags", problem_type="multi_label_classification", label_separator=";"
+    )
+    rows = [row(text="a", tags="news; old"), row(text="b", tags=["sport"]), row(text="c", tags=" ")]
+    labels = task.label_set(rows)
+    assert labels.names == ("news", "old", "sport")
+    found = [only(task.encode(r, plain, labels)).labels for r in rows]
+    assert found == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    for tags, fault in (
+        ("news;;old", "label is empty"),
+        ("olds", "'olds' is not among"),
+        (3, "expected a list"),
+    ):
+        with pytest.raises(BadRowError, match=fault):
+            task.encode(row(text="a", tags=tags), plain, labels)
+
+
+def test_a_column_for_each_label(plain: Phi3Tokenizer) -> None:
+    task = SequenceClassification(label=("old", "new"), problem_type="multi_label_classification")
+    labels = task.label_set([])
+    assert labels.names == ("old", "new")
+    for old, new in ((1, 0), ("1", "0.0"), (True, False), (1.0, 0)):
+        assert only(task.encode(row(text="a", old=old, new=new), plain, labels)).labels == [1.0, 0.0]
+    for value in (2, "yes", None, 0.5):
+        with pytest.raises(BadRowError, match=r"'new' is .*expected"):
+            task.encode(row(text="a", old=1, new=value), plain, labels)
+    with pytest.raises(BadRowError, match="there is no column 'new'; the columns are 'text', 'old'"):
+        task.encode(row(text="a", old=1), plain, labels)
+
+
+def test_numbers(plain: Phi3Tokenizer) -> None:
+    one = SequenceClassification(label="score", problem_type="regression")
+    assert one.label_set([]).names == ("score",)
+    assert only(one.encode(row(text="a", score="-2.5e1"), plain, Labels(("score",)))).labels == [-25.0]
+    two = replace(one, label=("score", "age"))
+    labels = two.label_set([])
+    assert labels.names == ("score", "age")
+    assert only(two.encode(row(text="a", score=1, age=" 2 "), plain, labels)).labels == [1.0, 2.0]
+    for value in ("nan", "inf", float("nan"), 1e300, 10**400, "", "many", None, True, [1.0]):
+        with pytest.raises(BadRowError, match=r"'age' is .*expected a number that float32 holds"):
+            two.encode(row(text="a", score=1, age=value), plain, labels)
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"text": ""}, "'text' is empty"),
+        ({"text": " \n"}, "'text' is empty"),
+        ({"text": None}, "'text' is None; expected text"),
+        ({"text": "half \ud800"}, "half a surrogate pair"),
+        ({"sentence": "a", "label": 1}, "there is no column 'text'; the columns are 'sentence', 'label'"),
+    ],
+)
+def test_texts_that_are_none(plain: Phi3Tokenizer, values: dict[str, Any], fault: str) -> None:
+    for task in (SequenceClassification(label=None), CausalLM()):
+        with pytest.raises(BadRowError, match=rf"^rows\.csv, line 7: .*{fault}"):
+            task.encode(Row(values, PLACE), plain, Labels(("x",)))
+
+
+def test_label_sets_of_nothing() -> None:
+    with pytest.raises(ValueError, match="the rows have no labels"):
+        SequenceClassification().label_set([])
+    with pytest.raises(ValueError, match="all rows have the label 'a'"):
+        SequenceClassification().label_set([row(text="a", label="a")] * 2)
+    with pytest.raises(BadRowError, match="line 7: there is no column 'label'"):
+        SequenceClassification().label_set([row(text="a"), row(text="b")])
+    with pytest.raises(ValueError, match="label=None"):
+        SequenceClassification(label=None).label_set([])
+    with pytest.raises(ValueError, match="labels=None"):
+        TokenClassification(labels=None).label_set([])
+    assert CausalLM().label_set([]) is None  # type: ignore[func-returns-value]
+
+
+def test_settings_that_contradict() -> None:
+    with pytest.raises(ValueError, match="problem_type='binary'; use one of 'single_label_classification'"):
+        SequenceClassification(problem_type="binary")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="names several columns"):
+        SequenceClassification(label=("a", "b"))
+    with pytest.raises(ValueError, match="max_length=1"):
+        CausalLM(max_length=1)
+
+
+def test_columns() -> None:
+    assert SequenceClassification("a", "b", ("c", "d"), "regression").columns == ("a", "b", "c", "d")
+    assert SequenceClassification(label=None).columns == ("text",)
+    assert TokenClassification().columns == ("words", "labels")
+    assert TokenClassification(labels=None).columns == ("words",)
+    assert CausalLM().columns == ("text",)
+    assert CausalLM(messages="talk").columns == ("talk",)
+
+
+# Token classification
+
+WORDS = ["Anna", "'s", "train", "left", "Naïve", "😀", "Café", "at", "10:45", "."]
+TAGS = ["B-person", "O", "O", "O", "B-place", "I-place", "B-place", "O", "B-time", "O"]
+
+
+def sentence(words: list[str] = WORDS, labels: list[Any] = TAGS) -> Row:
+    return row(words=words, labels=labels)
+
+
+def expected_firsts(word_ids: list[int | None]) -> list[bool]:
+    return [word is not None and (at == 0 or word_ids[at - 1] != word) for at, word in enumerate(word_ids)]
+
+
+def check_words(task: TokenClassification, folder: Path, side: str) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder, truncation_side=side)
+    ours = Phi3Tokenizer.from_pretrained(folder, truncation_side=side)
+    encoding = theirs(WORDS, is_split_into_words=True, truncation=True, max_length=task.max_length)
+    word_ids = encoding.word_ids()
+    labels = task.label_set([sentence()])
+    example = only(task.encode(sentence(), ours, labels))
+    assert example.input_ids == encoding.input_ids
+    assert example.truncated == (len(theirs(WORDS, is_split_into_words=True).input_ids) > task.max_length)
+    if side == "right":  # cut at the left, the first piece that is left may be a later one of its word
+        assert example.firsts == expected_firsts(word_ids)
+    assert isinstance(example.labels, list)
+    for first, label, word in zip(example.firsts or [], example.labels, word_ids, strict=True):
+        if word is None or not (first or task.label_all_pieces):
+            assert label == -100
+        else:
+            tag = TAGS[word] if first else TAGS[word].replace("B-", "I-")
+            assert label == labels.id(tag)
+
+
+@pytest.mark.parametrize("all_pieces", [False, True])
+@pytest.mark.parametrize(("side", "max_length"), [("right", 512), ("right", 14), ("left", 14)])
+def test_words_as_transformers_has_them(folder: Path, all_pieces: bool, side: str, max_length: int) -> None:
+    task = TokenClassification(label_all_pieces=all_pieces, prefix_space=False, max_length=max_length)
+    check_words(task, folder, side)
+
+
+@pytest.mark.parametrize("name", ["phi-3", "phi-3-mini"])
+def test_words_of_phi_3_as_transformers_has_them(shared_data: Callable[..., Path], name: str) -> None:
+    # Its words begin with a mark of their own, and are not given a space besides.
+    for prefix_space in (False, True):
+        check_words(
+            TokenClassification(prefix_space=prefix_space), shared_data("phi3-tokenizer", name), "right"
+        )
+
+
+def test_words_with_the_space_of_running_text(folder: Path) -> None:
+    tokenizer = Phi3Tokenizer.from_pretrained(folder)
+    words = SENTENCES[0].split()
+    example = only(TokenClassification(labels=None).encode(sentence(words), tokenizer, Labels(("x",))))
+    assert example.input_ids == tokenizer.encode(SENTENCES[0])
+    assert example.labels is None
+    assert sum(example.firsts or []) == len(words)
+
+
+def test_every_piece_continues_its_entity(plain: Phi3Tokenizer) -> None:
+    task = TokenClassification(label_all_pieces=True)
+    rows = [sentence(["Zürich"], ["B-city"])]
+    labels = task.label_set(rows)
+    assert labels.names == ("B-city", "I-city")
+    found = only(task.encode(rows[0], plain, labels)).labels
+    assert isinstance(found, list)
+    assert len(found) > 2
+    assert found == [0] + [1] * (len(found) - 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "labels", "fault"),
+    [
+        (["a", "b"], ["O"], "2 words and 1 labels; expected one for each"),
+        ([], [], "'words' is empty"),
+        (["a", " "], ["O", "O"], r"words\[1\] is ' '; expected a word"),
+        (["a", 3], ["O", "O"], r"words\[1\] is 3; expected a word"),
+        ("a b", ["O", "O"], "'words' is 'a b'; expected a list"),
+        (["a"], "O", "'labels' is 'O'; expected a list of labels"),
+        (["a"], [None], "'labels': label is missing"),
+        (["a"], ["B-x"], "label 'B-x' is not among"),
+        (["\ud800"], ["O"], "half a surrogate pair"),
+    ],
+)
+def test_sentences_that_are_none(plain: Phi3Tokenizer, words: Any, labels: Any, fault: str) -> None:
+    with pytest.raises(BadRowError, match=rf"^rows\.csv, line 7: {fault}|line 7: .*{fault}"):
+        TokenClassification().encode(sentence(words, labels), plain, Labels(("O",)))
+
+
+def test_a_word_without_tokens_is_unknown(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(write_tokenizer(tmp_path, surrounded=False) / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = Phi3Tokenizer.from_pretrained(tmp_path)
+    task = TokenClassification(prefix_space=False)
+    example = only(task.encode(sentence(["The", "\u200b", "old"], ["O"] * 3), ours, Labels(("O",))))
+    assert sum(example.firsts or []) == 3
+    assert ours.unk_token_id in example.input_ids
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["unk_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(BadRowError, match=r"no token for the word '\\u200b'"):
+        task.encode(sentence(["\u200b"], ["O"]), Phi3Tokenizer.from_pretrained(tmp_path), Labels(("O",)))
+
+
+def test_no_room_for_words(folder: Path) -> None:
+    tokenizer = Phi3Tokenizer.from_pretrained(folder)
+    least = len(tokenizer.encode("a"))
+    assert TokenClassification(max_length=least).encode(sentence(), tokenizer, Labels(tuple(set(TAGS))))
+    with pytest.raises(
+        ValueError, match=f"max_length={least - 1} leaves no room for words; use {least} or more"
+    ):
+        TokenClassification(max_length=least - 1).encode(sentence(), tokenizer, Labels(tuple(set(TAGS))))
+
+
+# Causal language models
+
+TURNS = "{% for m in messages %}"
+# What transformers counts stands between `generation` and `endgeneration`.
+TEMPLATES = {
+    "end of turn": TURNS
+    + "{% if m.role == 'assistant' %}{{ '<|assistant|>\n' }}{% generation %}{{ m.content + '<|end|>' }}"
+    + "{% endgeneration %}{{ '\n' }}{% else %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}"
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "end of text too": "{{ bos_token }}"
+    + TURNS
+    + "{% if m.role == 'assistant' %}{{ '<|assistant|>' }}{% generation %}{{ m.content + '<|end|>' }}"
+    + "{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}"
+    + "{% else %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}"
+    + "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% elif messages[-1].role == 'user' %}"
+    + "{{ eos_token }}{% endif %}",
+    "prompt always": TURNS
+    + "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
+    + "{% else %}{{ '<|user|>' + m.content + '<|end|><|assistant|>' }}{% endif %}{% endfor %}",
+    "words only": TURNS
+    + "{% if m.role == 'assistant' %}{{ 'Bot:' }}{% generation %}{{ ' ' + m.content + '\n\n' }}"
+    + "{% endgeneration %}{% else %}{{ m.role + ': ' + m.content + '\n\n' }}{% endif %}{% endfor %}"
+    + "{% if add_generation_prompt %}{{ 'Bot:' }}{% endif %}",
+    # The space of the prompt becomes a part of the answer's first token.
+    "tokens across the border": TURNS
+    + "{% if m.role == 'assistant' %}{{ 'Bot: ' }}{% generation %}{{ m.content + '\n' }}"
+    + "{% endgeneration %}{% else %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    + "{% if add_generation_prompt %}{{ 'Bot: ' }}{% endif %}",
+    "system by default": "{% if messages[0].role != 'system' %}{{ '<|system|>Be kind.<|end|>' }}{% endif %}"
+    + TURNS
+    + "{{ '<|im_start|>' + m.role + '<|im_sep|>' }}{% if m.role == 'assistant' %}{% generation %}"
+    + "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
+}
+
+
+def say(*contents: str, system: bool = False) -> list[dict[str, str]]:
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    return [{"role": "system", "content": "Answer briefly."}, *messages] if system else messages
+
+
+CONVERSATIONS = [
+    say("Is the bridge closed?", "Yes, on Monday."),
+    say("Is it late?", "It isn't.", "Sure?", "naïve café 😀 <|user|> no", "And?", "\nTwo\n\nlines\n"),
+    say("Which?", "bridge", "And?", "river on Monday"),
+    say("The train?", " left at 10:45", "Thanks", system=True),
+]
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_answers_are_counted_as_transformers_marks_them(folder: Path, template: str) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = Phi3Tokenizer.from_pretrained(folder)
+    theirs.chat_template = ours.chat_template = TEMPLATES[template]
+    for messages in CONVERSATIONS:
+        whole = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        marked = [
+            token if counted else -100
+            for token, counted in zip(whole.input_ids, whole["assistant_masks"], strict=True)
+        ]
+        example = only(CausalLM(messages="m").encode(row(m=messages), ours))
+        assert example.input_ids == whole.input_ids
+        assert example.labels == marked
+        assert not example.truncated
+
+
+def counted_texts(example: Example, tokenizer: Phi3Tokenizer) -> list[str]:
+    assert isinstance(example.labels, list)
+    runs = groupby(example.labels, lambda label: label == -100)
+    return [tokenizer.decode(list(run)) for ignored, run in runs if not ignored]
+
+
+@pytest.mark.parametrize("name", ["phi-3", "phi-3-mini"])
+def test_answers_of_phi_3s_own_templates(shared_data: Callable[..., Path], name: str) -> None:
+    tokenizer = Phi3Tokenizer.from_pretrained(shared_data("phi3-tokenizer", name))
+    messages = say("Is it late?", "It isn't.", "Sure?", "Yes, I am.")
+    example = only(CausalLM(messages="m").encode(row(m=messages), tokenizer))
+    assert example.input_ids == tokenizer.apply_chat_template(messages)
+    first, second = counted_texts(example, tokenizer)
+    assert first.strip() == "It isn't.<|end|>"
+    assert second.strip() == "Yes, I am.<|end|>" + ("<|endoftext|>" if name == "phi-3-mini" else "")
+
+
+def test_published_templates(shared_data: Callable[..., Path], plain: Phi3Tokenizer) -> None:
+    files = sorted(shared_data("phi3-configs").glob("*/chat_template*.txt"))
+    assert files
+    messages = say("Is it late?", "It isn't.", "Sure?", "Yes, I am.", system=True)
+    for file in files:
+        plain.chat_template = file.read_text(encoding="utf-8")
+        example = only(CausalLM(messages="m").encode(row(m=messages), plain))
+        ends = ("<|end|>", "<|im_end|>", "<|end|></s>", "<|end|>\n</s>")
+        first, second = counted_texts(example, plain)
+        assert first in {f"It isn't.{end}" for end in ends[:2]}, file
+        assert second in {f"Yes, I am.{end}" for end in ends}, file
+
+
+def test_long_conversations_are_cut_at_the_right(plain: Phi3Tokenizer) -> None:
+    plain.chat_template = TEMPLATES["end of turn"]
+    messages = say("Is it late?", "It isn't.", "Sure?", "Yes, I am.")
+    whole = only(CausalLM(messages="m").encode(row(m=messages), plain))
+    assert isinstance(whole.labels, list)
+    begin = next(at for at, label in enumerate(whole.labels) if label != -100)
+    for max_length in range(2, len(whole.input_ids) + 2):
+        task = CausalLM(messages="m", max_length=max_length)
+        if max_length <= begin:
+            with pytest.raises(BadRowError, match=rf"begins within max_length={max_length}; it has"):
+                task.encode(row(m=messages), plain)
+            continue
+        example = only(task.encode(row(m=messages), plain))
+        assert example.input_ids == whole.input_ids[:max_length]
+        assert example.labels == whole.labels[:max_length]
+        assert example.truncated == (max_length < len(whole.input_ids))
+
+
+@pytest.mark.parametrize(
+    ("messages", "fault"),
+    [
+        (say("Hello?"), "messages have no answer of the assistant's"),
+        ([{"role": "assistant", "content": "Hi."}], "messages have no answer of the assistant's"),
+        ([], "messages is empty"),
+        ([{"content": "Hi."}], r"messages\[0\] has no role"),
+        ("Hello?", "'m' is 'Hello\\?'; expected a list"),
+    ],
+)
+def test_conversations_that_are_none(plain: Phi3Tokenizer, messages: Any, fault: str) -> None:
+    plain.chat_template = TEMPLATES["end of turn"]
+    with pytest.raises(BadRowError, match=rf"^rows\.csv, line 7: {fault}"):
+        CausalLM(messages="m").encode(row(m=messages), plain)
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (
+            "{{ messages|length }}" + TEMPLATES["end of turn"],
+            r"prompt for messages\[1\] is not the beginning",
+        ),
+        (
+            TURNS + "{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}"
+            "{{ 'I think. ' if m.role == 'assistant' and loop.last }}{{ m.content + '<|end|>' }}"
+            "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+            r"writes messages\[1\] differently when other messages follow",
+        ),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        (None, "no chat template"),
+    ],
+)
+def test_templates_that_answers_cannot_be_told_from(
+    plain: Phi3Tokenizer, template: str | None, fault: str
+) -> None:
+    plain.chat_template = template
+    with pytest.raises(BadRowError, match=rf"^rows\.csv, line 7: .*{fault}"):
+        CausalLM(messages="m").encode(row(m=CONVERSATIONS[1]), plain)
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 1024])
+def test_long_texts_go_on_in_the_next_example(folder: Path, max_length: int) -> None:
+    tokenizer = Phi3Tokenizer.from_pretrained(folder)
+    for text in [*SENTENCES, "The", "The old"]:
+        examples = CausalLM(max_length=max_length).encode(row(text=text), tokenizer)
+        ids = tokenizer.encode(text)
+        ids += [] if ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
+        joined = examples[0].input_ids + [token for e in examples[1:] for token in e.input_ids[1:]]
+        assert joined == ids
+        for example, following in zip(examples, [*examples[1:], None], strict=True):
+            assert example.labels == example.input_ids
+            assert 2 <= len(example.input_ids) <= max_length
+            assert not example.truncated
+            if following:
+                assert len(example.input_ids) == max_length
+                assert following.input_ids[0] == example.input_ids[-1]
+
+
+def test_a_text_that_nothing_predicts(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, surrounded=False)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(BadRowError, match="'text' is a single token"):
+        CausalLM().encode(row(text="a"), Phi3Tokenizer.from_pretrained(tmp_path))
+
+
+def test_rows_to_examples(plain: Phi3Tokenizer) -> None:
+    def encoded(task: Task, rows: Iterable[Row], bad: BadRows) -> list[Example]:
+        return list(encode_rows(task, rows, plain, labels, bad=bad))
+
+    task = SequenceClassification()
+    rows = [Row({"text": f"text {n}", "label": label}, Place("f", n)) for n, label in enumerate("abxba", 1)]
+    labels = task.label_set([r for r in rows if r.values["label"] != "x"])
+    bad = BadRows(skip=True)
+    examples = encoded(task, rows, bad)
+    assert [example.place.line for example in examples] == [1, 2, 4, 5]
+    assert [example.labels for example in examples] == [0, 1, 1, 0]
+    assert bad.count == 1
+    with pytest.raises(BadRowError, match="f, line 3: label 'x'"):
+        encoded(task, rows, BadRows(skip=False))
+    parts = encoded(CausalLM(max_length=3), rows, bad)
+    assert [part.place.line for part in parts] == sorted(part.place.line for part in parts)
+    assert len(parts) > len(rows)

@@ -1,0 +1,343 @@
+"""Packed rows: each example gets what it gets alone."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference import CLASSES, distance, longrope, on_mesh, pair, small_config
+
+from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.model.attention import attention
+from phi3_jax.model.inputs import check, locate
+from phi3_jax.model.kernels import cudnn
+from phi3_jax.model.layer_stack import stack_layers
+from phi3_jax.model.masks import CausalMask
+from phi3_jax.sharding import make_mesh
+
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12}
+LENGTH = 64
+ROWS = [[9, 14, 5, 16, 12], [20, 30], [3, 16, 16, 16], [40, 17]]
+"""The examples' lengths, row by row. Longrope's original length is 16: rows are all short or all long."""
+
+
+def packed(rows=ROWS, length=LENGTH, seed=0):
+    """Token ids and segments [B, T], numbered in another order than they stand, and padding behind."""
+    rng = np.random.default_rng(seed)
+    segments = np.zeros((len(rows), length), np.int32)
+    for row, sizes in enumerate(rows):
+        numbers = np.repeat(rng.permutation(len(sizes)) + 1, sizes)
+        segments[row, : len(numbers)] = numbers
+    ids = np.where(segments, rng.integers(4, 96, segments.shape), 3)
+    return ids, segments
+
+
+def examples(segments):
+    """Where each example stands: row, number, places."""
+    for row, numbers in enumerate(segments):
+        for number in sorted(set(numbers) - {0}):
+            yield row, number, np.flatnonzero(numbers == number)
+
+
+def unpacked(ids, segments):
+    """Each example in a row of its own, its mask, and where it came from."""
+    places = [(row, where) for row, _, where in examples(segments)]
+    alone = np.full((len(places), ids.shape[1]), 3)
+    mask = np.zeros_like(alone)
+    for index, (row, where) in enumerate(places):
+        alone[index, : len(where)] = ids[row, where]
+        mask[index, : len(where)] = 1
+    return alone, mask, places
+
+
+def shifted_labels(ids, segments):
+    """Labels that never ask for the first token of an example, which another one stands before."""
+    first = np.diff(segments, axis=1, prepend=0) != 0
+    return np.where((segments != 0) & ~first, ids, -100)
+
+
+def block_diagonal(segments):
+    """[B, 1, T, T], True where a query sees a key; padding sees itself, so that nobody sees nothing."""
+    same = segments[:, :, None] == segments[:, None, :]
+    return (same & np.tril(np.ones(same.shape[1:], bool)))[:, None]
+
+
+def places_within(segments):
+    """Positions counted from 0 in each example."""
+    positions = np.zeros_like(segments)
+    for row, _, where in examples(segments):
+        positions[row, where] = np.arange(len(where))
+    return positions
+
+
+def repacked(values, places, like):
+    """[examples, T, ...] back where the examples stand."""
+    values = np.asarray(values)
+    out = np.zeros((*like.shape, *values.shape[2:]), values.dtype)
+    for index, (row, where) in enumerate(places):
+        out[row, where] = values[index, : len(where)]
+    return out
+
+
+@partial(jax.jit, static_argnames="hidden")
+def learn(model, arguments, hidden=True):
+    """Output and gradients."""
+
+    def loss(model):
+        out = model(**arguments, output_hidden_states=hidden)
+        return out.loss, out
+
+    (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(model)
+    return out, gradients
+
+
+def both_ways(model, ids, segments, hidden=True, packer=None):
+    """The packed batch and its examples alone, the loss divided by the same count of labels."""
+    labels = shifted_labels(ids, segments)
+    alone, mask, places = unpacked(ids, segments)
+    theirs = {
+        "input_ids": alone,
+        "attention_mask": mask,
+        "labels": np.where(mask, alone, -100),
+        "num_items_in_batch": np.sum(labels != -100),
+    }
+    made = learn(packer or model, {"input_ids": ids, "segment_ids": segments, "labels": labels}, hidden)
+    return made, learn(model, theirs, hidden), places
+
+
+def assert_same(made, expected, places, segments, tolerance=1e-5):
+    (ours, our_gradients), (theirs, gradients) = made, expected
+    tokens = segments != 0
+    states = (ours.hidden_states or (), theirs.hidden_states or ())
+    pairs = [(ours.logits, theirs.logits), *zip(*states, strict=True)]
+    for one, other in pairs:
+        assert distance(np.asarray(one)[tokens], repacked(other, places, segments)[tokens]) <= tolerance
+    assert distance(ours.loss, theirs.loss) <= tolerance
+    for one, other in zip(jax.tree.leaves(our_gradients), jax.tree.leaves(gradients), strict=True):
+        assert distance(one, other) <= tolerance
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_examples_in_one_row_equal_examples_alone(window):
+    model = Phi3ForCausalLM(small_config(**GROUPED, **longrope(), sliding_window=window))
+    ids, segments = packed()
+    made, expected, places = both_ways(model, ids, segments)
+    assert len(made[0].hidden_states) == 4
+    assert_same(made, expected, places, segments)
+
+
+def test_a_stack_of_layers_too():
+    model = stack_layers(Phi3ForCausalLM(small_config(**GROUPED, **longrope(), sliding_window=7)))
+    model.gradient_checkpointing_enable()
+    ids, segments = packed()
+    made, expected, places = both_ways(model, ids, segments, hidden=False)
+    assert_same(made, expected, places, segments)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_each_kernel(implementation):
+    """Rows longer than a block of XLA's and of the Pallas kernel, interpreted."""
+    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
+    config = small_config(**GROUPED, **sizes, num_hidden_layers=2, sliding_window=90)
+    model = Phi3ForCausalLM(config)
+    chosen = on_mesh(model, None)
+    chosen.set_attn_implementation(implementation)
+    ids, segments = packed([[130, 70, 60], [100, 110]], 271)
+    made, expected, places = both_ways(model, ids, segments, packer=chosen)
+    assert_same(made, expected, places, segments)
+
+
+def vectors(length, dtype=np.float32):
+    """Queries, keys and values of two rows, four heads on two, and the mask of two packed rows."""
+    rng = np.random.default_rng(0)
+    shapes = (2, length, 2, 2, 64), (2, 2, length, 64), (2, 2, length, 64)
+    _, segments = packed([[length // 2, length // 3], [length // 5, length // 3, length // 4]], length)
+    slots = np.arange(length)[None]
+    mask = CausalMask(slots.repeat(2, 0), slots, segments != 0, None, True, segments, segments)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes], mask
+
+
+def test_what_cudnn_is_asked_for(monkeypatch):
+    """With JAX's own attention in its place; an odd length."""
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, implementation, **how: plain(*args, **how)
+    )
+    arrays, mask = vectors(101)
+    made = np.asarray(cudnn.cudnn_attention(*arrays, mask, scale=0.3))
+    expected = np.asarray(attention(*arrays, mask.dense(), scale=0.3)[0])
+    assert distance(made[mask.key_mask], expected[mask.key_mask]) <= 1e-5
+
+
+def test_a_gpu_takes_xla_unless_told(monkeypatch):
+    """cuDNN would need a mask of T x T."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "_installed", lambda: True)
+    arrays, mask = vectors(256, jnp.bfloat16)
+    alone = dataclasses.replace(mask, query_segments=None, key_segments=None)
+
+    def kernels(mask, implementation):
+        run = jax.jit(partial(attention, scale=0.3, implementation=implementation))
+        return "__cudnn$fmha" in run.trace(*arrays, mask).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert not kernels(mask, None)
+    assert kernels(mask, "cudnn")
+    assert kernels(alone, None)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "length"),
+    [("xla", LENGTH), pytest.param("pallas", 256, marks=pytest.mark.slow)],
+)
+def test_on_a_mesh(implementation, length):
+    """Queries are divided over `context`; keys and their segments are not."""
+    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
+    config = small_config(**GROUPED, num_hidden_layers=2, sliding_window=7, **sizes)
+    one = Phi3ForCausalLM(config)
+    several = on_mesh(one, make_mesh("fsdp=2,context=2,tensor=2"))
+    several.set_attn_implementation(implementation)
+    scale = length // LENGTH
+    ids, segments = packed([[size * scale for size in row] for row in ROWS], length)
+    labels = shifted_labels(ids, segments)
+    arguments = {"input_ids": ids, "segment_ids": segments, "labels": labels}
+    made, gradients = learn(several, arguments)
+    expected, expected_gradients = learn(one, arguments)
+    tokens = segments != 0
+    assert distance(np.asarray(made.logits)[tokens], np.asarray(expected.logits)[tokens]) <= 1e-5
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        assert distance(ours, theirs) <= 2e-5
+
+
+@pytest.mark.parametrize("kind", ["causal", "token"])
+def test_transformers_with_a_block_diagonal_mask(kind, tmp_path):
+    config = small_config(head_dim=12, num_labels=5, classifier_dropout=0.0)
+    ours, theirs = pair(kind, config, tmp_path)
+    ids, segments = packed(ROWS[:2])
+    labels = shifted_labels(ids, segments)
+    labels = labels if kind == "causal" else np.where(labels == -100, -100, ids % 5)
+    made, gradients = learn(ours, {"input_ids": ids, "segment_ids": segments, "labels": labels})
+    mask = torch.where(torch.tensor(block_diagonal(segments)), 0.0, torch.finfo(torch.float32).min)
+    out = theirs(
+        torch.tensor(ids),
+        attention_mask=mask,
+        position_ids=torch.tensor(places_within(segments)),
+        labels=torch.tensor(labels),
+        use_cache=False,
+    )
+    out.loss.backward()
+    tokens = segments != 0
+    assert distance(made.loss, out.loss) <= 1e-5
+    assert distance(np.asarray(made.logits)[tokens], out.logits.detach()[tokens]) <= 1e-5
+    theirs_score = theirs.lm_head if kind == "causal" else theirs.score
+    ours_score = gradients.lm_head if kind == "causal" else gradients.score
+    assert distance(ours_score.weight[...], theirs_score.weight.grad) <= 1e-5
+    norm = gradients.model.layers[0].input_layernorm.weight[...]
+    assert distance(norm, theirs.model.layers[0].input_layernorm.weight.grad) <= 1e-5
+
+
+def test_positions_and_masks_of_a_callers_own():
+    """Given positions are used; of the mask and segment 0 either makes padding, in an example too."""
+    model = Phi3ForCausalLM(small_config(**GROUPED))
+    ids, segments = packed()
+    mask = np.ones_like(segments)
+    mask[:, [1, 11, 12, 30]] = 0
+    tokens = (mask != 0) & (segments != 0)
+    run = jax.jit(lambda **arguments: model(ids, **arguments).logits)
+    counted = places_within(np.where(tokens, segments, 0))
+    own = np.where(tokens, segments, 0)
+    expected = np.asarray(run(segment_ids=own, position_ids=counted))[tokens]
+    assert distance(np.asarray(run(segment_ids=segments, attention_mask=mask))[tokens], expected) <= 1e-6
+    moved = np.asarray(run(segment_ids=own, position_ids=2 * counted))[tokens]
+    assert distance(moved, expected) > 1e-2
+    own_mask = block_diagonal(own)
+    equal = np.asarray(run(attention_mask=own_mask, position_ids=2 * counted))[tokens]
+    assert distance(moved, equal) <= 1e-5
+
+
+def test_positions_restart_where_a_segment_begins():
+    ids = np.ones((2, 9), int)
+    segments = np.array([[7, 7, 7, 2, 2, -1, -1, 0, 0], [0, 5, 5, 5, 5, 0, 1, 1, 2]])
+    mask = np.ones((2, 9), int)
+    mask[1, 3] = 0
+    new = check(small_config(), ids, None, mask, None, None, segments)
+    where = locate(new, None)
+    tokens = (mask != 0) & (segments != 0)
+    expected = np.array([[0, 1, 2, 0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 2, 0, 0, 1, 0]])
+    np.testing.assert_array_equal(np.asarray(where.position_ids)[tokens], expected[tokens])
+    np.testing.assert_array_equal(where.segments, np.where(tokens, segments, 0))
+    np.testing.assert_array_equal(where.key_mask, tokens)
+    np.testing.assert_array_equal(where.tokens, [3, 3])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_who_sees_anything(window):
+    _, segments = packed()
+    slots = np.arange(LENGTH)[None]
+    mask = CausalMask(slots.repeat(4, 0), slots, segments != 0, window, True, segments, segments)
+    np.testing.assert_array_equal(mask.sighted(), mask.dense()[:, 0].any(axis=2))
+    last = mask.last_queries(5)
+    np.testing.assert_array_equal(last.dense(), mask.dense()[:, :, -5:])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("mesh", [None, "data=2,context=2,tensor=2"])
+def test_logits_of_the_last_tokens_only(implementation, mesh):
+    """Their layer's queries are fewer than its keys."""
+    model = on_mesh(Phi3ForCausalLM(small_config(**GROUPED)), mesh and make_mesh(mesh))
+    model.set_attn_implementation(implementation)
+    ids, segments = packed([[9, 14, 5, 30, 6], [20, 40, 4]])
+    run = jax.jit(lambda keep: model(ids, segment_ids=segments, logits_to_keep=keep).logits, static_argnums=0)
+    assert distance(run(9), np.asarray(run(0))[:, -9:]) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(CLASSES))
+def test_every_head_hands_them_on(kind):
+    config = small_config(num_labels=3, classifier_dropout=0.0)
+    model = CLASSES[kind][1](config)
+    ids, segments = packed([[8, 8]], 16)
+    apart = model(ids, segment_ids=segments)
+    together = model(ids)
+    key = "last_hidden_state" if kind == "base" else "logits"
+    assert distance(getattr(apart, key), getattr(together, key)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"segment_ids": np.ones((2, 7), np.int32)},
+            r"segment_ids is int32\[2, 7\]; expected integers of shape",
+        ),
+        ({"segment_ids": np.ones((2, 8))}, r"segment_ids is float\d+\[2, 8\]; expected integers"),
+        ({"attention_mask": np.ones((2, 1, 8, 8), bool)}, "so does a 4-D attention_mask; give one of them"),
+        ({"use_cache": True}, "segment_ids go without a cache"),
+        ({"past_key_values": 16}, "segment_ids go without a cache"),
+    ],
+)
+def test_segments_that_cannot_be(changes, words):
+    model = Phi3ForCausalLM(small_config())
+    arguments = {"segment_ids": np.ones((2, 8), np.int64)} | changes
+    if "past_key_values" in changes:
+        arguments["past_key_values"] = model.init_cache(2, changes["past_key_values"])
+    with pytest.raises(ValueError, match=words):
+        model(np.ones((2, 8), int), **arguments)
+
+
+def test_nothing_of_length_squared_for_a_tpu():
+    """A training step over packed rows lowered for an absent TPU: three kernels a layer, and no T x T."""
+    length = 1024
+    sizes = {"max_position_embeddings": length, "original_max_position_embeddings": length}
+    config = small_config(**GROUPED, **sizes, num_hidden_layers=1)
+    model = Phi3ForCausalLM(config, dtype=jnp.bfloat16)
+    ids, segments = packed([[500, 400]], length)
+
+    def loss(model, ids, segments):
+        return model(ids, segment_ids=segments, labels=ids).loss
+
+    traced = jax.jit(jax.grad(loss)).trace(model, ids, segments)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 3
+    assert f"{length}x{length}" not in text
