@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from phi3_jax import cli_options as options
+from phi3_jax.cli_bench_finetune import bench_finetune
+from phi3_jax.cli_classify import classify
 from phi3_jax.cli_finetune import finetune
 from phi3_jax.cli_interrupt import Interrupt
 from phi3_jax.cli_plan import plan
@@ -260,6 +262,8 @@ def bench(
 
 app.command()(plan)
 app.command()(finetune)
+app.command()(classify)
+app.command()(bench_finetune)
 
 
 def load_pipeline(

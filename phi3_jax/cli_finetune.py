@@ -2,6 +2,7 @@
 
 import inspect
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
@@ -13,6 +14,8 @@ from phi3_jax.cli_processes import prepare, tell
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+    from phi3_jax.training.settings import Settings
 
 EXTRA = "fine-tuning needs more libraries ({}); pip install 'phi3-jax[train]'"
 
@@ -32,14 +35,11 @@ def _finetune(
     """
     try:
         from phi3_jax.training.finetune import InterruptedRunError, finetune
-        from phi3_jax.training.settings import Settings
     except ImportError as error:
         raise ValueError(EXTRA.format(error)) from error
     from phi3_jax.cli import keep_compiled_programs
 
-    settings = Settings.read(
-        config, {name: _parsed(value) for name, value in given.items() if value is not None}
-    )
+    settings = read_settings(config, given)
     where = prepare(mesh, distributed, preemption=True)
     keep_compiled_programs(cache_dir)
     try:
@@ -50,8 +50,22 @@ def _finetune(
     for split, metrics in results.items():
         print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(
-        f"{settings.output_dir}: model, tokenizer, report.md, metrics.json, curves.png, log.jsonl, tensorboard"
+        f"{settings.output_dir}: model, tokenizer, report.md, metrics.json, curves.png, log.jsonl, "
+        "tensorboard"
     )
+
+
+def read_settings(config: Path | None, given: dict[str, Any]) -> "Settings":
+    """The settings of a YAML file, with what was given as options before them.
+
+    Raises:
+        ValueError: the libraries for training are absent, or as `Settings.read`.
+    """
+    try:
+        from phi3_jax.training.settings import Settings
+    except ImportError as error:
+        raise ValueError(EXTRA.format(error)) from error
+    return Settings.read(config, {name: _parsed(value) for name, value in given.items() if value is not None})
 
 
 def _parsed(value: Any) -> Any:
@@ -77,20 +91,20 @@ def _option(name: str, field: "FieldInfo") -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _with_settings() -> Any:
-    """The command, with an option for each of the settings; without them where pydantic is absent."""
+def with_settings(name: str, command: Callable[..., None]) -> Any:
+    """The command, its `**given` replaced by an option for each setting; by none where pydantic is absent."""
     try:
         from phi3_jax.training.settings import Settings
     except ImportError:
         fields: dict[str, Any] = {}
     else:
         fields = Settings.model_fields
-    own = [each for each in inspect.signature(_finetune).parameters.values() if each.name != "given"]
+    own = [each for each in inspect.signature(command).parameters.values() if each.name != "given"]
     parameters = [*own, *(_option(name, field) for name, field in fields.items())]
-    _finetune.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
-    _finetune.__annotations__ = {each.name: each.annotation for each in parameters}
-    _finetune.__name__ = "finetune"
-    return _finetune
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__name__ = name
+    return command
 
 
-finetune = _with_settings()
+finetune = with_settings("finetune", _finetune)

@@ -43,7 +43,7 @@ def local_rows(rows: int, mesh: Mesh | None) -> Int[np.ndarray, "local"] | None:
 def to_devices(
     arrays: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None, own: Int[np.ndarray, "local"] | None
 ) -> dict[str, Any]:
-    """A batch as a step takes it: rows and tokens divided over `mesh`, of which `arrays` has this process's."""
+    """A batch as a step takes it, divided over `mesh`; `arrays` holds the rows that this process makes."""
     if mesh is None:
         return dict(arrays)
 

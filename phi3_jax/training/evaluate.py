@@ -97,15 +97,17 @@ class Evaluator:
             return loss | metrics, Predictions(self.split, labels, predicted, scores, places)
         assert self._labels is not None
         names = self._labels.names
-        true, predicted, scores = [], [], []
+        true: list[list[str]] = []
+        tags: list[list[str]] = []
+        sure: list[np.ndarray] = []
         for index, (ids, probabilities) in enumerate(found):
             first = self._examples.firsts(index)
             assert first is not None
             where = np.flatnonzero(first)
             true.append(_named(self._examples.token_labels(index)[where], names))
-            predicted.append(_named(ids[where], names))
-            scores.append(probabilities[where])
-        return loss | token_metrics(true, predicted), Predictions(self.split, true, predicted, scores, places)
+            tags.append(_named(ids[where], names))
+            sure.append(probabilities[where])
+        return loss | token_metrics(true, tags), Predictions(self.split, true, tags, sure, places)
 
 
 def _scorer(trainer: Trainer, kind: str, mesh: Mesh | None) -> Any:

@@ -5,66 +5,40 @@ import logging
 import math
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from phi3_jax import distributed
-from phi3_jax.checkpoint import resolve, save_adapters, save_model
-from phi3_jax.checkpoint.default_model import default_model
-from phi3_jax.checkpoint.load import load_model, open_checkpoint
+from phi3_jax.checkpoint import save_adapters, save_model
 from phi3_jax.checkpoint.source import CheckpointError
-from phi3_jax.data.batches import BatchPlan, bucket_widths
 from phi3_jax.data.loader import Batch, load
 from phi3_jax.evaluation.files import replacing
-from phi3_jax.evaluation.metrics import direction
 from phi3_jax.evaluation.predictions import Predictions
 from phi3_jax.evaluation.report import Results, write_report
-from phi3_jax.lora import add_lora, merge_lora
-from phi3_jax.model import (
-    Phi3ForCausalLM,
-    Phi3ForSequenceClassification,
-    Phi3ForTokenClassification,
-    Phi3PreTrainedModel,
-)
+from phi3_jax.lora import merge_lora
 from phi3_jax.tokenizer import Phi3Tokenizer
-from phi3_jax.training.batches import check_rows, local_rows, to_devices, width_multiple
+from phi3_jax.training.batches import local_rows, to_devices
 from phi3_jax.training.checkpoints import Checkpoints, remove
 from phi3_jax.training.evaluate import Evaluator
 from phi3_jax.training.interrupts import Interrupts
 from phi3_jax.training.logs import RunLog, read_log
-from phi3_jax.training.objectives import Objective
-from phi3_jax.training.optimizers import make_optimizer, make_schedule
 from phi3_jax.training.progress import Progress
+from phi3_jax.training.recipe import make_trainer, new_model, prepare, with_adapters
 from phi3_jax.training.settings import Settings, differences
-from phi3_jax.training.sources import Data, load_data
+from phi3_jax.training.sources import Data
 from phi3_jax.training.speed import Speed
-from phi3_jax.training.step import Metrics, Trainer, TrainState
+from phi3_jax.training.step import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 
 RUN, CHECKPOINTS, LOG, ADAPTER = "run.json", "checkpoints", "log.jsonl", "adapter"
 """What a run's directory holds beside the model and the report."""
-
-MODELS: dict[str, type[Phi3PreTrainedModel]] = {
-    "sequence-classification": Phi3ForSequenceClassification,
-    "token-classification": Phi3ForTokenClassification,
-    "causal-lm": Phi3ForCausalLM,
-}
-
-BEST_BY = {
-    "single_label_classification": "accuracy",
-    "multi_label_classification": "micro_f1",
-    "regression": "pearson",
-    "token-classification": "f1",
-    "causal-lm": "loss",
-}
-"""The metric that chooses the best parameters, unless the user names another."""
 
 
 class NotFiniteError(ValueError):
@@ -116,36 +90,11 @@ def finetune(
         OSError: files that cannot be read or written; `CheckpointError` for models and checkpoints.
         InterruptedRunError: SIGTERM or Ctrl-C came; the state is saved.
     """
-    kind = settings.problem_type if settings.task == "sequence-classification" else settings.task
-    metric = settings.metric_for_best_model or BEST_BY[kind]
-    sign = direction(kind, metric)
-    parts = settings.gradient_accumulation_steps
-    check_rows(settings.train_batch_size, parts, mesh, "train_batch_size")
-    check_rows(settings.eval_batch_size, 1, mesh, "eval_batch_size")
     show = show and distributed.is_primary()
-
-    # What is learned from.
-    path = distributed.from_primary(
-        lambda: default_model(cache_dir) if settings.model is None else resolve(settings.model)
-    )
-    tokenizer = Phi3Tokenizer.from_pretrained(path)
-    _, config = open_checkpoint(path)
-    data = distributed.together(lambda: load_data(settings, tokenizer, config))
-    pad = next(
-        (i for i in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-    )
-
-    # Which steps there are.
-    widths = (
-        (settings.max_length,)
-        if settings.packing
-        else bucket_widths(data.train.lengths, most=settings.max_buckets, multiple=width_multiple(mesh))
-    )
-    plan = BatchPlan(
-        data.train.lengths, rows=settings.train_batch_size, widths=widths, shuffle=True, seed=settings.seed
-    )
+    recipe = prepare(settings, mesh, cache_dir)
+    tokenizer, data, plan, schedule = recipe.tokenizer, recipe.data, recipe.plan, recipe.schedule
+    metric, sign, total = recipe.metric, recipe.sign, recipe.total_steps
     epoch = plan.steps_per_epoch
-    total = settings.max_steps or math.ceil(settings.num_train_epochs * epoch)
     evaluate_every = settings.eval_steps or epoch
     save_every = settings.save_steps or evaluate_every
 
@@ -155,7 +104,7 @@ def finetune(
         "settings": settings.model_dump(mode="json"),
         "data": data.fingerprint(),
         "steps": total,
-        "base": config.to_dict(),
+        "base": recipe.config.to_dict(),
     }
     finished = distributed.from_primary(lambda: _open(directory, about, settings.overwrite_output_dir))
     if finished is not None:
@@ -163,58 +112,8 @@ def finetune(
         return finished
 
     # The model and its step.
-    changes: dict[str, Any] = {"pad_token_id": pad}
-    if data.labels is not None:
-        changes["id2label"] = dict(enumerate(data.labels.names))
-    if settings.task == "sequence-classification":
-        changes["problem_type"] = settings.problem_type
-    model = load_model(
-        MODELS[settings.task],
-        path,
-        dtype="float32" if settings.trained == "full" else settings.dtype,
-        mesh=mesh,
-        rngs=settings.seed,
-        ignore_mismatched_sizes=True,
-        **changes,
-    )
-    wrt: Any = nnx.Param
-    head = nnx.PathContains("score")
-    if settings.trained == "lora":
-        model = add_lora(
-            model,
-            settings.lora_rank,
-            alpha=settings.lora_alpha,
-            targets=settings.lora_targets,
-            rngs=settings.seed,
-        )
-        wrt = nnx.LoRAParam if settings.task == "causal-lm" else nnx.Any(nnx.LoRAParam, head)
-    elif settings.trained == "head":
-        wrt = head
-    on_cpu = jax.default_backend() == "cpu"
-    schedule = make_schedule(
-        settings.lr_scheduler_type,
-        settings.learning_rate,
-        total_steps=total,
-        warmup_steps=int(settings.warmup_ratio * total),
-    )
-    trainer = Trainer(
-        model,
-        make_optimizer(
-            settings.optim,
-            schedule,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            beta1=settings.adam_beta1,
-            beta2=settings.adam_beta2,
-            epsilon=settings.adam_epsilon,
-        ),
-        objective=Objective(settings.label_smoothing, data.class_weights),
-        accumulate=parts,
-        wrt=wrt,
-        compute_dtype=jnp.dtype(settings.dtype),
-        remat=settings.remat or ("none" if on_cpu else "full"),
-        scan_layers=not on_cpu or mesh is not None,
-    )
+    model = with_adapters(new_model(recipe, mesh), settings)
+    trainer = make_trainer(recipe, model, mesh)
     state = trainer.start(model)
     speed = Speed(model.config, settings, mesh)
     del model
@@ -223,10 +122,10 @@ def finetune(
         return Evaluator(
             trainer,
             examples,
-            kind=kind,
+            kind=recipe.kind,
             split=split,
             labels=data.labels,
-            pad_token_id=pad,
+            pad_token_id=recipe.pad_token_id,
             rows=settings.eval_batch_size,
             most=settings.max_buckets,
             mesh=mesh,
@@ -234,19 +133,25 @@ def finetune(
 
     # Training.
     validate = evaluator("validation", data.validation)
-    checkpoints = Checkpoints(directory / CHECKPOINTS, greater_is_better=sign > 0)
-    try:
+    with ExitStack() as stack:
+        checkpoints = Checkpoints(directory / CHECKPOINTS, greater_is_better=sign > 0)
+        stack.callback(checkpoints.close)
         resumed = checkpoints.restore_last(state)
         start, standing = 0, Standing()
         if resumed is not None:
             start, state, standing = resumed.step, resumed.state, Standing(**resumed.about["standing"])
             logger.warning("going on from step %d of %d", start, total)
         own = local_rows(settings.train_batch_size, mesh)
-        batches = load(data.train, plan, pad_token_id=pad, start=start, stop=total, local_rows=own)
+        batches = load(
+            data.train, plan, pad_token_id=recipe.pad_token_id, start=start, stop=total, local_rows=own
+        )
+        stack.callback(batches.close)
         if resumed is not None:
             batches.set_state(resumed.about["loader"])
         key = jax.random.key(settings.seed) if settings.dropout else None
-        log = RunLog(directory, resume_at=start) if distributed.is_primary() else None
+        log = None
+        if distributed.is_primary():
+            log = stack.enter_context(RunLog(directory, resume_at=start))
         pending: tuple[Batch, Metrics] | None = None
         worst = -sign * sys.float_info.max
         with Progress(total, start, show) as progress, Interrupts() as interrupts:
@@ -302,7 +207,6 @@ def finetune(
                     assert interrupts.received is not None
                     raise InterruptedRunError(step, interrupts.received)
             checkpoints.wait()
-            batches.close()
 
         # The best parameters, their scores, and the files for users.
         state = _best(checkpoints, standing, step, state)
@@ -312,14 +216,10 @@ def finetune(
             results["test"], predictions = evaluator("test", data.test)(state)
             if log is not None:
                 log.record("test", standing.best_step or step, results["test"])
-        if log is not None:
-            log.close()
-        _export(trainer.model(state), tokenizer, settings, path)
-        _report(settings, kind, metric, data, standing, results, predictions)
+        _export(trainer.model(state), tokenizer, settings, recipe.base)
+        _report(settings, recipe.kind, metric, data, standing, results, predictions)
         distributed.from_primary(lambda: _write(directory, about | {"finished": results}))
-        return results
-    finally:
-        checkpoints.close()
+    return results
 
 
 def _patience_is_over(settings: Settings, standing: Standing) -> bool:
@@ -334,7 +234,6 @@ def _open(directory: Path, about: dict[str, Any], overwrite: bool) -> dict[str, 
         ValueError: there is something else; a run with other settings or data is told apart by each.
     """
     if overwrite:
-        remove(directory / CHECKPOINTS)
         (directory / RUN).unlink(missing_ok=True)
     if not (directory / RUN).exists():
         if (directory / "config.json").exists() and not overwrite:
@@ -342,6 +241,7 @@ def _open(directory: Path, about: dict[str, Any], overwrite: bool) -> dict[str, 
                 f"{directory} holds a model that is no run of finetune; choose another --output-dir, or give "
                 "--overwrite-output-dir"
             )
+        remove(directory / CHECKPOINTS)  # of a run that is forgotten
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory, about)
         return None
@@ -356,8 +256,8 @@ def _open(directory: Path, about: dict[str, Any], overwrite: bool) -> dict[str, 
         changed = ["the base model is not the same"]
     if changed:
         raise ValueError(
-            f"{directory} holds a run with other settings, which cannot go on with these: {'; '.join(changed)}. "
-            "Choose another --output-dir, or give --overwrite-output-dir to begin anew"
+            f"{directory} holds a run with other settings, which cannot go on with these: "
+            f"{'; '.join(changed)}. Choose another --output-dir, or give --overwrite-output-dir to begin anew"
         )
     return before.get("finished")
 

@@ -74,7 +74,7 @@ class Objective:
         self, model: Phi3PreTrainedModel, batch: Batch, key: Key[Array, ""] | None = None
     ) -> Float[Array, ""]:
         """The sum of the batch's losses; `key` turns dropout on."""
-        return self.of_logits(model, model(**inputs_of(batch), rngs=key).logits, batch)  # type: ignore[operator]
+        return self.of_logits(model, model(**inputs_of(batch), rngs=key).logits, batch)
 
     def of_logits(
         self, model: Phi3PreTrainedModel, logits: Float[Array, "..."], batch: Batch

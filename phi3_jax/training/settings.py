@@ -1,4 +1,4 @@
-"""The settings of a run: one flat list with the names of transformers' TrainingArguments where it has them."""
+"""The settings of a run: one flat list, with the names of transformers' TrainingArguments."""
 
 from pathlib import Path
 from typing import Any, Literal

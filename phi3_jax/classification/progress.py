@@ -1,0 +1,57 @@
+"""How many rows are classified: a live bar on a terminal, a plain line now and then anywhere else."""
+
+import sys
+from contextlib import ExitStack
+from time import monotonic
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10
+"""Between two lines where there is no terminal."""
+
+
+class RowProgress:
+    """Shows rows, rows a second and the share of the file on standard error, as a context manager.
+
+    Args:
+        total: lines or rows of the input, by which the share is told; None: not known.
+        show: False prints nothing.
+    """
+
+    def __init__(self, total: int | None, show: bool):
+        self._total, self._show = total, show
+        self._began = self._printed = monotonic()
+        self._bar: Progress | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "RowProgress":
+        console = Console(stderr=True)
+        # Not the console's own word: FORCE_COLOR, which many CI systems set, makes it call a file a terminal.
+        if self._show and sys.stderr.isatty() and not console.is_dumb_terminal:
+            columns = (
+                TextColumn("{task.fields[told]}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("elapsed,"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+            )
+            self._bar = self._stack.enter_context(Progress(*columns, console=console))
+            self._task = self._bar.add_task("", total=self._total, told="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def update(self, rows: int, line: float) -> None:
+        """So many rows are classified, and the input is read as far as this line (or row)."""
+        seconds = monotonic() - self._began
+        told = f"{rows:,} rows, {rows / max(seconds, 1e-9):,.1f} rows/s"
+        if self._total:
+            told += f", {min(1.0, line / self._total):.0%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line, told=told)
+        elif self._show and monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = monotonic()
+            print(told, file=sys.stderr, flush=True)

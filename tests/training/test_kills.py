@@ -1,0 +1,93 @@
+"""SIGKILL at any moment: the same command goes on, and nobody can tell from the losses."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import losses, write_base, write_rows
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+
+
+def command(base, folder, output):
+    settings = {
+        "--model": base,
+        "--train-file": folder / "train.jsonl",
+        "--output-dir": output / "run",
+        "--dtype": "float32",
+        "--train-batch-size": 8,
+        "--max-steps": 60,
+        "--eval-steps": 20,
+        "--save-steps": 3,
+        "--max-buckets": 2,
+        "--cache-dir": folder / "cache",
+    }
+    words = [str(word) for pair in settings.items() for word in pair]
+    return [sys.executable, "-c", "from phi3_jax.cli import main; main()", "finetune", *words]
+
+
+def begin(base, folder, output):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command(base, folder, output),
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_twenty_kills(tmp_path):
+    """At random moments of a run's life, its beginning and its end among them."""
+    base = write_base(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", 96)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = time.monotonic()
+    process = begin(base, tmp_path, whole)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    alive = time.monotonic() - started
+    draws = random.Random(7)
+    for _ in range(KILLS):
+        process = begin(base, tmp_path, killed)
+        try:
+            process.wait(timeout=draws.uniform(0.2, 1.0) * alive)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        _, error = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), error
+    process = begin(base, tmp_path, killed)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert losses(killed) == losses(whole)
+    assert sorted(path.name for path in (killed / "run").iterdir()) == sorted(
+        path.name for path in (whole / "run").iterdir()
+    )
+    for name in ("model.safetensors", "config.json"):
+        assert (killed / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
+    checkpoints = {path.name for path in (killed / "run" / "checkpoints").iterdir()}
+    assert checkpoints == {path.name for path in (whole / "run" / "checkpoints").iterdir()}
+
+
+def test_sigterm_saves_first(tmp_path):
+    base = write_base(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", 96)
+    process = begin(base, tmp_path, tmp_path / "ended")
+    log = tmp_path / "ended" / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, error
+    assert "which is saved; the same command goes on from there" in error
+    process = begin(base, tmp_path, tmp_path / "ended")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "going on from step" in error
+    assert [step for step, _ in losses(tmp_path / "ended")] == list(range(1, 61))

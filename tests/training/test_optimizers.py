@@ -1,0 +1,79 @@
+"""Schedules against transformers', and what decays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from reference import small_config
+
+from phi3_jax.model import Phi3ForTokenClassification
+from phi3_jax.training import Trainer
+from phi3_jax.training.optimizers import OPTIMIZERS, decays, make_optimizer, make_schedule
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_schedules_are_transformers(name, warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    kind = "constant_with_warmup" if name == "constant" else name
+    theirs = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=11)
+    ours = make_schedule(name, 0.5, total_steps=11, warmup_steps=warmup)
+    for step in range(11):
+        np.testing.assert_allclose(float(ours(step)), theirs.get_last_lr()[0], rtol=1e-6, atol=1e-7)
+        optimizer.step()
+        theirs.step()
+
+
+def test_norms_and_biases_do_not_decay():
+    model = Phi3ForTokenClassification(small_config(num_labels=3))
+    found = jax.tree_util.tree_flatten_with_path(decays(nnx.state(model, nnx.Param)))[0]
+    spared = [jax.tree_util.keystr(path, simple=True, separator=".") for path, decays in found if not decays]
+    assert len(found) == 3 * 6 + 4
+    assert sum(not each for _, each in found) == 3 * 2 + 2  # two norms a layer, the last one, score's bias
+    assert all("norm" in name or "bias" in name for name in spared)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_decays_by_its_learning_rate(name):
+    """Without gradients only the decay is left: learning rate times decay of the weight."""
+    parameters = {"weight": jnp.full((40, 40), 2.0), "norm": jnp.full(40, 2.0)}
+    optimizer = make_optimizer(name, 0.1, weight_decay=0.5)
+    nothing = jax.tree.map(jnp.zeros_like, parameters)
+    updates, _ = optimizer.update(nothing, optimizer.init(parameters), parameters)
+    np.testing.assert_allclose(updates["weight"], -0.1 * 0.5 * 2.0, rtol=1e-6)
+    assert not np.asarray(updates["norm"]).any()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_learns(name):
+    model = Phi3ForTokenClassification(small_config(num_labels=3))
+    ids = np.random.default_rng(0).integers(4, 96, (4, 10))
+    batch = {"input_ids": ids, "labels": ids % 3}
+    trainer = Trainer(model, make_optimizer(name, 3e-3))
+    state, losses = trainer.start(model), []
+    for _ in range(12):
+        state, metrics = trainer.step(state, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_adafactor_is_factored_over_our_axes():
+    state = make_optimizer("adafactor", 0.1).init({"qkv": jnp.zeros((4, 8, 3, 96, 3072))})
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 4 * 8 * 3 * (96 + 3072) * 1.1
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        (lambda: make_optimizer("sgd", 0.1), "optim='sgd' is not known; use adamw, adafactor, lion"),
+        (lambda: make_optimizer("adamw", 0.1, weight_decay=-1), "weight_decay=-1"),
+        (lambda: make_schedule("step", 0.1, total_steps=3, warmup_steps=0), "lr_scheduler_type='step'"),
+        (lambda: make_schedule("linear", 0.1, total_steps=3, warmup_steps=3), "warm-up has 3 steps"),
+    ],
+)
+def test_what_cannot_be(work, words):
+    with pytest.raises(ValueError, match=words):
+        work()
