@@ -44,10 +44,14 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, greater_is_better: bool):
         self.directory = directory.absolute()
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["score"], n=1, reverse=not greater_is_better
-        )
+
+        def score(metrics: Any) -> float:
+            return metrics["score"]
+
+        best = policies.BestN(get_metric_fn=score, n=1, reverse=not greater_is_better)
         options = ocp.CheckpointManagerOptions(
+            best_fn=score,  # without it scores are not written, nor read again
+            best_mode="max" if greater_is_better else "min",
             cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
         )
