@@ -14,11 +14,15 @@ from jaxtyping import Array, Float, Int, Key
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import placed
 from phi3_jax.model.layer_stack import stack_layers, unstack_layers
+from phi3_jax.model.layers import PROJECTION
 from phi3_jax.training.objectives import Batch, Objective
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    ),
     "none": None,
 }
 """What a layer keeps for the backward pass: its input; the results of its projections too; everything."""

@@ -44,7 +44,13 @@ def told_and_logits(folder, task):
     return json.loads((folder / "run" / "metrics.json").read_text()), model
 
 
-@pytest.mark.parametrize("task", REFERENCES)
+@pytest.mark.parametrize(
+    "task",
+    [
+        "sequence-classification",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in list(REFERENCES)[1:]),
+    ],
+)
 def test_the_result_is_transformers_own(folder, base, task):
     write_rows(folder / "train.jsonl", task=task)
     write_rows(folder / "test.jsonl", 12, task=task, start=100)
@@ -165,6 +171,7 @@ def test_the_best_parameters_are_kept(folder, base):
     assert json.loads((folder / "run" / "metrics.json").read_text())["best_step"] == best
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run(folder, base):
     wild = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "eval_steps": 1}
     run(folder, base, metric_for_best_model="loss", max_steps=40, early_stopping_patience=2, **wild)
@@ -190,6 +197,7 @@ def test_adapters_are_trained_alone_and_come_in_pefts_form(folder, base):
     torch.testing.assert_close(adapted(ids).logits, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_head_alone(folder, base):
     run(folder, base, trained="head", max_steps=3)
     original = transformers.Phi3ForCausalLM.from_pretrained(base).state_dict()
@@ -209,6 +217,7 @@ def test_packed_rows_are_the_same_loss(folder, base):
     np.testing.assert_allclose(losses(folder / "packed")[0][1], losses(folder)[0][1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_run_is_the_same(folder, tmp_path_factory):
     base = write_base(
         tmp_path_factory.mktemp("mesh") / "model", num_attention_heads=8, num_key_value_heads=4, head_dim=8
@@ -255,11 +264,13 @@ def test_bad_rows_are_named_or_counted(folder, base, caplog):
     assert json.loads((folder / "run" / "metrics.json").read_text())["data"]["bad rows skipped"] == 1
 
 
+@pytest.mark.slow
 def test_weights_of_classes_come_from_their_counts(folder, base):
     run(folder, base, class_weights="balanced", label_smoothing=0.1, max_steps=1)
     assert len(losses(folder)) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_told(folder, base, monkeypatch, caplog):
     def restore(self, step, state):
         raise CheckpointError(f"{step} cannot be read: it is damaged")

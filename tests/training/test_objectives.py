@@ -90,7 +90,9 @@ def test_micro_batches_add_up_to_the_batch(kind):
     close(made, expected, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["causal", "several", "token"])
+@pytest.mark.parametrize(
+    "kind", ["causal", *(pytest.param(each, marks=pytest.mark.slow) for each in ("several", "token"))]
+)
 def test_devices_add_up_to_the_batch(kind):
     """Four that divide the rows, whose labels are uneven."""
     model, batch = model_of(kind), ragged(kind)
