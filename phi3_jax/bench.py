@@ -98,7 +98,7 @@ def run_bench(
             sides = {f"lookup of {prompt_lookup}": (_ours, lookup), "plain": (_ours, work)}
         elif mesh is None and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
             sides["transformers"] = (_theirs, work)
-        results = (_take_turns_here if several else _take_turns)(sides, rounds)
+        results = (_take_turns_here if several else take_turns)(sides, rounds)
         _print_table(model or path.name, results, work, Phi3Config.from_pretrained(path))
 
 
@@ -119,7 +119,8 @@ def _model_path(
     return default_model(cache_dir) if model is None else resolve(model)
 
 
-def _take_turns(sides: Sides, rounds: int) -> dict[str, list[Times]]:
+def take_turns(sides: Sides, rounds: int) -> dict[str, list[Times]]:
+    """What each turn of each side gave, every side in a process of its own, one after another."""
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
     results: dict[str, list[Times]] = {name: [] for name in sides}

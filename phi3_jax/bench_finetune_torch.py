@@ -13,11 +13,8 @@ import transformers
 from torch.nn import functional
 
 from phi3_jax.checkpoint import save_adapters, save_model
-from phi3_jax.data.examples import Examples
 from phi3_jax.evaluation.metrics import SEQUENCE_TASKS
-from phi3_jax.evaluation.predictions import Predictions
 from phi3_jax.model.losses import IGNORE_INDEX
-from phi3_jax.training.evaluate import Evaluator
 from phi3_jax.training.objectives import Objective
 from phi3_jax.training.optimizers import decays
 from phi3_jax.training.recipe import Recipe, new_model, with_adapters
@@ -154,28 +151,6 @@ class Theirs:
     def _weights(self, objective: Objective) -> torch.Tensor | None:
         weights = objective.class_weights
         return None if weights is None else torch.tensor(weights, device=self._device)
-
-
-class TheirEvaluator(Evaluator):
-    """Scores `Theirs` where `Evaluator` scores a state of ours."""
-
-    def __init__(self, recipe: Recipe, split: str, examples: Examples):
-        trainer: Any = None
-        super().__init__(
-            trainer,
-            examples,
-            kind=recipe.kind,
-            split=split,
-            labels=recipe.data.labels,
-            pad_token_id=recipe.pad_token_id,
-            rows=recipe.settings.eval_batch_size,
-            most=recipe.settings.max_buckets,
-            mesh=None,
-        )
-        self._score: Any = Theirs.score
-
-    def __call__(self, state: Any) -> tuple[dict[str, float], Predictions | None]:
-        return super().__call__(state)
 
 
 def _model(recipe: Recipe) -> Any:

@@ -37,11 +37,13 @@ def _finetune(
         from phi3_jax.training.finetune import InterruptedRunError, finetune
     except ImportError as error:
         raise ValueError(EXTRA.format(error)) from error
+    from phi3_jax.allocator import keep_freed_memory
     from phi3_jax.cli import keep_compiled_programs
 
     settings = read_settings(config, given)
     where = prepare(mesh, distributed, preemption=True)
     keep_compiled_programs(cache_dir)
+    keep_freed_memory()
     try:
         results = finetune(settings, mesh=where, cache_dir=cache_dir)
     except InterruptedRunError as error:

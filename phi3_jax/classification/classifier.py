@@ -20,13 +20,11 @@ from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Batch, load
 from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
 from phi3_jax.data.tasks import Example, SequenceClassification, TokenClassification
+from phi3_jax.evaluation.files import RUN
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.training.batches import check_rows, to_devices, width_multiple
-
-RUN = "run.json"
-"""What a run of finetune leaves beside its model: the columns and the length that it was trained with."""
 
 ClassifierTask = SequenceClassification | TokenClassification
 """How rows are read; labels=None."""

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+RUN = "run.json"
+"""What a run of finetune leaves beside its model: settings, data, and results once it is finished."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

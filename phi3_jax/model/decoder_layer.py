@@ -49,9 +49,11 @@ class Phi3Attention(nnx.Module):
     ) -> tuple[Float[Array, "B kept D"], Array | None, tuple[Vectors, Vectors] | None]:
         """The output at the last `keep` positions, attention weights, and the cached keys and values."""
         qkv = self.qkv_proj(x).astype(x.dtype)  # [B, T, K, G + 2, H]
-        queries = apply_rope(qkv[:, -keep:, :, :-2], *(table[:, -keep:] for table in tables))
-        keys = apply_rope(qkv[..., -2, :], *tables).swapaxes(1, 2)  # [B, K, T, H]
-        values = qkv[..., -1, :].swapaxes(1, 2)
+        # Split, not sliced: gradients are then put together rather than each padded with zeros and added.
+        queries, keys, values = jax.lax.split(qkv, (qkv.shape[3] - 2, 1, 1), axis=3)
+        queries = apply_rope(queries[:, -keep:], *(table[:, -keep:] for table in tables))
+        keys = apply_rope(keys[..., 0, :], *tables).swapaxes(1, 2)  # [B, K, T, H]
+        values = values[..., 0, :].swapaxes(1, 2)
         present = None if past is None else past.write(keys, values, self.mesh)
         alone = isinstance(mask, CausalMask) and mask.fresh  # nothing lies in the cache but these very keys
         seen = (keys, values) if present is None or alone else present
@@ -82,8 +84,8 @@ class Phi3MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate_up = self.gate_up_proj(x).astype(x.dtype)  # [B, T, 2, F]
-        gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
-        return self.down_proj(up * activation(self.hidden_act)(gate)).astype(x.dtype)
+        gate, up = jax.lax.split(gate_up, (1, 1), axis=-2)
+        return self.down_proj((up * activation(self.hidden_act)(gate))[..., 0, :]).astype(x.dtype)
 
 
 class Phi3DecoderLayer(nnx.Module):

@@ -1,5 +1,6 @@
 """Rotary position embeddings: which frequencies, their cosines and sines, and the rotation itself."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -50,7 +51,7 @@ def apply_rope(
     heads = (1,) * (x.ndim - 3)
     cos = cos.reshape(*cos.shape[:2], *heads, half).astype(x.dtype)
     sin = sin.reshape(*sin.shape[:2], *heads, half).astype(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    first, second, rest = jax.lax.split(x, (half, half, x.shape[-1] - 2 * half), axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 

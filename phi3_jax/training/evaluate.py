@@ -1,6 +1,6 @@
 """Scores a state on examples: the loss and metrics of the task, and what was predicted of each row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +25,15 @@ from phi3_jax.training.batches import local_rows, to_devices, width_multiple
 from phi3_jax.training.objectives import Batch, Objective, inputs_of
 from phi3_jax.training.step import Trainer, TrainState
 
+Score = Callable[[Any, Any], tuple[Any, Any, tuple[Any, ...]]]
+
 
 class Evaluator:
     """Scores one split, the same way each time it is called.
 
     Args:
-        trainer: of the states that will be scored.
+        score: of a state and a batch: the sum of the losses, its divisor, and what the task measures of each
+            row (`scorer`).
         kind: the task, or the problem type of sequence classification: a key of `METRICS`.
         split: its name.
         labels: of classes; None for a language model.
@@ -40,7 +43,7 @@ class Evaluator:
 
     def __init__(
         self,
-        trainer: Trainer,
+        score: Score,
         examples: Examples,
         *,
         kind: str,
@@ -56,9 +59,9 @@ class Evaluator:
         widths = bucket_widths(examples.lengths, most=most, multiple=width_multiple(mesh))
         self._plan = BatchPlan(examples.lengths, rows=rows, widths=widths, shuffle=False)
         self._own = local_rows(rows, mesh)
-        self._score = jax.jit(_scorer(trainer, kind, mesh))
+        self._score = score
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], Predictions | None]:
+    def __call__(self, state: Any) -> tuple[dict[str, float], Predictions | None]:
         """Metrics by name, "loss" among them; and predictions, in the order of the examples."""
         total = count = 0.0
         found: list[Any] = [None] * len(self._examples)
@@ -110,7 +113,8 @@ class Evaluator:
         return loss | token_metrics(true, tags), Predictions(self.split, true, tags, sure, places)
 
 
-def _scorer(trainer: Trainer, kind: str, mesh: Mesh | None) -> Any:
+def scorer(trainer: Trainer, kind: str, mesh: Mesh | None) -> Score:
+    """What an `Evaluator` needs for states of `trainer`."""
     objective = Objective()
 
     def score(state: TrainState, batch: Batch) -> Any:
@@ -124,7 +128,7 @@ def _scorer(trainer: Trainer, kind: str, mesh: Mesh | None) -> Any:
             said = jnp.argmax(logits, axis=-1), jnp.max(jax.nn.softmax(logits), axis=-1)
         return replicate((*losses, said), mesh)
 
-    return score
+    return jax.jit(score)
 
 
 def _named(ids: np.ndarray, names: Sequence[str]) -> list[str]:

@@ -18,14 +18,14 @@ from phi3_jax import distributed
 from phi3_jax.checkpoint import save_adapters, save_model
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.data.loader import Batch, load
-from phi3_jax.evaluation.files import replacing
+from phi3_jax.evaluation.files import RUN, replacing
 from phi3_jax.evaluation.predictions import Predictions
 from phi3_jax.evaluation.report import Results, write_report
 from phi3_jax.lora import merge_lora
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.training.batches import local_rows, to_devices
 from phi3_jax.training.checkpoints import Checkpoints, remove
-from phi3_jax.training.evaluate import Evaluator
+from phi3_jax.training.evaluate import Evaluator, scorer
 from phi3_jax.training.interrupts import Interrupts
 from phi3_jax.training.logs import RunLog, read_log
 from phi3_jax.training.progress import Progress
@@ -37,8 +37,8 @@ from phi3_jax.training.step import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 
-RUN, CHECKPOINTS, LOG, ADAPTER = "run.json", "checkpoints", "log.jsonl", "adapter"
-"""What a run's directory holds beside the model and the report."""
+CHECKPOINTS, LOG, ADAPTER = "checkpoints", "log.jsonl", "adapter"
+"""What a run's directory holds beside the model, the report and `RUN`."""
 
 
 class NotFiniteError(ValueError):
@@ -118,9 +118,11 @@ def finetune(
     speed = Speed(model.config, settings, mesh)
     del model
 
+    score = scorer(trainer, recipe.kind, mesh)
+
     def evaluator(split: str, examples: Any) -> Evaluator:
         return Evaluator(
-            trainer,
+            score,
             examples,
             kind=recipe.kind,
             split=split,

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +27,11 @@ def run_pair(
     timeout: float,
     stdin: str = "",
     environment: dict[str, str] | None = None,
+    watch: Callable[[Sequence["subprocess.Popen[bytes]"]], None] | None = None,
 ) -> list[Ended]:
     """`python FIRST` and `python SECOND` as processes 0 and 1, of which the first has the `stdin`.
+
+    `watch` is called with both, again and again while they run.
 
     Raises:
         AssertionError: they have not ended after `timeout` seconds.
@@ -60,6 +63,8 @@ def run_pair(
         while None in (codes := [process.poll() for process in processes]) and time.monotonic() < end:
             if any(codes):
                 end = min(end, time.monotonic() + GRACE)
+            if watch is not None:
+                watch(processes)
             time.sleep(0.1)
     finally:
         for process in processes:

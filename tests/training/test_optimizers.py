@@ -11,7 +11,13 @@ from reference import small_config
 
 from phi3_jax.model import Phi3ForTokenClassification
 from phi3_jax.training import Trainer
-from phi3_jax.training.optimizers import OPTIMIZERS, decays, make_optimizer, make_schedule
+from phi3_jax.training.optimizers import (
+    OPTIMIZERS,
+    clip_by_global_norm,
+    decays,
+    make_optimizer,
+    make_schedule,
+)
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -34,6 +40,21 @@ def test_norms_and_biases_do_not_decay():
     assert len(found) == 3 * 6 + 4
     assert sum(not each for _, each in found) == 3 * 2 + 2  # two norms a layer, the last one, score's bias
     assert all("norm" in name or "bias" in name for name in spared)
+
+
+@pytest.mark.parametrize("most", [0.5, 1e3])
+def test_gradients_are_clipped_as_in_pytorch(most):
+    gradients = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.float32([-7.0])}
+    theirs = [torch.nn.Parameter(torch.zeros(x.shape)) for x in gradients.values()]
+    for parameter, gradient in zip(theirs, gradients.values(), strict=True):
+        parameter.grad = torch.from_numpy(gradient.copy())
+    torch.nn.utils.clip_grad_norm_(theirs, most)
+    clip = clip_by_global_norm(most)
+    ours, _ = clip.update(gradients, clip.init(gradients))
+    for found, parameter in zip(ours.values(), theirs, strict=True):
+        np.testing.assert_allclose(found, parameter.grad.numpy(), rtol=1e-6)
+    nothing, _ = clip.update({"a": jnp.zeros(3)}, clip.init(None))
+    assert not nothing["a"].any()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

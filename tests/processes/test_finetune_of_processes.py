@@ -1,0 +1,100 @@
+"""`phi3-jax finetune` in two processes with two devices each, compared with one process and one device."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pair import Ended, run_pair
+from runs import losses, settings_of, write_base, write_rows
+from safetensors.numpy import load_file
+
+from phi3_jax.training.finetune import finetune
+
+pytestmark = pytest.mark.slow
+
+OPTIONS: dict[str, Any] = {"max_steps": 8, "eval_steps": 4, "max_buckets": 2}
+COMMAND = ("-c", "from phi3_jax.cli import main; main()", "finetune")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    return write_base(folder / "model")
+
+
+def run_both(
+    base: Path, data: Path, folder: Path, mesh: str, watch: Any = None, **changes: Any
+) -> list[Ended]:
+    folder.mkdir(exist_ok=True)
+    settings = settings_of(data, base, output_dir=folder / "run", **OPTIONS | changes)
+    config = folder / "config.yaml"
+    config.write_text(settings.model_dump_json(exclude_defaults=True))  # JSON is YAML
+    arguments = [*COMMAND, config, "--distributed", "--mesh", mesh]
+    environment = {"PHI3_JAX_CACHE": str(data / "cache")}
+    return run_pair(arguments, arguments, logs=folder, timeout=400, environment=environment, watch=watch)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,tensor=2"])
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("sequence-classification", {"gradient_accumulation_steps": 2}),
+        ("token-classification", {"trained": "lora"}),
+        ("causal-lm", {"packing": True}),
+    ],
+    ids=["sequence", "tokens-lora", "packed"],
+)
+def test_two_processes_train_what_one_trains(
+    base: Path, tmp_path: Path, task: str, changes: dict[str, Any], mesh: str
+) -> None:
+    write_rows(tmp_path / "train.jsonl", 64, task)
+    changes = {"task": task, **changes}
+    alone = tmp_path / "alone"
+    expected = finetune(
+        settings_of(tmp_path, base, output_dir=alone / "run", **OPTIONS | changes), show=False
+    )
+
+    ended = run_both(base, tmp_path, tmp_path / "both", mesh, **changes)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert "validation: " in ended[0].out
+    assert ended[1].out == ""
+    steps, found = zip(*losses(tmp_path / "both"), strict=True)
+    steps_alone, found_alone = zip(*losses(alone), strict=True)
+    assert steps == steps_alone
+    np.testing.assert_allclose(found, found_alone, rtol=1e-5)
+    loss = float(ended[0].out.split("loss ")[1].split(",")[0])
+    assert loss == pytest.approx(expected["validation"]["loss"], abs=1e-4)  # printed with four digits
+    mine, other = (load_file(where / "run" / "model.safetensors") for where in (tmp_path / "both", alone))
+    assert mine.keys() == other.keys()
+    for name in mine:
+        assert np.linalg.norm(mine[name] - other[name]) <= 1e-4 * np.linalg.norm(other[name]), name
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_in_one_process_saves_in_both_and_the_same_command_goes_on(
+    base: Path, tmp_path: Path, told: int
+) -> None:
+    write_rows(tmp_path / "train.jsonl", 64)
+    changes = {"max_steps": 40, "eval_steps": 20}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert [one.code for one in run_both(base, tmp_path, whole, "fsdp=4", **changes)] == [0, 0]
+
+    log, sent = cut / "run" / "log.jsonl", []
+
+    def end_one(processes: Any) -> None:
+        if not sent and log.exists() and log.stat().st_size:
+            os.kill(processes[told].pid, signal.SIGTERM)
+            sent.append(told)
+
+    ended = run_both(base, tmp_path, cut, "fsdp=4", watch=end_one, **changes)
+    assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert "which is saved; the same command goes on from there" in ended[0].err
+    assert 0 < len(losses(cut)) < 40
+    ended = run_both(base, tmp_path, cut, "fsdp=4", **changes)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert losses(cut) == losses(whole)
+    for name in ("model.safetensors", "config.json"):
+        assert (cut / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
