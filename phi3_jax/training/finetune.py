@@ -156,6 +156,8 @@ def finetune(
             log = stack.enter_context(RunLog(directory, resume_at=start))
         pending: tuple[Batch, Metrics] | None = None
         worst = -sign * sys.float_info.max
+        # On CPU a step is done when it has been sent, so that nothing would run beside the looking.
+        ahead = jax.default_backend() != "cpu"
         with Progress(total, start, show) as progress, Interrupts() as interrupts:
 
             def settle() -> None:
@@ -187,8 +189,11 @@ def finetune(
                 batch = next(batches)
                 arrays = to_devices(batch.arrays, settings.train_batch_size, mesh, own)
                 state, metrics = trainer.step(state, arrays, key)
-                settle()
+                if ahead:
+                    settle()
                 pending = batch, metrics
+                if not ahead:
+                    settle()
                 step = batch.step + 1
                 interrupted = interrupts.at(step)
                 if step % evaluate_every == 0 or step == total:
