@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import typer
 
 from phi3_jax import cli_options as options
+from phi3_jax.allocator import keep_freed_memory
 from phi3_jax.cli_processes import prepare, tell
 
 if TYPE_CHECKING:
@@ -33,17 +34,16 @@ def _finetune(
 
     Without a file of rows it learns generated commands, as a demonstration.
     """
+    keep_freed_memory()
     try:
         from phi3_jax.training.finetune import InterruptedRunError, finetune
     except ImportError as error:
         raise ValueError(EXTRA.format(error)) from error
-    from phi3_jax.allocator import keep_freed_memory
     from phi3_jax.cli import keep_compiled_programs
 
     settings = read_settings(config, given)
     where = prepare(mesh, distributed, preemption=True)
     keep_compiled_programs(cache_dir)
-    keep_freed_memory()
     try:
         results = finetune(settings, mesh=where, cache_dir=cache_dir)
     except InterruptedRunError as error:
