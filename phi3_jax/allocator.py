@@ -16,8 +16,8 @@ def keep_freed_memory() -> None:
     """Keeps memory in the process that computations on CPU give back, until the process ends.
 
     XLA allocates what a program needs anew each time it runs; glibc maps it from the kernel, which zeroes it
-    page by page, and unmaps it afterwards. For a training step that is a fifth of the time. One arena, since
-    the others cannot hold large blocks, and map them all the same.
+    page by page, and unmaps it afterwards: a fifth of the time of a training step. One arena, since the
+    others cannot hold large blocks, and map them all the same.
 
     Does nothing where JAX may find an accelerator, and with other C libraries. To be called before JAX begins
     to compute, whose threads would take arenas of their own; by commands, not libraries: it is for the whole

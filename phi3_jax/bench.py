@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from phi3_jax.allocator import keep_freed_memory
 from phi3_jax.config import Phi3Config
 from phi3_jax.distributed import process_count
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -188,6 +189,7 @@ def _ours(work: Work) -> Turn:
     from phi3_jax.model import Phi3ForCausalLM
     from phi3_jax.sharding import make_mesh
 
+    keep_freed_memory()  # as the commands do
     mesh = make_mesh(dict(work.mesh)) if work.mesh else None
     compiled = CompiledModel(Phi3ForCausalLM.from_pretrained(work.model, dtype=work.dtype, mesh=mesh))
     ids = work.ids(compiled.model.config.vocab_size)

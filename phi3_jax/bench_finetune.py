@@ -84,7 +84,7 @@ def check(settings: Settings) -> None:
 
 def _ours(work: Work) -> Callable[[], Turn]:
     """Turns of this package."""
-    keep_freed_memory()
+    keep_freed_memory()  # as the command does
     recipe = prepare(work.settings, None, work.cache_dir)
     model = with_adapters(new_model(recipe, None), work.settings)
     trainer = make_trainer(recipe, model, None)

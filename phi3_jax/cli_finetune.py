@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import typer
 
 from phi3_jax import cli_options as options
-from phi3_jax.allocator import keep_freed_memory
 from phi3_jax.cli_processes import prepare, tell
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ def _finetune(
 
     Without a file of rows it learns generated commands, as a demonstration.
     """
-    keep_freed_memory()
     try:
         from phi3_jax.training.finetune import InterruptedRunError, finetune
     except ImportError as error:

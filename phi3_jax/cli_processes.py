@@ -5,6 +5,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from phi3_jax.allocator import keep_freed_memory
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
@@ -27,11 +29,14 @@ def join(distributed: bool, *, preemption: bool = False) -> None:
 
 
 def prepare(mesh: str | None, distributed: bool, *, preemption: bool = False) -> "Mesh | None":
-    """Joins the other processes and builds the mesh that the user names; `preemption` as in `start`.
+    """Before anything is computed: joins the other processes and builds the mesh that the user names.
+
+    `preemption` as in `start`.
 
     Raises:
         ValueError: a mesh that cannot be, or none where several processes need one.
     """
+    keep_freed_memory()
     if mesh is None and not distributed:
         return None
     from phi3_jax.sharding import make_mesh, parse_mesh
