@@ -1,0 +1,164 @@
+"""Answers in both forms, and the file that holds each once, whatever happens to the process."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi3_jax.batch.answers import Answer, AnswerFile, Ids, answer_line, error_line
+from phi3_jax.batch.requests import BadRequestError, Request
+
+ANSWER = Answer("Ünder the \n sea", "stop", 7, 5)
+USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+
+
+def request(id: str | int, line: int = 1, openai: str | None = None) -> Request:
+    return Request(line, id, "Once", None, openai=openai, model="phi-3")
+
+
+def refused(line: int, **options: Any) -> BadRequestError:
+    return BadRequestError(line, "invalid_json", f"line {line} is not JSON", **options)
+
+
+def lines_of(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_our_form() -> None:
+    line = answer_line(request(7), ANSWER, created=0)
+    assert json.loads(line) == {"id": 7, "text": ANSWER.text, "finish_reason": "stop", "usage": USAGE}
+    assert line.count(b"\n") == 1
+    fault = {"code": "invalid_json", "message": "line 3 is not JSON"}
+    assert json.loads(error_line(refused(3))) == {"id": None, "line": 3, "error": fault}
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions"])
+def test_openais_form(url: str) -> None:
+    found = json.loads(answer_line(request("a", 4, url), ANSWER, created=99))
+    assert (found["custom_id"], found["error"], found["response"]["status_code"]) == ("a", None, 200)
+    body = found["response"]["body"]
+    assert (body["usage"], body["created"], body["model"]) == (USAGE, 99, "phi-3")
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "stop"
+    said = choice["message"] if "chat" in url else {"role": "assistant", "content": choice["text"]}
+    assert said == {"role": "assistant", "content": ANSWER.text}
+
+    found = json.loads(error_line(refused(4, id="a", openai=True)))
+    assert (found["custom_id"], found["response"]["status_code"]) == ("a", 400)
+    assert found["response"]["body"]["error"]["message"] == "line 4 is not JSON"
+
+
+def test_ids_of_both_kinds_are_told_apart() -> None:
+    ids = Ids()
+    assert ids.add(1)
+    assert ids.add("1")
+    assert not ids.add(1)
+    assert 1 in ids
+    assert 2 not in ids
+    ids.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "answers.jsonl"
+
+
+def written(path: Path, *ids: int) -> None:
+    file = AnswerFile(path)
+    file.add((request(id), answer_line(request(id), ANSWER, created=0)) for id in ids)
+    file.close()
+
+
+def test_what_is_there_counts(path: Path) -> None:
+    written(path, 1, 2)
+    file = AnswerFile(path)
+    file.add([(refused(3), error_line(refused(3)))])
+    file.close()
+    file = AnswerFile(path)
+    assert (file.count, file.errors) == (3, 1)
+    assert [file.has(request(id)) for id in (1, 2, 3)] == [True, True, False]
+    assert [file.has(refused(line)) for line in (2, 3)] == [False, True]
+    file.close()
+
+
+@pytest.mark.parametrize("tail", [b'{"id": 3, "te', b'{"id": 3}', b"\0" * 100, b"\0\0\n\0"])
+def test_a_line_that_was_cut_off_is_taken_away(path: Path, tail: bytes) -> None:
+    written(path, 1, 2)
+    with path.open("ab") as file:
+        file.write(tail)
+    written(path, 3)
+    assert [line["id"] for line in lines_of(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", [b"hello\n", b'{"text": "a"}\n', b"[]\n", b'{"id": null}\n', b"\xff\n"])
+def test_another_file_is_left_alone(path: Path, line: bytes) -> None:
+    written(path, 1)
+    with path.open("ab") as file:
+        file.write(line)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"line 2 is no answer .*; choose another output"):
+        AnswerFile(path)
+    assert path.read_bytes() == before
+
+
+def test_one_process_at_a_time(path: Path) -> None:
+    file = AnswerFile(path)
+    with pytest.raises(ValueError, match="is being written by another process"):
+        AnswerFile(path)
+    file.close()
+    AnswerFile(path).close()
+
+
+def test_a_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(path, 1)
+    file = AnswerFile(path)
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="the disk is full; the same command goes on"):
+            file.add([(request(2), answer_line(request(2), ANSWER, created=0))])
+    file.close()
+    assert [line["id"] for line in lines_of(path)] == [1]
+    written(path, 2)
+    assert [line["id"] for line in lines_of(path)] == [1, 2]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from phi3_jax.batch.answers import Answer, AnswerFile, answer_line
+from phi3_jax.batch.requests import Request
+file = AnswerFile(Path(sys.argv[1]))
+print("open", flush=True)
+for id in range(3000):
+    request = Request(id + 1, id, "Once", None)
+    if not file.has(request):
+        file.add([(request, answer_line(request, Answer("a" * (id % 977), "stop", 1, 1), created=0))])
+file.close()
+"""
+
+
+def test_kills_lose_nothing_and_repeat_nothing(path: Path) -> None:
+    draws = random.Random(3)
+    command = [sys.executable, "-c", WRITER, str(path)]
+    kills = 0
+    for _ in range(5):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(draws.uniform(0, 0.05))
+            process.kill()
+        kills += process.returncode < 0
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert kills
+    assert [line["id"] for line in lines_of(path)] == list(range(3000))
