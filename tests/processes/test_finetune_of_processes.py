@@ -37,18 +37,17 @@ def run_both(
     return run_pair(arguments, arguments, logs=folder, timeout=400, environment=environment, watch=watch)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,tensor=2"])
 @pytest.mark.parametrize(
-    ("task", "changes"),
+    ("mesh", "task", "changes"),
     [
-        ("sequence-classification", {"gradient_accumulation_steps": 2}),
-        ("token-classification", {"trained": "lora"}),
-        ("causal-lm", {"packing": True}),
+        ("fsdp=4", "sequence-classification", {"gradient_accumulation_steps": 2}),
+        ("data=2,tensor=2", "token-classification", {"trained": "lora"}),
+        ("fsdp=2,tensor=2", "causal-lm", {"packing": True}),
     ],
     ids=["sequence", "tokens-lora", "packed"],
 )
 def test_two_processes_train_what_one_trains(
-    base: Path, tmp_path: Path, task: str, changes: dict[str, Any], mesh: str
+    base: Path, tmp_path: Path, mesh: str, task: str, changes: dict[str, Any]
 ) -> None:
     write_rows(tmp_path / "train.jsonl", 64, task)
     changes = {"task": task, **changes}

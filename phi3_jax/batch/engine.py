@@ -1,0 +1,138 @@
+"""Continuous batching: prompts of any length through slots that are filled again as soon as they are free."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from phi3_jax.batch.scheduler import Decode, Fill, Job, PoolSize, Scheduler
+from phi3_jax.batch.slots import Row, Slots
+from phi3_jax.generation.compiled import CompiledModel
+
+CHUNK = 512
+"""Tokens of one prompt that are computed at a time."""
+
+WIDTHS = (128, CHUNK)
+GROUPS = ((8, 32), (4, 128))
+"""Prompts, and tokens of each, that are computed together: alone, short ones leave the machine half idle."""
+
+BUDGET = 4 * CHUNK
+"""Tokens of prompts between two dispatches of those that make tokens."""
+
+
+class Prompt(NamedTuple):
+    """What to continue."""
+
+    key: Any
+    """By which the caller knows the answer."""
+    ids: Sequence[int]
+    max_new_tokens: int
+
+
+class Continuation(NamedTuple):
+    """A prompt's answer."""
+
+    key: Any
+    tokens: list[int]
+    """An end token included."""
+    finish_reason: str
+    """ "stop": an end token; "length": `max_new_tokens` are made."""
+
+
+@dataclass
+class _Active:
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+
+    def row(self) -> Row:
+        return Row([*self.prompt.ids, *self.tokens], len(self.tokens), self.prompt.max_new_tokens)
+
+
+class Engine:
+    """Prompts in, answers out as they finish, through a fixed set of compiled programs.
+
+    Args:
+        compiled: the model.
+        pools: slots by their size.
+        end_tokens: any of which ends an answer.
+        chunk, widths, groups, budget: how prompts are computed; see the constants of this module.
+
+    Raises:
+        ValueError: pools that cannot be.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        pools: Sequence[PoolSize],
+        *,
+        end_tokens: Sequence[int],
+        widths: Sequence[int] = WIDTHS,
+        groups: Sequence[tuple[int, int]] = GROUPS,
+        budget: int = BUDGET,
+    ):
+        self._scheduler = Scheduler(pools, chunk=max(widths), groups=groups, budget=budget)
+        self._pools = [
+            Slots(compiled, pool.slots, pool.columns, groups=groups, widths=widths, end_tokens=end_tokens)
+            for pool in pools
+        ]
+        self._end_tokens = frozenset(end_tokens)
+        self._slots = sum(pool.slots for pool in pools)
+        self._longest = max(pool.columns for pool in pools)
+
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Continuation]:
+        """Answers in the order in which they finish; prompts are taken as slots come free.
+
+        Raises:
+            ValueError: a prompt without tokens, or one that no slot holds together with its answer.
+        """
+        coming = enumerate(prompts)
+        active: dict[int, _Active] = {}
+        more = True
+        while more or not self._scheduler.idle:
+            while more and self._scheduler.waiting < self._slots:
+                number, prompt = next(coming, (None, None))
+                if number is None or prompt is None:
+                    more = False
+                    break
+                self._scheduler.add(self._job(number, prompt))
+                active[number] = _Active(prompt)
+            action = self._scheduler.next()
+            if isinstance(action, Fill):
+                rows = [active[job.number].row() for job in action.jobs]
+                self._pools[action.pool].fill(
+                    action.slots, rows, action.start, action.width, last=action.last
+                )
+            elif isinstance(action, Decode):
+                yield from self._decode(action.pool, active)
+
+    def _job(self, number: int, prompt: Prompt) -> Job:
+        if not len(prompt.ids) or prompt.max_new_tokens < 1:
+            raise ValueError(f"prompt {prompt.key!r} has no tokens, or is to have no answer")
+        columns = len(prompt.ids) + prompt.max_new_tokens + 1  # one is written behind an answer's end
+        if columns > self._longest:
+            raise ValueError(
+                f"prompt {prompt.key!r} has {len(prompt.ids)} tokens and may get {prompt.max_new_tokens}: "
+                f"slots hold {self._longest - 1}"
+            )
+        return Job(number, max(len(prompt.ids) - 1, 1), columns)
+
+    def _decode(self, pool: int, active: dict[int, _Active]) -> Iterator[Continuation]:
+        slots, running = self._pools[pool], self._scheduler.running(pool)
+        made = slots.decode()
+        ended = [slot for slot in running if made.finished[slot]]
+        stale = [slot for slot in running if made.stale[slot]]
+        for slot, job in running.items():
+            tokens = made.tokens[:, slot]
+            active[job.number].tokens.extend(np.extract(tokens >= 0, tokens).tolist())
+        self._scheduler.ended(pool, ended)
+        if stale:  # paused, so that the others can go on
+            slots.retire(stale)
+        for slot in stale:
+            row = active[running[slot].number].row()
+            self._scheduler.fill_again(pool, slot, len(row.ids) - 1)
+        for slot in ended:
+            done = active.pop(running[slot].number)
+            stopped = done.tokens[-1] in self._end_tokens
+            yield Continuation(done.prompt.key, done.tokens, "stop" if stopped else "length")

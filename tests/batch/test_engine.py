@@ -1,0 +1,143 @@
+"""Continuous batching against `generate` on each prompt alone."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from reference import longrope, small_config
+
+from phi3_jax import Phi3ForCausalLM
+from phi3_jax.batch.engine import Engine, Prompt
+from phi3_jax.batch.scheduler import PoolSize
+from phi3_jax.generation import CompiledModel
+
+END = 2
+SMALL: dict[str, Any] = {"widths": (8, 16), "groups": ((4, 4),), "budget": 32}
+
+
+def model_of(**changes: Any) -> CompiledModel:
+    config = small_config(max_position_embeddings=128, original_max_position_embeddings=128, **changes)
+    return CompiledModel(Phi3ForCausalLM(config))
+
+
+def prompts(count: int, longest: int, seed: int = 0) -> list[Prompt]:
+    draws = random.Random(seed)
+    made = []
+    for key in range(count):
+        length = min(int(2 ** draws.uniform(0, np.log2(longest + 1))), longest)
+        made.append(Prompt(key, [draws.randrange(4, 96) for _ in range(length)], draws.randrange(1, 25)))
+    return made
+
+
+def alone(compiled: CompiledModel, prompt: Prompt) -> list[int]:
+    """What generate makes of it, with no other row beside it."""
+    found = compiled.model.generate(
+        np.array([prompt.ids]), do_sample=False, max_new_tokens=prompt.max_new_tokens, eos_token_id=END
+    )
+    return np.asarray(found)[0, len(prompt.ids) :].tolist()
+
+
+def answers(engine: Engine, given: Sequence[Prompt]) -> dict[Any, Any]:
+    found = list(engine.run(given))
+    assert len(found) == len({each.key for each in found}) == len(given)
+    return {each.key: each for each in found}
+
+
+@pytest.mark.parametrize(
+    "pools",
+    [(PoolSize(1, 128),), (PoolSize(5, 128),), (PoolSize(3, 24), PoolSize(2, 64), PoolSize(1, 128))],
+    ids=["one", "five", "pools"],
+)
+def test_each_answer_is_that_of_the_prompt_alone(pools: tuple[PoolSize, ...]) -> None:
+    compiled, given = model_of(), prompts(24, 90)
+    found = answers(Engine(compiled, pools, end_tokens=[END], **SMALL), given)
+    reasons = set()
+    for prompt in given:
+        answer = found[prompt.key]
+        assert answer.tokens == alone(compiled, prompt), len(prompt.ids)
+        stopped = answer.tokens[-1] == END
+        assert answer.finish_reason == ("stop" if stopped else "length")
+        reasons.add(answer.finish_reason)
+    assert len(found) == 24
+    assert reasons == {"stop", "length"}
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_rows_that_outgrow_the_short_list(window: int | None) -> None:
+    config = small_config(
+        **longrope() | {"max_position_embeddings": 128, "original_max_position_embeddings": 32},
+        sliding_window=window,
+    )
+    compiled = CompiledModel(Phi3ForCausalLM(config))
+    text = random.Random(3).choices(range(4, 96), k=80)
+    given = [Prompt(key, text[key : 2 * key + 8], 4 + 3 * (key % 7)) for key in range(30)]
+    crossing = [len(prompt.ids) <= 32 < len(prompt.ids) + prompt.max_new_tokens for prompt in given]
+    assert 5 <= sum(crossing) < 30
+    found = answers(Engine(compiled, [PoolSize(4, 128)], end_tokens=[], **SMALL), given)
+    for prompt in given:
+        options: dict[str, Any] = {
+            "do_sample": False,
+            "max_new_tokens": prompt.max_new_tokens,
+            "eos_token_id": [],
+        }
+        expected = compiled.model.generate(np.array([prompt.ids]), **options)
+        assert found[prompt.key].tokens == np.asarray(expected)[0, len(prompt.ids) :].tolist()
+
+
+def test_more_prompts_compile_nothing() -> None:
+    compiled = model_of()
+    engine = Engine(compiled, [PoolSize(2, 32), PoolSize(2, 128)], end_tokens=[END], **SMALL)
+    answers(
+        engine, [Prompt((length, most), [7] * length, most) for most in (2, 27) for length in range(1, 100)]
+    )
+    with compilations() as counted:
+        answers(engine, prompts(60, 100, seed=1))
+    assert counted == []
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The programs that are compiled within the block."""
+    made: list[str] = []
+
+    def note(event: str, seconds: float, **_: Any) -> None:
+        if "backend_compile" in event:
+            made.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield made
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_prompts_are_taken_when_there_is_room() -> None:
+    taken = []
+
+    def coming() -> Iterator[Prompt]:
+        for prompt in prompts(40, 20):
+            taken.append(prompt.key)
+            yield prompt
+
+    engine = Engine(model_of(), [PoolSize(3, 64)], end_tokens=[END], **SMALL)
+    for done, _ in enumerate(engine.run(coming()), start=1):
+        assert len(taken) <= done + 3 * 3
+    assert len(taken) == 40
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (Prompt("a", [], 3), "prompt 'a' has no tokens, or is to have no answer"),
+        (Prompt("b", [5], 0), "prompt 'b' has no tokens, or is to have no answer"),
+        (Prompt("c", [5] * 60, 4), "prompt 'c' has 60 tokens and may get 4: slots hold 63"),
+    ],
+)
+def test_prompts_that_cannot_be(prompt: Prompt, words: str) -> None:
+    engine = Engine(model_of(), [PoolSize(2, 64)], end_tokens=[END], **SMALL)
+    with pytest.raises(ValueError, match=words):
+        list(engine.run([prompt]))
