@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from phi3_jax.batch.options import RowOptions
 from phi3_jax.batch.scheduler import Decode, Fill, Job, PoolSize, Scheduler
 from phi3_jax.batch.slots import Row, Slots
 from phi3_jax.generation.compiled import CompiledModel
@@ -28,6 +29,7 @@ class Prompt(NamedTuple):
     """By which the caller knows the answer."""
     ids: Sequence[int]
     max_new_tokens: int
+    options: RowOptions = RowOptions()
 
 
 class Continuation(NamedTuple):
@@ -46,7 +48,8 @@ class _Active:
     tokens: list[int] = field(default_factory=list)
 
     def row(self) -> Row:
-        return Row([*self.prompt.ids, *self.tokens], len(self.tokens), self.prompt.max_new_tokens)
+        prompt = self.prompt
+        return Row([*prompt.ids, *self.tokens], len(self.tokens), prompt.max_new_tokens, prompt.options)
 
 
 class Engine:
@@ -127,8 +130,8 @@ class Engine:
             tokens = made.tokens[:, slot]
             active[job.number].tokens.extend(np.extract(tokens >= 0, tokens).tolist())
         self._scheduler.ended(pool, ended)
-        if stale:  # paused, so that the others can go on
-            slots.retire(stale)
+        if ended or stale:  # these paused, so that the others can go on
+            slots.retire([*ended, *stale])
         for slot in stale:
             row = active[running[slot].number].row()
             self._scheduler.fill_again(pool, slot, len(row.ids) - 1)

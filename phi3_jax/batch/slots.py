@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from phi3_jax.batch.options import RowOptions, keys, processors
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.forward import fill
 from phi3_jax.generation.sampling import loop
@@ -32,6 +33,7 @@ class Row(NamedTuple):
     """Tokens of the answer."""
     most: int
     """That the answer may have."""
+    options: RowOptions = RowOptions()
 
 
 class Decoded(NamedTuple):
@@ -77,6 +79,7 @@ class Slots:
         )
         self._end_tokens = jnp.asarray(list(end_tokens), jnp.int32)
         self._most = np.ones(count, np.int32)
+        self._options = [RowOptions()] * count
         # A chunk that reached over the end would be written before it.
         self._stage_columns = -(-columns // self._widths[0]) * self._widths[0] + self._widths[-1]
         self._stage: State | None = None
@@ -103,16 +106,21 @@ class Slots:
         self._state = _place(self._state, part, jnp.asarray(where, jnp.int32))
         for slot, row in zip(slots, rows, strict=True):
             self._most[slot] = row.most
+            self._options[slot] = row.options
 
     def decode(self) -> Decoded:
-        """Some tokens for every slot that has not finished."""
+        """Some tokens for every slot that has not finished.
+
+        There are two programs: greedy search alone is cheaper where all rows want nothing else.
+        """
+        plain = all(each.plain for each in self._options)
         settings = Settings(
-            before=(),
+            before=() if plain else processors(self._options, self._end_tokens),
             after=(),
             end_tokens=self._end_tokens,
             max_new_tokens=jnp.asarray(self._most),
             rope=_rope(self.count),
-            key=None,
+            key=None if plain else keys(self._options),
         )
         self._state, report = self._compiled(
             loop, self._state, settings, STEPS, most=STEPS, outputs=frozenset()
@@ -124,6 +132,8 @@ class Slots:
 
     def retire(self, slots: Sequence[int]) -> None:
         """These slots make no more tokens until a row is put into them."""
+        for slot in slots:
+            self._options[slot] = RowOptions()
         chosen = np.zeros(self.count, bool)
         chosen[list(slots)] = True
         self._state = _retire(self._state, jnp.asarray(chosen))

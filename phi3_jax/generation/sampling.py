@@ -27,7 +27,7 @@ class Report(NamedTuple):
 
 
 def choose(
-    scores: Float[Array, "R V"], new: Int[Array, " R"], key: Key[Array, ""] | None
+    scores: Float[Array, "R V"], new: Int[Array, " R"], key: Key[Array, "..."] | None
 ) -> Int[Array, " R"]:
     """The most likely token of each row or, with a key, one drawn from the distribution.
 
@@ -39,8 +39,10 @@ def choose(
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
-def row_keys(key: Key[Array, ""], new: Int[Array, " R"]) -> Key[Array, " R"]:
-    """A key for each row's next token."""
+def row_keys(key: Key[Array, "..."], new: Int[Array, " R"]) -> Key[Array, " R"]:
+    """A key for each row's next token, from one for all or one for each."""
+    if key.ndim:
+        return jax.vmap(jax.random.fold_in)(key, new)
     rows = jnp.arange(new.shape[0])
     return jax.vmap(lambda row, made: jax.random.fold_in(jax.random.fold_in(key, row), made))(rows, new)
 

@@ -91,8 +91,8 @@ class Settings(NamedTuple):
     end_tokens: Int[Array, " E"]
     max_new_tokens: Int[Array, ""]
     rope: "RopeChoice"
-    key: Key[Array, ""] | None
-    """For sampling; None takes the most likely token."""
+    key: Key[Array, "..."] | None
+    """For sampling, one for all rows or one for each; None takes the most likely token."""
     guidance_scale: Float[Array, ""] | None = None
 
 

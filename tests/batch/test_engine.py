@@ -12,6 +12,7 @@ from reference import longrope, small_config
 
 from phi3_jax import Phi3ForCausalLM
 from phi3_jax.batch.engine import Engine, Prompt
+from phi3_jax.batch.options import RowOptions
 from phi3_jax.batch.scheduler import PoolSize
 from phi3_jax.generation import CompiledModel
 
@@ -86,6 +87,54 @@ def test_rows_that_outgrow_the_short_list(window: int | None) -> None:
         }
         expected = compiled.model.generate(np.array([prompt.ids]), **options)
         assert found[prompt.key].tokens == np.asarray(expected)[0, len(prompt.ids) :].tolist()
+
+
+def test_every_row_has_its_own_options() -> None:
+    compiled = model_of()
+    said: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8, "seed": 3},
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 2.0, "top_k": 5, "seed": 4},
+        {"temperature": 1.3, "top_p": 0.6, "seed": 2**32 - 1},
+        {"temperature": 1.3, "min_p": 0.2},
+        {"repetition_penalty": 1.5},
+        {"frequency_penalty": 2.0, "presence_penalty": 1.0},
+        {"min_new_tokens": 9},
+        {"temperature": 1.5, "repetition_penalty": 1.2, "top_k": 20, "top_p": 0.9, "min_new_tokens": 5},
+    ]
+    given = [
+        Prompt(number, prompt.ids, 12, RowOptions.of(said[number % len(said)], RowOptions()))
+        for number, prompt in enumerate(prompts(30, 40, seed=5))
+    ]
+    found = answers(Engine(compiled, [PoolSize(4, 64)], end_tokens=[END], **SMALL), given)
+    for prompt in given:
+        options: dict[str, Any] = {"do_sample": False, "top_k": 0, "seed": 0} | said[prompt.key % len(said)]
+        options["do_sample"] = "temperature" in options
+        if not options["do_sample"]:
+            del options["top_k"], options["seed"]
+        expected = compiled.model.generate(
+            np.array([prompt.ids]), max_new_tokens=12, eos_token_id=END, **options
+        )
+        assert found[prompt.key].tokens == np.asarray(expected)[0, len(prompt.ids) :].tolist(), options
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"temperature": True}, "temperature=True"),
+        ({"top_p": 1.5}, r"top_p=1\.5"),
+        ({"top_k": 0.5}, r"top_k=0\.5"),
+        ({"seed": -1}, "seed=-1 must be an integer from 0"),
+        ({"seed": True}, "seed=True must be an integer from 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0"),
+    ],
+)
+def test_options_that_cannot_be(said: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RowOptions.of(said, RowOptions())
 
 
 def test_more_prompts_compile_nothing() -> None:

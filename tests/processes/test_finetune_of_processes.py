@@ -42,7 +42,7 @@ def run_both(
     [
         ("fsdp=4", "sequence-classification", {"gradient_accumulation_steps": 2}),
         ("data=2,tensor=2", "token-classification", {"trained": "lora"}),
-        ("fsdp=2,tensor=2", "causal-lm", {"packing": True}),
+        ("fsdp=2,tensor=2", "causal-lm", {"packing": True, "messages_column": "messages"}),
     ],
     ids=["sequence", "tokens-lora", "packed"],
 )
