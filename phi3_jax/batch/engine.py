@@ -12,9 +12,9 @@ from phi3_jax.batch.slots import Row, Slots
 from phi3_jax.generation.compiled import CompiledModel
 
 CHUNK = 512
-"""Tokens of one prompt that are computed at a time."""
-
 WIDTHS = (128, CHUNK)
+"""Tokens of one prompt that are computed at a time; the last ones of it may be few."""
+
 GROUPS = ((8, 32), (4, 128))
 """Prompts, and tokens of each, that are computed together: alone, short ones leave the machine half idle."""
 
@@ -59,7 +59,7 @@ class Engine:
         compiled: the model.
         pools: slots by their size.
         end_tokens: any of which ends an answer.
-        chunk, widths, groups, budget: how prompts are computed; see the constants of this module.
+        widths: tokens of one prompt that are computed at a time; groups, budget: as `Scheduler` has them.
 
     Raises:
         ValueError: pools that cannot be.
