@@ -25,7 +25,8 @@ from phi3_jax.allocator import keep_freed_memory
 from phi3_jax.bench import take_turns
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Loader, load
-from phi3_jax.evaluation.files import json_value, replacing
+from phi3_jax.evaluation.files import json_value
+from phi3_jax.files import replacing
 from phi3_jax.training.evaluate import Evaluator
 from phi3_jax.training.finetune import Standing
 from phi3_jax.training.progress import Progress

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .files import replacing
 from .rope_scaling import RopeBase, RopeScaling, is_number
 
 logger = logging.getLogger(__name__)
@@ -346,14 +347,8 @@ class Phi3Config:
         """Write `config.json` into the folder, made if need be. Readers meanwhile see the old or the new."""
         target = Path(directory) / CONFIG_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{CONFIG_NAME}.{os.getpid()}")
-        try:
-            temporary.write_text(
-                json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            )
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as work:
+            work.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return target
 
     @classmethod

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.files import PARTIAL, REPLACED
 
 CONFIG = "config.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -34,7 +35,7 @@ def atomic_directory(
             raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name")
         target.parent.mkdir(parents=True, exist_ok=True)
         # Inside what exists: that may be a file system of its own, and its parent need not be ours to write.
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if exists else target.parent))
+        work = _make(target, PARTIAL, target if exists else target.parent)
     except OSError as error:
         raise _cannot_write(target, error) from error
     try:
@@ -57,7 +58,7 @@ def _exchange(work: Path, target: Path, config: str, weights: re.Pattern[str]) -
     """
     new = sorted((path.name for path in work.iterdir()), key=lambda name: name == config)
     old = [path.name for path in target.iterdir() if path.name in new or weights.fullmatch(path.name)]
-    kept = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target))
+    kept = _make(target, REPLACED, target)
     moved: list[tuple[Path, Path]] = []
 
     def move(path: Path, to: Path) -> None:
@@ -81,6 +82,10 @@ def _exchange(work: Path, target: Path, config: str, weights: re.Pattern[str]) -
         kept.rmdir()
         raise
     shutil.rmtree(kept, ignore_errors=True)
+
+
+def _make(target: Path, ending: str, directory: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=ending, dir=directory))
 
 
 def _umask() -> int:

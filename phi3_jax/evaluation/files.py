@@ -1,27 +1,13 @@
-"""Small files that change as a whole, and values that JSON has no words for."""
+"""What the files of a run are called, and values that JSON has no words for."""
 
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 RUN = "run.json"
 """What a run of finetune leaves beside its model: settings, data, and results once it is finished."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path, whose file takes the place of `path` if the block ends well and else goes."""
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield work
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def json_value(value: Any) -> Any:

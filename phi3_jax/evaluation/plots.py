@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from phi3_jax.evaluation.files import replacing
+from phi3_jax.files import replacing
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6E6E6E"
 

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from phi3_jax.evaluation import plots
-from phi3_jax.evaluation.files import json_value, replacing
+from phi3_jax.evaluation.files import json_value
 from phi3_jax.evaluation.metrics import ClassScores, classification_table, confusion, entity_table
 from phi3_jax.evaluation.predictions import (
     ConfusedPair,
@@ -21,6 +21,7 @@ from phi3_jax.evaluation.predictions import (
     confused_pairs,
     mistakes,
 )
+from phi3_jax.files import replacing
 
 CURVES, CONFUSION, SCATTER = "curves.png", "confusion.png", "scatter.png"
 

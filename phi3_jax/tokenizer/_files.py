@@ -1,13 +1,13 @@
 """A tokenizer's files: read with errors that name them, written so that nobody ever sees half of one."""
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 
+from ..files import replacing
 from ._backends import Backend, JsonBackend, SentencePieceBackend, parse_json
 
 CONFIG = "tokenizer_config.json"
@@ -61,16 +61,10 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Writes each file under a temporary name and then moves it into place."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}.", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, directory / name)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with replacing(directory / name) as work, work.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def phi3_config() -> dict[str, Any]:

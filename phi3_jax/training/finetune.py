@@ -18,9 +18,10 @@ from phi3_jax import distributed
 from phi3_jax.checkpoint import save_adapters, save_model
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.data.loader import Batch, load
-from phi3_jax.evaluation.files import RUN, replacing
+from phi3_jax.evaluation.files import RUN
 from phi3_jax.evaluation.predictions import Predictions
 from phi3_jax.evaluation.report import Results, write_report
+from phi3_jax.files import remove_leftovers, replacing
 from phi3_jax.lora import merge_lora
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.training.batches import local_rows, to_devices
@@ -250,6 +251,7 @@ def _open(directory: Path, about: dict[str, Any], overwrite: bool) -> dict[str, 
             )
         remove(directory / CHECKPOINTS)  # of a run that is forgotten
         directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
         _write(directory, about)
         return None
     try:
@@ -266,6 +268,7 @@ def _open(directory: Path, about: dict[str, Any], overwrite: bool) -> dict[str, 
             f"{directory} holds a run with other settings, which cannot go on with these: "
             f"{'; '.join(changed)}. Choose another --output-dir, or give --overwrite-output-dir to begin anew"
         )
+    remove_leftovers(directory)
     return before.get("finished")
 
 

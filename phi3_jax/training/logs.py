@@ -10,7 +10,8 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from phi3_jax.evaluation.files import json_value, replacing
+from phi3_jax.evaluation.files import json_value
+from phi3_jax.files import replacing
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"

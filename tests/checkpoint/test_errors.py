@@ -454,7 +454,7 @@ def test_killed_while_converting(tmp_path: Path, sharded: Path, existing: bool) 
         assert done.returncode == -signal.SIGKILL, done.stderr
         if step == "replace":
             refused(target, "is not a checkpoint", "config.json")
-            (kept,) = target.glob(".target.old.*")
+            (kept,) = target.glob(".target.*.replaced")
             if number == 4:
                 refused(kept)
             else:

@@ -14,9 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from phi3_jax.evaluation import plots
-from phi3_jax.evaluation.files import json_value, replacing
+from phi3_jax.evaluation.files import json_value
 from phi3_jax.evaluation.predictions import Predictions, confused_pairs, mistakes
 from phi3_jax.evaluation.report import Results, write_report
+from phi3_jax.files import replacing
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LABELS = np.array([0, 0, 0, 0, 1, 1])

@@ -1,6 +1,7 @@
 """Two processes with two CPU devices each, on this machine; none outlives the call."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def run_pair(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
     }
     inherited = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
     (logs / "stdin").write_text(stdin)
@@ -66,6 +68,10 @@ def run_pair(
             if watch is not None:
                 watch(processes)
             time.sleep(0.1)
+        if None in codes:
+            for process in processes:
+                process.send_signal(signal.SIGABRT)  # which makes them tell where they are
+            time.sleep(5)
     finally:
         for process in processes:
             process.kill()
@@ -74,5 +80,8 @@ def run_pair(
         Ended(process.returncode, *((logs / f"{number}.{kind}").read_text() for kind in ("out", "err")))
         for number, process in enumerate(processes)
     ]
-    assert None not in codes, f"ended, or were ended after {timeout} s: {ended}"
+    for number, (code, one) in enumerate(zip(codes, ended, strict=True)):
+        assert code is not None, (
+            f"process {number} of codes {codes} had not ended; its last words: {one.err[-6000:]}"
+        )
     return ended

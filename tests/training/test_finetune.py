@@ -16,6 +16,7 @@ from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.rows import BadRowError, Place, Row
 from phi3_jax.data.tasks import TokenClassification
+from phi3_jax.files import replacing
 from phi3_jax.sharding import make_mesh
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.training import finetune as module
@@ -126,6 +127,22 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(folder, base, monkeypatch):
     run(folder, base, **options)
     assert losses(folder / "again") == expected
     assert (folder / "again" / "run" / "model.safetensors").read_bytes() == weights
+
+
+def test_what_killed_processes_left_half_done_goes(folder, base, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 1)
+        with pytest.raises(InterruptedRunError):
+            run(folder, base, max_steps=2)
+    with replacing(folder / "run" / "curves.png") as work:
+        work.touch()
+        os.link(work, work.with_name(work.name.replace(str(os.getpid()), "1")))  # as if killed before the end
+    (folder / "run" / "curves.png").unlink()
+    (folder / "run" / ".run.abcdefgh.replaced").mkdir()
+    (folder / "run" / ".mine").touch()
+    assert [path.name for path in (folder / "run").glob(".curves.png.*")]
+    run(folder, base, max_steps=2)
+    assert [path.name for path in (folder / "run").glob(".*")] == [".mine"]
 
 
 def test_a_finished_run_does_nothing(folder, base, caplog):

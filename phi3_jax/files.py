@@ -1,0 +1,33 @@
+"""Files that change as a whole, and what killed processes leave beside them."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL, REPLACED = ".partial", ".replaced"
+"""How hidden files and directories end that are being written, and that make place for others."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path, whose file takes the place of `path` if the block ends well and else goes.
+
+    A process killed meanwhile leaves it, which `remove_leftovers` finds.
+    """
+    work = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield work
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Deletes what killed processes left half done in a directory that nobody else writes."""
+    for path in [*directory.glob(f".*{PARTIAL}"), *directory.glob(f".*{REPLACED}")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
