@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import sqlite3
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,22 @@ from phi3_jax.batch.requests import CHAT, BadRequestError, Request
 class Answer:
     """What the model said."""
 
+    request: Request
     text: str
     finish_reason: str
     """ "stop": an end token or a stop string; "length": as many tokens as were allowed."""
     prompt_tokens: int
     completion_tokens: int
 
+    @property
+    def id(self) -> str | int:
+        """The request's."""
+        return self.request.id
 
-def answer_line(request: Request, answer: Answer, *, created: int) -> bytes:
+
+def answer_line(answer: Answer, *, created: int) -> bytes:
     """The answer in the request's form; `created` is a `time.time()`, which OpenAI's form tells."""
+    request = answer.request
     usage = {
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
@@ -48,6 +56,13 @@ def answer_line(request: Request, answer: Answer, *, created: int) -> bytes:
         "usage": usage,
     }
     return _line(_openai(request.line, request.id, 200, body))
+
+
+def line_of(answer: Answer | BadRequestError) -> bytes:
+    """What is written about a request."""
+    if isinstance(answer, Answer):
+        return answer_line(answer, created=int(time.time()))
+    return error_line(answer)
 
 
 def error_line(error: BadRequestError) -> bytes:
@@ -128,15 +143,14 @@ class AnswerFile:
             return request.id in self._answered
         return request.line in self._refused
 
-    def add(self, answers: Iterable[tuple[Request | BadRequestError, bytes]]) -> None:
-        """Appends lines; when this returns they are on the disk.
+    def add(self, answers: Sequence[Answer | BadRequestError]) -> None:
+        """Appends answers; when this returns they are on the disk.
 
         Raises:
             OSError: they cannot be written; the file is as it was.
         """
-        added = list(answers)
         try:
-            self._file.write(b"".join(line for _, line in added))
+            self._file.write(b"".join(map(line_of, answers)))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -147,11 +161,11 @@ class AnswerFile:
                 error.errno, f"{reason}; the same command goes on when that is mended", str(self.path)
             ) from error
         self._size = self._file.tell()
-        for request, _ in added:
-            self._note(
-                request.id if isinstance(request, Request) else None,
-                None if isinstance(request, Request) else request.line,
-            )
+        for answer in answers:
+            if isinstance(answer, Answer):
+                self._note(answer.id, None)
+            else:
+                self._note(None, answer.line)
 
     def close(self) -> None:
         """Lets others have the file."""

@@ -105,6 +105,15 @@ def parse_request(line: bytes, number: int) -> Request:
     except (ValueError, RecursionError) as error:
         message = f"line {number} is not JSON: {error}"
         raise BadRequestError(number, "invalid_json", message) from None
+    return request_of(values, number)
+
+
+def request_of(values: Any, number: int) -> Request:
+    """The request of a line's object.
+
+    Raises:
+        BadRequestError: it asks for what there is not.
+    """
     if not isinstance(values, dict):
         message = f"line {number} is {_kind(values)}; expected an object"
         raise BadRequestError(number, "invalid_request", message)

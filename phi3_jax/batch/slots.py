@@ -1,8 +1,8 @@
 """Slots on the device: prompts are computed beside them, put into them, and make tokens together."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,17 +11,22 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from phi3_jax.batch.options import RowOptions, keys, processors
+from phi3_jax.batch.prefixes import KEPT
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.forward import fill
 from phi3_jax.generation.sampling import loop
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, Settings, State
-from phi3_jax.model import KVCache
+from phi3_jax.model import KVCache, Phi3ForCausalLM
+from phi3_jax.sharding import shards
 
 STEPS = 8
 """Tokens a slot in one dispatch, at most: those behind an answer's end are computed in vain."""
 
 NEVER = np.iinfo(np.int32).max
+
+SMALLEST = 128
+"""Columns beside the slots come in powers of two, from this on."""
 
 
 class Row(NamedTuple):
@@ -34,6 +39,8 @@ class Row(NamedTuple):
     most: int
     """That the answer may have."""
     options: RowOptions = RowOptions()
+    shared: int = 0
+    """Its first tokens that other prompts have too."""
 
 
 class Decoded(NamedTuple):
@@ -58,6 +65,10 @@ class Slots:
         groups: (prompts, tokens of each) that are computed together.
         widths: tokens of a single prompt that are computed at a time.
         end_tokens: any of which ends an answer.
+        beginnings: that rows of all pools share.
+
+    Raises:
+        ValueError: slots that the mesh does not divide.
     """
 
     def __init__(
@@ -69,13 +80,13 @@ class Slots:
         groups: Sequence[tuple[int, int]],
         widths: Sequence[int],
         end_tokens: Sequence[int],
+        beginnings: "Beginnings",
     ):
         self._compiled, self._widths = compiled, sorted(widths)
-        self._groups = {width: rows for rows, width in groups}
+        self._groups = {width: lanes_for(compiled, rows) for rows, width in groups}
         self.count, self.columns = count, columns
-        model = compiled.model
         self._state = State(
-            _sequences(count, columns), jnp.ones(count, bool), model.init_cache(count, columns)
+            _sequences(count, columns), jnp.ones(count, bool), compiled.model.init_cache(count, columns)
         )
         self._end_tokens = jnp.asarray(list(end_tokens), jnp.int32)
         self._most = np.ones(count, np.int32)
@@ -83,18 +94,20 @@ class Slots:
         # A chunk that reached over the end would be written before it.
         self._stage_columns = -(-columns // self._widths[0]) * self._widths[0] + self._widths[-1]
         self._stage: State | None = None
+        self._beginnings = beginnings
 
     def fill(self, slots: Sequence[int], rows: Sequence[Row], start: int, width: int, *, last: bool) -> None:
-        """Computes the tokens [start, start + width) of rows, but never the last one, which makes the next.
+        """Computes the tokens [start, start + width) of rows, counted behind those that each shares.
 
-        A group's rows begin and end with one call; with `last` they are in their slots.
+        Never the last one of a row, which makes the next. A group's rows begin and end with one call; with
+        `last` they are in their slots.
         """
         grouped = width in self._groups and start == 0 and last
         fitting = width if grouped else next(each for each in self._widths if each >= width)
         if start == 0:
-            lanes = self._groups[width] if grouped else 1
+            lanes = self._groups[width] if grouped else lanes_for(self._compiled, 1)
             filled = [*rows, *[rows[0]] * (lanes - len(rows))]
-            self._stage = self._staged(filled, fitting if last else self._stage_columns)
+            self._stage = self._staged(filled, fitting, last)
         assert self._stage is not None
         part, self._stage = self._stage, None
         lanes = len(part.finished)
@@ -103,7 +116,7 @@ class Slots:
             self._stage = part
             return
         where = [*slots, *[slots[0]] * (lanes - len(slots))]
-        self._state = _place(self._state, part, jnp.asarray(where, jnp.int32))
+        self._state = self._compiled(_place, self._state, part, jnp.asarray(where, jnp.int32))
         for slot, row in zip(slots, rows, strict=True):
             self._most[slot] = row.most
             self._options[slot] = row.options
@@ -136,59 +149,137 @@ class Slots:
             self._options[slot] = RowOptions()
         chosen = np.zeros(self.count, bool)
         chosen[list(slots)] = True
-        self._state = _retire(self._state, jnp.asarray(chosen))
+        self._state = self._compiled(_retire, self._state, jnp.asarray(chosen))
 
-    def _staged(self, rows: Sequence[Row], columns: int) -> State:
-        """Rows beside the slots, nothing of them computed."""
-        ids = np.zeros((len(rows), self.columns), np.int32)
-        for index, row in enumerate(rows):
-            ids[index, : len(row.ids)] = row.ids
-        length = np.array([len(row.ids) for row in rows], np.int32)
-        sequences = Sequences(
-            ids=jnp.asarray(ids),
-            mask=jnp.asarray(np.arange(self.columns) < length[:, None]),
-            length=jnp.asarray(length),
-            new=jnp.asarray(np.array([row.new for row in rows], np.int32)),
+    def _staged(self, rows: Sequence[Row], width: int, last: bool) -> State:
+        """Rows beside the slots, of which what they share is computed and nothing else."""
+        shared = max(row.shared for row in rows)
+        columns = self._stage_columns
+        if last:
+            columns = width if not shared else min(columns, _power_of_two(shared + width))
+        state = State(
+            _rows([(row.ids, row.new) for row in rows], self.columns),
+            jnp.zeros(len(rows), bool),
+            self._compiled.model.init_cache(len(rows), columns),
         )
-        cache = self._compiled.model.init_cache(len(rows), columns)
-        return State(sequences, jnp.zeros(len(rows), bool), cache)
+        if shared:
+            for lane, row in enumerate(rows):
+                if row.shared:
+                    state = self._compiled(_begin, state, self._beginnings.of(row), jnp.int32(lane))
+        return state
+
+
+class Beginnings:
+    """The caches of what prompts share; a row of each, computed when it is first asked for.
+
+    Args:
+        compiled: the model.
+        columns: places for tokens, of the longest prompt.
+        widths: tokens that are computed at a time.
+        kept: as many; those longest unused go.
+    """
+
+    def __init__(
+        self, compiled: CompiledModel, columns: int, *, widths: Sequence[int], kept: int = KEPT
+    ) -> None:
+        self._compiled, self._columns, self._widths, self._kept = compiled, columns, sorted(widths), kept
+        self._made: OrderedDict[tuple[bool, tuple[int, ...]], KVCache] = OrderedDict()
+        self.computed = 0
+        """Tokens, so far."""
+
+    def of(self, row: Row) -> KVCache:
+        """What the row shares, under the rope list that its length asks for."""
+        config, ids = self._compiled.model.config, tuple(row.ids[: row.shared])
+        long = len(row.ids) > config.original_max_position_embeddings
+        if (long, ids) not in self._made:
+            least = config.original_max_position_embeddings + 1 if long else 0
+            self._made[long, ids] = self._computed(ids, least)
+            while len(self._made) > self._kept:
+                self._made.popitem(last=False)
+        self._made.move_to_end((long, ids))
+        return self._made[long, ids]
+
+    def _computed(self, ids: tuple[int, ...], least: int) -> KVCache:
+        lanes = lanes_for(self._compiled, 1)
+        # One token more, which would make the next and is not computed.
+        state = State(
+            _rows([([*ids, 0], 0)] * lanes, self._columns),
+            jnp.zeros(lanes, bool),
+            self._compiled.model.init_cache(lanes, _power_of_two(len(ids)) + self._widths[-1]),
+        )
+        rope = RopeChoice(jnp.full(lanes, least, jnp.int32), jnp.int32(NEVER))
+        self.computed += len(ids)
+        left = len(ids)
+        while left > 0:
+            width = next((each for each in self._widths if each >= left), self._widths[-1])
+            state, _ = self._compiled(fill, state, rope, width=width, outputs=frozenset())
+            left -= width
+        return state.cache
+
+
+def lanes_for(compiled: CompiledModel, rows: int) -> int:
+    """Rows that are computed together where `rows` are wanted: as many as the mesh divides."""
+    each = shards(compiled.mesh, "batch")
+    return -(-rows // each) * each
+
+
+def _power_of_two(columns: int) -> int:
+    return max(SMALLEST, 1 << (columns - 1).bit_length())
+
+
+def _rows(rows: Sequence[tuple[Sequence[int], int]], columns: int) -> Sequences:
+    """Sequences of these ids, of which the last so many are new."""
+    ids = np.zeros((len(rows), columns), np.int32)
+    for index, (tokens, _) in enumerate(rows):
+        ids[index, : len(tokens)] = tokens
+    length = np.array([len(tokens) for tokens, _ in rows], np.int32)
+    return Sequences(
+        ids=jnp.asarray(ids),
+        mask=jnp.asarray(np.arange(columns) < length[:, None]),
+        length=jnp.asarray(length),
+        new=jnp.asarray(np.array([new for _, new in rows], np.int32)),
+    )
 
 
 def _sequences(rows: int, columns: int) -> Sequences:
-    return Sequences(
-        ids=jnp.zeros((rows, columns), jnp.int32),
-        mask=jnp.zeros((rows, columns), bool),
-        length=jnp.zeros(rows, jnp.int32),
-        new=jnp.zeros(rows, jnp.int32),
-    )
+    return _rows([((), 0)] * rows, columns)
 
 
 def _rope(rows: int) -> RopeChoice:
     return RopeChoice(jnp.zeros(rows, jnp.int32), jnp.int32(NEVER))
 
 
-@partial(jax.jit, donate_argnums=0)
-def _retire(state: State, slots: Bool[Array, " L"]) -> State:
+def _retire(model: Phi3ForCausalLM, state: State, slots: Bool[Array, " L"]) -> State:
     return replace(state, finished=state.finished | slots)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _place(state: State, part: State, slots: Int[Array, " n"]) -> State:
+def _place(model: Phi3ForCausalLM, state: State, part: State, slots: Int[Array, " n"]) -> State:
     """`state` with the rows of `part` in `slots`; its cache may have more columns than `part`'s, or fewer.
 
-    Row by row, which is in place on every platform; where a slot is named twice, the first row stays.
+    Where a slot is named twice, the first row stays.
     """
-
-    def put(whole: Array, new: Array) -> Array:
-        if whole.ndim > 2:
-            new = new[:, :, : whole.shape[2]]
-        for row in reversed(range(new.shape[0])):
-            at: list[Any] = [slots[row], *[0] * (whole.ndim - 1)]
-            whole = jax.lax.dynamic_update_slice(whole, new[row : row + 1].astype(whole.dtype), at)
-        return whole
-
-    cache: KVCache = part.cache
     columns = state.cache.mask.shape[1]
+    part = replace(part, cache=_with_columns(part.cache, columns))
+    for row in reversed(range(slots.shape[0])):
+        state = jax.tree.map(lambda whole, new, row=row: _put(whole, new, slots[row], row), state, part)
+    return state
+
+
+def _begin(model: Phi3ForCausalLM, state: State, beginning: KVCache, lane: Int[Array, ""]) -> State:
+    """`state` with a beginning's cache in a lane."""
+    fitting = _with_columns(beginning, state.cache.mask.shape[1])
+    cache = jax.tree.map(lambda whole, new: _put(whole, new, lane, 0), state.cache, fitting)
+    return replace(state, cache=cache)
+
+
+def _with_columns(cache: KVCache, columns: int) -> KVCache:
+    """The cache with no more columns, and with a mask of just so many; the others hold nothing."""
     mask = cache.mask[:, :columns]
-    cache = replace(cache, mask=jnp.pad(mask, ((0, 0), (0, columns - mask.shape[1]))))
-    return jax.tree.map(put, state, replace(part, cache=cache))
+    cut = jax.tree.map(lambda x: x[:, :, :columns] if x.ndim > 2 else x, cache)
+    return replace(cut, mask=jnp.pad(mask, ((0, 0), (0, columns - mask.shape[1]))))
+
+
+def _put(whole: Array, new: Array, slot: Int[Array, ""], row: int) -> Array:
+    """A row of `new` in the first columns of a slot; a row at a time is in place on every platform."""
+    at: list[Any] = [slot, *[0] * (whole.ndim - 1)]
+    return jax.lax.dynamic_update_slice(whole, new[row : row + 1].astype(whole.dtype), at)

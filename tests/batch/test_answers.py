@@ -15,8 +15,14 @@ import pytest
 from phi3_jax.batch.answers import Answer, AnswerFile, Ids, answer_line, error_line
 from phi3_jax.batch.requests import BadRequestError, Request
 
-ANSWER = Answer("Ünder the \n sea", "stop", 7, 5)
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+
+
+TEXT = "Ünder the \n sea"
+
+
+def answer(id: str | int, line: int = 1, openai: str | None = None) -> Answer:
+    return Answer(request(id, line, openai), TEXT, "stop", 7, 5)
 
 
 def request(id: str | int, line: int = 1, openai: str | None = None) -> Request:
@@ -32,8 +38,8 @@ def lines_of(path: Path) -> list[Any]:
 
 
 def test_our_form() -> None:
-    line = answer_line(request(7), ANSWER, created=0)
-    assert json.loads(line) == {"id": 7, "text": ANSWER.text, "finish_reason": "stop", "usage": USAGE}
+    line = answer_line(answer(7), created=0)
+    assert json.loads(line) == {"id": 7, "text": TEXT, "finish_reason": "stop", "usage": USAGE}
     assert line.count(b"\n") == 1
     fault = {"code": "invalid_json", "message": "line 3 is not JSON"}
     assert json.loads(error_line(refused(3))) == {"id": None, "line": 3, "error": fault}
@@ -41,14 +47,14 @@ def test_our_form() -> None:
 
 @pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions"])
 def test_openais_form(url: str) -> None:
-    found = json.loads(answer_line(request("a", 4, url), ANSWER, created=99))
+    found = json.loads(answer_line(answer("a", 4, url), created=99))
     assert (found["custom_id"], found["error"], found["response"]["status_code"]) == ("a", None, 200)
     body = found["response"]["body"]
     assert (body["usage"], body["created"], body["model"]) == (USAGE, 99, "phi-3")
     (choice,) = body["choices"]
     assert choice["finish_reason"] == "stop"
     said = choice["message"] if "chat" in url else {"role": "assistant", "content": choice["text"]}
-    assert said == {"role": "assistant", "content": ANSWER.text}
+    assert said == {"role": "assistant", "content": TEXT}
 
     found = json.loads(error_line(refused(4, id="a", openai=True)))
     assert (found["custom_id"], found["response"]["status_code"]) == ("a", 400)
@@ -72,14 +78,14 @@ def path(tmp_path: Path) -> Path:
 
 def written(path: Path, *ids: int) -> None:
     file = AnswerFile(path)
-    file.add((request(id), answer_line(request(id), ANSWER, created=0)) for id in ids)
+    file.add([answer(id) for id in ids])
     file.close()
 
 
 def test_what_is_there_counts(path: Path) -> None:
     written(path, 1, 2)
     file = AnswerFile(path)
-    file.add([(refused(3), error_line(refused(3)))])
+    file.add([refused(3)])
     file.close()
     file = AnswerFile(path)
     assert (file.count, file.errors) == (3, 1)
@@ -126,7 +132,7 @@ def test_a_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="the disk is full; the same command goes on"):
-            file.add([(request(2), answer_line(request(2), ANSWER, created=0))])
+            file.add([answer(2)])
     file.close()
     assert [line["id"] for line in lines_of(path)] == [1]
     written(path, 2)
@@ -136,14 +142,14 @@ def test_a_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPa
 WRITER = """
 import sys
 from pathlib import Path
-from phi3_jax.batch.answers import Answer, AnswerFile, answer_line
+from phi3_jax.batch.answers import Answer, AnswerFile
 from phi3_jax.batch.requests import Request
 file = AnswerFile(Path(sys.argv[1]))
 print("open", flush=True)
 for id in range(3000):
     request = Request(id + 1, id, "Once", None)
     if not file.has(request):
-        file.add([(request, answer_line(request, Answer("a" * (id % 977), "stop", 1, 1), created=0))])
+        file.add([Answer(request, "a" * (id % 977), "stop", 1, 1)])
 file.close()
 """
 

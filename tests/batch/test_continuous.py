@@ -11,8 +11,9 @@ import pytest
 from reference import longrope, small_config
 
 from phi3_jax import Phi3ForCausalLM
-from phi3_jax.batch.engine import Engine, Prompt
+from phi3_jax.batch.continuous import ContinuousBatch, Prompt
 from phi3_jax.batch.options import RowOptions
+from phi3_jax.batch.prefixes import Prefixes
 from phi3_jax.batch.scheduler import PoolSize
 from phi3_jax.generation import CompiledModel
 
@@ -42,8 +43,8 @@ def alone(compiled: CompiledModel, prompt: Prompt) -> list[int]:
     return np.asarray(found)[0, len(prompt.ids) :].tolist()
 
 
-def answers(engine: Engine, given: Sequence[Prompt]) -> dict[Any, Any]:
-    found = list(engine.run(given))
+def answers(batch: ContinuousBatch, given: Sequence[Prompt]) -> dict[Any, Any]:
+    found = list(batch.run(given))
     assert len(found) == len({each.key for each in found}) == len(given)
     return {each.key: each for each in found}
 
@@ -55,7 +56,7 @@ def answers(engine: Engine, given: Sequence[Prompt]) -> dict[Any, Any]:
 )
 def test_each_answer_is_that_of_the_prompt_alone(pools: tuple[PoolSize, ...]) -> None:
     compiled, given = model_of(), prompts(24, 90)
-    found = answers(Engine(compiled, pools, end_tokens=[END], **SMALL), given)
+    found = answers(ContinuousBatch(compiled, pools, end_tokens=[END], **SMALL), given)
     reasons = set()
     for prompt in given:
         answer = found[prompt.key]
@@ -78,7 +79,7 @@ def test_rows_that_outgrow_the_short_list(window: int | None) -> None:
     given = [Prompt(key, text[key : 2 * key + 8], 4 + 3 * (key % 7)) for key in range(30)]
     crossing = [len(prompt.ids) <= 32 < len(prompt.ids) + prompt.max_new_tokens for prompt in given]
     assert 5 <= sum(crossing) < 30
-    found = answers(Engine(compiled, [PoolSize(4, 128)], end_tokens=[], **SMALL), given)
+    found = answers(ContinuousBatch(compiled, [PoolSize(4, 128)], end_tokens=[], **SMALL), given)
     for prompt in given:
         options: dict[str, Any] = {
             "do_sample": False,
@@ -87,6 +88,47 @@ def test_rows_that_outgrow_the_short_list(window: int | None) -> None:
         }
         expected = compiled.model.generate(np.array([prompt.ids]), **options)
         assert found[prompt.key].tokens == np.asarray(expected)[0, len(prompt.ids) :].tolist()
+
+
+@pytest.mark.parametrize("longest", [32, 128], ids=["switching", "one-list"])
+def test_what_prompts_share_is_computed_once(longest: int) -> None:
+    config = small_config(
+        **longrope() | {"max_position_embeddings": 128, "original_max_position_embeddings": longest}
+    )
+    compiled = CompiledModel(Phi3ForCausalLM(config))
+    draws = random.Random(3)
+    systems = [draws.choices(range(4, 96), k=length) for length in (10, 21, 21, 50)]
+    given = []
+    for key in range(40):
+        system = systems[key % 3 if key < 30 else 3]
+        own = draws.choices(range(4, 96), k=draws.randrange(1, 30))
+        given.append(Prompt(key, system + own, draws.randrange(1, 20)))
+    prefixes = Prefixes(least=8, kept=2)
+    shared = ContinuousBatch(compiled, [PoolSize(3, 128)], end_tokens=[END], prefixes=prefixes, **SMALL)
+    found = answers(shared, given)
+    for prompt in given:
+        assert found[prompt.key].tokens == alone(compiled, prompt)
+    apart = ContinuousBatch(compiled, [PoolSize(3, 128)], end_tokens=[END], **SMALL)
+    answers(apart, given)
+    assert shared.load.prompt_tokens < 0.6 * apart.load.prompt_tokens
+
+
+def test_answers_end_where_the_caller_says() -> None:
+    compiled, given = model_of(), [prompt._replace(max_new_tokens=20) for prompt in prompts(12, 40)]
+
+    def fourth(tokens: Sequence[int]) -> bool:
+        return tokens[-1] % 4 == 0
+
+    found = answers(
+        ContinuousBatch(compiled, [PoolSize(3, 64)], end_tokens=[END], **SMALL),
+        [prompt._replace(stops=fourth) for prompt in given],
+    )
+    for prompt in given:
+        expected = alone(compiled, prompt)
+        end = next((number for number, token in enumerate(expected, 1) if token % 4 == 0), len(expected))
+        assert found[prompt.key].tokens == expected[:end]
+        stopped = expected[end - 1] % 4 == 0 or expected[end - 1] == END
+        assert found[prompt.key].finish_reason == ("stop" if stopped else "length")
 
 
 def test_every_row_has_its_own_options() -> None:
@@ -107,7 +149,7 @@ def test_every_row_has_its_own_options() -> None:
         Prompt(number, prompt.ids, 12, RowOptions.of(said[number % len(said)], RowOptions()))
         for number, prompt in enumerate(prompts(30, 40, seed=5))
     ]
-    found = answers(Engine(compiled, [PoolSize(4, 64)], end_tokens=[END], **SMALL), given)
+    found = answers(ContinuousBatch(compiled, [PoolSize(4, 64)], end_tokens=[END], **SMALL), given)
     for prompt in given:
         options: dict[str, Any] = {"do_sample": False, "top_k": 0, "seed": 0} | said[prompt.key % len(said)]
         options["do_sample"] = "temperature" in options
@@ -139,12 +181,12 @@ def test_options_that_cannot_be(said: dict[str, Any], words: str) -> None:
 
 def test_more_prompts_compile_nothing() -> None:
     compiled = model_of()
-    engine = Engine(compiled, [PoolSize(2, 32), PoolSize(2, 128)], end_tokens=[END], **SMALL)
+    batch = ContinuousBatch(compiled, [PoolSize(2, 32), PoolSize(2, 128)], end_tokens=[END], **SMALL)
     answers(
-        engine, [Prompt((length, most), [7] * length, most) for most in (2, 27) for length in range(1, 100)]
+        batch, [Prompt((length, most), [7] * length, most) for most in (2, 27) for length in range(1, 100)]
     )
     with compilations() as counted:
-        answers(engine, prompts(60, 100, seed=1))
+        answers(batch, prompts(60, 100, seed=1))
     assert counted == []
 
 
@@ -172,8 +214,8 @@ def test_prompts_are_taken_when_there_is_room() -> None:
             taken.append(prompt.key)
             yield prompt
 
-    engine = Engine(model_of(), [PoolSize(3, 64)], end_tokens=[END], **SMALL)
-    for done, _ in enumerate(engine.run(coming()), start=1):
+    batch = ContinuousBatch(model_of(), [PoolSize(3, 64)], end_tokens=[END], **SMALL)
+    for done, _ in enumerate(batch.run(coming()), start=1):
         assert len(taken) <= done + 3 * 3
     assert len(taken) == 40
 
@@ -187,6 +229,6 @@ def test_prompts_are_taken_when_there_is_room() -> None:
     ],
 )
 def test_prompts_that_cannot_be(prompt: Prompt, words: str) -> None:
-    engine = Engine(model_of(), [PoolSize(2, 64)], end_tokens=[END], **SMALL)
+    batch = ContinuousBatch(model_of(), [PoolSize(2, 64)], end_tokens=[END], **SMALL)
     with pytest.raises(ValueError, match=words):
-        list(engine.run([prompt]))
+        list(batch.run([prompt]))

@@ -1,14 +1,15 @@
 """Continuous batching: prompts of any length through slots that are filled again as soon as they are free."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from phi3_jax.batch.options import RowOptions
+from phi3_jax.batch.prefixes import Prefixes
 from phi3_jax.batch.scheduler import Decode, Fill, Job, PoolSize, Scheduler
-from phi3_jax.batch.slots import Row, Slots
+from phi3_jax.batch.slots import Beginnings, Row, Slots
 from phi3_jax.generation.compiled import CompiledModel
 
 CHUNK = 512
@@ -30,6 +31,8 @@ class Prompt(NamedTuple):
     ids: Sequence[int]
     max_new_tokens: int
     options: RowOptions = RowOptions()
+    stops: Callable[[Sequence[int]], bool] | None = None
+    """Whether the answer ends behind the last of these tokens of prompt and answer; end tokens apart."""
 
 
 class Continuation(NamedTuple):
@@ -39,20 +42,43 @@ class Continuation(NamedTuple):
     tokens: list[int]
     """An end token included."""
     finish_reason: str
-    """ "stop": an end token; "length": `max_new_tokens` are made."""
+    """ "stop": an end token, or what `stops` said; "length": `max_new_tokens` are made."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much of the slots is in use."""
+
+    busy: int
+    slots: int
+    prompt_tokens: int
+    """Computed so far; those that are shared count once."""
 
 
 @dataclass
 class _Active:
     prompt: Prompt
+    shared: int
     tokens: list[int] = field(default_factory=list)
+    stopped: bool = False
+    """By `stops`."""
 
     def row(self) -> Row:
         prompt = self.prompt
-        return Row([*prompt.ids, *self.tokens], len(self.tokens), prompt.max_new_tokens, prompt.options)
+        ids = [*prompt.ids, *self.tokens]
+        return Row(ids, len(self.tokens), prompt.max_new_tokens, prompt.options, self.shared)
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Adds tokens until the prompt's `stops` says that one is the last."""
+        stops = self.prompt.stops
+        for token in tokens:
+            self.tokens.append(token)
+            if stops is not None and stops([*self.prompt.ids, *self.tokens]):
+                self.stopped = True
+                return
 
 
-class Engine:
+class ContinuousBatch:
     """Prompts in, answers out as they finish, through a fixed set of compiled programs.
 
     Args:
@@ -60,6 +86,7 @@ class Engine:
         pools: slots by their size.
         end_tokens: any of which ends an answer.
         widths: tokens of one prompt that are computed at a time; groups, budget: as `Scheduler` has them.
+        prefixes: finds what prompts share; None computes every prompt by itself.
 
     Raises:
         ValueError: pools that cannot be.
@@ -74,18 +101,38 @@ class Engine:
         widths: Sequence[int] = WIDTHS,
         groups: Sequence[tuple[int, int]] = GROUPS,
         budget: int = BUDGET,
+        prefixes: Prefixes | None = None,
     ):
         self._scheduler = Scheduler(pools, chunk=max(widths), groups=groups, budget=budget)
+        self._prefixes = prefixes
+        self._longest = max(pool.columns for pool in pools)
+        self._beginnings = Beginnings(compiled, self._longest, widths=widths)
         self._pools = [
-            Slots(compiled, pool.slots, pool.columns, groups=groups, widths=widths, end_tokens=end_tokens)
+            Slots(
+                compiled,
+                pool.slots,
+                pool.columns,
+                groups=groups,
+                widths=widths,
+                end_tokens=end_tokens,
+                beginnings=self._beginnings,
+            )
             for pool in pools
         ]
         self._end_tokens = frozenset(end_tokens)
         self._slots = sum(pool.slots for pool in pools)
-        self._longest = max(pool.columns for pool in pools)
+        self._prompt_tokens = 0
+
+    @property
+    def load(self) -> Load:
+        """How much of the slots is in use now."""
+        computed = self._prompt_tokens + self._beginnings.computed
+        return Load(self._scheduler.busy, self._slots, computed)
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Continuation]:
         """Answers in the order in which they finish; prompts are taken as slots come free.
+
+        One run at a time.
 
         Raises:
             ValueError: a prompt without tokens, or one that no slot holds together with its answer.
@@ -99,43 +146,55 @@ class Engine:
                 if number is None or prompt is None:
                     more = False
                     break
-                self._scheduler.add(self._job(number, prompt))
-                active[number] = _Active(prompt)
+                self._add(number, prompt, active)
             action = self._scheduler.next()
             if isinstance(action, Fill):
                 rows = [active[job.number].row() for job in action.jobs]
                 self._pools[action.pool].fill(
                     action.slots, rows, action.start, action.width, last=action.last
                 )
+                self._prompt_tokens += sum(
+                    min(action.width, job.tokens - action.start) for job in action.jobs
+                )
             elif isinstance(action, Decode):
                 yield from self._decode(action.pool, active)
 
-    def _job(self, number: int, prompt: Prompt) -> Job:
+    def _add(self, number: int, prompt: Prompt, active: dict[int, _Active]) -> None:
         if not len(prompt.ids) or prompt.max_new_tokens < 1:
             raise ValueError(f"prompt {prompt.key!r} has no tokens, or is to have no answer")
-        columns = len(prompt.ids) + prompt.max_new_tokens + 1  # one is written behind an answer's end
+        columns = columns_of(len(prompt.ids), prompt.max_new_tokens)
         if columns > self._longest:
             raise ValueError(
                 f"prompt {prompt.key!r} has {len(prompt.ids)} tokens and may get {prompt.max_new_tokens}: "
                 f"slots hold {self._longest - 1}"
             )
-        return Job(number, max(len(prompt.ids) - 1, 1), columns)
+        shared = 0 if self._prefixes is None else self._prefixes.shared(prompt.ids)
+        self._scheduler.add(Job(number, max(len(prompt.ids) - 1 - shared, 1), columns))
+        active[number] = _Active(prompt, shared)
 
     def _decode(self, pool: int, active: dict[int, _Active]) -> Iterator[Continuation]:
         slots, running = self._pools[pool], self._scheduler.running(pool)
         made = slots.decode()
-        ended = [slot for slot in running if made.finished[slot]]
-        stale = [slot for slot in running if made.stale[slot]]
+        ended: list[int] = []
         for slot, job in running.items():
             tokens = made.tokens[:, slot]
-            active[job.number].tokens.extend(np.extract(tokens >= 0, tokens).tolist())
+            active[job.number].take(np.extract(tokens >= 0, tokens).tolist())
+            if active[job.number].stopped or made.finished[slot]:
+                ended.append(slot)
+        stale = [slot for slot in running if made.stale[slot] and slot not in ended]
         self._scheduler.ended(pool, ended)
         if ended or stale:  # these paused, so that the others can go on
             slots.retire([*ended, *stale])
         for slot in stale:
-            row = active[running[slot].number].row()
-            self._scheduler.fill_again(pool, slot, len(row.ids) - 1)
+            row = active[running[slot].number]
+            row.shared = 0
+            self._scheduler.fill_again(pool, slot, len(row.row().ids) - 1)
         for slot in ended:
             done = active.pop(running[slot].number)
-            stopped = done.tokens[-1] in self._end_tokens
+            stopped = done.stopped or done.tokens[-1] in self._end_tokens
             yield Continuation(done.prompt.key, done.tokens, "stop" if stopped else "length")
+
+
+def columns_of(prompt_tokens: int, new_tokens: int) -> int:
+    """That a slot must have: one is written behind an answer's end."""
+    return prompt_tokens + new_tokens + 1
