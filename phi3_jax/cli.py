@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from phi3_jax import cli_options as options
+from phi3_jax.cli_batch import batch
 from phi3_jax.cli_bench_finetune import bench_finetune
 from phi3_jax.cli_classify import classify
 from phi3_jax.cli_finetune import finetune
@@ -260,6 +261,7 @@ def bench(
     )
 
 
+app.command()(batch)
 app.command()(plan)
 app.command()(finetune)
 app.command()(classify)
@@ -270,17 +272,18 @@ def load_pipeline(
     model: str | None, dtype: str, cache_dir: Path | None, mesh: "Mesh | None" = None
 ) -> "Pipeline":
     """The checkpoint that `--model` names, ready to answer; of several processes all have it, or none."""
-    from phi3_jax.checkpoint import default_model, resolve
     from phi3_jax.distributed import together
     from phi3_jax.generation.pipeline import Pipeline
 
     keep_compiled_programs(cache_dir)
+    return together(lambda: Pipeline.load(model_path(model, cache_dir), dtype=dtype, mesh=mesh))
 
-    def load() -> Pipeline:
-        path = default_model(cache_dir, progress=tell) if model is None else resolve(model)
-        return Pipeline.load(path, dtype=dtype, mesh=mesh)
 
-    return together(load)
+def model_path(model: str | None, cache_dir: Path | None) -> Path:
+    """Where the checkpoint lies that `--model` names, fetched if need be."""
+    from phi3_jax.checkpoint import default_model, resolve
+
+    return default_model(cache_dir, progress=tell) if model is None else resolve(model)
 
 
 def keep_compiled_programs(cache_dir: Path | None) -> None:

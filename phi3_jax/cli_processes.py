@@ -28,10 +28,12 @@ def join(distributed: bool, *, preemption: bool = False) -> None:
         logging.getLogger().setLevel(logging.ERROR)
 
 
-def prepare(mesh: str | None, distributed: bool, *, preemption: bool = False) -> "Mesh | None":
+def prepare(
+    mesh: str | None, distributed: bool, *, preemption: bool = False, alone: bool = False
+) -> "Mesh | None":
     """Before anything is computed: joins the other processes and builds the mesh that the user names.
 
-    `preemption` as in `start`.
+    `preemption` as in `start`; `alone`: each process computes by itself, and the mesh is of its own devices.
 
     Raises:
         ValueError: a mesh that cannot be, or none where several processes need one.
@@ -47,8 +49,8 @@ def prepare(mesh: str | None, distributed: bool, *, preemption: bool = False) ->
     import jax
 
     if mesh is not None:
-        return make_mesh(mesh)
-    if jax.process_count() > 1:
+        return make_mesh(mesh, jax.local_devices() if alone else None)
+    if jax.process_count() > 1 and not alone:
         devices = jax.device_count()
         raise ValueError(
             f"--distributed has {devices} devices in {jax.process_count()} processes and needs --mesh to say "

@@ -2,9 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PARTIAL, REPLACED = ".partial", ".replaced"
 """How hidden files and directories end that are being written, and that make place for others."""
@@ -31,3 +32,17 @@ def remove_leftovers(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, free: Set[str] = frozenset()
+) -> list[str]:
+    """What a run would do otherwise than the one that it goes on with, "name: before -> now".
+
+    What is `free` to change is left out.
+    """
+    return [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted((before.keys() | now.keys()) - free)
+        if before.get(name) != now.get(name)
+    ]

@@ -21,8 +21,8 @@ from reference import pair, small_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from phi3_jax import Phi3Config, Phi3ForCausalLM, cli
-from phi3_jax.classification import Classifier, classify, classify_file, progress
+from phi3_jax import Phi3Config, Phi3ForCausalLM, cli, progress
+from phi3_jax.classification import Classifier, classify, classify_file
 from phi3_jax.classification.classifier import row_widths
 from phi3_jax.classification.output import PartialOutput
 from phi3_jax.data.rows import BadRowError, BadRows, read_rows

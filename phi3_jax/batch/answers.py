@@ -15,6 +15,9 @@ from filelock import FileLock, Timeout
 
 from phi3_jax.batch.requests import CHAT, BadRequestError, Request
 
+SECONDS = 1.0
+"""Between two times that the disk is made to write: each takes it as long as a few tokens."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -107,6 +110,7 @@ class AnswerFile:
     """The answers to one input, one JSON object a line.
 
     A line that a kill cut off is taken away when the file is opened again. One process at a time has it.
+    Lines survive the process at once, and a power failure within a second.
 
     Args:
         path: made if it is not there; answers that are in it count.
@@ -132,9 +136,11 @@ class AnswerFile:
             opened.callback(self._answered.close)
             opened.callback(self._refused.close)
             self._file = opened.enter_context(path.open("r+b" if path.exists() else "x+b"))
-            self._size = self._read(self._file)
-            self._file.truncate(self._size)
-            self._file.seek(self._size)
+            self._safe = self._read(self._file)
+            """Bytes that the disk has for certain."""
+            self._synchronised = 0.0
+            self._file.truncate(self._safe)
+            self._file.seek(self._safe)
             self._opened = opened.pop_all()
 
     def has(self, request: Request | BadRequestError) -> bool:
@@ -144,23 +150,24 @@ class AnswerFile:
         return request.line in self._refused
 
     def add(self, answers: Sequence[Answer | BadRequestError]) -> None:
-        """Appends answers; when this returns they are on the disk.
+        """Appends answers, which the process then may not survive.
 
         Raises:
-            OSError: they cannot be written; the file is as it was.
+            OSError: they cannot be written; the file has whole lines only.
         """
+        good = self._file.tell()
         try:
             self._file.write(b"".join(map(line_of, answers)))
             self._file.flush()
-            os.fsync(self._file.fileno())
+            good = self._safe
+            self._synchronise(SECONDS)
         except OSError as error:
             self._file.close()  # what is left in its buffer must not be written later
-            os.truncate(self.path, self._size)
+            os.truncate(self.path, good)
             reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise OSError(
                 error.errno, f"{reason}; the same command goes on when that is mended", str(self.path)
             ) from error
-        self._size = self._file.tell()
         for answer in answers:
             if isinstance(answer, Answer):
                 self._note(answer.id, None)
@@ -168,8 +175,17 @@ class AnswerFile:
                 self._note(None, answer.line)
 
     def close(self) -> None:
-        """Lets others have the file."""
+        """Lets others have the file, whose answers are on the disk."""
+        if not self._file.closed:
+            self._synchronise(0)
         self._opened.close()
+
+    def _synchronise(self, seconds: float) -> None:
+        """Has the disk write what is there, unless it did so in the last `seconds`."""
+        if time.monotonic() - self._synchronised < seconds:
+            return
+        os.fsync(self._file.fileno())
+        self._synchronised, self._safe = time.monotonic(), self._file.tell()
 
     def _note(self, id: str | int | None, refused: int | None) -> None:
         self.count += 1

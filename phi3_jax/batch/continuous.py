@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,9 @@ GROUPS = ((8, 32), (4, 128))
 
 BUDGET = 4 * CHUNK
 """Tokens of prompts between two dispatches of those that make tokens."""
+
+
+T = TypeVar("T")
 
 
 class Prompt(NamedTuple):
@@ -129,10 +132,10 @@ class ContinuousBatch:
         computed = self._prompt_tokens + self._beginnings.computed
         return Load(self._scheduler.busy, self._slots, computed)
 
-    def run(self, prompts: Iterable[Prompt]) -> Iterator[Continuation]:
+    def run(self, prompts: Iterable[Prompt | T]) -> Iterator[Continuation | T]:
         """Answers in the order in which they finish; prompts are taken as slots come free.
 
-        One run at a time.
+        Whatever else stands among the prompts is given back when its turn comes. One run at a time.
 
         Raises:
             ValueError: a prompt without tokens, or one that no slot holds together with its answer.
@@ -145,8 +148,10 @@ class ContinuousBatch:
                 number, prompt = next(coming, (None, None))
                 if number is None or prompt is None:
                     more = False
-                    break
-                self._add(number, prompt, active)
+                elif isinstance(prompt, Prompt):
+                    self._add(number, prompt, active)
+                else:
+                    yield prompt
             action = self._scheduler.next()
             if isinstance(action, Fill):
                 rows = [active[job.number].row() for job in action.jobs]

@@ -1,4 +1,4 @@
-"""How many slots there are and how long they are: from memory and from the first requests, in plain Python."""
+"""How many slots there are and how long: from memory and from the first requests, in plain Python."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,9 @@ SHORTEST = 256
 """Columns of the shortest slots that are worth a pool."""
 
 
-def choose_pools(needs: Sequence[tuple[int, int]], *, slots: int, columns: int, room: int) -> list[PoolSize]:
+def choose_pools(
+    needs: Sequence[tuple[int, int]], *, slots: int, columns: int, room: int, multiple: int = 1
+) -> list[PoolSize]:
     """Pools for requests like these.
 
     A step reads all columns of a pool, so slots much longer than what is in them cost time as well as memory;
@@ -17,17 +19,19 @@ def choose_pools(needs: Sequence[tuple[int, int]], *, slots: int, columns: int, 
 
     Args:
         needs: (columns, new tokens) of the first requests, and of all where they are few.
-        slots: at most, of all pools together.
+        slots: at most, of all pools together, but `multiple` in each pool.
         columns: of the longest slots.
         room: columns that memory has for all slots together.
+        multiple: by which the slots of a pool must divide.
 
     Raises:
-        ValueError: not even one slot of that length fits.
+        ValueError: not even `multiple` slots of that length fit.
     """
+    slots, room = max(1, slots // multiple), room // multiple
     if columns > room:
         raise ValueError(
-            f"memory holds {room} tokens' keys and values, and the longest request may need {columns}; "
-            "shorten --max-length"
+            f"memory holds the keys and values of {room * multiple} tokens, and the longest requests may "
+            f"need {columns * multiple}; choose a smaller max_length"
         )
     lengths = [columns]
     while lengths[0] > 2 * SHORTEST and len(lengths) < slots:
@@ -46,8 +50,10 @@ def choose_pools(needs: Sequence[tuple[int, int]], *, slots: int, columns: int, 
     counts = {length: max(1, round(slots * share / total)) for length, share in shares.items()}
     while sum(counts.values()) > slots or sum(length * count for length, count in counts.items()) > room:
         # The one with the most columns in all gives a slot away.
-        length = max((each for each in counts if counts[each] > 1), key=lambda each: each * counts[each], default=0)
+        length = max(
+            (each for each in counts if counts[each] > 1), key=lambda each: each * counts[each], default=0
+        )
         if not length:
-            return [PoolSize(max(1, min(slots, room // columns)), columns)]
+            return [PoolSize(multiple * max(1, min(slots, room // columns)), columns)]
         counts[length] -= 1
-    return [PoolSize(count, length) for length, count in sorted(counts.items())]
+    return [PoolSize(multiple * count, length) for length, count in sorted(counts.items())]

@@ -25,7 +25,7 @@ STEPS = 8
 
 NEVER = np.iinfo(np.int32).max
 
-SMALLEST = 128
+SMALLEST = 32
 """Columns beside the slots come in powers of two, from this on."""
 
 
@@ -85,9 +85,7 @@ class Slots:
         self._compiled, self._widths = compiled, sorted(widths)
         self._groups = {width: lanes_for(compiled, rows) for rows, width in groups}
         self.count, self.columns = count, columns
-        self._state = State(
-            _sequences(count, columns), jnp.ones(count, bool), compiled.model.init_cache(count, columns)
-        )
+        self._state = self._empty(count, columns)
         self._end_tokens = jnp.asarray(list(end_tokens), jnp.int32)
         self._most = np.ones(count, np.int32)
         self._options = [RowOptions()] * count
@@ -104,13 +102,18 @@ class Slots:
         """
         grouped = width in self._groups and start == 0 and last
         fitting = width if grouped else next(each for each in self._widths if each >= width)
+        # Attention reads all columns, so there are no more than must be; they grow from chunk to chunk.
+        end = max(row.shared for row in rows) + start + fitting
+        columns = min(self._stage_columns, _power_of_two(end))
         if start == 0:
             lanes = self._groups[width] if grouped else lanes_for(self._compiled, 1)
-            filled = [*rows, *[rows[0]] * (lanes - len(rows))]
-            self._stage = self._staged(filled, fitting, last)
+            self._stage = self._staged([*rows, *[rows[0]] * (lanes - len(rows))], columns)
         assert self._stage is not None
         part, self._stage = self._stage, None
         lanes = len(part.finished)
+        if part.cache.max_length < columns:
+            wider = self._empty(lanes, columns)
+            part = self._compiled(_place, wider, part, jnp.arange(lanes, dtype=jnp.int32))
         part, _ = self._compiled(fill, part, _rope(lanes), width=fitting, outputs=frozenset())
         if not last:
             self._stage = part
@@ -151,21 +154,21 @@ class Slots:
         chosen[list(slots)] = True
         self._state = self._compiled(_retire, self._state, jnp.asarray(chosen))
 
-    def _staged(self, rows: Sequence[Row], width: int, last: bool) -> State:
+    def _empty(self, rows: int, columns: int) -> State:
+        """Rows that have nothing to do, with as many columns in the cache."""
+        cache = self._compiled.model.init_cache(rows, columns)
+        return State(_rows([((), 0)] * rows, self.columns), jnp.ones(rows, bool), cache)
+
+    def _staged(self, rows: Sequence[Row], columns: int) -> State:
         """Rows beside the slots, of which what they share is computed and nothing else."""
-        shared = max(row.shared for row in rows)
-        columns = self._stage_columns
-        if last:
-            columns = width if not shared else min(columns, _power_of_two(shared + width))
-        state = State(
-            _rows([(row.ids, row.new) for row in rows], self.columns),
-            jnp.zeros(len(rows), bool),
-            self._compiled.model.init_cache(len(rows), columns),
+        state = replace(
+            self._empty(len(rows), columns),
+            sequences=_rows([(row.ids, row.new) for row in rows], self.columns),
+            finished=jnp.zeros(len(rows), bool),
         )
-        if shared:
-            for lane, row in enumerate(rows):
-                if row.shared:
-                    state = self._compiled(_begin, state, self._beginnings.of(row), jnp.int32(lane))
+        for lane, row in enumerate(rows):
+            if row.shared:
+                state = self._compiled(_begin, state, self._beginnings.of(row), jnp.int32(lane))
         return state
 
 
@@ -239,10 +242,6 @@ def _rows(rows: Sequence[tuple[Sequence[int], int]], columns: int) -> Sequences:
         length=jnp.asarray(length),
         new=jnp.asarray(np.array([new for _, new in rows], np.int32)),
     )
-
-
-def _sequences(rows: int, columns: int) -> Sequences:
-    return _rows([((), 0)] * rows, columns)
 
 
 def _rope(rows: int) -> RopeChoice:

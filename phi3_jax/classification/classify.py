@@ -1,6 +1,5 @@
 """A file of rows classified chunk by chunk: read ahead, predicted, written, each safe before the next."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,13 @@ import pyarrow.parquet
 from jax.sharding import Mesh
 
 from phi3_jax.checkpoint import open_checkpoint, resolve
+from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.classification.classifier import Classifier, Encoded, task_of
 from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import PartialOutput, Standing, Table, check_format
-from phi3_jax.classification.progress import RowProgress
 from phi3_jax.data.rows import BadRowError, BadRows, Row, read_rows
 from phi3_jax.data.tasks import TokenClassification
+from phi3_jax.progress import FileProgress
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def classify_file(
         "input_size": about.st_size,
         "input_modified": about.st_mtime_ns,
         "model": str(path.resolve()),
-        "model_files": _digest(path),
+        "model_files": fingerprint(path),
         **asdict(task),
         "all_scores": all_scores,
         "batch_size": batch_size,
@@ -119,7 +119,7 @@ def classify_file(
         )
         began, tokens = monotonic(), 0
         chunks = _Chunks(classifier, table, source, before, skip_bad_rows)
-        with RowProgress(_total_lines(source), show) as progress, ThreadPoolExecutor(1) as pool:
+        with FileProgress(_total_lines(source), show) as progress, ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(chunks.next)
             while (chunk := ahead.result()) is not None:
                 # The next rows are read and tokenised while these are predicted.
@@ -127,7 +127,9 @@ def classify_file(
                 told = partial.standing.written - before.written
 
                 def classified(rows: int, chunk: _Chunk = chunk, told: int = told) -> None:
-                    progress.update(told + rows, chunk.line_at(rows))
+                    count = told + rows
+                    speed = count / max(monotonic() - began, 1e-9)
+                    progress.update(f"{count:,} rows, {speed:,.1f} rows/s", chunk.line_at(rows))
 
                 answers = classifier.answers(chunk.encoded, all_scores=all_scores, classified=classified)
                 header = b"" if partial.standing.read else table.header()
@@ -235,13 +237,3 @@ def _total_lines(source: Path) -> int | None:
         return pyarrow.parquet.read_metadata(source).num_rows
     with source.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-
-
-def _digest(path: Path) -> str:
-    """By which a resumed run knows a model again: small files by their contents, weights by size and time."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted([path / "config.json", *path.glob("tokenizer*")]):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
-    return digest.hexdigest()

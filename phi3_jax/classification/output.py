@@ -13,8 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from phi3_jax.data.rows import BadRowError, Row
-from phi3_jax.files import replacing
-from phi3_jax.training.settings import differences
+from phi3_jax.files import differences, replacing
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 

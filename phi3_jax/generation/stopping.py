@@ -91,9 +91,10 @@ class StopStringCriteria:
         self._tokens = _TokenBytes(tokenizer)
 
     def __call__(self, input_ids: Int[np.ndarray, "R T"], scores: Any = None, **kwargs: Any) -> np.ndarray:
-        return np.fromiter(map(self._completed, input_ids), bool, len(input_ids))
+        return np.fromiter(map(self.completed, input_ids), bool, len(input_ids))
 
-    def _completed(self, row: Int[np.ndarray, " T"]) -> bool:
+    def completed(self, row: Sequence[int] | Int[np.ndarray, " T"]) -> bool:
+        """Whether the last of these tokens completes one of the texts."""
         if not len(row):
             return False
         latest = self._tokens[int(row[-1])]

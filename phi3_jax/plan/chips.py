@@ -7,7 +7,9 @@ halves.
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 GIB = 2**30
 
@@ -145,3 +147,20 @@ def topology(name: str) -> Topology:
             f"topology {name!r}: {chip.title} comes as {kind}:1 to {kind}:{chip.node}, within one node"
         )
     return Topology(f"{kind}:{int(size or 1)}", chip, (int(size or 1),))
+
+
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+}
+"""JAX's names of devices whose peak is known."""
+
+
+def peak_flops(devices: Sequence[Any]) -> float | None:
+    """What JAX's devices, all of one kind, can compute in a second at best; None: it is not known."""
+    chip = DEVICE_KINDS.get(devices[0].device_kind)
+    return None if chip is None else len(devices) * topology(chip).chip.flops_per_s

@@ -21,7 +21,7 @@ from phi3_jax.data.loader import Batch, load
 from phi3_jax.evaluation.files import RUN
 from phi3_jax.evaluation.predictions import Predictions
 from phi3_jax.evaluation.report import Results, write_report
-from phi3_jax.files import remove_leftovers, replacing
+from phi3_jax.files import differences, remove_leftovers, replacing
 from phi3_jax.lora import merge_lora
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.training.batches import local_rows, to_devices
@@ -31,7 +31,7 @@ from phi3_jax.training.interrupts import Interrupts
 from phi3_jax.training.logs import RunLog, read_log
 from phi3_jax.training.progress import Progress
 from phi3_jax.training.recipe import make_trainer, new_model, prepare, with_adapters
-from phi3_jax.training.settings import Settings, differences
+from phi3_jax.training.settings import FREE, Settings
 from phi3_jax.training.sources import Data
 from phi3_jax.training.speed import Speed
 from phi3_jax.training.step import Metrics, TrainState
@@ -256,7 +256,7 @@ def _open(directory: Path, about: dict[str, Any], overwrite: bool) -> dict[str, 
         return None
     try:
         before = json.loads((directory / RUN).read_text(encoding="utf-8"))
-        changed = differences(before["settings"], about["settings"])
+        changed = differences(before["settings"], about["settings"], free=FREE)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / RUN} is broken ({error}); give --overwrite-output-dir") from error
     if not changed and before.get("data") != about["data"]:

@@ -158,13 +158,3 @@ def _fault(error: Any) -> str:
 
 FREE = frozenset({"overwrite_output_dir", "output_dir", "logging_steps"})
 """Settings that may change between a run's beginning and its resumption: no number depends on them."""
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run would do otherwise, "name: before -> now"."""
-    names = sorted((before.keys() | now.keys()) - FREE)
-    return [
-        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]

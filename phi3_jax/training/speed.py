@@ -6,20 +6,10 @@ import jax
 from jax.sharding import Mesh
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.plan.chips import topology
+from phi3_jax.plan.chips import peak_flops
 from phi3_jax.plan.flops import step_flops
 from phi3_jax.plan.work import Work
 from phi3_jax.training.settings import Settings
-
-CHIPS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU7x": "tpu7x",
-    "NVIDIA H100 80GB HBM3": "h100",
-}
-"""JAX's names of devices whose peak is known."""
 
 
 class Speed:
@@ -27,10 +17,7 @@ class Speed:
 
     def __init__(self, config: Phi3Config, settings: Settings, mesh: Mesh | None):
         self._config, self._settings = config, settings
-        devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-        chip = CHIPS.get(devices[0].device_kind)
-        count = 1 if mesh is None else len(devices)
-        self._peak = None if chip is None else count * topology(chip).chip.flops_per_s
+        self._peak = peak_flops(jax.devices()[:1] if mesh is None else list(mesh.devices.flat))
         self._last: float | None = None
 
     def pause(self) -> None:

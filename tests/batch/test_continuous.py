@@ -110,7 +110,7 @@ def test_what_prompts_share_is_computed_once(longest: int) -> None:
         assert found[prompt.key].tokens == alone(compiled, prompt)
     apart = ContinuousBatch(compiled, [PoolSize(3, 128)], end_tokens=[END], **SMALL)
     answers(apart, given)
-    assert shared.load.prompt_tokens < 0.6 * apart.load.prompt_tokens
+    assert shared.load.prompt_tokens < 0.7 * apart.load.prompt_tokens
 
 
 def test_answers_end_where_the_caller_says() -> None:

@@ -1,4 +1,4 @@
-"""How many rows are classified: a live bar on a terminal, a plain line now and then anywhere else."""
+"""How far the work on a file is: a live bar on a terminal, a plain line now and then anywhere else."""
 
 import sys
 from contextlib import ExitStack
@@ -11,8 +11,8 @@ PLAIN_SECONDS = 10
 """Between two lines where there is no terminal."""
 
 
-class RowProgress:
-    """Shows rows, rows a second and the share of the file on standard error, as a context manager.
+class FileProgress:
+    """Shows on standard error what is told, and the share of the file, as a context manager.
 
     Args:
         total: lines or rows of the input, by which the share is told; None: not known.
@@ -21,11 +21,11 @@ class RowProgress:
 
     def __init__(self, total: int | None, show: bool):
         self._total, self._show = total, show
-        self._began = self._printed = monotonic()
+        self._printed = monotonic()
         self._bar: Progress | None = None
         self._stack = ExitStack()
 
-    def __enter__(self) -> "RowProgress":
+    def __enter__(self) -> "FileProgress":
         console = Console(stderr=True)
         # Not the console's own word: FORCE_COLOR, which many CI systems set, makes it call a file a terminal.
         if self._show and sys.stderr.isatty() and not console.is_dumb_terminal:
@@ -44,14 +44,12 @@ class RowProgress:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def update(self, rows: int, line: float) -> None:
-        """So many rows are classified, and the input is read as far as this line (or row)."""
-        seconds = monotonic() - self._began
-        told = f"{rows:,} rows, {rows / max(seconds, 1e-9):,.1f} rows/s"
+    def update(self, told: str, line: float, left: str = "") -> None:
+        """The input is done as far as this line (or row); `left` is told where no bar shows it."""
         if self._total:
             told += f", {min(1.0, line / self._total):.0%}"
         if self._bar is not None:
             self._bar.update(self._task, completed=line, told=told)
         elif self._show and monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = monotonic()
-            print(told, file=sys.stderr, flush=True)
+            print(told + left, file=sys.stderr, flush=True)

@@ -1,0 +1,32 @@
+"""How many tokens' keys and values there is memory for."""
+
+import jax
+import psutil
+
+from phi3_jax.generation.compiled import CompiledModel
+
+SHARE = 0.75
+"""Of an accelerator's free memory; the rest is for what is computed on the way."""
+
+SHARE_OF_HOST = 0.4
+"""Of memory that other programs want, too."""
+
+
+def room_for(compiled: CompiledModel) -> int:
+    """Columns, of all slots together, that memory now has room for."""
+    shapes = jax.eval_shape(
+        lambda: compiled.model.init_cache(1, 1).keys + compiled.model.init_cache(1, 1).values
+    )
+    column = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    devices = [jax.devices()[0]] if compiled.mesh is None else list(compiled.mesh.devices.flat)
+    free = min(_free(device) for device in devices)
+    if devices[0].platform == "cpu":  # all of them in the same memory
+        return int(SHARE_OF_HOST * free) // column
+    return int(SHARE * free * len(devices)) // column
+
+
+def _free(device: jax.Device) -> int:
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return psutil.virtual_memory().available

@@ -1,0 +1,15 @@
+"""By what a resumed run knows a model again."""
+
+import hashlib
+from pathlib import Path
+
+
+def fingerprint(path: Path) -> str:
+    """Of a checkpoint: small files by their contents, weights by size and time."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [path] if path.is_file() else sorted([path / "config.json", *path.glob("tokenizer*")]):
+        if file.suffix != ".gguf":
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+    return digest.hexdigest()
