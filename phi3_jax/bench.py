@@ -1,17 +1,11 @@
-"""`phi3-jax bench`: generate measured side by side with transformers' on the same weights.
-
-Each side runs in a process of its own and they take turns, so that neither's idle threads slow the other and
-both see the same noise; ratios are taken turn by turn.
-"""
+"""`phi3-jax bench`: generate measured side by side with transformers' on the same weights."""
 
 import importlib.util
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from phi3_jax.allocator import keep_freed_memory
+from phi3_jax.bench_batch import run_batch_bench
 from phi3_jax.config import Phi3Config
 from phi3_jax.distributed import process_count
 from phi3_jax.tokenizer import Phi3Tokenizer
-
-PAUSE = 0.5
-"""Seconds before a turn, in which the other side's OpenMP threads stop spinning."""
+from phi3_jax.turns import Sides, Turn, take_turns, take_turns_here
 
 
 @dataclass(frozen=True)
@@ -63,10 +56,6 @@ class Times(NamedTuple):
     steps: int
 
 
-Turn = Callable[[], Times]
-Sides = dict[str, tuple[Callable[[Work], Turn], Work]]
-
-
 def run_bench(
     model: str | None,
     *,
@@ -76,6 +65,7 @@ def run_bench(
     prompt_tokens: int,
     new_tokens: int,
     batch: int,
+    requests: int | None,
     rounds: int,
     dtype: str,
     mesh: Mesh | None = None,
@@ -84,13 +74,18 @@ def run_bench(
     """Measures and prints a table; see the command's help for the arguments.
 
     Raises:
-        ValueError: `layers` of a checkpoint; a preset over several processes.
+        ValueError: `layers` of a checkpoint; a preset over several processes; requests on a mesh.
     """
+    if requests is not None and (mesh is not None or prompt is not None or prompt_lookup is not None):
+        raise ValueError("--requests has prompts of its own, on one device: leave --mesh and --prompt out")
     several = process_count() > 1
     if several and model in Phi3Config.presets():
         raise ValueError(f"{model} is a preset; over several processes give a checkpoint that all can read")
     with tempfile.TemporaryDirectory(prefix="phi3-jax-bench-") as scratch:
         path = _model_path(model, layers, dtype, Path(scratch) / "model", cache_dir)
+        if requests is not None:
+            run_batch_bench(path, model or path.name, requests=requests, rounds=rounds, dtype=dtype)
+            return
         axes = () if mesh is None else tuple(mesh.shape.items())
         work = Work(path, dtype, batch, prompt_tokens, new_tokens, prompt, mesh=axes)
         sides: Sides = {"phi3-jax": (_ours, work)}
@@ -99,7 +94,7 @@ def run_bench(
             sides = {f"lookup of {prompt_lookup}": (_ours, lookup), "plain": (_ours, work)}
         elif mesh is None and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
             sides["transformers"] = (_theirs, work)
-        results = (_take_turns_here if several else take_turns)(sides, rounds)
+        results = (take_turns_here if several else take_turns)(sides, rounds)
         _print_table(model or path.name, results, work, Phi3Config.from_pretrained(path))
 
 
@@ -118,69 +113,6 @@ def _model_path(
     if layers is not None:
         raise ValueError(f"--layers cuts a preset; {model or 'the default model'} is a checkpoint")
     return default_model(cache_dir) if model is None else resolve(model)
-
-
-def take_turns(sides: Sides, rounds: int) -> dict[str, list[Times]]:
-    """What each turn of each side gave, every side in a process of its own, one after another."""
-    context = multiprocessing.get_context("spawn")
-    workers: dict[str, tuple[Any, Connection]] = {}
-    results: dict[str, list[Times]] = {name: [] for name in sides}
-    try:
-        for name, (side, work) in sides.items():
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, side, work), daemon=True)
-            process.start()
-            there.close()
-            workers[name] = (process, here)
-            _ask(name, here)  # loaded, compiled and warm before the next one starts
-        for _ in range(rounds):
-            for name, (_, connection) in workers.items():
-                time.sleep(PAUSE)
-                connection.send("run")
-                results[name].append(_ask(name, connection))
-    finally:
-        for process, connection in workers.values():
-            connection.close()
-            process.join(timeout=10)
-            process.terminate()
-    return results
-
-
-def _take_turns_here(sides: Sides, rounds: int) -> dict[str, list[Times]]:
-    """In this process, which is one of several: they cannot each have others."""
-    turns = {name: side(work) for name, (side, work) in sides.items()}
-    for turn in turns.values():
-        turn()
-    results: dict[str, list[Times]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, turn in turns.items():
-            results[name].append(turn())
-    return results
-
-
-def _ask(name: str, connection: Connection) -> Any:
-    try:
-        answer = connection.recv()
-    except EOFError:
-        raise RuntimeError(f"the process that measures {name} died; is there enough memory?") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _serve(connection: Connection, side: Callable[[Work], Turn], work: Work) -> None:
-    """In a worker: gets ready, runs once to warm up, then once for each message."""
-    try:
-        turn = side(work)
-        turn()
-        connection.send("ready")
-        while True:
-            connection.recv()
-            connection.send(turn())
-    except EOFError:
-        return
-    except Exception as error:  # handed to the parent, which raises it
-        connection.send(error)
 
 
 def _ours(work: Work) -> Turn:

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from phi3_jax.allocator import keep_freed_memory
-from phi3_jax.bench import take_turns
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Loader, load
 from phi3_jax.evaluation.files import json_value
@@ -32,6 +31,7 @@ from phi3_jax.training.finetune import Standing
 from phi3_jax.training.progress import Progress
 from phi3_jax.training.recipe import Recipe, make_trainer, new_model, prepare, with_adapters
 from phi3_jax.training.settings import Settings
+from phi3_jax.turns import take_turns
 
 if TYPE_CHECKING:
     from phi3_jax.bench_finetune_torch import Theirs

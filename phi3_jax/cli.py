@@ -235,6 +235,10 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens after the first.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: so many prompts of all lengths, as batch answers them."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements, ours and theirs in turn.")] = 5,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
@@ -254,6 +258,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch=batch,
+        requests=requests,
         rounds=rounds,
         dtype=dtype,
         mesh=where,

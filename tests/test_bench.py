@@ -6,14 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from reference import small_config
 from small_checkpoint import PROMPT, write_checkpoint
 
-from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer, bench
+from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer, bench, bench_batch, turns
 
 
 def run_bench(model: Path, **changes: Any) -> None:
-    settings: dict[str, Any] = {"layers": None, "prompt": None, "prompt_lookup": None, "cache_dir": None}
+    settings: dict[str, Any] = {
+        "layers": None,
+        "prompt": None,
+        "prompt_lookup": None,
+        "cache_dir": None,
+        "requests": None,
+    }
     settings |= {"prompt_tokens": 8, "new_tokens": 3, "batch": 1, "rounds": 2, "dtype": "float32"}
     bench.run_bench(str(model), **settings | changes)
 
@@ -83,3 +91,35 @@ def test_drafts_against_none_on_a_text(tmp_path: Path, capsys: pytest.CaptureFix
 def test_layers_are_of_presets_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cuts a preset"):
         run_bench(tmp_path, layers=2)
+
+
+def test_requests_against_static_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """In this process: lengths of a few tokens, as many answered as asked, by both sides."""
+    monkeypatch.setattr(bench_batch, "LONGEST_PROMPT", 20)
+    monkeypatch.setattr(bench_batch, "LONGEST_ANSWER", 8)
+    monkeypatch.setattr(bench_batch, "take_turns", turns.take_turns_here)
+    Phi3ForCausalLM(small_config(max_position_embeddings=64)).save_pretrained(tmp_path)
+    run_bench(tmp_path, requests=20, rounds=1)
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    load = bench_batch.Load(tmp_path, "float32", 20)
+    prompts, answers = map(sum, zip(*load.lengths(), strict=True))
+    assert f"20 prompts of {prompts:,} tokens, {answers:,} tokens" in out
+    assert "sorted," in out
+    with pytest.raises(ValueError, match="has prompts of its own"):
+        run_bench(tmp_path, requests=20, prompt_lookup=3)
+
+
+def test_a_static_batch_ends_with_its_longest_answer(tmp_path: Path) -> None:
+    Phi3ForCausalLM(small_config(max_position_embeddings=64)).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    model.generation_config.eos_token_id = None
+    found = []
+
+    def generate(*arguments: Any, **options: Any) -> Any:
+        found.append(type(model).generate(model, *arguments, **options))
+
+    model.generate = generate
+    bench_batch._generate(torch, transformers, model, [([5, 6, 7], 4), ([8], 2)])
+    assert found[0].shape == (2, 7)

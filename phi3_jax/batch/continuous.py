@@ -55,7 +55,7 @@ class Load:
     busy: int
     slots: int
     prompt_tokens: int
-    """Computed so far; those that are shared count once."""
+    """That were to be computed so far; those that are shared count once, those computed again twice."""
 
 
 @dataclass
@@ -158,9 +158,6 @@ class ContinuousBatch:
                 self._pools[action.pool].fill(
                     action.slots, rows, action.start, action.width, last=action.last
                 )
-                self._prompt_tokens += sum(
-                    min(action.width, job.tokens - action.start) for job in action.jobs
-                )
             elif isinstance(action, Decode):
                 yield from self._decode(action.pool, active)
 
@@ -176,6 +173,7 @@ class ContinuousBatch:
         shared = 0 if self._prefixes is None else self._prefixes.shared(prompt.ids)
         self._scheduler.add(Job(number, max(len(prompt.ids) - 1 - shared, 1), columns))
         active[number] = _Active(prompt, shared)
+        self._prompt_tokens += len(prompt.ids) - shared
 
     def _decode(self, pool: int, active: dict[int, _Active]) -> Iterator[Continuation]:
         slots, running = self._pools[pool], self._scheduler.running(pool)
@@ -193,7 +191,9 @@ class ContinuousBatch:
         for slot in stale:
             row = active[running[slot].number]
             row.shared = 0
-            self._scheduler.fill_again(pool, slot, len(row.row().ids) - 1)
+            again = len(row.row().ids) - 1
+            self._prompt_tokens += again
+            self._scheduler.fill_again(pool, slot, again)
         for slot in ended:
             done = active.pop(running[slot].number)
             stopped = done.stopped or done.tokens[-1] in self._end_tokens

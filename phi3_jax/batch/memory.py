@@ -4,6 +4,7 @@ import jax
 import psutil
 
 from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.sharding import shards
 
 SHARE = 0.75
 """Of an accelerator's free memory; the rest is for what is computed on the way."""
@@ -14,10 +15,10 @@ SHARE_OF_HOST = 0.4
 
 def room_for(compiled: CompiledModel) -> int:
     """Columns, of all slots together, that memory now has room for."""
-    shapes = jax.eval_shape(
-        lambda: compiled.model.init_cache(1, 1).keys + compiled.model.init_cache(1, 1).values
-    )
-    column = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    rows, columns = shards(compiled.mesh, "batch"), shards(compiled.mesh, "slots")  # no cache is smaller
+    cache = jax.eval_shape(lambda: compiled.model.init_cache(rows, columns))
+    vectors = jax.tree.leaves((cache.keys, cache.values))
+    column = sum(leaf.size * leaf.dtype.itemsize for leaf in vectors) // (rows * columns)
     devices = [jax.devices()[0]] if compiled.mesh is None else list(compiled.mesh.devices.flat)
     free = min(_free(device) for device in devices)
     if devices[0].platform == "cpu":  # all of them in the same memory

@@ -34,8 +34,10 @@ def choose_pools(
             f"need {columns * multiple}; choose a smaller max_length"
         )
     lengths = [columns]
-    while lengths[0] > 2 * SHORTEST and len(lengths) < slots:
+    while lengths[0] >= 2 * SHORTEST and len(lengths) < slots:
         lengths.insert(0, -(-lengths[0] // 2 // 128) * 128)
+    if not needs:
+        lengths = lengths[-1:]
     tokens = [0] * len(lengths)
     for need, new in needs:
         tokens[next((index for index, length in enumerate(lengths) if need <= length), -1)] += new
@@ -47,7 +49,9 @@ def choose_pools(
             tokens[index] = 0
     shares = {length: share for length, share in zip(lengths, tokens, strict=True) if share}
     shares.setdefault(columns, 0)
-    counts = {length: max(1, round(slots * share / total)) for length, share in shares.items()}
+    counts = {
+        length: max(1, round(slots * share / total)) if needs else slots for length, share in shares.items()
+    }
     while sum(counts.values()) > slots or sum(length * count for length, count in counts.items()) > room:
         # The one with the most columns in all gives a slot away.
         length = max(

@@ -185,8 +185,10 @@ def _attend(
     dtype = jnp.promote_types(query.dtype, key.dtype) if length == 1 else query.dtype
     key, value = key.astype(dtype), value.astype(dtype)
     folded = query.astype(dtype).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width)
-    scores = jnp.einsum("BKRH,BKSH->BKRS", pad_single_row(folded), key, preferred_element_type=jnp.float32)
-    scores = scores[:, :, :rows]
+    products = jax.lax.platform_dependent(
+        pad_single_row(folded), key, cpu=_keys_in_front if length == 1 else _products, default=_products
+    )
+    scores = products[:, :, :rows]
     if key_scale is not None:
         scores = scores * key_scale
     scores = scores.reshape(batch, kv_heads * groups, length, -1) * scale  # [B, N, T, S]
@@ -210,6 +212,17 @@ def _attend(
         weights if wanted.weights else None,
         jax.nn.logsumexp(scores, axis=-1) if wanted.lse else None,
     )
+
+
+def _products(query: Float[Array, "B K R H"], key: Float[Array, "B K S H"]) -> Float[Array, "B K R S"]:
+    return jnp.einsum("BKRH,BKSH->BKRS", query, key, preferred_element_type=jnp.float32)
+
+
+def _keys_in_front(query: Float[Array, "B K R H"], key: Float[Array, "B K S H"]) -> Float[Array, "B K R S"]:
+    """The same for few queries on CPU: as the second operand the keys would be packed anew, for half a step's
+    time. Without the barrier XLA turns the product around again."""
+    products = jnp.einsum("BKSH,BKRH->BKSR", key, query, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(products).swapaxes(2, 3)
 
 
 def _split(vectors: Array | QuantizedVectors) -> tuple[Array, Array | None]:

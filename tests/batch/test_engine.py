@@ -1,0 +1,231 @@
+"""Texts in, texts out: what a request says, and what its answer is, against `generate` on it alone."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from reference import LONG, SHORT, on_mesh
+from small_checkpoint import NEVER, write_checkpoint
+
+from phi3_jax.batch import engine as module
+from phi3_jax.batch.answers import Answer
+from phi3_jax.batch.engine import Engine
+from phi3_jax.batch.requests import BadRequestError
+from phi3_jax.generation import generate
+from phi3_jax.generation.pipeline import Pipeline
+from phi3_jax.sharding import make_mesh
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder)
+    return Pipeline.load(folder, dtype="float32")
+
+
+def engine_of(pipeline: Pipeline, **options: Any) -> Engine:
+    return Engine(
+        pipeline.compiled,
+        pipeline.tokenizer,
+        **{"max_new_tokens": 9, "slots": 3, "max_length": 255} | options,
+    )
+
+
+def run(engine: Engine, *requests: dict[str, Any]) -> dict[Any, Any]:
+    numbered = [{"id": number} | one for number, one in enumerate(requests)]
+    found = list(engine.run(numbered))
+    assert sorted(one.id for one in found) == list(range(len(requests)))
+    return {one.id: one for one in found}
+
+
+def alone(pipeline: Pipeline, ids: list[int], **options: Any) -> list[int]:
+    settings: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "attention_mask": [[1] * len(ids)]}
+    (row,) = generate(pipeline.compiled, [ids], tokenizer=pipeline.tokenizer, **settings | options)
+    return np.asarray(row)[len(ids) :].tolist()
+
+
+def test_texts_and_conversations(pipeline: Pipeline) -> None:
+    found = run(
+        engine_of(pipeline),
+        {"prompt": "Hello there, what is the capital of France?"},
+        {"messages": HELLO},
+        {"prompt": "x", "max_new_tokens": 30},
+        {"prompt": "x", "temperature": 0.8, "seed": 4},
+    )
+    tokenizer = pipeline.tokenizer
+    ids = {
+        0: tokenizer.encode("Hello there, what is the capital of France?"),
+        1: tokenizer.apply_chat_template(HELLO, add_generation_prompt=True),
+        2: tokenizer.encode("x"),
+        3: tokenizer.encode("x"),
+    }
+    options: dict[int, Any] = {2: {"max_new_tokens": 30}}
+    options[3] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "seed": 4}
+    for number, answer in found.items():
+        tokens = alone(pipeline, ids[number], **options.get(number, {}))
+        assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert (answer.prompt_tokens, answer.completion_tokens) == (len(ids[number]), len(tokens))
+        assert answer.finish_reason == "length"
+
+
+def test_stop_strings_end_an_answer(pipeline: Pipeline) -> None:
+    whole = run(engine_of(pipeline, max_new_tokens=40), {"prompt": "Hello"})[0].text
+    stop = whole[10:13]
+    ids = pipeline.tokenizer.encode("Hello")
+    expected = pipeline.tokenizer.decode(alone(pipeline, ids, max_new_tokens=40, stop_strings=[stop]))
+    body = {"prompt": "Hello", "stop": [stop, "never there"]}
+    openai = {"custom_id": "o", "method": "POST", "url": "/v1/completions", "body": body}
+    own, other, default = (
+        run(engine_of(pipeline, max_new_tokens=40), {"prompt": "Hello", "stop_strings": stop})[0],
+        next(engine_of(pipeline, max_new_tokens=40).run([openai])),
+        run(engine_of(pipeline, max_new_tokens=40, stop_strings=[stop]), {"prompt": "Hello"})[0],
+    )
+    assert isinstance(other, Answer)
+    assert own.text == default.text == expected
+    assert len(expected) < len(whole)
+    assert other.text == whole[: whole.index(stop)]  # as that API has it
+    assert {own.finish_reason, other.finish_reason, default.finish_reason} == {"stop"}
+
+
+def test_an_end_token_is_no_text(pipeline: Pipeline) -> None:
+    tokens = alone(pipeline, pipeline.tokenizer.encode("Hello"))
+    model = pipeline.compiled.model
+    before = model.generation_config
+    model.generation_config = before.replace(eos_token_id=[NEVER, tokens[3]])
+    try:
+        answer = run(engine_of(pipeline), {"prompt": "Hello"})[0]
+    finally:
+        model.generation_config = before
+    end = tokens.index(tokens[3]) + 1
+    assert (answer.completion_tokens, answer.finish_reason) == (end, "stop")
+
+
+def test_what_is_wrong_with_one_request_stops_no_other(pipeline: Pipeline) -> None:
+    bad: list[tuple[dict[str, Any], str, str]] = [
+        ({}, "invalid_request", "give either prompt or messages"),
+        ({"prompt": "x", "temperature": -1}, "invalid_option", "temperature=-1"),
+        ({"prompt": "x", "max_new_tokens": 0}, "invalid_option", "max_new_tokens=0 must be a whole number"),
+        (
+            {"prompt": "x", "max_new_tokens": 2.5},
+            "invalid_option",
+            "max_new_tokens=2.5 must be a whole number",
+        ),
+        ({"prompt": "x", "stop_strings": [""]}, "invalid_option", "stop_strings holds an empty text"),
+        ({"prompt": "x", "stop_strings": [1]}, "invalid_option", "stop_strings holds int"),
+        (
+            {"prompt": "x" * 300},
+            "prompt_too_long",
+            "the prompt has 300 tokens; with an answer there may be 255",
+        ),
+        ({"prompt": "x", "colour": "red"}, "unknown_option", "there is no option 'colour'"),
+    ]
+    found = run(engine_of(pipeline), *(request for request, _, _ in bad), {"prompt": "x"})
+    for number, (_, code, words) in enumerate(bad):
+        error = found[number]
+        assert isinstance(error, BadRequestError)
+        assert error.code == code
+        assert str(error).startswith(f"line {number + 1}: ")
+        assert words in str(error)
+    assert found[len(bad)].completion_tokens == 9
+
+
+def test_an_answer_ends_with_the_room_for_it(pipeline: Pipeline) -> None:
+    (answer,) = run(engine_of(pipeline), {"prompt": "x" * 250, "max_new_tokens": 90}).values()
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.finish_reason) == (250, 5, "length")
+
+
+def test_a_template_that_refuses(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ raise_exception('roles must take turns') }}"
+    monkeypatch.setattr(pipeline.tokenizer, "chat_template", template)
+    (error,) = run(engine_of(pipeline), {"messages": HELLO}).values()
+    assert (error.code, "roles must take turns" in str(error)) == ("invalid_messages", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"slots": 0}, "slots=0 must be a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
+        ({"max_length": 5000}, "max_length=5000 must be from 2 to the model's context of 4096"),
+        ({"temprature": 1}, "there is no option 'temprature'; use temperature, "),
+        ({"top_p": 7}, "top_p=7"),
+        ({"stop_strings": [""]}, "stop_strings holds an empty text"),
+    ],
+)
+def test_engines_that_cannot_be(pipeline: Pipeline, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        engine_of(pipeline, **options)
+
+
+def test_memory_bounds_the_length(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "room_for", lambda compiled: 300)
+    with pytest.raises(ValueError, match="max_length=400: memory holds the keys and values of 300 tokens"):
+        engine_of(pipeline, max_length=400)
+    engine = engine_of(pipeline, max_length=None, slots=7)
+    assert engine.max_length == 299
+    run(engine, *[{"prompt": "x" * 100}] * 20)
+    assert sum(pool.slots * pool.columns for pool in engine.pools) <= 300
+
+
+def test_requests_are_taken_as_slots_come_free(pipeline: Pipeline) -> None:
+    taken = 0
+
+    def coming() -> Iterator[dict[str, Any]]:
+        nonlocal taken
+        for number in range(600):
+            taken = number
+            yield {"id": number, "prompt": "x", "max_new_tokens": 1}
+
+    engine = engine_of(pipeline)
+    for done, _ in enumerate(engine.run(coming())):
+        assert taken <= max(module.SAMPLE, done + 9)
+    assert taken == 599
+
+
+def test_an_engine_on_a_mesh(pipeline: Pipeline) -> None:
+    draws = random.Random(2)
+    requests = [{"prompt": "abcdefgh"[: draws.randrange(1, 9)] * draws.randrange(1, 20)} for _ in range(12)]
+    system = {"role": "system", "content": "Speak of rain, and of nothing else. " * 2}
+    requests += [{"messages": [system, {"role": "user", "content": letter}]} for letter in "abc"]
+    mesh = make_mesh("data=2,tensor=2", jax.devices()[:4])
+    divided = engine_of(
+        Pipeline(type(pipeline.compiled)(on_mesh(pipeline.compiled.model, mesh)), pipeline.tokenizer)
+    )
+    found, expected = run(divided, *requests), run(engine_of(pipeline), *requests)
+    assert {key: one.text for key, one in found.items()} == {key: one.text for key, one in expected.items()}
+    assert divided.pools[0].slots == 2
+    assert divided.load.prompt_tokens < sum(one.prompt_tokens for one in found.values()) - 50  # shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 7, 48])
+def test_three_hundred_mixed_prompts(tmp_path: Path, slots: int) -> None:
+    """Of 1 to 2,000 tokens; some cross longrope's switch, and some begin behind it."""
+    write_checkpoint(
+        tmp_path,
+        original_max_position_embeddings=1024,
+        rope_scaling={"type": "longrope", "short_factor": SHORT, "long_factor": LONG},
+    )
+    pipeline = Pipeline.load(tmp_path, dtype="float32")
+    draws = random.Random(7)
+    requests = []
+    for number in range(300):
+        length = min(int(2 ** draws.uniform(0, 11)), 2000) if number % 10 else draws.randrange(1000, 1024)
+        text = "".join(draws.choices("abcdefghijklmnopqrstuvwxyz .", k=length))
+        requests.append({"prompt": text, "max_new_tokens": int(2 ** draws.uniform(0, 6))})
+    found = run(Engine(pipeline.compiled, pipeline.tokenizer, slots=slots), *requests)
+    crossed = 0
+    for number, request in enumerate(requests):
+        ids = pipeline.tokenizer.encode(request["prompt"])
+        tokens = alone(pipeline, ids, max_new_tokens=request["max_new_tokens"])
+        answer = found[number]
+        assert answer.text == pipeline.tokenizer.decode(tokens, skip_special_tokens=True), len(ids)
+        assert answer.completion_tokens == len(tokens)
+        crossed += len(ids) <= 1024 < len(ids) + len(tokens)
+    assert crossed > 10

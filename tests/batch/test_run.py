@@ -1,0 +1,219 @@
+"""`phi3-jax batch`: files in and out, going on after a kill, and what is refused."""
+
+import gzip
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_checkpoint import write_checkpoint
+
+COMMAND = (sys.executable, "-c", "from phi3_jax.cli import main; main()", "batch")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of compiled programs, which all these processes share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+class Batch:
+    """The command with the same model, cache and files."""
+
+    def __init__(self, model: Path, cache: Path, folder: Path):
+        self.source, self.output = folder / "in.jsonl", folder / "out.jsonl"
+        self._model = model
+        self.environment = os.environ | {"JAX_PLATFORMS": "cpu", "PHI3_JAX_CACHE": str(cache)}
+
+    def begin(self, *options: object, **streams: Any) -> "subprocess.Popen[bytes]":
+        words = ["--model", self._model, "--dtype", "float32", "--slots", 8, "--max-new-tokens", 6, *options]
+        if "--input" not in options:
+            words += ["--input", self.source]
+        if "--output" not in options:
+            words += ["--output", self.output]
+        return subprocess.Popen(
+            [*COMMAND, *map(str, words)],
+            env=self.environment,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams,
+        )
+
+    def __call__(self, *options: object, given: bytes | None = None) -> tuple[int, bytes, str]:
+        streams = {} if given is None else {"stdin": subprocess.PIPE}
+        process = self.begin(*options, **streams)
+        out, err = process.communicate(given, timeout=300)
+        return process.returncode, out, err.decode()
+
+    def write(self, count: int, **extra: Any) -> None:
+        draws = random.Random(1)
+        with self.source.open("w") as file:
+            for number in range(count):
+                prompt = "abcdefghij"[: draws.randrange(1, 11)]
+                file.write(json.dumps({"id": number, "prompt": prompt} | extra) + "\n")
+
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.output.read_bytes().splitlines()]
+
+
+@pytest.fixture
+def batch(model: Path, cache: Path, tmp_path: Path) -> Batch:
+    return Batch(model, cache, tmp_path)
+
+
+def test_a_file_is_answered_once(batch: Batch, tmp_path: Path) -> None:
+    batch.write(30)
+    code, out, err = batch("--stats", tmp_path / "stats.json")
+    assert (code, out) == (0, b""), err
+    assert sorted(line["id"] for line in batch.lines()) == list(range(30))
+    assert re.search(
+        r"30 lines, 0 of them errors; 30 in .* s: 152 tokens of prompts \(152 computed\).* 180 made", err
+    ), err
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    assert (stats["done"], stats["total"], stats["errors"], stats["completion_tokens"]) == (30, 30, 0, 180)
+    assert stats["slots"] == 8
+    assert stats["flops"] > 0
+
+    before = batch.output.read_bytes()
+    code, _, err = batch()
+    assert (code, "is finished; nothing is left to do" in err) == (0, True)
+    assert batch.output.read_bytes() == before
+    assert "-> 3; seed: 0 -> 5" in batch("--seed", 5, "--max-new-tokens", 3)[2]
+    assert "max_new_tokens: 6 -> 3" in batch("--max-new-tokens", 3)[2]
+    assert batch("--max-new-tokens", 3, "--overwrite")[0] == 0
+    assert {line["usage"]["completion_tokens"] for line in batch.lines()} == {3}
+    batch.write(31)
+    assert "input_size: " in batch("--max-new-tokens", 3)[2]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_lines_that_are_wrong(batch: Batch) -> None:
+    batch.write(3)
+    with batch.source.open("ab") as file:
+        file.write(b'\n{"id": 3, \n{"id": 1, "prompt": "x"}\n{"id": 4, "prompt": "x", "top_p": 2}\n')
+    code, _, err = batch()
+    assert code == 3, err
+    found = batch.lines()
+    assert sorted(line["id"] for line in found if "text" in line) == [0, 1, 2]
+    errors = {line["line"]: (line["id"], line["error"]["code"]) for line in found if "error" in line}
+    assert errors == {5: (None, "invalid_json"), 6: (None, "duplicate_id"), 7: (4, "invalid_option")}
+    assert "6 lines, 3 of them errors" in err
+    assert batch()[0] == 3  # and nothing is done again
+    assert len(batch.lines()) == 6
+
+
+def test_packed_and_standard_streams(batch: Batch, tmp_path: Path) -> None:
+    batch.write(5)
+    given = batch.source.read_bytes()
+    code, out, err = batch("--input", "-", "--output", "-", given=given)
+    assert code == 0, err
+    streamed = {line["id"]: line["text"] for line in map(json.loads, out.splitlines())}
+    packed = tmp_path / "in.jsonl.gz"
+    packed.write_bytes(gzip.compress(given))
+    assert batch("--input", packed)[0] == 0
+    assert {line["id"]: line["text"] for line in batch.lines()} == streamed
+    assert len(streamed) == 5
+
+
+def test_openais_form(batch: Batch) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    batch.source.write_text(json.dumps(line) + "\n" + json.dumps(line | {"custom_id": "b", "url": "/v2"}))
+    assert batch()[0] == 3
+    found = {line["custom_id"]: line["response"] for line in batch.lines()}
+    assert found["a"]["body"]["usage"]["completion_tokens"] == 3
+    assert found["b"]["status_code"] == 400
+
+
+def test_what_is_refused_at_once(batch: Batch, tmp_path: Path) -> None:
+    batch.write(2)
+    batch.output.write_text("my own\n")
+    code, _, err = batch()
+    assert code == 1
+    assert "out.jsonl is there already, and no out.jsonl.run.json says what it is" in err
+    assert batch.output.read_text() == "my own\n"
+    assert "there is no file" in batch("--input", tmp_path / "none.jsonl")[2]
+    assert "there is no folder" in batch("--output", tmp_path / "none" / "out.jsonl")[2]
+    assert (
+        "max_length=9999 must be from 2" in batch("--max-length", 9999, "--output", tmp_path / "b.jsonl")[2]
+    )
+    assert "top_p=3.0" in batch("--top-p", 3, "--output", tmp_path / "c.jsonl")[2]
+
+
+@pytest.mark.slow
+def test_twenty_kills(batch: Batch) -> None:
+    """At random moments of a run's life."""
+    batch.write(400, max_new_tokens=40)
+    started = time.monotonic()
+    code, _, err = batch("--output", batch.output.with_name("whole.jsonl"))
+    assert code == 0, err
+    alive = time.monotonic() - started
+    draws, kills = random.Random(3), 0
+    for _ in range(20):
+        process = batch.begin()
+        try:
+            process.wait(timeout=draws.uniform(0.3, 1.0) * alive)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        _, error = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), error
+        kills += process.returncode != 0
+    code, _, err = batch()
+    assert code == 0, err
+    assert kills >= 3
+    whole = {
+        json.loads(line)["id"]: json.loads(line) for line in batch.output.with_name("whole.jsonl").open()
+    }
+    found = batch.lines()
+    assert sorted(line["id"] for line in found) == list(range(400))
+    assert {line["id"]: line for line in found} == whole
+    names = {path.name for path in batch.output.parent.iterdir()}
+    assert not [name for name in names if name.endswith(".partial")]
+
+
+@pytest.mark.slow
+def test_ten_thousand_lines_of_which_one_in_a_hundred_is_broken(batch: Batch) -> None:
+    broken = [b'{"id": 1, "prom', b'{"id": 2}\n', b"\xff\xfe", b'{"id": 3, "prompt": "x", "what": 1}', b"[]"]
+    with batch.source.open("wb") as file:
+        for number in range(10_000):
+            line = json.dumps({"id": f"n{number}", "prompt": "abcdefg"[: 1 + number % 7]}).encode()
+            file.write((broken[number // 100 % 5] if number % 100 == 37 else line).strip() + b"\n")
+    code, _, err = batch("--max-new-tokens", 2, "--slots", 64)
+    assert code == 3, err
+    found = batch.lines()
+    answered = [line["id"] for line in found if "text" in line]
+    assert len(answered) == len(set(answered)) == 9900
+    errors = [line["line"] for line in found if "error" in line]
+    assert sorted(errors) == list(range(38, 10_001, 100))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_lines(batch: Batch) -> None:
+    """All lines but a few are broken, so that a quarter of a million take no time."""
+
+    def peak(lines: int) -> int:
+        with batch.source.open("w") as file:
+            for number in range(lines):
+                line = {"id": number, "prompt": "x", "max_new_tokens": 1 if number % 1000 == 0 else 0}
+                file.write(json.dumps(line) + "\n")
+        process = batch.begin("--overwrite", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 3
+        assert len(batch.output.read_bytes().splitlines()) == lines
+        return used.ru_maxrss
+
+    few, many = peak(2_000), peak(250_000)
+    assert many - few < 50_000, (few, many)  # kB

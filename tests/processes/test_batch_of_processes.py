@@ -1,0 +1,57 @@
+"""`phi3-jax batch` in two processes: lines divided, answers put together."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pair import run_pair
+from small_checkpoint import write_checkpoint
+
+from phi3_jax.cli import main
+
+pytestmark = pytest.mark.slow
+
+COMMAND = ("-c", "from phi3_jax.cli import main; main()", "batch")
+
+
+def answers(path: Path) -> dict[int, str]:
+    found = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert len({line["id"] for line in found}) == len(found)
+    return {line["id"]: line.get("text", "error") for line in found}
+
+
+def test_lines_are_divided_and_answers_put_together(tmp_path: Path) -> None:
+    model, source = tmp_path / "model", tmp_path / "in.jsonl"
+    model.mkdir()
+    write_checkpoint(model)
+    lines = [{"id": number, "prompt": "abcdefgh"[: 1 + number % 8]} for number in range(31)]
+    lines.append({"id": 3, "prompt": "x"})
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = ["--model", model, "--input", source, "--dtype", "float32", "--max-new-tokens", 12, "--slots", 4]
+    with pytest.raises(SystemExit, match="3"):
+        run_main(*own, "--output", tmp_path / "alone.jsonl")
+    expected = answers(tmp_path / "alone.jsonl")
+    assert len(expected) == 32
+
+    output = tmp_path / "both.jsonl"
+    command = [*COMMAND, *own, "--output", output, "--distributed", "--mesh", "data=2"]
+    environment = {"PHI3_JAX_CACHE": str(tmp_path / "cache")}
+    ended = run_pair(command, command, logs=tmp_path, timeout=300, environment=environment)
+    assert [one.code for one in ended] == [3, 3], ended
+    assert answers(output) == expected
+    assert "32 lines, 1 of them errors; 32 in " in ended[0].err
+    assert "32 lines" not in ended[1].err
+    names = {path.name for path in tmp_path.iterdir() if "both" in path.name}
+    assert names == {"both.jsonl", "both.jsonl.run.json"}
+
+    ended = run_pair(command, command, logs=tmp_path, timeout=300, environment=environment)
+    assert [one.code for one in ended] == [3, 3], ended
+    assert "is finished; nothing is left to do" in ended[0].err
+
+
+def run_main(*arguments: object) -> None:
+    import sys
+    from unittest import mock
+
+    with mock.patch.object(sys, "argv", ["phi3-jax", "batch", *map(str, arguments)]):
+        main()
