@@ -30,7 +30,9 @@ def batch(
     stop: Annotated[list[str] | None, Option(help="End behind this text; may be repeated.")] = None,
     max_length: Annotated[
         int | None,
-        Option(help="Tokens of prompt and answer together; default: the context, or what memory holds."),
+        Option(
+            help="Of prompt and answer together; default: the context, or what a quarter of memory holds."
+        ),
     ] = None,
     slots: Annotated[
         int | None, Option(min=1, help="Prompts that are answered at a time; default: by memory.")
@@ -62,7 +64,7 @@ def batch(
         "stop_strings": stop or [],
     }
 
-    from phi3_jax.batch.engine import Engine
+    from phi3_jax.batch import Engine
     from phi3_jax.batch.run import batch_file
     from phi3_jax.checkpoint.fingerprint import fingerprint
     from phi3_jax.cli import load_pipeline, model_path

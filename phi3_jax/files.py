@@ -25,9 +25,12 @@ def replacing(path: Path) -> Iterator[Path]:
         work.unlink(missing_ok=True)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Deletes what killed processes left half done in a directory that nobody else writes."""
-    for path in [*directory.glob(f".*{PARTIAL}"), *directory.glob(f".*{REPLACED}")]:
+def remove_leftovers(directory: Path, name: str = "") -> None:
+    """Deletes what killed processes left half done in a directory, of files whose names begin with `name`.
+
+    Nobody else may be writing them.
+    """
+    for path in [*directory.glob(f".{name}*{PARTIAL}"), *directory.glob(f".{name}*{REPLACED}")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

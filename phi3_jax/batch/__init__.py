@@ -1,1 +1,7 @@
-"""Many prompts through a fixed set of compiled programs: requests in, answers out as they finish."""
+"""Prompts by the million: continuous batching, and files that are gone on with after a kill."""
+
+from phi3_jax.batch.answers import Answer
+from phi3_jax.batch.engine import Engine
+from phi3_jax.batch.requests import BadRequestError, Request, read_requests
+
+__all__ = ["Answer", "BadRequestError", "Engine", "Request", "read_requests"]

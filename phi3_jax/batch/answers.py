@@ -145,9 +145,9 @@ class AnswerFile:
 
     def has(self, request: Request | BadRequestError) -> bool:
         """Whether the line is answered, or refused, in the file."""
-        if isinstance(request, Request):
-            return request.id in self._answered
-        return request.line in self._refused
+        if isinstance(request, Request) and request.id in self._answered:
+            return True
+        return request.line in self._refused  # what is wrong with a request may be found late
 
     def add(self, answers: Sequence[Answer | BadRequestError]) -> None:
         """Appends answers, which the process then may not survive.
@@ -178,6 +178,7 @@ class AnswerFile:
         """Lets others have the file, whose answers are on the disk."""
         if not self._file.closed:
             self._synchronise(0)
+        Path(self._lock.lock_file).unlink(missing_ok=True)
         self._opened.close()
 
     def _synchronise(self, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -106,7 +107,8 @@ class ContinuousBatch:
         budget: int = BUDGET,
         prefixes: Prefixes | None = None,
     ):
-        self._scheduler = Scheduler(pools, chunk=max(widths), groups=groups, budget=budget)
+        self._new_scheduler = partial(Scheduler, pools, chunk=max(widths), groups=groups, budget=budget)
+        self._scheduler = self._new_scheduler()
         self._prefixes = prefixes
         self._longest = max(pool.columns for pool in pools)
         self._beginnings = Beginnings(compiled, self._longest, widths=widths)
@@ -135,13 +137,24 @@ class ContinuousBatch:
     def run(self, prompts: Iterable[Prompt | T]) -> Iterator[Continuation | T]:
         """Answers in the order in which they finish; prompts are taken as slots come free.
 
-        Whatever else stands among the prompts is given back when its turn comes. One run at a time.
+        Whatever else stands among the prompts is given back when its turn comes. One run at a time; one that
+        is given up leaves the slots free.
 
         Raises:
             ValueError: a prompt without tokens, or one that no slot holds together with its answer.
         """
-        coming = enumerate(prompts)
         active: dict[int, _Active] = {}
+        try:
+            yield from self._run(enumerate(prompts), active)
+        finally:
+            if active:
+                self._scheduler = self._new_scheduler()
+                for slots in self._pools:
+                    slots.retire(range(slots.count))
+
+    def _run(
+        self, coming: Iterator[tuple[int, Prompt | T]], active: dict[int, _Active]
+    ) -> Iterator[Continuation | T]:
         more = True
         while more or not self._scheduler.idle:
             while more and self._scheduler.waiting < self._slots:

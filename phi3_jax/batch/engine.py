@@ -31,6 +31,13 @@ SLOTS = {"cpu": 96}
 MOST_SLOTS = 256
 
 
+COLUMNS = 128
+"""Of which the longest slots have a multiple, as kernels like it."""
+
+LONGEST_SHARE = 0.25
+"""Of memory, which the longest request may take unless the user says more."""
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What a continuation must know to become an answer."""
@@ -50,8 +57,8 @@ class Engine:
         model, tokenizer: of one checkpoint, such as a `Pipeline` has. On a mesh the slots are divided.
         max_new_tokens: of requests that do not say.
         slots: prompts that are answered at a time; default: by memory, at most 96 on CPU and 256 elsewhere.
-        max_length: tokens of prompt and answer together, at most; default: the model's context, or what
-            memory holds. Answers end there; longer prompts are refused.
+        max_length: tokens of prompt and answer together, at most; default: the model's context, or what a
+            quarter of the memory for them holds. Answers end there; longer prompts are refused.
         options: defaults of what else requests may say: `stop_strings`, `temperature` (0: the likeliest
             token), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `frequency_penalty`,
             `presence_penalty`, `min_new_tokens`, `seed`. The checkpoint's generation_config.json says what
@@ -92,7 +99,8 @@ class Engine:
                 f"max_length={max_length}: memory holds the keys and values of {self._room} tokens; choose a "
                 "smaller one"
             )
-        self.max_length = min(context, self._room - 1) if max_length is None else max_length
+        longest = int(LONGEST_SHARE * self._room)
+        self.max_length = min(context, longest) if max_length is None else max_length
         self._given_length = max_length
         end = self.compiled.model.generation_config.eos_token_id
         self._end_tokens = [] if end is None else [end] if isinstance(end, int) else list(end)
@@ -117,18 +125,23 @@ class Engine:
             For each request its answer, or what is wrong with it.
         """
         prompts: Iterator[Prompt | BadRequestError] = map(self._prompt, _numbered(requests))
-        if self._batch is None:
-            first = list(islice(prompts, SAMPLE))
-            self._batch = self._made([one for one in first if isinstance(one, Prompt)], len(first) < SAMPLE)
-            prompts = chain(first, prompts)
-        for found in self._batch.run(prompts):
+        first = list(islice(prompts, SAMPLE))
+        batch = self._batch_for(
+            [one for one in first if isinstance(one, Prompt)], all_known=len(first) < SAMPLE
+        )
+        for found in batch.run(chain(first, prompts)):
             yield self._answer(found) if isinstance(found, Continuation) else found
 
-    def _made(self, first: list[Prompt], all_known: bool) -> ContinuousBatch:
+    def _batch_for(self, first: list[Prompt], *, all_known: bool) -> ContinuousBatch:
+        """The slots, made for these requests if there are none that hold them."""
         needs = [(columns_of(len(one.ids), one.max_new_tokens), one.max_new_tokens) for one in first]
         columns = self.max_length + 1
-        if all_known and self._given_length is None and needs:
-            columns = max(columns for columns, _ in needs)
+        if all_known and self._given_length is None:
+            columns = max((columns for columns, _ in needs), default=COLUMNS)
+        if self._batch is not None and columns <= self.pools[-1].columns:
+            return self._batch
+        self._batch = None  # its memory is wanted
+        columns = min(-(-columns // COLUMNS) * COLUMNS, self._room)
         slots = self._slots or SLOTS.get(jax.default_backend(), MOST_SLOTS)
         self.pools = choose_pools(
             needs,
@@ -137,7 +150,10 @@ class Engine:
             room=self._room,
             multiple=shards(self.compiled.mesh, "batch"),
         )
-        return ContinuousBatch(self.compiled, self.pools, end_tokens=self._end_tokens, prefixes=Prefixes())
+        self._batch = ContinuousBatch(
+            self.compiled, self.pools, end_tokens=self._end_tokens, prefixes=Prefixes()
+        )
+        return self._batch
 
     def _prompt(self, request: Request | BadRequestError) -> Prompt | BadRequestError:
         if isinstance(request, BadRequestError):

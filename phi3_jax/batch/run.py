@@ -19,7 +19,7 @@ from phi3_jax.batch.answers import Answer, AnswerFile, Ids, line_of
 from phi3_jax.batch.engine import Engine
 from phi3_jax.batch.requests import BadRequestError, Request, read_requests
 from phi3_jax.config import Phi3Config
-from phi3_jax.files import differences, replacing
+from phi3_jax.files import differences, remove_leftovers, replacing
 from phi3_jax.plan.chips import peak_flops
 from phi3_jax.plan.flops import step_flops
 from phi3_jax.plan.work import Work
@@ -171,6 +171,8 @@ def batch_file(
     with ExitStack() as stack:
         to: _Output = _StandardOutput() if output == STANDARD else AnswerFile(part)
         stack.callback(to.close)
+        if output != STANDARD and index == 0:
+            remove_leftovers(output.parent, output.name)
         resumed = to.count
         if resumed:
             logger.warning("going on: %d lines of %s are done", resumed, source)
@@ -227,37 +229,42 @@ class _Record:
     """OUTPUT.run.json: what the output follows from, and the summary once it is finished."""
 
     def __init__(self, output: Path):
-        self._output = output
+        self.output = output
         self._path = output.with_name(f"{output.name}.run.json")
 
     def open(self, asked: dict[str, Any], processes: int, overwrite: bool) -> dict[str, Any] | None:
         """Begins, or finds what was begun; the summary if that is finished."""
+        parts = list(self.output.parent.glob(f"{self.output.name}.part-*"))
         if overwrite:
-            for path in (self._path, self._output, *self._output.parent.glob(f"{self._output.name}.part-*")):
+            for path in (self._path, self.output, *parts):
                 path.unlink(missing_ok=True)
-        if not self._path.exists():
-            if self._output.exists() and self._output.stat().st_size:
+            parts = []
+        if not self._path.exists() or not (self.output.exists() or parts):
+            if self.output.exists() and self.output.stat().st_size:
                 raise ValueError(
-                    f"{self._output} is there already, and no {self._path.name} says what it is; choose "
+                    f"{self.output} is there already, and no {self._path.name} says what it is; choose "
                     "another output, or give --overwrite"
                 )
-            if not self._output.parent.is_dir():
+            if not self.output.parent.is_dir():
                 raise FileNotFoundError(
-                    f"there is no folder {self._output.parent} to write {self._output.name} to"
+                    f"there is no folder {self.output.parent} to write {self.output.name} to"
                 )
             self._write({"asked": asked, "processes": processes})
             return None
         before = self._read()
         if changed := differences(before["asked"], asked):
             raise ValueError(
-                f"{self._output} was begun with something else, and cannot be gone on with: "
+                f"{self.output} was begun with something else, and cannot be gone on with: "
                 f"{'; '.join(changed)}. Choose another output, or give --overwrite to begin anew"
             )
         if "finished" not in before and before["processes"] != processes:
             raise ValueError(
-                f"{self._output} was begun by {before['processes']} processes and can be gone on with by as "
+                f"{self.output} was begun by {before['processes']} processes and can be gone on with by as "
                 f"many, not by {processes}; give --overwrite to begin anew"
             )
+        if "finished" in before:
+            for path in parts:  # of a process that was killed when all was done
+                path.unlink()
         return before.get("finished")
 
     def finish(self, summary: Summary) -> None:
@@ -288,7 +295,7 @@ def _together(record: _Record, part: Path, summary: Summary, processes: int, ind
     if processes == 1:
         record.finish(summary)
         return summary
-    output = record._output
+    output = record.output
     with replacing(_done(part)) as work:
         work.write_text(json.dumps(asdict(summary)), encoding="utf-8")
     if index > 0:
@@ -308,7 +315,7 @@ def _together(record: _Record, part: Path, summary: Summary, processes: int, ind
     whole = _sum([Summary(**json.loads(_done(each).read_text(encoding="utf-8"))) for each in parts])
     record.finish(whole)
     for each in parts:
-        for path in (each, _done(each), each.with_name(f".{each.name}.lock")):
+        for path in (each, _done(each)):
             path.unlink(missing_ok=True)
     return whole
 

@@ -25,7 +25,7 @@ STEPS = 8
 
 NEVER = np.iinfo(np.int32).max
 
-SMALLEST = 32
+SMALLEST = 128
 """Columns beside the slots come in powers of two, from this on."""
 
 
@@ -186,23 +186,24 @@ class Beginnings:
         self, compiled: CompiledModel, columns: int, *, widths: Sequence[int], kept: int = KEPT
     ) -> None:
         self._compiled, self._columns, self._widths, self._kept = compiled, columns, sorted(widths), kept
-        self._made: OrderedDict[tuple[bool, tuple[int, ...]], KVCache] = OrderedDict()
+        self._made: OrderedDict[tuple[bytes, tuple[int, ...]], KVCache] = OrderedDict()
         self.computed = 0
         """Tokens, so far."""
 
     def of(self, row: Row) -> KVCache:
-        """What the row shares, under the rope list that its length asks for."""
-        config, ids = self._compiled.model.config, tuple(row.ids[: row.shared])
-        long = len(row.ids) > config.original_max_position_embeddings
-        if (long, ids) not in self._made:
-            least = config.original_max_position_embeddings + 1 if long else 0
-            self._made[long, ids] = self._computed(ids, least)
+        """What the row shares, under the frequencies that its length asks for."""
+        config, length = self._compiled.model.config, len(row.ids)
+        frequencies = config.rope_scaling.frequencies(config.rope_base, jnp.asarray([length]))
+        key = b"".join(np.asarray(each).tobytes() for each in frequencies), tuple(row.ids[: row.shared])
+        if key not in self._made:
+            self._made[key] = self._computed(key[1], length)
             while len(self._made) > self._kept:
                 self._made.popitem(last=False)
-        self._made.move_to_end((long, ids))
-        return self._made[long, ids]
+        self._made.move_to_end(key)
+        return self._made[key]
 
-    def _computed(self, ids: tuple[int, ...], least: int) -> KVCache:
+    def _computed(self, ids: tuple[int, ...], length: int) -> KVCache:
+        """As the beginning of a row of that length."""
         lanes = lanes_for(self._compiled, 1)
         # One token more, which would make the next and is not computed.
         state = State(
@@ -210,7 +211,7 @@ class Beginnings:
             jnp.zeros(lanes, bool),
             self._compiled.model.init_cache(lanes, _power_of_two(len(ids)) + self._widths[-1]),
         )
-        rope = RopeChoice(jnp.full(lanes, least, jnp.int32), jnp.int32(NEVER))
+        rope = RopeChoice(jnp.full(lanes, length, jnp.int32), jnp.int32(NEVER))
         self.computed += len(ids)
         left = len(ids)
         while left > 0:

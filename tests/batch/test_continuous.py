@@ -2,12 +2,11 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+from compilations import compilations
 from reference import longrope, small_config
 
 from phi3_jax import Phi3ForCausalLM
@@ -188,22 +187,6 @@ def test_more_prompts_compile_nothing() -> None:
     with compilations() as counted:
         answers(batch, prompts(60, 100, seed=1))
     assert counted == []
-
-
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """The programs that are compiled within the block."""
-    made: list[str] = []
-
-    def note(event: str, seconds: float, **_: Any) -> None:
-        if "backend_compile" in event:
-            made.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        yield made
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def test_prompts_are_taken_when_there_is_room() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from compilations import compilations
 from reference import LONG, SHORT, on_mesh
 from small_checkpoint import NEVER, write_checkpoint
 
@@ -168,8 +169,8 @@ def test_memory_bounds_the_length(pipeline: Pipeline, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="max_length=400: memory holds the keys and values of 300 tokens"):
         engine_of(pipeline, max_length=400)
     engine = engine_of(pipeline, max_length=None, slots=7)
-    assert engine.max_length == 299
-    run(engine, *[{"prompt": "x" * 100}] * 20)
+    assert engine.max_length == 75
+    run(engine, *[{"prompt": "x" * 50}] * 20)
     assert sum(pool.slots * pool.columns for pool in engine.pools) <= 300
 
 
@@ -188,6 +189,20 @@ def test_requests_are_taken_as_slots_come_free(pipeline: Pipeline) -> None:
     assert taken == 599
 
 
+def test_one_engine_for_several_runs(pipeline: Pipeline) -> None:
+    engine = engine_of(pipeline, max_length=None)
+    short = run(engine, {"prompt": "Hello"})[0].text
+    assert engine.pools[-1].columns == 128
+    long = {"prompt": "Hello" * 30, "max_new_tokens": 3}
+    assert run(engine, long)[0].prompt_tokens == len(pipeline.tokenizer.encode("Hello" * 30))
+    assert list(engine.run([])) == []
+    given_up = engine.run([{"id": n, "prompt": "Hello"} for n in range(20)])
+    next(given_up)
+    given_up.close()
+    assert engine.load.busy == 0
+    assert run(engine, *[{"prompt": "Hello"}] * 5)[3].text == short
+
+
 def test_an_engine_on_a_mesh(pipeline: Pipeline) -> None:
     draws = random.Random(2)
     requests = [{"prompt": "abcdefgh"[: draws.randrange(1, 9)] * draws.randrange(1, 20)} for _ in range(12)]
@@ -201,6 +216,28 @@ def test_an_engine_on_a_mesh(pipeline: Pipeline) -> None:
     assert {key: one.text for key, one in found.items()} == {key: one.text for key, one in expected.items()}
     assert divided.pools[0].slots == 2
     assert divided.load.prompt_tokens < sum(one.prompt_tokens for one in found.values()) - 50  # shared
+
+
+@pytest.mark.slow
+def test_three_thousand_prompts_run_through_the_programs_of_three_hundred(pipeline: Pipeline) -> None:
+    draws = random.Random(9)
+    system = "Speak of rain, and of nothing else. " * 9
+
+    def requests(count: int) -> Iterator[dict[str, Any]]:
+        for number in range(count):
+            text = "x" * min(int(2 ** draws.uniform(0, 11)), 2000)
+            request: dict[str, Any] = {"id": number, "max_new_tokens": draws.randrange(1, 20)}
+            if number % 4 == 0:
+                told = {"role": "system", "content": system}
+                yield request | {"messages": [told, {"role": "user", "content": text}], "temperature": 0.5}
+            else:
+                yield request | {"prompt": text}
+
+    engine = Engine(pipeline.compiled, pipeline.tokenizer, slots=24, max_length=2500)
+    assert sum(isinstance(one, Answer) for one in engine.run(requests(300))) == 300
+    with compilations() as counted:
+        assert sum(isinstance(one, Answer) for one in engine.run(requests(3000))) == 3000
+    assert counted == []
 
 
 @pytest.mark.slow

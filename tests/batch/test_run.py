@@ -110,8 +110,13 @@ def test_lines_that_are_wrong(batch: Batch) -> None:
     errors = {line["line"]: (line["id"], line["error"]["code"]) for line in found if "error" in line}
     assert errors == {5: (None, "invalid_json"), 6: (None, "duplicate_id"), 7: (4, "invalid_option")}
     assert "6 lines, 3 of them errors" in err
-    assert batch()[0] == 3  # and nothing is done again
-    assert len(batch.lines()) == 6
+    record = batch.output.with_name("out.jsonl.run.json")
+    begun = json.loads(record.read_text())
+    for finished in (True, False):  # nothing is done again
+        if not finished:
+            record.write_text(json.dumps({name: begun[name] for name in ("asked", "processes")}))
+        assert batch()[0] == 3
+        assert len(batch.lines()) == 6
 
 
 def test_packed_and_standard_streams(batch: Batch, tmp_path: Path) -> None:
