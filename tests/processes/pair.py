@@ -1,6 +1,7 @@
 """Two processes with two CPU devices each, on this machine; none outlives the call."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +21,18 @@ class Ended(NamedTuple):
     err: str
 
 
+def free_port() -> int:
+    """One that no connection of another process is given meanwhile, as those that the system chooses may be."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+
+
 def run_pair(
     first: Sequence[object],
     second: Sequence[object],
@@ -37,11 +50,8 @@ def run_pair(
     Raises:
         AssertionError: they have not ended after `timeout` seconds.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     both = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
