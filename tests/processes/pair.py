@@ -22,7 +22,7 @@ class Ended(NamedTuple):
 
 
 def free_port() -> int:
-    """One that no connection of another process is given meanwhile, as those that the system chooses may be."""
+    """One that nobody is given meanwhile, as those that the system chooses may be."""
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
         with socket.socket() as tried:
