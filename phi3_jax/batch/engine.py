@@ -26,7 +26,7 @@ from phi3_jax.tokenizer import Phi3Tokenizer
 SAMPLE = 256
 """Requests that are looked at before slots are made."""
 
-SLOTS = {"cpu": 96}
+SLOTS = {"cpu": 48}
 """By platform; a CPU has little to gain from more rows in a product, and idle slots cost it time."""
 MOST_SLOTS = 256
 
@@ -56,7 +56,7 @@ class Engine:
     Args:
         model, tokenizer: of one checkpoint, such as a `Pipeline` has. On a mesh the slots are divided.
         max_new_tokens: of requests that do not say.
-        slots: prompts that are answered at a time; default: by memory, at most 96 on CPU and 256 elsewhere.
+        slots: prompts that are answered at a time; default: by memory, at most 48 on CPU and 256 elsewhere.
         max_length: tokens of prompt and answer together, at most; default: the model's context, or what a
             quarter of the memory for them holds. Answers end there; longer prompts are refused.
         options: defaults of what else requests may say: `stop_strings`, `temperature` (0: the likeliest
