@@ -198,7 +198,7 @@ def test_cost_does_not_grow_with_the_sequence(monkeypatch: pytest.MonkeyPatch) -
             return super().__getitem__(index)
 
     row = np.zeros(5000, int).view(Row)
-    assert criterion._completed(row) is True
+    assert criterion.completed(row) is True
     assert len(looked_at) == 4
     assert StopStringCriteria(tokenizer, "b")(np.zeros((3, 0), int)).tolist() == [False] * 3
 
