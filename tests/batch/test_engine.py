@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from compilations import compilations
 from reference import LONG, SHORT, on_mesh
 from small_checkpoint import NEVER, write_checkpoint
 
@@ -216,28 +215,6 @@ def test_an_engine_on_a_mesh(pipeline: Pipeline) -> None:
     assert {key: one.text for key, one in found.items()} == {key: one.text for key, one in expected.items()}
     assert divided.pools[0].slots == 2
     assert divided.load.prompt_tokens < sum(one.prompt_tokens for one in found.values()) - 50  # shared
-
-
-@pytest.mark.slow
-def test_three_thousand_prompts_run_through_the_programs_of_three_hundred(pipeline: Pipeline) -> None:
-    draws = random.Random(9)
-    system = "Speak of rain, and of nothing else. " * 9
-
-    def requests(count: int) -> Iterator[dict[str, Any]]:
-        for number in range(count):
-            text = "".join(draws.choices("abcdefghij .", k=min(int(2 ** draws.uniform(0, 11)), 2000)))
-            request: dict[str, Any] = {"id": number, "max_new_tokens": draws.randrange(1, 20)}
-            if number % 4 == 0:
-                told = {"role": "system", "content": system}
-                yield request | {"messages": [told, {"role": "user", "content": text}], "temperature": 0.5}
-            else:
-                yield request | {"prompt": text}
-
-    engine = Engine(pipeline.compiled, pipeline.tokenizer, slots=24, max_length=2500)
-    assert sum(isinstance(one, Answer) for one in engine.run(requests(300))) == 300
-    with compilations() as counted:
-        assert sum(isinstance(one, Answer) for one in engine.run(requests(3000))) == 3000
-    assert counted == []
 
 
 @pytest.mark.slow
