@@ -183,7 +183,8 @@ def test_twenty_kills(batch: Batch) -> None:
     assert code == 0, err
     assert kills >= 15
     whole = {
-        json.loads(line)["id"]: json.loads(line) for line in batch.output.with_name("whole.jsonl").open()
+        json.loads(line)["id"]: json.loads(line)
+        for line in batch.output.with_name("whole.jsonl").read_bytes().splitlines()
     }
     found = batch.lines()
     assert sorted(line["id"] for line in found) == list(range(400))
