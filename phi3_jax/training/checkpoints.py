@@ -143,6 +143,12 @@ class Checkpoints:
             return resumed
         return None
 
+    def keep(self, best: int | None) -> None:
+        """Deletes all but the last two and the best; a process killed while it deleted leaves more."""
+        for step in self.steps()[:-2]:
+            if step != best:
+                self._manager.delete(step)
+
     def close(self) -> None:
         """Waits for what is being written, whatever comes of it, and ends the threads."""
         self._manager.close()

@@ -215,6 +215,7 @@ def finetune(
                     assert interrupts.received is not None
                     raise InterruptedRunError(step, interrupts.received)
             checkpoints.wait()
+            checkpoints.keep(standing.best_step)
 
         # The best parameters, their scores, and the files for users.
         state = _best(checkpoints, standing, step, state)
