@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.load import open_checkpoint
 from phi3_jax.checkpoint.safetensors import cast, parameter_dtype, write_tensors
 from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.config import Phi3Config
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
 
@@ -21,6 +23,7 @@ def convert_checkpoint(
     *,
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
+    config: Phi3Config | None = None,
 ) -> None:
     """Rewrites a checkpoint as a directory in Hugging Face's layout: safetensors, config, tokenizer.
 
@@ -31,6 +34,7 @@ def convert_checkpoint(
         destination_dir: another directory; weights in it are replaced.
         dtype: to cast the tensors to; None keeps each as it is.
         max_shard_size: the largest file, such as "5GB".
+        config: written in place of the checkpoint's own.
 
     Raises:
         CheckpointError: the source is not a checkpoint, or the destination cannot be written.
@@ -38,7 +42,8 @@ def convert_checkpoint(
     """
     source_path, destination = Path(source_path), Path(destination_dir)
     kind = None if dtype is None else parameter_dtype(dtype)
-    source, config = open_checkpoint(source_path)
+    source, own_config = open_checkpoint(source_path)
+    config = config or own_config
     if destination.exists() and destination.samefile(source_path):
         raise CheckpointError(f"{destination} is the checkpoint itself; name another directory")
     if destination.exists() and not destination.is_dir():
@@ -56,7 +61,13 @@ def convert_checkpoint(
                 )
                 (work / name).write_text(text, encoding="utf-8")
         else:
-            for path in source_path.iterdir():
-                if path.is_file() and path.name != CONFIG and not path.name.endswith(WEIGHT_SUFFIXES):
-                    shutil.copyfile(path, work / path.name)
+            for path in files_beside_weights(source_path):
+                shutil.copyfile(path, work / path.name)
         config.replace(extra=extra).save_pretrained(work)
+
+
+def files_beside_weights(directory: Path) -> Iterator[Path]:
+    """What belongs to a checkpoint besides its weights and its config: the tokenizer above all."""
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.name != CONFIG and not path.name.endswith(WEIGHT_SUFFIXES):
+            yield path

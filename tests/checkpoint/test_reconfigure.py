@@ -1,0 +1,100 @@
+"""A checkpoint under another config: its weights bit for bit, and what transformers makes of it."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from reference import LONG, distance, pair, run, small_config
+
+from phi3_jax import CheckpointError, Phi3Config, Phi3ForCausalLM, convert_checkpoint
+from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
+
+ENTRY = {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": LONG, "attention_factor": 1.07}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    pair("causal", small_config(), folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="40KB")
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    return folder
+
+
+def stretched(source: Path) -> Phi3Config:
+    return Phi3Config.from_pretrained(source).replace(rope_scaling=ENTRY, max_position_embeddings=256)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_weights_are_linked_and_transformers_agrees(source, tmp_path):
+    reconfigure_checkpoint(source, tmp_path / "out", stretched(source))
+    before, after = contents(source), contents(tmp_path / "out")
+    assert after.keys() == before.keys() - {"pytorch_model.bin"}
+    assert [name for name in after if after[name] != before[name]] == ["config.json"]
+    shards = sorted(source.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert all(path.samefile(tmp_path / "out" / path.name) for path in shards)
+    assert not (source / "tokenizer.json").samefile(tmp_path / "out" / "tokenizer.json")
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    ours = Phi3ForCausalLM.from_pretrained(tmp_path / "out")
+    for length in (64, 65):  # both sides of the switch
+        ids = np.random.default_rng(length).integers(4, 96, (1, length))
+        with torch.no_grad():
+            expected = theirs(torch.tensor(ids), use_cache=False).logits
+        assert distance(run(ours, input_ids=ids).logits, expected) <= 1e-5
+    plain = run(Phi3ForCausalLM.from_pretrained(source), input_ids=ids).logits
+    assert distance(plain, expected) > 1e-2
+
+
+def test_again_and_where_links_are_impossible(source, tmp_path, monkeypatch):
+    config = stretched(source)
+    reconfigure_checkpoint(source, tmp_path / "out", config)
+    linked = contents(tmp_path / "out")
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    reconfigure_checkpoint(source, tmp_path / "out", config)
+    assert contents(tmp_path / "out") == linked
+    shard = next(source.glob("*.safetensors"))
+    assert not shard.samefile(tmp_path / "out" / shard.name)
+
+
+def test_the_hubs_cache_has_symbolic_links(source, tmp_path):
+    hub = tmp_path / "hub" / "snapshot"
+    hub.mkdir(parents=True)
+    for path in source.iterdir():
+        (hub / path.name).symlink_to(Path("..") / ".." / "source" / path.name)
+    reconfigure_checkpoint(hub, tmp_path / "out", stretched(hub))
+    found = list((tmp_path / "out").iterdir())
+    assert found
+    assert not any(path.is_symlink() for path in found)
+
+
+def test_what_is_refused(source, tmp_path):
+    config = stretched(source)
+    with pytest.raises(CheckpointError, match="is the checkpoint itself"):
+        reconfigure_checkpoint(source, source, config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="there is a file of that name"):
+        reconfigure_checkpoint(source, tmp_path / "file", config)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_convert_takes_a_config(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "out", config=stretched(source))
+    written = Phi3Config.from_pretrained(tmp_path / "out")
+    assert written.rope_scaling == stretched(source).rope_scaling
+    assert written.max_position_embeddings == 256
