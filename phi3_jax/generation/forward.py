@@ -28,11 +28,14 @@ def feed(
     columns = state.cache.length[:, None] + jnp.arange(width)  # [L, width]
     ids = jnp.take_along_axis(state.sequences.ids, columns, axis=1, mode="clip")
     mask = jnp.take_along_axis(state.sequences.mask, columns, axis=1, mode="clip")
+    fed = mask & (jnp.arange(width) < count[:, None])
+    positions = jnp.maximum(state.cache.tokens[:, None] + jnp.cumsum(fed, axis=1) - 1, 0)
     out = model(
         ids,
-        mask & (jnp.arange(width) < count[:, None]),
+        fed,
         past_key_values=state.cache,
         rope_length=rope.length(state.sequences.tokens),
+        **rope.given(positions),
         **arguments,
     )
     assert out.past_key_values is not None
@@ -97,6 +100,13 @@ def apply_all(
 
 def needs_refill(config: Phi3Config, state: State, rope: RopeChoice) -> Bool[Array, " L"]:
     """Lanes whose cache was computed under another rope list than their next column asks for."""
-    return ~state.finished & rope_list_changes(
-        config, state.cache.rope_length, rope.length(state.sequences.tokens)
-    )
+    return ~state.finished & list_changes(config, rope, state.cache.rope_length, state.sequences.tokens)
+
+
+def list_changes(
+    config: Phi3Config, rope: RopeChoice, computed: Int[Array, " L"], tokens: Int[Array, " L"]
+) -> Bool[Array, " L"]:
+    """Lanes that ask for another rope list with so many tokens than for the length that was computed with."""
+    if rope.inv_freq is not None:
+        return jnp.zeros(tokens.shape, bool)
+    return rope_list_changes(config, computed, rope.length(tokens))

@@ -1,8 +1,9 @@
 """A call of generate, checked and made ready: prompts as lanes, settings, processors, criteria, cache."""
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -53,6 +54,8 @@ class Request:
         streamer: Any = None,
         tokenizer: Any = None,
         seed: int | None = None,
+        inv_freq: Any = None,
+        attention_scaling: Any = None,
         step_by_step: bool = False,
         **overrides: Any,
     ):
@@ -72,6 +75,7 @@ class Request:
         self.batch = len(self.ids)
         self.times = max(chosen.num_beams, chosen.num_return_sequences)
         self.rows = self.batch * self.times
+        self.inv_freq, self.attention_scaling = self._frequencies(inv_freq, attention_scaling)
         self.negative = self._negative_prompts(negative_prompt_ids, negative_prompt_attention_mask)
 
         user = list(logits_processor or ())
@@ -107,6 +111,28 @@ class Request:
         return checked_prompts(
             self.compiled.model.config, ids, mask, chosen.pad_token_id, chosen.eos_token_ids
         )
+
+    def _frequencies(self, inv_freq: Any, scaling: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """What the user gives in place of the config's, for each row."""
+        half, batch = self.compiled.model.config.rotary_dim // 2, self.batch
+        if inv_freq is not None:
+            inv_freq = np.asarray(inv_freq, np.float32)
+            fits = inv_freq.ndim in (1, 2, 3) and inv_freq.shape[-1] == half
+            if not fits or (inv_freq.ndim > 1 and inv_freq.shape[0] not in (1, batch)):
+                raise ValueError(
+                    f"inv_freq has shape {list(inv_freq.shape)}; expected [{half}], [{batch}, {half}] or, "
+                    f"by position, [{batch}, positions, {half}]"
+                )
+            inv_freq = np.atleast_2d(inv_freq)
+            inv_freq = np.broadcast_to(inv_freq, (batch, *inv_freq.shape[1:]))
+        if scaling is not None:
+            scaling = np.asarray(scaling, np.float32)
+            if scaling.shape not in ((), (1,), (batch,)):
+                raise ValueError(
+                    f"attention_scaling has shape {list(scaling.shape)}; expected a number or [{batch}]"
+                )
+            scaling = np.broadcast_to(scaling, (batch,))
+        return inv_freq, scaling
 
     def _negative_prompts(self, ids: Any, mask: Any) -> list[np.ndarray] | None:
         """Each row's unconditional prompt, if there are any."""
@@ -198,7 +224,7 @@ class Request:
         return Engine(
             self.compiled,
             Layout(lanes, self.past),
-            self.settings(model.config, lanes),
+            self.settings(model.config, lanes, self._own_frequencies(len(lanes))),
             max_new_tokens=self.config.max_new_tokens,
             new_cache=self.new_cache if self.past is None else partial(_cache_like, model, self.past),
             past=self.past,
@@ -229,7 +255,11 @@ class Request:
         engine = Engine(
             self.compiled,
             Layout([*rows, *dummies]),
-            self.settings(self.compiled.model.config, prompts + dummies)._replace(guidance_scale=None),
+            self.settings(
+                self.compiled.model.config,
+                prompts + dummies,
+                self._own_frequencies(len(rows) + len(dummies), len(rows) // self.batch, twins=False),
+            )._replace(guidance_scale=None),
             max_new_tokens=1,
             new_cache=self.new_cache,
             grows=not self.slides,
@@ -247,7 +277,19 @@ class Request:
             sliding=kind == "sliding_window",
         )
 
-    def settings(self, model_config: Phi3Config, lanes: Sequence[Int[np.ndarray, " n"]]) -> Settings:
+    def _own_frequencies(self, lanes: int, times: int = 1, twins: bool = True) -> dict[str, Any]:
+        """Those that the user gave, for lanes that have each row `times` times, and dummies and twins."""
+        lanes_of_rows = lanes // 2 if twins and self.guided else lanes
+        rows = np.minimum(np.arange(lanes) % lanes_of_rows // times, self.batch - 1)
+        given = {"inv_freq": self.inv_freq, "attention_scaling": self.attention_scaling}
+        return {name: jnp.asarray(x[rows]) for name, x in given.items() if x is not None}
+
+    def settings(
+        self,
+        model_config: Phi3Config,
+        lanes: Sequence[Int[np.ndarray, " n"]],
+        frequencies: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Settings:
         chosen = self.config
         key = None
         if chosen.do_sample:
@@ -259,7 +301,9 @@ class Request:
             after=self.after,
             end_tokens=jnp.asarray(chosen.eos_token_ids, jnp.int32),
             max_new_tokens=jnp.int32(chosen.max_new_tokens),
-            rope=_rope_choice(model_config, chosen.rope_list, lanes, chosen.max_new_tokens),
+            rope=_rope_choice(model_config, chosen.rope_list, lanes, chosen.max_new_tokens)._replace(
+                **frequencies
+            ),
             key=key,
             guidance_scale=jnp.float32(chosen.guidance_scale) if self.guided else None,
         )

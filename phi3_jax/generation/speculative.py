@@ -11,12 +11,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from phi3_jax.generation.forward import Records, apply_all, feed, kept, needs_refill, next_logits, process
+from phi3_jax.generation.forward import (
+    Records,
+    apply_all,
+    feed,
+    kept,
+    list_changes,
+    needs_refill,
+    next_logits,
+    process,
+)
 from phi3_jax.generation.sampling import Report, choose, row_keys, run_steps
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import NO_TOKEN, Settings, State, append
 from phi3_jax.model import KVCache, Phi3ForCausalLM
-from phi3_jax.model.rope import rope_list_changes
 
 ENDLESS = jnp.iinfo(jnp.int32).max
 DRAFT_DRAWS, ACCEPT_DRAWS = 1 << 30, (1 << 30) + 1
@@ -145,7 +153,7 @@ def draft_limit(config: Any, sequences: Sequences, settings: Settings, most: int
     limit = jnp.clip(settings.max_new_tokens - sequences.new - 1, 0, most)
     if "long_factor" in dict(config.rope_scaling.parameters):
         tokens = sequences.tokens
-        crosses = rope_list_changes(config, settings.rope.length(tokens), settings.rope.length(tokens + most))
+        crosses = list_changes(config, settings.rope, settings.rope.length(tokens), tokens + most)
         within = jnp.maximum(config.original_max_position_embeddings - tokens, 0)
         limit = jnp.where(crosses, jnp.minimum(limit, within), limit)
     return limit

@@ -67,10 +67,13 @@ class State:
 
 
 class RopeChoice(NamedTuple):
-    """How the rope list of a lane follows from its tokens."""
+    """How the rope list of a lane follows from its tokens; or the frequencies themselves."""
 
     least: Int[Array, " L"]
     most: Int[Array, ""]
+    inv_freq: Float[Array, "L P"] | Float[Array, "L S P"] | None = None
+    """In place of the config's: of each lane, or of each of its positions (the last one's from there on)."""
+    attention_scaling: Float[Array, " L"] | None = None
 
     def length(self, tokens: Int[Array, " L"]) -> Int[Array, " L"]:
         """The length for which the list is chosen when a lane has `tokens` tokens."""
@@ -78,7 +81,16 @@ class RopeChoice(NamedTuple):
 
     def take(self, lanes: Int[Array | np.ndarray, " n"]) -> "RopeChoice":
         """Of those lanes, in that order."""
-        return RopeChoice(self.least[lanes], self.most)
+        given = (None if x is None else x[lanes] for x in (self.inv_freq, self.attention_scaling))
+        return RopeChoice(self.least[lanes], self.most, *given)
+
+    def given(self, positions: Int[Array, "L T"]) -> dict[str, Array]:
+        """What the model is told of frequencies, for tokens at these positions."""
+        inv_freq = self.inv_freq
+        if inv_freq is not None and inv_freq.ndim == 3:
+            inv_freq = jnp.take_along_axis(inv_freq, positions[:, :, None], axis=1, mode="clip")
+        told = {"inv_freq": inv_freq, "attention_scaling": self.attention_scaling}
+        return {name: value for name, value in told.items() if value is not None}
 
 
 class Settings(NamedTuple):

@@ -146,6 +146,9 @@ class Phi3ForCausalLM(_Headed):
                 tokenizer: for `stop_strings`.
                 assistant_model: a small model that drafts tokens; `prompt_lookup_num_tokens` drafts without.
                 negative_prompt_ids, negative_prompt_attention_mask: what `guidance_scale` guides away from.
+                inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2]
+                    or, for positions 0, 1, ..., [B, positions, rotary_dim / 2] (behind them, the last one's).
+                attention_scaling: factor on cosine and sine in place of the config's, a number or [B].
                 streamer: `put` gets the prompts, then every step's tokens, `end` comes last.
                 seed: of the draws; default: another one for every call.
 

@@ -1,0 +1,162 @@
+"""The pass key task (Mohtashami and Jaggi, arXiv:2305.16300): a number in a long text, asked for at its end.
+
+Prompts have an exact number of tokens, and are the same for every rope that is compared.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from phi3_jax.tokenizer import Phi3Tokenizer
+
+TASK = "One line of the text below holds a pass key. Read the text and remember the pass key.\n\n"
+KEY = "The pass key is {key}. Remember it: {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key?"
+BEGUN = "\nThe pass key is"
+"""How the answer begins where no template asks for one."""
+
+FILLER = (
+    "The kettle was put on the stove before anyone came down.",
+    "A grey cat slept on the wall in the sun.",
+    "Somebody had left the gate open again.",
+    "The road goes along the river and over the bridge.",
+    "In the garden the pears were nearly ripe.",
+    "Rain fell in the hills, and the valley stayed dry.",
+    "The baker closes early when the fair is in town.",
+    "A boat lay on the sand with its oars beside it.",
+    "They talked about the weather and then about nothing.",
+    "The clock in the hall is always a little slow.",
+    "Two boys carried a ladder past the window.",
+    "Snow stays longest on the north side of the roof.",
+    "The letters were tied with a blue ribbon.",
+    "At the market they sell apples, rope and candles.",
+    "The old dog knew the way home by itself.",
+    "Wind moved the curtains, and the lamp went out.",
+    "The train was late, so we walked to the next village.",
+    "Nobody remembered who had planted the oak.",
+    "The soup needs salt, and the bread is still warm.",
+    "Behind the mill the path turns towards the wood.",
+)
+"""Lines that say nothing, and no number."""
+
+KEYS = (10_000, 100_000)
+"""Keys have five digits."""
+
+_SLOT = "\ue000text\ue000"
+"""Marks in a rendered conversation where the text goes; for private use, so that no template has it."""
+
+_NUMBER = re.compile(r"\d+(?:,\d{3})*")
+
+
+class Case(NamedTuple):
+    """A prompt: of `length` tokens with the answer's, the key at `depth` (0: the first line, 1: the last)."""
+
+    length: int
+    depth: float
+    trial: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is given, and what it is to say."""
+
+    ids: list[int]
+    key: str
+
+
+@dataclass(frozen=True)
+class PasskeyPrompts:
+    """Makes prompts for one tokenizer.
+
+    The filler's lines go round from a line drawn for each case; the first of them is cut from the left, so
+    that the prompt has its exact length.
+
+    Args:
+        answer_tokens: room for the answer, which counts as part of a case's length.
+        template: put the task into a user's message of the chat template; else the answer is begun.
+        filler: lines of text.
+        seed: of keys and first lines.
+    """
+
+    tokenizer: Phi3Tokenizer
+    answer_tokens: int
+    template: bool
+    filler: Sequence[str] = FILLER
+    seed: int = 0
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Ids before the text and behind it."""
+        encode = self.tokenizer.encode
+        if not self.template:
+            return encode(TASK), encode(QUESTION + BEGUN, add_special_tokens=False)
+        conversation = [{"role": "user", "content": TASK + _SLOT + QUESTION}]
+        text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        before, slot, behind = text.partition(_SLOT)
+        if not slot:
+            raise ValueError("the chat template leaves out what the user says; use --raw")
+        return encode(before, add_special_tokens=False), encode(behind, add_special_tokens=False)
+
+    @cached_property
+    def lines(self) -> list[list[int]]:
+        """The filler's ids, line by line."""
+        lines = (line.strip() for line in self.filler)
+        ids = [self.tokenizer.encode(line + "\n", add_special_tokens=False) for line in lines if line]
+        if not ids:
+            raise ValueError("the text for the filler is empty")
+        return ids
+
+    @cached_property
+    def shortest(self) -> int:
+        """A length that has room for all that must be, and some filler."""
+        before, behind = self.frame
+        longest_key = max(len(self._key_line(str(key))) for key in (KEYS[0], KEYS[1] - 1, 77_777))
+        return len(before) + longest_key + len(behind) + 1 + self.answer_tokens
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """Whether prompts can be made.
+
+        Raises:
+            ValueError: a length that has no room for question, key and answer.
+        """
+        for length in lengths:
+            if length < self.shortest:
+                raise ValueError(
+                    f"length {length} is too short: question, pass key and {self.answer_tokens} tokens of "
+                    f"answer need {self.shortest}"
+                )
+
+    def __call__(self, case: Case) -> Prompt:
+        """The prompt of a case: `case.length` tokens less those of the answer."""
+        draws = np.random.default_rng([self.seed, case.length, round(1e6 * case.depth), case.trial])
+        key = str(draws.integers(*KEYS))
+        first = int(draws.integers(len(self.lines)))
+        before, behind = self.frame
+        needle = self._key_line(key)
+        room = case.length - self.answer_tokens - len(before) - len(needle) - len(behind)
+        text, ends = self._filler(first, room)
+        at = min([0, *ends], key=lambda end: abs(end - case.depth * room))
+        return Prompt([*before, *text[:at], *needle, *text[at:], *behind], key)
+
+    def _key_line(self, key: str) -> list[int]:
+        return self.tokenizer.encode(KEY.format(key=key), add_special_tokens=False)
+
+    def _filler(self, first: int, room: int) -> tuple[list[int], list[int]]:
+        """`room` tokens of lines that follow upon `first`, and where each line ends."""
+        text: list[int] = []
+        ends: list[int] = []
+        while len(text) < room:
+            text += self.lines[(first + len(ends)) % len(self.lines)]
+            ends.append(len(text))
+        excess = len(text) - room
+        return text[excess:], [end - excess for end in ends if end > excess]
+
+
+def found(answer: str, key: str) -> bool:
+    """Whether the key is the first number of the answer."""
+    number = _NUMBER.search(answer)
+    return number is not None and number.group().replace(",", "") == key
