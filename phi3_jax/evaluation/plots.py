@@ -55,7 +55,7 @@ def curves(task: str, log: Sequence[Mapping[str, Any]], metric: str, best_step: 
             ax.axvline(best_step, color=GREY, linewidth=1, linestyle=":", label="best step")
         if name == "learning_rate":
             ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-        _plain(ax)
+        plain(ax)
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=9, loc="upper right", edgecolor="none", framealpha=0.9)
     figure.align_ylabels()
@@ -159,7 +159,7 @@ def scatter(
         ax.set_ylabel("Predicted value")
         ax.set_title(_short(names[output]), fontsize=11, parse_math=False)
         ax.legend(frameon=False, fontsize=9, loc="upper left")
-        _plain(ax)
+        plain(ax)
     return figure
 
 
@@ -171,7 +171,8 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(work, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
 
 
-def _plain(ax: Axes) -> None:
+def plain(ax: Axes) -> None:
+    """Axes without a box, on a light grid."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="#E8E8E8", linewidth=0.8)
     ax.set_axisbelow(True)

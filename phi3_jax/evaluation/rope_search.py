@@ -158,6 +158,8 @@ class RopeSearch:
     def __init__(self, space: Space, evolution: Evolution, known: Mapping[str, Individual]):
         self.space, self.evolution, self.known = space, evolution, dict(known)
         self.scored: list[Scored] = []
+        self.iterations: list[int] = []
+        """In which each of them was measured."""
         self.iteration = 0
         """0: the first population."""
         self._seen: set[Individual] = set()
@@ -190,6 +192,7 @@ class RopeSearch:
             raise ValueError(f"{len(perplexities)} perplexities for {len(self._generation)} that are waiting")
         for individual, perplexity in zip(self._generation, perplexities, strict=False):
             self.scored.append(Scored(individual, math.inf if math.isnan(perplexity) else float(perplexity)))
+            self.iterations.append(self.iteration)
         self._generation = self._generation[len(perplexities) :]
         while not self._generation and self.iteration < self.evolution.iterations:
             self.iteration += 1

@@ -34,17 +34,7 @@ class Pipeline:
         Raises:
             CheckpointError: the model cannot be loaded, or it comes without a tokenizer.
         """
-        if path.suffix == ".gguf":
-            files = GGUFSource(path).tokenizer_files()
-            if "tokenizer.json" not in files:
-                raise CheckpointError(f"{path} holds no tokenizer")
-            backend = JsonBackend(json.dumps(files["tokenizer.json"]))
-            tokenizer = Phi3Tokenizer(backend, _object(files.get("tokenizer_config.json")))
-        else:
-            try:
-                tokenizer = Phi3Tokenizer.from_pretrained(path)
-            except FileNotFoundError as error:
-                raise CheckpointError(str(error)) from error
+        tokenizer = load_tokenizer(path)
         model = load_model(Phi3ForCausalLM, path, dtype=dtype, mesh=mesh)
         if len(tokenizer) > model.config.vocab_size:
             raise CheckpointError(
@@ -55,6 +45,24 @@ class Pipeline:
         if told.eos_token_id is None or told.extra.get("_from_model_config"):
             model.generation_config = told.replace(eos_token_id=end_tokens(model, tokenizer))
         return cls(CompiledModel(model), tokenizer)
+
+
+def load_tokenizer(path: Path) -> Phi3Tokenizer:
+    """The tokenizer of a directory in Hugging Face's layout or of a GGUF file.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if path.suffix == ".gguf":
+        files = GGUFSource(path).tokenizer_files()
+        if "tokenizer.json" not in files:
+            raise CheckpointError(f"{path} holds no tokenizer")
+        backend = JsonBackend(json.dumps(files["tokenizer.json"]))
+        return Phi3Tokenizer(backend, _object(files.get("tokenizer_config.json")))
+    try:
+        return Phi3Tokenizer.from_pretrained(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def end_tokens(model: Phi3ForCausalLM, tokenizer: Phi3Tokenizer) -> list[int]:

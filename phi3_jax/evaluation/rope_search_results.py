@@ -1,0 +1,180 @@
+"""What a search for rope factors leaves: the factors, its history, a figure, and a model that has them."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.box import SIMPLE
+from rich.table import Table
+
+from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
+from phi3_jax.config import Phi3Config
+from phi3_jax.evaluation import plots
+from phi3_jax.evaluation.files import json_value
+from phi3_jax.evaluation.rope_search import RopeSearch, Scored
+from phi3_jax.files import replacing
+
+FACTORS, HISTORY, FIGURE, MODEL = "factors.json", "history.csv", "search.png", "model"
+
+KNOWN_COLOURS = {
+    "none": "#6E6E6E",
+    "linear": "#56B4E9",
+    "ntk": "#E69F00",
+    "yarn": "#009E73",
+    "model": "#CC79A7",
+}
+
+
+def write_results(
+    output: Path, search: RopeSearch, asked: Mapping[str, Any], model: Path, config: Phi3Config
+) -> None:
+    """Writes factors.json, history.csv, search.png and model/; each changes as a whole.
+
+    Args:
+        model: the checkpoint that was searched on.
+        config: of the model directory, which has the best factors that a config can express.
+    """
+    reconfigure_checkpoint(model, output / MODEL, config)
+    with replacing(output / FACTORS) as work:
+        text = json.dumps(json_value(_factors(search, asked, config)), indent=2, ensure_ascii=False)
+        work.write_text(text + "\n", encoding="utf-8")
+    with replacing(output / HISTORY) as work, work.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(_history(search))
+    plots.save(figure(search), output / FIGURE)
+
+
+def _factors(search: RopeSearch, asked: Mapping[str, Any], config: Phi3Config) -> dict[str, Any]:
+    """The best rope as `--rope longrope:@factors.json` takes it, and what it follows from."""
+    best, plain = search.best(), search.best(initial_tokens=0)
+    about: dict[str, Any] = {
+        "perplexity": best.perplexity,
+        "known": {name: scored.perplexity for name, scored in known_scores(search).items()},
+        "measured": len(search.scored),
+        "asked": asked,
+    }
+    if best.individual.initial_tokens:
+        about["best_without_initial_tokens"] = plain.individual._asdict() | {"perplexity": plain.perplexity}
+    return {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * len(best.individual.factors),
+        "long_factor": best.individual.factors,
+        "attention_factor": best.individual.attention_factor,
+        "original_max_position_embeddings": config.original_max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initial_tokens": best.individual.initial_tokens,
+        "about": about,
+    }
+
+
+def known_scores(search: RopeSearch) -> dict[str, Scored]:
+    """What was measured of the methods that the search starts from, by name."""
+    measured = {each.individual: each for each in search.scored}
+    return {name: measured[individual] for name, individual in search.known.items()}
+
+
+def _history(search: RopeSearch) -> Iterator[Sequence[Any]]:
+    pairs = len(search.scored[0].individual.factors)
+    yield [
+        "evaluation",
+        "iteration",
+        "known_as",
+        "perplexity",
+        "best",
+        "initial_tokens",
+        "attention_factor",
+        *(f"factor_{pair}" for pair in range(pairs)),
+    ]
+    names = {individual: name for name, individual in search.known.items()}
+    best = float("inf")
+    for number, (iteration, (individual, perplexity)) in enumerate(
+        zip(search.iterations, search.scored, strict=True), start=1
+    ):
+        if individual in search.space:
+            best = min(best, perplexity)
+        yield [
+            number,
+            iteration,
+            names.get(individual, ""),
+            perplexity,
+            best,
+            individual.initial_tokens,
+            individual.attention_factor,
+            *individual.factors,
+        ]
+
+
+def figure(search: RopeSearch) -> Figure:
+    """Perplexity by evaluation, and the factors that were found beside those of the known methods."""
+    drawn = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    _draw_progress(left, search)
+    _draw_factors(right, search)
+    return drawn
+
+
+def _draw_progress(ax: Axes, search: RopeSearch) -> None:
+    iterations = np.array(search.iterations)
+    values = np.array([each.perplexity for each in search.scored])
+    inside = np.array([each.individual in search.space for each in search.scored])
+    numbers = np.arange(1, len(values) + 1)
+    best = np.minimum.accumulate(np.where(inside, values, np.inf))
+    ax.scatter(numbers, values, s=10, color=plots.BLUE, alpha=0.35, linewidths=0, label="each")
+    means = [
+        (numbers[here].mean(), values[here].mean())
+        for iteration in range(iterations.max() + 1)
+        if np.isfinite(values[here := (iterations == iteration) & np.isfinite(values)]).any()
+    ]
+    ax.plot(
+        *zip(*means, strict=True), color=plots.GREY, marker="o", markersize=3, label="mean of an iteration"
+    )
+    ax.step(numbers, best, where="post", color=plots.ORANGE, linewidth=1.8, label="best so far")
+    for name, scored in known_scores(search).items():
+        ax.axhline(scored.perplexity, color=KNOWN_COLOURS[name], linewidth=1, linestyle="--", label=name)
+    # What is far worse than the best would press all else onto a line.
+    finite = values[np.isfinite(values)]
+    low, high = finite.min(), np.quantile(finite, 0.9)
+    room = 0.08 * (high - low) or 0.01 * low
+    ax.set_ylim(low - room, high + room)
+    ax.set_xlabel("Evaluation")
+    ax.set_ylabel("Perplexity")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(fontsize=8, edgecolor="none", framealpha=0.9, loc="upper right")
+    plots.plain(ax)
+
+
+def _draw_factors(ax: Axes, search: RopeSearch) -> None:
+    for name, individual in search.known.items():
+        ax.plot(individual.factors, color=KNOWN_COLOURS[name], linewidth=1.2, linestyle="--", label=name)
+    best, plain = search.best().individual, search.best(initial_tokens=0).individual
+    label = f"found, attention factor {best.attention_factor:.4f}"
+    if best.initial_tokens:
+        label += f", {best.initial_tokens} tokens unscaled"
+        ax.plot(plain.factors, color=plots.BLUE, linewidth=1.5, label="found, none unscaled")
+    ax.plot(best.factors, color=plots.ORANGE, linewidth=2, marker=".", label=label)
+    ax.set_xlabel("Pair of dims, fast to slow")
+    ax.set_ylabel("Wavelength, in units of plain rope's")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(fontsize=8, edgecolor="none", framealpha=0.9, loc="upper left")
+    plots.plain(ax)
+
+
+def table(search: RopeSearch) -> Table:
+    """The known methods and what was found, the best first."""
+    rows = known_scores(search)
+    best, plain = search.best(), search.best(initial_tokens=0)
+    rows["found"] = best
+    if best != plain:
+        rows["found, none unscaled"] = plain
+    made = Table("rope", "perplexity", "attention factor", "unscaled tokens", box=SIMPLE)
+    for name, scored in sorted(rows.items(), key=lambda row: row[1].perplexity):
+        genes = scored.individual
+        made.add_row(
+            name, f"{scored.perplexity:.4f}", f"{genes.attention_factor:.4f}", str(genes.initial_tokens)
+        )
+    return made

@@ -1,0 +1,234 @@
+"""`phi3-jax rope search` on a small random model: what it measures, leaves, and goes on with."""
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from compilations import compilations
+from reference import distance, run
+from small_checkpoint import write_checkpoint
+
+from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.evaluation import rope_search_run
+from phi3_jax.evaluation.rope_search import Evolution
+from phi3_jax.evaluation.rope_search_run import search_ropes
+from phi3_jax.evaluation.scorer import Scorer
+from phi3_jax.rope_argument import parse_rope
+
+LENGTH = 96
+EVOLUTION = Evolution(population=8, iterations=2, parents=3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained on 32 tokens, as far as it knows."""
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"max_position_embeddings": 32, "original_max_position_embeddings": 32}
+    write_checkpoint(folder, num_hidden_layers=2, initializer_range=0.2, pad_token_id=0, **sizes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    draws = random.Random(3)
+    path.write_text(" ".join(draws.choice(["What", "is", "the", "capital", "of", "x"]) for _ in range(600)))
+    return path
+
+
+def search(model: Path, text: Path, output: Path, **changes: Any) -> Any:
+    asked = {"length": LENGTH, "windows": 2, "evolution": EVOLUTION, "batch_size": 3, "dtype": "float32"}
+    return search_ropes(model, text, output, **asked | {"show": False} | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    search(model, text, output, initial_tokens=(0, 4))
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def windows(model: Path, text: Path) -> list[list[int]]:
+    ids = Phi3Tokenizer.from_pretrained(model).encode(text.read_text())
+    return [ids[:LENGTH], ids[len(ids) // 2 :][:LENGTH]]
+
+
+def test_files(whole: Path) -> None:
+    assert {path.name for path in whole.iterdir()} == {
+        "factors.json",
+        "history.csv",
+        "model",
+        "search.png",
+        "state.json",
+    }
+    factors = json.loads((whole / "factors.json").read_text())
+    assert factors["rope_type"] == "longrope"
+    assert factors["short_factor"] == [1.0] * 6
+    assert (factors["original_max_position_embeddings"], factors["max_position_embeddings"]) == (32, LENGTH)
+    assert list(factors["about"]["known"]) == ["none", "linear", "ntk", "yarn"]
+    assert factors["about"]["perplexity"] <= min(factors["about"]["known"].values())
+    with (whole / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == factors["about"]["measured"] == 8 + 2 * 5
+    assert [row["known_as"] for row in rows[:5]] == ["none", "linear", "ntk", "yarn", ""]
+    assert [int(row["iteration"]) for row in rows] == [0] * 8 + [1] * 5 + [2] * 5
+    assert {row["initial_tokens"] for row in rows} == {"0", "4"}
+    best = min(rows, key=lambda row: float(row["perplexity"]))
+    assert float(best["perplexity"]) == factors["about"]["perplexity"] == float(rows[-1]["best"])
+    assert [float(best[f"factor_{pair}"]) for pair in range(6)] == factors["long_factor"]
+    assert (whole / "search.png").stat().st_size > 10_000
+
+
+def test_perplexities_are_transformers(model: Path, text: Path, whole: Path) -> None:
+    """Of each method's frequencies, and of the model directory as transformers loads it."""
+    about = json.loads((whole / "factors.json").read_text())["about"]
+    config = Phi3Config.from_pretrained(model)
+    lists = Phi3Config.from_pretrained(whole / "model").rope_scaling
+    state = json.loads((whole / "state.json").read_text())["entries"]
+    unscaled = [entry for entry in state if entry["initial_tokens"] == 0]
+    best = min(unscaled, key=lambda entry: entry["perplexity"])
+    assert dict(lists.parameters)["long_factor"] == tuple(best["factors"])
+
+    def theirs(folder: Path, rope: tuple[Any, float] | None) -> float:
+        reference = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        if rope is not None:
+            rotary = reference.model.rotary_emb
+            rotary.inv_freq, rotary.attention_scaling = torch.tensor(np.array(rope[0])), rope[1]
+        losses = []
+        for part in windows(model, text):
+            ids = torch.tensor([part])
+            with torch.no_grad():
+                losses.append(float(reference(ids, labels=ids, use_cache=False).loss))
+        return float(np.exp(np.mean(losses)))
+
+    assert theirs(whole / "model", None) == pytest.approx(best["perplexity"], rel=1e-5)
+    for name in ("none", "linear:factor=3", "yarn:factor=3"):
+        applied = parse_rope(name).apply(config)
+        rope = applied.rope_scaling.frequencies(applied.rope_base, np.array([LENGTH]))
+        assert theirs(model, rope) == pytest.approx(about["known"][name.partition(":")[0]], rel=1e-5), name
+    assert len({round(value, 3) for value in about["known"].values()}) == 4
+
+
+def test_transformers_loads_the_model_and_agrees(model: Path, whole: Path) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole / "model", attn_implementation="eager")
+    ours = Phi3ForCausalLM.from_pretrained(whole / "model", dtype="float32")
+    for length in (32, 33, LENGTH):
+        ids = np.random.default_rng(length).integers(5, 280, (1, length))
+        with torch.no_grad():
+            expected = theirs(torch.tensor(ids), use_cache=False).logits
+        assert distance(run(ours, input_ids=ids).logits, expected) <= 1e-5
+    weights = "model.safetensors"
+    assert (whole / "model" / weights).samefile(model / weights)
+
+
+def test_factors_are_a_rope_argument(whole: Path, model: Path, text: Path) -> None:
+    """What was measured is what other commands measure with the file."""
+    rope = parse_rope(f"longrope:@{whole / 'factors.json'}")
+    factors = json.loads((whole / "factors.json").read_text())
+    assert rope.initial_tokens == factors["initial_tokens"]
+    config = rope.apply(Phi3Config.from_pretrained(model))
+    assert (config.original_max_position_embeddings, config.max_position_embeddings) == (32, LENGTH)
+    scorer = Scorer(Phi3ForCausalLM.from_pretrained(model, dtype="float32"))
+    inv_freq, scaling = rope_search_run.frequencies_for(config, LENGTH)
+    losses = [
+        float(scorer.losses(np.array(part), inv_freq, scaling, initial_tokens=rope.initial_tokens)[0])
+        for part in windows(model, text)
+    ]
+    measured = np.exp(sum(losses) / (2 * (LENGTH - 1)))
+    assert measured == pytest.approx(factors["about"]["perplexity"], rel=1e-6)
+
+
+class Killed(BaseException):
+    """As good as a kill, between two windows of a batch."""
+
+
+@pytest.mark.parametrize("stop", [1, 5, 13])
+def test_it_goes_on_to_the_same_end(model, text, whole, tmp_path, monkeypatch, stop) -> None:
+    losses, calls = Scorer.losses, 0
+
+    def until(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > stop:
+            raise Killed
+        return losses(*arguments, **options)
+
+    monkeypatch.setattr(Scorer, "losses", until)
+    output = tmp_path / "out"
+    with pytest.raises(Killed):
+        search(model, text, output, initial_tokens=(0, 4))
+    monkeypatch.setattr(Scorer, "losses", losses)
+    done = search(model, text, output, initial_tokens=(0, 4))
+    assert done.fresh < 18 or stop == 1
+    assert contents(output) == contents(whole)
+
+
+def test_a_finished_search_needs_no_model(model, text, whole, monkeypatch) -> None:
+    before = contents(whole)
+    monkeypatch.setattr(rope_search_run.Pipeline, "load", None)
+    assert search(model, text, whole, initial_tokens=(0, 4)).fresh == 0
+    assert contents(whole) == before
+
+
+def test_one_program_for_all(model, text, tmp_path) -> None:
+    search(model, text, tmp_path / "warm", batch_size=4)
+    with compilations() as programs:
+        search(model, text, tmp_path / "out", batch_size=4, evolution=Evolution(9, 1, 2, 0.5, 7))
+    assert programs == []
+
+
+def test_something_else_is_refused(model, text, whole) -> None:
+    before = contents(whole)
+    with pytest.raises(ValueError, match=r"seed: 1 -> 2.*--overwrite"):
+        search(model, text, whole, initial_tokens=(0, 4), evolution=Evolution(8, 2, 3, 0.3, 2))
+    with pytest.raises(ValueError, match=r"initial_tokens: \[0, 4\] -> \[0\]"):
+        search(model, text, whole)
+    assert contents(whole) == before
+
+
+def test_a_models_own_rope_is_known_too(model, text, tmp_path) -> None:
+    own = tmp_path / "own"
+    search(model, text, tmp_path / "first")
+    done = search(tmp_path / "first" / "model", text, own, length=128)
+    known = json.loads((own / "factors.json").read_text())["about"]["known"]
+    assert list(known) == ["none", "linear", "ntk", "yarn", "model"]
+    first = Phi3Config.from_pretrained(tmp_path / "first" / "model")
+    np.testing.assert_allclose(
+        done.search.known["model"].factors, dict(first.rope_scaling.parameters)["long_factor"], rtol=1e-6
+    )
+    assert done.target.original == 32
+
+
+def test_errors_come_before_any_work(model, text, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(rope_search_run.Pipeline, "load", None)
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match="length=32 must be beyond the 32 tokens"):
+        search(model, text, output, length=32)
+    with pytest.raises(ValueError, match=r"tokens; 2 windows of 90,000 need 180,000"):
+        search(model, text, output, length=90_000)
+    with pytest.raises(ValueError, match=r"has 0 tokens behind the 9,999,999 that are skipped"):
+        search(model, text, output, skip_tokens=9_999_999)
+    with pytest.raises(ValueError, match="no room for the 4"):
+        search(model, text, output, evolution=Evolution(3, 1, 2))
+    with pytest.raises(ValueError, match="and 0 among them"):
+        search(model, text, output, initial_tokens=(4,))
+    assert not output.exists()
+
+
+def test_what_memory_cannot_hold(model, text, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("phi3_jax.evaluation.scorer.room_for", lambda _: 300)
+    with pytest.raises(ValueError, match="3 rows of 96 tokens need"):
+        search(model, text, tmp_path / "out")
+    search(model, text, tmp_path / "out", batch_size=None, overwrite=True)
+    assert json.loads((tmp_path / "out" / "state.json").read_text())["chosen"] == {"batch_size": 2}
