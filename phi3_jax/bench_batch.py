@@ -82,9 +82,9 @@ def run_batch_bench(model: Path, label: str, *, requests: int, rounds: int, dtyp
 def _ours(load: Load) -> Any:
     from phi3_jax.batch.continuous import ContinuousBatch, Prompt, columns_of
     from phi3_jax.batch.engine import MOST_SLOTS, SLOTS
-    from phi3_jax.batch.memory import room_for
     from phi3_jax.batch.sizes import choose_pools
     from phi3_jax.generation import CompiledModel
+    from phi3_jax.generation.memory import room_for
     from phi3_jax.model import Phi3ForCausalLM
 
     keep_freed_memory()  # as the commands do

@@ -111,7 +111,7 @@ class ChatSession:
         """
         ask = {"role": "user", "content": text}
         ids = self.tokenizer.apply_chat_template([*self.messages, ask], add_generation_prompt=True)
-        context = self.compiled.model.config.max_position_embeddings
+        context = self.compiled.model.config.context_length
         if len(ids) >= context:
             raise ContextFullError(
                 f"with this message the conversation has {len(ids)} tokens, and the model's context of "

@@ -98,7 +98,7 @@ def generate(
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    context = pipeline.compiled.model.config.max_position_embeddings
+    context = pipeline.compiled.model.config.context_length
     settings["max_new_tokens"] = max(1, min(max_new_tokens, context - len(ids)))
     settings["attention_mask"] = [[1] * len(ids)]  # no id means padding here
     if num_beams > 1:

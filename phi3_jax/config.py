@@ -231,6 +231,16 @@ class Phi3Config:
         )
 
     @property
+    def context_length(self) -> int:
+        """Tokens that a text may have: `max_position_embeddings`.
+
+        Dynamic NTK needs that to be the length of training, and reaches `factor` times as far.
+        """
+        if self.rope_scaling.rope_type != "dynamic":
+            return self.max_position_embeddings
+        return round(dict(self.rope_scaling.parameters)["factor"] * self.max_position_embeddings)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every end token. `generation_config.json` may list more."""
         if self.eos_token_id is None:
@@ -301,6 +311,11 @@ class Phi3Config:
             name: getattr(self, name) for name in _field_names() - {"extra", "rope_parameters", "num_labels"}
         }
         values["rope_scaling"] = self.rope_scaling.to_dict(self.rope_base)
+        if self.rope_scaling.rope_type in (
+            "yarn",
+            "llama3",
+        ):  # transformers 4 takes no other keys for longrope
+            values["rope_scaling"]["original_max_position_embeddings"] = self.original_max_position_embeddings
         if isinstance(self.eos_token_id, tuple):
             values["eos_token_id"] = list(self.eos_token_id)
         if self.id2label == _default_labels(2):

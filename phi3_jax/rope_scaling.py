@@ -293,8 +293,11 @@ class RopeScaling:
             raise ValueError(f"rope type {self.rope_type!r} is unknown; use one of {known}, or su (longrope)")
 
     @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any] | None) -> "RopeScaling":
-        """Read a rope entry in any spelling. Keys that the type does not know are kept, and reported."""
+    def from_dict(cls, mapping: Mapping[str, Any] | None, *, strict: bool = False) -> "RopeScaling":
+        """Read a rope entry in any spelling.
+
+        Keys that the type does not know are kept, and reported; `strict`: they are an error.
+        """
         parameters = {key: value for key, value in (mapping or {}).items() if value is not None}
         old_name, new_name = parameters.pop("type", None), parameters.pop("rope_type", None)
         name = _canonical(new_name or old_name, parameters)
@@ -305,6 +308,9 @@ class RopeScaling:
         frozen = ((k, tuple(v) if isinstance(v, list) else v) for k, v in parameters.items())
         scaling = cls(name, tuple(sorted(frozen)))
         if unknown := sorted(parameters.keys() - _keys(name).keys()):
+            if strict:
+                known = f"it takes {', '.join(_keys(name))}" if _keys(name) else "it takes nothing"
+                raise ValueError(f"rope type {name!r} has no use for {', '.join(unknown)}; {known}")
             logger.warning("rope_scaling: rope type %r has no use for %s", name, ", ".join(unknown))
         return scaling
 

@@ -11,13 +11,13 @@ from jinja2 import TemplateError
 
 from phi3_jax.batch.answers import Answer
 from phi3_jax.batch.continuous import Continuation, ContinuousBatch, Load, Prompt, columns_of
-from phi3_jax.batch.memory import room_for
 from phi3_jax.batch.options import RowOptions
 from phi3_jax.batch.prefixes import Prefixes
 from phi3_jax.batch.requests import BadRequestError, Request, request_of
 from phi3_jax.batch.scheduler import PoolSize
 from phi3_jax.batch.sizes import choose_pools
 from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.generation.memory import room_for
 from phi3_jax.generation.stopping import StopStringCriteria
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.sharding import shards
@@ -90,7 +90,7 @@ class Engine:
             )
         self._options = RowOptions.of(options, RowOptions())
         self._slots = None if slots is None else _whole("slots", slots)
-        context = self.compiled.model.config.max_position_embeddings
+        context = self.compiled.model.config.context_length
         if max_length is not None and not 2 <= max_length <= context:
             raise ValueError(f"max_length={max_length} must be from 2 to the model's context of {context}")
         self._room = room_for(self.compiled)

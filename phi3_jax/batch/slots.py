@@ -18,7 +18,6 @@ from phi3_jax.generation.sampling import loop
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, Settings, State
 from phi3_jax.model import KVCache, Phi3ForCausalLM
-from phi3_jax.sharding import shards
 
 STEPS = 8
 """Tokens a slot in one dispatch, at most: those behind an answer's end are computed in vain."""
@@ -83,7 +82,7 @@ class Slots:
         beginnings: "Beginnings",
     ):
         self._compiled, self._widths = compiled, sorted(widths)
-        self._groups = {width: lanes_for(compiled, rows) for rows, width in groups}
+        self._groups = {width: compiled.lanes_for(rows) for rows, width in groups}
         self.count, self.columns = count, columns
         self._state = self._empty(count, columns)
         self._end_tokens = jnp.asarray(list(end_tokens), jnp.int32)
@@ -106,7 +105,7 @@ class Slots:
         end = max(row.shared for row in rows) + start + fitting
         columns = min(self._stage_columns, _power_of_two(end))
         if start == 0:
-            lanes = self._groups[width] if grouped else lanes_for(self._compiled, 1)
+            lanes = self._groups[width] if grouped else self._compiled.lanes_for(1)
             self._stage = self._staged([*rows, *[rows[0]] * (lanes - len(rows))], columns)
         assert self._stage is not None
         part, self._stage = self._stage, None
@@ -204,7 +203,7 @@ class Beginnings:
 
     def _computed(self, ids: tuple[int, ...], length: int) -> KVCache:
         """As the beginning of a row of that length."""
-        lanes = lanes_for(self._compiled, 1)
+        lanes = self._compiled.lanes_for(1)
         # One token more, which would make the next and is not computed.
         state = State(
             _rows([([*ids, 0], 0)] * lanes, self._columns),
@@ -219,12 +218,6 @@ class Beginnings:
             state, _ = self._compiled(fill, state, rope, width=width, outputs=frozenset())
             left -= width
         return state.cache
-
-
-def lanes_for(compiled: CompiledModel, rows: int) -> int:
-    """Rows that are computed together where `rows` are wanted: as many as the mesh divides."""
-    each = shards(compiled.mesh, "batch")
-    return -(-rows // each) * each
 
 
 def _power_of_two(columns: int) -> int:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
 
 from phi3_jax.model import KVCache
-from phi3_jax.sharding import replicate
+from phi3_jax.sharding import replicate, shards
 
 CPU_LOOPS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 """XLA's CPU back end would widen all 16-bit weights ahead of a loop and read twice the bytes each step."""
@@ -40,6 +40,11 @@ class CompiledModel:
         if step not in self._programs:
             self._programs[step] = _program(step, self._structure, self._on_cpu, self.mesh)
         return self._programs[step](self._leaves, state, *arguments, **static)
+
+    def lanes_for(self, rows: int) -> int:
+        """Rows that are computed together where `rows` are wanted: as many as the mesh divides."""
+        each = shards(self.mesh, "batch")
+        return -(-rows // each) * each
 
 
 @lru_cache(maxsize=256)

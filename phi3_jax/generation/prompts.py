@@ -85,7 +85,7 @@ def checked_prompts(
         raise ValueError(
             f"row {np.flatnonzero(tokens == 0)[0]} of input_ids is all padding; give it at least one token"
         )
-    context = config.max_position_embeddings
+    context = config.context_length
     if tokens.max() >= context:
         raise ValueError(
             f"row {tokens.argmax()} has {tokens.max()} tokens and the model's context is {context}; "

@@ -108,7 +108,8 @@ class Phi3Model(Phi3PreTrainedModel):
             output_attentions: return the probabilities of every layer.
             output_hidden_states: return the embeddings and every layer's output.
             rngs: for dropout, a key or an `nnx.Rngs` with a `dropout` stream; None: no dropout.
-            inv_freq: rope frequencies in place of the config's, [rotary_dim / 2] or [B, rotary_dim / 2].
+            inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2] or, for
+                each new token its own, [B, T, rotary_dim / 2].
             attention_scaling: factor on cosine and sine in place of the config's, a scalar or [B].
             rope_length: the length by which each row's longrope list (or dynamic base) is chosen. Give a
                 prompt's whole length when it comes in chunks. Default: its tokens so far, or what the cache

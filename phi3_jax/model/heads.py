@@ -99,16 +99,19 @@ class Phi3ForCausalLM(_Headed):
         last = int(keep) if np.ndim(keep) == 0 else 0
         out = self.model(input_ids, attention_mask, hidden_states_to_keep=last, **decoder_arguments)
         x = out.last_hidden_state if np.ndim(keep) == 0 else _kept(out.last_hidden_state, keep)
-        weight, mesh = (
-            (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight,
-            self.model.mesh,
-        )
-        logits = matmul(x, gather(weight[...], mesh, weight.axes))
         fresh = decoder_arguments.get("past_key_values") is None
         whole = last == 0 and np.ndim(keep) == 0
-        logits = constrain(logits, mesh, "batch", "length" if fresh and whole else None, "vocab")
+        logits = self.logits(x, "length" if fresh and whole else None)
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **_carried(out))
+
+    def logits(
+        self, hidden_states: Float[Array, "B T D"], length: str | None = None
+    ) -> Float[Array, "B T V"]:
+        """The head on what the decoder gives, in float32; `length`: the logical axis of T on a mesh."""
+        weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+        logits = matmul(hidden_states, gather(weight[...], self.model.mesh, weight.axes))
+        return constrain(logits, self.model.mesh, "batch", length, "vocab")
 
     @property
     def generation_config(self) -> GenerationConfig:

@@ -20,22 +20,25 @@ def rope_tables(
         config: names the rope type; its formula gives what `inv_freq` and `attention_scaling` leave out.
         position_ids: positions within each row.
         rope_length: tokens of each row, by which longrope chooses its list and dynamic NTK its base.
-        inv_freq: frequencies used instead, [rotary_dim / 2] or [B, rotary_dim / 2].
+        inv_freq: frequencies used instead, [rotary_dim / 2], [B, rotary_dim / 2] or, where they differ from
+            position to position, [B, T, rotary_dim / 2].
         attention_scaling: factor on cosine and sine used instead, a scalar or [B].
     """
     own_inv_freq, own_scaling = config.rope_scaling.frequencies(config.rope_base, rope_length)
     half = config.rotary_dim // 2
     frequencies = jnp.asarray(own_inv_freq if inv_freq is None else inv_freq, jnp.float32)
     scaling = jnp.asarray(own_scaling if attention_scaling is None else attention_scaling, jnp.float32)
-    batch = position_ids.shape[0]
-    if frequencies.shape not in ((half,), (1, half), (batch, half)):
+    batch, length = position_ids.shape
+    if frequencies.shape not in ((half,), (1, half), (batch, half), (batch, length, half)):
         raise ValueError(
-            f"inv_freq has shape {frequencies.shape}; expected [{half}] or [{batch}, {half}], "
-            f"half of the {config.rotary_dim} rotary dims"
+            f"inv_freq has shape {frequencies.shape}; expected [{half}], [{batch}, {half}] or "
+            f"[{batch}, {length}, {half}], half of the {config.rotary_dim} rotary dims"
         )
+    if frequencies.ndim < 3:
+        frequencies = jnp.atleast_2d(frequencies)[:, None, :]
     if scaling.shape not in ((), (1,), (batch,)):
         raise ValueError(f"attention_scaling has shape {scaling.shape}; expected a number or [{batch}]")
-    angles = position_ids[..., None].astype(jnp.float32) * jnp.atleast_2d(frequencies)[:, None, :]
+    angles = position_ids[..., None].astype(jnp.float32) * frequencies
     scaling = scaling.reshape(-1, 1, 1)
     return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
 
@@ -63,7 +66,9 @@ def rope_list_changes(
     Such a row must be computed again from its first token: from the second layer on, keys depend on hidden
     states that were themselves computed under the old list, so rotating them again is not enough.
     """
-    if "long_factor" in dict(config.rope_scaling.parameters):
+    lists = dict(config.rope_scaling.parameters)
+    same = all(lists.get(f"short_{name}") == lists.get(f"long_{name}") for name in ("factor", "mscale"))
+    if "long_factor" in lists and not same:
         original = config.original_max_position_embeddings
         return (before > 0) & ((before <= original) != (after <= original))
     return jnp.zeros(before.shape, bool)

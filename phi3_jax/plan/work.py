@@ -55,10 +55,8 @@ class Work:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.lora is not None and (self.task != "finetune" or self.lora < 1):
             raise ValueError(f"lora={self.lora} is a rank, 1 or more, for the task finetune")
-        if self.seq > self.config.max_position_embeddings:
-            raise ValueError(
-                f"seq={self.seq} is beyond the model's context of {self.config.max_position_embeddings}"
-            )
+        if self.seq > self.config.context_length:
+            raise ValueError(f"seq={self.seq} is beyond the model's context of {self.config.context_length}")
 
     @property
     def tokens(self) -> int:

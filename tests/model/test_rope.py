@@ -150,6 +150,34 @@ def test_frequencies_given(tmp_path):
         assert distance(for_all.logits[1 - row], expected[1 - row], token[1 - row]) > 1e-3
 
 
+def test_frequencies_of_each_position(tmp_path):
+    """The first tokens under plain rope, the others scaled: what the reference gives with such angles."""
+    ours, theirs = pair("causal", rope_config(), tmp_path)
+    ids = random_ids(ours.config, np.ones((2, LENGTH), np.int64))
+    plain = ours.config.rope_base.inv_freq()
+    kept = np.array([3, 0])
+    scaled = np.arange(LENGTH)[None] >= kept[:, None]  # [B, T]
+    inv_freq = np.where(scaled[..., None], plain / np.array(LONG, np.float32), plain)
+    out = run(ours, input_ids=ids, inv_freq=inv_freq)
+
+    def forward(x, position_ids):
+        angles = torch.tensor(np.arange(LENGTH)[None, :, None] * inv_freq).float().repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    theirs.model.rotary_emb.forward = forward
+    assert distance(out.logits, theirs(torch.tensor(ids), use_cache=False).logits) <= TOLERANCE
+    for_all = run(ours, input_ids=ids, inv_freq=inv_freq[:, -1])
+    assert distance(out.logits[0], for_all.logits[0]) > 1e-3
+    assert distance(out.logits[1], for_all.logits[1]) <= TOLERANCE
+
+
+def test_lists_that_are_alike_need_no_second_prefill():
+    config = rope_config(**longrope(short_factor=LONG) | {"original_max_position_embeddings": ORIGINAL})
+    assert not rope_list_changes(config, jnp.array([5]), jnp.array([20])).any()
+    changes = longrope(short_factor=LONG, long_mscale=1.5) | {"original_max_position_embeddings": ORIGINAL}
+    assert rope_list_changes(rope_config(**changes), jnp.array([5]), jnp.array([20])).all()
+
+
 def test_new_frequencies_need_no_compilation():
     model = Phi3ForCausalLM(rope_config(num_hidden_layers=1))
     ids = np.arange(5, 13)[None]
@@ -171,7 +199,7 @@ def test_new_frequencies_need_no_compilation():
 def test_frequencies_of_the_wrong_size(shape):
     model = Phi3ForCausalLM(rope_config(num_hidden_layers=1))
     with pytest.raises(
-        ValueError, match=r"inv_freq has shape .*; expected \[6\] or \[2, 6\], half of the 12"
+        ValueError, match=r"inv_freq has shape .*; expected \[6\], \[2, 6\] or \[2, 2, 6\], half of the 12"
     ):
         model(np.array([[5, 6], [7, 8]]), inv_freq=np.ones(shape, np.float32))
 
@@ -179,7 +207,7 @@ def test_frequencies_of_the_wrong_size(shape):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("inv_freq", np.ones((3, 6), np.float32), r"inv_freq has shape \(3, 6\); expected \[6\] or \[2, 6\]"),
+        ("inv_freq", np.ones((3, 6), np.float32), r"inv_freq has shape \(3, 6\); expected \[6\], \[2, 6\]"),
         (
             "attention_scaling",
             np.ones(3, np.float32),

@@ -13,17 +13,21 @@ SHARE_OF_HOST = 0.4
 """Of memory that other programs want, too."""
 
 
-def room_for(compiled: CompiledModel) -> int:
-    """Columns, of all slots together, that memory now has room for."""
+def column_bytes(compiled: CompiledModel) -> int:
+    """Of the keys and values of one token, in all layers and on all devices together."""
     rows, columns = shards(compiled.mesh, "batch"), shards(compiled.mesh, "slots")  # no cache is smaller
     cache = jax.eval_shape(lambda: compiled.model.init_cache(rows, columns))
     vectors = jax.tree.leaves((cache.keys, cache.values))
-    column = sum(leaf.size * leaf.dtype.itemsize for leaf in vectors) // (rows * columns)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in vectors) // (rows * columns)
+
+
+def room_for(compiled: CompiledModel) -> int:
+    """Columns, of all slots together, that memory now has room for."""
     devices = [jax.devices()[0]] if compiled.mesh is None else list(compiled.mesh.devices.flat)
     free = min(_free(device) for device in devices)
     if devices[0].platform == "cpu":  # all of them in the same memory
-        return int(SHARE_OF_HOST * free) // column
-    return int(SHARE * free * len(devices)) // column
+        return int(SHARE_OF_HOST * free) // column_bytes(compiled)
+    return int(SHARE * free * len(devices)) // column_bytes(compiled)
 
 
 def _free(device: jax.Device) -> int:

@@ -1,0 +1,253 @@
+"""How likely a model finds each token of long texts, under rope frequencies that are handed in."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from phi3_jax.config import Phi3Config
+from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.generation.memory import column_bytes, room_for
+from phi3_jax.model import KVCache, Phi3ForCausalLM
+
+CHUNK = 512
+"""Tokens of a row that go through the model at a time."""
+
+POSITIONS = 512
+"""Of all rows together, that have logits at a time."""
+
+NARROWEST = 16
+"""Chunks of shorter texts come in powers of two, from this on."""
+
+Progress = Callable[[int], None]
+"""Is told how many more tokens, of all rows, have gone through the model."""
+
+
+class Scores(NamedTuple):
+    """Of the tokens [scored_from, T) of each row."""
+
+    losses: Float[np.ndarray, "B scored"]
+    """-log p, float32, in nats."""
+    greedy: Bool[np.ndarray, "B scored"]
+    """Whether the token is the one that the model finds the likeliest."""
+
+
+class Scorer:
+    """A model ready to score texts of any length, a chunk at a time through its cache.
+
+    Frequencies are arguments of the compiled programs, so that all ropes share them: one for each size of the
+    cache, of which there are two an octave (attention reads all columns of a cache, used or not), and one for
+    the head, which sees chunks with scored tokens only. Memory holds one cache (while it grows, two) and the
+    logits of 512 positions.
+
+    Args:
+        model: on one device or a mesh, for which rows are added until it divides them.
+        chunk: tokens of a row that go through the model at a time.
+    """
+
+    def __init__(self, model: Phi3ForCausalLM | CompiledModel, *, chunk: int = CHUNK):
+        self.compiled = model if isinstance(model, CompiledModel) else CompiledModel(model)
+        self._chunk = chunk
+
+    @property
+    def config(self) -> Phi3Config:
+        """The model's own; what is scored under other frequencies does not ask for its rope."""
+        return self.compiled.model.config
+
+    def memory(self, length: int, rows: int = 1) -> int:
+        """Bytes of the caches for `rows` texts of `length` tokens."""
+        return self._columns_at_most(length, rows) * column_bytes(self.compiled)
+
+    def check_memory(self, length: int, rows: int = 1) -> None:
+        """Before any work: that memory can hold it.
+
+        Raises:
+            ValueError: it cannot; the text says what is needed and what there is.
+        """
+        room = room_for(self.compiled)
+        if (needed := self._columns_at_most(length, rows)) <= room:
+            return
+        each = column_bytes(self.compiled)
+        texts = f"{rows} rows of {length:,} tokens need" if rows > 1 else f"{length:,} tokens need"
+        raise ValueError(
+            f"{texts} {needed * each / 2**30:.2f} GiB for keys and values, and memory has "
+            f"{room * each / 2**30:.2f} GiB for them; choose a smaller length"
+            + (" or fewer rows" if rows > 1 else "")
+        )
+
+    def losses(
+        self,
+        tokens: Int[np.ndarray, "..."],
+        inv_freq: Float[np.ndarray, "..."],
+        attention_scaling: Float[np.ndarray, "..."] | float = 1.0,
+        *,
+        initial_tokens: Int[np.ndarray, "..."] | int = 0,
+        scored_from: int = 1,
+        progress: Progress | None = None,
+    ) -> Float[np.ndarray, " B"]:
+        """Each row's sum of -log p over its tokens from `scored_from` on, in nats, added in float64.
+
+        Arguments as in `score`.
+        """
+        scores = self.score(
+            tokens,
+            inv_freq,
+            attention_scaling,
+            initial_tokens=initial_tokens,
+            scored_from=scored_from,
+            progress=progress,
+        )
+        return scores.losses.sum(axis=1, dtype=np.float64)
+
+    def score(
+        self,
+        tokens: Int[np.ndarray, "..."],
+        inv_freq: Float[np.ndarray, "..."],
+        attention_scaling: Float[np.ndarray, "..."] | float = 1.0,
+        *,
+        initial_tokens: Int[np.ndarray, "..."] | int = 0,
+        scored_from: int = 1,
+        progress: Progress | None = None,
+    ) -> Scores:
+        """Scores rows of tokens, each under its frequencies; there are as many rows as any argument has.
+
+        Args:
+            tokens: [T], for all rows alike, or [B, T]. No token sees those behind it, so that a row may be
+                filled up with any.
+            inv_freq: rope frequencies, [P] or [B, P], for the rows' whole length.
+            attention_scaling: factor on cosine and sine, one number or [B].
+            initial_tokens: so many first tokens of a row have the model's unscaled frequencies (LongRoPE,
+                arXiv:2402.13753, section 3.1); one number or [B].
+            scored_from: the first token that is scored, at least 1.
+
+        Raises:
+            ValueError: nothing to score, or arguments with different numbers of rows.
+        """
+        tokens, arguments = self._rows(tokens, inv_freq, attention_scaling, initial_tokens)
+        rows, length = tokens.shape
+        if not 1 <= scored_from < length:
+            raise ValueError(f"scored_from={scored_from} must be from 1 to {length - 1}, for {length} tokens")
+        lanes = self.compiled.lanes_for(rows)
+        filled = [np.concatenate([each, np.repeat(each[:1], lanes - rows, axis=0)]) for each in arguments]
+        width = self._width(length)
+        # The last token predicts nothing, and what fills up the last chunk is seen by none of the others.
+        padded = np.zeros((lanes, -(-(length - 1) // width) * width + 1), np.int32)
+        padded[:rows, :length] = tokens
+        padded[rows:, :length] = tokens[:1]
+        cache: KVCache | None = None
+        hidden: Any = None
+        found = []
+        for start in range(0, length - 1, width):
+            end = start + width
+            cache = self._with_room(cache, lanes, end)
+            before = hidden
+            hidden, cache = self.compiled(_feed, cache, padded[:, start:end], *filled)
+            if end >= scored_from:
+                found.append(self.compiled(_score, None, hidden, padded[:, start + 1 : end + 1]))
+            jax.block_until_ready(before)  # the host is one chunk ahead, so that the device need not wait
+            if progress is not None:
+                progress(rows * (min(end, length - 1) - start))
+        skipped = (scored_from - 1) % width
+        losses, greedy = (np.concatenate(parts, axis=1) for parts in zip(*jax.device_get(found), strict=True))
+        here = np.s_[:rows, skipped : skipped + length - scored_from]
+        return Scores(losses[here], greedy[here])
+
+    def _rows(self, tokens: Any, *arguments: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+        """All arguments with one number of rows."""
+        given = [np.asarray(tokens, np.int32), *(np.asarray(each) for each in arguments)]
+        kinds = (np.int32, np.float32, np.float32, np.int32)
+        shaped = [
+            each.astype(kind)[None] if each.ndim == ndim else each.astype(kind)
+            for each, kind, ndim in zip(given, kinds, (1, 1, 0, 0), strict=True)
+        ]
+        rows = max(map(len, shaped))
+        if any(len(each) not in (1, rows) for each in shaped):
+            counts = ", ".join(str(len(each)) for each in shaped)
+            raise ValueError(
+                f"tokens, inv_freq, attention_scaling and initial_tokens have {counts} rows; each must have "
+                "one, or as many as the others"
+            )
+        whole = [np.broadcast_to(each, (rows, *each.shape[1:])) for each in shaped]
+        return whole[0], whole[1:]
+
+    def _width(self, length: int) -> int:
+        return min(self._chunk, max(NARROWEST, _power_of_two(length - 1)))
+
+    def _with_room(self, cache: KVCache | None, lanes: int, end: int) -> KVCache:
+        columns = self._columns(end)
+        if cache is not None and cache.max_length >= columns:
+            return cache
+        wider = self.compiled.model.init_cache(lanes, columns)
+        return wider if cache is None else self.compiled(_put, wider, cache)
+
+    def _columns(self, end: int) -> int:
+        """The size of the cache that holds `end` tokens: so many chunks as a power of two, or 3/4 of one."""
+        size = (
+            _power_of_two(end) if end < self._chunk else self._chunk * _power_of_two(-(-end // self._chunk))
+        )
+        smaller = size * 3 // 4
+        return smaller if smaller >= end and smaller % self._chunk == 0 else size
+
+    def _columns_at_most(self, length: int, rows: int) -> int:
+        """Columns of all rows while the cache grows for the last time, from three quarters or less."""
+        width = self._width(length)
+        last = self._columns(-(-(length - 1) // width) * width)
+        return self.compiled.lanes_for(rows) * (last + (last * 3 // 4 if last > width else 0))
+
+
+def frequencies_for(config: Phi3Config, length: int) -> tuple[Float[np.ndarray, " P"], float]:
+    """Inverse frequencies and attention factor that a config's rope gives to a text of `length` tokens."""
+    inv_freq, scaling = config.rope_scaling.frequencies(config.rope_base, jnp.array([length]))
+    return np.atleast_2d(np.asarray(inv_freq))[0], float(np.ravel(scaling)[0])
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _feed(
+    model: Phi3ForCausalLM,
+    cache: KVCache,
+    ids: Int[Array, "B T"],
+    inv_freq: Float[Array, "B P"],
+    attention_scaling: Float[Array, " B"],
+    initial_tokens: Int[Array, " B"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """What the decoder makes of the next tokens, and the cache with them."""
+    positions = cache.length[:, None] + jnp.arange(ids.shape[1])  # [B, T]
+    unscaled = positions < initial_tokens[:, None]
+    frequencies = jnp.where(unscaled[..., None], model.config.rope_base.inv_freq(), inv_freq[:, None])
+    out = model.decoder(ids, past_key_values=cache, inv_freq=frequencies, attention_scaling=attention_scaling)
+    assert out.past_key_values is not None
+    return out.last_hidden_state, out.past_key_values
+
+
+def _score(
+    model: Phi3ForCausalLM, _: None, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """-log p of the targets, and whether each is the likeliest token; a block of positions at a time."""
+    rows, length, _size = hidden.shape
+    block = next(b for b in range(length, 0, -1) if length % b == 0 and (b * rows <= POSITIONS or b == 1))
+
+    def blocks(x: Array) -> Array:
+        return x.reshape(rows, length // block, block, *x.shape[2:]).swapaxes(0, 1)
+
+    def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = part
+        logits = model.logits(hidden)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return losses, jnp.argmax(logits, axis=-1) == targets
+
+    found = jax.lax.map(score, (blocks(hidden), blocks(targets)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, length), found)
+
+
+def _put(model: Phi3ForCausalLM, wider: KVCache, cache: KVCache) -> KVCache:
+    """The cache in the first columns of a wider one."""
+    return jax.tree.map(
+        lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim), wider, cache
+    )

@@ -1,0 +1,288 @@
+"""Sliding perplexity against the recipe of transformers' documentation, run with transformers."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from compilations import compilations
+from reference import LONG, longrope, on_mesh, pair, small_config
+
+from phi3_jax import Phi3ForCausalLM, make_mesh
+from phi3_jax.evaluation.perplexity import TextLoss, Window, perplexity, sliding_losses, windows
+from phi3_jax.evaluation.scorer import Scorer, frequencies_for
+from phi3_jax.rope_argument import RopeArgument, parse_rope
+
+TOKENS = 90
+LISTS = longrope()["rope_scaling"]
+ROPES = {
+    "none": parse_rope("none"),
+    "linear": parse_rope("linear:factor=4"),
+    "dynamic": parse_rope("dynamic:factor=4,original_max_position_embeddings=16"),
+    "yarn": parse_rope("yarn:factor=4"),
+    "longrope": RopeArgument("longrope", small_config(**longrope()).rope_scaling),
+}
+"""On a model of 16 tokens."""
+
+
+def text(count: int = TOKENS, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(4, 96, count)
+
+
+def recipe(theirs: Any, ids: np.ndarray, length: int, stride: int, frequencies: Any) -> tuple[float, int]:
+    """huggingface.co/docs/transformers/perplexity, with each window's frequencies patched in.
+
+    Sums in place of that page's mean times a count that is one too few behind the first window.
+    """
+    total, count, previous = 0.0, 0, 0
+    encodings = torch.tensor(ids)[None]
+    for begin in range(0, len(ids), stride):
+        end = min(begin + length, len(ids))
+        input_ids = encodings[:, begin:end]
+        targets = input_ids.clone()
+        targets[:, : -(end - previous)] = -100
+        patch(theirs, *frequencies(end - begin))
+        with torch.no_grad():
+            logits = theirs(input_ids, use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(logits[0, :-1].double(), targets[0, 1:], reduction="none")
+        total += float(losses.sum())
+        count += int((targets[0, 1:] != -100).sum())
+        previous = end
+        if end == len(ids):
+            break
+    return total, count
+
+
+def patch(theirs: Any, inv_freq: np.ndarray, scaling: float) -> None:
+    """The model's rope, from now on."""
+    inv_freq = torch.tensor(np.asarray(inv_freq))
+
+    def forward(x: Any, position_ids: Any) -> Any:
+        angles = position_ids[..., None].float() * inv_freq
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * scaling, angles.sin() * scaling
+
+    theirs.model.rotary_emb.forward = forward
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    config = small_config(
+        max_position_embeddings=16, original_max_position_embeddings=16, num_hidden_layers=2
+    )
+    return pair("causal", config, tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 8), (24, 24), (37, 5), (90, 45), (7, 3), (64, 1)])
+def test_windows_are_those_of_the_recipe(length: int, stride: int) -> None:
+    found = windows(TOKENS, length, stride)
+    scored = [index for window in found for index in range(window.scored_from, window.end)]
+    firsts = [window.begin for window in found] if stride == length else [0]
+    assert scored == [index for index in range(TOKENS) if index not in firsts]
+    previous, expected = 0, []
+    for begin in range(0, TOKENS, stride):
+        end = min(begin + length, TOKENS)
+        expected.append(Window(begin, end, max(previous, begin + 1)))
+        previous = end
+        if end == TOKENS:
+            break
+    assert found == expected
+
+
+@pytest.mark.parametrize(("length", "stride"), [(40, 20), (33, 7), (90, 90), (16, 16), (8, 1), (77, 50)])
+@pytest.mark.parametrize("name", ROPES)
+def test_equals_transformers(twins: Any, name: str, length: int, stride: int) -> None:
+    ours, theirs = twins
+    config = ROPES[name].apply(ours.config) if name != "longrope" else ours.config.replace(**longrope())
+    scorer = Scorer(ours, chunk=8)
+    total = perplexity(scorer, text(), config, length=length, stride=stride)
+    expected, count = recipe(theirs, text(), length, stride, lambda window: frequencies_for(config, window))
+    assert total.tokens == count
+    assert total.loss == pytest.approx(expected, rel=1e-5)
+    assert total.perplexity == pytest.approx(np.exp(expected / count), rel=1e-5)
+    if length > 16 and name != "none":
+        plain = perplexity(scorer, text(), length=length, stride=stride)
+        assert abs(plain.loss / expected - 1) > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [8, 16, 512])
+def test_chunks_change_nothing(twins: Any, chunk: int) -> None:
+    ours, _ = twins
+    whole = jax.jit(lambda model, ids: model(ids).logits)(ours, text()[None])
+    log_p = jax.nn.log_softmax(whole[0, :-1], axis=-1)
+    inv_freq, scaling = frequencies_for(ours.config, TOKENS)
+    for scored_from in (1, 8, 9, 17, TOKENS - 1):
+        scores = Scorer(ours, chunk=chunk).score(text(), inv_freq, scaling, scored_from=scored_from)
+        expected = -np.asarray(log_p)[np.arange(scored_from - 1, TOKENS - 1), text()[scored_from:]]
+        np.testing.assert_allclose(scores.losses[0], expected, rtol=1e-5, atol=1e-6)
+        best = np.asarray(whole[0].argmax(-1))[scored_from - 1 : -1]
+        np.testing.assert_array_equal(scores.greedy[0], best == text()[scored_from:])
+
+
+def population() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frequencies, attention factors and unscaled tokens of three rows."""
+    plain = small_config().rope_base.inv_freq()
+    inv_freq = np.stack([plain, plain / 4, plain / np.array(LONG, np.float32)])
+    return inv_freq, np.array([1.0, 1.1, 1.3]), np.array([0, 5, 20])
+
+
+def test_rows_of_a_population_are_what_each_is_alone(twins: Any) -> None:
+    ours, theirs = twins
+    inv_freq, scaling, initial = population()
+    scorer = Scorer(ours, chunk=16)
+    together = scorer.losses(text(), inv_freq, scaling, initial_tokens=initial, scored_from=30)
+    alone = [
+        scorer.losses(text(), inv_freq[i], scaling[i], initial_tokens=initial[i], scored_from=30)[0]
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    for row in range(3):
+        kept = np.arange(TOKENS)[:, None] < initial[row]
+        angles = np.arange(TOKENS)[:, None] * np.where(kept, inv_freq[0], inv_freq[row])
+        angles = torch.tensor(np.concatenate([angles, angles], axis=1)).float()[None]
+        tables = angles.cos() * scaling[row], angles.sin() * scaling[row]
+        theirs.model.rotary_emb.forward = lambda x, position_ids, tables=tables: tables
+        with torch.no_grad():
+            logits = theirs(torch.tensor(text())[None], use_cache=False).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(text()[1:]), reduction="none")
+        assert together[row] == pytest.approx(float(losses[29:].sum()), rel=1e-5)
+
+
+def test_rows_of_different_texts(twins: Any) -> None:
+    ours, _ = twins
+    rows = np.stack([text(50, seed) for seed in range(3)])
+    inv_freq, scaling = frequencies_for(ours.config, 50)
+    together = Scorer(ours, chunk=16).losses(rows, inv_freq, scaling)
+    alone = [Scorer(ours, chunk=16).losses(row, inv_freq, scaling)[0] for row in rows]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert len(set(together)) == 3
+
+
+def test_all_ropes_share_the_programs() -> None:
+    """Two sizes of the cache an octave, and one program for the head, whatever rope comes."""
+    ours = Phi3ForCausalLM(small_config(num_hidden_layers=1, vocab_size=112))  # nobody else's programs
+    scorer = Scorer(ours, chunk=8)
+    arguments = {name: rope.scaling for name, rope in ROPES.items()}
+    configs = [
+        ours.config.replace(rope_scaling=each, original_max_position_embeddings=16)
+        for each in arguments.values()
+    ]
+    for config in configs:  # what formulas compute eagerly
+        for length in (48, 33, 20, 40, 90):
+            frequencies_for(config, length)
+    with compilations() as first:
+        list(sliding_losses(scorer, text(), configs[0], length=48, stride=24))
+    assert first
+    with compilations() as others:
+        for config in configs[1:]:
+            for length, stride in ((48, 24), (33, 11), (20, 20), (40, 3)):
+                list(sliding_losses(scorer, text(), config, length=length, stride=stride))
+        list(sliding_losses(scorer, text(), configs[1], length=48, stride=24, initial_tokens=7))
+    assert others == []
+    # 7 sizes: 8, 16, 24, 32, 48; 64 and 96 come with more.
+    with compilations() as longer:
+        list(sliding_losses(scorer, text(), configs[0], length=90, stride=90))
+    assert len(longer) > 0
+    programs = scorer.compiled._programs
+    feed = next(program for step, program in programs.items() if step.__name__ == "_feed")
+    assert feed._cache_size() == 7
+
+
+@pytest.mark.parametrize("sizes", ["data=8", "fsdp=2,tensor=2,context=2"])
+def test_on_a_mesh(twins: Any, sizes: str) -> None:
+    ours, _ = twins
+    inv_freq, scaling, initial = population()
+    divided = Scorer(on_mesh(ours, make_mesh(sizes)), chunk=16)
+    expected = Scorer(ours, chunk=16).losses(text(), inv_freq, scaling, initial_tokens=initial)
+    np.testing.assert_allclose(
+        divided.losses(text(), inv_freq, scaling, initial_tokens=initial), expected, rtol=1e-5
+    )
+
+
+def test_progress_counts_every_token(twins: Any) -> None:
+    told: list[int] = []
+    for window, _ in sliding_losses(
+        Scorer(twins[0], chunk=8), text(), twins[0].config, length=40, stride=30, progress=told.append
+    ):
+        assert sum(told) == window.end - window.begin - 1
+        told.clear()
+
+
+def test_head_works_on_scored_chunks_only(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never on more than its share of positions, however many rows there are."""
+    shapes: list[tuple[int, ...]] = []
+    logits = Phi3ForCausalLM.logits
+
+    def watched(self: Any, hidden_states: Any, length: str | None = None) -> Any:
+        shapes.append(hidden_states.shape[:2])
+        return logits(self, hidden_states, length)
+
+    monkeypatch.setattr(Phi3ForCausalLM, "logits", watched)
+    monkeypatch.setattr("phi3_jax.evaluation.scorer.POSITIONS", 32)
+    model = Phi3ForCausalLM(small_config(num_hidden_layers=1, vocab_size=128))
+    scorer = Scorer(model, chunk=16)
+    calls: list[str] = []
+    compiled = scorer.compiled
+
+    def counted(step: Any, *arguments: Any, **static: Any) -> Any:
+        calls.append(step.__name__)
+        return compiled(step, *arguments, **static)
+
+    monkeypatch.setattr(
+        scorer,
+        "compiled",
+        type(
+            "Counted",
+            (),
+            {"__call__": staticmethod(counted), "__getattr__": lambda self, name: getattr(compiled, name)},
+        )(),
+    )
+    inv_freq, _ = frequencies_for(model.config, 80)
+    scorer.losses(text(80), np.stack([inv_freq] * 8), scored_from=65)
+    assert calls.count("_feed") == 5
+    assert calls.count("_score") == 1
+    assert shapes == [(8, 4)]
+
+
+def test_a_length_that_memory_cannot_hold(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import phi3_jax.generation.memory as module
+
+    scorer = Scorer(twins[0], chunk=8)
+    # 2 layers of 2 heads of 12 float32 numbers, keys and values; the cache grows to 48 from at most 36.
+    assert scorer.memory(40, rows=3) == 3 * (48 + 36) * 2 * 2 * 12 * 4 * 2
+    monkeypatch.setattr(module, "_free", lambda device: 45_000)
+    monkeypatch.setattr(scorer, "score", None)
+    with pytest.raises(ValueError, match=r"41 tokens need 0.00 GiB for keys and values, and memory has"):
+        next(sliding_losses(scorer, text(), twins[0].config, length=41, stride=5))
+    with pytest.raises(ValueError, match=r"4 rows of 24 tokens need .* a smaller length or fewer rows"):
+        scorer.check_memory(24, rows=4)
+    scorer.check_memory(24)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "stride", "words"),
+    [
+        (1, 8, 4, "the text has 1 tokens; perplexity needs at least 2"),
+        (9, 1, 1, "length=1 must be at least 2"),
+        (9, 8, 9, "stride=9 must be from 1 to the length, 8"),
+        (9, 8, 0, "stride=0 must be from 1"),
+    ],
+)
+def test_windows_that_cannot_be(tokens: int, length: int, stride: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        windows(tokens, length, stride)
+
+
+def test_arguments_that_do_not_fit(twins: Any) -> None:
+    scorer = Scorer(twins[0])
+    inv_freq, _ = frequencies_for(twins[0].config, 9)
+    with pytest.raises(ValueError, match="scored_from=9 must be from 1 to 8, for 9 tokens"):
+        scorer.losses(text(9), inv_freq, scored_from=9)
+    with pytest.raises(ValueError, match="have 1, 2, 3, 1 rows; each must have one, or as many"):
+        scorer.losses(text(9), np.stack([inv_freq] * 2), np.ones(3))
+
+
+def test_perplexity_of_a_hopeless_model_is_infinite() -> None:
+    assert TextLoss(1e6, 10).perplexity == float("inf")
+    assert (TextLoss(1.0, 2) + TextLoss(3.0, 4)) == TextLoss(4.0, 6)
