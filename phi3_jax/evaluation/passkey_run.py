@@ -22,7 +22,7 @@ from phi3_jax.generation import generate
 from phi3_jax.generation.memory import column_bytes, room_for
 from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
 from phi3_jax.generation.prompts import cache_length, padded_length
-from phi3_jax.progress import FileProgress
+from phi3_jax.progress import FileProgress, time_left
 from phi3_jax.rope_argument import RopeArgument
 
 ROWS, ROWS_ON_CPU = 16, 4
@@ -159,8 +159,7 @@ def measure_passkeys(
             runner = _Runner(pipeline, prompts, frequencies)
             rows = _rows(journal, runner, lengths, batch_size)
             batches = list(_batches([rope.name for rope in ropes], lengths, depths, trials, rows))
-            with FileProgress(total, show) as progress:
-                _run(batches, rows, runner, journal, progress, total, began)
+            _run(batches, rows, runner, journal, show)
         made = [Trial(**entry) for entry in journal.entries]
     return PasskeyResult(made, asked, len(made) - before, monotonic() - began)
 
@@ -248,27 +247,18 @@ def _batches(
 
 
 def _run(
-    batches: Sequence[Sequence[Row]],
-    rows: Mapping[int, int],
-    runner: _Runner,
-    journal: Journal,
-    progress: FileProgress,
-    total: int,
-    began: float,
+    batches: Sequence[Sequence[Row]], rows: Mapping[int, int], runner: _Runner, journal: Journal, show: bool
 ) -> None:
     """Answers what is not answered yet; each batch is safe before the next."""
-    done = before = len(journal.entries)
-    # What a prompt costs grows with its length.
-    costs = [sum(case.length for _, case in batch) for batch in batches]
+    began, total = monotonic(), sum(map(len, batches))
     ends = np.cumsum([len(batch) for batch in batches])
-    for number in range(int(np.searchsorted(ends, done, side="right")), len(batches)):
-        batch = batches[number]
-        journal.add(asdict(trial) for trial in runner.answer(batch, rows[batch[0][1].length]))
-        done = len(journal.entries)
-        right = sum(entry["found"] for entry in journal.entries)
-        spent = sum(cost for cost, end in zip(costs, ends, strict=True) if before < end <= done)
-        left = sum(cost for cost, end in zip(costs, ends, strict=True) if end > done)
-        minutes = round((monotonic() - began) * left / spent / 60)
-        progress.update(
-            f"{done:,} of {total:,} prompts, {right:,} keys found", done, f", {minutes:,} min left"
-        )
+    first = int(np.searchsorted(ends, len(journal.entries), side="right"))
+    costs = np.array([sum(case.length for _, case in batch) for batch in batches])  # in tokens
+    with FileProgress(int(costs.sum()), show) as progress:
+        for number in range(first, len(batches)):
+            batch = batches[number]
+            journal.add(asdict(trial) for trial in runner.answer(batch, rows[batch[0][1].length]))
+            right = sum(entry["found"] for entry in journal.entries)
+            told = f"{len(journal.entries):,} of {total:,} prompts, {right:,} keys found"
+            left = costs[number + 1 :].sum() / costs[first : number + 1].sum()
+            progress.update(told, int(costs[: number + 1].sum()), time_left((monotonic() - began) * left))

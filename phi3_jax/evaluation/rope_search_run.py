@@ -29,7 +29,7 @@ from phi3_jax.evaluation.rope_search import (
 from phi3_jax.evaluation.rope_search_results import write_results
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
 from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
-from phi3_jax.progress import FileProgress
+from phi3_jax.progress import FileProgress, time_left
 from phi3_jax.rope_argument import trained_length
 from phi3_jax.rope_scaling import RopeBase
 
@@ -179,8 +179,7 @@ def run(search: RopeSearch, journal: Journal, measure: Measure, rows: int, *, sh
             if any(each.individual in search.space for each in search.scored):
                 best = f", best perplexity {search.best().perplexity:.4f}"
             seconds = (monotonic() - began) / max(done - before, 1e-9) * (search.total - done)
-            left = f", {round(seconds / 60):,} min left" if done > before else ""
-            progress.update(iteration + best, done, left)
+            progress.update(iteration + best, done, time_left(seconds) if done > before else "")
 
         while search.waiting:
             batch = search.waiting[:rows]
