@@ -105,7 +105,7 @@ def confusion_matrix(counts: Int[np.ndarray, "C C"], names: Sequence[str], unit:
     percent = 100 * counts / np.maximum(support, 1)
     few = size <= 12
     cell, font = (0.62, 10.0) if few else (0.25, 7.0)  # inches and points
-    shown = [_short(name) for name in names]
+    shown = [short(name) for name in names]
     side = max(cell * size, 2.4)
     # The names and the scale go around it; what is saved is cut to fit.
     figure = Figure(figsize=(side, side))
@@ -157,7 +157,7 @@ def scatter(
         ax.set_aspect("equal", adjustable="datalim")
         ax.set_xlabel("True value")
         ax.set_ylabel("Predicted value")
-        ax.set_title(_short(names[output]), fontsize=11, parse_math=False)
+        ax.set_title(short(names[output]), fontsize=11, parse_math=False)
         ax.legend(frameon=False, fontsize=9, loc="upper left")
         plain(ax)
     return figure
@@ -178,6 +178,7 @@ def plain(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name in one line, cut where it is long."""
     name = " ".join(name.split())
     return name if len(name) <= _NAME else name[: _NAME - 1] + "…"

@@ -161,7 +161,7 @@ def _lines(
         )
     yield "\n## Metrics\n"
     measured = dict.fromkeys(name for values in results.metrics.values() for name in values)
-    yield from _table(
+    yield from markdown_table(
         ("metric", *results.metrics),
         [(name, *(_number(of.get(name)) for of in results.metrics.values())) for name in measured],
     )
@@ -170,11 +170,15 @@ def _lines(
         yield from _findings(task, results.predictions.split, findings, figures)
     if speed := _speed(log):
         yield "\n## Speed\n"
-        yield from _table(("tokens/s", ""), [(name, f"{value:,.0f}") for name, value in speed.items()])
+        yield from markdown_table(
+            ("tokens/s", ""), [(name, f"{value:,.0f}") for name, value in speed.items()]
+        )
     yield "\n## Data\n"
-    yield from _table(("", "count"), [(name, f"{count:,}") for name, count in data.items()])
+    yield from markdown_table(("", "count"), [(name, f"{count:,}") for name, count in data.items()])
     yield "\n## Settings\n"
-    yield from _table(("setting", "value"), [(name, _text(value)) for name, value in settings.items()])
+    yield from markdown_table(
+        ("setting", "value"), [(name, _text(value)) for name, value in settings.items()]
+    )
 
 
 def _findings(task: str, split: str, findings: _Findings, figures: Sequence[str]) -> Iterator[str]:
@@ -182,7 +186,7 @@ def _findings(task: str, split: str, findings: _Findings, figures: Sequence[str]
         what = "Entities" if task == "token-classification" else "Classes"
         yield f"\n## {what} of the {split} data, worst first\n"
         worst_first = sorted(findings.classes, key=lambda scores: scores.f1)
-        yield from _table(
+        yield from markdown_table(
             ("name", "precision", "recall", "F1", "support"),
             [(one.name, *(f"{x:.4f}" for x in one[1:4]), f"{one.support:,}") for one in worst_first],
         )
@@ -192,7 +196,7 @@ def _findings(task: str, split: str, findings: _Findings, figures: Sequence[str]
         yield "\n![Predicted against true values](scatter.png)"
     if findings.confused:
         yield f"\n## Most often taken for each other in the {split} data\n"
-        yield from _table(
+        yield from markdown_table(
             ("true", "predicted", "count", "share of the true class"),
             [
                 (pair.true, pair.predicted, f"{pair.times:,}", f"{100 * pair.share:.1f}%")
@@ -202,7 +206,7 @@ def _findings(task: str, split: str, findings: _Findings, figures: Sequence[str]
     if findings.mistakes:
         far = task == "regression"
         yield f"\n## {'Greatest errors' if far else 'Surest mistakes'} in the {split} data\n"
-        yield from _table(
+        yield from markdown_table(
             ("place", "true", "predicted", "error" if far else "confidence"),
             [
                 (*one[:3], _number(one.score) if far else f"{100 * one.score:.1f}%")
@@ -211,7 +215,9 @@ def _findings(task: str, split: str, findings: _Findings, figures: Sequence[str]
         )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table, whose cells may hold any text."""
+
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", r"\|").replace("<", "&lt;") for cell in cells) + " |"
 

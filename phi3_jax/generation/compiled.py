@@ -30,7 +30,7 @@ class CompiledModel:
         self.model = model
         self._leaves, self._structure = jax.tree.flatten(model)
         platforms = {device.platform for leaf in self._leaves for device in leaf.devices()}
-        self._on_cpu = platforms == {"cpu"}
+        self.on_cpu = platforms == {"cpu"}
         first = model[0] if isinstance(model, tuple) else model
         self.mesh: Mesh | None = first.decoder.mesh
         self._programs: dict[Step, Callable[..., Any]] = {}
@@ -38,7 +38,7 @@ class CompiledModel:
     def __call__(self, step: Step, state: Any, *arguments: Any, **static: Any) -> Any:
         """Runs `step`; `state` is donated, so what went in is gone afterwards."""
         if step not in self._programs:
-            self._programs[step] = _program(step, self._structure, self._on_cpu, self.mesh)
+            self._programs[step] = _program(step, self._structure, self.on_cpu, self.mesh)
         return self._programs[step](self._leaves, state, *arguments, **static)
 
     def lanes_for(self, rows: int) -> int:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.load import load_model
+from phi3_jax.config import Phi3Config
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.tokenizer import JsonBackend, Phi3Tokenizer
@@ -26,8 +27,10 @@ class Pipeline:
     tokenizer: Phi3Tokenizer
 
     @classmethod
-    def load(cls, path: Path, *, dtype: Any, mesh: Mesh | None = None) -> "Pipeline":
-        """Loads a directory in Hugging Face's layout or a GGUF file.
+    def load(
+        cls, path: Path, *, dtype: Any, mesh: Mesh | None = None, config: Phi3Config | None = None
+    ) -> "Pipeline":
+        """Loads a directory in Hugging Face's layout or a GGUF file; `config` in place of its own.
 
         A checkpoint that names no end tokens gets those that its config and its tokenizer tell.
 
@@ -35,7 +38,7 @@ class Pipeline:
             CheckpointError: the model cannot be loaded, or it comes without a tokenizer.
         """
         tokenizer = load_tokenizer(path)
-        model = load_model(Phi3ForCausalLM, path, dtype=dtype, mesh=mesh)
+        model = load_model(Phi3ForCausalLM, path, dtype=dtype, mesh=mesh, config=config)
         if len(tokenizer) > model.config.vocab_size:
             raise CheckpointError(
                 f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}; "
