@@ -33,9 +33,8 @@ from phi3_jax.progress import FileProgress
 from phi3_jax.rope_argument import trained_length
 from phi3_jax.rope_scaling import RopeBase
 
-ROWS = {"cpu": 4}
+ROWS, ROWS_ON_CPU = 16, 4
 """Individuals at a time, at most; a CPU has little to gain from more, and a kill loses as many."""
-MOST_ROWS = 16
 
 OWN = "model"
 """What a model's own rope is called among the known ones, if it has another than the plain one."""
@@ -136,7 +135,7 @@ def search_ropes(
         before = len(search.scored)
         if search.waiting:
             scorer = Scorer(Pipeline.load(model, dtype=dtype, mesh=mesh).compiled)
-            most = min(evolution.population, ROWS.get(_platform(scorer), MOST_ROWS))
+            most = min(evolution.population, ROWS_ON_CPU if scorer.compiled.on_cpu else ROWS)
             rows = batch_size or journal.chosen("batch_size", lambda: _rows(scorer, length, most))
             scorer.check_memory(length, rows)
             run(search, journal, _measure(scorer, parts, config, rows), rows, show=show)
@@ -283,14 +282,6 @@ def _windows(
         )
     starts = skip + np.arange(windows) * (left // windows)
     return [np.asarray(tokens[start : start + length], np.int32) for start in starts]
-
-
-def _platform(scorer: Scorer) -> str:
-    mesh = scorer.compiled.mesh
-    if mesh is not None:
-        return mesh.devices.flat[0].platform
-    weight = scorer.compiled.model.decoder.norm.weight[...]
-    return next(iter(weight.devices())).platform
 
 
 def _rows(scorer: Scorer, length: int, most: int) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import compilations
-from reference import LONG, SHORT
+from reference import LONG, SHORT, run
 from twins import PAD, Twins, prompts
 
 from phi3_jax import Phi3ForCausalLM
@@ -72,6 +72,23 @@ def test_each_row_is_answered_under_its_own(shallow: Twins, options: dict[str, A
     assert (made != plain).any(axis=1).all()
 
 
+def test_by_position(shallow: Twins) -> None:
+    """Each row with as many unscaled positions as it likes, against the model on the whole text."""
+    ids, mask = prompts(LENGTHS)
+    plain, (scaled, _) = shallow.config.rope_base.inv_freq(), frequencies(shallow, ROPES[0], 20)
+    initial = np.array([0, 4, 7])
+    by_position = np.where((np.arange(8) < initial[:, None])[..., None], plain, scaled)
+    made = answers(shallow.model, ids, mask, inv_freq=by_position)
+    for row, length in enumerate(LENGTHS):
+        tokens = made[row, 20 - length :]
+        positions = np.minimum(np.arange(len(tokens)), 7)
+        out = run(shallow.model, input_ids=tokens[None], inv_freq=by_position[row, positions][None])
+        likeliest = np.asarray(out.logits)[0].argmax(-1)
+        np.testing.assert_array_equal(likeliest[length - 1 : -1], tokens[length:])
+    alone = answers(shallow.model, ids, mask, inv_freq=scaled)
+    assert (made == alone).all(axis=1).tolist() == [True, False, False]
+
+
 def test_a_list_that_is_given_is_not_left(twins_of: Callable[..., Twins]) -> None:
     """Beyond the original length a longrope model would go over to the long list."""
     lists = {"short_factor": SHORT, "long_factor": LONG}
@@ -103,9 +120,9 @@ def test_other_frequencies_compile_nothing(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     given = [frequencies(shallow, rope, 20) for rope in ROPES]
     made = []
-    for run in range(2):
+    for again in (False, True):
         with compilations() as programs:
-            for inv_freq, scaling in given if run else given[:1]:
+            for inv_freq, scaling in given if again else given[:1]:
                 made.append(answers(shallow.model, ids, mask, inv_freq=inv_freq, attention_scaling=scaling))
     assert programs == []
     assert not np.array_equal(made[1], made[2])

@@ -1,0 +1,274 @@
+"""Retrieval of pass keys over a grid of lengths and depths, under several ropes, with one model in memory."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from phi3_jax.checkpoint import open_checkpoint
+from phi3_jax.checkpoint.fingerprint import fingerprint
+from phi3_jax.config import Phi3Config
+from phi3_jax.evaluation.journal import Journal
+from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, found
+from phi3_jax.evaluation.scorer import frequencies_for
+from phi3_jax.generation import generate
+from phi3_jax.generation.memory import column_bytes, room_for
+from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
+from phi3_jax.generation.prompts import cache_length, padded_length
+from phi3_jax.progress import FileProgress
+from phi3_jax.rope_argument import RopeArgument
+
+ROWS, ROWS_ON_CPU = 16, 4
+"""Prompts at a time, at most; a CPU has little to gain from more."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a model made of one prompt under one rope."""
+
+    rope: str
+    length: int
+    depth: float
+    trial: int
+    key: str
+    answer: str
+    found: bool
+
+
+@dataclass(frozen=True)
+class PasskeyResult:
+    """Trials in the order in which they were made, and what they follow from."""
+
+    trials: list[Trial]
+    asked: Mapping[str, Any]
+    fresh: int
+    """That this call made; the others were known from before."""
+    seconds: float
+
+
+class Ropes:
+    """The frequencies of ropes for prompts of a length, as `generate` takes them for a batch.
+
+    Longrope's list and dynamic NTK's base are those of the whole length, the answer's room included.
+
+    Raises:
+        ValueError: a rope that the model cannot have.
+    """
+
+    def __init__(self, config: Phi3Config, ropes: Sequence[RopeArgument]):
+        self._plain = config.rope_base.inv_freq()
+        self._configs = {rope.name: rope.apply(config) for rope in ropes}
+        self._initial = {rope.name: rope.initial_tokens for rope in ropes}
+
+    def frequencies(self, names: Sequence[str], length: int) -> dict[str, Float[np.ndarray, "..."]]:
+        """`inv_freq` and `attention_scaling` for rows of these ropes.
+
+        By position where any rope keeps initial tokens unscaled: as many positions, and one that stands for
+        all behind them.
+        """
+        found = [frequencies_for(self._configs[name], length) for name in names]
+        inv_freq = np.stack([each for each, _ in found])  # [B, P]
+        if positions := max(self._initial.values()):
+            initial = np.array([self._initial[name] for name in names])
+            unscaled = np.arange(positions + 1) < initial[:, None]  # [B, S]
+            inv_freq = np.where(unscaled[:, :, None], self._plain, inv_freq[:, None])
+        return {"inv_freq": inv_freq, "attention_scaling": np.array([scaling for _, scaling in found])}
+
+
+def measure_passkeys(
+    model: Path,
+    output: Path,
+    ropes: Sequence[RopeArgument],
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int = 5,
+    max_new_tokens: int = 16,
+    raw: bool = False,
+    text: Path | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    overwrite: bool = False,
+    show: bool = True,
+) -> PasskeyResult:
+    """Asks for pass keys: for each length and depth `trials` prompts, which are the same under all ropes.
+
+    After each batch of prompts the answers are on the disk, in `output`/state.json: after a kill the same
+    call goes on with them.
+
+    Args:
+        model: a checkpoint. It is loaded once, and all ropes run in the same programs.
+        lengths: tokens of prompt and answer together.
+        depths: where the key stands, 0 for the beginning and 1 for the end.
+        max_new_tokens: of an answer.
+        raw: leave out the chat template, and begin the answer; so it is done where there is none.
+        text: whose lines are the filler; default: lines of our own.
+        batch_size: prompts at a time; default: by memory, at most 4 on CPU and 16 elsewhere.
+        overwrite: begin anew where the output holds something else.
+
+    Raises:
+        ValueError: what was asked cannot be done, before any work.
+    """
+    for name, values in (("rope", [each.name for each in ropes]), ("length", lengths), ("depth", depths)):
+        if twice := next((value for value in values if list(values).count(value) > 1), None):
+            raise ValueError(f"{name} {twice} is given twice; give it once")
+    _, config = open_checkpoint(model)
+    frequencies = Ropes(config, ropes)
+    tokenizer = load_tokenizer(model)
+    content = None if text is None else text.read_text(encoding="utf-8")
+    prompts = PasskeyPrompts(
+        tokenizer,
+        max_new_tokens,
+        template=not raw and tokenizer.chat_template is not None,
+        filler=FILLER if content is None else content.splitlines(),
+        seed=seed,
+    )
+    prompts.check(lengths)
+    asked = {
+        "model": str(model.resolve()),
+        "model_files": fingerprint(model),
+        "ropes": {rope.name: asdict(rope) for rope in ropes},
+        "lengths": list(lengths),
+        "depths": list(depths),
+        "trials": trials,
+        "max_new_tokens": max_new_tokens,
+        "template": prompts.template,
+        "text": None if text is None else str(text.resolve()),
+        "text_digest": content and hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
+        "seed": seed,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "mesh": None if mesh is None else dict(mesh.shape),
+    }
+    total = len(ropes) * len(lengths) * len(depths) * trials
+    began = monotonic()
+    with Journal(output / "state.json", asked, overwrite=overwrite) as journal:
+        before = len(journal.entries)
+        if before < total:
+            longest = config.replace(max_position_embeddings=max(*lengths, config.max_position_embeddings))
+            pipeline = Pipeline.load(model, dtype=dtype, mesh=mesh, config=longest)
+            runner = _Runner(pipeline, prompts, frequencies)
+            rows = _rows(journal, runner, lengths, batch_size)
+            batches = list(_batches([rope.name for rope in ropes], lengths, depths, trials, rows))
+            with FileProgress(total, show) as progress:
+                _run(batches, rows, runner, journal, progress, total, began)
+        made = [Trial(**entry) for entry in journal.entries]
+    return PasskeyResult(made, asked, len(made) - before, monotonic() - began)
+
+
+Row = tuple[str, Case]
+"""A rope's name and a prompt."""
+
+
+class _Runner:
+    """Answers batches of prompts of one length."""
+
+    def __init__(self, pipeline: Pipeline, prompts: PasskeyPrompts, ropes: Ropes):
+        self._pipeline, self._prompts, self._ropes = pipeline, prompts, ropes
+
+    def answer(self, batch: Sequence[Row], rows: int) -> list[Trial]:
+        """The trials of a batch, which is filled up to `rows`, so that one program serves all."""
+        length, most = batch[0][1].length, self._prompts.answer_tokens
+        filled = [*batch, *[batch[0]] * (rows - len(batch))]
+        made = [self._prompts(case) for _, case in filled]
+        ids = np.array([prompt.ids for prompt in made], np.int32)
+        out = generate(
+            self._pipeline.compiled,
+            ids,
+            np.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=most,
+            **self._ropes.frequencies([rope for rope, _ in filled], length),
+        )
+        trials = []
+        for (rope, case), prompt, row in zip(batch, made, np.asarray(out), strict=False):
+            answer = self._prompts.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
+            trials.append(Trial(rope, *case, prompt.key, answer, found(answer, prompt.key)))
+        return trials
+
+    def most_rows(self, length: int, wanted: int | None) -> int:
+        """Prompts of a length that memory holds at a time.
+
+        Raises:
+            ValueError: not one; not as many as are wanted.
+        """
+        compiled = self._pipeline.compiled
+        columns = cache_length(
+            padded_length(length - self._prompts.answer_tokens) + self._prompts.answer_tokens + 1
+        )
+        room = room_for(compiled)
+        least = compiled.lanes_for(wanted or 1)
+        if least * columns > room:
+            each = column_bytes(compiled)
+            texts = f"{wanted} prompts of {length:,} tokens" if wanted else f"a prompt of {length:,} tokens"
+            raise ValueError(
+                f"{texts} needs {least * columns * each / 2**30:.2f} GiB for keys and values, and memory has "
+                f"{room * each / 2**30:.2f} GiB for them; choose shorter lengths or a smaller --batch-size"
+            )
+        if wanted:
+            return wanted
+        most = ROWS_ON_CPU if compiled.on_cpu else ROWS
+        while compiled.lanes_for(most) * columns > room and most > 1:
+            most //= 2
+        return most
+
+
+def _rows(journal: Journal, runner: _Runner, lengths: Sequence[int], wanted: int | None) -> dict[int, int]:
+    """Prompts at a time by length; the longest is seen first, so that what cannot be is said at once."""
+    return {
+        length: journal.chosen(f"rows_{length}", lambda length=length: runner.most_rows(length, wanted))
+        for length in sorted(lengths, reverse=True)
+    }
+
+
+def _batches(
+    ropes: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int,
+    rows: Mapping[int, int],
+) -> Iterator[list[Row]]:
+    for length in lengths:
+        cases = [
+            (rope, Case(length, depth, trial)) for rope, depth, trial in product(ropes, depths, range(trials))
+        ]
+        for start in range(0, len(cases), rows[length]):
+            yield cases[start : start + rows[length]]
+
+
+def _run(
+    batches: Sequence[Sequence[Row]],
+    rows: Mapping[int, int],
+    runner: _Runner,
+    journal: Journal,
+    progress: FileProgress,
+    total: int,
+    began: float,
+) -> None:
+    """Answers what is not answered yet; each batch is safe before the next."""
+    done = before = len(journal.entries)
+    # What a prompt costs grows with its length.
+    costs = [sum(case.length for _, case in batch) for batch in batches]
+    ends = np.cumsum([len(batch) for batch in batches])
+    for number in range(int(np.searchsorted(ends, done, side="right")), len(batches)):
+        batch = batches[number]
+        journal.add(asdict(trial) for trial in runner.answer(batch, rows[batch[0][1].length]))
+        done = len(journal.entries)
+        right = sum(entry["found"] for entry in journal.entries)
+        spent = sum(cost for cost, end in zip(costs, ends, strict=True) if before < end <= done)
+        left = sum(cost for cost, end in zip(costs, ends, strict=True) if end > done)
+        minutes = round((monotonic() - began) * left / spent / 60)
+        progress.update(
+            f"{done:,} of {total:,} prompts, {right:,} keys found", done, f", {minutes:,} min left"
+        )

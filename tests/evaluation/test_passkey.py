@@ -1,0 +1,104 @@
+"""Prompts that hide a pass key: exact lengths, places, answers."""
+
+import re
+
+import pytest
+from small_checkpoint import write_checkpoint
+
+from phi3_jax import Phi3Tokenizer
+from phi3_jax.evaluation.passkey import FILLER, KEY, QUESTION, TASK, Case, PasskeyPrompts, found
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Phi3Tokenizer:
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder)
+    return Phi3Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("template", [True, False], ids=["template", "raw"])
+@pytest.mark.parametrize("length", [400, 401, 777, 1500])
+def test_length_and_place(tokenizer: Phi3Tokenizer, template: bool, length: int) -> None:
+    prompts = PasskeyPrompts(tokenizer, 20, template)
+    places = []
+    for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+        made = prompts(Case(length, depth, 3))
+        assert len(made.ids) == length - 20
+        text = tokenizer.decode(made.ids)
+        line = KEY.format(key=made.key)
+        assert text.count(line) == 1
+        assert re.findall(r"\d+", text) == [made.key] * 2
+        begin, end = text.index(TASK) + len(TASK), text.index(QUESTION)
+        room = end - begin - len(line)
+        places.append((text.index(line) - begin) / room)
+        before = text[begin : text.index(line)]
+        # The first line may be cut from the left; all others are the filler's.
+        assert all(part in FILLER for part in before.splitlines()[1:])
+        assert before == "" or before.endswith("\n")
+        assert text.startswith("<|user|>" + TASK if template else TASK)
+        assert text.endswith("<|assistant|>" if template else "\nThe pass key is")
+    longest = max(len(line) + 1 for line in FILLER) / room
+    assert places == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=longest)
+    assert (places[0], places[-1]) == (0, 1)
+
+
+def test_cases_differ_and_come_again(tokenizer: Phi3Tokenizer) -> None:
+    prompts = PasskeyPrompts(tokenizer, 20, template=True)
+    made = [prompts(Case(500, 0.5, trial)) for trial in range(20)]
+    assert len({prompt.key for prompt in made}) == 20
+    assert len({tuple(prompt.ids[100:150]) for prompt in made}) > 5
+    again = PasskeyPrompts(tokenizer, 20, template=True)
+    assert [again(Case(500, 0.5, trial)) for trial in range(20)] == made
+    other = PasskeyPrompts(tokenizer, 20, template=True, seed=1)
+    assert other(Case(500, 0.5, 0)).key != made[0].key
+
+
+def test_a_text_for_filler(tokenizer: Phi3Tokenizer) -> None:
+    prompts = PasskeyPrompts(tokenizer, 20, template=False, filler=["one", "", "  two words ", "three"])
+    text = tokenizer.decode(prompts(Case(500, 1.0, 0)).ids)
+    assert set(text.split("\n")[3:-4]) == {"one", "two words", "three"}
+    with pytest.raises(ValueError, match="the text for the filler is empty"):
+        PasskeyPrompts(tokenizer, 20, template=False, filler=["", " "])(Case(500, 1.0, 0))
+
+
+def test_lengths_that_are_too_short(tokenizer: Phi3Tokenizer) -> None:
+    prompts = PasskeyPrompts(tokenizer, 20, template=True)
+    prompts.check([prompts.shortest])
+    for trial in range(20):
+        assert len(prompts(Case(prompts.shortest, 0.5, trial)).ids) == prompts.shortest - 20
+    with pytest.raises(
+        ValueError, match=f"length 100 is too short.*20 tokens of answer need {prompts.shortest}"
+    ):
+        prompts.check([1000, 100])
+
+
+def test_a_template_that_leaves_the_text_out(
+    tokenizer: Phi3Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "hello")
+    with pytest.raises(ValueError, match="leaves out what the user says; use --raw"):
+        PasskeyPrompts(tokenizer, 20, template=True).check([500])
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        (" 71432.", True),
+        ("The pass key is 71432. Remember it", True),
+        ("71,432", True),
+        ("The key: **71432**", True),
+        ("", False),
+        ("The pass key is", False),
+        ("714321", False),
+        ("7143", False),
+        ("12345, no: 71432", False),
+        ("7 1 4 3 2", False),
+    ],
+)
+def test_answers(answer: str, right: bool) -> None:
+    assert found(answer, "71432") is right
+
+
+def test_the_filler_says_nothing() -> None:
+    assert len(set(FILLER)) == len(FILLER)
+    assert not any(re.search(r"\d|key|pass\b", line) for line in FILLER)
