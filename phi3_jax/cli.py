@@ -16,6 +16,7 @@ from phi3_jax.cli_finetune import finetune
 from phi3_jax.cli_interrupt import Interrupt
 from phi3_jax.cli_plan import plan
 from phi3_jax.cli_processes import join, prepare, tell, tell_error
+from phi3_jax.cli_rope import rope
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -271,6 +272,7 @@ app.command()(plan)
 app.command()(finetune)
 app.command()(classify)
 app.command()(bench_finetune)
+app.add_typer(rope)
 
 
 def load_pipeline(

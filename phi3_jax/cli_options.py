@@ -33,6 +33,20 @@ Distributed = Annotated[
     ),
 ]
 Dtype = Annotated[str, Option(help="Of parameters and activations.")]
+Ropes = Annotated[
+    list[str] | None,
+    Option(
+        help="A scaling, may be repeated: none, linear:factor=4, dynamic:factor=4, yarn:factor=4, "
+        "longrope:@factors.json, @rope.json (an entry of a config.json)."
+    ),
+]
+Rope = Annotated[
+    str | None,
+    Option(
+        help="In place of the model's: none, linear:factor=4, dynamic:factor=4, yarn:factor=4, "
+        "longrope:@factors.json, @rope.json (an entry of a config.json)."
+    ),
+]
 System = Annotated[str | None, Option(help="A system message before everything else.")]
 MaxNewTokens = Annotated[int, Option(min=1, help="End an answer after this many tokens.")]
 Temperature = Annotated[float, Option(min=0.0, help="0: always the most likely token.")]
@@ -50,6 +64,23 @@ RepetitionPenalty = Annotated[
 PromptLookup = Annotated[
     int | None, Option(min=1, help="Draft this many tokens from the text so far; the answer stays the same.")
 ]
+
+
+def numbers(name: str, text: str, *, least: int) -> list[int]:
+    """Whole numbers with commas between them.
+
+    Raises:
+        ValueError: something else, or a number below `least`.
+    """
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(int(part))
+        except ValueError:
+            raise ValueError(f"--{name} {text}: {part!r} is not a whole number") from None
+        if found[-1] < least:
+            raise ValueError(f"--{name} {text}: {part} must be at least {least}")
+    return found
 
 
 def generation_options(

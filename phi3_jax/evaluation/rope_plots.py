@@ -1,0 +1,107 @@
+"""Figures of ropes: perplexity by length, and what each does to every pair of dims."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from phi3_jax.evaluation.plots import BLUE, GREY, ORANGE, plain, short
+
+COLOURS = (GREY, "#56B4E9", "#E69F00", "#009E73", ORANGE, BLUE, "#CC79A7", "#000000")
+MARKERS = "osD^vP*X"
+LINES = ("-", "--", "-.", ":")
+
+FAR = 8
+"""Times the best, from which on perplexities are drawn on a logarithmic scale."""
+
+
+def perplexities(
+    lengths: Sequence[int], values: Mapping[str, Sequence[float]], trained: int | None = None
+) -> Figure:
+    """Perplexity against the context length, a line for each rope; `trained`: a length to mark."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    ax = figure.subplots()
+    found = [value for line in values.values() for value in line if math.isfinite(value)]
+    for number, (name, line) in enumerate(values.items()):
+        heights = [value if math.isfinite(value) else np.nan for value in line]
+        ax.plot(lengths, heights, label=short(name), **_style(number), markersize=6)
+    if trained is not None and lengths[0] <= trained <= lengths[-1]:
+        ax.axvline(trained, color=GREY, linewidth=1, linestyle=":", zorder=0)
+        ax.annotate(
+            "trained",
+            (trained, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -10),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=9,
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    ax.xaxis.set_minor_locator(NullLocator())
+    if found and max(found) > FAR * min(found):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("Context length (tokens)")
+    ax.set_ylabel("Perplexity")
+    _legend(ax)
+    plain(ax)
+    return figure
+
+
+def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int, trained: int) -> Figure:
+    """Each rope's wavelengths, and what it multiplies plain rope's by, for every pair of dims.
+
+    Args:
+        ropes: name, wavelengths in tokens [P], factors [P].
+        length: for which the frequencies are; drawn, as is the length that the model was trained on.
+    """
+    figure = Figure(figsize=(8, 7.2), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    for number, (name, lengths, factors) in enumerate(ropes):
+        pairs = np.arange(len(lengths))
+        upper.plot(pairs, lengths, label=short(name), **_style(number), markersize=3.5)
+        lower.plot(pairs, factors, **_style(number), markersize=3.5)
+    for tokens, what in ((trained, "trained length"), (length, "longest length")):
+        upper.axhline(tokens, color=GREY, linewidth=1, linestyle=":", zorder=0)
+        upper.annotate(
+            f"{what}, {tokens:,}",
+            (0, tokens),
+            xytext=(2, 3),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=9,
+        )
+    upper.set_yscale("log")
+    upper.set_ylabel("Wavelength (tokens)")
+    _legend(upper, "lower right")
+    lower.set_yscale("log", base=2)
+    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    lower.set_ylabel("Factor on plain rope's wavelength")
+    lower.set_xlabel("Pair of dims")
+    for ax in (upper, lower):
+        plain(ax)
+        ax.margins(x=0.02)
+    figure.align_ylabels()
+    return figure
+
+
+def _style(number: int) -> dict[str, object]:
+    """Colours, marks and lines that stay apart for many ropes, on paper too."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+        "linewidth": 1.6,
+    }
+
+
+def _legend(ax: Axes, where: str = "best") -> None:
+    legend = ax.legend(fontsize=9, loc=where, edgecolor="none", framealpha=0.9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)

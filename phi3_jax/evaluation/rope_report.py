@@ -1,0 +1,168 @@
+"""What a comparison of ropes leaves: tables for people and programs, and figures."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.table import Table
+
+from phi3_jax.evaluation import plots
+from phi3_jax.evaluation.files import json_value
+from phi3_jax.evaluation.report import markdown_table
+from phi3_jax.evaluation.rope_compare import Comparison, scaled_frequencies
+from phi3_jax.evaluation.rope_plots import perplexities, wavelengths
+from phi3_jax.evaluation.scorer import frequencies_for
+from phi3_jax.files import replacing
+from phi3_jax.rope_argument import trained_length
+
+CSV, JSON, MARKDOWN = "results.csv", "results.json", "report.md"
+PERPLEXITY, WAVELENGTHS = "perplexity.png", "wavelengths.png"
+
+COLUMNS = ("rope", "length", "stride", "tokens", "loss", "perplexity", "seconds")
+
+
+def write_comparison(output: Path, comparison: Comparison) -> None:
+    """Writes results.csv, results.json, perplexity.png, wavelengths.png and report.md, each as a whole."""
+    trained = trained_length(comparison.trained)
+    lines = {
+        rope.name: [comparison.cell(rope.name, length).loss.perplexity for length in comparison.lengths]
+        for rope in comparison.ropes
+    }
+    plots.save(perplexities(comparison.lengths, lines, trained), output / PERPLEXITY)
+    scaled = list(scaled_frequencies(comparison))
+    plots.save(wavelengths(scaled, comparison.lengths[-1], trained), output / WAVELENGTHS)
+    with replacing(output / CSV) as work, work.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_rows(comparison))
+    with replacing(output / JSON) as work:
+        text = json.dumps(json_value(_told(comparison)), indent=2, ensure_ascii=False, allow_nan=False)
+        work.write_text(text + "\n", encoding="utf-8")
+    with replacing(output / MARKDOWN) as work:
+        work.write_text("\n".join(_lines(comparison)) + "\n", encoding="utf-8")
+
+
+def table(comparison: Comparison) -> Table:
+    """Perplexities for a terminal; the best of each length in bold."""
+    shown = Table(box=SIMPLE, title="Perplexity by context length", title_justify="left")
+    shown.add_column("rope", overflow="fold")
+    best = {length: _best(comparison, length) for length in comparison.lengths}
+    for length in comparison.lengths:
+        shown.add_column(f"{length:,}", justify="right")
+    for rope in comparison.ropes:
+        cells = [
+            f"[bold]{value}[/bold]" if rope.name == best[length] else value
+            for length, value in zip(comparison.lengths, _perplexities(comparison, rope.name), strict=True)
+        ]
+        shown.add_row(rope.name.replace("[", r"\["), *cells)
+    return shown
+
+
+def _best(comparison: Comparison, length: int) -> str:
+    at_length = [cell for cell in comparison.cells if cell.length == length]
+    return min(at_length, key=lambda cell: cell.loss.loss / cell.loss.tokens).rope
+
+
+def _perplexities(comparison: Comparison, rope: str) -> list[str]:
+    values = (comparison.cell(rope, length).loss.perplexity for length in comparison.lengths)
+    return [f"{value:,.2f}" if value < 1e6 else f"{value:.2e}" for value in values]
+
+
+def _rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    for cell in comparison.cells:
+        yield {
+            "rope": cell.rope,
+            "length": cell.length,
+            "stride": cell.stride,
+            "tokens": cell.loss.tokens,
+            "loss": cell.loss.loss / cell.loss.tokens,
+            "perplexity": cell.loss.perplexity,
+            "seconds": round(cell.seconds, 3),
+        }
+
+
+def _told(comparison: Comparison) -> dict[str, Any]:
+    scaled = {name: (lengths, factors) for name, lengths, factors in scaled_frequencies(comparison)}
+    return {
+        "asked": comparison.asked,
+        "tokens": comparison.tokens,
+        "trained_length": trained_length(comparison.trained),
+        "ropes": {
+            rope.name: {
+                "parameters": rope.parameters,
+                "attention_factor": frequencies_for(rope.config, comparison.lengths[-1])[1],
+                "wavelengths": scaled[rope.name][0].tolist(),
+                "factors": scaled[rope.name][1].tolist(),
+            }
+            for rope in comparison.ropes
+        },
+        "results": list(_rows(comparison)),
+        "seconds": comparison.seconds,
+    }
+
+
+def _lines(comparison: Comparison) -> Iterator[str]:
+    asked, trained = comparison.asked, trained_length(comparison.trained)
+    yield "# Ropes compared"
+    yield (
+        f"\n{asked['model']}, trained on {trained:,} tokens, in {asked['dtype']}; {asked['text']}"
+        + (f" behind its first {asked['skip_tokens']:,} tokens" if asked["skip_tokens"] else "")
+        + "."
+    )
+    yield "\n## Perplexity by context length\n"
+    yield from markdown_table(
+        ("rope", *(f"{length:,}" for length in comparison.lengths)),
+        [(rope.name, *_perplexities(comparison, rope.name)) for rope in comparison.ropes],
+    )
+    strides = {cell.length: cell.stride for cell in comparison.cells}
+    yield (
+        f"\nEvery length scores the same {comparison.cells[0].loss.tokens:,} tokens, each once: the first "
+        f"{comparison.tokens:,} but one. Windows of the length slide over them, "
+        + ", ".join(f"{strides[length]:,} apart at {length:,}" for length in comparison.lengths)
+        + ". Scaled frequencies are those for a window's whole length."
+    )
+    yield f"\n![Perplexity against context length]({PERPLEXITY})"
+    yield "\n## What each rope does\n"
+    yield from markdown_table(
+        ("rope", "type", "reaches", "wavelengths times", "attention factor", "unscaled first tokens"),
+        [
+            _described(comparison, *each)
+            for each in zip(comparison.ropes, scaled_frequencies(comparison), strict=True)
+        ],
+    )
+    yield f"\nAt {comparison.lengths[-1]:,} tokens; {WAVELENGTHS} shows every pair of dims."
+    yield f"\n![Wavelengths of each rope, and their factors]({WAVELENGTHS})"
+    yield "\n## Time\n"
+    yield from markdown_table(
+        ("", "seconds"),
+        [
+            ("forward passes", f"{comparison.seconds['forward']:,.1f}"),
+            ("compilation", f"{comparison.seconds['compile']:,.1f}"),
+            ("all", f"{comparison.seconds['all']:,.1f}"),
+        ],
+    )
+    yield "\nOf the last command; what an earlier one had measured took it no time."
+
+
+def _described(
+    comparison: Comparison, rope: Any, scaled: tuple[str, np.ndarray, np.ndarray]
+) -> tuple[str, ...]:
+    _, _, factors = scaled
+    _, attention_factor = frequencies_for(rope.config, comparison.lengths[-1])
+    spread = (
+        f"{factors.min():.4g}"
+        if np.allclose(factors, factors[0])
+        else f"{factors.min():.4g} to {factors.max():.4g}"
+    )
+    return (
+        rope.name,
+        rope.config.rope_scaling.rope_type,
+        f"{rope.config.context_length:,}",
+        spread,
+        f"{attention_factor:.4g}",
+        str(rope.initial_tokens),
+    )
