@@ -1,6 +1,6 @@
 """Which slot does what next, in plain Python: knows lengths and slots, nothing of models or devices.
 
-Slots come in pools: those of a pool have the same number of columns (places for tokens) and make tokens
+Slots come in pools: those of a pool have the same number of columns (places for tokens). All make tokens
 together. A prompt goes to the pool with the fewest columns that hold it and its answer.
 """
 
@@ -45,9 +45,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Decode:
-    """Let every running slot of a pool make some tokens."""
-
-    pool: int
+    """Let every running slot make some tokens."""
 
 
 @dataclass
@@ -97,7 +95,6 @@ class Scheduler:
         self._begun: tuple[int, int, Job, int] | None = None
         """A prompt whose chunks are under way, and how many of its tokens are computed."""
         self._filled = 0
-        self._decoded = len(pools) - 1
 
     @property
     def waiting(self) -> int:
@@ -130,7 +127,7 @@ class Scheduler:
 
     def next(self) -> Fill | Decode | None:
         """What to do now; None: nothing, until more jobs are added."""
-        decodable = [index for index, pool in enumerate(self._pools) if pool.running]
+        decodable = any(pool.running for pool in self._pools)
         if not decodable or self._filled < self._budget:
             fill = self._next_fill()
             if fill is not None:
@@ -139,8 +136,7 @@ class Scheduler:
         if not decodable:
             return None
         self._filled = 0
-        self._decoded = min(decodable, key=lambda index: (index <= self._decoded, index))  # in turns
-        return Decode(self._decoded)
+        return Decode()
 
     def ended(self, pool: int, slots: Collection[int]) -> None:
         """These slots' jobs are done: the slots are free."""

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,14 @@ from jaxtyping import Array, Bool, Int
 
 from phi3_jax.batch.options import RowOptions, keys, processors
 from phi3_jax.batch.prefixes import KEPT
+from phi3_jax.batch.scheduler import PoolSize
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.forward import fill
 from phi3_jax.generation.sampling import loop
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, Settings, State
 from phi3_jax.model import KVCache, Phi3ForCausalLM
+from phi3_jax.model.ragged import RaggedVectors
 from phi3_jax.sharding import shards
 
 STEPS = 8
@@ -54,14 +57,14 @@ class Decoded(NamedTuple):
 
 
 class Slots:
-    """The slots of a pool, each with `columns` places for tokens.
+    """The slots of all pools, each with its pool's number of places for tokens; all make tokens together.
 
-    All shapes are fixed: whatever prompts come, the same few programs run.
+    All shapes are fixed: whatever prompts come, the same few programs run. A slot is named by its pool and
+    its number there.
 
     Args:
         compiled: the model.
-        count: of slots.
-        columns: of each; a row has at most as many tokens but one.
+        pools: a row has at most as many tokens as its slot has columns, but one.
         groups: (prompts, tokens of each) that are computed together.
         widths: tokens of a single prompt that are computed at a time.
         end_tokens: any of which ends an answer.
@@ -74,8 +77,7 @@ class Slots:
     def __init__(
         self,
         compiled: CompiledModel,
-        count: int,
-        columns: int,
+        pools: Sequence[PoolSize],
         *,
         groups: Sequence[tuple[int, int]],
         widths: Sequence[int],
@@ -84,17 +86,25 @@ class Slots:
     ):
         self._compiled, self._widths = compiled, sorted(widths)
         self._groups = {width: lanes_for(compiled, rows) for rows, width in groups}
-        self.count, self.columns = count, columns
-        self._state = self._empty(count, columns)
+        self._pools = pools
+        self._first = [0, *accumulate(pool.slots for pool in pools)]
+        self._columns = max(pool.columns for pool in pools)
+        count = self._first[-1]
+        self._state = replace(
+            self._empty(count, None),
+            cache=KVCache.below([compiled.model.init_cache(pool.slots, pool.columns) for pool in pools]),
+        )
         self._end_tokens = jnp.asarray(list(end_tokens), jnp.int32)
         self._most = np.ones(count, np.int32)
         self._options = [RowOptions()] * count
         # A chunk that reached over the end would be written before it.
-        self._stage_columns = -(-columns // self._widths[0]) * self._widths[0] + self._widths[-1]
+        self._stage_columns = -(-self._columns // self._widths[0]) * self._widths[0] + self._widths[-1]
         self._stage: State | None = None
         self._beginnings = beginnings
 
-    def fill(self, slots: Sequence[int], rows: Sequence[Row], start: int, width: int, *, last: bool) -> None:
+    def fill(
+        self, pool: int, slots: Sequence[int], rows: Sequence[Row], start: int, width: int, *, last: bool
+    ) -> None:
         """Computes the tokens [start, start + width) of rows, counted behind those that each shares.
 
         Never the last one of a row, which makes the next. A group's rows begin and end with one call; with
@@ -119,10 +129,17 @@ class Slots:
             self._stage = part
             return
         where = [*slots, *[slots[0]] * (lanes - len(slots))]
-        self._state = self._compiled(_place, self._state, part, jnp.asarray(where, jnp.int32))
+        self._state = self._compiled(
+            _place_in_pool,
+            self._state,
+            part,
+            jnp.asarray(where, jnp.int32),
+            pool=pool,
+            first=self._first[pool],
+        )
         for slot, row in zip(slots, rows, strict=True):
-            self._most[slot] = row.most
-            self._options[slot] = row.options
+            self._most[self._first[pool] + slot] = row.most
+            self._options[self._first[pool] + slot] = row.options
 
     def decode(self) -> Decoded:
         """Some tokens for every slot that has not finished.
@@ -135,7 +152,7 @@ class Slots:
             after=(),
             end_tokens=self._end_tokens,
             max_new_tokens=jnp.asarray(self._most),
-            rope=_rope(self.count),
+            rope=_rope(self._first[-1]),
             key=None if plain else keys(self._options),
         )
         self._state, report = self._compiled(
@@ -146,24 +163,28 @@ class Slots:
         )
         return Decoded(tokens[:done, :, 0], finished, stale)
 
-    def retire(self, slots: Sequence[int]) -> None:
-        """These slots make no more tokens until a row is put into them."""
-        for slot in slots:
-            self._options[slot] = RowOptions()
-        chosen = np.zeros(self.count, bool)
-        chosen[list(slots)] = True
+    def number(self, pool: int, slot: int) -> int:
+        """Which of all slots it is, in what `decode` gives."""
+        return self._first[pool] + slot
+
+    def retire(self, numbers: Sequence[int] | None = None) -> None:
+        """These slots, or all, make no more tokens until a row is put into them."""
+        chosen = np.full(self._first[-1], numbers is None)
+        chosen[list(numbers or ())] = True
+        for number in np.flatnonzero(chosen):
+            self._options[number] = RowOptions()
         self._state = self._compiled(_retire, self._state, jnp.asarray(chosen))
 
-    def _empty(self, rows: int, columns: int) -> State:
-        """Rows that have nothing to do, with as many columns in the cache."""
-        cache = self._compiled.model.init_cache(rows, columns)
-        return State(_rows([((), 0)] * rows, self.columns), jnp.ones(rows, bool), cache)
+    def _empty(self, rows: int, columns: int | None) -> State:
+        """Rows that have nothing to do, with as many columns in the cache; None: it has none yet."""
+        cache: Any = None if columns is None else self._compiled.model.init_cache(rows, columns)
+        return State(_rows([((), 0)] * rows, self._columns), jnp.ones(rows, bool), cache)
 
     def _staged(self, rows: Sequence[Row], columns: int) -> State:
         """Rows beside the slots, of which what they share is computed and nothing else."""
         state = replace(
             self._empty(len(rows), columns),
-            sequences=_rows([(row.ids, row.new) for row in rows], self.columns),
+            sequences=_rows([(row.ids, row.new) for row in rows], self._columns),
             finished=jnp.zeros(len(rows), bool),
         )
         for lane, row in enumerate(rows):
@@ -263,6 +284,37 @@ def _place(model: Phi3ForCausalLM, state: State, part: State, slots: Int[Array, 
     for row in reversed(range(slots.shape[0])):
         state = jax.tree.map(lambda whole, new, row=row: _put(whole, new, slots[row], row), state, part)
     return state
+
+
+def _place_in_pool(
+    model: Phi3ForCausalLM, state: State, part: State, slots: Int[Array, " n"], *, pool: int, first: int
+) -> State:
+    """As `_place`, in the slots of a pool, of which the first is the `first` of all."""
+
+    def own(vectors: Any) -> Any:
+        return vectors.parts[pool]
+
+    def back(vectors: Any, new: Any) -> RaggedVectors:
+        return RaggedVectors([*vectors.parts[:pool], new, *vectors.parts[pool + 1 :]])
+
+    cache = state.cache
+    keys, values = ([own(each) for each in vectors] for vectors in (cache.keys, cache.values))
+    columns = keys[0].shape[2]
+    fitting: Any = _with_columns(part.cache, columns)
+    for row in reversed(range(slots.shape[0])):
+        keys, values = (
+            [_put(whole, new, slots[row], row) for whole, new in zip(old, news, strict=True)]
+            for old, news in ((keys, fitting.keys), (values, fitting.values))
+        )
+    rest = replace(cache, keys=[], values=[])
+    others = replace(_with_columns(part.cache, cache.mask.shape[1]), keys=[], values=[])
+    placed = _place(model, replace(state, cache=rest), replace(part, cache=others), first + slots)
+    cache = replace(
+        placed.cache,
+        keys=[back(old, new) for old, new in zip(cache.keys, keys, strict=True)],
+        values=[back(old, new) for old, new in zip(cache.values, values, strict=True)],
+    )
+    return replace(placed, cache=cache)
 
 
 def _begin(model: Phi3ForCausalLM, state: State, beginning: KVCache, lane: Int[Array, ""]) -> State:

@@ -15,6 +15,7 @@ from phi3_jax.model.kernels.cached import cached_attention
 from phi3_jax.model.kernels.xla import Attended, xla_attention
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.quantized import QuantizedVectors
+from phi3_jax.model.ragged import RaggedVectors
 from phi3_jax.sharding import spec
 
 IMPLEMENTATIONS = (None, "xla", "pallas", "cudnn")
@@ -32,8 +33,8 @@ Vectors = Float[Array, "B K S H"] | QuantizedVectors
 
 def attention(
     query: Float[Array, "B T K G H"],
-    key: Vectors,
-    value: Vectors,
+    key: Vectors | RaggedVectors,
+    value: Vectors | RaggedVectors,
     mask: CausalMask | Array,
     *,
     scale: float,
@@ -55,6 +56,36 @@ def attention(
     Returns:
         The attended values and, if asked for, the probabilities.
     """
+    settings: dict[str, Any] = {"scale": scale, "mesh": mesh, "implementation": implementation}
+    if not isinstance(key, RaggedVectors):
+        assert not isinstance(value, RaggedVectors)
+        settings |= {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        return _attention(query, key, value, mask, output_weights=output_weights, **settings)
+    assert isinstance(value, RaggedVectors)
+    if output_weights or not isinstance(mask, CausalMask):
+        raise ValueError(
+            "a cache whose rows differ in slots has no attentions to give, and takes no 4-D masks"
+        )
+    outputs = [
+        _attention(query[rows], keys, values, mask.of_rows(rows, keys.shape[2]), **settings)[0]
+        for rows, keys, values in zip(key.rows(), key.parts, value.parts, strict=True)
+    ]
+    return jnp.concatenate(outputs), None
+
+
+def _attention(
+    query: Array,
+    key: Vectors,
+    value: Vectors,
+    mask: CausalMask | Array,
+    *,
+    scale: float,
+    mesh: Mesh | None,
+    implementation: str | None,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    output_weights: bool = False,
+) -> tuple[Array, Array | None]:
     dropping = dropout_key is not None and dropout_rate > 0
     if not isinstance(mask, CausalMask) or output_weights or dropping:
         attended = xla_attention(
