@@ -10,11 +10,12 @@ import numpy as np
 from phi3_jax.batch.options import RowOptions
 from phi3_jax.batch.prefixes import Prefixes
 from phi3_jax.batch.scheduler import Decode, Fill, Job, PoolSize, Scheduler
-from phi3_jax.batch.slots import Beginnings, Row, Slots
+from phi3_jax.batch.slots import Slots
+from phi3_jax.batch.stages import Row
 from phi3_jax.generation.compiled import CompiledModel
 
 CHUNK = 512
-WIDTHS = (128, CHUNK)
+WIDTHS = (128, 256, CHUNK)
 """Tokens of one prompt that are computed at a time; the last ones of it may be few."""
 
 GROUPS = ((8, 32), (4, 128))
@@ -111,15 +112,7 @@ class ContinuousBatch:
         self._scheduler = self._new_scheduler()
         self._prefixes = prefixes
         self._longest = max(pool.columns for pool in pools)
-        self._beginnings = Beginnings(compiled, self._longest, widths=widths)
-        self._on_device = Slots(
-            compiled,
-            pools,
-            groups=groups,
-            widths=widths,
-            end_tokens=end_tokens,
-            beginnings=self._beginnings,
-        )
+        self._on_device = Slots(compiled, pools, groups=groups, widths=widths, end_tokens=end_tokens)
         self._pools = range(len(pools))
         self._end_tokens = frozenset(end_tokens)
         self._slots = sum(pool.slots for pool in pools)
@@ -128,7 +121,7 @@ class ContinuousBatch:
     @property
     def load(self) -> Load:
         """How much of the slots is in use now."""
-        computed = self._prompt_tokens + self._beginnings.computed
+        computed = self._prompt_tokens + self._on_device.beginnings.computed
         return Load(self._scheduler.busy, self._slots, computed)
 
     def run(self, prompts: Iterable[Prompt | T]) -> Iterator[Continuation | T]:
@@ -165,7 +158,13 @@ class ContinuousBatch:
             if isinstance(action, Fill):
                 rows = [active[job.number].row() for job in action.jobs]
                 self._on_device.fill(
-                    action.pool, action.slots, rows, action.start, action.width, last=action.last
+                    action.pool,
+                    action.slots,
+                    rows,
+                    action.start,
+                    action.width,
+                    together=action.together,
+                    last=action.last,
                 )
             elif isinstance(action, Decode):
                 yield from self._decode(active)
@@ -180,7 +179,7 @@ class ContinuousBatch:
                 f"slots hold {self._longest - 1}"
             )
         shared = 0 if self._prefixes is None else self._prefixes.shared(prompt.ids)
-        self._scheduler.add(Job(number, max(len(prompt.ids) - 1 - shared, 1), columns))
+        self._scheduler.add(Job(number, max(len(prompt.ids) - 1 - shared, 1), columns, shared))
         active[number] = _Active(prompt, shared)
         self._prompt_tokens += len(prompt.ids) - shared
 

@@ -19,6 +19,8 @@ class Job:
     """That must be computed before it can make one."""
     columns: int
     """That it needs from beginning to end."""
+    shared: int = 0
+    """Tokens before those, which are computed already: other prompts have them too."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Fill:
     width: int
     last: bool
     """Nothing is left behind it: they make tokens from now on."""
+    together: bool = False
+    """These are prompts of a group, be it of one."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Scheduler:
     Args:
         pools: with more columns from one to the next.
         chunk: tokens of one prompt that are computed at a time.
-        groups: (prompts, tokens of each) that are computed together; a group's prompts have no more.
+        groups: (prompts, tokens of each) that are computed together; a group's prompts have no more, and no
+            more than a chunk with those that they share.
         budget: tokens filled between two decodes.
 
     Raises:
@@ -174,19 +179,23 @@ class Scheduler:
         if first is None:
             return None
         pool, job = first
-        width = next((width for _, width in self._groups if job.tokens <= width), None)
+        width = next((width for _, width in self._groups if self._fits(job, width)), None)
         if width is None:
             self._waiting.remove(job)
             return pool, self._take(pool), job
         most = next(prompts for prompts, other in self._groups if other == width)
-        together = [other for where, other in self._startable() if where == pool and other.tokens <= width]
+        together = [other for where, other in self._startable() if where == pool and self._fits(other, width)]
         together = together[: min(most, len(self._pools[pool].free))]
         slots = []
         for other in together:
             self._waiting.remove(other)
             slots.append(self._take(pool))
             self._run(pool, slots[-1], other)
-        return Fill(pool, tuple(slots), tuple(together), 0, width, last=True)
+        return Fill(pool, tuple(slots), tuple(together), 0, width, last=True, together=True)
+
+    def _fits(self, job: Job, width: int) -> bool:
+        """Whether it can be one of a group."""
+        return job.tokens <= width and job.shared + width <= self._chunk
 
     def _startable(self) -> Iterator[tuple[int, Job]]:
         """Waiting jobs, each with the pool that it could have a slot of now, first come first."""

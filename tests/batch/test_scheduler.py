@@ -142,6 +142,16 @@ def test_short_prompts_are_computed_together() -> None:
     assert second.width == 16
 
 
+def test_a_group_has_no_more_than_a_chunk_with_what_is_shared() -> None:
+    machine = make((PoolSize(6, 256),))
+    for number, shared in enumerate((CHUNK - 32, CHUNK - 16, CHUNK, 0)):
+        machine.add(Job(number, 9, 128, shared), 3)
+    fills = [machine.scheduler.next(), machine.scheduler.next()]
+    assert all(isinstance(fill, Fill) for fill in fills)
+    found = [([job.number for job in fill.jobs], fill.together) for fill in fills if isinstance(fill, Fill)]
+    assert found == [([0, 1, 3], True), ([2], False)]
+
+
 def test_a_long_prompt_lets_others_go_on() -> None:
     machine = make((PoolSize(2, 1024),))
     machine.add(Job(0, 3, 64), 50)
