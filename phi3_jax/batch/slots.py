@@ -77,6 +77,11 @@ class Slots:
         self._single = Stage(compiled, 1, -(-columns // least) * least + chunk, columns)
         self._groups = {width: Stage(compiled, rows, chunk, columns) for rows, width in groups}
         self.beginnings = Beginnings(compiled, self._single, widths=widths)
+        # Every way from a stage to a slot is compiled now: some are rare.
+        for stage in (self._single, *self._groups.values()):
+            for pool in range(len(pools)):
+                self._place(stage, 0, pool, 0)
+        self.retire()
 
     def fill(
         self,
@@ -102,18 +107,14 @@ class Slots:
         stage.fill(width if together else fitting(width, self._widths))
         if not last:
             return
-        where = [*slots, *[slots[0]] * (stage.lanes - len(slots))]
-        self._state = self._compiled(
-            _place_in_pool,
-            self._state,
-            stage.state,
-            jnp.asarray(where, jnp.int32),
-            pool=pool,
-            first=self._first[pool],
-        )
-        for slot, row in zip(slots, rows, strict=True):
+        for lane, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+            self._place(stage, lane, pool, slot)
             self._most[self._first[pool] + slot] = row.most
             self._options[self._first[pool] + slot] = row.options
+
+    def _place(self, stage: Stage, lane: int, pool: int, slot: int) -> None:
+        at = jnp.asarray([lane, slot], jnp.int32)
+        self._state = self._compiled(_place, self._state, stage.state, at, pool=pool, first=self._first[pool])
 
     def decode(self) -> Decoded:
         """Some tokens for every slot that has not finished.
@@ -154,57 +155,36 @@ def _retire(model: Phi3ForCausalLM, state: State, slots: Bool[Array, " L"]) -> S
     return replace(state, finished=state.finished | slots)
 
 
-def _place(model: Phi3ForCausalLM, state: State, part: State, slots: Int[Array, " n"]) -> State:
-    """`state` with the rows of `part` in `slots`; its cache may have more columns than `part`'s, or fewer.
-
-    Where a slot is named twice, the first row stays.
-    """
-    columns = state.cache.mask.shape[1]
-    part = replace(part, cache=_with_columns(part.cache, columns))
-    for row in reversed(range(slots.shape[0])):
-        state = jax.tree.map(lambda whole, new, row=row: _put(whole, new, slots[row], row), state, part)
-    return state
-
-
-def _place_in_pool(
-    model: Phi3ForCausalLM, state: State, part: State, slots: Int[Array, " n"], *, pool: int, first: int
+def _place(
+    model: Phi3ForCausalLM, state: State, part: State, at: Int[Array, "2"], *, pool: int, first: int
 ) -> State:
-    """As `_place`, in the slots of a pool, of which the first is the `first` of all."""
+    """`state` with a lane of `part` in a slot of a pool, of which the first is the `first` of all.
 
-    def own(vectors: Any) -> Any:
-        return vectors.parts[pool]
+    Caches of `part` may have more columns than the pool's, or fewer.
+    """
+    lane, slot = at
+    row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, lane, 1), part)
+    cache, new = state.cache, row.cache
 
-    def back(vectors: Any, new: Any) -> RaggedVectors:
-        return RaggedVectors([*vectors.parts[:pool], new, *vectors.parts[pool + 1 :]])
-
-    cache = state.cache
-    keys, values = ([own(each) for each in vectors] for vectors in (cache.keys, cache.values))
-    columns = keys[0].shape[2]
-    fitting: Any = _with_columns(part.cache, columns)
-    for row in reversed(range(slots.shape[0])):
-        keys, values = (
-            [_put(whole, new, slots[row], row) for whole, new in zip(old, news, strict=True)]
-            for old, news in ((keys, fitting.keys), (values, fitting.values))
+    def vectors(old: Any, own: Array) -> RaggedVectors:
+        whole = old.parts[pool]
+        return RaggedVectors(
+            [*old.parts[:pool], _put(whole, own[:, :, : whole.shape[2]], slot), *old.parts[pool + 1 :]]
         )
-    rest = replace(cache, keys=[], values=[])
-    others = replace(_with_columns(part.cache, cache.mask.shape[1]), keys=[], values=[])
-    placed = _place(model, replace(state, cache=rest), replace(part, cache=others), first + slots)
-    cache = replace(
-        placed.cache,
-        keys=[back(old, new) for old, new in zip(cache.keys, keys, strict=True)],
-        values=[back(old, new) for old, new in zip(cache.values, values, strict=True)],
+
+    keys, values = (
+        [vectors(old, own) for old, own in zip(olds, owns, strict=True)]
+        for olds, owns in ((cache.keys, new.keys), (cache.values, new.values))
     )
-    return replace(placed, cache=cache)
+    columns = cache.mask.shape[1]
+    mask = new.mask[:, :columns]
+    new = replace(new, keys=[], values=[], mask=jnp.pad(mask, ((0, 0), (0, columns - mask.shape[1]))))
+    old = replace(state, cache=replace(cache, keys=[], values=[]))
+    placed = jax.tree.map(lambda x, y: _put(x, y, first + slot), old, replace(row, cache=new))
+    return replace(placed, cache=replace(placed.cache, keys=keys, values=values))
 
 
-def _with_columns(cache: KVCache, columns: int) -> KVCache:
-    """The cache with no more columns, and with a mask of just so many; the others hold nothing."""
-    mask = cache.mask[:, :columns]
-    cut = jax.tree.map(lambda x: x[:, :, :columns] if x.ndim > 2 else x, cache)
-    return replace(cut, mask=jnp.pad(mask, ((0, 0), (0, columns - mask.shape[1]))))
-
-
-def _put(whole: Array, new: Array, slot: Int[Array, ""], row: int) -> Array:
-    """A row of `new` in the first columns of a slot; a row at a time is in place on every platform."""
+def _put(whole: Array, new: Array, slot: Int[Array, ""]) -> Array:
+    """A row in the first columns of a slot."""
     at: list[Any] = [slot, *[0] * (whole.ndim - 1)]
-    return jax.lax.dynamic_update_slice(whole, new[row : row + 1].astype(whole.dtype), at)
+    return jax.lax.dynamic_update_slice(whole, new.astype(whole.dtype), at)
