@@ -101,9 +101,7 @@ class Slots:
         """
         stage = self._groups[width] if together else self._single
         if start == 0:
-            beginnings = [self.beginnings.of(row) for row in rows]
-            spare = stage.lanes - len(rows)
-            stage.begin([*rows, *[rows[0]] * spare], [*beginnings, *[beginnings[0]] * spare])
+            stage.begin(rows, [self.beginnings.of(row) for row in rows])
         stage.fill(width if together else fitting(width, self._widths))
         if not last:
             return

@@ -60,7 +60,10 @@ class Stage:
         )
 
     def begin(self, rows: Sequence[Row], beginnings: Sequence[Sequence[Block]]) -> None:
-        """Takes new rows, of which only what they share is computed: as many blocks of it as there are."""
+        """Takes new rows, of which only what they share is computed: as many blocks of it as there are.
+
+        Lanes that are left have no tokens.
+        """
         cache = self.state.cache
         # Arrays of their own: all are given away to the next program.
         length, tokens, rope_length = (jnp.zeros(self.lanes, jnp.int32) for _ in range(3))
