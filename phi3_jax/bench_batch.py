@@ -142,7 +142,7 @@ def _theirs(load: Load) -> Any:
         nonlocal best
         if best is None:
             seconds([(ids, 3) for ids, _ in prompts[:: 4 * SAMPLE]], 4)
-            # Neighbours in length, as all batches have them: gaps between them would count against large ones.
+            # Neighbours in length, as all batches have them: gaps would count against large ones.
             block = max(STATIC_BATCHES)
             some = [prompt for number, prompt in enumerate(prompts) if number // block % 4 == 1] or prompts
             best = min(STATIC_BATCHES, key=lambda size: seconds(some, size))
