@@ -10,11 +10,12 @@ import numpy as np
 from phi3_jax.batch.options import RowOptions
 from phi3_jax.batch.prefixes import Prefixes
 from phi3_jax.batch.scheduler import Decode, Fill, Job, PoolSize, Scheduler
-from phi3_jax.batch.slots import Beginnings, Row, Slots
+from phi3_jax.batch.slots import Slots
+from phi3_jax.batch.stages import Row
 from phi3_jax.generation.compiled import CompiledModel
 
 CHUNK = 512
-WIDTHS = (128, CHUNK)
+WIDTHS = (128, 256, CHUNK)
 """Tokens of one prompt that are computed at a time; the last ones of it may be few."""
 
 GROUPS = ((8, 32), (4, 128))
@@ -111,19 +112,8 @@ class ContinuousBatch:
         self._scheduler = self._new_scheduler()
         self._prefixes = prefixes
         self._longest = max(pool.columns for pool in pools)
-        self._beginnings = Beginnings(compiled, self._longest, widths=widths)
-        self._pools = [
-            Slots(
-                compiled,
-                pool.slots,
-                pool.columns,
-                groups=groups,
-                widths=widths,
-                end_tokens=end_tokens,
-                beginnings=self._beginnings,
-            )
-            for pool in pools
-        ]
+        self._on_device = Slots(compiled, pools, groups=groups, widths=widths, end_tokens=end_tokens)
+        self._pools = range(len(pools))
         self._end_tokens = frozenset(end_tokens)
         self._slots = sum(pool.slots for pool in pools)
         self._prompt_tokens = 0
@@ -131,7 +121,7 @@ class ContinuousBatch:
     @property
     def load(self) -> Load:
         """How much of the slots is in use now."""
-        computed = self._prompt_tokens + self._beginnings.computed
+        computed = self._prompt_tokens + self._on_device.beginnings.computed
         return Load(self._scheduler.busy, self._slots, computed)
 
     def run(self, prompts: Iterable[Prompt | T]) -> Iterator[Continuation | T]:
@@ -149,8 +139,7 @@ class ContinuousBatch:
         finally:
             if active:
                 self._scheduler = self._new_scheduler()
-                for slots in self._pools:
-                    slots.retire(range(slots.count))
+                self._on_device.retire()
 
     def _run(
         self, coming: Iterator[tuple[int, Prompt | T]], active: dict[int, _Active]
@@ -168,11 +157,17 @@ class ContinuousBatch:
             action = self._scheduler.next()
             if isinstance(action, Fill):
                 rows = [active[job.number].row() for job in action.jobs]
-                self._pools[action.pool].fill(
-                    action.slots, rows, action.start, action.width, last=action.last
+                self._on_device.fill(
+                    action.pool,
+                    action.slots,
+                    rows,
+                    action.start,
+                    action.width,
+                    together=action.together,
+                    last=action.last,
                 )
             elif isinstance(action, Decode):
-                yield from self._decode(action.pool, active)
+                yield from self._decode(active)
 
     def _add(self, number: int, prompt: Prompt, active: dict[int, _Active]) -> None:
         if not len(prompt.ids) or prompt.max_new_tokens < 1:
@@ -184,33 +179,37 @@ class ContinuousBatch:
                 f"slots hold {self._longest - 1}"
             )
         shared = 0 if self._prefixes is None else self._prefixes.shared(prompt.ids)
-        self._scheduler.add(Job(number, max(len(prompt.ids) - 1 - shared, 1), columns))
+        self._scheduler.add(Job(number, max(len(prompt.ids) - 1 - shared, 1), columns, shared))
         active[number] = _Active(prompt, shared)
         self._prompt_tokens += len(prompt.ids) - shared
 
-    def _decode(self, pool: int, active: dict[int, _Active]) -> Iterator[Continuation]:
-        slots, running = self._pools[pool], self._scheduler.running(pool)
-        made = slots.decode()
-        ended: list[int] = []
-        for slot, job in running.items():
-            tokens = made.tokens[:, slot]
-            active[job.number].take(np.extract(tokens >= 0, tokens).tolist())
-            if active[job.number].stopped or made.finished[slot]:
-                ended.append(slot)
-        stale = [slot for slot in running if made.stale[slot] and slot not in ended]
-        self._scheduler.ended(pool, ended)
-        if ended or stale:  # these paused, so that the others can go on
-            slots.retire([*ended, *stale])
-        for slot in stale:
-            row = active[running[slot].number]
-            row.shared = 0
-            again = len(row.row().ids) - 1
-            self._prompt_tokens += again
-            self._scheduler.fill_again(pool, slot, again)
-        for slot in ended:
-            done = active.pop(running[slot].number)
-            stopped = done.stopped or done.tokens[-1] in self._end_tokens
-            yield Continuation(done.prompt.key, done.tokens, "stop" if stopped else "length")
+    def _decode(self, active: dict[int, _Active]) -> Iterator[Continuation]:
+        made = self._on_device.decode()
+        paused: list[int] = []
+        done: list[_Active] = []
+        for pool in self._pools:
+            ended: list[int] = []
+            for slot, job in self._scheduler.running(pool).items():
+                number, row = self._on_device.number(pool, slot), active[job.number]
+                tokens = made.tokens[:, number]
+                row.take(np.extract(tokens >= 0, tokens).tolist())
+                if row.stopped or made.finished[number]:
+                    ended.append(slot)
+                    done.append(active.pop(job.number))
+                elif made.stale[number]:
+                    row.shared = 0
+                    again = len(row.row().ids) - 1
+                    self._prompt_tokens += again
+                    self._scheduler.fill_again(pool, slot, again)
+                else:
+                    continue
+                paused.append(number)
+            self._scheduler.ended(pool, ended)
+        if paused:  # so that the others can go on
+            self._on_device.retire(paused)
+        for row in done:
+            stopped = row.stopped or row.tokens[-1] in self._end_tokens
+            yield Continuation(row.prompt.key, row.tokens, "stop" if stopped else "length")
 
 
 def columns_of(prompt_tokens: int, new_tokens: int) -> int:

@@ -1,6 +1,6 @@
 """Which slot does what next, in plain Python: knows lengths and slots, nothing of models or devices.
 
-Slots come in pools: those of a pool have the same number of columns (places for tokens) and make tokens
+Slots come in pools: those of a pool have the same number of columns (places for tokens). All make tokens
 together. A prompt goes to the pool with the fewest columns that hold it and its answer.
 """
 
@@ -19,6 +19,8 @@ class Job:
     """That must be computed before it can make one."""
     columns: int
     """That it needs from beginning to end."""
+    shared: int = 0
+    """Tokens before those, which are computed already: other prompts have them too."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,13 @@ class Fill:
     width: int
     last: bool
     """Nothing is left behind it: they make tokens from now on."""
+    together: bool = False
+    """These are prompts of a group, be it of one."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Let every running slot of a pool make some tokens."""
-
-    pool: int
+    """Let every running slot make some tokens."""
 
 
 @dataclass
@@ -70,7 +72,8 @@ class Scheduler:
     Args:
         pools: with more columns from one to the next.
         chunk: tokens of one prompt that are computed at a time.
-        groups: (prompts, tokens of each) that are computed together; a group's prompts have no more.
+        groups: (prompts, tokens of each) that are computed together; a group's prompts have no more, and no
+            more than a chunk with those that they share.
         budget: tokens filled between two decodes.
 
     Raises:
@@ -97,7 +100,6 @@ class Scheduler:
         self._begun: tuple[int, int, Job, int] | None = None
         """A prompt whose chunks are under way, and how many of its tokens are computed."""
         self._filled = 0
-        self._decoded = len(pools) - 1
 
     @property
     def waiting(self) -> int:
@@ -130,7 +132,7 @@ class Scheduler:
 
     def next(self) -> Fill | Decode | None:
         """What to do now; None: nothing, until more jobs are added."""
-        decodable = [index for index, pool in enumerate(self._pools) if pool.running]
+        decodable = any(pool.running for pool in self._pools)
         if not decodable or self._filled < self._budget:
             fill = self._next_fill()
             if fill is not None:
@@ -139,8 +141,7 @@ class Scheduler:
         if not decodable:
             return None
         self._filled = 0
-        self._decoded = min(decodable, key=lambda index: (index <= self._decoded, index))  # in turns
-        return Decode(self._decoded)
+        return Decode()
 
     def ended(self, pool: int, slots: Collection[int]) -> None:
         """These slots' jobs are done: the slots are free."""
@@ -178,19 +179,23 @@ class Scheduler:
         if first is None:
             return None
         pool, job = first
-        width = next((width for _, width in self._groups if job.tokens <= width), None)
+        width = next((width for _, width in self._groups if self._fits(job, width)), None)
         if width is None:
             self._waiting.remove(job)
             return pool, self._take(pool), job
         most = next(prompts for prompts, other in self._groups if other == width)
-        together = [other for where, other in self._startable() if where == pool and other.tokens <= width]
+        together = [other for where, other in self._startable() if where == pool and self._fits(other, width)]
         together = together[: min(most, len(self._pools[pool].free))]
         slots = []
         for other in together:
             self._waiting.remove(other)
             slots.append(self._take(pool))
             self._run(pool, slots[-1], other)
-        return Fill(pool, tuple(slots), tuple(together), 0, width, last=True)
+        return Fill(pool, tuple(slots), tuple(together), 0, width, last=True, together=True)
+
+    def _fits(self, job: Job, width: int) -> bool:
+        """Whether it can be one of a group."""
+        return job.tokens <= width and job.shared + width <= self._chunk
 
     def _startable(self) -> Iterator[tuple[int, Job]]:
         """Waiting jobs, each with the pool that it could have a slot of now, first come first."""

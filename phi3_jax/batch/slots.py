@@ -1,8 +1,8 @@
-"""Slots on the device: prompts are computed beside them, put into them, and make tokens together."""
+"""Slots on the device: prompts are put into them, and make tokens together."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -11,35 +11,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from phi3_jax.batch.options import RowOptions, keys, processors
-from phi3_jax.batch.prefixes import KEPT
+from phi3_jax.batch.scheduler import PoolSize
+from phi3_jax.batch.stages import Beginnings, Row, Stage, fitting, no_choice, sequences_of
 from phi3_jax.generation.compiled import CompiledModel
-from phi3_jax.generation.forward import fill
 from phi3_jax.generation.sampling import loop
-from phi3_jax.generation.sequences import Sequences
-from phi3_jax.generation.state import RopeChoice, Settings, State
+from phi3_jax.generation.state import Settings, State
 from phi3_jax.model import KVCache, Phi3ForCausalLM
+from phi3_jax.model.ragged import RaggedVectors
 
 STEPS = 8
 """Tokens a slot in one dispatch, at most: those behind an answer's end are computed in vain."""
-
-NEVER = np.iinfo(np.int32).max
-
-SMALLEST = 128
-"""Columns beside the slots come in powers of two, from this on."""
-
-
-class Row(NamedTuple):
-    """A prompt, and what it has made so far."""
-
-    ids: list[int]
-    """Prompt and answer."""
-    new: int
-    """Tokens of the answer."""
-    most: int
-    """That the answer may have."""
-    options: RowOptions = RowOptions()
-    shared: int = 0
-    """Its first tokens that other prompts have too."""
 
 
 class Decoded(NamedTuple):
@@ -53,18 +34,18 @@ class Decoded(NamedTuple):
 
 
 class Slots:
-    """The slots of a pool, each with `columns` places for tokens.
+    """The slots of all pools, each with its pool's number of places for tokens; all make tokens together.
 
-    All shapes are fixed: whatever prompts come, the same few programs run.
+    All shapes are fixed: whatever prompts come, the same few programs run. A slot is named by its pool and
+    its number there.
 
     Args:
         compiled: the model.
-        count: of slots.
-        columns: of each; a row has at most as many tokens but one.
+        pools: a row has at most as many tokens as its slot has columns, but one.
         groups: (prompts, tokens of each) that are computed together.
-        widths: tokens of a single prompt that are computed at a time.
+        widths: tokens of a single prompt that are computed at a time; a group's prompts have no more than the
+            largest, those that they share included.
         end_tokens: any of which ends an answer.
-        beginnings: that rows of all pools share.
 
     Raises:
         ValueError: slots that the mesh does not divide.
@@ -73,55 +54,65 @@ class Slots:
     def __init__(
         self,
         compiled: CompiledModel,
-        count: int,
-        columns: int,
+        pools: Sequence[PoolSize],
         *,
         groups: Sequence[tuple[int, int]],
         widths: Sequence[int],
         end_tokens: Sequence[int],
-        beginnings: "Beginnings",
     ):
         self._compiled, self._widths = compiled, sorted(widths)
-        self._groups = {width: compiled.lanes_for(rows) for rows, width in groups}
-        self.count, self.columns = count, columns
-        self._state = self._empty(count, columns)
+        self._pools = pools
+        self._first = [0, *accumulate(pool.slots for pool in pools)]
+        count, columns = self._first[-1], max(pool.columns for pool in pools)
+        self._state = State(
+            sequences_of([], count, columns),
+            jnp.ones(count, bool),
+            KVCache.below([compiled.model.init_cache(pool.slots, pool.columns) for pool in pools]),
+        )
         self._end_tokens = jnp.asarray(list(end_tokens), jnp.int32)
         self._most = np.ones(count, np.int32)
         self._options = [RowOptions()] * count
+        least, chunk = self._widths[0], self._widths[-1]
         # A chunk that reached over the end would be written before it.
-        self._stage_columns = -(-columns // self._widths[0]) * self._widths[0] + self._widths[-1]
-        self._stage: State | None = None
-        self._beginnings = beginnings
+        self._single = Stage(compiled, 1, -(-columns // least) * least + chunk, columns)
+        self._groups = {width: Stage(compiled, rows, chunk, columns) for rows, width in groups}
+        self.beginnings = Beginnings(compiled, self._single, widths=widths)
+        # Every way from a stage to a slot is compiled now: some are rare.
+        for stage in (self._single, *self._groups.values()):
+            for pool in range(len(pools)):
+                self._place(stage, 0, pool, 0)
+        self.retire()
 
-    def fill(self, slots: Sequence[int], rows: Sequence[Row], start: int, width: int, *, last: bool) -> None:
+    def fill(
+        self,
+        pool: int,
+        slots: Sequence[int],
+        rows: Sequence[Row],
+        start: int,
+        width: int,
+        *,
+        together: bool,
+        last: bool,
+    ) -> None:
         """Computes the tokens [start, start + width) of rows, counted behind those that each shares.
 
-        Never the last one of a row, which makes the next. A group's rows begin and end with one call; with
-        `last` they are in their slots.
+        Never the last one of a row, which makes the next. A group's rows, `together`, begin and end with one
+        call; with `last` they are in their slots.
         """
-        grouped = width in self._groups and start == 0 and last
-        fitting = width if grouped else next(each for each in self._widths if each >= width)
-        # Attention reads all columns, so there are no more than must be; they grow from chunk to chunk.
-        end = max(row.shared for row in rows) + start + fitting
-        columns = min(self._stage_columns, _power_of_two(end))
+        stage = self._groups[width] if together else self._single
         if start == 0:
-            lanes = self._groups[width] if grouped else self._compiled.lanes_for(1)
-            self._stage = self._staged([*rows, *[rows[0]] * (lanes - len(rows))], columns)
-        assert self._stage is not None
-        part, self._stage = self._stage, None
-        lanes = len(part.finished)
-        if part.cache.max_length < columns:
-            wider = self._empty(lanes, columns)
-            part = self._compiled(_place, wider, part, jnp.arange(lanes, dtype=jnp.int32))
-        part, _ = self._compiled(fill, part, _rope(lanes), width=fitting, outputs=frozenset())
+            stage.begin(rows, [self.beginnings.of(row) for row in rows])
+        stage.fill(width if together else fitting(width, self._widths))
         if not last:
-            self._stage = part
             return
-        where = [*slots, *[slots[0]] * (lanes - len(slots))]
-        self._state = self._compiled(_place, self._state, part, jnp.asarray(where, jnp.int32))
-        for slot, row in zip(slots, rows, strict=True):
-            self._most[slot] = row.most
-            self._options[slot] = row.options
+        for lane, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+            self._place(stage, lane, pool, slot)
+            self._most[self._first[pool] + slot] = row.most
+            self._options[self._first[pool] + slot] = row.options
+
+    def _place(self, stage: Stage, lane: int, pool: int, slot: int) -> None:
+        at = jnp.asarray([lane, slot], jnp.int32)
+        self._state = self._compiled(_place, self._state, stage.state, at, pool=pool, first=self._first[pool])
 
     def decode(self) -> Decoded:
         """Some tokens for every slot that has not finished.
@@ -134,7 +125,7 @@ class Slots:
             after=(),
             end_tokens=self._end_tokens,
             max_new_tokens=jnp.asarray(self._most),
-            rope=_rope(self.count),
+            rope=no_choice(self._first[-1]),
             key=None if plain else keys(self._options),
         )
         self._state, report = self._compiled(
@@ -145,134 +136,53 @@ class Slots:
         )
         return Decoded(tokens[:done, :, 0], finished, stale)
 
-    def retire(self, slots: Sequence[int]) -> None:
-        """These slots make no more tokens until a row is put into them."""
-        for slot in slots:
-            self._options[slot] = RowOptions()
-        chosen = np.zeros(self.count, bool)
-        chosen[list(slots)] = True
+    def number(self, pool: int, slot: int) -> int:
+        """Which of all slots it is, in what `decode` gives."""
+        return self._first[pool] + slot
+
+    def retire(self, numbers: Sequence[int] | None = None) -> None:
+        """These slots, or all, make no more tokens until a row is put into them."""
+        chosen = np.full(self._first[-1], numbers is None)
+        chosen[list(numbers or ())] = True
+        for number in np.flatnonzero(chosen):
+            self._options[number] = RowOptions()
         self._state = self._compiled(_retire, self._state, jnp.asarray(chosen))
-
-    def _empty(self, rows: int, columns: int) -> State:
-        """Rows that have nothing to do, with as many columns in the cache."""
-        cache = self._compiled.model.init_cache(rows, columns)
-        return State(_rows([((), 0)] * rows, self.columns), jnp.ones(rows, bool), cache)
-
-    def _staged(self, rows: Sequence[Row], columns: int) -> State:
-        """Rows beside the slots, of which what they share is computed and nothing else."""
-        state = replace(
-            self._empty(len(rows), columns),
-            sequences=_rows([(row.ids, row.new) for row in rows], self.columns),
-            finished=jnp.zeros(len(rows), bool),
-        )
-        for lane, row in enumerate(rows):
-            if row.shared:
-                state = self._compiled(_begin, state, self._beginnings.of(row), jnp.int32(lane))
-        return state
-
-
-class Beginnings:
-    """The caches of what prompts share; a row of each, computed when it is first asked for.
-
-    Args:
-        compiled: the model.
-        columns: places for tokens, of the longest prompt.
-        widths: tokens that are computed at a time.
-        kept: as many; those longest unused go.
-    """
-
-    def __init__(
-        self, compiled: CompiledModel, columns: int, *, widths: Sequence[int], kept: int = KEPT
-    ) -> None:
-        self._compiled, self._columns, self._widths, self._kept = compiled, columns, sorted(widths), kept
-        self._made: OrderedDict[tuple[bytes, tuple[int, ...]], KVCache] = OrderedDict()
-        self.computed = 0
-        """Tokens, so far."""
-
-    def of(self, row: Row) -> KVCache:
-        """What the row shares, under the frequencies that its length asks for."""
-        config, length = self._compiled.model.config, len(row.ids)
-        frequencies = config.rope_scaling.frequencies(config.rope_base, jnp.asarray([length]))
-        key = b"".join(np.asarray(each).tobytes() for each in frequencies), tuple(row.ids[: row.shared])
-        if key not in self._made:
-            self._made[key] = self._computed(key[1], length)
-            while len(self._made) > self._kept:
-                self._made.popitem(last=False)
-        self._made.move_to_end(key)
-        return self._made[key]
-
-    def _computed(self, ids: tuple[int, ...], length: int) -> KVCache:
-        """As the beginning of a row of that length."""
-        lanes = self._compiled.lanes_for(1)
-        # One token more, which would make the next and is not computed.
-        state = State(
-            _rows([([*ids, 0], 0)] * lanes, self._columns),
-            jnp.zeros(lanes, bool),
-            self._compiled.model.init_cache(lanes, _power_of_two(len(ids)) + self._widths[-1]),
-        )
-        rope = RopeChoice(jnp.full(lanes, length, jnp.int32), jnp.int32(NEVER))
-        self.computed += len(ids)
-        left = len(ids)
-        while left > 0:
-            width = next((each for each in self._widths if each >= left), self._widths[-1])
-            state, _ = self._compiled(fill, state, rope, width=width, outputs=frozenset())
-            left -= width
-        return state.cache
-
-
-def _power_of_two(columns: int) -> int:
-    return max(SMALLEST, 1 << (columns - 1).bit_length())
-
-
-def _rows(rows: Sequence[tuple[Sequence[int], int]], columns: int) -> Sequences:
-    """Sequences of these ids, of which the last so many are new."""
-    ids = np.zeros((len(rows), columns), np.int32)
-    for index, (tokens, _) in enumerate(rows):
-        ids[index, : len(tokens)] = tokens
-    length = np.array([len(tokens) for tokens, _ in rows], np.int32)
-    return Sequences(
-        ids=jnp.asarray(ids),
-        mask=jnp.asarray(np.arange(columns) < length[:, None]),
-        length=jnp.asarray(length),
-        new=jnp.asarray(np.array([new for _, new in rows], np.int32)),
-    )
-
-
-def _rope(rows: int) -> RopeChoice:
-    return RopeChoice(jnp.zeros(rows, jnp.int32), jnp.int32(NEVER))
 
 
 def _retire(model: Phi3ForCausalLM, state: State, slots: Bool[Array, " L"]) -> State:
     return replace(state, finished=state.finished | slots)
 
 
-def _place(model: Phi3ForCausalLM, state: State, part: State, slots: Int[Array, " n"]) -> State:
-    """`state` with the rows of `part` in `slots`; its cache may have more columns than `part`'s, or fewer.
+def _place(
+    model: Phi3ForCausalLM, state: State, part: State, at: Int[Array, "2"], *, pool: int, first: int
+) -> State:
+    """`state` with a lane of `part` in a slot of a pool, of which the first is the `first` of all.
 
-    Where a slot is named twice, the first row stays.
+    Caches of `part` may have more columns than the pool's, or fewer.
     """
-    columns = state.cache.mask.shape[1]
-    part = replace(part, cache=_with_columns(part.cache, columns))
-    for row in reversed(range(slots.shape[0])):
-        state = jax.tree.map(lambda whole, new, row=row: _put(whole, new, slots[row], row), state, part)
-    return state
+    lane, slot = at
+    row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, lane, 1), part)
+    cache, new = state.cache, row.cache
+
+    def vectors(old: Any, own: Array) -> RaggedVectors:
+        whole = old.parts[pool]
+        return RaggedVectors(
+            [*old.parts[:pool], _put(whole, own[:, :, : whole.shape[2]], slot), *old.parts[pool + 1 :]]
+        )
+
+    keys, values = (
+        [vectors(old, own) for old, own in zip(olds, owns, strict=True)]
+        for olds, owns in ((cache.keys, new.keys), (cache.values, new.values))
+    )
+    columns = cache.mask.shape[1]
+    mask = new.mask[:, :columns]
+    new = replace(new, keys=[], values=[], mask=jnp.pad(mask, ((0, 0), (0, columns - mask.shape[1]))))
+    old = replace(state, cache=replace(cache, keys=[], values=[]))
+    placed = jax.tree.map(lambda x, y: _put(x, y, first + slot), old, replace(row, cache=new))
+    return replace(placed, cache=replace(placed.cache, keys=keys, values=values))
 
 
-def _begin(model: Phi3ForCausalLM, state: State, beginning: KVCache, lane: Int[Array, ""]) -> State:
-    """`state` with a beginning's cache in a lane."""
-    fitting = _with_columns(beginning, state.cache.mask.shape[1])
-    cache = jax.tree.map(lambda whole, new: _put(whole, new, lane, 0), state.cache, fitting)
-    return replace(state, cache=cache)
-
-
-def _with_columns(cache: KVCache, columns: int) -> KVCache:
-    """The cache with no more columns, and with a mask of just so many; the others hold nothing."""
-    mask = cache.mask[:, :columns]
-    cut = jax.tree.map(lambda x: x[:, :, :columns] if x.ndim > 2 else x, cache)
-    return replace(cut, mask=jnp.pad(mask, ((0, 0), (0, columns - mask.shape[1]))))
-
-
-def _put(whole: Array, new: Array, slot: Int[Array, ""], row: int) -> Array:
-    """A row of `new` in the first columns of a slot; a row at a time is in place on every platform."""
+def _put(whole: Array, new: Array, slot: Int[Array, ""]) -> Array:
+    """A row in the first columns of a slot."""
     at: list[Any] = [slot, *[0] * (whole.ndim - 1)]
-    return jax.lax.dynamic_update_slice(whole, new[row : row + 1].astype(whole.dtype), at)
+    return jax.lax.dynamic_update_slice(whole, new.astype(whole.dtype), at)

@@ -12,9 +12,12 @@ from jaxtyping import Array, Float, Key
 
 from phi3_jax.model.kernels import cudnn, splash
 from phi3_jax.model.kernels.cached import cached_attention
+from phi3_jax.model.kernels.live import LEAST_QUERIES as LEAST_LIVE_QUERIES
+from phi3_jax.model.kernels.live import live_attention
 from phi3_jax.model.kernels.xla import Attended, xla_attention
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.quantized import QuantizedVectors
+from phi3_jax.model.ragged import RaggedVectors
 from phi3_jax.sharding import spec
 
 IMPLEMENTATIONS = (None, "xla", "pallas", "cudnn")
@@ -32,8 +35,8 @@ Vectors = Float[Array, "B K S H"] | QuantizedVectors
 
 def attention(
     query: Float[Array, "B T K G H"],
-    key: Vectors,
-    value: Vectors,
+    key: Vectors | RaggedVectors,
+    value: Vectors | RaggedVectors,
     mask: CausalMask | Array,
     *,
     scale: float,
@@ -55,6 +58,36 @@ def attention(
     Returns:
         The attended values and, if asked for, the probabilities.
     """
+    settings: dict[str, Any] = {"scale": scale, "mesh": mesh, "implementation": implementation}
+    if not isinstance(key, RaggedVectors):
+        assert not isinstance(value, RaggedVectors)
+        settings |= {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        return _attention(query, key, value, mask, output_weights=output_weights, **settings)
+    assert isinstance(value, RaggedVectors)
+    if output_weights or not isinstance(mask, CausalMask):
+        raise ValueError(
+            "a cache whose rows differ in slots has no attentions to give, and takes no 4-D masks"
+        )
+    outputs = [
+        _attention(query[rows], keys, values, mask.of_rows(rows, keys.shape[2]), **settings)[0]
+        for rows, keys, values in zip(key.rows(), key.parts, value.parts, strict=True)
+    ]
+    return jnp.concatenate(outputs), None
+
+
+def _attention(
+    query: Array,
+    key: Vectors,
+    value: Vectors,
+    mask: CausalMask | Array,
+    *,
+    scale: float,
+    mesh: Mesh | None,
+    implementation: str | None,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    output_weights: bool = False,
+) -> tuple[Array, Array | None]:
     dropping = dropout_key is not None and dropout_rate > 0
     if not isinstance(mask, CausalMask) or output_weights or dropping:
         attended = xla_attention(
@@ -143,6 +176,12 @@ class _Kernel:
             and (implementation == "cudnn" or _suits_cudnn(query, key, mask))
             and cudnn.supported(query.dtype, query.shape[-1])
         )
+        self._live = (
+            implementation is None
+            and not mask.fresh
+            and isinstance(key, Array)
+            and query.shape[1] >= LEAST_LIVE_QUERIES
+        )
         if not (self._pallas and mask.fresh):
             return
         length, context = query.shape[1], 1 if mesh is None else mesh.shape["context"]
@@ -168,6 +207,8 @@ class _Kernel:
         """Attention on one device; `splash` is this device's piece of that kernel."""
         xla = partial(xla_attention, scale=self._scale, output_lse=output_lse)
         default: Attend = xla
+        if self._live:
+            default = partial(self._attend_cache, live_attention, output_lse)
         choices: dict[str, Attend] = {}
         if self._pallas:
             choices["tpu"] = partial(self._attend_pallas, splash or self.splash, False, output_lse)
@@ -198,8 +239,15 @@ class _Kernel:
             out = splash.attend(kernel, query, key, value, mask.key_mask, self._scale, *segments)
             # The kernel's gradient for queries that see nothing is wrong by any factor.
             return Attended(jnp.where(mask.sighted()[..., None, None, None], out, 0), None, None)
-        out, lse = _cached(query, key, value, mask, self._scale, interpret)
-        return Attended(out.astype(query.dtype), None, _heads_first(lse) if output_lse else None)
+        return self._attend_cache(
+            _interpreted if interpret else _compiled, output_lse, query, key, value, mask
+        )
+
+    def _attend_cache(
+        self, kernel: Attend, output_lse: bool, query: Array, key: Vectors, value: Vectors, mask: CausalMask
+    ) -> Attended:
+        attended = _without_gradient(kernel, self._scale, query, key, value, mask)
+        return attended if output_lse else attended._replace(lse=None)
 
     def _attend_cudnn(self, query: Array, key: Array, value: Array, mask: CausalMask) -> Attended:
         return Attended(cudnn.cudnn_attention(query, key, value, mask, scale=self._scale), None, None)
@@ -222,35 +270,38 @@ def _suits_cudnn(query: Array, key: Vectors, mask: CausalMask) -> bool:
     return _worth_a_kernel(query, key, mask) and (within if mask.fresh else length > 1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cached(
-    query: Array, key: Vectors, value: Vectors, mask: CausalMask, scale: float, interpret: bool
-) -> tuple[Array, Array]:
-    return cached_attention(query, key, value, mask, scale=scale, interpret=interpret)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _without_gradient(
+    kernel: Attend, scale: float, query: Array, key: Vectors, value: Vectors, mask: CausalMask
+) -> Attended:
+    """A kernel for caches, which has no gradient of its own: those past a cache are rare, and XLA's."""
+    return kernel(query, key, value, mask, scale=scale)
 
 
-def _cached_forward(
-    query: Array, key: Vectors, value: Vectors, mask: CausalMask, scale: float, interpret: bool
+def _forward(
+    kernel: Attend, scale: float, query: Array, key: Vectors, value: Vectors, mask: CausalMask
 ) -> Any:
-    return _cached(query, key, value, mask, scale, interpret), (query, key, value, mask)
+    return kernel(query, key, value, mask, scale=scale), (query, key, value, mask)
 
 
-def _cached_backward(scale: float, interpret: bool, residuals: Any, gradients: tuple[Array, Array]) -> Any:
-    """The kernel has none of its own: gradients past a cache are rare, and XLA's."""
+def _backward(kernel: Attend, scale: float, residuals: Any, gradients: Attended) -> Any:
     query, key, value, mask = residuals
 
-    def again(query: Array, key: Vectors, value: Vectors) -> tuple[Array, Array]:
-        attended = xla_attention(query, key, value, mask, scale=scale, output_lse=True)
-        batch, length, kv_heads, groups, _ = attended.out.shape
-        assert attended.lse is not None
-        lse = attended.lse.swapaxes(1, 2).reshape(batch, length, kv_heads, groups)
-        return attended.out.astype(jnp.float32), lse
+    def again(query: Array, key: Vectors, value: Vectors) -> Attended:
+        return xla_attention(query, key, value, mask, scale=scale, output_lse=True)
 
     return (*jax.vjp(again, query, key, value)[1](gradients), None)
 
 
-_cached.defvjp(_cached_forward, _cached_backward)
+_without_gradient.defvjp(_forward, _backward)
 
 
-def _heads_first(lse: Float[Array, "B T K G"]) -> Float[Array, "B N T"]:
-    return lse.reshape(*lse.shape[:2], -1).swapaxes(1, 2)
+def _from_cache(
+    interpret: bool, query: Array, key: Vectors, value: Vectors, mask: CausalMask, *, scale: float
+) -> Attended:
+    out, lse = cached_attention(query, key, value, mask, scale=scale, interpret=interpret)
+    lse = lse.reshape(*lse.shape[:2], -1).swapaxes(1, 2)  # [B, N, T]
+    return Attended(out.astype(query.dtype), None, lse)
+
+
+_compiled, _interpreted = partial(_from_cache, False), partial(_from_cache, True)

@@ -1,6 +1,6 @@
 """The key/value cache: a pytree that goes into the forward and comes out of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.model.quantized import QuantizedVectors
+from phi3_jax.model.ragged import RaggedVectors
 from phi3_jax.sharding import check_divides, constrain, sharding, shards, spec
 
-Vectors = Float[Array, "B K S H"] | QuantizedVectors
+Vectors = Float[Array, "B K S H"] | QuantizedVectors | RaggedVectors
 """One layer's keys or values."""
 
 
@@ -87,6 +88,24 @@ class KVCache:
             tokens=jnp.zeros((batch_size,), jnp.int32),
             rope_length=jnp.zeros((batch_size,), jnp.int32),
             window=window,
+        )
+
+    @classmethod
+    def below(cls, caches: Sequence["KVCache"]) -> "KVCache":
+        """Several caches as one, whose rows keep the numbers of slots that they have; none may be a ring."""
+
+        def ragged(vectors: Sequence[list[Vectors]]) -> list[Vectors]:
+            return [RaggedVectors(list(parts)) for parts in zip(*vectors, strict=True)]
+
+        columns = max(cache.max_length for cache in caches)
+        masks = [jnp.pad(cache.mask, ((0, 0), (0, columns - cache.max_length))) for cache in caches]
+        return cls(
+            keys=ragged([cache.keys for cache in caches]),
+            values=ragged([cache.values for cache in caches]),
+            length=jnp.concatenate([cache.length for cache in caches]),
+            mask=jnp.concatenate(masks),
+            tokens=jnp.concatenate([cache.tokens for cache in caches]),
+            rope_length=jnp.concatenate([cache.rope_length for cache in caches]),
         )
 
     @property
@@ -206,6 +225,8 @@ class LayerCache:
 
         On a mesh each device writes what falls into its part.
         """
+        if isinstance(self.keys, RaggedVectors) and isinstance(self.values, RaggedVectors):
+            return self._write_parts(self.keys, self.values, keys, values, mesh)
         quantized = isinstance(self.keys, QuantizedVectors)
         convert = QuantizedVectors.quantize if quantized else lambda new: new.astype(self.keys.dtype)
         cached, new = (self.keys, self.values), (convert(keys), convert(values))
@@ -228,6 +249,25 @@ class LayerCache:
         return jax.shard_map(
             local, mesh=mesh, in_specs=(slots, chunks, spec("batch")), out_specs=slots, check_vma=False
         )(cached, new, self.start)
+
+    def _write_parts(
+        self,
+        cached_keys: RaggedVectors,
+        cached_values: RaggedVectors,
+        keys: Array,
+        values: Array,
+        mesh: Mesh | None,
+    ) -> tuple[Vectors, Vectors]:
+        written = [
+            LayerCache(own_keys, own_values, self.start[rows], self.ring).write(
+                keys[rows], values[rows], mesh
+            )
+            for rows, own_keys, own_values in zip(
+                cached_keys.rows(), cached_keys.parts, cached_values.parts, strict=True
+            )
+        ]
+        parts: Any = tuple(zip(*written, strict=True))
+        return RaggedVectors(list(parts[0])), RaggedVectors(list(parts[1]))
 
 
 def _axes(window: int | bool | None) -> tuple[str | None, ...]:

@@ -51,6 +51,16 @@ class CausalMask:
             seen -= jnp.take_along_axis(tokens, before, axis=1)
         return seen > 0
 
+    def of_rows(self, rows: slice, slots: int) -> "CausalMask":
+        """The mask of these rows and their first slots; of keys in a cache."""
+        key_slots = self.key_slots if self.key_slots.shape[0] == 1 else self.key_slots[rows]
+        return replace(
+            self,
+            query_slots=self.query_slots[rows],
+            key_slots=key_slots[:, :slots],
+            key_mask=self.key_mask[rows, :slots],
+        )
+
     def last_queries(self, count: int) -> "CausalMask":
         """The mask of the last `count` queries; 0: of all."""
         query_slots = self.query_slots[:, -count:]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from compilations import compilations
 from reference import LONG, SHORT, on_mesh
 from small_checkpoint import NEVER, write_checkpoint
 
@@ -244,3 +245,27 @@ def test_three_hundred_mixed_prompts(tmp_path: Path) -> None:
     for slots in (1, 7, 48):
         found = run(Engine(pipeline.compiled, pipeline.tokenizer, slots=slots), *requests)
         assert [(found[number].text, found[number].completion_tokens) for number in range(300)] == expected
+
+
+@pytest.mark.slow
+def test_three_thousand_prompts_run_through_the_programs_of_three_hundred(pipeline: Pipeline) -> None:
+    """Of all lengths, alone and behind system prompts of all lengths, greedy and drawn."""
+    draws = random.Random(5)
+    systems = ["".join(draws.choices("abc .", k=draws.randrange(30, 1500))) for _ in range(40)]
+
+    def request() -> dict[str, Any]:
+        text = "".join(draws.choices("abcdefgh .", k=min(int(2 ** draws.uniform(0, 11)), 1900)))
+        options: dict[str, Any] = {"max_new_tokens": int(2 ** draws.uniform(0, 5))}
+        if draws.random() < 0.1:
+            options |= {"temperature": draws.uniform(0.5, 1.5), "seed": draws.randrange(100)}
+        if draws.random() < 0.5:
+            return {"prompt": text} | options
+        system = {"role": "system", "content": draws.choice(systems)}
+        return {"messages": [system, {"role": "user", "content": text[:100]}]} | options
+
+    engine = engine_of(pipeline, slots=24, max_length=2047)
+    run(engine, *[request() for _ in range(300)])
+    with compilations() as counted:
+        found = run(engine, *[request() for _ in range(3000)])
+    assert counted == []
+    assert all(isinstance(one, Answer) for one in found.values())

@@ -154,6 +154,14 @@ def test_what_is_refused_at_once(batch: Batch, tmp_path: Path) -> None:
     assert (
         "max_length=9999 must be from 2" in batch("--max-length", 9999, "--output", tmp_path / "b.jsonl")[2]
     )
+    whole = gzip.compress(batch.source.read_bytes())
+    packed = tmp_path / "in.jsonl.gz"
+    for damaged in (whole[: len(whole) // 2], whole[:20] + bytes(10) + whole[30:], b"no gzip"):
+        packed.write_bytes(damaged)
+        code, _, err = batch("--input", packed, "--output", tmp_path / "d.jsonl")
+        assert code == 1
+        assert "in.jsonl.gz cannot be unpacked" in err
+        assert not (tmp_path / "d.jsonl.run.json").exists()
     assert "top_p=3.0" in batch("--top-p", 3, "--output", tmp_path / "c.jsonl")[2]
 
 

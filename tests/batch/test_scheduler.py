@@ -47,7 +47,7 @@ class Machine:
         if isinstance(action, Fill):
             self.fill(action, running)
         else:
-            self.decode(action)
+            self.decode()
         return True
 
     def fill(self, fill: Fill, running: bool) -> None:
@@ -72,24 +72,24 @@ class Machine:
             assert self.filled < BUDGET
             self.filled += fill.width * len(fill.slots)
 
-    def decode(self, decode: Decode) -> None:
+    def decode(self) -> None:
         self.filled = 0
-        jobs = self.scheduler.running(decode.pool)
-        assert jobs
-        ended = []
-        for slot, job in jobs.items():
-            held, done = self.computed[decode.pool, slot]
-            assert (held, done) == (job, job.tokens)
-            self.answers[job.number] -= 1
-            if self.answers[job.number] == 0:
-                ended.append(slot)
-                self.ended.append(job.number)
-                del self.computed[decode.pool, slot]
-            elif self.draws.random() < self.stale:
-                tokens = job.tokens + 1
-                self.scheduler.fill_again(decode.pool, slot, tokens)
-                self.computed[decode.pool, slot] = Job(job.number, tokens, job.columns), 0
-        self.scheduler.ended(decode.pool, ended)
+        assert any(self.scheduler.running(pool) for pool in range(len(self.pools)))
+        for pool in range(len(self.pools)):
+            ended = []
+            for slot, job in self.scheduler.running(pool).items():
+                held, done = self.computed[pool, slot]
+                assert (held, done) == (job, job.tokens)
+                self.answers[job.number] -= 1
+                if self.answers[job.number] == 0:
+                    ended.append(slot)
+                    self.ended.append(job.number)
+                    del self.computed[pool, slot]
+                elif self.draws.random() < self.stale:
+                    tokens = job.tokens + 1
+                    self.scheduler.fill_again(pool, slot, tokens)
+                    self.computed[pool, slot] = Job(job.number, tokens, job.columns), 0
+            self.scheduler.ended(pool, ended)
 
     def run(self) -> None:
         while self.step():
@@ -142,6 +142,16 @@ def test_short_prompts_are_computed_together() -> None:
     assert second.width == 16
 
 
+def test_a_group_has_no_more_than_a_chunk_with_what_is_shared() -> None:
+    machine = make((PoolSize(6, 256),))
+    for number, shared in enumerate((CHUNK - 32, CHUNK - 16, CHUNK, 0)):
+        machine.add(Job(number, 9, 128, shared), 3)
+    fills = [machine.scheduler.next(), machine.scheduler.next()]
+    assert all(isinstance(fill, Fill) for fill in fills)
+    found = [([job.number for job in fill.jobs], fill.together) for fill in fills if isinstance(fill, Fill)]
+    assert found == [([0, 1, 3], True), ([2], False)]
+
+
 def test_a_long_prompt_lets_others_go_on() -> None:
     machine = make((PoolSize(2, 1024),))
     machine.add(Job(0, 3, 64), 50)
@@ -179,18 +189,6 @@ def test_a_small_job_leaves_a_larger_slot_to_the_job_that_needs_it() -> None:
     machine.step()
     machine.step()
     assert machine.begun == [0, 2]
-
-
-def test_both_pools_make_tokens_in_turns() -> None:
-    machine = make()
-    machine.add(Job(0, 40, 50), 9)
-    machine.add(Job(1, 200, 400), 9)
-    decoded = []
-    for _ in range(12):
-        action = machine.scheduler.next()
-        if isinstance(action, Decode):
-            decoded.append(action.pool)
-    assert decoded[-6:] in ([0, 1] * 3, [1, 0] * 3)
 
 
 def test_jobs_that_no_slot_holds() -> None:

@@ -15,6 +15,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from phi3_jax.model.attention import attention
 from phi3_jax.model.kernels import cached, cudnn, splash
+from phi3_jax.model.kernels.live import live_attention
+from phi3_jax.model.kernels.xla import xla_attention
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.quantized import QuantizedVectors
 
@@ -340,6 +342,80 @@ class TestCached:
         order, counts = cached.live_blocks(query_slots, key_slots, 200, 128)
         assert order[:, 1].tolist() == [[3, 4, 5, 5, 5, 5, 5, 5]] * 2
         assert counts[:, 1].tolist() == [3, 3]
+
+
+class TestLive:
+    """Blocks are of 256 queries and 512 keys."""
+
+    @pytest.mark.parametrize(
+        ("length", "padding", "window"),
+        _product(
+            [40, 300],
+            ["none", "left", "right"],
+            [None, 40, 700],
+            always=[(40, "right", None), (300, "left", 40), (300, "none", 700), (300, "left", None)],
+        ),
+    )
+    def test_padding_and_windows(self, length: int, padding: str, window: int | None) -> None:
+        """The last block of 1,300 keys lies over the one before it."""
+        arrays = _arrays(3, length, 1300, HEADS["gqa"], 64)
+        self._compare(arrays, _cache(padding, 3, 1300, 1200, length, window, ragged=150))
+
+    def test_a_cache_smaller_than_a_block(self) -> None:
+        self._compare(_arrays(2, 33, 70, HEADS["mqa"], 96), _cache("left", 2, 70, 70, 33, None))
+
+    def test_ring(self) -> None:
+        size, length, used = 1640, 40, 3000
+        key_slots = used - 1 - (used - 1 - np.arange(size)[None]) % size
+        query_slots = used - length + np.arange(length)[None]
+        mask = CausalMask(query_slots, key_slots, key_slots != used - 20, window=600)
+        self._compare(_arrays(1, length, size, HEADS["mha"], 64), mask)
+
+    def test_bfloat16_queries_over_a_float32_cache(self) -> None:
+        query, key, value = _arrays(2, 40, 640, HEADS["gqa"], 96)
+        self._compare([query.astype(jnp.bfloat16), key, value], _cache("left", 2, 640, 600, 40, None), 1e-2)
+
+    def test_what_no_query_sees_is_not_read(self) -> None:
+        query, key, value = _arrays(1, 300, 2048, HEADS["gqa"], 64)
+        mask = _cache("none", 1, 2048, 1500, 300, 100)
+        dead = (np.arange(2048) < 1024) | (np.arange(2048) >= 1536)
+        run = jax.jit(partial(live_attention, scale=SCALE))
+        out = run(query, key, value, mask).out
+        poisoned = run(query, *(np.where(dead[:, None], jnp.nan, x) for x in (key, value)), mask).out
+        np.testing.assert_array_equal(poisoned, out)
+
+    def test_queries_that_see_nothing(self) -> None:
+        arrays = _arrays(2, 40, 640, HEADS["gqa"], 64)
+        mask = _cache("none", 2, 640, 600, 40, None)
+        some = dataclasses.replace(mask, key_mask=mask.key_mask & [[True], [False]])
+        self._compare(arrays, some)
+        none = dataclasses.replace(mask, key_mask=mask.key_mask & False)
+        attended = jax.jit(partial(live_attention, scale=SCALE))(*arrays, none)
+        assert (attended.out == 0).all()
+        assert (attended.lse == np.finfo(np.float32).min).all()
+
+    def test_gradients_are_those_of_the_plain_way(self) -> None:
+        arrays = _arrays(2, 40, 640, HEADS["gqa"], 64)
+        mask = _cache("left", 2, 640, 600, 40, None)
+        weight = np.random.default_rng(1).standard_normal(arrays[0].shape, np.float32)
+
+        def attend(*arrays: jax.Array) -> jax.Array:
+            return attention(*arrays, mask, scale=SCALE)[0]
+
+        assert "while" in jax.jit(attend).lower(*arrays).as_text()  # blocks, as many as are seen
+        ours = jax.jit(_loss(attend, weight))(*arrays)
+        theirs = jax.jit(_loss(partial(_xla, mask), weight))(*arrays)
+        jax.tree.map(_assert_close, ours, theirs)
+
+    @staticmethod
+    def _compare(arrays: list, mask: CausalMask, rtol: float = 1e-5) -> None:
+        run = jax.jit(partial(live_attention, scale=SCALE))
+        expected = jax.jit(partial(xla_attention, scale=SCALE, output_lse=True))(*arrays, mask.dense())
+        attended = run(*arrays, mask)
+        _assert_seen_equal(attended.out.astype(jnp.float32), expected.out.astype(jnp.float32), mask, rtol)
+        seen = np.asarray(mask.dense())[:, 0].any(axis=2)
+        lse, expected_lse = (np.asarray(x.lse).swapaxes(1, 2)[seen] for x in (attended, expected))
+        np.testing.assert_allclose(lse, expected_lse, rtol=rtol, atol=rtol)
 
 
 class TestCudnn:

@@ -1,5 +1,6 @@
 """Attention in plain JAX: for every platform, mask and dtype, and the measure of the other kernels."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,15 +66,28 @@ def xla_attention(
     if output_weights or length <= QUERY_BLOCK:
         return _attend_at_once(query, key, value, mask, scale, dropout_rate, dropout_key, wanted)
 
-    blocks = -(-length // QUERY_BLOCK)
-    padding = blocks * QUERY_BLOCK - length
+    @jax.checkpoint
+    def attend_block(index: Array, queries: Array, visible: CausalMask | Array) -> Attended:
+        block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        return _attend_at_once(queries, key, value, visible, scale, dropout_rate, block_key, wanted)
+
+    return by_query_blocks(attend_block, query, mask, QUERY_BLOCK)
+
+
+def by_query_blocks(
+    attend: Callable[[Array, Array, Any], Attended], query: Array, mask: CausalMask | Array, size: int
+) -> Attended:
+    """Attention of `size` queries at a time, by `attend(number of the block, queries, mask)`; no weights."""
+    length = query.shape[1]
+    blocks = -(-length // size)
+    padding = blocks * size - length
 
     def split(x: Array, axis: int) -> Array:
-        """Cuts `axis` into blocks and puts the blocks in front."""
+        """Cuts `axis` into blocks, the last filled up with its last query, and puts the blocks in front."""
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, padding)
-        x = jnp.pad(x, widths)
-        x = x.reshape(*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :])
+        x = jnp.pad(x, widths, mode="edge")
+        x = x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
     rows: Any
@@ -82,21 +96,19 @@ def xla_attention(
     else:
         rows = split(mask, 2)
 
-    @jax.checkpoint
     def attend_block(block: tuple[Array, Array, Any]) -> tuple[Array, Array | None]:
         index, queries, visible = block
         if isinstance(mask, CausalMask):
             slots, segments = visible
             visible = replace(mask, query_slots=slots, query_segments=segments)
-        block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        block_out = _attend_at_once(queries, key, value, visible, scale, dropout_rate, block_key, wanted)
-        return block_out.out, block_out.lse
+        attended = attend(index, queries, visible)
+        return attended.out, attended.lse
 
     out, lse = jax.lax.map(attend_block, (jnp.arange(blocks), split(query, 1), rows))
-    out = jnp.moveaxis(out, 0, 1)  # [B, blocks, QUERY_BLOCK, K, G, H]
+    out = jnp.moveaxis(out, 0, 1)  # [B, blocks, size, K, G, H]
     out = out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
     if lse is not None:
-        lse = jnp.moveaxis(lse, 0, 2)  # [B, N, blocks, QUERY_BLOCK]
+        lse = jnp.moveaxis(lse, 0, 2)  # [B, N, blocks, size]
         lse = lse.reshape(*lse.shape[:2], -1)[:, :, :length]
     return Attended(out, None, lse)
 

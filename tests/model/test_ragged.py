@@ -1,0 +1,52 @@
+"""Rows with different numbers of slots in one step, against each alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import longrope, on_mesh, small_config
+
+from phi3_jax import Phi3ForCausalLM
+from phi3_jax.model import KVCache
+from phi3_jax.sharding import make_mesh
+
+
+def filled(model: Phi3ForCausalLM, ids: np.ndarray, slots: int) -> KVCache:
+    mask = np.ones_like(ids)
+    mask[0, 0] = 0
+    cache = model(ids, mask, past_key_values=model.init_cache(len(ids), slots)).past_key_values
+    assert cache is not None
+    return cache
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, longrope(), {"sliding_window": 4}], ids=["plain", "longrope", "window"]
+)
+@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])
+def test_a_step_is_that_of_each_alone(changes: dict[str, Any], mesh: str | None) -> None:
+    model = Phi3ForCausalLM(small_config(**changes))
+    if mesh is not None:
+        model = on_mesh(model, make_mesh(mesh, jax.devices()[:4]))
+    draws = np.random.default_rng(0)
+    prompts = [draws.integers(4, 96, (2, 9)), draws.integers(4, 96, (4, 20))]
+    whole = KVCache.below([filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)])
+    apart = [filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)]
+    for _ in range(2):
+        token = draws.integers(4, 96, (6, 1))
+        out = model(token, past_key_values=whole)
+        parts = [model(token[:2], past_key_values=apart[0]), model(token[2:], past_key_values=apart[1])]
+        expected = jnp.concatenate([part.logits for part in parts])
+        np.testing.assert_allclose(out.logits, expected, rtol=1e-5, atol=1e-5)
+        whole, apart = out.past_key_values, [part.past_key_values for part in parts]
+    assert whole.keys[0].shape == (6, 2, 32, 12)
+    assert [part.shape[2] for part in whole.keys[0].parts] == [12, 32]
+
+
+def test_what_such_a_cache_cannot_do() -> None:
+    model = Phi3ForCausalLM(small_config())
+    ids = np.full((1, 3), 7)
+    cache = KVCache.below([filled(model, ids, 8), filled(model, ids, 16)])
+    with pytest.raises(ValueError, match="rows differ in slots has no attentions to give"):
+        model(np.full((2, 1), 7), past_key_values=cache, output_attentions=True)
