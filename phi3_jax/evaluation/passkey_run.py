@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import monotonic
@@ -18,6 +19,7 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.evaluation.journal import Journal
 from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, found
 from phi3_jax.evaluation.scorer import frequencies_for
+from phi3_jax.evaluation.texts import read_text
 from phi3_jax.generation import generate
 from phi3_jax.generation.memory import column_bytes, room_for
 from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
@@ -124,7 +126,7 @@ def measure_passkeys(
     _, config = open_checkpoint(model)
     frequencies = Ropes(config, ropes)
     tokenizer = load_tokenizer(model)
-    content = None if text is None else text.read_text(encoding="utf-8")
+    content = None if text is None else read_text(text)
     prompts = PasskeyPrompts(
         tokenizer,
         max_new_tokens,
@@ -142,7 +144,6 @@ def measure_passkeys(
         "trials": trials,
         "max_new_tokens": max_new_tokens,
         "template": prompts.template,
-        "text": None if text is None else str(text.resolve()),
         "text_digest": content and hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
         "seed": seed,
         "batch_size": batch_size,
@@ -225,10 +226,10 @@ class _Runner:
 
 def _rows(journal: Journal, runner: _Runner, lengths: Sequence[int], wanted: int | None) -> dict[int, int]:
     """Prompts at a time by length; the longest is seen first, so that what cannot be is said at once."""
-    return {
-        length: journal.chosen(f"rows_{length}", lambda length=length: runner.most_rows(length, wanted))
-        for length in sorted(lengths, reverse=True)
-    }
+    found = {}
+    for length in sorted(lengths, reverse=True):
+        found[length] = journal.chosen(f"rows_{length}", partial(runner.most_rows, length, wanted))
+    return found
 
 
 def _batches(
