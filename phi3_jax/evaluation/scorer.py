@@ -40,9 +40,8 @@ class Scorer:
     """A model ready to score texts of any length, a chunk at a time through its cache.
 
     Frequencies are arguments of the compiled programs, so that all ropes share them: one for each size of the
-    cache, of which there are two an octave (attention reads all columns of a cache, used or not), and one for
-    the head, which sees chunks with scored tokens only. Memory holds one cache (while it grows, two) and the
-    logits of 512 positions.
+    cache, of which there are two an octave, and one for the head, which sees chunks with scored tokens only.
+    Memory holds one cache and the logits of 512 positions.
 
     Args:
         model: on one device or a mesh, for which rows are added until it divides them.
@@ -60,7 +59,7 @@ class Scorer:
 
     def memory(self, length: int, rows: int = 1) -> int:
         """Bytes of the caches for `rows` texts of `length` tokens."""
-        return self._columns_at_most(length, rows) * column_bytes(self.compiled)
+        return self._all_columns(length, rows) * column_bytes(self.compiled)
 
     def check_memory(self, length: int, rows: int = 1) -> None:
         """Before any work: that memory can hold it.
@@ -69,7 +68,7 @@ class Scorer:
             ValueError: it cannot; the text says what is needed and what there is.
         """
         room = room_for(self.compiled)
-        if (needed := self._columns_at_most(length, rows)) <= room:
+        if (needed := self._all_columns(length, rows)) <= room:
             return
         each = column_bytes(self.compiled)
         texts = f"{rows} rows of {length:,} tokens need" if rows > 1 else f"{length:,} tokens need"
@@ -143,12 +142,11 @@ class Scorer:
         padded = np.zeros((lanes, self.padded(length) + 1), np.int32)
         padded[:rows, :length] = tokens
         padded[rows:, :length] = tokens[:1]
-        cache: KVCache | None = None
+        cache = self.compiled.model.init_cache(lanes, self._columns(length))
         hidden: Any = None
         found = []
         for start in range(0, length - 1, width):
             end = start + width
-            cache = self._with_room(cache, lanes, end)
             before = hidden
             hidden, cache = self.compiled(_feed, cache, padded[:, start:end], *filled)
             if end >= scored_from:
@@ -182,26 +180,17 @@ class Scorer:
     def _width(self, length: int) -> int:
         return min(self._chunk, max(NARROWEST, _power_of_two(length - 1)))
 
-    def _with_room(self, cache: KVCache | None, lanes: int, end: int) -> KVCache:
-        columns = self._columns(end)
-        if cache is not None and cache.max_length >= columns:
-            return cache
-        wider = self.compiled.model.init_cache(lanes, columns)
-        return wider if cache is None else self.compiled(_put, wider, cache)
-
-    def _columns(self, end: int) -> int:
-        """The size of the cache that holds `end` tokens: so many chunks as a power of two, or 3/4 of one."""
-        size = (
-            _power_of_two(end) if end < self._chunk else self._chunk * _power_of_two(-(-end // self._chunk))
-        )
-        smaller = size * 3 // 4
-        return smaller if smaller >= end and smaller % self._chunk == 0 else size
-
-    def _columns_at_most(self, length: int, rows: int) -> int:
-        """Columns of all rows while the cache grows for the last time, from three quarters or less."""
+    def _columns(self, length: int) -> int:
+        """Of the cache for `length` tokens: so many chunks as a power of two, or 3/4 of one."""
         width = self._width(length)
-        last = self._columns(self.padded(length))
-        return self.compiled.lanes_for(rows) * (last + (last * 3 // 4 if last > width else 0))
+        end = -(-(length - 1) // width) * width
+        size = width * _power_of_two(end // width)
+        smaller = size * 3 // 4
+        return smaller if smaller >= end and smaller % width == 0 else size
+
+    def _all_columns(self, length: int, rows: int) -> int:
+        """Of all rows."""
+        return self.compiled.lanes_for(rows) * self._columns(length)
 
 
 def frequencies_for(config: Phi3Config, length: int) -> tuple[Float[np.ndarray, " P"], float]:
@@ -249,10 +238,3 @@ def _score(
 
     found = jax.lax.map(score, (blocks(hidden), blocks(targets)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, length), found)
-
-
-def _put(model: Phi3ForCausalLM, wider: KVCache, cache: KVCache) -> KVCache:
-    """The cache in the first columns of a wider one."""
-    return jax.tree.map(
-        lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim), wider, cache
-    )

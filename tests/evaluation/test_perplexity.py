@@ -249,8 +249,8 @@ def test_a_length_that_memory_cannot_hold(twins: Any, monkeypatch: pytest.Monkey
     import phi3_jax.generation.memory as module
 
     scorer = Scorer(twins[0], chunk=8)
-    # 2 layers of 2 heads of 12 float32 numbers, keys and values; the cache grows to 48 from at most 36.
-    assert scorer.memory(40, rows=3) == 3 * (48 + 36) * 2 * 2 * 12 * 4 * 2
+    # 2 layers of 2 heads of 12 float32 numbers, keys and values; 40 tokens are in a cache of 48.
+    assert scorer.memory(40, rows=3) == 3 * 48 * 2 * 2 * 12 * 4 * 2
     monkeypatch.setattr(module, "_free", lambda device: 45_000)
     monkeypatch.setattr(scorer, "score", None)
     with pytest.raises(ValueError, match=r"41 tokens need 0.00 GiB for keys and values, and memory has"):
