@@ -12,6 +12,7 @@ from phi3_jax import cli_options as options
 from phi3_jax.cli_batch import batch
 from phi3_jax.cli_bench_finetune import bench_finetune
 from phi3_jax.cli_classify import classify
+from phi3_jax.cli_evaluate import evaluate
 from phi3_jax.cli_finetune import finetune
 from phi3_jax.cli_interrupt import Interrupt
 from phi3_jax.cli_plan import plan
@@ -21,6 +22,7 @@ from phi3_jax.cli_rope import rope
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from phi3_jax.config import Phi3Config
     from phi3_jax.generation.pipeline import Pipeline
 
 app = typer.Typer(
@@ -63,6 +65,7 @@ def generate(
     ] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="End behind this text; may be repeated.")] = None,
     system: options.System = None,
+    rope: options.Rope = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without a template.")
     ] = False,
@@ -90,7 +93,7 @@ def generate(
     assert text is not None
     if not text.strip():
         raise ValueError("the prompt is empty")
-    pipeline = load_pipeline(model, dtype, cache_dir, where)
+    pipeline = load_pipeline(model, dtype, cache_dir, where, rope)
     tokenizer = pipeline.tokenizer
     if raw:
         ids = tokenizer.encode(text)
@@ -166,6 +169,7 @@ def chat(
     seed: options.Seed = 0,
     repetition_penalty: options.RepetitionPenalty = None,
     prompt_lookup: options.PromptLookup = None,
+    rope: options.Rope = None,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     distributed: options.Distributed = False,
@@ -180,7 +184,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         prompt_lookup=prompt_lookup,
     )
-    pipeline = load_pipeline(model, dtype, cache_dir, prepare(mesh, distributed))
+    pipeline = load_pipeline(model, dtype, cache_dir, prepare(mesh, distributed), rope)
 
     from phi3_jax.chat import ChatSession
     from phi3_jax.cli_chat import converse
@@ -272,18 +276,41 @@ app.command()(plan)
 app.command()(finetune)
 app.command()(classify)
 app.command()(bench_finetune)
+app.command()(evaluate)
 app.add_typer(rope)
 
 
 def load_pipeline(
-    model: str | None, dtype: str, cache_dir: Path | None, mesh: "Mesh | None" = None
+    model: str | None,
+    dtype: str,
+    cache_dir: Path | None,
+    mesh: "Mesh | None" = None,
+    rope: str | None = None,
 ) -> "Pipeline":
-    """The checkpoint that `--model` names, ready to answer; of several processes all have it, or none."""
+    """The checkpoint that `--model` names, ready to answer; of several processes all have it, or none.
+
+    `rope`: in place of its own, as `parse_rope` takes it.
+    """
     from phi3_jax.distributed import together
     from phi3_jax.generation.pipeline import Pipeline
 
     keep_compiled_programs(cache_dir)
-    return together(lambda: Pipeline.load(model_path(model, cache_dir), dtype=dtype, mesh=mesh))
+
+    def load() -> Pipeline:
+        path = model_path(model, cache_dir)
+        config = None if rope is None else config_with(path, rope)
+        return Pipeline.load(path, dtype=dtype, mesh=mesh, config=config)
+
+    return together(load)
+
+
+def config_with(path: Path, rope: str) -> "Phi3Config":
+    """A checkpoint's config with the rope that `--rope` names."""
+    from phi3_jax.checkpoint import open_checkpoint
+    from phi3_jax.rope_argument import parse_rope
+
+    argument = parse_rope(rope)
+    return argument.written(open_checkpoint(path)[1])
 
 
 def model_path(model: str | None, cache_dir: Path | None) -> Path:

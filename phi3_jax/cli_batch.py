@@ -37,6 +37,7 @@ def batch(
     slots: Annotated[
         int | None, Option(min=1, help="Prompts that are answered at a time; default: by memory.")
     ] = None,
+    rope: options.Rope = None,
     stats: Annotated[Path | None, Option(help="A JSON file for totals and speeds.", dir_okay=False)] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Begin anew, whatever the output holds.")] = False,
     dtype: options.Dtype = "bfloat16",
@@ -67,15 +68,17 @@ def batch(
     from phi3_jax.batch import Engine
     from phi3_jax.batch.run import batch_file
     from phi3_jax.checkpoint.fingerprint import fingerprint
-    from phi3_jax.cli import load_pipeline, model_path
+    from phi3_jax.cli import config_with, load_pipeline, model_path
 
     path = model_path(model, cache_dir)
 
     def engine() -> Engine:
-        pipeline = load_pipeline(str(path), dtype, cache_dir, where)
+        pipeline = load_pipeline(str(path), dtype, cache_dir, where, rope)
         return Engine(pipeline.compiled, pipeline.tokenizer, slots=slots, max_length=max_length, **said)
 
-    about = {"model": str(path.resolve()), "model_files": fingerprint(path), "dtype": dtype}
+    about: dict[str, Any] = {"model": str(path.resolve()), "model_files": fingerprint(path), "dtype": dtype}
+    if rope is not None:
+        about["rope"] = config_with(path, rope).rope_parameters
     done = batch_file(
         engine,
         Path(source),

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from phi3_jax.config import Phi3Config
 from phi3_jax.rope_scaling import RopeScaling
 
@@ -118,6 +121,26 @@ def trained_length(config: Phi3Config) -> int:
     if config.rope_scaling.rope_type in LENGTH_DEPENDENT:
         return config.max_position_embeddings
     return config.original_max_position_embeddings
+
+
+def as_longrope(config: Phi3Config) -> Phi3Config:
+    """The same model with its rope spelled as longrope, the one scaling that transformers takes for Phi-3.
+
+    Both lists are the factors on plain rope's wavelengths, so that the frequencies stay as they are. Plain
+    rope, longrope, and types whose frequencies follow a text's length are returned unchanged.
+    """
+    lengths = jnp.array([1, 2 * config.context_length])
+    inv_freq, scaling = config.rope_scaling.frequencies(config.rope_base, lengths)
+    if config.rope_scaling.rope_type in ("default", "longrope") or np.ndim(inv_freq) > 1 or np.ndim(scaling):
+        return config
+    factors = config.rope_base.inv_freq().astype(np.float64) / np.asarray(inv_freq, np.float64)
+    entry = {
+        "rope_type": "longrope",
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+        "attention_factor": float(scaling),
+    }
+    return config.replace(rope_scaling=entry)
 
 
 def parse_rope(text: str) -> RopeArgument:

@@ -14,7 +14,7 @@ COLOURS = (GREY, "#56B4E9", "#E69F00", "#009E73", ORANGE, BLUE, "#CC79A7", "#000
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":")
 
-FAR = 8
+FAR = 4
 """Times the best, from which on perplexities are drawn on a logarithmic scale."""
 
 
@@ -67,7 +67,7 @@ def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int
         pairs = np.arange(len(lengths))
         upper.plot(pairs, lengths, label=short(name), **_style(number), markersize=3.5)
         lower.plot(pairs, factors, **_style(number), markersize=3.5)
-    for tokens, what in ((trained, "trained length"), (length, "longest length")):
+    for tokens, what in {length: "longest length", trained: "trained length"}.items():
         upper.axhline(tokens, color=GREY, linewidth=1, linestyle=":", zorder=0)
         upper.annotate(
             f"{what}, {tokens:,}",

@@ -122,7 +122,7 @@ def _lines(comparison: Comparison) -> Iterator[str]:
     yield (
         f"\nEvery length scores the same {comparison.cells[0].loss.tokens:,} tokens, each once: the first "
         f"{comparison.tokens:,} but one. Windows of the length slide over them, "
-        + ", ".join(f"{strides[length]:,} apart at {length:,}" for length in comparison.lengths)
+        + ", ".join(_apart(strides[length], length, comparison.tokens) for length in comparison.lengths)
         + ". Scaled frequencies are those for a window's whole length."
     )
     yield f"\n![Perplexity against context length]({PERPLEXITY})"
@@ -134,7 +134,7 @@ def _lines(comparison: Comparison) -> Iterator[str]:
             for each in zip(comparison.ropes, scaled_frequencies(comparison), strict=True)
         ],
     )
-    yield f"\nAt {comparison.lengths[-1]:,} tokens; {WAVELENGTHS} shows every pair of dims."
+    yield f"\nAt {comparison.lengths[-1]:,} tokens; the figure shows every pair of dims."
     yield f"\n![Wavelengths of each rope, and their factors]({WAVELENGTHS})"
     yield "\n## Time\n"
     yield from markdown_table(
@@ -146,6 +146,10 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         ],
     )
     yield "\nOf the last command; what an earlier one had measured took it no time."
+
+
+def _apart(stride: int, length: int, tokens: int) -> str:
+    return f"one window at {length:,}" if length == tokens else f"{stride:,} apart at {length:,}"
 
 
 def _described(

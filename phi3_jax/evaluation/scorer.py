@@ -79,6 +79,11 @@ class Scorer:
             + (" or fewer rows" if rows > 1 else "")
         )
 
+    def padded(self, length: int) -> int:
+        """Tokens that are computed for a text of `length` tokens."""
+        width = self._width(length)
+        return -(-(length - 1) // width) * width
+
     def losses(
         self,
         tokens: Int[np.ndarray, "..."],
@@ -135,7 +140,7 @@ class Scorer:
         filled = [np.concatenate([each, np.repeat(each[:1], lanes - rows, axis=0)]) for each in arguments]
         width = self._width(length)
         # The last token predicts nothing, and what fills up the last chunk is seen by none of the others.
-        padded = np.zeros((lanes, -(-(length - 1) // width) * width + 1), np.int32)
+        padded = np.zeros((lanes, self.padded(length) + 1), np.int32)
         padded[:rows, :length] = tokens
         padded[rows:, :length] = tokens[:1]
         cache: KVCache | None = None
@@ -195,7 +200,7 @@ class Scorer:
     def _columns_at_most(self, length: int, rows: int) -> int:
         """Columns of all rows while the cache grows for the last time, from three quarters or less."""
         width = self._width(length)
-        last = self._columns(-(-(length - 1) // width) * width)
+        last = self._columns(self.padded(length))
         return self.compiled.lanes_for(rows) * (last + (last * 3 // 4 if last > width else 0))
 
 

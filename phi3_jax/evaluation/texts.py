@@ -32,8 +32,13 @@ def read_text(path: Path) -> str:
     return text
 
 
-def first_tokens(tokenizer: Phi3Tokenizer, text: str, count: int) -> Int[np.ndarray, " T"]:
-    """The first `count` tokens of a text, or all where it has fewer; the rest of it is not looked at."""
+def first_tokens(tokenizer: Phi3Tokenizer, text: str, count: int | None) -> Int[np.ndarray, " T"]:
+    """The first `count` tokens of a text, or all where it has fewer; the rest of it is not looked at.
+
+    None: all of them.
+    """
+    if count is None:
+        return np.asarray(tokenizer.encode(text), np.int32)
     part = text[: CHARACTERS * (count + MARGIN)]
     ids = tokenizer.encode(part)
     if len(ids) < count + MARGIN and len(part) < len(text):

@@ -1,5 +1,6 @@
 """What a run is made of, before its first step: rows, steps, the model and what trains it."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from phi3_jax.model import (
     Phi3ForTokenClassification,
     Phi3PreTrainedModel,
 )
+from phi3_jax.rope_argument import as_longrope, parse_rope
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.training.batches import check_rows, width_multiple
 from phi3_jax.training.objectives import Objective
@@ -32,6 +34,8 @@ from phi3_jax.training.optimizers import make_optimizer, make_schedule
 from phi3_jax.training.settings import Settings
 from phi3_jax.training.sources import Data, load_data
 from phi3_jax.training.step import Trainer
+
+logger = logging.getLogger(__name__)
 
 MODELS: dict[str, type[Phi3PreTrainedModel]] = {
     "sequence-classification": Phi3ForSequenceClassification,
@@ -57,7 +61,7 @@ class Recipe:
     base: Path
     tokenizer: Phi3Tokenizer
     config: Phi3Config
-    """Of the base model."""
+    """Of the base model, with the rope that the settings say."""
     data: Data
     pad_token_id: int
     plan: BatchPlan
@@ -85,6 +89,10 @@ def prepare(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Re
     )
     tokenizer = Phi3Tokenizer.from_pretrained(path)
     _, config = open_checkpoint(path)
+    if settings.rope is not None:
+        config = as_longrope(parse_rope(settings.rope).written(config))
+        if (kind := config.rope_parameters["rope_type"]) not in ("default", "longrope"):
+            logger.warning("transformers has no %s rope for Phi-3, and will not load what is trained", kind)
     data = distributed.together(lambda: load_data(settings, tokenizer, config))
     pad = next(
         (i for i in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
@@ -123,6 +131,7 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
         dtype="float32" if settings.trained == "full" else settings.dtype,
         mesh=mesh,
         rngs=settings.seed,
+        config=recipe.config,
         ignore_mismatched_sizes=True,
         **changes,
     )

@@ -19,6 +19,11 @@ class Settings(BaseModel):
     model: str | None = Field(
         None, description="A directory, a .gguf file or a hub name; default: SmolLM2-135M-Instruct."
     )
+    rope: str | None = Field(
+        None,
+        description="A scaling in place of the model's, saved with it: linear:factor=4, yarn:factor=4, "
+        "longrope:@factors.json and so on.",
+    )
     output_dir: Path = Field(Path("runs/demo"), description="Takes the model, checkpoints, logs and report.")
     overwrite_output_dir: bool = Field(False, description="Begin anew where a run is there already.")
 

@@ -1,0 +1,183 @@
+"""The model `phi3_jax` of EleutherAI's lm-eval.
+
+Versions of lm-eval that have plugins find it by this package's entry point: `lm_eval --model phi3_jax ...`.
+For older ones (0.4.13 among them) this module is the same command: `python -m phi3_jax.evaluation.lm_eval
+--model phi3_jax --model_args pretrained=DIRECTORY --tasks ...`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from phi3_jax.batch import Engine
+from phi3_jax.batch.requests import BadRequestError
+from phi3_jax.checkpoint import default_model, open_checkpoint, resolve
+from phi3_jax.evaluation.score_all import Part, score_all
+from phi3_jax.evaluation.scorer import Scorer
+from phi3_jax.generation.pipeline import Pipeline
+from phi3_jax.rope_argument import parse_rope
+from phi3_jax.sharding import make_mesh
+
+GENERATED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What a task may say about draws, and the engine knows."""
+
+
+@register_model("phi3_jax")
+class Phi3JaxLM(TemplateLM):
+    """A checkpoint for lm-eval, scored in batches by length and answering through continuous batching.
+
+    Args:
+        pretrained: a directory, a GGUF file or a hub name; default: the default model.
+        dtype: of parameters and activations.
+        rope: a scaling in place of the model's, as `parse_rope` takes it; one with several parameters is best
+            given as @FILE, for lm-eval divides model_args at commas.
+        max_length: tokens that a request may have; default: the model's context.
+        max_gen_toks: of an answer, where the task does not say.
+        batch_size: requests that are answered at a time; "auto": by memory. Scoring goes by length.
+        mesh: sizes to divide the model over, such as "fsdp=8" (or, for several axes, "fsdp=4;tensor=2").
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        dtype: str = "bfloat16",
+        rope: str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        batch_size: int | str | None = None,
+        mesh: str | None = None,
+        **unused: Any,
+    ):
+        super().__init__()
+        if unknown := sorted(unused.keys() - {"device", "max_batch_size"}):
+            raise ValueError(f"phi3_jax takes no {', '.join(unknown)} in model_args")
+        path: Path = default_model() if pretrained is None else resolve(pretrained)
+        config = None if rope is None else parse_rope(rope).written(open_checkpoint(path)[1])
+        where = None if mesh is None else make_mesh(mesh.replace(";", ","))
+        pipeline = Pipeline.load(path, dtype=dtype, mesh=where, config=config)
+        self._pipeline, self.tokenizer = pipeline, pipeline.tokenizer
+        self._name = str(pretrained or path)
+        self._scorer = Scorer(pipeline.compiled)
+        self.max_length = max_length or self._scorer.config.context_length
+        self.max_gen_toks = max_gen_toks
+        self._slots = None if batch_size in (None, "auto") else int(str(batch_size))
+
+    @property
+    def eot_token_id(self) -> int:
+        token = self.tokenizer.eos_token_id
+        if token is None:
+            raise ValueError(f"the tokenizer of {self._name} names no end token")
+        return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._name.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None:
+            bos = self.tokenizer.bos_token
+            add_special_tokens = bos is None or not string.startswith(bos)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """The last token is scored and does not go in, so that there may be one more than the context has."""
+        parts = []
+        for _key, context, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens must have 1 to {self.max_length}, the "
+                    "model's context"
+                )
+            tokens = np.asarray([*context, *continuation][-(self.max_length + 1) :], np.int32)
+            parts.append(Part(tokens, len(tokens) - len(continuation), len(tokens) - 1))
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(parts)
+        scores = score_all(self._scorer, parts, self._scorer.config)
+        for number, each in tqdm(scores, total=len(parts), disable=disable_tqdm, desc="Scoring"):
+            found[number] = -each.loss, bool(each.greedy.all())
+            if (key := requests[number][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", key, found[number])
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows: list[tuple[None, list[int], list[int]]] = []
+        of: list[int] = []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, rolling):
+                windows.append((None, context, continuation))
+                of.append(number)
+        totals = [0.0] * len(requests)
+        for number, (total, _) in zip(of, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[number] += total
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        asked = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
+        lines: list[dict[str, Any]] = []
+        for number, (request, said) in enumerate(zip(requests, asked, strict=True)):
+            options = {name: said[name] for name in GENERATED if said.get(name) is not None}
+            if not said["do_sample"]:
+                options["temperature"] = 0.0
+            new = min(said["max_gen_toks"], self.max_length - 1)
+            stops = handle_stop_sequences(list(said["until"]), eos=None)
+            line = {"id": number, "prompt": self._prompt(request.args[0], new), "max_new_tokens": new}
+            lines.append(line | options | ({"stop_strings": stops} if stops else {}))
+        found = [""] * len(requests)
+        engine = Engine(
+            self._pipeline.compiled, self.tokenizer, slots=self._slots, max_length=self.max_length
+        )
+        for answer in tqdm(engine.run(lines), total=len(lines), disable=disable_tqdm, desc="Generating"):
+            if isinstance(answer, BadRequestError):
+                raise ValueError(f"a request of the task cannot be answered: {answer}")
+            number = int(answer.id)
+            found[number] = postprocess_generated_text(answer.text, asked[number]["until"], None)
+            self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
+        return found
+
+    def _prompt(self, text: str, new: int) -> str:
+        """The end of a prompt that leaves room for the answer; the engine adds the special tokens."""
+        bos = self.tokenizer.bos_token
+        if bos is not None and self.tokenizer.add_bos_token:
+            text = text.removeprefix(bos)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        room = self.max_length - new - 2
+        return text if len(ids) <= room else self.tokenizer.decode(ids[-room:])
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

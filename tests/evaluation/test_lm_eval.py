@@ -1,0 +1,188 @@
+"""The model of lm-eval: a task on local data, with results beside those of its own `hf` model."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from small_checkpoint import PROMPT, write_checkpoint
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from phi3_jax.evaluation.lm_eval import Phi3JaxLM  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
+
+CHOICES = """
+task: capitals
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+ROLLING = """
+task: reading
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - metric: word_perplexity
+  - metric: byte_perplexity
+  - metric: bits_per_byte
+"""
+ANSWERS = """
+task: saying
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{said}}}}"
+generation_kwargs:
+  until: ["zzz"]
+  max_gen_toks: 6
+metric_list:
+  - metric: exact_match
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder, num_hidden_layers=2, max_position_embeddings=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> HFLM:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return HFLM(pretrained=model, tokenizer=tokenizer, max_length=64, batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> Phi3JaxLM:
+    return Phi3JaxLM(str(folder), dtype="float32", max_length=64)
+
+
+def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=each, idx=0)
+        for each in arguments  # type: ignore[arg-type]
+    ]
+
+
+PAIRS = [
+    (PROMPT, " capital"),
+    (PROMPT + " ", "of what"),
+    ("", "France"),
+    ("is the capital of what? " * 8, "What of the capital is that?"),
+    (PROMPT, "x" * 50),
+]
+
+
+def test_loglikelihood_equals_transformers(ours: Phi3JaxLM, theirs: HFLM) -> None:
+    requests = instances("loglikelihood", *PAIRS)
+    found = ours.loglikelihood(requests, disable_tqdm=True)
+    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    for (loss, greedy), (their_loss, their_greedy) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(their_loss, rel=1e-5)
+        assert greedy == their_greedy
+
+
+def test_a_greedy_continuation_is_seen(ours: Phi3JaxLM, theirs: HFLM) -> None:
+    requests = instances("generate_until", (PROMPT, {"until": [], "max_gen_toks": 3}))
+    (answer,) = theirs.generate_until(requests, disable_tqdm=True)
+    if ours.tok_encode(PROMPT + answer)[:-1][: len(ours.tok_encode(PROMPT))] == ours.tok_encode(PROMPT):
+        pair = instances("loglikelihood", (PROMPT, answer))
+        assert ours.loglikelihood(pair)[0][1] == theirs.loglikelihood(pair)[0][1]
+
+
+def test_rolling_equals_transformers(ours: Phi3JaxLM, theirs: HFLM) -> None:
+    """Texts within the context, and of several windows."""
+    requests = instances("loglikelihood_rolling", (PROMPT,), (PROMPT * 20,), ("What?",))
+    found = ours.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert found == pytest.approx(theirs.loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-5)
+
+
+def test_answers_equal_transformers(ours: Phi3JaxLM, theirs: HFLM) -> None:
+    said = {"until": [" is"], "max_gen_toks": 12, "do_sample": False}
+    requests = instances("generate_until", (PROMPT, said), ("Who " * 5, said), (PROMPT * 20, said))
+    found = ours.generate_until(requests, disable_tqdm=True)
+    expected = theirs.generate_until(requests, disable_tqdm=True)
+    assert found[:2] == expected[:2]
+    assert all(" is" not in answer for answer in found)
+
+
+def write_tasks(folder: Path) -> Path:
+    folder.mkdir()
+    rows = [
+        {"question": PROMPT, "choices": [" capital", " France", "zz"], "answer": number % 3, "said": "x"}
+        for number in range(5)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in (("capitals", CHOICES), ("reading", ROLLING), ("saying", ANSWERS)):
+        (folder / f"{name}.yaml").write_text(text.format(data=data))
+    return folder
+
+
+def test_tasks(ours: Phi3JaxLM, theirs: HFLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=str(write_tasks(tmp_path / "tasks")), include_defaults=False)
+    results = [
+        lm_eval.simple_evaluate(
+            model=model, tasks=["capitals", "reading", "saying"], task_manager=manager, bootstrap_iters=0
+        )["results"]
+        for model in (ours, theirs)
+    ]
+    for task, metrics in results[1].items():
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        assert numbers
+        for name, value in numbers.items():
+            assert results[0][task][name] == pytest.approx(value, rel=1e-4), (task, name)
+
+
+def test_rope_and_unknown_arguments(folder: Path, ours: Phi3JaxLM) -> None:
+    scaled = Phi3JaxLM(str(folder), dtype="float32", rope="linear:factor=4")
+    assert scaled.max_length == 256
+    requests = instances("loglikelihood", PAIRS[0])
+    assert scaled.loglikelihood(requests)[0][0] != pytest.approx(ours.loglikelihood(requests)[0][0], rel=1e-3)
+    with pytest.raises(ValueError, match="phi3_jax takes no dtyp in model_args"):
+        Phi3JaxLM(str(folder), dtyp="float32")
+
+
+@pytest.mark.slow
+def test_command(folder: Path, tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path / "tasks")
+    command = [sys.executable, "-m", "phi3_jax.evaluation.lm_eval", "--model", "phi3_jax"]
+    command += ["--model_args", f"pretrained={folder},dtype=float32", "--tasks", "capitals,saying"]
+    command += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "acc_norm" in done.stdout
+    assert list((tmp_path / "out").rglob("results*.json"))

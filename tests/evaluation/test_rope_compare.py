@@ -1,0 +1,218 @@
+"""Comparisons of ropes: what is measured, what is written, what a kill costs, what is refused at once."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_checkpoint import write_checkpoint
+
+from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.evaluation import rope_compare
+from phi3_jax.evaluation.journal import Journal
+from phi3_jax.evaluation.perplexity import perplexity
+from phi3_jax.evaluation.rope_compare import Comparison, compare_ropes
+from phi3_jax.evaluation.rope_report import table, write_comparison
+from phi3_jax.evaluation.scorer import Scorer
+from phi3_jax.rope_argument import parse_rope
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ROPES = ["none", "linear:factor=4", "dynamic:factor=4", "yarn:factor=4", "longrope:@factors.json"]
+LENGTHS = [16, 24, 48]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"max_position_embeddings": 16, "original_max_position_embeddings": 16}
+    write_checkpoint(folder, num_hidden_layers=2, **sizes)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    factors = {"factors": [1.0, 1.1, 1.4, 2.0, 3.1, 4.5], "factor": 4, "initial_tokens": 3}
+    Path("factors.json").write_text(json.dumps(factors))
+    draws = np.random.default_rng(0)
+    Path("text.txt").write_text("".join(draws.choice(list("abcdefgh ijkl"), 400)))
+
+
+def compare(model: Path, ropes: list[str] = ROPES, **changes: Any) -> Comparison:
+    arguments: dict[str, Any] = {"lengths": LENGTHS, "dtype": "float32", "show": False}
+    text = changes.pop("text", Path("text.txt"))
+    return compare_ropes(
+        model, text, Path("out"), [parse_rope(each) for each in ropes], **arguments | changes
+    )
+
+
+def test_every_cell_is_the_perplexity_of_the_same_tokens(model: Path) -> None:
+    found = compare(model)
+    ours = Phi3ForCausalLM.from_pretrained(model, dtype="float32")
+    ids = np.array(Phi3Tokenizer.from_pretrained(model).encode(Path("text.txt").read_text())[:48])
+    assert found.tokens == 48
+    for name in ROPES:
+        argument = parse_rope(name)
+        for length in LENGTHS:
+            expected = perplexity(
+                Scorer(ours),
+                ids,
+                argument.apply(ours.config),
+                length=length,
+                initial_tokens=argument.initial_tokens,
+            )
+            cell = found.cell(name, length)
+            assert cell.loss.tokens == expected.tokens == 47
+            assert cell.loss.loss == pytest.approx(expected.loss, rel=1e-5)
+            assert cell.stride == (length if length == 48 else length // 2)
+    values = [found.cell(name, 48).loss.loss for name in ROPES]
+    assert len({round(value, 3) for value in values}) == len(ROPES)
+
+
+def test_skipped_tokens_and_strides(model: Path) -> None:
+    found = compare(model, ["none"], lengths=[16], skip_tokens=100, max_tokens=64, stride=5)
+    ours = Phi3ForCausalLM.from_pretrained(model, dtype="float32")
+    ids = np.array(Phi3Tokenizer.from_pretrained(model).encode(Path("text.txt").read_text())[100:164])
+    expected = perplexity(Scorer(ours), ids, length=16, stride=5)
+    assert found.cell("none", 16).loss.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_files(model: Path) -> None:
+    found = compare(model)
+    write_comparison(Path("out"), found)
+    with open("out/results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rope"], int(row["length"])) for row in rows] == [(r, n) for r in ROPES for n in LENGTHS]
+    for row in rows:
+        loss = found.cell(row["rope"], int(row["length"])).loss
+        assert float(row["perplexity"]) == pytest.approx(loss.perplexity)
+        assert float(row["loss"]) == pytest.approx(loss.loss / 47)
+    told = json.loads(Path("out/results.json").read_text())
+    assert told["results"][0]["perplexity"] == pytest.approx(found.cells[0].loss.perplexity)
+    assert set(told["seconds"]) == {"forward", "compile", "all"}
+    assert 0 < told["seconds"]["forward"] < told["seconds"]["all"]
+    linear = told["ropes"]["linear:factor=4"]
+    np.testing.assert_allclose(linear["factors"], 4, rtol=1e-6)
+    np.testing.assert_allclose(linear["wavelengths"][0], 8 * np.pi, rtol=1e-6)
+    np.testing.assert_allclose(
+        told["ropes"]["longrope:@factors.json"]["factors"], [1.0, 1.1, 1.4, 2.0, 3.1, 4.5], rtol=1e-6
+    )
+    for name in ("perplexity.png", "wavelengths.png"):
+        assert Path("out", name).read_bytes().startswith(PNG)
+    report = Path("out/report.md").read_text()
+    assert "| rope | 16 | 24 | 48 |" in report
+    assert "the same 47 tokens" in report
+    assert "8 apart at 16, 12 apart at 24, one window at 48" in report
+    shown = table(found)
+    assert shown.row_count == len(ROPES)
+
+
+def count_windows(monkeypatch: pytest.MonkeyPatch, stop_behind: int | None = None) -> list[Any]:
+    measured: list[Any] = []
+    losses = Scorer.losses
+
+    def watched(self: Scorer, *arguments: Any, **options: Any) -> Any:
+        if len(measured) == stop_behind:
+            raise KeyboardInterrupt
+        measured.append(arguments)
+        return losses(self, *arguments, **options)
+
+    monkeypatch.setattr(Scorer, "losses", watched)
+    return measured
+
+
+def test_goes_on_behind_a_kill(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compare(model, ROPES[:2])
+    Path("out/state.json").unlink()
+    with monkeypatch.context() as patch:
+        count_windows(patch, stop_behind=7)
+        with pytest.raises(KeyboardInterrupt):
+            compare(model, ROPES[:2])
+    measured = count_windows(monkeypatch)
+    again = compare(model, ROPES[:2])
+    assert len(measured) == 2 * (5 + 3 + 1) - 7
+    assert [cell.loss for cell in again.cells] == [cell.loss for cell in whole.cells]
+
+
+def test_more_ropes_and_lengths_measure_what_is_new(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(model, ROPES[:2], max_tokens=48, lengths=[16, 48])
+    measured = count_windows(monkeypatch)
+    found = compare(model, [ROPES[0], ROPES[2]], max_tokens=48)
+    assert len(measured) == 3 + (5 + 3 + 1)
+    assert len(found.cells) == 6
+    measured.clear()
+    monkeypatch.setattr(rope_compare.Pipeline, "load", None)  # no model is needed
+    compare(model, [ROPES[2]], max_tokens=48)
+    assert not measured
+
+
+def test_a_list_that_changed_under_its_name_is_measured_anew(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = compare(model, [ROPES[4]], lengths=[48])
+    Path("factors.json").write_text(json.dumps({"factors": [1.0, 2, 2, 2, 2, 2], "factor": 4}))
+    after = compare(model, [ROPES[4]], lengths=[48])
+    assert abs(before.cells[0].loss.loss / after.cells[0].loss.loss - 1) > 1e-4
+
+
+def test_other_text_or_model_is_refused(model: Path, tmp_path: Path) -> None:
+    compare(model, ["none"], lengths=[16])
+    Path("text.txt").write_text("mlkji " * 60)
+    with pytest.raises(ValueError, match=r"was begun with something else.*text_digest"):
+        compare(model, ["none"], lengths=[16])
+    compare(model, ["none"], lengths=[16], overwrite=True)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "short": (
+        {"lengths": [16, 4096]},
+        r"text.txt has \d+ tokens, fewer than the length 4,096; give a longer",
+    ),
+    "skipped": ({"skip_tokens": 370, "lengths": [48]}, r"has \d+ tokens behind the 370 that are skipped"),
+    "cut": ({"max_tokens": 20}, "max_tokens=20 is less than the longest length, 48"),
+    "stride": ({"stride": 17}, "stride=17 must be from 1 to the length, 16"),
+    "list": ({"ropes": ["longrope:@short.json"]}, r"\['long_factor'\] has 2 entries; give 6"),
+    "twice": ({"ropes": ["none", "none"]}, "--rope none is given twice"),
+    "absent": ({"text": Path("nowhere.txt")}, "there is no file nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_any_work(model: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, message = REFUSED[case]
+    Path("short.json").write_text(json.dumps({"factors": [1.0, 2.0], "factor": 4}))
+    monkeypatch.setattr(rope_compare.Pipeline, "load", None)
+    monkeypatch.setattr(Journal, "add", None)
+    with pytest.raises((ValueError, OSError), match=message):
+        compare(model, **{"ropes": ["none"]} | changes)
+
+
+def test_a_length_that_memory_cannot_hold(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import phi3_jax.generation.memory as memory
+
+    monkeypatch.setattr(memory, "_free", lambda device: 20_000)
+    monkeypatch.setattr(Scorer, "score", None)
+    with pytest.raises(ValueError, match=r"48 tokens need .* GiB for keys and values, and memory has"):
+        compare(model, ["none"])
+
+
+def test_text_is_read_no_further_than_it_must_be(model: Path) -> None:
+    from phi3_jax.evaluation.texts import first_tokens
+
+    tokenizer = Phi3Tokenizer.from_pretrained(model)
+    text = "What is the capital of France? " * 5000
+    whole = tokenizer.encode(text)
+    read: list[int] = []
+
+    class Watched:
+        def encode(self, text: str) -> list[int]:
+            read.append(len(text))
+            return tokenizer.encode(text)
+
+    np.testing.assert_array_equal(first_tokens(Watched(), text, 40), whole[:40])  # type: ignore[arg-type]
+    assert max(read) < 1000
+    np.testing.assert_array_equal(first_tokens(tokenizer, text, 10**6), whole)
+    assert jnp.asarray(first_tokens(tokenizer, text, None)).shape == (len(whole),)
