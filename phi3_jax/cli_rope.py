@@ -8,6 +8,8 @@ from typer import Option
 
 from phi3_jax import cli_options as options
 from phi3_jax.cli_processes import prepare, tell
+from phi3_jax.cli_rope_passkey import passkey
+from phi3_jax.cli_rope_search import search
 
 EXTRA = "rope compare needs more libraries ({}); pip install 'phi3-jax[train]'"
 
@@ -77,3 +79,7 @@ def compare(
         f"{seconds['all']:,.1f} s, {seconds['forward']:,.1f} of them forward passes, "
         f"{seconds['compile']:,.1f} compilation"
     )
+
+
+rope.command()(passkey)
+rope.command()(search)

@@ -16,10 +16,7 @@ def passkey(
     output: Annotated[
         Path, Option(help="A directory for rates, answers, heat map and report.", file_okay=False)
     ],
-    rope: Annotated[
-        list[str] | None,
-        Option(help="A scaling, as in none, yarn:factor=4 or longrope:@factors.json; may be repeated."),
-    ] = None,
+    rope: options.Ropes = None,
     model: options.Model = None,
     depths: Annotated[
         str, Option(help="Where the key stands, from 0 (first line) to 1 (last line).")
@@ -56,10 +53,8 @@ def passkey(
     from phi3_jax.rope_argument import parse_rope
 
     ropes = [parse_rope(each) for each in rope or ["none"]]
-    tokens = [_number("lengths", each, int) for each in lengths.split(",")]
-    shares = [_number("depths", each, float) for each in depths.split(",")]
-    if text is not None and not text.is_file():
-        raise FileNotFoundError(f"there is no file {text}")
+    tokens = options.numbers("lengths", lengths, least=2)
+    shares = [_share(each) for each in depths.split(",")]
     where = prepare(mesh, False)
     keep_compiled_programs(cache_dir)
     done = measure_passkeys(
@@ -88,12 +83,11 @@ def passkey(
     print(f"{output}: {found:,} of {len(done.trials):,} keys found")
 
 
-def _number(option: str, text: str, kind: type) -> float | int:
+def _share(text: str) -> float:
     try:
-        number = kind(text)
+        share = float(text)
     except ValueError:
-        number = -1
-    if not (0 <= number <= 1 if kind is float else number > 0):
-        expected = "from 0 to 1" if kind is float else "a whole number, 1 or more"
-        raise ValueError(f"--{option}: {text.strip()!r} must be {expected}")
-    return number
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"--depths: {text.strip()!r} must be a number from 0 to 1")
+    return share

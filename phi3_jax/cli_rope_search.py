@@ -66,9 +66,7 @@ def search(
 
     evolution = Evolution(population, iterations, parents, mutation_probability, seed)
     attention_factors = [_attention_factor(each) for each in attention_factor.split(",")]
-    unscaled = [_whole(each) for each in initial_tokens.split(",")]
-    if not text.is_file():
-        raise FileNotFoundError(f"there is no file {text}")
+    unscaled = options.numbers("initial-tokens", initial_tokens, least=0)
     where = prepare(mesh, False)
     keep_compiled_programs(cache_dir)
     done = search_ropes(
@@ -113,14 +111,4 @@ def _attention_factor(text: str) -> str | float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise ValueError(f"--attention-factor: {text!r} must be a positive number, longrope or yarn")
-    return number
-
-
-def _whole(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"--initial-tokens: {text!r} must be a whole number, 0 or more")
     return number

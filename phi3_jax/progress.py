@@ -11,11 +11,18 @@ PLAIN_SECONDS = 10
 """Between two lines where there is no terminal."""
 
 
+def time_left(seconds: float) -> str:
+    """As `FileProgress.update` tells it."""
+    whole = round(seconds)
+    return f", {whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02} left"
+
+
 class FileProgress:
     """Shows on standard error what is told, and the share of the file, as a context manager.
 
     Args:
-        total: lines or rows of the input, by which the share is told; None: not known.
+        total: lines or rows of the input (or what else the work is counted in), by which the share is told;
+            None: not known.
         show: False prints nothing.
     """
 

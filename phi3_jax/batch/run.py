@@ -23,7 +23,7 @@ from phi3_jax.files import differences, remove_leftovers, replacing
 from phi3_jax.plan.chips import peak_flops
 from phi3_jax.plan.flops import step_flops
 from phi3_jax.plan.work import Work
-from phi3_jax.progress import FileProgress
+from phi3_jax.progress import FileProgress, time_left
 
 logger = logging.getLogger(__name__)
 
@@ -391,8 +391,7 @@ class _Progress:
         left = ""
         fresh = summary.done - summary.resumed
         if self._total is not None and fresh:
-            seconds = round((self._total - summary.done) * summary.seconds / fresh)
-            left = f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+            left = time_left((self._total - summary.done) * summary.seconds / fresh)
         self._bar.update(told, summary.done, left)
         if time.monotonic() - self._written >= STATS_SECONDS:
             self.write(summary)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import monotonic
@@ -18,11 +19,12 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.evaluation.journal import Journal
 from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, found
 from phi3_jax.evaluation.scorer import frequencies_for
+from phi3_jax.evaluation.texts import read_text
 from phi3_jax.generation import generate
 from phi3_jax.generation.memory import column_bytes, room_for
 from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
 from phi3_jax.generation.prompts import cache_length, padded_length
-from phi3_jax.progress import FileProgress
+from phi3_jax.progress import FileProgress, time_left
 from phi3_jax.rope_argument import RopeArgument
 
 ROWS, ROWS_ON_CPU = 16, 4
@@ -124,7 +126,7 @@ def measure_passkeys(
     _, config = open_checkpoint(model)
     frequencies = Ropes(config, ropes)
     tokenizer = load_tokenizer(model)
-    content = None if text is None else text.read_text(encoding="utf-8")
+    content = None if text is None else read_text(text)
     prompts = PasskeyPrompts(
         tokenizer,
         max_new_tokens,
@@ -142,7 +144,6 @@ def measure_passkeys(
         "trials": trials,
         "max_new_tokens": max_new_tokens,
         "template": prompts.template,
-        "text": None if text is None else str(text.resolve()),
         "text_digest": content and hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
         "seed": seed,
         "batch_size": batch_size,
@@ -159,8 +160,7 @@ def measure_passkeys(
             runner = _Runner(pipeline, prompts, frequencies)
             rows = _rows(journal, runner, lengths, batch_size)
             batches = list(_batches([rope.name for rope in ropes], lengths, depths, trials, rows))
-            with FileProgress(total, show) as progress:
-                _run(batches, rows, runner, journal, progress, total, began)
+            _run(batches, rows, runner, journal, show)
         made = [Trial(**entry) for entry in journal.entries]
     return PasskeyResult(made, asked, len(made) - before, monotonic() - began)
 
@@ -226,10 +226,10 @@ class _Runner:
 
 def _rows(journal: Journal, runner: _Runner, lengths: Sequence[int], wanted: int | None) -> dict[int, int]:
     """Prompts at a time by length; the longest is seen first, so that what cannot be is said at once."""
-    return {
-        length: journal.chosen(f"rows_{length}", lambda length=length: runner.most_rows(length, wanted))
-        for length in sorted(lengths, reverse=True)
-    }
+    found = {}
+    for length in sorted(lengths, reverse=True):
+        found[length] = journal.chosen(f"rows_{length}", partial(runner.most_rows, length, wanted))
+    return found
 
 
 def _batches(
@@ -248,27 +248,18 @@ def _batches(
 
 
 def _run(
-    batches: Sequence[Sequence[Row]],
-    rows: Mapping[int, int],
-    runner: _Runner,
-    journal: Journal,
-    progress: FileProgress,
-    total: int,
-    began: float,
+    batches: Sequence[Sequence[Row]], rows: Mapping[int, int], runner: _Runner, journal: Journal, show: bool
 ) -> None:
     """Answers what is not answered yet; each batch is safe before the next."""
-    done = before = len(journal.entries)
-    # What a prompt costs grows with its length.
-    costs = [sum(case.length for _, case in batch) for batch in batches]
+    began, total = monotonic(), sum(map(len, batches))
     ends = np.cumsum([len(batch) for batch in batches])
-    for number in range(int(np.searchsorted(ends, done, side="right")), len(batches)):
-        batch = batches[number]
-        journal.add(asdict(trial) for trial in runner.answer(batch, rows[batch[0][1].length]))
-        done = len(journal.entries)
-        right = sum(entry["found"] for entry in journal.entries)
-        spent = sum(cost for cost, end in zip(costs, ends, strict=True) if before < end <= done)
-        left = sum(cost for cost, end in zip(costs, ends, strict=True) if end > done)
-        minutes = round((monotonic() - began) * left / spent / 60)
-        progress.update(
-            f"{done:,} of {total:,} prompts, {right:,} keys found", done, f", {minutes:,} min left"
-        )
+    first = int(np.searchsorted(ends, len(journal.entries), side="right"))
+    costs = np.array([sum(case.length for _, case in batch) for batch in batches])  # in tokens
+    with FileProgress(int(costs.sum()), show) as progress:
+        for number in range(first, len(batches)):
+            batch = batches[number]
+            journal.add(asdict(trial) for trial in runner.answer(batch, rows[batch[0][1].length]))
+            right = sum(entry["found"] for entry in journal.entries)
+            told = f"{len(journal.entries):,} of {total:,} prompts, {right:,} keys found"
+            left = costs[number + 1 :].sum() / costs[first : number + 1].sum()
+            progress.update(told, int(costs[: number + 1].sum()), time_left((monotonic() - began) * left))

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -38,11 +39,12 @@ T = TypeVar("T")
 
 
 class Individual(NamedTuple):
-    """A rope scaling: pair i of token n turns by n theta^(-2i/d) / factors[i], and by n theta^(-2i/d) if
-    n < initial_tokens."""
+    """A rope scaling."""
 
     factors: tuple[float, ...]
+    """That divide theta^(-2i/d), pair by pair."""
     initial_tokens: int
+    """So many first tokens do without."""
     attention_factor: float
 
 
@@ -66,7 +68,7 @@ def known_scalings(base: RopeBase, stretch: float) -> dict[str, Individual]:
     """
     pairs = base.dim // 2
     numbers = np.arange(pairs)
-    yarn, yarn_attention = RopeScaling("yarn", (("factor", stretch),)).frequencies(base, np.zeros(1))
+    yarn, yarn_attention = RopeScaling("yarn", (("factor", stretch),)).frequencies(base, jnp.zeros(1, int))
     curves = {
         PLAIN: (np.ones(pairs), 1.0),
         LINEAR: (np.full(pairs, stretch), 1.0),

@@ -28,8 +28,9 @@ from phi3_jax.evaluation.rope_search import (
 )
 from phi3_jax.evaluation.rope_search_results import write_results
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
+from phi3_jax.evaluation.texts import read_text
 from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
-from phi3_jax.progress import FileProgress
+from phi3_jax.progress import FileProgress, time_left
 from phi3_jax.rope_argument import trained_length
 from phi3_jax.rope_scaling import RopeBase
 
@@ -113,12 +114,11 @@ def search_ropes(
         initial_tokens=tuple(sorted(set(initial_tokens))),
     )
     search = RopeSearch(space, evolution, known)
-    content = _read(text)
+    content = read_text(text)
     parts = _windows(load_tokenizer(model).encode(content), text, length, windows, skip_tokens)
     asked = {
         "model": str(model.resolve()),
         "model_files": fingerprint(model),
-        "text": str(text.resolve()),
         "text_digest": hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
         "length": length,
         "windows": windows,
@@ -140,7 +140,7 @@ def search_ropes(
             scorer.check_memory(length, rows)
             run(search, journal, _measure(scorer, parts, config, rows), rows, show=show)
         config = stretched(config, target, search.best(initial_tokens=0).individual)
-        write_results(output, search, asked, model, config)
+        write_results(output, search, {"text": str(text), **asked}, model, config)
     return SearchResult(search, target, len(search.scored) - before, monotonic() - began)
 
 
@@ -179,8 +179,7 @@ def run(search: RopeSearch, journal: Journal, measure: Measure, rows: int, *, sh
             if any(each.individual in search.space for each in search.scored):
                 best = f", best perplexity {search.best().perplexity:.4f}"
             seconds = (monotonic() - began) / max(done - before, 1e-9) * (search.total - done)
-            left = f", {round(seconds / 60):,} min left" if done > before else ""
-            progress.update(iteration + best, done, left)
+            progress.update(iteration + best, done, time_left(seconds) if done > before else "")
 
         while search.waiting:
             batch = search.waiting[:rows]
@@ -262,13 +261,6 @@ def _attention_factors(
     return tuple(sorted({formulas[each] if isinstance(each, str) else float(each) for each in asked}))
 
 
-def _read(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is not UTF-8 text: {error}") from error
-
-
 def _windows(
     tokens: Sequence[int], text: Path, length: int, windows: int, skip: int
 ) -> list[Int[np.ndarray, " T"]]:
@@ -280,7 +272,7 @@ def _windows(
             f"{text} has {max(left, 0):,} tokens{behind}; {windows} windows of {length:,} need "
             f"{windows * length:,}: give a longer text, a shorter length or fewer windows"
         )
-    starts = skip + np.arange(windows) * (left // windows)
+    starts = range(skip, skip + windows * (left // windows), left // windows)
     return [np.asarray(tokens[start : start + length], np.int32) for start in starts]
 
 

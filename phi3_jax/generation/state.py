@@ -84,7 +84,7 @@ class RopeChoice(NamedTuple):
         given = (None if x is None else x[lanes] for x in (self.inv_freq, self.attention_scaling))
         return RopeChoice(self.least[lanes], self.most, *given)
 
-    def given(self, positions: Int[Array, "L T"]) -> dict[str, Array]:
+    def given(self, positions: Int[Array, "L T"]) -> dict[str, Any]:
         """What the model is told of frequencies, for tokens at these positions."""
         inv_freq = self.inv_freq
         if inv_freq is not None and inv_freq.ndim == 3:

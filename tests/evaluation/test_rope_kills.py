@@ -1,0 +1,74 @@
+"""`phi3-jax rope search`, killed again and again: what it comes to is what it would have come to."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_checkpoint import write_checkpoint
+
+pytestmark = pytest.mark.slow
+
+COMMAND = (sys.executable, "-c", "from phi3_jax.cli import main; main()", "rope", "search")
+KILLS = 6
+
+
+def begin(folder: Path, output: Path) -> "subprocess.Popen[str]":
+    options = {
+        "model": folder / "model",
+        "text": folder / "text.txt",
+        "output": output,
+        "length": 2048,
+        "population": 12,
+        "iterations": 6,
+        "initial-tokens": "0,4",
+        "batch-size": 2,
+    }
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PHI3_JAX_CACHE": str(folder / "cache")}
+    return subprocess.Popen(
+        [*COMMAND, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_kills(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
+    write_checkpoint(tmp_path / "model", num_hidden_layers=2, pad_token_id=0, **sizes)
+    draws = random.Random(3)
+    words = ["What", "is", "the", "capital", "of", "France?"]
+    (tmp_path / "text.txt").write_text(" ".join(draws.choice(words) for _ in range(3000)))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    begin(tmp_path, tmp_path / "warm").communicate(timeout=300)  # programs are compiled and kept
+    started = time.monotonic()
+    process = begin(tmp_path, whole)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "perplexity" in out
+    alive = time.monotonic() - started
+    stopped = 0
+    for _ in range(KILLS):
+        process = begin(tmp_path, killed)
+        try:
+            process.wait(timeout=draws.uniform(0.4, 0.9) * alive)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            stopped += 1
+        _, error = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), error
+    assert stopped
+    process = begin(tmp_path, killed)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert {name: data for name, data in contents(killed).items() if name != ".state.json.lock"} == contents(
+        whole
+    )
