@@ -133,12 +133,15 @@ def _draw_progress(ax: Axes, search: RopeSearch) -> None:
     ax.plot(
         *zip(*means, strict=True), color=plots.GREY, marker="o", markersize=3, label="mean of an iteration"
     )
-    ax.step(numbers, best, where="post", color=plots.ORANGE, linewidth=1.8, label="best so far")
+    ax.step(
+        numbers, best, where="post", color=plots.ORANGE, linewidth=1.8, label=f"best so far, {best[-1]:.2f}"
+    )
     for name, scored in known_scores(search).items():
-        ax.axhline(scored.perplexity, color=KNOWN_COLOURS[name], linewidth=1, linestyle="--", label=name)
-    # What is far worse than the best would press all else onto a line.
+        label = f"{name}, {scored.perplexity:.2f}"
+        ax.axhline(scored.perplexity, color=KNOWN_COLOURS[name], linewidth=1, linestyle="--", label=label)
+    # What is far worse than the best would press all else onto a line; the legend has its number.
     finite = values[np.isfinite(values)]
-    low, high = finite.min(), np.quantile(finite, 0.9)
+    low, high = finite.min(), np.quantile(finite, 0.7)
     room = 0.08 * (high - low) or 0.01 * low
     ax.set_ylim(low - room, high + room)
     ax.set_xlabel("Evaluation")
@@ -160,7 +163,7 @@ def _draw_factors(ax: Axes, search: RopeSearch) -> None:
     ax.set_xlabel("Pair of dims, fast to slow")
     ax.set_ylabel("Wavelength, in units of plain rope's")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize=8, edgecolor="none", framealpha=0.9, loc="upper left")
+    ax.legend(fontsize=8, edgecolor="none", framealpha=0.9, loc="best")
     plots.plain(ax)
 
 
