@@ -145,6 +145,7 @@ def test_longrope_that_crosses_in_or_between_answers(session_of: MakeSession, or
     converse(session)  # back on the short list
 
 
+@pytest.mark.slow
 def test_a_ring_that_cannot_go_back_starts_afresh(session_of: MakeSession, illegible: list[int]) -> None:
     changes = {"sliding_window": 16, "max_position_embeddings": 400}
     options = {"cache_implementation": "sliding_window", "max_new_tokens": 40}

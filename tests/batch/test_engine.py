@@ -203,6 +203,7 @@ def test_one_engine_for_several_runs(pipeline: Pipeline) -> None:
     assert run(engine, *[{"prompt": "Hello"}] * 5)[3].text == short
 
 
+@pytest.mark.slow
 def test_an_engine_on_a_mesh(pipeline: Pipeline) -> None:
     draws = random.Random(2)
     requests = [{"prompt": "abcdefgh"[: draws.randrange(1, 9)] * draws.randrange(1, 20)} for _ in range(12)]

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from small_checkpoint import write_checkpoint
 
+from phi3_jax.batch.run import batch_file
+
 COMMAND = (sys.executable, "-c", "from phi3_jax.cli import main; main()", "batch")
 
 
@@ -132,6 +134,17 @@ def test_packed_and_standard_streams(batch: Batch, tmp_path: Path) -> None:
     assert len(streamed) == 5
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "never packed"])
+def test_packed_input_that_is_damaged(tmp_path: Path, damage: str) -> None:
+    whole = gzip.compress(b'{"id": 1, "prompt": "x"}\n' * 20)
+    packed = tmp_path / "in.jsonl.gz"
+    damaged = {"cut": whole[:-12], "flipped": whole[:20] + bytes(9) + whole[29:], "never packed": b"{}"}
+    packed.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=r"in\.jsonl\.gz cannot be unpacked"):
+        batch_file(lambda: pytest.fail("there is work"), packed, tmp_path / "out.jsonl", asked={})
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl.gz"]
+
+
 def test_openais_form(batch: Batch) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -154,14 +167,6 @@ def test_what_is_refused_at_once(batch: Batch, tmp_path: Path) -> None:
     assert (
         "max_length=9999 must be from 2" in batch("--max-length", 9999, "--output", tmp_path / "b.jsonl")[2]
     )
-    whole = gzip.compress(batch.source.read_bytes())
-    packed = tmp_path / "in.jsonl.gz"
-    for damaged in (whole[: len(whole) // 2], whole[:20] + bytes(10) + whole[30:], b"no gzip"):
-        packed.write_bytes(damaged)
-        code, _, err = batch("--input", packed, "--output", tmp_path / "d.jsonl")
-        assert code == 1
-        assert "in.jsonl.gz cannot be unpacked" in err
-        assert not (tmp_path / "d.jsonl.run.json").exists()
     assert "top_p=3.0" in batch("--top-p", 3, "--output", tmp_path / "c.jsonl")[2]
 
 

@@ -40,6 +40,7 @@ def test_a_tied_embedding_costs_one_more_sum():
     assert moved(program)["all-reduce", ("tensor",)] == 5
 
 
+@pytest.mark.slow
 def test_a_long_prefill_keeps_nothing_of_tokens_times_tokens():
     """Twice the tokens take twice the temporaries; with a T x T mask, a byte each, it would be 2.3 times."""
 
@@ -53,6 +54,7 @@ def test_a_long_prefill_keeps_nothing_of_tokens_times_tokens():
     assert temporaries(32768) < 2.1 * temporaries(16384)
 
 
+@pytest.mark.slow
 def test_context_parallelism_gathers_keys_and_values_once_a_layer():
     length = 131072
     program = compiled(

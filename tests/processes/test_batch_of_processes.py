@@ -9,8 +9,6 @@ from small_checkpoint import write_checkpoint
 
 from phi3_jax.cli import main
 
-pytestmark = pytest.mark.slow
-
 COMMAND = ("-c", "from phi3_jax.cli import main; main()", "batch")
 
 

@@ -13,8 +13,6 @@ from safetensors.numpy import load_file
 
 from phi3_jax.training.finetune import finetune
 
-pytestmark = pytest.mark.slow
-
 OPTIONS: dict[str, Any] = {"max_steps": 8, "eval_steps": 4, "max_buckets": 2}
 COMMAND = ("-c", "from phi3_jax.cli import main; main()", "finetune")
 

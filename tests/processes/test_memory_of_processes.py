@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from phi3_jax import Phi3ForCausalLM
 from phi3_jax.checkpoint.save import ModelSource
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 MEASURE = """
 import json, sys

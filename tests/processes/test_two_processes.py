@@ -87,7 +87,6 @@ def test_together(fast_results: dict[str, list[str | None]], name: str) -> None:
     assert fast_results[name] == [None, None], "\n".join(filter(None, fast_results[name]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_together_every_way(slow_results: dict[str, list[str | None]], name: str) -> None:
     assert slow_results[name] == [None, None], "\n".join(filter(None, slow_results[name]))
@@ -136,7 +135,6 @@ def test_generate_prints_in_process_0_what_it_prints_alone(folder: Path, alone: 
     assert second.out == told(second) == ""
 
 
-@pytest.mark.slow
 def test_a_conversation_is_held_by_process_0(folder: Path, alone: Any, tmp_path: Path) -> None:
     lines = [
         PROMPT,
@@ -163,7 +161,6 @@ def test_a_conversation_is_held_by_process_0(folder: Path, alone: Any, tmp_path:
     assert second.out == told(second) == ""
 
 
-@pytest.mark.slow
 def test_beams_and_samples_of_the_command(folder: Path, alone: Any) -> None:
     arguments = ("generate", PROMPT, "--model", folder / "model", "--dtype", "float32", "--max-new-tokens", 9)
     for options in (("--num-beams", 2), ("--temperature", 2, "--seed", 7)):
@@ -172,7 +169,6 @@ def test_beams_and_samples_of_the_command(folder: Path, alone: Any) -> None:
         assert second.out == told(second) == ""
 
 
-@pytest.mark.slow
 def test_convert_and_bench(folder: Path, alone: Any) -> None:
     first, second = run_command(folder, "convert", folder / "model", folder / "converted", "--distributed")
     assert (first.code, second.code) == (0, 0), (first, second)
@@ -188,7 +184,6 @@ def test_convert_and_bench(folder: Path, alone: Any) -> None:
     assert second.out == told(second) == ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -206,7 +201,6 @@ def test_what_fits_no_process_is_told_in_a_line(folder: Path, options: tuple[str
     assert second.out == ""
 
 
-@pytest.mark.slow
 def test_a_file_that_one_process_lacks_ends_both(folder: Path) -> None:
     commands = [
         [*COMMAND, "generate", PROMPT, "--model", folder / name, *MESH] for name in ("model", "absent")
