@@ -22,7 +22,7 @@ FIELDS = (
 )
 """What may stand in a rope entry and belongs to the config."""
 
-LENGTH_DEPENDENT = ("default", "dynamic")
+TRAINED_IS_MAX = ("default", "dynamic")
 """Types under which `max_position_embeddings` is the length that the model was trained on."""
 
 BY_EXTENSION = ("yarn", "phi3-yarn", "longrope")
@@ -98,7 +98,7 @@ class RopeArgument:
 
     def _longest(self, config: Phi3Config, original: int) -> int:
         """The context's end, where the user did not say."""
-        if self.scaling.rope_type in LENGTH_DEPENDENT:
+        if self.scaling.rope_type in TRAINED_IS_MAX:
             return original
         factor = dict(self.scaling.parameters).get("factor")
         if factor is not None:
@@ -118,7 +118,7 @@ def _with_default(scaling: RopeScaling, key: str, value: Any) -> RopeScaling:
 
 def trained_length(config: Phi3Config) -> int:
     """Tokens of the texts that a model was trained on before any scaling, as far as its config tells."""
-    if config.rope_scaling.rope_type in LENGTH_DEPENDENT:
+    if config.rope_scaling.rope_type in TRAINED_IS_MAX:
         return config.max_position_embeddings
     return config.original_max_position_embeddings
 

@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from phi3_jax import Phi3Config, RopeScaling
-from phi3_jax.rope_argument import parse_rope, trained_length
+from phi3_jax.rope_argument import as_longrope, parse_rope, trained_length
 
 TRAINED = 64
 
@@ -156,6 +156,29 @@ def test_a_list_alone_is_plain_rope_up_to_the_original_length() -> None:
     plain, _ = RopeScaling().frequencies(config.rope_base, jnp.array([1]))
     np.testing.assert_allclose(frequencies(config, TRAINED)[0], plain, rtol=1e-6)
     np.testing.assert_allclose(frequencies(config, TRAINED + 1)[0], plain / np.array(LONG), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["linear:factor=4", "yarn:factor=4,beta_fast=16", "llama3:factor=8,low_freq_factor=1,high_freq_factor=4"],
+)
+def test_scalings_as_transformers_takes_them_for_phi3(text: str) -> None:
+    config = parse_rope(text).apply(small_config())
+    spelled = as_longrope(config)
+    assert spelled.rope_scaling.rope_type == "longrope"
+    theirs = Phi3RotaryEmbedding(transformers.Phi3Config(**spelled.to_dict()))
+    for length in (5, 64, 65, 250):
+        theirs(torch.zeros(1), torch.arange(length)[None])
+        expected, attention_factor = frequencies(config, length)
+        np.testing.assert_allclose(theirs.inv_freq.numpy(), expected, rtol=1e-6)
+        np.testing.assert_allclose(frequencies(spelled, length)[0], expected, rtol=1e-6)
+        assert theirs.attention_scaling == pytest.approx(attention_factor, rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["none", "dynamic:factor=4", "longrope:@both.json,factor=2"])
+def test_scalings_that_need_no_other_spelling_or_have_none(text: str) -> None:
+    config = parse_rope(text).apply(small_config())
+    assert as_longrope(config) is config
 
 
 WRONG = {

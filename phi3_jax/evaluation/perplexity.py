@@ -127,7 +127,6 @@ def perplexity(
     """
     config = config or scorer.config
     length = config.context_length if length is None else length
-    length = min(length, len(tokens))
     total = TextLoss(0.0, 0)
     for _, loss in sliding_losses(
         scorer,

@@ -272,7 +272,7 @@ class GenerationConfig:
                 f"rope_list={said['rope_list']!r} chooses between longrope's two lists, and the rope type of "
                 f"this model is {config.rope_scaling.rope_type!r}; leave it out"
             )
-        values |= _lengths((call, own), model, prompt_length, config.max_position_embeddings)
+        values |= _lengths((call, own), model, prompt_length, config.context_length)
         values |= _special_tokens(values, config, batch_size)
         return ResolvedGeneration(**values, prompt_length=prompt_length, batch_size=batch_size)
 

@@ -91,8 +91,10 @@ def prepare(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Re
     _, config = open_checkpoint(path)
     if settings.rope is not None:
         config = as_longrope(parse_rope(settings.rope).written(config))
-        if (kind := config.rope_parameters["rope_type"]) not in ("default", "longrope"):
-            logger.warning("transformers has no %s rope for Phi-3, and will not load what is trained", kind)
+        if (rope_type := config.rope_parameters["rope_type"]) not in ("default", "longrope"):
+            logger.warning(
+                "transformers has no %s rope for Phi-3, and will not load what is trained", rope_type
+            )
     data = distributed.together(lambda: load_data(settings, tokenizer, config))
     pad = next(
         (i for i in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0

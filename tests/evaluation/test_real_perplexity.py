@@ -1,0 +1,69 @@
+"""SmolLM2-135M-Instruct on a novel: perplexities under several ropes beside transformers'."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_perplexity import recipe
+
+from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.checkpoint import default_model
+from phi3_jax.evaluation import Scorer, perplexity
+from phi3_jax.evaluation.scorer import frequencies_for
+from phi3_jax.rope_argument import parse_rope
+
+pytestmark = pytest.mark.slow
+
+LENGTH, STRIDE, TOKENS = 1024, 700, 1500
+"""Windows are no multiples of the chunk, and the last one is shorter."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_threads() -> Iterator[None]:
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def twins(shared_data: Callable[..., Path]) -> Any:
+    """A scorer, transformers' model, and the tokens."""
+    try:
+        folder = default_model()
+    except CheckpointError as error:
+        pytest.skip(f"the default model cannot be had: {error}")
+    text = shared_data("long_text", "war_and_peace.txt").read_text(encoding="utf-8")
+    ids = np.array(Phi3Tokenizer.from_pretrained(folder).encode(text[:12000])[:TOKENS])
+    ours = Phi3ForCausalLM.from_pretrained(folder, dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return Scorer(ours), theirs, ids
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        "none",
+        "linear:factor=4",
+        "dynamic:factor=4,original_max_position_embeddings=512",
+        "yarn:factor=4",
+        "longrope:@factors.json",
+    ],
+)
+def test_equals_transformers(twins: Any, rope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    factors = [1 + index * index / 200 for index in range(32)]
+    Path("factors.json").write_text(
+        f'{{"factors": {factors}, "original_max_position_embeddings": 900, "factor": 8}}'
+    )
+    scorer, theirs, ids = twins
+    config = parse_rope(rope).apply(scorer.config)
+    found = perplexity(scorer, ids, config, length=LENGTH, stride=STRIDE)
+    loss, tokens = recipe(theirs, ids, LENGTH, STRIDE, lambda window: frequencies_for(config, window))
+    assert found.tokens == tokens == TOKENS - 1
+    print(rope, found.perplexity, np.exp(loss / tokens))
+    assert found.perplexity == pytest.approx(np.exp(loss / tokens), rel=1e-4)
