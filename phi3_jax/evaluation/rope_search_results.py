@@ -163,7 +163,7 @@ def _draw_factors(ax: Axes, search: RopeSearch) -> None:
     ax.set_xlabel("Pair of dims, fast to slow")
     ax.set_ylabel("Wavelength, in units of plain rope's")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize=8, edgecolor="none", framealpha=0.9, loc="best")
+    ax.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     plots.plain(ax)
 
 
