@@ -1,7 +1,5 @@
 """How long JAX has been compiling."""
 
-from typing import Any
-
 import jax
 
 
@@ -18,6 +16,6 @@ class CompileTime:
     def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._note)
 
-    def _note(self, event: str, seconds: float, **_: Any) -> None:
+    def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
+            self.seconds += duration_secs
