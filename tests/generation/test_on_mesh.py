@@ -29,7 +29,12 @@ def one():
     return Phi3ForCausalLM(small_config(**GROUPED, **LONG))
 
 
-@pytest.mark.parametrize("mode", MODES)
+FEW = ("greedy", "beams")
+
+
+@pytest.mark.parametrize(
+    "mode", [*FEW, *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode not in FEW)]
+)
 @pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", *OTHERS])
 def test_generate_equals_one_device(one, mesh, mode):
     """Three rows on two or eight devices, of unequal lengths, padded on the left."""

@@ -111,6 +111,7 @@ def interrupted_after(monkeypatch, step):
     monkeypatch.setattr(module.Interrupts, "at", at)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_saves_and_goes_on(folder, base, monkeypatch):
     """With dropout, micro-batches and widths; wherever it ended, losses are the same to the last bit."""
     options = {"task": "token-classification", "max_buckets": 2, "gradient_accumulation_steps": 2}
