@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -91,7 +92,7 @@ def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int
     return figure
 
 
-def _style(number: int) -> dict[str, object]:
+def _style(number: int) -> dict[str, Any]:
     """Colours, marks and lines that stay apart for many ropes, on paper too."""
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -101,7 +102,7 @@ def _style(number: int) -> dict[str, object]:
     }
 
 
-def _legend(ax: Axes, where: str = "best") -> None:
+def _legend(ax: Axes, where: Any = "best") -> None:
     legend = ax.legend(fontsize=9, loc=where, edgecolor="none", framealpha=0.9)
     for text in legend.get_texts():
         text.set_parse_math(False)
