@@ -41,7 +41,8 @@ class Phi3JaxLM(TemplateLM):
             given as @FILE, for lm-eval divides model_args at commas.
         max_length: tokens that a request may have; default: the model's context.
         max_gen_toks: of an answer, where the task does not say.
-        batch_size: requests that are answered at a time; "auto": by memory. Scoring goes by length.
+        batch_size: requests that are answered at a time; "auto" or 1, lm-eval's default: by memory. What is
+            scored together goes by length.
         mesh: sizes to divide the model over, such as "fsdp=8" (or, for several axes, "fsdp=4;tensor=2").
     """
 
@@ -68,7 +69,7 @@ class Phi3JaxLM(TemplateLM):
         self._scorer = Scorer(pipeline.compiled)
         self.max_length = max_length or self._scorer.config.context_length
         self.max_gen_toks = max_gen_toks
-        self._slots = None if batch_size in (None, "auto") else int(str(batch_size))
+        self._slots = None if batch_size in (None, "auto", 1, "1") else int(batch_size)
 
     @property
     def eot_token_id(self) -> int:
