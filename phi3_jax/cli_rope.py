@@ -26,7 +26,7 @@ def compare(
     model: options.Model = None,
     rope: options.Ropes = None,
     stride: Annotated[
-        int | None, Option(min=1, help="Tokens between windows; default: half of each length.")
+        int | None, Option(min=1, help="Tokens between windows, at most each length; default: half of it.")
     ] = None,
     max_tokens: Annotated[
         int | None, Option(min=2, help="Of the text, scored at every length; default: the longest length.")

@@ -4,7 +4,7 @@ from phi3_jax.checkpoint.adapters import load_adapters, save_adapters
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.checkpoint.hub import resolve
-from phi3_jax.checkpoint.load import load_model, open_checkpoint
+from phi3_jax.checkpoint.load import load_abstract, load_model, open_checkpoint
 from phi3_jax.checkpoint.save import save_model
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 
@@ -13,6 +13,7 @@ __all__ = [
     "TensorSource",
     "convert_checkpoint",
     "default_model",
+    "load_abstract",
     "load_adapters",
     "load_model",
     "open_checkpoint",

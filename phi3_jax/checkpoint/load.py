@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,7 +90,7 @@ def load_model(
         ValueError: a dtype that parameters cannot have, config changes that do not fit together, sizes that
             the mesh does not divide.
     """
-    kind = None if dtype in (None, "auto") else parameter_dtype(dtype)
+    kind = _wanted_dtype(dtype)
     path = resolve(
         name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
@@ -104,9 +104,7 @@ def load_model(
     parameters = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in nnx.to_flat_state(abstract)}
     wanted = {name: leaf.shape for name, leaf in parameters.items()}
     files = _match(cls, source, config, wanted, ignore_mismatched_sizes, path)
-    if kind is None:
-        stored = source.dtype(next(files[name] for name in files if name.endswith("embed_tokens.weight")))
-        kind = np.dtype(np.float32) if stored == np.float64 else stored  # JAX has no float64 unless told so
+    kind = kind or _stored_dtype(source, files.values())
     fresh = {name: leaf.sharding for name, leaf in parameters.items() if name not in files}
     values = _initialise(partial(build, config, dtype=kind, mesh=mesh), rngs, fresh) if fresh else {}
     for name, file_name in files.items():
@@ -122,6 +120,34 @@ def load_model(
     if isinstance(model, Phi3ForCausalLM):
         model.generation_config = read_generation_config(source, path, config)
     return model
+
+
+def load_abstract(
+    cls: type[Model],
+    path: Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    config: Phi3Config | None = None,
+) -> Model:
+    """What `load_model` would load from a directory or a GGUF file, without its numbers.
+
+    Raises:
+        CheckpointError, ValueError: as `load_model`; tensors are not looked at.
+    """
+    source, own_config = open_checkpoint(path)
+    kind = _wanted_dtype(dtype) or _stored_dtype(source, source.names())
+    return abstract_model(cls, config or own_config, dtype=kind, mesh=mesh)
+
+
+def _wanted_dtype(dtype: Any) -> np.dtype | None:
+    return None if dtype in (None, "auto") else parameter_dtype(dtype)
+
+
+def _stored_dtype(source: TensorSource, names: Iterable[str]) -> np.dtype:
+    """Of the embedding."""
+    stored = source.dtype(next(name for name in names if name.endswith("embed_tokens.weight")))
+    return np.dtype(np.float32) if stored == np.float64 else stored  # JAX has no float64 unless told so
 
 
 def read_generation_config(source: TensorSource, path: Path, config: Phi3Config) -> GenerationConfig:

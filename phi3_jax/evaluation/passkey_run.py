@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from phi3_jax.checkpoint import open_checkpoint
+from phi3_jax.checkpoint import load_abstract, open_checkpoint
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.config import Phi3Config
 from phi3_jax.evaluation.journal import Journal
@@ -21,9 +21,11 @@ from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, found
 from phi3_jax.evaluation.scorer import frequencies_for
 from phi3_jax.evaluation.texts import read_text
 from phi3_jax.generation import generate
+from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.memory import column_bytes, room_for
 from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
 from phi3_jax.generation.prompts import cache_length, padded_length
+from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.progress import FileProgress, time_left
 from phi3_jax.rope_argument import RopeArgument
 
@@ -156,9 +158,12 @@ def measure_passkeys(
         before = len(journal.entries)
         if before < total:
             longest = config.replace(max_position_embeddings=max(*lengths, config.max_position_embeddings))
+            planned = CompiledModel(
+                load_abstract(Phi3ForCausalLM, model, dtype=dtype, mesh=mesh, config=longest)
+            )
+            rows = _rows(journal, planned, lengths, prompts.answer_tokens, batch_size)
             pipeline = Pipeline.load(model, dtype=dtype, mesh=mesh, config=longest)
             runner = _Runner(pipeline, prompts, frequencies)
-            rows = _rows(journal, runner, lengths, batch_size)
             batches = list(_batches([rope.name for rope in ropes], lengths, depths, trials, rows))
             _run(batches, rows, runner, journal, show)
         made = [Trial(**entry) for entry in journal.entries]
@@ -197,39 +202,40 @@ class _Runner:
             trials.append(Trial(rope, *case, prompt.key, answer, found(answer, prompt.key)))
         return trials
 
-    def most_rows(self, length: int, wanted: int | None) -> int:
-        """Prompts of a length that memory holds at a time.
 
-        Raises:
-            ValueError: not one; not as many as are wanted.
-        """
-        compiled = self._pipeline.compiled
-        columns = cache_length(
-            padded_length(length - self._prompts.answer_tokens) + self._prompts.answer_tokens + 1
-        )
-        room = room_for(compiled)
-        least = compiled.lanes_for(wanted or 1)
-        if least * columns > room:
-            each = column_bytes(compiled)
-            texts = f"{wanted} prompts of {length:,} tokens" if wanted else f"a prompt of {length:,} tokens"
-            raise ValueError(
-                f"{texts} needs {least * columns * each / 2**30:.2f} GiB for keys and values, and memory has "
-                f"{room * each / 2**30:.2f} GiB for them; choose shorter lengths or a smaller --batch-size"
-            )
-        if wanted:
-            return wanted
-        most = ROWS_ON_CPU if compiled.on_cpu else ROWS
-        while compiled.lanes_for(most) * columns > room and most > 1:
-            most //= 2
-        return most
-
-
-def _rows(journal: Journal, runner: _Runner, lengths: Sequence[int], wanted: int | None) -> dict[int, int]:
+def _rows(
+    journal: Journal, planned: CompiledModel, lengths: Sequence[int], answer_tokens: int, wanted: int | None
+) -> dict[int, int]:
     """Prompts at a time by length; the longest is seen first, so that what cannot be is said at once."""
     found = {}
     for length in sorted(lengths, reverse=True):
-        found[length] = journal.chosen(f"rows_{length}", partial(runner.most_rows, length, wanted))
+        most = partial(_most_rows, planned, length, answer_tokens, wanted)
+        found[length] = journal.chosen(f"rows_{length}", most)
     return found
+
+
+def _most_rows(compiled: CompiledModel, length: int, answer_tokens: int, wanted: int | None) -> int:
+    """Prompts of a length, the answer's tokens included, that memory holds at a time.
+
+    Raises:
+        ValueError: not one; not as many as are wanted.
+    """
+    columns = cache_length(padded_length(length - answer_tokens) + answer_tokens + 1)
+    room = room_for(compiled)
+    least = compiled.lanes_for(wanted or 1)
+    if least * columns > room:
+        each = column_bytes(compiled)
+        texts = f"{wanted} prompts of {length:,} tokens" if wanted else f"a prompt of {length:,} tokens"
+        raise ValueError(
+            f"{texts} needs {least * columns * each / 2**30:.2f} GiB for keys and values, and memory has "
+            f"{room * each / 2**30:.2f} GiB for them; choose shorter lengths or a smaller --batch-size"
+        )
+    if wanted:
+        return wanted
+    most = ROWS_ON_CPU if compiled.on_cpu else ROWS
+    while compiled.lanes_for(most) * columns > room and most > 1:
+        most //= 2
+    return most
 
 
 def _batches(

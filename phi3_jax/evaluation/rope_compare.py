@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from phi3_jax.checkpoint import open_checkpoint
+from phi3_jax.checkpoint import load_abstract, open_checkpoint
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.config import Phi3Config
 from phi3_jax.evaluation.compile_time import CompileTime
@@ -23,6 +23,7 @@ from phi3_jax.evaluation.perplexity import TextLoss, Window, windows
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
 from phi3_jax.evaluation.texts import first_tokens, read_text
 from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
+from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.progress import FileProgress
 from phi3_jax.rope_argument import RopeArgument
 
@@ -108,7 +109,7 @@ def compare_ropes(
 
     Args:
         lengths: of the windows, in tokens.
-        stride: between windows; default: half of each length.
+        stride: between windows, at most each length; default: half of it.
         max_tokens: of the text; default: the longest length, which is then one window.
         skip_tokens: at the text's beginning, such as those that a search for factors has seen.
         overwrite: begin anew where the output is of another model or text.
@@ -125,7 +126,7 @@ def compare_ropes(
     max_tokens = max_tokens or lengths[-1]
     tokens = first_tokens(load_tokenizer(model), content, skip_tokens + max_tokens)[skip_tokens:]
     _check_length(text, len(tokens), lengths, max_tokens, skip_tokens)
-    plan = {length: windows(len(tokens), length, stride or length // 2) for length in lengths}
+    plan = {length: windows(len(tokens), length, min(stride or length // 2, length)) for length in lengths}
     asked = {
         "model": str(model.resolve()),
         "model_files": fingerprint(model),
@@ -145,8 +146,9 @@ def compare_ropes(
         }
         forward = 0.0
         if missing:
+            longest = max(window.end - window.begin for _, window in missing)
+            Scorer(load_abstract(Phi3ForCausalLM, model, dtype=dtype, mesh=mesh)).check_memory(longest)
             scorer = Scorer(Pipeline.load(model, dtype=dtype, mesh=mesh).compiled)
-            scorer.check_memory(max(window.end - window.begin for _, window in missing))
             forward = _measure(scorer, tokens, missing, journal, compiling, show=show)
         known = _measured(journal)
         return Comparison(

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from phi3_jax.checkpoint import open_checkpoint
+from phi3_jax.checkpoint import load_abstract, open_checkpoint
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.config import Phi3Config
 from phi3_jax.evaluation.journal import Journal
@@ -30,6 +30,7 @@ from phi3_jax.evaluation.rope_search_results import write_results
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
 from phi3_jax.evaluation.texts import read_text
 from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
+from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.progress import FileProgress, time_left
 from phi3_jax.rope_argument import trained_length
 from phi3_jax.rope_scaling import RopeBase
@@ -134,10 +135,11 @@ def search_ropes(
         _tell_again(search, journal)
         before = len(search.scored)
         if search.waiting:
+            planned = Scorer(load_abstract(Phi3ForCausalLM, model, dtype=dtype, mesh=mesh))
+            most = min(evolution.population, ROWS_ON_CPU if planned.compiled.on_cpu else ROWS)
+            rows = batch_size or journal.chosen("batch_size", lambda: _rows(planned, length, most))
+            planned.check_memory(length, rows)
             scorer = Scorer(Pipeline.load(model, dtype=dtype, mesh=mesh).compiled)
-            most = min(evolution.population, ROWS_ON_CPU if scorer.compiled.on_cpu else ROWS)
-            rows = batch_size or journal.chosen("batch_size", lambda: _rows(scorer, length, most))
-            scorer.check_memory(length, rows)
             run(search, journal, _measure(scorer, parts, config, rows), rows, show=show)
         config = stretched(config, target, search.best(initial_tokens=0).individual)
         write_results(output, search, {"text": str(text), **asked}, model, config)

@@ -44,7 +44,8 @@ class Scorer:
     Memory holds one cache and the logits of 512 positions.
 
     Args:
-        model: on one device or a mesh, for which rows are added until it divides them.
+        model: on one device or a mesh, for which rows are added until it divides them. An abstract one scores
+            nothing, but tells what memory can hold before the model is loaded.
         chunk: tokens of a row that go through the model at a time.
     """
 

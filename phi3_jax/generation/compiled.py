@@ -22,17 +22,16 @@ Step = Callable[..., Any]
 class CompiledModel:
     """A model (or several, as a tuple) taken apart, ready to run compiled steps.
 
-    Programs belong to the structure (classes, config, shapes): models that differ in their weights only share
-    them.
+    An abstract one runs nothing, but tells what memory it takes. Programs belong to the structure (classes,
+    config, shapes): models that differ in their weights only share them.
     """
 
     def __init__(self, model: Any):
         self.model = model
         self._leaves, self._structure = jax.tree.flatten(model)
-        platforms = {device.platform for leaf in self._leaves for device in leaf.devices()}
-        self.on_cpu = platforms == {"cpu"}
-        first = model[0] if isinstance(model, tuple) else model
-        self.mesh: Mesh | None = first.decoder.mesh
+        models = model if isinstance(model, tuple) else (model,)
+        self.on_cpu = all(each.on_cpu for each in models)
+        self.mesh: Mesh | None = models[0].decoder.mesh
         self._programs: dict[Step, Callable[..., Any]] = {}
 
     def __call__(self, step: Step, state: Any, *arguments: Any, **static: Any) -> Any:

@@ -1,9 +1,12 @@
 """How many tokens' keys and values there is memory for."""
 
+import math
+
 import jax
 import psutil
 
 from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.sharding import shards
 
 SHARE = 0.75
@@ -22,12 +25,24 @@ def column_bytes(compiled: CompiledModel) -> int:
 
 
 def room_for(compiled: CompiledModel) -> int:
-    """Columns, of all slots together, that memory now has room for."""
+    """Columns, of all slots together, that memory now has room for; with an abstract model, beside it."""
     devices = [jax.devices()[0]] if compiled.mesh is None else list(compiled.mesh.devices.flat)
-    free = min(_free(device) for device in devices)
+    free, model = min(_free(device) for device in devices), _bytes_to_come(compiled.model)
     if devices[0].platform == "cpu":  # all of them in the same memory
-        return int(SHARE_OF_HOST * free) // column_bytes(compiled)
-    return int(SHARE * free * len(devices)) // column_bytes(compiled)
+        room = SHARE_OF_HOST * (free - model * len(devices))
+    else:
+        room = SHARE * (free - model) * len(devices)
+    return max(0, int(room)) // column_bytes(compiled)
+
+
+def _bytes_to_come(model: Phi3ForCausalLM) -> int:
+    """On each device, of parameters that are not there yet."""
+    return sum(
+        math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))
+        * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(model)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    )
 
 
 def _free(device: jax.Device) -> int:

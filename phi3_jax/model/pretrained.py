@@ -54,6 +54,17 @@ class Phi3PreTrainedModel(nnx.Module):
         """Of parameters and activations."""
         return self.decoder.norm.weight.dtype
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the parameters lie on CPUs, or those of an abstract model would; of a traced one: no."""
+        weight = self.decoder.norm.weight.get_value()
+        if isinstance(weight, jax.core.Tracer):
+            return False
+        if isinstance(weight, jax.ShapeDtypeStruct):
+            mesh = self.decoder.mesh
+            return (jax.devices() if mesh is None else mesh.devices.flat)[0].platform == "cpu"
+        return {device.platform for device in weight.devices()} == {"cpu"}
+
     def num_parameters(self) -> int:
         """Numbers in all parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self))
@@ -85,10 +96,7 @@ class Phi3PreTrainedModel(nnx.Module):
             if ring < max_length:
                 max_length, window = ring, self.config.sliding_window
         if dtype is None:
-            weight = self.decoder.norm.weight[...]
-            traced = isinstance(weight, jax.core.Tracer)
-            on_cpu = not traced and {device.platform for device in weight.devices()} == {"cpu"}
-            dtype = jnp.float32 if on_cpu else weight.dtype
+            dtype = jnp.float32 if self.on_cpu else self.dtype
         return KVCache.create(
             self.config, batch_size, max_length, jnp.dtype(dtype), window, self.decoder.mesh
         )

@@ -72,6 +72,13 @@ def test_every_cell_is_the_perplexity_of_the_same_tokens(model: Path) -> None:
     assert len({round(value, 3) for value in values}) == len(ROPES)
 
 
+def test_windows_side_by_side(model: Path) -> None:
+    """A stride above a length is that length."""
+    found = compare(model, ["none"], lengths=[16, 48], stride=48)
+    assert [cell.stride for cell in found.cells] == [16, 48]
+    assert [cell.loss.tokens for cell in found.cells] == [48 - 3, 47]
+
+
 def test_skipped_tokens_and_strides(model: Path) -> None:
     found = compare(model, ["none"], lengths=[16], skip_tokens=100, max_tokens=64, stride=5)
     ours = Phi3ForCausalLM.from_pretrained(model, dtype="float32")
@@ -173,7 +180,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "skipped": ({"skip_tokens": 370, "lengths": [48]}, r"has \d+ tokens behind the 370 that are skipped"),
     "cut": ({"max_tokens": 20}, "max_tokens=20 is less than the longest length, 48"),
-    "stride": ({"stride": 17}, "stride=17 must be from 1 to the length, 16"),
+    "stride": ({"stride": -1}, "stride=-1 must be from 1 to the length, 16"),
     "list": ({"ropes": ["longrope:@short.json"]}, r"\['long_factor'\] has 2 entries; give 6"),
     "twice": ({"ropes": ["none", "none"]}, "--rope none is given twice"),
     "absent": ({"text": Path("nowhere.txt")}, "there is no file nowhere.txt"),
@@ -194,7 +201,7 @@ def test_a_length_that_memory_cannot_hold(model: Path, monkeypatch: pytest.Monke
     import phi3_jax.generation.memory as memory
 
     monkeypatch.setattr(memory, "_free", lambda device: 20_000)
-    monkeypatch.setattr(Scorer, "score", None)
+    monkeypatch.setattr(rope_compare.Pipeline, "load", None)
     with pytest.raises(ValueError, match=r"48 tokens need .* GiB for keys and values, and memory has"):
         compare(model, ["none"])
 

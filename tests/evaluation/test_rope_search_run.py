@@ -228,7 +228,9 @@ def test_errors_come_before_any_work(model, text, tmp_path, monkeypatch) -> None
 
 def test_what_memory_cannot_hold(model, text, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("phi3_jax.evaluation.scorer.room_for", lambda _: 300)
-    with pytest.raises(ValueError, match="3 rows of 96 tokens need"):
-        search(model, text, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(rope_search_run.Pipeline, "load", None)
+        with pytest.raises(ValueError, match="3 rows of 96 tokens need"):
+            search(model, text, tmp_path / "out")
     search(model, text, tmp_path / "out", batch_size=None, overwrite=True)
     assert json.loads((tmp_path / "out" / "state.json").read_text())["chosen"] == {"batch_size": 2}

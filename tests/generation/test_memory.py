@@ -1,0 +1,45 @@
+"""What keys and values there is room for, before and after a model is loaded."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from small_checkpoint import write_checkpoint
+
+from phi3_jax import Phi3ForCausalLM, make_mesh
+from phi3_jax.checkpoint import load_abstract, load_model
+from phi3_jax.generation import memory
+from phi3_jax.generation.compiled import CompiledModel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    write_checkpoint(path, num_hidden_layers=2)
+    return path
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 2}, {"fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
+def test_a_model_that_is_not_loaded_takes_its_own_memory_first(
+    folder: Path, dtype: str, axes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is free once the model lies in memory leaves as many columns as were promised before."""
+    mesh = None if axes is None else make_mesh(axes, jax.devices()[: math.prod(axes.values())])
+    planned = CompiledModel(load_abstract(Phi3ForCausalLM, folder, dtype=dtype, mesh=mesh))
+    loaded = CompiledModel(load_model(Phi3ForCausalLM, folder, dtype=dtype, mesh=mesh))
+    assert planned.on_cpu
+    assert planned.model.dtype == loaded.model.dtype
+    assert memory.column_bytes(planned) == memory.column_bytes(loaded)
+    held = sum(
+        shard.data.nbytes for leaf in jax.tree.leaves(loaded.model) for shard in leaf.addressable_shards
+    )
+    free = 10_000_000
+    monkeypatch.setattr(memory, "_free", lambda device: free)
+    promised = memory.room_for(planned)
+    monkeypatch.setattr(memory, "_free", lambda device: free - held)
+    assert memory.room_for(loaded) == promised > 0
+    monkeypatch.setattr(memory, "_free", lambda device: held // 2)
+    assert memory.room_for(planned) == 0
