@@ -37,14 +37,14 @@ Ropes = Annotated[
     list[str] | None,
     Option(
         help="A scaling, may be repeated: none, linear:factor=4, dynamic:factor=4, yarn:factor=4, "
-        "longrope:@factors.json, @rope.json (an entry of a config.json)."
+        "longrope:@factors.json, @rope.json (an entry of a config.json), ntk.py:ntk:factor=4 (your own)."
     ),
 ]
 Rope = Annotated[
     str | None,
     Option(
         help="In place of the model's: none, linear:factor=4, dynamic:factor=4, yarn:factor=4, "
-        "longrope:@factors.json, @rope.json (an entry of a config.json)."
+        "longrope:@factors.json, @rope.json (an entry of a config.json), ntk.py:ntk:factor=4 (your own)."
     ),
 ]
 System = Annotated[str | None, Option(help="A system message before everything else.")]

@@ -1,8 +1,10 @@
 """Rope scalings as commands take them, such as `linear:factor=4`, and what they make of a config."""
 
 import json
+import runpy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +150,8 @@ def parse_rope(text: str) -> RopeArgument:
 
     `none` is plain rope; `@rope.json` is a whole rope entry of a `config.json`. `longrope:@factors.json` has
     `short_factor` and `long_factor`; with `long_factor` alone (or `factors`), the short list is ones: plain
-    rope up to the original length. Beside a type's own parameters stand `max_position_embeddings`,
+    rope up to the original length. `ntk.py:ntk:factor=4` is a type that a file of the user's registers, which
+    is run for it. Beside a type's own parameters stand `max_position_embeddings`,
     `original_max_position_embeddings`, `rope_theta` and `initial_tokens`; in files also `about`, which is for
     people.
 
@@ -163,6 +166,9 @@ def parse_rope(text: str) -> RopeArgument:
 
 def _parsed(text: str) -> RopeArgument:
     kind, _, rest = ("", "", text) if text.startswith("@") else text.partition(":")
+    if kind.endswith(".py"):
+        _register(Path(kind).expanduser().resolve())
+        kind, _, rest = rest.partition(":")
     if not (kind or rest):
         raise ValueError(f"it is empty; use {EXAMPLE}")
     entry: dict[str, Any] = {}
@@ -191,6 +197,17 @@ def _parsed(text: str) -> RopeArgument:
     if named and RopeScaling.from_dict({"rope_type": named} | entry).rope_type != scaling.rope_type:
         raise ValueError(f"the file is about {named!r}, not {kind!r}")
     return RopeArgument(text, scaling, fields, initial_tokens)
+
+
+@cache
+def _register(path: Path) -> None:
+    """Runs a Python file, for the rope types in it."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        runpy.run_path(str(path))
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _value(text: str) -> Any:

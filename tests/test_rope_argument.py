@@ -158,6 +158,32 @@ def test_a_list_alone_is_plain_rope_up_to_the_original_length() -> None:
     np.testing.assert_allclose(frequencies(config, TRAINED + 1)[0], plain / np.array(LONG), rtol=1e-6)
 
 
+NTK = """
+import numpy as np
+
+from phi3_jax import rope_type
+
+
+@rope_type("ntk-of-a-file")
+def ntk(base, seq_len, *, factor):
+    stretch = np.float32(factor) ** (np.arange(0, base.dim, 2, dtype=np.float32) / (base.dim - 2))
+    return base.inv_freq() / stretch, 1.0
+"""
+
+
+def test_a_type_from_a_file(tmp_path: Path) -> None:
+    write(tmp_path / "ntk.py", NTK)
+    config = parse_rope("ntk.py:ntk-of-a-file:factor=4").apply(Phi3Config(max_position_embeddings=TRAINED))
+    assert config.context_length == 4 * TRAINED
+    inv_freq, attention = config.rope_scaling.frequencies(config.rope_base, jnp.array([TRAINED]))
+    plain = config.rope_base.inv_freq()
+    assert attention == 1.0
+    assert inv_freq[0] == plain[0]
+    np.testing.assert_allclose(np.asarray(inv_freq)[-1], plain[-1] / 4, rtol=1e-6)
+    transformed = as_longrope(config).rope_parameters
+    np.testing.assert_allclose(transformed["long_factor"][-1], 4, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "text",
     ["linear:factor=4", "yarn:factor=4,beta_fast=16", "llama3:factor=8,low_freq_factor=1,high_freq_factor=4"],
@@ -207,6 +233,8 @@ WRONG = {
     "longrope:@more.json": "rope type 'longrope' has no use for seed; it takes short_factor, long_factor",
     "longrope:@rope.json": "the file is about 'yarn', not 'longrope'",
     "@both.json": "the file names no rope_type; lists of factors are given as longrope:@FILE",
+    "absent.py:ntk:factor=4": "there is no file .*absent.py",
+    "wrong.py:ntk:factor=4": "wrong.py: NameError: name 'rope_typo' is not defined",
     "@nested.json": r"rope_scaling\['full_attention'\] is a mapping",
 }
 
@@ -220,6 +248,7 @@ def test_refuses_in_one_line(text: str, tmp_path: Path) -> None:
     write(tmp_path / "scalar.json", {"long_factor": 2.0})
     write(tmp_path / "twice.json", {"long_factor": LONG, "factors": LONG})
     write(tmp_path / "more.json", {"factors": LONG, "seed": 3})
+    write(tmp_path / "wrong.py", "@rope_typo\ndef ntk(base, seq_len):\n    pass\n")
     write(tmp_path / "nested.json", {"full_attention": {"rope_type": "default"}, "rope_type": "default"})
     with pytest.raises(ValueError, match=WRONG[text]) as told:
         parse_rope(text).apply(small_config())

@@ -18,7 +18,7 @@ from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.config import Phi3Config
 from phi3_jax.evaluation.journal import Journal
 from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, found
-from phi3_jax.evaluation.scorer import frequencies_for
+from phi3_jax.evaluation.scorer import frequencies_for, frequencies_key
 from phi3_jax.evaluation.texts import read_text
 from phi3_jax.generation import generate
 from phi3_jax.generation.compiled import CompiledModel
@@ -70,6 +70,10 @@ class Ropes:
         self._plain = config.rope_base.inv_freq()
         self._configs = {rope.name: rope.apply(config) for rope in ropes}
         self._initial = {rope.name: rope.initial_tokens for rope in ropes}
+
+    def keys(self, name: str, lengths: Sequence[int]) -> list[str]:
+        """By which a journal knows a rope again."""
+        return [frequencies_key(self._configs[name], length, self._initial[name]) for length in lengths]
 
     def frequencies(self, names: Sequence[str], length: int) -> dict[str, Float[np.ndarray, "..."]]:
         """`inv_freq` and `attention_scaling` for rows of these ropes.
@@ -140,7 +144,7 @@ def measure_passkeys(
     asked = {
         "model": str(model.resolve()),
         "model_files": fingerprint(model),
-        "ropes": {rope.name: asdict(rope) for rope in ropes},
+        "ropes": {rope.name: frequencies.keys(rope.name, lengths) for rope in ropes},
         "lengths": list(lengths),
         "depths": list(depths),
         "trials": trials,

@@ -1,11 +1,11 @@
 """Perplexity by context length under several ropes: one model, the same tokens, the same programs."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from phi3_jax.config import Phi3Config
 from phi3_jax.evaluation.compile_time import CompileTime
 from phi3_jax.evaluation.journal import Journal
 from phi3_jax.evaluation.perplexity import TextLoss, Window, windows
-from phi3_jax.evaluation.scorer import Scorer, frequencies_for
+from phi3_jax.evaluation.scorer import Scorer, frequencies_for, frequencies_key
 from phi3_jax.evaluation.texts import first_tokens, read_text
 from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
 from phi3_jax.model import Phi3ForCausalLM
@@ -29,6 +29,10 @@ from phi3_jax.rope_argument import RopeArgument
 
 STATE = "state.json"
 """Of a comparison's directory: every window that was measured."""
+
+
+Key = tuple[str, Window]
+"""Of what is measured: the frequencies, as `frequencies_key` has them, and the window."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,9 @@ class Rope:
             "initial_tokens": self.initial_tokens,
         }
 
-    @property
-    def key(self) -> str:
-        """By which a resumed comparison knows it again, whatever it is called."""
-        text = json.dumps(self.parameters, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    def key(self, window: Window) -> Key:
+        """By which what was measured is known again."""
+        return frequencies_key(self.config, window.end - window.begin, self.initial_tokens), window
 
 
 class Cell(NamedTuple):
@@ -104,8 +106,9 @@ def compare_ropes(
     """Sliding perplexity of a text's beginning, under each rope at each length.
 
     All lengths score the same tokens, the first `max_tokens` but the very first, each once: what differs is
-    how much of the text before a token the model sees. Windows that an earlier call measured on the same
-    model and text, under the same rope, are not measured again, whatever lengths and ropes it was asked for.
+    how much of the text before a token the model sees. A window is measured once under the same frequencies:
+    not again where an earlier call measured it on the same model and text, whatever ropes and lengths that
+    was asked for, nor for two ropes that are the same at its length.
 
     Args:
         lengths: of the windows, in tokens.
@@ -137,13 +140,11 @@ def compare_ropes(
     }
     with Journal(output / STATE, asked, overwrite=overwrite) as journal, CompileTime() as compiling:
         known = _measured(journal)
-        missing = {
-            (rope, window): f"{rope.name} at {length:,}"
-            for length, found in plan.items()
-            for rope in ropes
-            for window in found
-            if (rope.key, window) not in known
-        }
+        missing: dict[Key, tuple[Rope, str]] = {}
+        for (length, found), rope in product(plan.items(), ropes):
+            for window in found:
+                if (key := rope.key(window)) not in known:
+                    missing.setdefault(key, (rope, f"{rope.name} at {length:,}"))
         forward = 0.0
         if missing:
             longest = max(window.end - window.begin for _, window in missing)
@@ -184,7 +185,7 @@ def _check_length(text: Path, tokens: int, lengths: Sequence[int], max_tokens: i
 def _measure(
     scorer: Scorer,
     tokens: Int[np.ndarray, " T"],
-    missing: Mapping[tuple[Rope, Window], str],
+    missing: Mapping[Key, tuple[Rope, str]],
     journal: Journal,
     compiling: CompileTime,
     *,
@@ -206,7 +207,7 @@ def _measure(
                 f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
             )
 
-        for number, ((rope, window), label) in enumerate(missing.items(), start=1):
+        for number, ((key, window), (rope, label)) in enumerate(missing.items(), start=1):
             part = tokens[window.begin : window.end]
             inv_freq, scaling = frequencies_for(rope.config, len(part))
             started, compiled = monotonic(), compiling.seconds
@@ -220,12 +221,12 @@ def _measure(
             )
             seconds = monotonic() - started - (compiling.seconds - compiled)
             forward += seconds
-            journal.add([{"rope": rope.key, "window": list(window), "loss": float(loss), "seconds": seconds}])
+            journal.add([{"rope": key, "window": list(window), "loss": float(loss), "seconds": seconds}])
     return forward
 
 
-def _measured(journal: Journal) -> dict[tuple[str, Window], tuple[float, float]]:
-    """Loss and seconds by rope and window."""
+def _measured(journal: Journal) -> dict[Key, tuple[float, float]]:
+    """Loss and seconds."""
     return {
         (entry["rope"], Window(*entry["window"])): (float(entry["loss"]), entry["seconds"])
         for entry in journal.entries
@@ -236,9 +237,9 @@ def _cell(
     rope: Rope,
     length: int,
     found: Sequence[Window],
-    known: Mapping[tuple[str, Window], tuple[float, float]],
+    known: Mapping[Key, tuple[float, float]],
 ) -> Cell:
-    measured = [known[rope.key, window] for window in found]
+    measured = [known[rope.key(window)] for window in found]
     loss = TextLoss(math.fsum(loss for loss, _ in measured), sum(window.scored for window in found))
     stride = found[1].begin if len(found) > 1 else length
     return Cell(rope.name, length, stride, loss, sum(seconds for _, seconds in measured))

@@ -1,6 +1,8 @@
 """How likely a model finds each token of long texts, under rope frequencies that are handed in."""
 
+import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -198,6 +200,17 @@ def frequencies_for(config: Phi3Config, length: int) -> tuple[Float[np.ndarray, 
     """Inverse frequencies and attention factor that a config's rope gives to a text of `length` tokens."""
     inv_freq, scaling = config.rope_scaling.frequencies(config.rope_base, jnp.array([length]))
     return np.atleast_2d(np.asarray(inv_freq))[0], float(np.ravel(scaling)[0])
+
+
+@lru_cache(maxsize=1024)
+def frequencies_key(config: Phi3Config, length: int, initial_tokens: int = 0) -> str:
+    """By which measurements know what a text of `length` tokens was seen under, whatever it was called.
+
+    Of the numbers themselves, so that a formula or a list that changed under its name is another.
+    """
+    inv_freq, scaling = frequencies_for(config, length)
+    content = inv_freq.tobytes() + np.float32(scaling).tobytes() + str(initial_tokens).encode()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _power_of_two(number: int) -> int:
