@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from phi3_jax import cli_options as options
-from phi3_jax.cli_finetune import EXTRA, read_settings, with_settings
+from phi3_jax.cli_extra import train_extra
+from phi3_jax.cli_finetune import read_settings, with_settings
 
 THEIRS = ("torch", "transformers")
 
@@ -38,10 +39,8 @@ def _bench_finetune(
         raise ValueError(f"this compares with {' and '.join(absent)}; pip install {' '.join(absent)}")
     if output is not None and not whole_run:
         raise ValueError("--output is for the metrics of --whole-run; add that, or leave --output out")
-    try:
+    with train_extra("fine-tuning"):
         from phi3_jax.bench_finetune import run_turns, run_whole
-    except ImportError as error:
-        raise ValueError(EXTRA.format(error)) from error
 
     if whole_run:
         run_whole(settings, output=output, cache_dir=cache_dir)

@@ -6,9 +6,8 @@ from typing import Annotated
 from typer import Option
 
 from phi3_jax import cli_options as options
+from phi3_jax.cli_extra import train_extra
 from phi3_jax.cli_processes import prepare, tell
-
-EXTRA = "classify needs more libraries ({}); pip install 'phi3-jax[train]'"
 
 
 def classify(
@@ -36,11 +35,9 @@ def classify(
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Label the rows of a file with a fine-tuned model; go on where the same command was cut off."""
-    try:
+    with train_extra("classify"):
         from phi3_jax.classification import classify_file
         from phi3_jax.data.rows import BadRowError
-    except ImportError as error:
-        raise ValueError(EXTRA.format(error)) from error
     from phi3_jax.cli import keep_compiled_programs
 
     where = prepare(mesh, False)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import typer
 
 from phi3_jax import cli_options as options
+from phi3_jax.cli_extra import train_extra
 from phi3_jax.cli_processes import prepare, tell
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from phi3_jax.training.settings import Settings
-
-EXTRA = "fine-tuning needs more libraries ({}); pip install 'phi3-jax[train]'"
 
 
 def _finetune(
@@ -33,10 +32,8 @@ def _finetune(
 
     Without a file of rows it learns generated commands, as a demonstration.
     """
-    try:
+    with train_extra("fine-tuning"):
         from phi3_jax.training.finetune import InterruptedRunError, finetune
-    except ImportError as error:
-        raise ValueError(EXTRA.format(error)) from error
     from phi3_jax.cli import keep_compiled_programs
 
     settings = read_settings(config, given)
@@ -61,10 +58,8 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> "Settings":
     Raises:
         ValueError: the libraries for training are absent, or as `Settings.read`.
     """
-    try:
+    with train_extra("fine-tuning"):
         from phi3_jax.training.settings import Settings
-    except ImportError as error:
-        raise ValueError(EXTRA.format(error)) from error
     return Settings.read(config, {name: _parsed(value) for name, value in given.items() if value is not None})
 
 

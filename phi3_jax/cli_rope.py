@@ -7,11 +7,10 @@ import typer
 from typer import Option
 
 from phi3_jax import cli_options as options
+from phi3_jax.cli_extra import train_extra
 from phi3_jax.cli_processes import prepare, tell
 from phi3_jax.cli_rope_passkey import passkey
 from phi3_jax.cli_rope_search import search
-
-EXTRA = "rope compare needs more libraries ({}); pip install 'phi3-jax[train]'"
 
 rope = typer.Typer(name="rope", help="Measure, compare and search rope scalings.", no_args_is_help=True)
 
@@ -44,10 +43,8 @@ def compare(
     One model is loaded, all ropes run in the same compiled programs, and all lengths score the same tokens.
     Writes results.csv, results.json, perplexity.png, wavelengths.png and report.md.
     """
-    try:
+    with train_extra("rope compare"):
         from phi3_jax.evaluation.rope_report import table, write_comparison
-    except ImportError as error:
-        raise ValueError(EXTRA.format(error)) from error
     from rich.console import Console
 
     from phi3_jax.cli import keep_compiled_programs, model_path

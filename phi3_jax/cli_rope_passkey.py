@@ -6,9 +6,8 @@ from typing import Annotated
 from typer import Option
 
 from phi3_jax import cli_options as options
+from phi3_jax.cli_extra import train_extra
 from phi3_jax.cli_processes import prepare, tell
-
-EXTRA = "rope passkey needs more libraries ({}); pip install 'phi3-jax[train]'"
 
 
 def passkey(
@@ -44,11 +43,9 @@ def passkey(
     One model is loaded, and all ropes run in the same compiled programs, on the same prompts. Writes
     passkey.csv (rates), passkey.json (every answer), passkey.png (a heat map) and report.md.
     """
-    try:
+    with train_extra("rope passkey"):
         from phi3_jax.evaluation.passkey_report import table, write_passkey_report
         from phi3_jax.evaluation.passkey_run import measure_passkeys
-    except ImportError as error:
-        raise ValueError(EXTRA.format(error)) from error
     from phi3_jax.cli import keep_compiled_programs, model_path
     from phi3_jax.rope_argument import parse_rope
 

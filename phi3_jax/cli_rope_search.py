@@ -6,9 +6,8 @@ from typing import Annotated
 from typer import Option
 
 from phi3_jax import cli_options as options
+from phi3_jax.cli_extra import train_extra
 from phi3_jax.cli_processes import prepare, tell
-
-EXTRA = "rope search needs more libraries ({}); pip install 'phi3-jax[train]'"
 
 
 def search(
@@ -57,10 +56,8 @@ def search(
     Writes factors.json (for --rope longrope:@factors.json), history.csv, search.png, and model/: the
     checkpoint with an ordinary longrope config.
     """
-    try:
+    with train_extra("rope search"):
         from phi3_jax.evaluation.rope_search_run import search_ropes
-    except ImportError as error:
-        raise ValueError(EXTRA.format(error)) from error
     from phi3_jax.cli import keep_compiled_programs, model_path
     from phi3_jax.evaluation.rope_search import Evolution
 

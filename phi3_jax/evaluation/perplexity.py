@@ -94,7 +94,7 @@ def sliding_losses(
     for window in found:
         part = tokens[window.begin : window.end]
         inv_freq, scaling = frequencies_for(config, len(part))
-        (loss,) = scorer.losses(
+        scores = scorer.score(
             part,
             inv_freq,
             scaling,
@@ -102,7 +102,7 @@ def sliding_losses(
             scored_from=window.scored_from - window.begin,
             progress=progress,
         )
-        yield window, TextLoss(float(loss), window.scored)
+        yield window, TextLoss(float(scores.total[0]), window.scored)
 
 
 def perplexity(

@@ -211,14 +211,14 @@ def _measure(
             part = tokens[window.begin : window.end]
             inv_freq, scaling = frequencies_for(rope.config, len(part))
             started, compiled = monotonic(), compiling.seconds
-            (loss,) = scorer.losses(
+            (loss,) = scorer.score(
                 part,
                 inv_freq,
                 scaling,
                 initial_tokens=rope.initial_tokens,
                 scored_from=window.scored_from - window.begin,
                 progress=partial(tell, f"{label}, window {number} of {len(missing)}"),
-            )
+            ).total
             seconds = monotonic() - started - (compiling.seconds - compiled)
             forward += seconds
             journal.add([{"rope": key, "window": list(window), "loss": float(loss), "seconds": seconds}])

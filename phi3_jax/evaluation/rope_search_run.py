@@ -226,7 +226,8 @@ def _measure(
             tell(done / (rows * predicted))
 
         for part in parts:
-            losses += scorer.losses(part, inv_freq, attention, initial_tokens=initial, progress=progress)
+            scores = scorer.score(part, inv_freq, attention, initial_tokens=initial, progress=progress)
+            losses += scores.total
         with np.errstate(over="ignore"):
             return np.exp(losses[: len(batch)] / predicted).tolist()
 

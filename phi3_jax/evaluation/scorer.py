@@ -37,6 +37,11 @@ class Scores(NamedTuple):
     greedy: Bool[np.ndarray, "B scored"]
     """Whether the token is the one that the model finds the likeliest."""
 
+    @property
+    def total(self) -> Float[np.ndarray, " B"]:
+        """Each row's sum of losses, added in float64."""
+        return self.losses.sum(axis=1, dtype=np.float64)
+
 
 class Scorer:
     """A model ready to score texts of any length, a chunk at a time through its cache.
@@ -85,30 +90,6 @@ class Scorer:
         """Tokens that are computed for a text of `length` tokens."""
         width = self._width(length)
         return -(-(length - 1) // width) * width
-
-    def losses(
-        self,
-        tokens: Int[np.ndarray, "..."],
-        inv_freq: Float[np.ndarray, "..."],
-        attention_scaling: Float[np.ndarray, "..."] | float = 1.0,
-        *,
-        initial_tokens: Int[np.ndarray, "..."] | int = 0,
-        scored_from: int = 1,
-        progress: Progress | None = None,
-    ) -> Float[np.ndarray, " B"]:
-        """Each row's sum of -log p over its tokens from `scored_from` on, in nats, added in float64.
-
-        Arguments as in `score`.
-        """
-        scores = self.score(
-            tokens,
-            inv_freq,
-            attention_scaling,
-            initial_tokens=initial_tokens,
-            scored_from=scored_from,
-            progress=progress,
-        )
-        return scores.losses.sum(axis=1, dtype=np.float64)
 
     def score(
         self,

@@ -131,9 +131,9 @@ def test_rows_of_a_population_are_what_each_is_alone(twins: Any) -> None:
     ours, theirs = twins
     inv_freq, scaling, initial = population()
     scorer = Scorer(ours, chunk=16)
-    together = scorer.losses(text(), inv_freq, scaling, initial_tokens=initial, scored_from=30)
+    together = scorer.score(text(), inv_freq, scaling, initial_tokens=initial, scored_from=30).total
     alone = [
-        scorer.losses(text(), inv_freq[i], scaling[i], initial_tokens=initial[i], scored_from=30)[0]
+        scorer.score(text(), inv_freq[i], scaling[i], initial_tokens=initial[i], scored_from=30).total[0]
         for i in range(3)
     ]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
@@ -153,8 +153,8 @@ def test_rows_of_different_texts(twins: Any) -> None:
     ours, _ = twins
     rows = np.stack([text(50, seed) for seed in range(3)])
     inv_freq, scaling = frequencies_for(ours.config, 50)
-    together = Scorer(ours, chunk=16).losses(rows, inv_freq, scaling)
-    alone = [Scorer(ours, chunk=16).losses(row, inv_freq, scaling)[0] for row in rows]
+    together = Scorer(ours, chunk=16).score(rows, inv_freq, scaling).total
+    alone = [Scorer(ours, chunk=16).score(row, inv_freq, scaling).total[0] for row in rows]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert len(set(together)) == 3
 
@@ -200,9 +200,9 @@ def test_on_a_mesh(twins: Any, sizes: str) -> None:
     ours, _ = twins
     inv_freq, scaling, initial = population()
     divided = Scorer(on_mesh(ours, make_mesh(sizes)), chunk=16)
-    expected = Scorer(ours, chunk=16).losses(text(), inv_freq, scaling, initial_tokens=initial)
+    expected = Scorer(ours, chunk=16).score(text(), inv_freq, scaling, initial_tokens=initial).total
     np.testing.assert_allclose(
-        divided.losses(text(), inv_freq, scaling, initial_tokens=initial), expected, rtol=1e-5
+        divided.score(text(), inv_freq, scaling, initial_tokens=initial).total, expected, rtol=1e-5
     )
 
 
@@ -245,7 +245,7 @@ def test_head_works_on_scored_chunks_only(twins: Any, monkeypatch: pytest.Monkey
         )(),
     )
     inv_freq, _ = frequencies_for(model.config, 80)
-    scorer.losses(text(80), np.stack([inv_freq] * 8), scored_from=65)
+    scorer.score(text(80), np.stack([inv_freq] * 8), scored_from=65)
     assert calls.count("_feed") == 5
     assert calls.count("_score") == 1
     assert shapes == [(8, 4)]
@@ -284,9 +284,9 @@ def test_arguments_that_do_not_fit(twins: Any) -> None:
     scorer = Scorer(twins[0])
     inv_freq, _ = frequencies_for(twins[0].config, 9)
     with pytest.raises(ValueError, match="scored_from=9 must be from 1 to 8, for 9 tokens"):
-        scorer.losses(text(9), inv_freq, scored_from=9)
+        scorer.score(text(9), inv_freq, scored_from=9)
     with pytest.raises(ValueError, match="have 1, 2, 3, 1 rows; each must have one, or as many"):
-        scorer.losses(text(9), np.stack([inv_freq] * 2), np.ones(3))
+        scorer.score(text(9), np.stack([inv_freq] * 2), np.ones(3))
 
 
 def test_perplexity_of_a_hopeless_model_is_infinite() -> None:

@@ -119,15 +119,15 @@ def test_files(model: Path) -> None:
 
 def count_windows(monkeypatch: pytest.MonkeyPatch, stop_behind: int | None = None) -> list[Any]:
     measured: list[Any] = []
-    losses = Scorer.losses
+    score = Scorer.score
 
     def watched(self: Scorer, *arguments: Any, **options: Any) -> Any:
         if len(measured) == stop_behind:
             raise KeyboardInterrupt
         measured.append(arguments)
-        return losses(self, *arguments, **options)
+        return score(self, *arguments, **options)
 
-    monkeypatch.setattr(Scorer, "losses", watched)
+    monkeypatch.setattr(Scorer, "score", watched)
     return measured
 
 

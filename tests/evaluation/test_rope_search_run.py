@@ -141,11 +141,11 @@ def test_factors_are_a_rope_argument(whole: Path, model: Path, text: Path) -> No
     assert (config.original_max_position_embeddings, config.max_position_embeddings) == (32, LENGTH)
     scorer = Scorer(Phi3ForCausalLM.from_pretrained(model, dtype="float32"))
     inv_freq, scaling = rope_search_run.frequencies_for(config, LENGTH)
-    losses = [
-        float(scorer.losses(np.array(part), inv_freq, scaling, initial_tokens=rope.initial_tokens)[0])
+    loss = sum(
+        scorer.score(np.array(part), inv_freq, scaling, initial_tokens=rope.initial_tokens).total[0]
         for part in windows(model, text)
-    ]
-    measured = np.exp(sum(losses) / (2 * (LENGTH - 1)))
+    )
+    measured = np.exp(loss / (2 * (LENGTH - 1)))
     assert measured == pytest.approx(factors["about"]["perplexity"], rel=1e-6)
 
 
@@ -155,20 +155,20 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("stop", [1, 5, 13])
 def test_it_goes_on_to_the_same_end(model, text, whole, tmp_path, monkeypatch, stop) -> None:
-    losses, calls = Scorer.losses, 0
+    score, calls = Scorer.score, 0
 
     def until(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > stop:
             raise Killed
-        return losses(*arguments, **options)
+        return score(*arguments, **options)
 
-    monkeypatch.setattr(Scorer, "losses", until)
+    monkeypatch.setattr(Scorer, "score", until)
     output = tmp_path / "out"
     with pytest.raises(Killed):
         search(model, text, output, initial_tokens=(0, 4))
-    monkeypatch.setattr(Scorer, "losses", losses)
+    monkeypatch.setattr(Scorer, "score", score)
     done = search(model, text, output, initial_tokens=(0, 4))
     assert done.fresh < 18 or stop == 1
     assert contents(output) == contents(whole)
