@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from phi3_jax.evaluation.lm_eval import Phi3JaxLM  # noqa: E402
+from phi3_jax.lm_eval import Phi3JaxLM  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
 
@@ -182,7 +182,7 @@ def test_rope_and_unknown_arguments(folder: Path, ours: Phi3JaxLM) -> None:
 @pytest.mark.slow
 def test_command(folder: Path, tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks")
-    command = [sys.executable, "-m", "phi3_jax.evaluation.lm_eval", "--model", "phi3_jax"]
+    command = [sys.executable, "-m", "phi3_jax.lm_eval", "--model", "phi3_jax"]
     command += ["--model_args", f"pretrained={folder},dtype=float32", "--tasks", "capitals,saying"]
     command += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 """The model `phi3_jax` of EleutherAI's lm-eval.
 
 Versions of lm-eval that have plugins find it by this package's entry point: `lm_eval --model phi3_jax ...`.
-For older ones (0.4.13 among them) this module is the same command: `python -m phi3_jax.evaluation.lm_eval
+For older ones (0.4.13 among them) this module is the same command: `python -m phi3_jax.lm_eval
 --model phi3_jax --model_args pretrained=DIRECTORY --tasks ...`.
 """
 
