@@ -238,6 +238,7 @@ def test_an_answer_that_outlives_its_conversation(session_of: MakeSession) -> No
     assert converse(session)[0] > 0
 
 
+@pytest.mark.slow
 def test_a_conversation_that_outgrows_the_context(session_of: MakeSession) -> None:
     session = session_of({"max_position_embeddings": 128, "original_max_position_embeddings": 128})
     converse(session, QUESTIONS[:1])
@@ -256,6 +257,7 @@ def test_a_conversation_that_outgrows_the_context(session_of: MakeSession) -> No
     converse(session, QUESTIONS[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", [{}, {"prompt_lookup_num_tokens": 3}])
 def test_drafts_and_draws(session_of: MakeSession, draft: dict[str, int]) -> None:
     if draft:

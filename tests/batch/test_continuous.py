@@ -67,7 +67,7 @@ def test_each_answer_is_that_of_the_prompt_alone(pools: tuple[PoolSize, ...]) ->
     assert reasons == {"stop", "length"}
 
 
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("window", [None, pytest.param(7, marks=pytest.mark.slow)])
 def test_rows_that_outgrow_the_short_list(window: int | None) -> None:
     config = small_config(
         **longrope() | {"max_position_embeddings": 128, "original_max_position_embeddings": 32},
@@ -89,7 +89,9 @@ def test_rows_that_outgrow_the_short_list(window: int | None) -> None:
         assert found[prompt.key].tokens == np.asarray(expected)[0, len(prompt.ids) :].tolist()
 
 
-@pytest.mark.parametrize("longest", [32, 128], ids=["switching", "one-list"])
+@pytest.mark.parametrize(
+    "longest", [32, pytest.param(128, marks=pytest.mark.slow)], ids=["switching", "one-list"]
+)
 def test_what_prompts_share_is_computed_once(longest: int) -> None:
     config = small_config(
         **longrope() | {"max_position_embeddings": 128, "original_max_position_embeddings": longest}

@@ -420,7 +420,7 @@ def test_what_cannot_be_put_back_is_kept(folder: Path, monkeypatch: pytest.Monke
     assert {name: (kept / name).read_bytes() for name in before} == before
 
 
-@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("existing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_while_converting(tmp_path: Path, sharded: Path, existing: bool) -> None:
     """Killed at the first shard, at the last, and while files take their places: never half of two models."""
     target = tmp_path / "target"

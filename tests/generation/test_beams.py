@@ -44,7 +44,9 @@ def same(twins: Twins, **options: Any) -> Any:
     return theirs
 
 
-@pytest.mark.parametrize("beams", [2, 3, 4])
+@pytest.mark.parametrize(
+    "beams", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
+)
 def test_beams(twins: Twins, beams: int) -> None:
     out = same(twins, num_beams=beams, max_new_tokens=16, num_return_sequences=beams)
     assert (out.beam_indices.numpy() % beams > 0).any()
@@ -61,11 +63,13 @@ def test_ends(twins: Twins, ends: list[int], early_stopping: Any, length_penalty
     assert length_penalty > 1 or np.isin(out.sequences[:, 20:].numpy(), ends).any()
 
 
+@pytest.mark.slow
 def test_ids_alone(twins: Twins, ends: list[int]) -> None:
     answer = twins.same(*prompts(LENGTHS), num_beams=3, max_new_tokens=40, eos_token_id=ends)
     assert answer.shape[0] == 3
 
 
+@pytest.mark.slow
 def test_beams_go_on_where_the_best_ones_end(shallow: Twins, ends: list[int]) -> None:
     """With end tokens as the likeliest behind every beam, what goes on stands far down the candidates."""
     options: dict[str, Any] = {"eos_token_id": ends, "renormalize_logits": True, "early_stopping": "never"}
@@ -74,6 +78,7 @@ def test_beams_go_on_where_the_best_ones_end(shallow: Twins, ends: list[int]) ->
     assert len(out.scores) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [LENGTHS, (20, 13)])
 def test_early_stopping_stops(shallow: Twins, ends: list[int], lengths: tuple[int, ...]) -> None:
     """As soon as every row has its finished beams, whatever the size of the batch."""
@@ -86,6 +91,7 @@ def test_early_stopping_stops(shallow: Twins, ends: list[int], lengths: tuple[in
     assert len(ours.scores) == len(theirs.scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(7,), (12, 9), (20, 13, 5, 8)])
 def test_other_batches(twins: Twins, ends: list[int], lengths: tuple[int, ...]) -> None:
     twins.same(*prompts(lengths), num_beams=3, max_new_tokens=40, early_stopping=True, eos_token_id=ends)
@@ -112,6 +118,7 @@ def test_beams_with_allowed_tokens(shallow: Twins, ends: list[int]) -> None:
     same(shallow, **options, prefix_allowed_tokens_fn=allowed)
 
 
+@pytest.mark.slow
 def test_beams_with_a_stopping_criterion(shallow: Twins, ends: list[int]) -> None:
     seen: list[int] = []
 
@@ -134,6 +141,7 @@ def test_beams_with_a_stopping_criterion(shallow: Twins, ends: list[int]) -> Non
         seen.clear()
 
 
+@pytest.mark.slow
 def test_going_on_from_the_best_beams(twins: Twins, ends: list[int]) -> None:
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 40, "eos_token_id": ends}
@@ -151,6 +159,7 @@ def test_going_on_from_the_best_beams(twins: Twins, ends: list[int]) -> None:
 # --- beam sampling -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_beam_sampling_draws_without_replacement(shallow: Twins) -> None:
     """Two beams of one token are two different draws, in the order of their scores."""
     ids, mask = prompts((11,))
@@ -180,6 +189,7 @@ def test_beam_sampling_draws_without_replacement(shallow: Twins) -> None:
     assert statistic < 36.1  # the 99.9% quantile of chi-square with 14 degrees of freedom
 
 
+@pytest.mark.slow
 def test_beam_sampling(shallow: Twins, ends: list[int]) -> None:
     def answer(seed: int, **options: Any) -> np.ndarray:
         options = {"do_sample": True, "num_beams": 3, "max_new_tokens": 16, "eos_token_id": ends} | options
@@ -237,6 +247,7 @@ def test_guided_rows_end_by_themselves(twins: Twins) -> None:
     assert (answer[0, 25:] == PAD).all()
 
 
+@pytest.mark.slow
 def test_several_guided_answers(twins: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"max_new_tokens": 12, "guidance_scale": 1.6}

@@ -27,6 +27,7 @@ def test_greedy_tokens(twins: Twins) -> None:
     assert all(len(set(row[20:])) > 5 for row in answer), "a model that repeats itself tests little"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"num_key_value_heads": 4, "tie_word_embeddings": True}, {"sliding_window": 7}]
 )
@@ -184,6 +185,7 @@ def too_far(counts: np.ndarray, p: np.ndarray) -> bool:
     return bool(((counts - expected) ** 2 / expected).sum() > quantile)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution(shallow: Twins) -> None:
     """The first token's, and the second's behind the commonest first one."""
     ids, mask = prompts((11,))
@@ -226,12 +228,14 @@ def test_seeds(shallow: Twins) -> None:
     np.testing.assert_array_equal(answer(rows=5, seed=5)[:3], first, "rows beside it change no row's draw")
 
 
+@pytest.mark.slow
 def test_sampling_that_leaves_one_token_is_greedy(shallow: Twins, free: np.ndarray) -> None:
     for options in ({"top_k": 1}, {"top_p": 1e-6, "top_k": 0}, {"temperature": 1e-4}):
         answer = shallow.ours(*prompts(LENGTHS), do_sample=True, max_new_tokens=40, seed=7, **options)
         np.testing.assert_array_equal(answer[:, 20:], free)
 
 
+@pytest.mark.slow
 def test_several_answers_to_each_prompt(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 15, "num_return_sequences": 4, "seed": 3}
@@ -263,6 +267,7 @@ def compilations() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_few_programs_for_many_prompts(twins_of: Callable[..., Twins], compilations: list[str]) -> None:
     """After one call for each of 2 * 3 sizes, 300 batches of other shapes compile nothing more."""
     model = twins_of(num_hidden_layers=1, vocab_size=97).model

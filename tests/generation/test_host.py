@@ -179,6 +179,7 @@ def unseen(twins: Twins) -> list[int]:
     return [token for token in range(4, 96) if token not in answer[:, 20:]][:2]
 
 
+@pytest.mark.slow
 def test_a_criterion_for_single_rows(twins: Twins) -> None:
     """Rows stop where it says, the others go on, and so does a conversation from the cache behind them."""
     ids, mask = prompts(LENGTHS)
@@ -246,6 +247,7 @@ def test_stop_strings(shallow: Twins, tokenizers: tuple[Phi3Tokenizer, Any]) -> 
     np.testing.assert_array_equal(single[:, 20:], free[:1, :7])
 
 
+@pytest.mark.slow
 def test_max_time(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     answer = shallow.ours(ids, mask, max_new_tokens=400, max_time=1e-9)

@@ -74,7 +74,9 @@ def test_forced_first_token(shallow: Twins) -> None:
     assert (shallow.same(*prompts(LENGTHS), **options)[:, 20] != 44).any()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.slow), 1, 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_processors_together(shallow: Twins, free: np.ndarray, seed: int) -> None:
     """The order of transformers, and scores as it records them."""
     rng = np.random.default_rng(seed)

@@ -257,6 +257,7 @@ def drawn(twins: Twins, length: int, **options: Any) -> np.ndarray:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("top_k", "confidence"), [(VOCABULARY, 0.0), some(VOCABULARY, 0.15), some(4, 0.0), some(4, 0.4)]
 )

@@ -41,7 +41,9 @@ def ours(twins: Twins, prompt: list[int], count: int, **options: Any) -> list[in
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize(
+    "length", [1, pytest.param(15, marks=pytest.mark.slow), 16, pytest.param(17, marks=pytest.mark.slow), 100]
+)
 def test_greedy_tokens(twins_of: TwinsOf, case: str, length: int) -> None:
     twins = twins_of(**CASES[case])
     prompt = prompt_of(length)
@@ -51,7 +53,10 @@ def test_greedy_tokens(twins_of: TwinsOf, case: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("case", ["multi-head", "window"])
-@pytest.mark.parametrize("length", [7, 8, 9, 16, 23, 70])
+@pytest.mark.parametrize(
+    "length",
+    [pytest.param(7, marks=pytest.mark.slow), 8, 9, pytest.param(16, marks=pytest.mark.slow), 23, 70],
+)
 def test_prompts_in_chunks(
     twins_of: TwinsOf, monkeypatch: pytest.MonkeyPatch, case: str, length: int
 ) -> None:
@@ -73,6 +78,7 @@ def test_longrope_across_its_original_length(
     assert ours(twins, prompt, 40) == theirs(twins, prompt, 40)
 
 
+@pytest.mark.slow
 def test_as_generate_with_every_option(twins: Twins) -> None:
     ids = np.array([prompt_of(20)])
     for options in (
@@ -200,6 +206,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompiledModel,
     return CompiledModel(Phi3ForCausalLM.from_pretrained(folder)), Phi3Tokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_text_adds_up_to_what_decode_gives(chat_model: tuple[CompiledModel, Phi3Tokenizer]) -> None:
     compiled, tokenizer = chat_model
     ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)

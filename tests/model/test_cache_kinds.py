@@ -99,6 +99,7 @@ def test_rows_bring_different_numbers_of_tokens(changes, tmp_path):
     np.testing.assert_array_equal(cache.rope_length, total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_far_beyond_the_window(kind, tmp_path):
     """Rows of 256, 219 and 112 tokens, in chunks as large as the ring takes, in small ones and one by one."""
@@ -191,6 +192,7 @@ def test_rewind(kind):
 # Rows taken and put
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_taken_and_put_go_on_as_before(kind, tmp_path):
     model, _ = models(tmp_path)

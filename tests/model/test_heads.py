@@ -204,7 +204,7 @@ def test_token_classification_refuses_labels():
 # Causal language model
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_logits_to_keep(tied, tmp_path):
     config = head_config(tie_word_embeddings=tied)
     ours, theirs = pair("causal", config, tmp_path)

@@ -193,6 +193,7 @@ def test_four_dims(heads, window, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_four_dims_shared_by_the_batch_and_over_the_cache(model):
     ids = random_ids(model.config, np.ones((2, LENGTH), np.int64))
     visible = np.tril(np.ones((LENGTH, LENGTH), bool))[None, None]

@@ -165,7 +165,7 @@ def test_rngs_of_flax():
 
 
 @pytest.mark.parametrize("additive", [False, True])
-@pytest.mark.parametrize("heads", [1, 6])
+@pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_blocks_of_queries(heads, additive, monkeypatch):
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 10, 2, 3, 8))

@@ -64,7 +64,10 @@ def test_loss_and_gradients_equal_one_device(kind, mesh, rows):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", ["float", "int8", "ring"])
+@pytest.mark.parametrize(
+    "kind",
+    ["float", pytest.param("int8", marks=pytest.mark.slow), pytest.param("ring", marks=pytest.mark.slow)],
+)
 def test_a_cache_filled_in_pieces_equals_one_device(kind, mesh, rows):
     """A first prefill, chunks that cross the devices' parts, and single steps."""
     ids, mask = rows

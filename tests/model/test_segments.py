@@ -129,6 +129,7 @@ def test_examples_in_one_row_equal_examples_alone(window):
     assert_same(made, expected, places, segments)
 
 
+@pytest.mark.slow
 def test_a_stack_of_layers_too():
     model = stack_layers(Phi3ForCausalLM(small_config(**GROUPED, **longrope(), sliding_window=7)))
     model.gradient_checkpointing_enable()
@@ -238,6 +239,7 @@ def test_transformers_with_a_block_diagonal_mask(kind, tmp_path):
     assert distance(norm, theirs.model.layers[0].input_layernorm.weight.grad) <= 1e-5
 
 
+@pytest.mark.slow
 def test_positions_and_masks_of_a_callers_own():
     """Given positions are used; of the mask and segment 0 either makes padding, in an example too."""
     model = Phi3ForCausalLM(small_config(**GROUPED))
@@ -282,6 +284,7 @@ def test_who_sees_anything(window):
     np.testing.assert_array_equal(last.dense(), mask.dense()[:, :, -5:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("mesh", [None, "data=2,context=2,tensor=2"])
 def test_logits_of_the_last_tokens_only(implementation, mesh):

@@ -195,6 +195,7 @@ def test_what_is_too_big_for_v5e_is_refused_and_reported(small: Phi3Config) -> N
     assert "does not fit, by" in printed(made)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_search_compiles_the_best_and_ranks(small: Phi3Config) -> None:
     """Of the meshes of four chips three are tried; one that the step refuses comes last, with the reason."""

@@ -145,6 +145,7 @@ def test_a_batch_without_labels_changes_nothing():
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(made))
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_steps_and_micro_batches():
     model = model_of("causal", resid_pdrop=0.5)
     batch = {name: np.repeat(x[:1], 4, axis=0) for name, x in ragged("causal").items()}
@@ -194,6 +195,7 @@ def test_rows_that_do_not_divide():
         Trainer(model, optax.sgd(1.0), accumulate=0)
 
 
+@pytest.mark.slow
 def test_a_list_of_layers_is_trained_as_a_stack():
     model, batch = model_of("causal"), ragged("causal")
     (_, expected), (_, made) = (gradients(model, batch, scan_layers=scan) for scan in (True, False))
