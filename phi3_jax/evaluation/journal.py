@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ class Journal:
     has the entries of before. One process at a time has it.
 
     Args:
-        path: a JSON file; its directory is made.
+        path: a JSON file; its directory is made, and goes again if nothing comes to lie in it.
         asked: all that the entries follow from, for JSON.
         overwrite: begin anew where the file tells of something else, or is broken.
 
@@ -35,10 +36,12 @@ class Journal:
         self._chosen: dict[str, Any] = {}
         self._overwrite = overwrite
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+        self._made_directory = False
 
     def __enter__(self) -> "Journal":
         if self.path.parent.exists() and not self.path.parent.is_dir():
             raise ValueError(f"{self.path.parent} is a file; name a directory for the output")
+        self._made_directory = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -61,6 +64,9 @@ class Journal:
     def _release(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
+        if self._made_directory:
+            with suppress(OSError):  # something is in it
+                self.path.parent.rmdir()
 
     def chosen(self, name: str, choose: Callable[[], Any]) -> Any:
         """What was chosen when the work began, or is chosen now: what depends on the machine's state."""

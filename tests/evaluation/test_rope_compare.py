@@ -206,6 +206,7 @@ def test_a_length_that_memory_cannot_hold(model: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(rope_compare.Pipeline, "load", None)
     with pytest.raises(ValueError, match=r"48 tokens need .* GiB for keys and values, and memory has"):
         compare(model, ["none"])
+    assert not Path("out").exists()
 
 
 def test_text_is_read_no_further_than_it_must_be(model: Path) -> None:
