@@ -119,9 +119,12 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         [(rope.name, *_perplexities(comparison, rope.name)) for rope in comparison.ropes],
     )
     strides = {cell.length: cell.stride for cell in comparison.cells}
+    beside = any(stride == length < comparison.tokens for length, stride in strides.items())
     yield (
-        f"\nEvery length scores the same {comparison.cells[0].loss.tokens:,} tokens, each once: the first "
-        f"{comparison.tokens:,} but one. Windows of the length slide over them, "
+        f"\nEvery length scores the same {comparison.tokens - 1:,} tokens, each once: the first "
+        f"{comparison.tokens:,} but one"
+        + (", and but the first of each window where they lie side by side" if beside else "")
+        + ". Windows of the length slide over them, "
         + ", ".join(_apart(strides[length], length, comparison.tokens) for length in comparison.lengths)
         + ". Scaled frequencies are those for a window's whole length."
     )

@@ -77,6 +77,9 @@ def test_windows_side_by_side(model: Path) -> None:
     found = compare(model, ["none"], lengths=[16, 48], stride=48)
     assert [cell.stride for cell in found.cells] == [16, 48]
     assert [cell.loss.tokens for cell in found.cells] == [48 - 3, 47]
+    write_comparison(Path("out"), found)
+    told = "the first 48 but one, and but the first of each window where they lie side by side. Windows"
+    assert told in Path("out/report.md").read_text()
 
 
 def test_skipped_tokens_and_strides(model: Path) -> None:
