@@ -206,7 +206,7 @@ def _register(path: Path) -> None:
         raise ValueError(f"there is no file {path}")
     try:
         runpy.run_path(str(path))
-    except Exception as error:
+    except Exception as error:  # whatever the user's code raises
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
