@@ -104,7 +104,8 @@ def load_model(
     parameters = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in nnx.to_flat_state(abstract)}
     wanted = {name: leaf.shape for name, leaf in parameters.items()}
     files = _match(cls, source, config, wanted, ignore_mismatched_sizes, path)
-    kind = kind or _stored_dtype(source, files.values())
+    if kind is None:
+        kind = _stored_dtype(source, files.values())
     fresh = {name: leaf.sharding for name, leaf in parameters.items() if name not in files}
     values = _initialise(partial(build, config, dtype=kind, mesh=mesh), rngs, fresh) if fresh else {}
     for name, file_name in files.items():
@@ -136,7 +137,9 @@ def load_abstract(
         CheckpointError, ValueError: as `load_model`; tensors are not looked at.
     """
     source, own_config = open_checkpoint(path)
-    kind = _wanted_dtype(dtype) or _stored_dtype(source, source.names())
+    kind = _wanted_dtype(dtype)
+    if kind is None:
+        kind = _stored_dtype(source, source.names())
     return abstract_model(cls, config or own_config, dtype=kind, mesh=mesh)
 
 
