@@ -76,7 +76,7 @@ class GreedyRows(rules.LogitsProcessor):
         return jnp.where(self.rows & ~best, -jnp.inf, scores)
 
 
-def processors(options: Sequence[RowOptions], end_tokens: Array) -> tuple[rules.LogitsProcessor, ...]:
+def processors(options: Sequence[RowOptions], end_tokens: Array) -> rules.LogitsProcessorList:
     """One chain for all rows, in `generate`'s order; what a row does not ask for changes nothing in it."""
 
     def column(name: str, dtype: Any = np.float32) -> Array:
@@ -84,7 +84,7 @@ def processors(options: Sequence[RowOptions], end_tokens: Array) -> tuple[rules.
 
     temperature, top_k = column("temperature"), column("top_k", np.int32)
     greedy = temperature == 0
-    return (
+    chain = (
         rules.RepetitionPenaltyLogitsProcessor(column("repetition_penalty")),
         rules.FrequencyPenaltyLogitsProcessor(column("frequency_penalty")),
         rules.PresencePenaltyLogitsProcessor(column("presence_penalty")),
@@ -95,6 +95,7 @@ def processors(options: Sequence[RowOptions], end_tokens: Array) -> tuple[rules.
         warpers.TopPLogitsWarper(column("top_p")),
         warpers.MinPLogitsWarper(column("min_p")),
     )
+    return rules.LogitsProcessorList(chain)
 
 
 def keys(options: Sequence[RowOptions]) -> Key[Array, " R"]:

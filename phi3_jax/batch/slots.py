@@ -14,6 +14,7 @@ from phi3_jax.batch.options import RowOptions, keys, processors
 from phi3_jax.batch.scheduler import PoolSize
 from phi3_jax.batch.stages import Beginnings, Row, Stage, fitting, no_choice, sequences_of
 from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.generation.processors import LogitsProcessorList
 from phi3_jax.generation.sampling import loop
 from phi3_jax.generation.state import Settings, State
 from phi3_jax.model import KVCache, Phi3ForCausalLM
@@ -121,8 +122,8 @@ class Slots:
         """
         plain = all(each.plain for each in self._options)
         settings = Settings(
-            before=() if plain else processors(self._options, self._end_tokens),
-            after=(),
+            before=LogitsProcessorList() if plain else processors(self._options, self._end_tokens),
+            after=LogitsProcessorList(),
             end_tokens=self._end_tokens,
             max_new_tokens=jnp.asarray(self._most),
             rope=no_choice(self._first[-1]),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from phi3_jax.generation.forward import Records, apply_all, next_logits, process
+from phi3_jax.generation.forward import Records, next_logits, process
 from phi3_jax.generation.sampling import Report, run_steps
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import Settings, State, append
@@ -215,7 +215,7 @@ def beam_scores(logits: Float[Array, "L V"], sequences: Sequences, settings: Set
     """Log-probabilities after all logits processors."""
     scores = process(logits, sequences, settings, normalize=True)
     rows = jax.tree.map(lambda x: x[: scores.shape[0]], sequences)
-    return apply_all(settings.after, rows, scores)
+    return settings.after(rows, scores)
 
 
 def loop(

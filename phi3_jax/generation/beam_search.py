@@ -11,14 +11,15 @@ from jaxtyping import Array, Float, Int
 
 from phi3_jax.generation import beam
 from phi3_jax.generation.engine import Engine, Made
-from phi3_jax.generation.forward import Records, apply_all
+from phi3_jax.generation.forward import Records
 from phi3_jax.generation.host import rows_of
 from phi3_jax.generation.outputs import GenerateBeamDecoderOnlyOutput
+from phi3_jax.generation.processors import LogitsProcessorList
 from phi3_jax.generation.request import STEPS, Request
 
 _start = jax.jit(beam.start, static_argnums=(1, 2))
 _scores = jax.jit(beam.beam_scores)
-_apply_all = jax.jit(apply_all)
+_process = jax.jit(LogitsProcessorList.__call__)
 _propose = jax.jit(beam.propose, static_argnums=3)
 _ends = jax.jit(beam.ends)
 _extended = jax.jit(beam.extended)
@@ -79,10 +80,10 @@ class BeamSearch:
     ) -> beam.Search:
         """One step with the host's processors and criteria between its parts on the device."""
         request, settings = self.request, engine.settings
-        scores = _scores(logits, search.sequences, settings._replace(after=()))
+        scores = _scores(logits, search.sequences, settings._replace(after=LogitsProcessorList()))
         if engine.on_host is not None:
             scores = engine.on_host(search.sequences, scores)
-        scores = _apply_all(settings.after, rows_of(search.sequences, len(scores)), scores)
+        scores = _process(settings.after, rows_of(search.sequences, len(scores)), scores)
         candidates = _propose(search, scores, settings, self.rules)
         ending = _ends(search, candidates, settings)
         if request.criteria:

@@ -87,15 +87,7 @@ def process(
         conditional, unconditional = jnp.split(jax.nn.log_softmax(logits, axis=-1), 2)
         scores = settings.guidance_scale * (conditional - unconditional) + unconditional
     rows = scores.shape[0]
-    return apply_all(settings.before, jax.tree.map(lambda x: x[:rows], sequences), scores)
-
-
-def apply_all(
-    processors: tuple[Any, ...], sequences: Sequences, scores: Float[Array, "R V"]
-) -> Float[Array, "R V"]:
-    for processor in processors:
-        scores = processor(sequences, scores)
-    return scores
+    return settings.before(jax.tree.map(lambda x: x[:rows], sequences), scores)
 
 
 def needs_refill(config: Phi3Config, state: State, rope: RopeChoice) -> Bool[Array, " L"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from phi3_jax.generation.processors import LogitsProcessor
+from phi3_jax.generation.processors import LogitsProcessor, LogitsProcessorList
 from phi3_jax.generation.sequences import Sequences
 
 
@@ -76,10 +76,13 @@ def rows_of(sequences: Sequences, rows: int) -> Sequences:
     return jax.tree.map(lambda x: x[:rows], sequences)
 
 
-def split_at_host(processors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+def split_at_host(
+    processors: Sequence[Any],
+) -> tuple[LogitsProcessorList, Sequence[Any], LogitsProcessorList]:
     """The processors before, between and after those that run on the host."""
     host = [index for index, one in enumerate(processors) if not isinstance(one, LogitsProcessor)]
     if not host:
-        return tuple(processors), (), ()
+        return LogitsProcessorList(processors), (), LogitsProcessorList()
     first, last = host[0], host[-1] + 1
-    return tuple(processors[:first]), tuple(processors[first:last]), tuple(processors[last:])
+    before, after = LogitsProcessorList(processors[:first]), LogitsProcessorList(processors[last:])
+    return before, processors[first:last], after

@@ -7,8 +7,9 @@ the same classes with tracers. Scores are float32. Positions are counted in gene
 stands alone: padding never matches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,29 @@ class LogitsProcessor:
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         raise NotImplementedError(f"{type(self).__name__} does not say how it changes scores")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class LogitsProcessorList(tuple[LogitsProcessor, ...]):
+    """Processors, each on what the one before it made; how every compiled function is to be given them.
+
+    jaxlib (0.10) takes two pytrees for alike where only the class of a registered dataclass differs, so that
+    a cache of `jit`, which compares some bits of a hash and then structures, now and then finds one penalty's
+    program for another's. Here the classes are a part of the structure.
+    """
+
+    def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        for processor in self:
+            scores = processor(sequences, scores)
+        return scores
+
+    def tree_flatten_with_keys(self) -> tuple[Any, tuple[type, ...]]:
+        children = [(jax.tree_util.SequenceKey(index), one) for index, one in enumerate(self)]
+        return children, tuple(type(one) for one in self)
+
+    @classmethod
+    def tree_unflatten(cls, classes: tuple[type, ...], children: Iterable[Any]) -> "LogitsProcessorList":
+        return cls(children)
 
 
 @jax.tree_util.register_dataclass

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.generation.forward import Records, apply_all, needs_refill, next_logits, process
+from phi3_jax.generation.forward import Records, needs_refill, next_logits, process
 from phi3_jax.generation.state import NO_TOKEN, Settings, State, append
 from phi3_jax.model import Phi3ForCausalLM
 
@@ -53,7 +53,7 @@ def select(
     """The last logits processors, a token for each row, and the state with it."""
     rows = scores.shape[0]
     sequences = jax.tree.map(lambda x: x[:rows], state.sequences)
-    scores = apply_all(settings.after, sequences, scores)
+    scores = settings.after(sequences, scores)
     tokens = choose(scores, sequences.new, settings.key)
     made = jnp.where(state.finished[:rows], NO_TOKEN, tokens)
     return append(state, tokens[:, None], jnp.ones_like(tokens), settings), made, scores

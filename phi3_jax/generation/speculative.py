@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.generation.forward import (
     Records,
-    apply_all,
     feed,
     kept,
     list_changes,
@@ -120,7 +119,7 @@ def ask(
         logits, state, _ = next_logits(
             assistant, state, settings.rope, width=2, aligned=False, outputs=frozenset()
         )
-        scores = apply_all(settings.after, state.sequences, process(logits, state.sequences, settings))
+        scores = settings.after(state.sequences, process(logits, state.sequences, settings))
         token = choose(scores, state.sequences.new, key)
         probability = jnp.take_along_axis(jax.nn.softmax(scores, axis=-1), token[:, None], axis=1)[:, 0]
         count += drafting
@@ -181,7 +180,7 @@ def verify(
         seen = Sequences(
             ids, ahead.mask & (offset < position), sequences.length + position, sequences.new + position
         )
-        return apply_all(settings.after, seen, process(logits, seen, settings))
+        return settings.after(seen, process(logits, seen, settings))
 
     scores = jax.vmap(score, in_axes=(0, 1), out_axes=1)(jnp.arange(width), out.logits)  # [R, k + 1, V]
     tokens, made = _accept(scores, sequences, draft, settings)

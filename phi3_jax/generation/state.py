@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from phi3_jax.generation.processors import LogitsProcessorList
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.model import KVCache
 
@@ -96,9 +97,9 @@ class RopeChoice(NamedTuple):
 class Settings(NamedTuple):
     """What does not change from step to step; all of it data, so that new values compile nothing."""
 
-    before: tuple[Any, ...]
+    before: LogitsProcessorList
     """Logits processors ahead of those that run on the host (all of them where none does)."""
-    after: tuple[Any, ...]
+    after: LogitsProcessorList
     """Logits processors behind those that run on the host."""
     end_tokens: Int[Array, " E"]
     max_new_tokens: Int[Array, ""]

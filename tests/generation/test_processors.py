@@ -1,6 +1,7 @@
 """Logits processors against transformers' own, row by row and as a whole chain."""
 
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,18 @@ from transformers.generation import logits_process as reference
 
 from phi3_jax.generation import processors, warpers
 from phi3_jax.generation.chain import logits_processors
-from phi3_jax.generation.processors import LogitsProcessor
+from phi3_jax.generation.processors import LogitsProcessor, LogitsProcessorList
 from phi3_jax.generation.sequences import Sequences
 
 VOCAB, COLUMNS, PAD, JUNK = 96, 24, 3, 7
 ENDS = [2, 5]
 FORBIDDEN = np.array([4, 11, 50], np.int32)
 
-apply = jax.jit(lambda processor, sequences, scores: processor(sequences, scores))
+compiled = jax.jit(LogitsProcessorList.__call__)
+
+
+def apply(processor: LogitsProcessor, sequences: Sequences, scores: Any) -> Any:
+    return compiled(LogitsProcessorList([processor]), sequences, scores)
 
 
 def make_sequences(rows: list[tuple[int, int, int]], seed: int = 0) -> Sequences:
@@ -189,6 +194,41 @@ def test_frequency_and_presence_count_generated_tokens():
     check(apply(presence, sequences, scores), scores + np.float32(0.8) * (counts > 0))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Doubled(LogitsProcessor):
+    """A user's, with as many settings as others have."""
+
+    by: Any
+
+    def __call__(self, sequences: Sequences, scores: Any) -> Any:
+        return scores * self.by
+
+
+def test_lists_of_different_classes_differ_in_structure():
+    """Or a cache of `jit` may take one's program for the other's; jaxlib overlooks a dataclass's class."""
+    repetition = processors.RepetitionPenaltyLogitsProcessor(0.3)
+    frequency = processors.FrequencyPenaltyLogitsProcessor(0.3)
+    mine = Doubled(0.3)
+    lists = [[], [repetition], [frequency], [mine], [mine, frequency], [frequency, mine]]
+    structures = [jax.tree.structure(LogitsProcessorList(each)) for each in lists]
+    for index, structure in enumerate(structures):
+        assert structures.index(structure) == index
+    assert structures[1] == jax.tree.structure(
+        LogitsProcessorList([processors.RepetitionPenaltyLogitsProcessor(2.0)])
+    )
+
+
+def test_a_list_is_a_pytree_of_its_processors():
+    chain = LogitsProcessorList([processors.RepetitionPenaltyLogitsProcessor(1.5), Doubled(2.0)])
+    doubled = jax.tree.map(lambda x: 2 * x, chain)
+    assert isinstance(doubled, LogitsProcessorList)
+    assert [type(each) for each in doubled] == [processors.RepetitionPenaltyLogitsProcessor, Doubled]
+    assert jax.tree.leaves(doubled) == [3.0, 4.0]
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(chain)]
+    assert paths == ["[0].penalty", "[1].by"]
+
+
 @pytest.mark.parametrize("prompt", [0, 1, 2])
 def test_forced_bos_is_the_second_token(prompt):
     for new in range(4):
@@ -197,7 +237,7 @@ def test_forced_bos_is_the_second_token(prompt):
         sequences = make_sequences([(0, prompt, new)])
         ids = torch.tensor(np.asarray(sequences.ids)[:, : prompt + new], dtype=torch.long)
         check(
-            run(chain, sequences, scores),
+            compiled(chain, sequences, scores),
             reference.ForcedBOSTokenLogitsProcessor(6)(ids, torch.tensor(scores)),
         )
 
@@ -300,16 +340,9 @@ def test_a_large_vocabulary(name):
         np.testing.assert_array_equal(kept, expected)
 
 
-def build(config: Any, prompt_length: int, **changes: Any) -> tuple[Any, ...]:
+def build(config: Any, prompt_length: int, **changes: Any) -> LogitsProcessorList:
     settings = {"max_new_tokens": 6, "vocab_size": VOCAB, "eos_token_ids": ENDS} | changes
-    return logits_processors(config, prompt_length=prompt_length, **settings)
-
-
-@jax.jit
-def run(chain: tuple[Any, ...], sequences: Sequences, scores: Any) -> Any:
-    for processor in chain:
-        scores = processor(sequences, scores)
-    return scores
+    return LogitsProcessorList(logits_processors(config, prompt_length=prompt_length, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +432,7 @@ def test_the_chain_is_the_references(model, seed):
         sequences = make_sequences([(int(p), prompt - int(p), new) for p in padding], seed)
         scores = make_scores(5, ["normal", "masked"][new % 2], seed=seed + new)
         ids = torch.tensor(np.asarray(sequences.ids)[:, : prompt + new], dtype=torch.long)
-        check(run(chain, sequences, scores), theirs(ids, torch.tensor(scores)))
+        check(compiled(chain, sequences, scores), theirs(ids, torch.tensor(scores)))
 
 
 def expected_names(theirs: Any, config: Any, prompt: int) -> list[str]:
@@ -497,11 +530,11 @@ def test_other_numbers_do_not_compile_again():
         "epsilon_cutoff": 0.1,
         "eta_cutoff": 0.1,
     }
-    apply_all = jax.jit(lambda *arguments: run.__wrapped__(*arguments))
+    run = jax.jit(lambda chain, *arguments: chain(*arguments))
     for settings in (FULL, other):
         chain = build(SimpleNamespace(**settings), 1)
-        apply_all(chain, make_sequences(UNEQUAL), make_scores(len(UNEQUAL)))
-    assert apply_all._cache_size() == 1
+        run(chain, make_sequences(UNEQUAL), make_scores(len(UNEQUAL)))
+    assert run._cache_size() == 1
 
 
 def test_nothing_asked_for_is_nothing_done():
@@ -542,7 +575,7 @@ def test_min_length_counts_the_prompt_and_min_new_tokens_goes_first(min_length, 
 
 def test_end_tokens_outside_the_vocabulary_never_matter():
     chain = build(SimpleNamespace(min_new_tokens=3), 4, eos_token_ids=[-1, 2, VOCAB])
-    result = run(chain, make_sequences([(0, 4, 0)]), np.zeros((1, VOCAB), np.float32))
+    result = compiled(chain, make_sequences([(0, 4, 0)]), np.zeros((1, VOCAB), np.float32))
     assert list(np.flatnonzero(np.asarray(result)[0])) == [2]
     assert build(SimpleNamespace(min_new_tokens=3), 4, eos_token_ids=[-1]) == ()
 
