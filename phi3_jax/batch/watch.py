@@ -13,10 +13,10 @@ from phi3_jax.batch.engine import Engine
 from phi3_jax.batch.requests import BadRequestError
 from phi3_jax.batch.summary import Summary
 from phi3_jax.config import Phi3Config
+from phi3_jax.costs.chips import peak_flops
+from phi3_jax.costs.flops import step_flops
+from phi3_jax.costs.work import Work
 from phi3_jax.files import replacing
-from phi3_jax.plan.chips import peak_flops
-from phi3_jax.plan.flops import step_flops
-from phi3_jax.plan.work import Work
 from phi3_jax.progress import FileProgress, time_left
 
 STATS_SECONDS = 10

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from phi3_jax.plan.chips import Topology
+from phi3_jax.costs.chips import Topology
 
 # Without these libtpu waits minutes for a metadata server that is not there, and lets one process at a time
 # load it.

@@ -8,10 +8,10 @@ without. Temporaries are an estimate.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from phi3_jax.plan import shapes
+from phi3_jax.costs import shapes
+from phi3_jax.costs.flops import Flops, step_flops
+from phi3_jax.costs.work import Work
 from phi3_jax.plan.collectives import traffic
-from phi3_jax.plan.flops import Flops, step_flops
-from phi3_jax.plan.work import Work
 
 _ID_ARRAYS = {"finetune": 3, "prefill": 2, "decode": 1}
 """Of the batch: ids, mask, labels."""

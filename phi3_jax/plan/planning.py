@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from phi3_jax.costs.chips import Topology
+from phi3_jax.costs.chips import topology as topology_named
+from phi3_jax.costs.work import BuildStep, Work
 from phi3_jax.plan.absent import absent_devices
 from phi3_jax.plan.analytic import Analytic, analyse
-from phi3_jax.plan.chips import Topology
-from phi3_jax.plan.chips import topology as topology_named
 from phi3_jax.plan.program import Program, Refusal, bytes_per_chip, compile_step
 from phi3_jax.plan.roofline import Roofline, roofline
 from phi3_jax.plan.search import COMPILED, sensible_meshes
-from phi3_jax.plan.work import BuildStep, Work
 from phi3_jax.sharding import AXES, make_mesh, parse_mesh
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
+from phi3_jax.costs.work import AbstractStep
 from phi3_jax.plan.collectives import Collective, collectives
-from phi3_jax.plan.work import AbstractStep
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"

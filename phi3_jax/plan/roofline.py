@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from phi3_jax.costs.chips import Topology
+from phi3_jax.costs.work import Work
 from phi3_jax.plan.analytic import Analytic
-from phi3_jax.plan.chips import Topology
 from phi3_jax.plan.program import Program
-from phi3_jax.plan.work import Work
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from phi3_jax.plan.work import Work
+from phi3_jax.costs.work import Work
 
 COMPILED = 4
 """How many of the meshes that look best from shapes are compiled."""

@@ -7,10 +7,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from phi3_jax.costs.work import AbstractStep, Work
 from phi3_jax.lora import add_lora
 from phi3_jax.model import KVCache, Phi3ForCausalLM
 from phi3_jax.model.abstract import abstract_cache, abstract_model, placed
-from phi3_jax.plan.work import AbstractStep, Work
 from phi3_jax.sharding import replicate, sharding
 from phi3_jax.training import Trainer
 

@@ -6,9 +6,9 @@ import jax
 from jax.sharding import Mesh
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.plan.chips import peak_flops
-from phi3_jax.plan.flops import step_flops
-from phi3_jax.plan.work import Work
+from phi3_jax.costs.chips import peak_flops
+from phi3_jax.costs.flops import step_flops
+from phi3_jax.costs.work import Work
 from phi3_jax.training.settings import Settings
 
 

@@ -9,10 +9,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM
+from phi3_jax.costs.flops import attention_pairs, step_flops
+from phi3_jax.costs.shapes import lora_parameters, parameters
+from phi3_jax.costs.work import Work
 from phi3_jax.plan.analytic import analyse
-from phi3_jax.plan.flops import attention_pairs, step_flops
-from phi3_jax.plan.shapes import lora_parameters, parameters
-from phi3_jax.plan.work import Work
 from phi3_jax.sharding import AXES, spec
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from phi3_jax.config import Phi3Config
-from phi3_jax.plan.shapes import layer_projections, lora_parameters
-from phi3_jax.plan.work import Work
+from phi3_jax.costs.shapes import layer_projections, lora_parameters
+from phi3_jax.costs.work import Work
 
 
 def attention_pairs(config: Phi3Config, queries: int, keys: int, *, causal: bool = True) -> int:
