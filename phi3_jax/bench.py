@@ -187,9 +187,11 @@ def _theirs(work: Work) -> Turn:
 def _print_table(label: str, results: dict[str, list[Times]], work: Work, config: Phi3Config) -> None:
     length = work.ids(config.vocab_size).shape[1]
     ours = next(iter(results.values()))
+    # In half precision a near tie may end one side's answer before the other's.
+    steps = " and ".join(str(count) for count in dict.fromkeys(runs[0].steps for runs in results.values()))
     table = Table(
         title=f"{label}, {config.num_hidden_layers} layers, {work.dtype}, batch {work.batch}, "
-        f"{length}-token prompt, {ours[0].steps} steps, median of {len(ours)}"
+        f"{length}-token prompt, {steps} steps, median of {len(ours)}"
     )
     table.add_column("")
     for name in results:

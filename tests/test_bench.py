@@ -56,6 +56,16 @@ def test_random_prompts_and_those_of_a_file(tmp_path: Path) -> None:
     assert [tokenizer.decode(row) for row in asked] == 2 * [f"<|user|>{PROMPT}<|end|><|assistant|>"]
 
 
+@pytest.mark.parametrize(("theirs", "told"), [(5, "5 steps"), (9, "5 and 9 steps")])
+def test_the_table_tells_steps_of_both_sides(
+    theirs: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = {"lookup of 3": [bench.Times(1.0, 2.0, 5)], "plain": [bench.Times(1.0, 2.0, theirs)]}
+    work = bench.Work(Path(), "float32", batch=1, prompt_tokens=8, new_tokens=9)
+    bench._print_table("small", results, work, small_config())
+    assert f"prompt, {told}, median of 1" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("lookup", [None, 2])
 def test_a_turn_of_ours(tmp_path: Path, lookup: int | None) -> None:
     write_checkpoint(tmp_path)
