@@ -7,32 +7,82 @@ from pathlib import Path
 
 import jax
 import pytest
-import torch
+from answers import ANSWERS, MODES
 
 # Eight devices to divide models over. Accelerators are used where a user names them in JAX_PLATFORMS.
 jax.config.update("jax_num_cpu_devices", 8)
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 
-# Small models are several times faster on one thread than on two that wait for each other.
-torch.set_num_threads(1)
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--optimize",
+        action="store_true",
+        help="compile programs as users' programs are compiled; without it they compile several times sooner and run slower",
+    )
+    parser.addoption(
+        "--reference",
+        choices=MODES,
+        default="stored",
+        help="stored: compare with stored answers of transformers; live: run it as well, and compare the stored answers "
+        "with its own; remake: store its answers anew",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Without the slow tests, programs are compiled in two thirds of the time, and not optimised to the last.
+    ANSWERS.mode = config.getoption("reference")
+    if ANSWERS.mode == "remake" and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--reference remake writes files from one process; add -n 0")
+    if not config.getoption("optimize"):
+        _compile_without_optimizations()
+    # Workers share compiled programs, and later runs find them again; `pytest --cache-clear` removes them.
+    assert config.cache is not None
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-    The slow ones, real models among them, run what users run.
-    """
-    if config.getoption("markexpr") == "not slow":
-        jax.config.update("jax_disable_most_optimizations", True)
+
+def _compile_without_optimizations() -> None:
+    jax.config.update("jax_disable_most_optimizations", True)
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.version.__version_info__ < (0, 11):
+        flags.append(
+            "--xla_cpu_use_fusion_emitters=false"
+        )  # halves the time of compilation; gone in newer XLA
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--reference live`, tests marked `live` are not run."""
+    if ANSWERS.mode != "live":
+        live = [item for item in items if item.get_closest_marker("live")]
+        items[:] = [item for item in items if item not in set(live)]
+        config.hook.pytest_deselected(items=live)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Slow tests ask the reference itself, whatever the mode."""
+    ANSWERS.bypass = item.get_closest_marker("slow") is not None
+
+
+def pytest_sessionfinish() -> None:
+    if ANSWERS.mode == "remake":
+        ANSWERS.write()
+
+
+MOST_MEMORY_MAPS = 40_000
+"""Compiled programs hold memory maps, and Linux gives a process 65,530."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_are_let_go() -> Iterator[None]:
-    """Compiled programs hold memory maps, and a process may have 65,530: fewer than all tests need."""
+def _bounded_memory_maps() -> Iterator[None]:
     yield
-    jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,20 @@
 """Small random models of transformers and their twins here, and how far two arrays are apart."""
 
-from functools import partial
+import json
+from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import jax
 import numpy as np
-import torch
-import transformers
+from answers import Sample, stored
+from safetensors.numpy import save_file
 
 import phi3_jax
 from phi3_jax import Phi3Config
+from phi3_jax.checkpoint.save import ModelSource
 from phi3_jax.model.abstract import abstract_model
 
 CLASSES = {
@@ -52,19 +56,57 @@ def longrope(**changes: Any) -> dict[str, Any]:
     }
 
 
-def pair(kind: str, config: Phi3Config, folder: Path, seed: int = 0) -> tuple[Any, Any]:
-    """A random transformers model in float32 with eager attention, and ours loaded from what it saved."""
-    theirs_name, ours_class = CLASSES[kind]
-    torch.manual_seed(seed)
-    theirs_config = transformers.Phi3Config(**config.to_dict())
-    theirs_config._attn_implementation = "eager"
-    theirs = getattr(transformers, theirs_name)(theirs_config).eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    theirs.save_pretrained(folder)
-    return ours_class.from_pretrained(folder), theirs
+class Reference:
+    """A random model of transformers in float32 with eager attention, loaded from `folder` when it is asked."""
+
+    def __init__(self, kind: str, config: Phi3Config, folder: Path, seed: int = 0):
+        self.config, self.folder = config, folder
+        self._class = CLASSES[kind][0]
+        self.answer_key = ("weights", WEIGHTS, self._class, config.to_dict(), seed)
+
+    @cached_property
+    def model(self) -> Any:
+        import torch
+        import transformers
+
+        torch.set_num_threads(1)  # small models are several times faster than on two that wait for each other
+        model, notes = getattr(transformers, self._class).from_pretrained(
+            self.folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            assert not notes[kind], f"{kind}: {notes[kind]}"
+        return model.eval()
+
+
+WEIGHTS = 1
+"""The version of `write_random_model`."""
+
+
+def write_random_model(kind: str, config: Phi3Config, folder: Path, seed: int = 0) -> None:
+    """A checkpoint in Hugging Face's layout, from NumPy's generator: the same everywhere."""
+    source = ModelSource(abstract_model(CLASSES[kind][1], config))
+    tensors = {}
+    for name in source.names():
+        rng = np.random.default_rng([seed, crc32(name.encode())])
+        values = rng.normal(size=source.shape(name))
+        if "norm" in name:
+            values = 1.0 + 0.3 * values
+        elif name.endswith("bias"):
+            values *= 0.3
+        else:
+            values *= config.initializer_range
+        if "embed_tokens" in name and config.pad_token_id is not None:
+            values[config.pad_token_id] = 0.0  # as the reference begins
+        tensors[name] = values.astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"architectures": [CLASSES[kind][0]], **config.to_dict()}))
+
+
+def pair(kind: str, config: Phi3Config, folder: Path, seed: int = 0) -> tuple[Any, Reference]:
+    """Our model with random weights, and the reference's with the same."""
+    write_random_model(kind, config, folder, seed)
+    return CLASSES[kind][1].from_pretrained(folder), Reference(kind, config, folder, seed)
 
 
 def on_mesh(model: Any, mesh: Any) -> Any:
@@ -100,12 +142,15 @@ def random_ids(config: Phi3Config, mask: np.ndarray, seed: int = 0) -> np.ndarra
 
 
 def distance(ours: Any, theirs: Any, where: Any = True) -> float:
-    """Largest difference over largest value of `theirs`, at the elements that `where` selects."""
+    """Largest difference over largest value of `theirs`, at the elements that `where` selects.
+
+    Of a `Sample` only its elements count.
+    """
     ours = np.asarray(ours, np.float64)
-    theirs = (
-        theirs.detach().float().numpy().astype(np.float64) if torch.is_tensor(theirs) else np.asarray(theirs)
-    )
-    assert ours.shape == theirs.shape, f"{ours.shape} against {theirs.shape}"
+    assert ours.shape == np.shape(theirs), f"{ours.shape} against {np.shape(theirs)}"
+    if isinstance(theirs, Sample):
+        ours, where, theirs = theirs.at(ours), theirs.at(where), theirs.values
+    theirs = np.asarray(theirs, np.float64)
     where = np.broadcast_to(where, theirs.shape)
     scale = np.abs(theirs[where]).max()
     return float(np.abs(ours - theirs)[where].max() / (scale if scale > 0 else 1.0))
@@ -118,36 +163,68 @@ def run(model: Any, **arguments: Any) -> Any:
 
 def gradients(model: Any, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """The output, and the loss's gradient for each parameter, named and laid out as in the checkpoint."""
-    from phi3_jax.checkpoint.save import ModelSource
-
     out, gradient = _gradients(model, *_told_apart(arguments))
     source = ModelSource(gradient)
     return out, {name: source.read(name) for name in source.names()}
 
 
-def run_theirs(model: Any, ids: np.ndarray | None, mask: np.ndarray, **arguments: Any) -> Any:
-    """The reference's output, with positions counted along the mask and without a cache."""
-    if "position_ids" not in arguments:
-        arguments["position_ids"] = torch.tensor(positions(mask))
-    ids = None if ids is None else torch.tensor(ids)
-    return model(ids, attention_mask=torch.tensor(mask), use_cache=False, **arguments)
+def run_theirs(theirs: Reference, ids: np.ndarray | None, mask: np.ndarray | None, **arguments: Any) -> Any:
+    """The reference's output without a cache, with positions counted along the mask unless some are given.
+
+    With `gradients=True` its `gradients` are the loss's, by the parameters' names.
+    """
+    if "position_ids" not in arguments and mask is not None:
+        arguments["position_ids"] = positions(mask)
+    return SimpleNamespace(**_forward(theirs, ids, mask, **arguments))
 
 
-def alone(theirs: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+@stored
+def _forward(
+    theirs: Reference,
+    ids: np.ndarray | None,
+    mask: np.ndarray | None,
+    gradients: bool = False,
+    **arguments: Any,
+) -> dict[str, Any]:
+    import torch
+
+    def tensor(value: Any) -> Any:
+        return torch.tensor(value) if isinstance(value, np.ndarray) else value
+
+    model = theirs.model
+    model.zero_grad(set_to_none=True)
+    with torch.set_grad_enabled(gradients):
+        out = model(
+            tensor(ids),
+            attention_mask=tensor(mask),
+            use_cache=False,
+            **{name: tensor(value) for name, value in arguments.items()},
+        )
+    answer = dict(out)
+    if gradients:
+        out.loss.backward()
+        answer["gradients"] = {name: each.grad for name, each in model.named_parameters()}
+    return answer
+
+
+@stored(whole=True)
+def alone(theirs: Reference, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Logits that the reference gives the tokens of each row by themselves, put where the row has them."""
+    import torch
+
     logits = np.zeros((*ids.shape, theirs.config.vocab_size), np.float32)
     with torch.no_grad():
         for row, used in enumerate(mask.astype(bool)):
-            logits[row, used] = theirs(torch.tensor(ids[row][used])[None], use_cache=False).logits[0].numpy()
+            out = theirs.model(torch.tensor(ids[row][used])[None], use_cache=False)
+            logits[row, used] = out.logits[0].numpy()
     return logits
 
 
 def assert_same_gradients(ours: dict[str, np.ndarray], theirs: Any, tolerance: float) -> None:
-    """Every parameter of `theirs` has a gradient, and it is ours."""
-    others = dict(theirs.named_parameters())
-    assert ours.keys() == others.keys()
-    for name, parameter in others.items():
-        assert distance(ours[name], parameter.grad) <= tolerance, name
+    """Every parameter of `theirs`, a reference's answer, has a gradient, and it is ours."""
+    assert ours.keys() == theirs.gradients.keys()
+    for name, gradient in theirs.gradients.items():
+        assert distance(ours[name], gradient) <= tolerance, name
 
 
 def _told_apart(arguments: dict[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:

@@ -3,7 +3,8 @@
 from typing import Any
 
 import numpy as np
-import torch
+from answers import stored
+from reference import Reference
 from twins import Twins
 
 
@@ -31,15 +32,18 @@ def assert_varied(new: np.ndarray) -> None:
     assert min(len(set(row)) for row in new.tolist()) > 5
 
 
-def logits_along(reference: Any, tokens: np.ndarray) -> np.ndarray:
+@stored(whole=True)
+def logits_along(reference: Reference, tokens: np.ndarray) -> np.ndarray:
     """The reference's logits behind each beginning of one row, as if that beginning were all there is.
 
     Two forwards without a cache: up to `original_max_position_embeddings` and over everything.
     """
+    import torch
+
     original = reference.config.original_max_position_embeddings
     with torch.no_grad():
         logits = [
-            reference(torch.tensor(part)[None], use_cache=False).logits[0].numpy()
+            reference.model(torch.tensor(part)[None], use_cache=False).logits[0].numpy()
             for part in (tokens[:original], tokens)
         ]
     return np.concatenate([logits[0], logits[1][original:]])

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from reference import pair
+from answers import stored
+from reference import Reference, pair
 
 from phi3_jax import Phi3Config
 
@@ -20,7 +21,6 @@ class Twins:
     def __init__(self, config: Phi3Config, folder: Path, seed: int = 0):
         self.config = config
         self.model, self.reference = pair("causal", config, folder, seed)
-        self.reference.generation_config.eos_token_id = None
 
     def ours(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
         """Our answer: ids as NumPy, or the whole output where `return_dict_in_generate` asks for it."""
@@ -28,18 +28,29 @@ class Twins:
         return out if hasattr(out, "sequences") else np.asarray(out)
 
     def theirs(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
-        """The reference's, whose word for "no end token" is None."""
+        """The reference's, whose word for "no end token" is None; of a whole output its arrays."""
         options = {"eos_token_id": None, "pad_token_id": PAD, "do_sample": False} | options
         options["eos_token_id"] = options["eos_token_id"] or None
-        mask = None if mask is None else torch.tensor(mask)
-        out = self.reference.generate(torch.tensor(ids), attention_mask=mask, **options)
-        return out if hasattr(out, "sequences") else out.numpy()
+        answer = _generate(self.reference, ids, mask, **options)
+        return SimpleNamespace(**answer) if isinstance(answer, dict) else answer
 
     def same(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> np.ndarray:
         """What both answer, which must be the same ids."""
         expected = self.theirs(ids, mask, **options)
         np.testing.assert_array_equal(self.ours(ids, mask, **options), expected)
         return expected
+
+
+@stored(whole=True)
+def _generate(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+    import torch
+
+    reference.model.generation_config.eos_token_id = None
+    mask = None if mask is None else torch.tensor(mask)
+    out = reference.model.generate(torch.tensor(ids), attention_mask=mask, **options)
+    if not hasattr(out, "sequences"):
+        return out
+    return {name: value for name, value in out.items() if name != "past_key_values"}
 
 
 def prompts(lengths: Sequence[int], side: str = "left", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
