@@ -177,11 +177,11 @@ def run_whole(settings: Settings, *, output: Path | None, cache_dir: Path | None
         ValueError: as `finetune`; a setting that has no counterpart in transformers.
         OSError: a file that cannot be read or written.
     """
-    from phi3_jax.bench_finetune_torch import Theirs
-
     check(settings)
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no directory {output.parent}; make it first")
+    from phi3_jax.bench_finetune_torch import Theirs
+
     began = time.perf_counter()
     recipe = prepare(settings, None, cache_dir)
     side = Theirs(recipe)

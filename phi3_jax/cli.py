@@ -18,6 +18,7 @@ from phi3_jax.cli_interrupt import Interrupt
 from phi3_jax.cli_plan import plan
 from phi3_jax.cli_processes import join, prepare, tell, tell_error
 from phi3_jax.cli_rope import rope
+from phi3_jax.platforms import skip_absent_tpu
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -333,6 +334,7 @@ def keep_compiled_programs(cache_dir: Path | None) -> None:
 
 def main() -> NoReturn:
     """Runs the command; what the user can mend is one line on standard error, not a traceback."""
+    skip_absent_tpu()
     try:
         app()
     except BrokenPipeError:

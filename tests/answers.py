@@ -1,8 +1,8 @@
 """Answers of transformers, PyTorch and PEFT, kept in `tests/answers/` so that most tests need none of them.
 
-A function under `stored` asks the reference. `pytest` finds what it returned for the same arguments in the file of the
-running test's module; `pytest --reference live` calls it and compares the answer with the stored one;
-`pytest --reference remake -n 0` calls it and writes the files anew.
+A function under `stored` asks the reference. `pytest` reads what it returned for the same arguments from the
+file of the running test's module. `pytest --reference live` calls it and compares its answer with the stored
+one; `pytest --reference remake` calls it and stores its answer.
 """
 
 import functools
@@ -76,8 +76,8 @@ class Answers:
             return answer
         if key not in structures:
             raise LookupError(
-                f"tests/answers/{name}.safetensors has no answer for these arguments of {function.__qualname__}; "
-                "pip install -e '.[reference]' and run this test with --reference remake -n 0"
+                f"tests/answers/{name}.safetensors has no answer of {function.__qualname__} for these "
+                "arguments; pip install -e '.[reference]' and run this test with --reference remake"
             )
         kept = _unpack(json.loads(structures[key]), tensors[key])
         if self.mode == "stored":
@@ -112,9 +112,9 @@ ANSWERS = Answers()
 def stored(function: Callable[..., Any] | None = None, *, whole: bool = False) -> Any:
     """Makes a function that asks the reference one whose answers are stored.
 
-    The arguments are plain values, NumPy arrays, or objects with an `answer_key`. The answer is made of dicts, lists,
-    tuples, plain values and arrays; tensors become arrays. Where `whole` is false, a test without the reference
-    gets a `Sample` of each large array of floats.
+    The arguments are plain values, NumPy arrays, or objects with an `answer_key`. The answer is made of
+    dicts, lists, tuples, plain values and arrays; tensors become arrays. Where `whole` is false, a large
+    array of floats comes from the file as a `Sample`.
     """
     if function is None:
         return functools.partial(stored, whole=whole)

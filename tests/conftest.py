@@ -19,38 +19,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--optimize",
         action="store_true",
-        help="compile programs as users' programs are compiled; without it they compile several times sooner and run slower",
+        help="compile programs as users' programs are compiled, which takes several times as long",
     )
     parser.addoption(
         "--reference",
         choices=MODES,
         default="stored",
-        help="stored: compare with stored answers of transformers; live: run it as well, and compare the stored answers "
-        "with its own; remake: store its answers anew",
+        help="stored: compare with stored answers of transformers; live: run it, and compare its answers "
+        "with the stored ones; remake: run it, and store its answers",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     ANSWERS.mode = config.getoption("reference")
     if ANSWERS.mode == "remake" and config.getoption("numprocesses", None):
-        raise pytest.UsageError("--reference remake writes files from one process; add -n 0")
-    if not config.getoption("optimize"):
-        _compile_without_optimizations()
+        raise pytest.UsageError("--reference remake writes files from one process; leave out -n")
     # Workers share compiled programs, and later runs find them again; `pytest --cache-clear` removes them.
     assert config.cache is not None
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _set_jax("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    _set_jax("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _set_jax("jax_persistent_cache_min_entry_size_bytes", -1)
+    if not config.getoption("optimize"):
+        _set_jax("jax_disable_most_optimizations", True)
+        flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+        if jax.version.__version_info__ < (0, 11):
+            flags.append("--xla_cpu_use_fusion_emitters=false")  # halves compilation; newer XLA has no other
+        os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 
-def _compile_without_optimizations() -> None:
-    jax.config.update("jax_disable_most_optimizations", True)
-    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
-    if jax.version.__version_info__ < (0, 11):
-        flags.append(
-            "--xla_cpu_use_fusion_emitters=false"
-        )  # halves the time of compilation; gone in newer XLA
-    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+def _set_jax(option: str, value: str | float | bool) -> None:
+    """Sets an option of JAX here and in the processes that tests start."""
+    jax.config.update(option, value)
+    os.environ[option.upper()] = str(value)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

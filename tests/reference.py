@@ -57,7 +57,7 @@ def longrope(**changes: Any) -> dict[str, Any]:
 
 
 class Reference:
-    """A random model of transformers in float32 with eager attention, loaded from `folder` when it is asked."""
+    """A random model of transformers in float32 with eager attention, loaded when it is first asked."""
 
     def __init__(self, kind: str, config: Phi3Config, folder: Path, seed: int = 0):
         self.config, self.folder = config, folder
@@ -78,7 +78,7 @@ class Reference:
         return model.eval()
 
 
-WEIGHTS = 1
+WEIGHTS = 2
 """The version of `write_random_model`."""
 
 
@@ -95,8 +95,8 @@ def write_random_model(kind: str, config: Phi3Config, folder: Path, seed: int = 
             values *= 0.3
         else:
             values *= config.initializer_range
-        if "embed_tokens" in name and config.pad_token_id is not None:
-            values[config.pad_token_id] = 0.0  # as the reference begins
+        if ("embed_tokens" in name or "lm_head" in name) and config.pad_token_id is not None:
+            values[config.pad_token_id] = 0.0  # as the reference begins; no greedy answer holds padding
         tensors[name] = values.astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

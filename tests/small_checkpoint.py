@@ -1,13 +1,13 @@
 """A tiny chat model on disk: random weights, a byte-level tokenizer and a template."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reference import small_config
+from reference import small_config, write_random_model
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from phi3_jax import Phi3ForCausalLM
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -37,5 +37,32 @@ def write_checkpoint(folder: Path, **changes: Any) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     sizes = {"vocab_size": 300, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
-    Phi3ForCausalLM(small_config(**sizes | changes), rngs=3).save_pretrained(folder)
+    write_random_model("causal", small_config(**sizes | changes), folder, seed=3)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": NEVER}))
+
+
+class Checkpoint:
+    """A directory whose model transformers loads when it is asked; answers know it by its contents."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @cached_property
+    def answer_key(self) -> Any:
+        weights = {path.name: load_file(path) for path in self.folder.glob("*.safetensors")}
+        return json.loads((self.folder / "config.json").read_text()), weights
+
+    @cached_property
+    def model(self) -> Any:
+        import torch
+        import transformers
+
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            self.folder, attn_implementation="eager", dtype=torch.float32
+        ).eval()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(self.folder)

@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from reference import small_config
+from reference import small_config, write_random_model
 from small_checkpoint import PROMPT, write_checkpoint
 
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer, bench, bench_batch, turns
@@ -103,25 +101,49 @@ def test_layers_are_of_presets_only(tmp_path: Path) -> None:
         run_bench(tmp_path, layers=2)
 
 
-def test_requests_against_static_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """In this process: lengths of a few tokens, as many answered as asked, by both sides."""
+@pytest.fixture
+def bench_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+    """The table of 20 prompts and answers of a few tokens, made in this process."""
     monkeypatch.setattr(bench_batch, "LONGEST_PROMPT", 20)
     monkeypatch.setattr(bench_batch, "LONGEST_ANSWER", 8)
     monkeypatch.setattr(bench_batch, "take_turns", turns.take_turns_here)
-    Phi3ForCausalLM(small_config(max_position_embeddings=64)).save_pretrained(tmp_path)
-    run_bench(tmp_path, requests=20, rounds=1)
-    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    load = bench_batch.Load(tmp_path, "float32", 20)
+    write_random_model("causal", small_config(num_hidden_layers=1), tmp_path)
+
+    def table() -> str:
+        run_bench(tmp_path, requests=20, rounds=1)
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    return table
+
+
+def totals(folder: Path) -> str:
+    load = bench_batch.Load(folder, "float32", 20)
     prompts, answers = map(sum, zip(*load.lengths(), strict=True))
-    assert f"20 prompts of {prompts:,} tokens, {answers:,} tokens" in out
-    assert "sorted," in out
+    return f"20 prompts of {prompts:,} tokens, {answers:,} tokens"
+
+
+def test_requests(bench_requests: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens are answered as asked, beside transformers or alone."""
+    monkeypatch.setattr(bench_batch.importlib.util, "find_spec", lambda name: None)
+    table = bench_requests()
+    assert totals(tmp_path) in table
+    assert re.search(r"phi3-jax \d+ slots of \d+ ", table)
     with pytest.raises(ValueError, match="has prompts of its own"):
         run_bench(tmp_path, requests=20, prompt_lookup=3)
 
 
+@pytest.mark.live
+def test_requests_against_static_batches(bench_requests: Any, tmp_path: Path) -> None:
+    table = bench_requests()
+    assert totals(tmp_path) in table
+    assert re.search(r"transformers .*sorted,", table)
+
+
+@pytest.mark.live
 def test_a_static_batch_ends_with_its_longest_answer(tmp_path: Path) -> None:
+    import torch
+    import transformers
+
     Phi3ForCausalLM(small_config(max_position_embeddings=64)).save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     model.generation_config.eos_token_id = None

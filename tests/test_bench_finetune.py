@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from answers import stored
 from small_checkpoint import write_checkpoint
 from typer.testing import CliRunner
 
-from phi3_jax import bench_finetune, bench_finetune_torch
+from phi3_jax import bench_finetune
 from phi3_jax.bench_finetune import Turn, Work
 from phi3_jax.cli import app
 from phi3_jax.training.finetune import finetune
@@ -29,7 +30,7 @@ CAUSAL: dict[str, Any] = {"task": "causal-lm"}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder, initializer_range=0.1, num_hidden_layers=2)
+    write_checkpoint(folder, initializer_range=0.05, num_hidden_layers=2)
     return folder
 
 
@@ -67,6 +68,20 @@ def settings(model: Path, rows: Path, **changes: Any) -> Settings:
 slow = pytest.mark.slow
 
 
+class Run:
+    """A few steps of training, which an answer knows by the settings that differ between tests."""
+
+    def __init__(self, settings: Settings, changes: dict[str, Any]):
+        self.work, self.answer_key = Work(settings, steps=3, cache_dir=None), changes
+
+
+@stored
+def their_losses(run: Run) -> list[float]:
+    """The losses of two turns with transformers."""
+    side = bench_finetune._theirs(run.work)
+    return [loss for turn in (side(), side()) for loss in turn.losses]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -102,23 +117,28 @@ slow = pytest.mark.slow
 )
 def test_both_sides_have_the_same_losses(model: Path, rows: Path, changes: dict[str, Any]) -> None:
     """Over steps whose last batch has rows without examples."""
-    work = Work(settings(model, rows, **changes), steps=3, cache_dir=None)
-    ours, theirs = bench_finetune._ours(work), bench_finetune._theirs(work)
-    mine, other = ([loss for turn in (side(), side()) for loss in turn.losses] for side in (ours, theirs))
+    run = Run(settings(model, rows, **changes), changes)
+    work, other = run.work, their_losses(run)
+    ours = bench_finetune._ours(work)
+    mine = [loss for turn in (ours(), ours()) for loss in turn.losses]
     assert len(mine) == 6
     assert max(mine[3:]) < max(mine[:3])
     tolerance = bench_finetune.AGREE[work.settings.dtype] / (5 if work.settings.dtype == "float32" else 1)
     np.testing.assert_allclose(mine, other, rtol=tolerance)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(("remat", "kept"), [(None, True), ("none", True), ("full", False)])
 def test_their_layers_are_computed_again_where_ours_are(
     model: Path, rows: Path, remat: str | None, kept: bool
 ) -> None:
+    from phi3_jax import bench_finetune_torch
+
     recipe = prepare(settings(model, rows, **SEQUENCE, remat=remat), None, None)
     assert bench_finetune_torch._model(recipe).is_activation_checkpointing != kept
 
 
+@pytest.mark.live
 def test_a_whole_run_keeps_the_best(model: Path, rows: Path, tmp_path: Path) -> None:
     """A learning rate at which the loss rises again; the test rows are those of the validation."""
     files = {"validation_file": str(rows / "rows.csv"), "test_file": str(rows / "rows.csv")}
@@ -138,6 +158,7 @@ def test_a_whole_run_keeps_the_best(model: Path, rows: Path, tmp_path: Path) -> 
     assert 0 < told["seconds_per_step"] < told["training_seconds"] < told["total_seconds"]
 
 
+@pytest.mark.live
 def test_a_whole_run_ends_when_nothing_gets_better(model: Path, rows: Path) -> None:
     run = settings(model, rows, **SEQUENCE, eval_steps=1, learning_rate=1e-9, early_stopping_patience=2)
     result = bench_finetune.run_whole(run, output=None, cache_dir=None)
@@ -218,7 +239,19 @@ def command(*arguments: str) -> Exception | None:
     return CliRunner().invoke(app, ["bench-finetune", *arguments]).exception
 
 
+def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Makes these packages of the other side seem to be installed, and no others of it."""
+    find = importlib.util.find_spec
+    other_side = ("torch", "transformers", "peft")
+
+    def find_spec(name: str) -> Any:
+        return (True if name in names else None) if name in other_side else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+
 def test_the_command_hands_settings_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, "torch", "transformers", "peft")
     called: list[Any] = []
     monkeypatch.setattr(bench_finetune, "run_turns", lambda *args, **named: called.append((args, named)))
     monkeypatch.setattr(bench_finetune, "run_whole", lambda *args, **named: called.append((args, named)))
@@ -234,8 +267,7 @@ def test_the_command_hands_settings_on(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_the_command_needs_the_other_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    install(monkeypatch, "torch", "transformers")
     with pytest.raises(ValueError, match="compares with peft; pip install peft"):
         raise command("--trained", "lora") or AssertionError
     with pytest.raises(ValueError, match="--output is for the metrics of --whole-run"):

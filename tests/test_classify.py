@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
-from reference import pair, small_config
+from answers import stored
+from reference import Reference, pair, small_config
+from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, cli, progress
 from phi3_jax.classification import Classifier, classify, classify_file
@@ -84,7 +84,7 @@ def config(**changes: Any) -> Phi3Config:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    """`checkpoint(kind)`: a folder that transformers wrote, and its model."""
+    """`checkpoint(kind)`: a folder, and the model of transformers in it."""
     made: dict[str, tuple[Path, Any]] = {}
 
     def get(kind: str) -> tuple[Path, Any]:
@@ -150,9 +150,13 @@ def partial_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
-def their_logits(theirs: Any, ids: list[int]) -> np.ndarray:
+@stored(whole=True)
+def their_logits(theirs: Reference, rows: list[list[int]]) -> list[Any]:
+    """Logits of each text by itself; of a token classifier, of each token."""
+    import torch
+
     with torch.no_grad():
-        return theirs(torch.tensor([ids]), use_cache=False).logits[0].double().numpy()
+        return [theirs.model(torch.tensor([ids]), use_cache=False).logits[0].double() for ids in rows]
 
 
 # What is said
@@ -175,12 +179,12 @@ def test_texts_as_transformers(checkpoint: Any, kind: str, pairs: bool, batch_si
     classifier = Classifier.from_pretrained(
         folder, dtype="float32", batch_size=batch_size, text_pair_column="second" if pairs else None
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     items = list(zip(texts(11), texts(11, seed=1), strict=True)) if pairs else texts(11)
+    encodings = TheirTokenizer("words", folder).ask("__call__", items)
     answers = classifier.predict(items, all_scores=not kind.startswith("regression"))
     assert len(answers) == 11
-    for item, answer in zip(items, answers, strict=True):
-        logits = their_logits(theirs, tokenizer(*(item if pairs else [item])).input_ids)
+    all_logits = their_logits(theirs, [encoding["input_ids"] for encoding in encodings])
+    for logits, answer in zip(all_logits, answers, strict=True):
         names = list(KINDS[kind].get("id2label", LABELS).values())
         if kind == "single":
             scores = np.exp(logits) / np.exp(logits).sum()
@@ -200,15 +204,14 @@ def test_texts_as_transformers(checkpoint: Any, kind: str, pairs: bool, batch_si
 def test_words_as_transformers(checkpoint: Any) -> None:
     folder, theirs = checkpoint("tokens")
     classifier = Classifier.from_pretrained(folder, dtype="float32", batch_size=2)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     sentences = [text.split() for text in texts(11)]
+    spaced = [" " + word if index else word for words in sentences for index, word in enumerate(words)]
+    found = iter(TheirTokenizer("words", folder).ask("encode", spaced, add_special_tokens=False))
+    all_pieces = [[next(found) for _ in words] for words in sentences]
+    rows = [[1, *(token for piece in pieces for token in piece), 2] for pieces in all_pieces]
+    all_logits = their_logits(theirs, rows)
     seen = set()
-    for words, answer in zip(sentences, classifier.predict(sentences), strict=True):
-        pieces = [
-            tokenizer.encode(" " + word if index else word, add_special_tokens=False)
-            for index, word in enumerate(words)
-        ]
-        logits = their_logits(theirs, [1, *(token for piece in pieces for token in piece), 2])
+    for pieces, logits, answer in zip(all_pieces, all_logits, classifier.predict(sentences), strict=True):
         probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         first = 1 + np.cumsum([0, *map(len, pieces[:-1])])
         assert answer["predicted_labels"] == [LABELS[tag] for tag in logits[first].argmax(axis=1)]

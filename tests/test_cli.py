@@ -1,29 +1,30 @@
 """The commands on a tiny model: what comes out where, and how they end."""
 
+import importlib.util
 import io
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
-from reference import small_config
+from reference import small_config, write_random_model
 from safetensors.numpy import load_file
 from small_checkpoint import NEVER, PROMPT, SPECIALS, TEMPLATE, write_checkpoint
 from tokenizers import pre_tokenizers
 
-from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer, cli
+from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer, cli, platforms
 from phi3_jax.chat import ChatSession
 from phi3_jax.generation import CompiledModel, generate, stream_tokens
 
@@ -164,11 +165,12 @@ def test_beams_are_printed_at_the_end(
     generate_command: Any, compiled: CompiledModel, model_folder: Path
 ) -> None:
     tokenizer = Phi3Tokenizer.from_pretrained(model_folder)
-    ids = tokenizer.encode(PROMPT)
+    prompt = "What is the capital"
+    ids = tokenizer.encode(prompt)
     (best,) = generate(compiled, [ids], num_beams=3, max_new_tokens=9, do_sample=False)
-    result = generate_command(PROMPT, "--raw", "--num-beams", 3, "--max-new-tokens", 9)
+    result = generate_command(prompt, "--raw", "--num-beams", 3, "--max-new-tokens", 9)
     assert result[:2] == (0, tokenizer.decode(best[len(ids) :], skip_special_tokens=True) + "\n")
-    assert result.out != answer(compiled, model_folder, PROMPT, 9)
+    assert result.out != answer(compiled, model_folder, prompt, 9)
     assert result.err.startswith(f"[{len(ids)} prompt tokens, 9 tokens after ")
 
 
@@ -400,12 +402,38 @@ def test_reader_that_goes_away(model_folder: Path, tmp_path: Path) -> None:
     assert b"Traceback" not in err
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
-def test_convert_safetensors(run: Any, model_folder: Path, tmp_path: Path, dtype: str | None) -> None:
-    options = ["--dtype", dtype] if dtype else []
-    result = run("convert", model_folder, tmp_path / "out", *options)
+DTYPES = pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+
+
+def convert(run: Any, source: Path, out: Path, dtype: str | None) -> None:
+    result = run("convert", source, out, *(["--dtype", dtype] if dtype else []))
     assert result.code == 0
-    assert result.out == f"{tmp_path / 'out'}: 0.00 GB\n"
+    assert result.out == f"{out}: 0.00 GB\n"
+
+
+@DTYPES
+def test_convert_safetensors(run: Any, model_folder: Path, tmp_path: Path, dtype: str | None) -> None:
+    out = tmp_path / "out"
+    convert(run, model_folder, out, dtype)
+    original, written = (load_file(folder / "model.safetensors") for folder in (model_folder, out))
+    assert written.keys() == original.keys()
+    for name, tensor in original.items():
+        assert written[name].dtype == jnp.dtype(dtype or "float32")
+        assert np.array_equal(written[name], tensor.astype(written[name].dtype)), name
+    assert json.loads((out / "config.json").read_text())["dtype"] == (dtype or "float32")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (model_folder / name).read_bytes()
+
+
+@pytest.mark.live
+@DTYPES
+def test_transformers_loads_what_convert_writes(
+    run: Any, model_folder: Path, tmp_path: Path, dtype: str | None
+) -> None:
+    import torch
+    import transformers
+
+    convert(run, model_folder, tmp_path / "out", dtype)
     kind = getattr(torch, dtype or "float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     original = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
@@ -417,15 +445,31 @@ def test_convert_safetensors(run: Any, model_folder: Path, tmp_path: Path, dtype
     assert model.generation_config.eos_token_id == NEVER
 
 
-def test_convert_shards(run: Any, tmp_path: Path) -> None:
+def convert_to_shards(run: Any, folder: Path) -> dict[str, np.ndarray]:
+    """Converts a model to several files in `out`; gives its tensors."""
     config = small_config(vocab_size=4000, hidden_size=64, head_dim=16)
-    Phi3ForCausalLM(config).save_pretrained(tmp_path / "in")
-    assert run("convert", tmp_path / "in", tmp_path / "out", "--max-shard-size", "1MB").code == 0
-    shards = sorted((tmp_path / "out").glob("model-*-of-*.safetensors"))
+    write_random_model("causal", config, folder / "in")
+    assert run("convert", folder / "in", folder / "out", "--max-shard-size", "1MB").code == 0
+    shards = sorted((folder / "out").glob("model-*-of-*.safetensors"))
     assert len(shards) >= 3
     assert all(path.stat().st_size < 1_100_000 or len(load_file(path)) == 1 for path in shards)
+    return load_file(folder / "in" / "model.safetensors")
+
+
+def test_convert_shards(run: Any, tmp_path: Path) -> None:
+    original = convert_to_shards(run, tmp_path)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == original.keys()
+    for name, file in index["weight_map"].items():
+        assert np.array_equal(load_file(tmp_path / "out" / file)[name], original[name]), name
+
+
+@pytest.mark.live
+def test_transformers_loads_shards_that_convert_writes(run: Any, tmp_path: Path) -> None:
+    import transformers
+
+    original = convert_to_shards(run, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    original = load_file(tmp_path / "in" / "model.safetensors")
     for name, tensor in model.state_dict().items():
         assert np.array_equal(tensor.numpy(), original[name]), name
 
@@ -467,13 +511,12 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
 def test_convert_gguf_and_generate_from_both(run: Any, tmp_path: Path) -> None:
     tensors = write_gguf(tmp_path / "tiny.gguf")
     assert run("convert", tmp_path / "tiny.gguf", tmp_path / "out").code == 0
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    state = model.state_dict()
-    assert np.array_equal(state["model.embed_tokens.weight"].numpy(), tensors["token_embd.weight"])
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert np.array_equal(written["model.embed_tokens.weight"], tensors["token_embd.weight"])
     gate_up = np.concatenate([tensors["blk.0.ffn_gate.weight"], tensors["blk.0.ffn_up.weight"]])
-    assert np.array_equal(state["model.layers.0.mlp.gate_up_proj.weight"].numpy(), gate_up)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.decode(tokenizer("Hi there")["input_ids"]) == "Hi there"
+    assert np.array_equal(written["model.layers.0.mlp.gate_up_proj.weight"], gate_up)
+    tokenizer = Phi3Tokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer.encode("Hi there")) == "Hi there"
     results = [
         run("generate", "Hi", "--model", tmp_path / name, "--max-new-tokens", 9, "--dtype", "float32")
         for name in ("tiny.gguf", "out")
@@ -482,18 +525,42 @@ def test_convert_gguf_and_generate_from_both(run: Any, tmp_path: Path) -> None:
     assert results[0].out == results[1].out
 
 
+@pytest.mark.live
+def test_transformers_loads_a_converted_gguf(run: Any, tmp_path: Path) -> None:
+    import transformers
+
+    write_gguf(tmp_path / "tiny.gguf")
+    assert run("convert", tmp_path / "tiny.gguf", tmp_path / "out").code == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.state_dict().keys() - written.keys() <= {"lm_head.weight"}
+    for name, tensor in written.items():
+        assert np.array_equal(model.state_dict()[name].numpy(), tensor), name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("Hi there")["input_ids"]) == "Hi there"
+
+
+def least_seconds(measure: Callable[[], float], limit: float) -> float:
+    """The least of up to three measurements; one below the limit is enough."""
+    times: list[float] = []
+    while len(times) < 3 and not (times and times[-1] < limit):
+        times.append(measure())
+    return min(times)
+
+
 def test_help_is_quick_and_names_the_commands() -> None:
     command = [sys.executable, "-c", f"{HEEDS_SIGINT}from phi3_jax.cli import main\nmain()", "--help"]
-    times = []
-    for _ in range(3):
+
+    def seconds() -> float:
         begin = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
-        times.append(time.perf_counter() - begin)
         assert done.returncode == 0
         assert done.stderr == ""
-    for name in ("generate", "chat", "convert", "bench"):
-        assert name in done.stdout
-    assert min(times) < 6, times
+        for name in ("generate", "chat", "convert", "bench"):
+            assert name in done.stdout
+        return time.perf_counter() - begin
+
+    assert least_seconds(seconds, 6) < 6
 
 
 def test_import_is_light() -> None:
@@ -506,16 +573,43 @@ def test_import_is_light() -> None:
         sys.addaudithook(lambda event, _: calls.append(event) if event.startswith("socket.") else None)
         begin = time.process_time()
         import phi3_jax, phi3_jax.cli
+        for name in phi3_jax.__all__:
+            getattr(phi3_jax, name)
         seconds = time.process_time() - begin
         heavy = {"torch", "transformers", "tensorflow", "matplotlib", "pandas", "torchvision"}
         print(json.dumps([seconds, sorted(heavy & set(sys.modules)), calls]))
         """
     )
-    times = []
-    for _ in range(3):
+
+    def seconds() -> float:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        seconds, heavy, calls = json.loads(done.stdout)
+        measured, heavy, calls = json.loads(done.stdout)
         assert heavy == []
         assert not {"socket.connect", "socket.bind", "socket.getaddrinfo"} & set(calls)
-        times.append(seconds)
-    assert min(times) < 2, times
+        return measured
+
+    assert least_seconds(seconds, 2) < 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.skipif(platforms.has_tpu(), reason="there is a TPU")
+def test_absent_tpu_is_not_looked_for(model_folder: Path, tmp_path: Path) -> None:
+    """Where libtpu is installed, it neither complains nor is it loaded."""
+    script = """
+        import atexit, sys
+        atexit.register(lambda: print("libtpu" in open("/proc/self/maps").read(), file=sys.stderr))
+        from phi3_jax.cli import main
+        main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), "generate", "Hi", "--max-new-tokens", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [*command, "--model", str(model_folder)],
+        env=environment | {"PHI3_JAX_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    figures, loaded = done.stderr.splitlines()
+    assert re.fullmatch(r"\[\d+ prompt tokens, .* 2 tokens\]", figures)
+    assert loaded == "False"

@@ -4,13 +4,12 @@ import json
 import logging
 import os
 import pickle
+from copy import deepcopy
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from answers import stored
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.rope_scaling import RopeScaling
@@ -32,6 +31,7 @@ SMALL = {**SIZES, "eos_token_id": 2, "pad_token_id": 3}
 SHORT = [1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.9, 2.6]
 LONG = [1.1, 1.3, 1.9, 3.2, 6.1, 11.9, 24.0, 47.7]
 LISTS = {"short_factor": SHORT, "long_factor": LONG}
+LENGTHS = (4096, 4097)
 WINDOWS = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
 ENTRIES = {
     "linear": {"rope_type": "linear", "factor": 2.0},
@@ -52,20 +52,43 @@ def ours(config, seq_len):
     return np.atleast_2d(inv_freq)[0], float(attention_factor)
 
 
-def theirs(config, seq_len):
+@stored
+def config_of_theirs(settings):
+    """What transformers keeps of a config, and what it saves."""
+    import transformers
+
+    config = transformers.Phi3Config.from_dict(deepcopy(settings))  # which it changes
+    everything = json.loads(config.to_json_string(use_diff=False))
+    saved = json.loads(config.to_json_string())
+    return {"kept": everything | {"num_labels": config.num_labels}, "saved": saved}
+
+
+@stored(whole=True)
+def ropes_of_theirs(settings):
+    """Inverse frequencies and attention factor of transformers, on both sides of longrope's switch."""
+    import transformers
+
+    config = transformers.Phi3Config.from_dict(deepcopy(settings))  # which it changes
+    return [rope(config, length) for length in LENGTHS]
+
+
+def rope(config, seq_len):
+    """Inverse frequencies and attention factor of transformers."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
     if config.rope_parameters["rope_type"] == "default":
-        rotary = transformers.models.phi3.modeling_phi3.Phi3RotaryEmbedding(config)
-        return rotary.inv_freq.numpy(), rotary.attention_scaling
-    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
+        rotary = Phi3RotaryEmbedding(config)
+        return rotary.inv_freq, rotary.attention_scaling
+    return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
         config, device=torch.device("cpu"), seq_len=seq_len
     )
-    return inv_freq.numpy(), attention_factor
 
 
-def assert_same_rope(config, reference):
-    for seq_len in (4096, 4097):
+def assert_same_rope(config, ropes):
+    for seq_len, (expected, expected_attention) in zip(LENGTHS, ropes, strict=True):
         inv_freq, attention_factor = ours(config, seq_len)
-        expected, expected_attention = theirs(reference, seq_len)
         np.testing.assert_allclose(inv_freq, expected, rtol=1e-6)
         assert attention_factor == pytest.approx(expected_attention, rel=1e-7)
 
@@ -83,7 +106,7 @@ def test_published_configs(member, shared_data, caplog):
             tuple((raw["rope_scaling"] or {}).get(key, ())) or None
         )
     assert Phi3Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert_same_rope(config, transformers.Phi3Config.from_dict(config.to_dict()))
+    assert_same_rope(config, ropes_of_theirs(config.to_dict()))
 
 
 @pytest.mark.parametrize("member", PUBLISHED)
@@ -105,7 +128,7 @@ def test_presets_lists_them_all():
 
 
 def test_defaults_are_the_references():
-    config, reference = Phi3Config().to_dict(), transformers.Phi3Config().to_dict()
+    config, reference = Phi3Config().to_dict(), config_of_theirs({})["kept"]
     for name in config.keys() - {"rope_theta", "rope_scaling", "partial_rotary_factor"}:
         assert config[name] == reference[name], name
     assert Phi3Config().rope_parameters == reference["rope_parameters"]
@@ -155,15 +178,15 @@ def test_every_field_survives_both_ways(tmp_path):
         {**SIZES, "intermediate_size": 48, **EVERYTHING, "architectures": ["Phi3Model"]}
     )
     assert Phi3Config.from_pretrained(config.save_pretrained(tmp_path)) == config
-    reference = transformers.Phi3Config.from_pretrained(tmp_path)
+    theirs = config_of_theirs(json.loads((tmp_path / "config.json").read_text()))
+    reference = theirs["kept"]
     for name, value in (SIZES | EVERYTHING | {"num_labels": 3, "architectures": ["Phi3Model"]}).items():
-        if name == "id2label":
-            assert reference.id2label == config.id2label == {0: "a", 1: "b", 2: "c"}
-        elif name in ("rope_theta", "partial_rotary_factor"):
-            assert reference.rope_parameters[name] == getattr(config, name) == value
+        if name in ("rope_theta", "partial_rotary_factor"):
+            assert reference["rope_parameters"][name] == getattr(config, name) == value
         else:
-            assert getattr(reference, name) == value, name
-    reference.save_pretrained(tmp_path)
+            assert reference[name] == value, name
+    assert config.id2label == {0: "a", 1: "b", 2: "c"}
+    (tmp_path / "config.json").write_text(json.dumps(theirs["saved"]))
     again = Phi3Config.from_pretrained(tmp_path)
     assert again.replace(extra={}) == config.replace(extra={})
 
@@ -179,35 +202,36 @@ def test_round_trip_of_every_rope_type(name):
 def test_longrope_reaches_transformers(spelling):
     """Even "su", which transformers refuses, and early "yarn", whose attention factor it replaces."""
     config = small(**WINDOWS, rope_scaling={"type": spelling, **LISTS})
-    reference = transformers.Phi3Config.from_dict(config.to_dict())
-    assert_same_rope(config, reference)
+    theirs, ropes = config_of_theirs(config.to_dict())["kept"], ropes_of_theirs(config.to_dict())
+    assert_same_rope(config, ropes)
     expected = 1.3465735903 if spelling == "yarn" else 1.1902380714
-    assert theirs(reference, 1)[1] == pytest.approx(expected, rel=1e-9)
-    assert_same_rope(Phi3Config.from_dict(reference.to_dict()), reference)
+    assert ropes[0][1] == pytest.approx(expected, rel=1e-9)
+    assert_same_rope(Phi3Config.from_dict(theirs), ropes)
     legacy = config.to_dict()["rope_scaling"]
     assert "rope_type" not in legacy
     assert len(legacy) == (4 if spelling == "yarn" else 3)  # transformers 4 takes these three keys, no others
 
 
 def test_reads_what_transformers_5_writes(caplog):
-    reference = transformers.Phi3Config(
+    settings = {
         **SMALL,
         **WINDOWS,
-        num_labels=3,
-        dtype="bfloat16",
-        rope_parameters={
+        "num_labels": 3,
+        "dtype": "bfloat16",
+        "rope_parameters": {
             "rope_type": "longrope",
             **{key: values[:4] for key, values in LISTS.items()},
             "rope_theta": 5000.0,
             "partial_rotary_factor": 0.5,
         },
-    )
-    config = Phi3Config.from_dict(json.loads(reference.to_json_string(use_diff=False)))
+    }
+    theirs = config_of_theirs(settings)["kept"]
+    config = Phi3Config.from_dict({k: v for k, v in theirs.items() if k != "num_labels"})
     assert not caplog.records
     assert (config.rope_theta, config.partial_rotary_factor, config.num_labels) == (5000.0, 0.5, 3)
     assert config.checkpoint_dtype == "bfloat16"
-    assert config.rope_parameters == reference.rope_parameters
-    assert_same_rope(config, reference)
+    assert config.rope_parameters == theirs["rope_parameters"]
+    assert_same_rope(config, ropes_of_theirs(settings))
 
 
 def test_original_length_from_inside_the_rope_entry():
@@ -231,7 +255,7 @@ def test_both_spellings_that_agree():
 def test_a_bare_label_count_survives(count):
     config = small(num_labels=count)
     assert Phi3Config.from_dict(config.to_dict()) == config
-    assert transformers.Phi3Config.from_dict(config.to_dict()).num_labels == count
+    assert config_of_theirs(config.to_dict())["kept"]["num_labels"] == count
 
 
 def test_label2id_alone_names_the_labels(caplog):

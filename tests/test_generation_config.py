@@ -6,14 +6,14 @@ import logging
 import pickle
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
-from transformers import GenerationMixin
+from answers import stored
 
 from phi3_jax.config import Phi3Config
 from phi3_jax.generation_config import checks
@@ -106,15 +106,29 @@ def resolve(
     )
 
 
+@stored
+def names_of_theirs() -> list[str]:
+    import transformers
+
+    return sorted(transformers.GenerationConfig().to_dict())
+
+
+@stored
+def defaults_of_theirs() -> dict[str, Any]:
+    import transformers
+
+    return transformers.GenerationConfig._get_default_generation_params()
+
+
 def test_every_name_of_transformers_is_known() -> None:
-    theirs = set(transformers.GenerationConfig().to_dict()) - {"transformers_version", "_from_model_config"}
+    theirs = set(names_of_theirs()) - {"transformers_version", "_from_model_config"}
     assert theirs - NAMES == set(checks.UNSUPPORTED)
     assert NAMES - theirs == OURS
     assert set(checks.RULES) == NAMES == set(VALUES) == set(BAD)
 
 
 def test_defaults_are_transformers() -> None:
-    theirs = transformers.GenerationConfig._get_default_generation_params()
+    theirs = defaults_of_theirs()
     shared = {name: value for name, value in theirs.items() if name in NAMES and value is not None}
     assert shared.pop("max_length") == 20
     # Where transformers leaves None, this is what its code does then.
@@ -148,12 +162,19 @@ def test_whole_numbers_become_floats() -> None:
     assert type(config.top_k) is int
 
 
-def test_values_from_arrays() -> None:
+def torch_tensor(values: Any) -> Any:
+    import torch
+
+    return torch.tensor(values)
+
+
+@pytest.mark.parametrize("array", [jnp.array, pytest.param(torch_tensor, marks=pytest.mark.live)])
+def test_values_from_arrays(array: Any) -> None:
     config = GenerationConfig(
         eos_token_id=np.array([2, 7]),
         pad_token_id=np.int64(3),
         temperature=np.float64(0.5),
-        suppress_tokens=torch.tensor([4, 5]),
+        suppress_tokens=array([4, 5]),
         bad_words_ids=np.array([[1, 2]]),
         do_sample=np.bool_(True),
         begin_suppress_tokens=range(3),
@@ -208,6 +229,21 @@ def test_unsupported_names_with_values_of_no_consequence() -> None:
     assert GenerationConfig(**given) == GenerationConfig(top_k=5)
 
 
+@stored
+def read_by_theirs(written: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """What the reference makes of a file: those settings, and the biases that its processor is given."""
+    import transformers
+
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "generation_config.json").write_text(json.dumps(written))
+        config = transformers.GenerationConfig.from_pretrained(folder)
+    found = {name: getattr(config, name) for name in names}
+    if config.sequence_bias is not None:
+        biases = transformers.SequenceBiasLogitsProcessor(config.sequence_bias).sequence_bias
+        found["biases"] = list(biases.items())
+    return found
+
+
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_transformers_reads_what_we_write(name: str, tmp_path: Path) -> None:
     needed = {"do_sample": True, "return_dict_in_generate": True}  # else transformers warns
@@ -218,28 +254,39 @@ def test_transformers_reads_what_we_write(name: str, tmp_path: Path) -> None:
     assert (
         config.save_pretrained(tmp_path / "new" / "folder") == tmp_path / "new/folder/generation_config.json"
     )
-    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "new" / "folder")
+    written = json.loads((tmp_path / "new" / "folder" / "generation_config.json").read_text())
+    theirs = read_by_theirs(written, [*sorted(config.said()), "some_newer_option"])
     for field, value in config.said().items():
         listed = json.loads(json.dumps(value))
-        assert getattr(theirs, field) == listed, field
-    assert theirs.some_newer_option == [1]
+        assert theirs[field] == listed, field
+    assert theirs["some_newer_option"] == [1]
     assert GenerationConfig.from_pretrained(tmp_path / "new" / "folder") == config
     if name == "sequence_bias":
-        processor = transformers.SequenceBiasLogitsProcessor(theirs.sequence_bias)
-        assert processor.sequence_bias == VALUES[name][0]
+        assert {tuple(words): bias for words, bias in theirs["biases"]} == VALUES[name][0]
+
+
+@stored
+def written_by_theirs(given: dict[str, Any]) -> str:
+    """The file that the reference saves."""
+    import transformers
+
+    with TemporaryDirectory() as folder:
+        transformers.GenerationConfig(**given).save_pretrained(folder)
+        return (Path(folder) / "generation_config.json").read_text()
 
 
 def test_we_read_what_transformers_writes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     given = {name: VALUES[name][0] for name in NAMES - OURS - {"sequence_bias", "num_return_sequences"}}
     given["sequence_bias"] = [[[1, 2], -3.0]]
     given["max_length"] = None
-    transformers.GenerationConfig(**given).save_pretrained(tmp_path)
+    file = written_by_theirs(given)
+    (tmp_path / "generation_config.json").write_text(file)
     with caplog.at_level(logging.WARNING):
         ours = GenerationConfig.from_pretrained(tmp_path / "generation_config.json")
     assert not caplog.records
     expected = GenerationConfig(**given)
     assert ours.said() == expected.said()
-    assert ours.extra == {"transformers_version": transformers.__version__}
+    assert ours.extra == {"transformers_version": json.loads(file)["transformers_version"]}
 
 
 def test_saving_keeps_everything_and_everything_else(tmp_path: Path) -> None:
@@ -325,6 +372,26 @@ def test_layers() -> None:
     assert (made.prompt_length, made.batch_size) == (10, 1)
 
 
+@stored
+def lengths_of_theirs(given: dict[str, int], prompt_length: int) -> tuple[int, int]:
+    """The greatest and the least length that the reference counts with in a context of 64."""
+    import torch
+    import transformers
+
+    config = transformers.GenerationConfig(**given)
+    unset = [config.max_length is None, config.min_length is None]
+    config.update(**transformers.GenerationConfig._get_default_generation_params(), defaults_only=True)
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64, is_encoder_decoder=False))
+    logging.disable(logging.WARNING)  # that both are given
+    try:
+        config = transformers.GenerationMixin._prepare_generated_length(
+            model, config, *unset, "input_ids", prompt_length, torch.zeros(1, prompt_length)
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    return config.max_length, config.min_length
+
+
 @pytest.mark.parametrize("prompt_length", [1, 10, 50, 63])
 @pytest.mark.parametrize(
     "model",
@@ -338,21 +405,11 @@ def test_layers() -> None:
     ],
 )
 def test_lengths_are_transformers(model: dict[str, int], prompt_length: int) -> None:
-    theirs = transformers.GenerationConfig(**model)
-    unsaid = [theirs.max_length is None, theirs.min_length is None]
-    theirs.update(**transformers.GenerationConfig._get_default_generation_params(), defaults_only=True)
-    self = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64, is_encoder_decoder=False))
-    logging.disable(logging.WARNING)  # that both are given
-    try:
-        theirs = GenerationMixin._prepare_generated_length(
-            self, theirs, *unsaid, "input_ids", prompt_length, torch.zeros(1, prompt_length)
-        )
-    finally:
-        logging.disable(logging.NOTSET)
+    theirs_longest, theirs_shortest = lengths_of_theirs(model, prompt_length)
     made = resolve(model=GenerationConfig(**model), prompt_length=prompt_length)
-    longest = min(theirs.max_length, 64)  # ours never passes the context
+    longest = min(theirs_longest, 64)  # ours never passes the context
     assert made.max_length == prompt_length + made.max_new_tokens == longest
-    shortest = min(theirs.min_length, longest)
+    shortest = min(theirs_shortest, longest)
     assert made.min_new_tokens == max(0, shortest - prompt_length)
     assert made.min_length == (prompt_length + made.min_new_tokens if made.min_new_tokens else 0)
 

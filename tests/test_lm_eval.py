@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
-from small_checkpoint import PROMPT, write_checkpoint
-
-lm_eval = pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from phi3_jax.lm_eval import Phi3JaxLM  # noqa: E402
+from small_checkpoint import PROMPT, Checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
 
@@ -76,18 +68,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> HFLM:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return HFLM(pretrained=model, tokenizer=tokenizer, max_length=64, batch_size=1)
+def theirs(folder: Path) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    checkpoint = Checkpoint(folder)
+    return HFLM(pretrained=checkpoint.model, tokenizer=checkpoint.tokenizer, max_length=64, batch_size=1)
 
 
 @pytest.fixture(scope="module")
-def ours(folder: Path) -> Phi3JaxLM:
+def ours(folder: Path) -> Any:
+    from phi3_jax.lm_eval import Phi3JaxLM
+
     return Phi3JaxLM(str(folder), dtype="float32", max_length=64)
 
 
-def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
     return [
         Instance(request_type=kind, doc={}, arguments=each, idx=0)
         for each in arguments  # type: ignore[arg-type]
@@ -103,7 +100,8 @@ PAIRS = [
 ]
 
 
-def test_loglikelihood_equals_transformers(ours: Phi3JaxLM, theirs: HFLM) -> None:
+@pytest.mark.live
+def test_loglikelihood_equals_transformers(ours: Any, theirs: Any) -> None:
     requests = instances("loglikelihood", *PAIRS)
     found = ours.loglikelihood(requests, disable_tqdm=True)
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
@@ -112,7 +110,8 @@ def test_loglikelihood_equals_transformers(ours: Phi3JaxLM, theirs: HFLM) -> Non
         assert greedy == their_greedy
 
 
-def test_a_greedy_continuation_is_seen(ours: Phi3JaxLM, theirs: HFLM) -> None:
+@pytest.mark.live
+def test_a_greedy_continuation_is_seen(ours: Any, theirs: Any) -> None:
     """Of all tokens after a prompt there is one."""
     context = ours.tok_encode(PROMPT)
     requests = [((PROMPT, str(token)), context, [token]) for token in range(300)]
@@ -123,14 +122,16 @@ def test_a_greedy_continuation_is_seen(ours: Phi3JaxLM, theirs: HFLM) -> None:
     assert theirs._loglikelihood_tokens([requests[best]], disable_tqdm=True)[0][1]
 
 
-def test_rolling_equals_transformers(ours: Phi3JaxLM, theirs: HFLM) -> None:
+@pytest.mark.live
+def test_rolling_equals_transformers(ours: Any, theirs: Any) -> None:
     """Texts within the context, and of several windows."""
     requests = instances("loglikelihood_rolling", (PROMPT,), (PROMPT * 20,), ("What?",))
     found = ours.loglikelihood_rolling(requests, disable_tqdm=True)
     assert found == pytest.approx(theirs.loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-5)
 
 
-def test_answers_equal_transformers(ours: Phi3JaxLM, theirs: HFLM) -> None:
+@pytest.mark.live
+def test_answers_equal_transformers(ours: Any, theirs: Any) -> None:
     said = {"until": [" is"], "max_gen_toks": 12, "do_sample": False}
     requests = instances("generate_until", (PROMPT, said), ("Who " * 5, said), (PROMPT * 20, said))
     found = ours.generate_until(requests, disable_tqdm=True)
@@ -152,7 +153,11 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
-def test_tasks(ours: Phi3JaxLM, theirs: HFLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.live
+def test_tasks(ours: Any, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -170,7 +175,10 @@ def test_tasks(ours: Phi3JaxLM, theirs: HFLM, tmp_path: Path, monkeypatch: pytes
             assert results[0][task][name] == pytest.approx(value, rel=1e-4), (task, name)
 
 
-def test_rope_and_unknown_arguments(folder: Path, ours: Phi3JaxLM) -> None:
+@pytest.mark.live
+def test_rope_and_unknown_arguments(folder: Path, ours: Any) -> None:
+    from phi3_jax.lm_eval import Phi3JaxLM
+
     scaled = Phi3JaxLM(str(folder), dtype="float32", rope="linear:factor=4")
     assert scaled.max_length == 256
     requests = instances("loglikelihood", PAIRS[0])

@@ -1,28 +1,51 @@
-"""The README's Python examples, run as they stand on a tiny model."""
+"""The README's Python examples, run as they stand on a tiny model, and some on the real one."""
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from reference import small_config
+from reference import small_config, write_random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.checkpoint import default_model
 from phi3_jax.rope_scaling import ROPE_TYPES
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that the examples take for granted, and a folder for what they write."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    alphabet = {token: i for i, token in enumerate(["<pad>", *pre_tokenizers.ByteLevel.alphabet()])}
+class Example(NamedTuple):
+    code: str
+    printed: str
+    """What README says it prints; empty where it says nothing."""
+
+
+def examples() -> list[Example]:
+    """The blocks of Python, and the indented lines right after each that prints."""
+    found = re.findall(r"^```python\n(.*?)^```\n(?:\n((?: {4}[^\n]*\n)+))?", README, re.MULTILINE | re.DOTALL)
+    return [
+        Example(code, re.sub(r"^ {4}", "", printed, flags=re.MULTILINE) if "print(" in code else "")
+        for code, printed in found
+    ]
+
+
+EXAMPLES = examples()
+ANSWERED = [number for number, example in enumerate(EXAMPLES) if example.printed]
+
+
+def run(number: int, names: dict[str, Any]) -> None:
+    exec(compile(EXAMPLES[number].code, f"README example {number}", "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = {token: i for i, token in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,14 +53,19 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     settings = {"pad_token": "<pad>", "padding_side": "left", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = small_config(vocab_size=len(alphabet), pad_token_id=0, max_position_embeddings=2048)
-    model = Phi3ForCausalLM(config)
-    model.save_pretrained(folder)
+    sizes = {"vocab_size": len(alphabet), "max_position_embeddings": 2048, "num_hidden_layers": 1}
+    write_random_model("causal", small_config(pad_token_id=0, **sizes), folder)
+    return folder
+
+
+@pytest.fixture
+def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the examples take for granted, and a folder for what they write."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("phi3_jax.rope_scaling.ROPE_TYPES", dict(ROPE_TYPES))
     return {
         "path": folder,
-        "model": model,
+        "model": Phi3ForCausalLM.from_pretrained(folder),
         "tokenizer": Phi3Tokenizer.from_pretrained(folder),
         "text": "All happy families are alike. " * 40,
         "batch_size": 2,
@@ -47,10 +75,71 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     }
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_example_runs(number: int, surroundings: dict[str, Any]) -> None:
-    exec(compile(BLOCKS[number], f"README example {number}", "exec"), surroundings)
+FORMS = {
+    r"\((\d+), \d+, \d+\)": r"\(\1, \\d+, \\d+\)",  # as many rows
+    r"(['\"]).*\1": r"(?:'.*'|\".*\")",  # a text's repr
+    r"(\d+)  ?\D.*": r"\1 .*",  # an answer's id and the answer
+    r"(?:\d+\.\d{3} ?)+": None,  # as many numbers, to as many places
+}
 
 
-def test_there_are_examples() -> None:
-    assert len(BLOCKS) >= 5
+def form(line: str) -> str:
+    """A pattern of lines that another model prints in place of this line of README."""
+    for given, other in FORMS.items():
+        if match := re.fullmatch(given, line):
+            return match.expand(other) if other else " ".join([r"\d+\.\d{3}"] * len(line.split()))
+    raise AssertionError(f"add a form for the line {line!r}")
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example(number: int, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs, and prints as many things of the same kind as README shows."""
+    run(number, names)
+    printed = capsys.readouterr().out
+    if expected := EXAMPLES[number].printed:
+        pattern = r"\s*\n".join(map(form, expected.splitlines()))
+        assert re.fullmatch(pattern + r"\s*", printed, re.DOTALL), printed
+    if number == example_with("no_token_twice_in_a_row"):
+        answers = np.asarray(names["out"])[:, names["ids"].shape[1] - 1 :]
+        assert (answers[:, 1:] != answers[:, :-1]).all()
+    if number == example_with("nnx.Optimizer") or number == example_with("Trainer("):
+        losses = [float(loss) for loss in printed.split()]
+        assert losses == sorted(losses, reverse=True)
+
+
+def example_with(text: str) -> int:
+    (number,) = (number for number, example in enumerate(EXAMPLES) if text in example.code)
+    return number
+
+
+def test_no_example_is_passed_over() -> None:
+    """Python in README stands in blocks that are run here."""
+    openings = re.findall(r"^ *[`~]{3,} *(\S*)", README, re.MULTILINE)[::2]
+    assert openings == ["python"] * len(EXAMPLES)
+    assert not re.findall(r"^ {4}(?:>>> |from \S+ import |import )", README, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_real_answers(
+    shared_data: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """SmolLM2 answers what README shows; losses to the last place but one."""
+    try:
+        path = default_model()
+    except CheckpointError as error:
+        pytest.skip(f"the default model cannot be had: {error}")
+    monkeypatch.chdir(tmp_path)
+    text = shared_data("long_text", "war_and_peace.txt").read_text(encoding="utf-8")[:8000]
+    names: dict[str, Any] = {"path": path, "text": text, "np": np}
+    for number in ANSWERED:
+        run(number, names)
+        printed, expected = capsys.readouterr().out, EXAMPLES[number].printed
+        if re.fullmatch(r"[\d. \n]+", expected):
+            numbers, shown = ([float(each) for each in out.split()] for out in (printed, expected))
+            assert numbers == pytest.approx(shown, abs=0.02)
+        else:
+            lines, shown_lines = ([line.rstrip() for line in out.splitlines()] for out in (printed, expected))
+            assert lines == shown_lines

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from reference import distance
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
@@ -28,6 +26,8 @@ QUESTION = "What is the capital of France?"
 @pytest.fixture(scope="module", autouse=True)
 def _all_threads() -> Iterator[None]:
     """For a model of this size they pay."""
+    import torch
+
     torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(1)
@@ -54,6 +54,9 @@ def test_answer(folder: Path, dtype: str) -> None:
 
 def test_loss_and_logits_equal_transformers(folder: Path, shared_data: Callable[..., Path]) -> None:
     """On 1,024 tokens of a novel; weights, loss and every logit in float32."""
+    import torch
+    import transformers
+
     text = shared_data("long_text", "war_and_peace.txt").read_text(encoding="utf-8")
     ids = np.array([Phi3Tokenizer.from_pretrained(folder).encode(text[:8000])[:1024]])
     ours = Phi3ForCausalLM.from_pretrained(folder, dtype="float32")
@@ -101,6 +104,9 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def twins(folder: Path) -> Any:
     """Ours, transformers', and chat prompts of different lengths with their mask."""
+    import torch
+    import transformers
+
     tokenizer = Phi3Tokenizer.from_pretrained(folder, padding_side="left")
     texts = [
         tokenizer.apply_chat_template(
@@ -117,6 +123,8 @@ def twins(folder: Path) -> Any:
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_equals_transformers(twins: Any, mode: str) -> None:
     """A batch of unequal prompts, to the end tokens."""
+    import torch
+
     ours, theirs, ids, mask = twins
     options = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True} | MODES[mode]
     out = ours.generate(ids, mask, **options)

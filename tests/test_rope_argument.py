@@ -7,11 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from answers import stored
 from reference import LONG, SHORT, longrope, small_config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from phi3_jax import Phi3Config, RopeScaling
 from phi3_jax.rope_argument import as_longrope, parse_rope, trained_length
@@ -87,29 +84,52 @@ def frequencies(config: Phi3Config, length: int) -> tuple[np.ndarray, float]:
     return np.atleast_2d(inv_freq)[0], float(np.ravel(attention_factor)[0])
 
 
-@pytest.mark.parametrize("length", [16, 17, 64, 65, 250])
+@stored(whole=True)
+def ropes_of_theirs(settings: dict[str, Any], lengths: list[int]) -> list[Any]:
+    """Inverse frequencies and attention factor of transformers' Phi-3 rope for each length."""
+    import torch
+    import transformers
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    config = transformers.Phi3Config.from_dict(settings)
+    ropes = []
+    for length in lengths:
+        rotary = Phi3RotaryEmbedding(config)
+        rotary(torch.zeros(1), torch.arange(length)[None])
+        ropes.append((rotary.inv_freq, rotary.attention_scaling))
+    return ropes
+
+
+@stored(whole=True)
+def ropes_of_llama(settings: dict[str, Any], lengths: list[int]) -> tuple[str, list[Any]]:
+    """The type of rope of transformers' Llama, and for each length its frequencies and attention factor."""
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = transformers.LlamaConfig.from_dict(settings | {"model_type": "llama"})
+    kind = config.rope_parameters["rope_type"]
+    return kind, [ROPE_INIT_FUNCTIONS[kind](config, seq_len=length) for length in lengths]
+
+
 @pytest.mark.parametrize(("text", "changes"), [case[:2] for case in READ])
 def test_transformers_computes_the_same_from_the_saved_config(
-    text: str, changes: dict[str, Any], length: int, tmp_path: Path
+    text: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     """By its Phi-3 where that takes the type, else by Llama's config class, whose rope has all of them."""
     config = parse_rope(text).apply(small_config(**changes))
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
+    lengths = [16, 17, 64, 65, 250]
     if config.rope_scaling.rope_type in ("default", "longrope", "phi3-yarn"):
-        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-        assert isinstance(theirs, transformers.Phi3Config)
-        rotary = Phi3RotaryEmbedding(theirs)
-        rotary(torch.zeros(1), torch.arange(length)[None])
-        expected, expected_attention = rotary.inv_freq, rotary.attention_scaling
+        assert saved["model_type"] == "phi3"
+        ropes = ropes_of_theirs(saved, lengths)
     else:
-        theirs = transformers.LlamaConfig.from_dict(saved | {"model_type": "llama"})
-        kind = theirs.rope_parameters["rope_type"]
+        kind, ropes = ropes_of_llama(saved, lengths)
         assert kind == config.rope_scaling.rope_type
-        expected, expected_attention = ROPE_INIT_FUNCTIONS[kind](theirs, seq_len=length)
-    inv_freq, attention_factor = frequencies(config, length)
-    np.testing.assert_allclose(inv_freq, expected.numpy(), rtol=1e-6)
-    assert attention_factor == pytest.approx(expected_attention, rel=1e-6)
+    for length, (expected, expected_attention) in zip(lengths, ropes, strict=True):
+        inv_freq, attention_factor = frequencies(config, length)
+        np.testing.assert_allclose(inv_freq, expected, rtol=1e-6)
+        assert attention_factor == pytest.approx(expected_attention, rel=1e-6)
 
 
 @pytest.mark.parametrize("member", ["Phi-3.5-mini-instruct", "Phi-3-vision-128k-instruct"])
@@ -122,13 +142,12 @@ def test_published_lists(member: str, plain: bool, shared_data: Any, tmp_path: P
     text = "longrope:@lists.json" + ",max_position_embeddings=131072" * plain
     config = parse_rope(text).apply(base)
     assert (config.max_position_embeddings, config.original_max_position_embeddings) == (131072, 4096)
-    rotary = Phi3RotaryEmbedding(transformers.Phi3Config(**config.to_dict()))
-    for length, name in ((4096, "short"), (4097, "long")):
+    ropes = ropes_of_theirs(config.to_dict(), [4096, 4097])
+    for length, name, theirs in ((4096, "short", ropes[0]), (4097, "long", ropes[1])):
         inv_freq, attention_factor = frequencies(config, length)
         np.testing.assert_allclose(inv_freq, published[f"hf_5_23_inv_freq_{name}"], rtol=1e-6)
-        rotary(torch.zeros(1), torch.tensor([[length - 1]]))
-        np.testing.assert_allclose(inv_freq, rotary.inv_freq.numpy(), rtol=1e-6)
-        assert attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-6)
+        np.testing.assert_allclose(inv_freq, theirs[0], rtol=1e-6)
+        assert attention_factor == pytest.approx(theirs[1], rel=1e-6)
 
 
 def test_plain_rope_of_a_plain_model_is_its_own_config() -> None:
@@ -192,13 +211,12 @@ def test_scalings_as_transformers_takes_them_for_phi3(text: str) -> None:
     config = parse_rope(text).apply(small_config())
     spelled = as_longrope(config)
     assert spelled.rope_scaling.rope_type == "longrope"
-    theirs = Phi3RotaryEmbedding(transformers.Phi3Config(**spelled.to_dict()))
-    for length in (5, 64, 65, 250):
-        theirs(torch.zeros(1), torch.arange(length)[None])
+    lengths = [5, 64, 65, 250]
+    for length, theirs in zip(lengths, ropes_of_theirs(spelled.to_dict(), lengths), strict=True):
         expected, attention_factor = frequencies(config, length)
-        np.testing.assert_allclose(theirs.inv_freq.numpy(), expected, rtol=1e-6)
+        np.testing.assert_allclose(theirs[0], expected, rtol=1e-6)
         np.testing.assert_allclose(frequencies(spelled, length)[0], expected, rtol=1e-6)
-        assert theirs.attention_scaling == pytest.approx(attention_factor, rel=1e-6)
+        assert theirs[1] == pytest.approx(attention_factor, rel=1e-6)
 
 
 @pytest.mark.parametrize("text", ["none", "dynamic:factor=4", "longrope:@both.json,factor=2"])

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from answers import stored
 
 from phi3_jax.rope_scaling import ROPE_TYPES, RopeBase, RopeScaling, rope_type
 
@@ -31,7 +29,13 @@ def base_of(head_dim=HEAD_DIM, theta=10000.0, partial=1.0, maximum=MAX, original
     return RopeBase(int(head_dim * partial), theta, maximum, original)
 
 
-def reference(entry, seq_len, head_dim=HEAD_DIM, theta=10000.0, partial=1.0, maximum=MAX, original=ORIGINAL):
+@stored
+def reference(entry, lengths, head_dim=HEAD_DIM, theta=10000.0, partial=1.0, maximum=MAX, original=ORIGINAL):
+    """Transformers' inverse frequencies and attention factor for each of the lengths."""
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     parameters = {**entry, "rope_theta": theta, "partial_rotary_factor": partial}
     if entry["rope_type"] in ("llama3", "yarn", "longrope"):
         parameters.setdefault("original_max_position_embeddings", original)
@@ -42,10 +46,9 @@ def reference(entry, seq_len, head_dim=HEAD_DIM, theta=10000.0, partial=1.0, max
         max_position_embeddings=maximum,
         rope_parameters=parameters,
     )
-    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[entry["rope_type"]](
-        config, device=torch.device("cpu"), seq_len=seq_len
-    )
-    return inv_freq.numpy(), float(attention_factor)
+    formula = ROPE_INIT_FUNCTIONS[entry["rope_type"]]
+    answers = [formula(config, device=torch.device("cpu"), seq_len=length) for length in lengths]
+    return [(inv_freq, float(attention_factor)) for inv_freq, attention_factor in answers]
 
 
 def row(frequencies):
@@ -78,14 +81,17 @@ ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("seq_len", [1, ORIGINAL, ORIGINAL + 1, MAX, MAX + 1, 5 * MAX])
+LENGTHS = [1, ORIGINAL, ORIGINAL + 1, MAX, MAX + 1, 5 * MAX]
+
+
+@pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("name", ENTRIES)
 def test_equals_transformers(name, seq_len):
     entry = ENTRIES[name]
     scaling = RopeScaling.from_dict(entry)
     scaling.validate(base_of())
     inv_freq, attention_factor = row(scaling.frequencies(base_of(), jnp.array([seq_len])))
-    expected, expected_attention = reference(entry, seq_len)
+    expected, expected_attention = reference(entry, LENGTHS)[LENGTHS.index(seq_len)]
     np.testing.assert_allclose(inv_freq, expected, rtol=1e-6)
     assert attention_factor == pytest.approx(expected_attention, rel=1e-6)
 
@@ -105,7 +111,7 @@ def test_equals_transformers_at_other_sizes(name, sizes):
     entry = ENTRIES[name]
     frequencies = RopeScaling.from_dict(entry).frequencies(base_of(**sizes), jnp.array([5 * MAX]))
     inv_freq, attention_factor = row(frequencies)
-    expected, expected_attention = reference(entry, 5 * MAX, **sizes)
+    ((expected, expected_attention),) = reference(entry, [5 * MAX], **sizes)
     np.testing.assert_allclose(inv_freq, expected, rtol=1e-6)
     assert attention_factor == pytest.approx(expected_attention, rel=1e-6)
 

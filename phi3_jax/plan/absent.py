@@ -3,11 +3,13 @@
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from phi3_jax.costs.chips import Topology
 
@@ -36,6 +38,19 @@ def keep_to_the_compiler() -> None:
     """
     _set_defaults(_NEEDED | _QUIET)
     jax.config.update("jax_platforms", "cpu")
+
+
+@contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Turns JAX's persistent cache off: it writes programs for absent devices and cannot read them."""
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # set at run time
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def absent_devices(topology: Topology) -> Sequence[Any]:

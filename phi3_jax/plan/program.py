@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from phi3_jax.costs.work import AbstractStep
+from phi3_jax.plan.absent import without_compilation_cache
 from phi3_jax.plan.collectives import Collective, collectives
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -76,7 +77,8 @@ def compile_step(step: AbstractStep, mesh: Mapping[str, int]) -> Program | Refus
     """Compiles for the chips that the step's arguments lie on; nothing runs."""
     begin = time.perf_counter()
     try:
-        compiled = step.function.lower(*step.arguments).compile()
+        with without_compilation_cache():
+            compiled = step.function.lower(*step.arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         refusal = parse_refusal(str(error), time.perf_counter() - begin)
         if refusal is None:

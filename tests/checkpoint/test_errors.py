@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import jax
@@ -430,41 +431,51 @@ def test_killed_while_converting(tmp_path: Path, sharded: Path, existing: bool) 
         """
         import os, signal, sys
         from phi3_jax.checkpoint import convert_checkpoint, safetensors
-        source, target, step, number = *sys.argv[1:4], int(sys.argv[4])
-        module = safetensors if step == "write_file" else os
-        function = getattr(module, step)
-        calls = 0
-        def stop(*arguments):
-            global calls
-            calls += 1
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
-        setattr(module, step, stop)
-        convert_checkpoint(source, target, max_shard_size="40KB")
+        source, target = sys.argv[1:]
+        for line in sys.stdin:
+            step, number = line.split()
+            module = safetensors if step == "write_file" else os
+            function = getattr(module, step)
+            calls = 0
+            def stop(*arguments):
+                global calls
+                calls += 1
+                if calls == int(number):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments)
+            child = os.fork()  # which has JAX imported, and has not used it
+            if child == 0:
+                setattr(module, step, stop)
+                convert_checkpoint(source, target, max_shard_size="40KB")
+                os._exit(0)
+            print(os.waitpid(child, 0)[1], flush=True)
         """
     )
     before = contents(target) if existing else {}
     # config.json is written with a replace, then each old file moves out and each new one in.
     moments = [("write_file", 1), ("write_file", 5)]
     moments += [("replace", 4), ("replace", len(before) + 4)] if existing else []
-    for step, number in moments:
-        arguments = [sys.executable, "-c", script, str(sharded), str(target), step, str(number)]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        if step == "replace":
-            refused(target, "is not a checkpoint", "config.json")
-            (kept,) = target.glob(".target.*.replaced")
-            if number == 4:
-                refused(kept)
+    arguments = [sys.executable, "-c", script, str(sharded), str(target)]
+    with subprocess.Popen(arguments, stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for step, number in moments:
+            process.stdin.write(f"{step} {number}\n")
+            process.stdin.flush()
+            assert int(process.stdout.readline()) == signal.SIGKILL
+            if step == "replace":
+                refused(target, "is not a checkpoint", "config.json")
+                (kept,) = target.glob(".target.*.replaced")
+                if number == 4:
+                    refused(kept)
+                else:
+                    assert contents(kept) == before
+                shutil.rmtree(target)
+                Phi3ForCausalLM(small_config(), rngs=5).save_pretrained(target, max_shard_size="80KB")
             else:
-                assert contents(kept) == before
-            shutil.rmtree(target)
-            Phi3ForCausalLM(small_config(), rngs=5).save_pretrained(target, max_shard_size="80KB")
-        else:
-            complete = [path.parent for path in tmp_path.rglob("config.json") if path.parent != sharded]
-            assert complete == ([target] if existing else [])
-            assert {name: (target / name).read_bytes() for name in before} == before
+                complete = [path.parent for path in tmp_path.rglob("config.json") if path.parent != sharded]
+                assert complete == ([target] if existing else [])
+                assert {name: (target / name).read_bytes() for name in before} == before
 
 
 def test_interrupted_while_converting(tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

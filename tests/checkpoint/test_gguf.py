@@ -5,6 +5,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from answers import stored
 from gguf import GGMLQuantizationType as Kind
 from gguf.constants import TokenType
+from reference import run
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM
@@ -110,7 +113,7 @@ def phi3_layout(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def stored(value: np.ndarray, kind: Kind) -> np.ndarray:
+def dequantized(value: np.ndarray, kind: Kind) -> np.ndarray:
     """What a file of this kind gives back for these values: norms stay float32 there."""
     if value.ndim == 1 or kind == Kind.F32:
         return value
@@ -187,7 +190,7 @@ def test_llama_tensors_come_back_fused_and_in_order(tmp_path: Path, kind: Kind) 
     """Quantisation works within rows, so it commutes with their order: equality is to the bit."""
     original = weights(fused=False)
     source = GGUFSource(write_gguf(tmp_path / "a.gguf", "llama", stored_layout(original), kind))
-    expected = phi3_layout({name: stored(value, kind) for name, value in original.items()})
+    expected = phi3_layout({name: dequantized(value, kind) for name, value in original.items()})
     assert sorted(source.names()) == sorted(expected)
     for name, value in expected.items():
         got = source.read(name)
@@ -202,7 +205,7 @@ def test_phi3_tensors_come_back_as_they_are(tmp_path: Path, kind: Kind) -> None:
     source = GGUFSource(write_gguf(tmp_path / "a.gguf", "phi3", stored_layout(original), kind))
     assert sorted(source.names()) == sorted(original)
     for name, value in original.items():
-        np.testing.assert_array_equal(source.read(name), stored(value, kind), err_msg=name)
+        np.testing.assert_array_equal(source.read(name), dequantized(value, kind), err_msg=name)
 
 
 def test_phi3_with_separate_projections_is_not_permuted(tmp_path: Path) -> None:
@@ -230,21 +233,49 @@ def test_mixed_dtypes_widen_and_a_read_is_the_callers_own(tmp_path: Path) -> Non
     np.testing.assert_array_equal(source.read("model.norm.weight"), tensors["output_norm.weight"])
 
 
+class Written:
+    """A file, which an answer knows by what was written into it."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, np.ndarray]):
+        self.path = path
+        self.answer_key = tensors
+
+
+@stored(whole=True)
+def llama_logits(file: Written, ids: np.ndarray) -> Any:
+    """What transformers' Llama computes from its own reading of the file."""
+    import torch
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint as read
+
+    config = transformers.LlamaConfig(**read(file.path)["config"], vocab_size=VOCAB)
+    llama = transformers.LlamaForCausalLM(config).eval()
+    llama.load_state_dict(read(file.path, return_tensors=True, model_to_load=llama)["tensors"])
+    with torch.no_grad():
+        return llama(torch.tensor(ids)).logits
+
+
 def test_transformers_reads_the_same_llama(llama_file: Path) -> None:
     """Independent of the permutation above: transformers' Llama on its own reading, Phi-3 on ours."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    ids = np.arange(24).reshape(2, 12) * 3 % VOCAB
+    expected = llama_logits(Written(llama_file, weights(fused=False)), ids)
+    ours = run(Phi3ForCausalLM.from_pretrained(llama_file, dtype="float32"), input_ids=ids).logits
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.live
+def test_transformers_computes_the_same_phi3(llama_file: Path) -> None:
+    """From our reading of the file, as from its own of Llama."""
+    import torch
+    import transformers
+
     source = GGUFSource(llama_file)
-    read = pytest.importorskip("transformers.modeling_gguf_pytorch_utils").load_gguf_checkpoint
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**read(llama_file)["config"], vocab_size=VOCAB)
-    ).eval()
-    llama.load_state_dict(read(llama_file, return_tensors=True, model_to_load=llama)["tensors"])
     phi3 = transformers.Phi3ForCausalLM(transformers.Phi3Config(**source.config_dict())).eval()
     phi3.load_state_dict({name: torch.from_numpy(source.read(name)) for name in source.names()})
-    ids = torch.arange(24).reshape(2, 12) * 3 % VOCAB
+    ids = np.arange(24).reshape(2, 12) * 3 % VOCAB
+    expected = llama_logits(Written(llama_file, weights(fused=False)), ids)
     with torch.no_grad():
-        torch.testing.assert_close(phi3(ids).logits, llama(ids).logits, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(phi3(torch.tensor(ids)).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_under_another_config(tmp_path: Path, llama_file: Path) -> None:
@@ -402,27 +433,38 @@ def test_rope_scaling(tmp_path: Path, extra: dict[str, object], expected: Any) -
     assert scaling == expected
 
 
-def test_llama3_frequencies_are_longrope_with_one_list(tmp_path: Path) -> None:
-    """Against the llama3 rule of transformers: its frequencies, divided out of the plain ones and back."""
-    torch = pytest.importorskip("torch")
+@stored
+def llama3_frequencies(settings: dict[str, Any]) -> Any:
+    """Inverse frequencies of transformers' llama3 rule."""
+    import torch
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**settings), torch.device("cpu"))
+    return frequencies
+
+
+def test_llama3_frequencies_are_longrope_with_one_list(tmp_path: Path) -> None:
+    """Against the llama3 rule of transformers: its frequencies, divided out of the plain ones and back."""
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 64, "rope_theta": 50000.0}
-    config = LlamaConfig(
-        hidden_size=HIDDEN, num_attention_heads=HEADS, max_position_embeddings=256, rope_parameters=rope
+    expected = llama3_frequencies(
+        {
+            "hidden_size": HIDDEN,
+            "num_attention_heads": HEADS,
+            "max_position_embeddings": 256,
+            "rope_parameters": rope,
+        }
     )
-    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 50000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    factors = (plain / expected.numpy()).astype(np.float32)
+    factors = (plain / expected).astype(np.float32)
     assert factors.max() == pytest.approx(8.0)
     tensors = stored_layout(weights(fused=False)) | {"rope_freqs.weight": factors}
     read = GGUFSource(write_gguf(tmp_path / "a.gguf", "llama", tensors)).config_dict()
     scaling = read["rope_scaling"]
     assert scaling["short_factor"] == scaling["long_factor"]
     assert scaling["attention_factor"] == 1.0
-    np.testing.assert_allclose(plain / np.array(scaling["long_factor"]), expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(plain / np.array(scaling["long_factor"]), expected, rtol=1e-6)
 
 
 def change(
@@ -636,21 +678,32 @@ def test_files_beside_the_tokenizer(tmp_path: Path) -> None:
     assert load(files).get_vocab_size() == 22
 
 
+@stored
+def tokenized_by_transformers(files: dict[str, Any], text: str) -> dict[str, Any]:
+    """What transformers' tokenizer makes of a text and of a conversation, loaded from these files."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_text(json.dumps(content), encoding="utf-8")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "ab"}]
+    return {
+        "ids": tokenizer(text)["input_ids"],
+        "padding_side": tokenizer.padding_side,
+        "prompt": tokenizer.apply_chat_template(messages, tokenize=False),
+    }
+
+
 def test_transformers_loads_the_files(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     source = tokenizer_source(tmp_path, byte_level("smollm", **{"tokenizer.ggml.add_bos_token": True}))
     files = source.tokenizer_files()
-    for name, content in {**files, "config.json": source.config_dict()}.items():
-        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>ab12<tool> ab<|im_end|>"
-    assert tokenizer(text)["input_ids"] == load(files).encode(text).ids
-    assert tokenizer(text)["input_ids"][:2] == [1, 1]
-    assert tokenizer.padding_side == "left"
-    assert (
-        tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
-        == "<|im_start|>ab<|im_end|>"
-    )
+    theirs = tokenized_by_transformers({**files, "config.json": source.config_dict()}, text)
+    assert theirs["ids"] == load(files).encode(text).ids
+    assert theirs["ids"][:2] == [1, 1]
+    assert theirs["padding_side"] == "left"
+    assert theirs["prompt"] == "<|im_start|>ab<|im_end|>"
 
 
 def sentencepiece(**extra: object) -> dict[str, object]:
@@ -802,8 +855,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_smollm2_answers(smollm2: Path) -> None:
     """Through transformers' Phi-3: the greedy answer that the same file gives in llama.cpp."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     source = GGUFSource(smollm2)
     tokenizer = load(source.tokenizer_files())
     prompt = (

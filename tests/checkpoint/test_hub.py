@@ -108,7 +108,11 @@ def server() -> Iterator[Server]:
 
 
 SCRIPT = """
-import json, sys
+import json, sys, types
+import phi3_jax
+package = types.ModuleType("phi3_jax.checkpoint")  # without what it imports, which takes a second
+package.__path__ = [phi3_jax.__path__[0] + "/checkpoint"]
+sys.modules[package.__name__] = package
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.source import CheckpointError
 for name, options in json.load(sys.stdin):

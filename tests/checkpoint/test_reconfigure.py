@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from reference import LONG, distance, pair, run, small_config
+from reference import LONG, Reference, distance, pair, run, run_theirs, small_config
 
 from phi3_jax import CheckpointError, Phi3Config, Phi3ForCausalLM, convert_checkpoint
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
@@ -19,10 +17,8 @@ ENTRY = {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": LONG, "at
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
-    pair("causal", small_config(), folder)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    theirs.save_pretrained(folder, max_shard_size="40KB")
+    ours, _ = pair("causal", small_config(), folder)
+    ours.save_pretrained(folder, max_shard_size="40KB")
     (folder / "tokenizer.json").write_bytes(b"{}")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     return folder
@@ -46,12 +42,11 @@ def test_weights_are_linked_and_transformers_agrees(source, tmp_path):
     assert all(path.samefile(tmp_path / "out" / path.name) for path in shards)
     assert not (source / "tokenizer.json").samefile(tmp_path / "out" / "tokenizer.json")
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    theirs = Reference("causal", stretched(source), tmp_path / "out")
     ours = Phi3ForCausalLM.from_pretrained(tmp_path / "out")
     for length in (64, 65):  # both sides of the switch
         ids = np.random.default_rng(length).integers(4, 96, (1, length))
-        with torch.no_grad():
-            expected = theirs(torch.tensor(ids), use_cache=False).logits
+        expected = run_theirs(theirs, ids, None).logits
         assert distance(run(ours, input_ids=ids).logits, expected) <= 1e-5
     plain = run(Phi3ForCausalLM.from_pretrained(source), input_ids=ids).logits
     assert distance(plain, expected) > 1e-2

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-import transformers
-from reference import CLASSES, distance, longrope, pair, small_config
+from answers import stored
+from reference import CLASSES, distance, longrope, pair, run, run_theirs, small_config
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as load_torch_file
 
 from phi3_jax import (
     CheckpointError,
@@ -31,34 +31,77 @@ from phi3_jax.checkpoint.save import ModelSource
 IDS = np.random.default_rng(1).integers(4, 96, (2, 9))
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor of a directory, whatever its shards, read by the safetensors package."""
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        part = load_torch_file(path)
+        part = load_file(path)
         assert not found.keys() & part.keys()
         found |= part
     return found
 
 
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def assert_same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
-        assert bits(ours[name]) == bits(tensor), name
+        assert ours[name].tobytes() == tensor.tobytes(), name
 
 
-def theirs_saved(kind: str, config: Phi3Config, folder: Path, dtype: str = "float32", **options: Any) -> Any:
-    """A random model of transformers, and what it saved in `folder`."""
+def save_theirs(kind: str, settings: dict[str, Any], folder: Path, dtype: str, max_shard_size: str) -> Any:
+    """Saves a random model of transformers in `folder`."""
+    import torch
+    import transformers
+
     torch.manual_seed(0)
-    theirs = getattr(transformers, CLASSES[kind][0])(transformers.Phi3Config(**config.to_dict())).eval()
+    theirs = getattr(transformers, CLASSES[kind][0])(transformers.Phi3Config(**settings)).eval()
     theirs = theirs.to(getattr(torch, dtype))
-    theirs.save_pretrained(folder, **options)
+    theirs.save_pretrained(folder, max_shard_size=max_shard_size)
     return theirs
+
+
+@stored
+def files_of_theirs(kind: str, settings: dict[str, Any], dtype: str, max_shard_size: str) -> dict[str, Any]:
+    """What transformers saves of a random model, but the values: JSON files, and shapes by file."""
+    answer: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        save_theirs(kind, settings, Path(temporary), dtype, max_shard_size)
+        for path in sorted(Path(temporary).iterdir()):
+            if path.suffix == ".json":
+                content = json.loads(path.read_text())
+                content.pop("weight_map", None)  # the files tell
+                answer[path.name] = json.dumps(content)
+            else:
+                with safe_open(path, "np") as file:
+                    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                answer[path.name] = json.dumps(shapes)
+    return answer
+
+
+def theirs_saved(
+    kind: str, config: Phi3Config, folder: Path, dtype: str = "float32", max_shard_size: str = "5GB"
+) -> dict[str, np.ndarray]:
+    """Writes the files that transformers saves of such a model, with random values; gives its tensors."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    found: dict[str, np.ndarray] = {}
+    files = files_of_theirs(kind, config.to_dict(), dtype, max_shard_size)
+    weight_map: dict[str, str] = {}
+    for file, content in files.items():
+        if file.endswith(".safetensors"):
+            part = {
+                name: rng.normal(0, 0.15, shape).astype(jnp.dtype(dtype))
+                for name, shape in json.loads(content).items()
+            }
+            save_file(part, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+            found |= part
+    for file, content in files.items():
+        if file.endswith(".index.json"):
+            (folder / file).write_text(json.dumps(json.loads(content) | {"weight_map": weight_map}))
+        elif file.endswith(".json"):
+            (folder / file).write_text(content)
+    return found
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -77,44 +120,71 @@ def values(model: Any) -> dict[str, np.ndarray]:
     return {name: source.read(name) for name in source.names()}
 
 
-@pytest.mark.parametrize(("theirs_sharded", "ours_sharded"), [(False, False), (True, True)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(
+SIZES = {True: "25KB", False: "5GB"}
+"""Of a shard, where a checkpoint is of several and where it is of one."""
+SHARDED = pytest.mark.parametrize(("theirs_sharded", "ours_sharded"), [(False, False), (True, True)])
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+MODELS = pytest.mark.parametrize(
     ("kind", "tied"),
     [("causal", False), ("causal", True), ("sequence", False), ("token", True), ("base", False)],
 )
+
+
+def load_and_save(kind: str, dtype: str, folder: Path, theirs_sharded: bool, ours_sharded: bool) -> None:
+    """Loads `theirs`, saves `ours` in `folder`: every bit, and as many files as asked."""
+    model = CLASSES[kind][1].from_pretrained(folder / "theirs")
+    assert model.dtype == jnp.dtype(dtype)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {dtype}
+    model.save_pretrained(folder / "ours", max_shard_size=SIZES[ours_sharded])
+    assert (len(list((folder / "ours").glob("*.safetensors"))) > 3) == ours_sharded
+    assert (len(list((folder / "theirs").glob("*.safetensors"))) > 3) == theirs_sharded
+    assert_same_bits(tensors(folder / "ours"), tensors(folder / "theirs"))
+
+
+@SHARDED
+@DTYPES
+@MODELS
 def test_every_bit_comes_back(
     tmp_path: Path, kind: str, tied: bool, dtype: str, theirs_sharded: bool, ours_sharded: bool
 ) -> None:
-    config = small_config(tie_word_embeddings=tied, num_labels=3)
-    size = {True: "40KB", False: "5GB"}
-    theirs = theirs_saved(kind, config, tmp_path / "theirs", dtype, max_shard_size=size[theirs_sharded])
-    model = CLASSES[kind][1].from_pretrained(tmp_path / "theirs")
-    assert model.dtype == jnp.dtype(dtype)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {dtype}
-    model.save_pretrained(tmp_path / "ours", max_shard_size=size[ours_sharded])
+    config = small_config(tie_word_embeddings=tied, num_labels=3, num_hidden_layers=2)
+    theirs = theirs_saved(kind, config, tmp_path / "theirs", dtype, SIZES[theirs_sharded])
+    load_and_save(kind, dtype, tmp_path, theirs_sharded, ours_sharded)
+    assert_same_bits(tensors(tmp_path / "ours"), theirs)
 
-    files = sorted(path.name for path in (tmp_path / "ours").glob("*.safetensors"))
-    assert (len(files) > 3) == ours_sharded
-    assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3) == theirs_sharded
-    assert_same_bits(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs"))
 
+@pytest.mark.live
+@SHARDED
+@DTYPES
+@MODELS
+def test_every_bit_comes_back_to_transformers(
+    tmp_path: Path, kind: str, tied: bool, dtype: str, theirs_sharded: bool, ours_sharded: bool
+) -> None:
+    import torch
+
+    settings = small_config(tie_word_embeddings=tied, num_labels=3).to_dict()
+    theirs = save_theirs(kind, settings, tmp_path / "theirs", dtype, SIZES[theirs_sharded])
+    load_and_save(kind, dtype, tmp_path, theirs_sharded, ours_sharded)
     loaded = type(theirs).from_pretrained(tmp_path / "ours")
     assert loaded.dtype == getattr(torch, dtype)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("kind", CLASSES)
 def test_transformers_computes_the_same_from_what_we_save(tmp_path: Path, kind: str) -> None:
+    import torch
+
     config = small_config(**longrope(), num_labels=3, sliding_window=7)
-    ours, theirs = pair(kind, config, tmp_path / "theirs")
+    ours, reference = pair(kind, config, tmp_path / "theirs")
+    theirs = reference.model
     ours.save_pretrained(tmp_path / "ours")
     loaded = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     with torch.no_grad():
         expected, found = theirs(torch.tensor(IDS))[0], loaded(torch.tensor(IDS))[0]
     assert torch.equal(found, expected)
-    out = ours(IDS)
+    out = run(ours, input_ids=IDS)
     assert distance(out.last_hidden_state if kind == "base" else out.logits, found) <= 1e-5
     own = {"_name_or_path", "_attn_implementation_internal", "_output_attentions"}
     ours_config, theirs_config = loaded.config.to_dict(), theirs.config.to_dict()
@@ -126,9 +196,9 @@ def test_transformers_computes_the_same_from_what_we_save(tmp_path: Path, kind: 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_config_json_names_class_and_dtype(tmp_path: Path, kind: str) -> None:
     theirs_saved(kind, small_config(), tmp_path / "theirs")
-    stored = config_json(tmp_path / "theirs")
-    stored["torch_dtype"] = stored.pop("dtype")
-    (tmp_path / "theirs" / "config.json").write_text(json.dumps(stored | {"of_the_user": [1, None]}))
+    theirs = config_json(tmp_path / "theirs")
+    theirs["torch_dtype"] = theirs.pop("dtype")
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(theirs | {"of_the_user": [1, None]}))
     CLASSES[kind][1].from_pretrained(tmp_path / "theirs", dtype="bfloat16").save_pretrained(tmp_path / "ours")
     saved = config_json(tmp_path / "ours")
     assert saved["architectures"] == [CLASSES[kind][0]]
@@ -205,14 +275,14 @@ def test_checkpoints_without_prefix_load_into_heads_and_with_it_into_the_decoder
     with caplog.at_level(logging.WARNING):
         decoder = values(Phi3Model.from_pretrained(tmp_path / "causal"))
     assert not caplog.records
-    assert decoder.keys() == base.state_dict().keys()
+    assert decoder.keys() == base.keys()
     for name, value in decoder.items():
-        assert np.array_equal(value, causal.state_dict()[f"model.{name}"].numpy()), name
+        assert np.array_equal(value, causal[f"model.{name}"]), name
 
     for cls in (Phi3ForSequenceClassification, Phi3ForTokenClassification):
         loaded = values(cls.from_pretrained(tmp_path / "base"))
-        for name, tensor in base.state_dict().items():
-            assert np.array_equal(loaded[f"model.{name}"], tensor.numpy()), name
+        for name, tensor in base.items():
+            assert np.array_equal(loaded[f"model.{name}"], tensor), name
     if tied:
         assert values(Phi3ForCausalLM.from_pretrained(tmp_path / "base")).keys() == {
             f"model.{name}" for name in decoder
@@ -239,7 +309,7 @@ def test_causal_checkpoint_into_a_classifier(
     assert 0.05 < loaded["score.weight"].astype(np.float32).std() < 0.3  # initializer_range = 0.15
     assert not loaded.get("score.bias", np.zeros(1)).any()
     key = "model.layers.2.self_attn.qkv_proj.weight"
-    assert np.array_equal(loaded[key].astype(np.float32), theirs.state_dict()[key].float().numpy())
+    assert np.array_equal(loaded[key].astype(np.float32), theirs[key].astype(np.float32))
 
     def score(rngs: Any) -> np.ndarray:
         return values(cls.from_pretrained(tmp_path, num_labels=5, rngs=rngs))["score.weight"]
@@ -258,8 +328,8 @@ def test_classifier_is_an_older_name_of_score(tmp_path: Path, caplog: pytest.Log
     rewrite(tmp_path, rename)
     loaded = values(Phi3ForTokenClassification.from_pretrained(tmp_path))
     assert not caplog.records
-    assert np.array_equal(loaded["score.weight"], theirs.score.weight.detach().numpy() + 1)
-    assert np.array_equal(loaded["score.bias"], theirs.score.bias.detach().numpy() + 1)
+    assert np.array_equal(loaded["score.weight"], theirs["score.weight"] + 1)
+    assert np.array_equal(loaded["score.bias"], theirs["score.bias"] + 1)
 
 
 def test_other_number_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -274,10 +344,10 @@ def test_other_number_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert "score.bias and score.weight" in caplog.text
     loaded = values(model)
     assert loaded["score.weight"].shape == (4, 48)
-    assert np.array_equal(loaded["model.norm.weight"], theirs.model.norm.weight.detach().numpy())
+    assert np.array_equal(loaded["model.norm.weight"], theirs["model.norm.weight"])
     caplog.clear()
     same = Phi3ForTokenClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
-    assert np.array_equal(values(same)["score.weight"], theirs.score.weight.detach().numpy())
+    assert np.array_equal(values(same)["score.weight"], theirs["score.weight"])
     assert not caplog.records
 
 
@@ -305,15 +375,13 @@ def test_old_rope_buffers_are_passed_over(tmp_path: Path, kind: str) -> None:
 
 
 def test_tied_checkpoint_that_stores_its_head_too(tmp_path: Path) -> None:
-    theirs_saved("causal", small_config(tie_word_embeddings=True), tmp_path)
+    _, theirs = pair("causal", small_config(tie_word_embeddings=True), tmp_path)
     embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(tmp_path, lambda found: found.update({"lm_head.weight": embedding.copy()}))
     model = Phi3ForCausalLM.from_pretrained(tmp_path)
     assert model.lm_head is None
     assert np.array_equal(values(model)["model.embed_tokens.weight"], embedding)
-    loaded = transformers.Phi3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    with torch.no_grad():
-        assert distance(model(IDS).logits, loaded(torch.tensor(IDS)).logits) <= 1e-5
+    assert distance(run(model, input_ids=IDS).logits, run_theirs(theirs, IDS, None).logits) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", jnp.bfloat16, np.float16, "auto", None])
@@ -323,7 +391,7 @@ def test_dtype_option(tmp_path: Path, dtype: Any) -> None:
     expected = jnp.dtype("bfloat16" if dtype in (None, "auto") else dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {expected}
     key = "model.layers.0.mlp.down_proj.weight"
-    widened = theirs.state_dict()[key].float().numpy().astype(expected)
+    widened = theirs[key].astype(np.float32).astype(expected)
     assert np.array_equal(values(model)[key], widened)
 
 
@@ -403,6 +471,6 @@ def test_convert_keeps_bits_tokenizer_and_other_files(tmp_path: Path) -> None:
 
     convert_checkpoint(source, tmp_path / "out", dtype="float16", max_shard_size="30KB")
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    expected = {name: tensor.to(torch.float16) for name, tensor in tensors(source).items()}
+    expected = {name: tensor.astype(np.float16) for name, tensor in tensors(source).items()}
     assert_same_bits(tensors(tmp_path / "out"), expected)
     assert config_json(tmp_path / "out")["dtype"] == "float16"

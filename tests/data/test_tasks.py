@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
 
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
@@ -62,7 +62,9 @@ def write_tokenizer(folder: Path, *, surrounded: bool) -> Path:
 
 @pytest.fixture(scope="module", params=["plain", "surrounded"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("both"), surrounded=request.param == "surrounded")
+    folder = tmp_path_factory.mktemp("both") / request.param
+    folder.mkdir()
+    return write_tokenizer(folder, surrounded=request.param == "surrounded")
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +85,17 @@ def only(examples: list[Example]) -> Example:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("max_length", [9, 40, 512])
 def test_ids_of_texts_are_those_of_transformers(folder: Path, pair: bool, side: str, max_length: int) -> None:
-    theirs = AutoTokenizer.from_pretrained(folder, truncation_side=side)
+    theirs = TheirTokenizer(folder.name, folder, truncation_side=side)
     ours = Phi3Tokenizer.from_pretrained(folder, truncation_side=side)
     task = SequenceClassification("a", "b" if pair else None, label=None, max_length=max_length)
-    for first, second in zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True):
+    both = list(zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True))
+    texts = both if pair else SENTENCES
+    whole = theirs.ask("__call__", texts)
+    cut = theirs.ask("__call__", texts, truncation=True, max_length=max_length)
+    for (first, second), uncut, expected in zip(both, whole, cut, strict=True):
         example = only(task.encode(row(a=first, b=second), ours, Labels(("x",))))
-        texts = (first, second) if pair else (first,)
-        assert example.input_ids == theirs(*texts, truncation=True, max_length=max_length).input_ids
-        assert example.truncated == (len(theirs(*texts).input_ids) > max_length)
+        assert example.input_ids == expected["input_ids"]
+        assert example.truncated == (len(uncut["input_ids"]) > max_length)
         assert (example.labels, example.firsts) == (None, None)
 
 
@@ -220,14 +225,16 @@ def expected_firsts(word_ids: list[int | None]) -> list[bool]:
 
 
 def check_words(task: TokenClassification, folder: Path, side: str) -> None:
-    theirs = AutoTokenizer.from_pretrained(folder, truncation_side=side)
+    theirs = TheirTokenizer(folder.name, folder, truncation_side=side)
     ours = Phi3Tokenizer.from_pretrained(folder, truncation_side=side)
-    encoding = theirs(WORDS, is_split_into_words=True, truncation=True, max_length=task.max_length)
-    word_ids = encoding.word_ids()
+    options: dict[str, Any] = {"truncation": True, "max_length": task.max_length}
+    (encoding,) = theirs.ask("__call__", [WORDS], is_split_into_words=True, **options)
+    (whole,) = theirs.ask("__call__", [WORDS], is_split_into_words=True)
+    word_ids = encoding["word_ids"]
     labels = task.label_set([sentence()])
     example = only(task.encode(sentence(), ours, labels))
-    assert example.input_ids == encoding.input_ids
-    assert example.truncated == (len(theirs(WORDS, is_split_into_words=True).input_ids) > task.max_length)
+    assert example.input_ids == encoding["input_ids"]
+    assert example.truncated == (len(whole["input_ids"]) > task.max_length)
     if side == "right":  # cut at the left, the first piece that is left may be a later one of its word
         assert example.firsts == expected_firsts(word_ids)
     assert isinstance(example.labels, list)
@@ -372,17 +379,22 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("template", list(TEMPLATES))
 def test_answers_are_counted_as_transformers_marks_them(folder: Path, template: str) -> None:
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = TheirTokenizer(folder.name, folder)
     ours = Phi3Tokenizer.from_pretrained(folder)
-    theirs.chat_template = ours.chat_template = TEMPLATES[template]
-    for messages in CONVERSATIONS:
-        whole = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    ours.chat_template = TEMPLATES[template]
+    options = {
+        "return_assistant_tokens_mask": True,
+        "return_dict": True,
+        "chat_template": TEMPLATES[template],
+    }
+    answers = theirs.ask("apply_chat_template", CONVERSATIONS, **options)
+    for messages, whole in zip(CONVERSATIONS, answers, strict=True):
         marked = [
             token if counted else -100
-            for token, counted in zip(whole.input_ids, whole["assistant_masks"], strict=True)
+            for token, counted in zip(whole["input_ids"], whole["assistant_masks"], strict=True)
         ]
         example = only(CausalLM(messages="m").encode(row(m=messages), ours))
-        assert example.input_ids == whole.input_ids
+        assert example.input_ids == whole["input_ids"]
         assert example.labels == marked
         assert not example.truncated
 

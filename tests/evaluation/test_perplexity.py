@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import torch
+from answers import stored
 from compilations import compilations
-from reference import LONG, longrope, on_mesh, pair, small_config
+from reference import LONG, Reference, longrope, on_mesh, pair, small_config
 
-from phi3_jax import Phi3ForCausalLM, make_mesh
+from phi3_jax import Phi3Config, Phi3ForCausalLM, make_mesh
 from phi3_jax.evaluation.perplexity import TextLoss, Window, perplexity, sliding_losses, windows
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
 from phi3_jax.rope_argument import RopeArgument, parse_rope
@@ -30,40 +30,85 @@ def text(count: int = TOKENS, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(4, 96, count)
 
 
-def recipe(theirs: Any, ids: np.ndarray, length: int, stride: int, frequencies: Any) -> tuple[float, int]:
-    """huggingface.co/docs/transformers/perplexity, with each window's frequencies patched in.
+def recipe(model: Any, ids: np.ndarray, spans: list[tuple[int, int]], ropes: list[Any]) -> tuple[float, int]:
+    """huggingface.co/docs/transformers/perplexity, with the frequencies of each window (`spans`) patched in.
 
-    Sums in place of that page's mean times a count that is one too few behind the first window.
+    Sums in place of that page's mean times a count that is one too few after the first window.
     """
+    import torch
+
     total, count, previous = 0.0, 0, 0
     encodings = torch.tensor(ids)[None]
-    for begin in range(0, len(ids), stride):
-        end = min(begin + length, len(ids))
+    for (begin, end), (inv_freq, scaling) in zip(spans, ropes, strict=True):
         input_ids = encodings[:, begin:end]
         targets = input_ids.clone()
         targets[:, : -(end - previous)] = -100
-        patch(theirs, *frequencies(end - begin))
+        patch(model, torch.tensor(inv_freq), scaling)
         with torch.no_grad():
-            logits = theirs(input_ids, use_cache=False).logits
+            logits = model(input_ids, use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(logits[0, :-1].double(), targets[0, 1:], reduction="none")
         total += float(losses.sum())
         count += int((targets[0, 1:] != -100).sum())
         previous = end
-        if end == len(ids):
-            break
     return total, count
 
 
-def patch(theirs: Any, inv_freq: np.ndarray, scaling: float) -> None:
-    """The model's rope, from now on."""
-    inv_freq = torch.tensor(np.asarray(inv_freq))
+def patch(model: Any, inv_freq: Any, scaling: float) -> None:
+    """Sets the rope of a model of transformers."""
+    import torch
 
     def forward(x: Any, position_ids: Any) -> Any:
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * scaling, angles.sin() * scaling
 
-    theirs.model.rotary_emb.forward = forward
+    model.model.rotary_emb.forward = forward
+
+
+def slide(count: int, length: int, stride: int, frequencies: Any) -> tuple[list[tuple[int, int]], list[Any]]:
+    """The windows of that page, and the frequencies and attention factor of each."""
+    spans: list[tuple[int, int]] = []
+    for begin in range(0, count, stride):
+        spans.append((begin, min(begin + length, count)))
+        if spans[-1][1] == count:
+            break
+    ropes = [frequencies(end - begin) for begin, end in spans]
+    return spans, [(np.asarray(inv_freq), float(scaling)) for inv_freq, scaling in ropes]
+
+
+@stored
+def perplexity_of_theirs(
+    theirs: Reference, ids: np.ndarray, length: int, stride: int, rope: Any
+) -> tuple[float, int]:
+    """The loss of a text and its tokens by the recipe, with the frequencies of `rope.config`."""
+    windows = slide(len(ids), length, stride, lambda window: frequencies_for(rope.config, window))
+    return recipe(theirs.model, ids, *windows)
+
+
+class Rope:
+    """A config whose frequencies are to be used; an answer knows it by its rope."""
+
+    def __init__(self, config: Phi3Config):
+        self.config = config
+        self.answer_key = (config.rope_parameters, config.original_max_position_embeddings)
+
+
+@stored
+def losses_of_theirs(
+    theirs: Reference, ids: np.ndarray, kept: int, divisors: list[float], scaling: float
+) -> Any:
+    """Each token's loss, with frequencies divided by `divisors` but at the first `kept` positions."""
+    import torch
+
+    plain = theirs.config.rope_base.inv_freq()
+    unscaled = np.arange(len(ids))[:, None] < kept
+    angles = np.arange(len(ids))[:, None] * np.where(unscaled, plain, plain / np.array(divisors, np.float32))
+    angles = torch.tensor(np.concatenate([angles, angles], axis=1)).float()[None]
+    tables = angles.cos() * scaling, angles.sin() * scaling
+    theirs.model.model.rotary_emb.forward = lambda x, position_ids: tables
+    with torch.no_grad():
+        logits = theirs.model(torch.tensor(ids)[None], use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +116,12 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Any:
     config = small_config(
         max_position_embeddings=16, original_max_position_embeddings=16, num_hidden_layers=2
     )
-    return pair("causal", config, tmp_path_factory.mktemp("model"))
+    return pair("causal", config, tmp_path_factory.mktemp("model"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def scorer(twins: Any) -> Scorer:
+    return Scorer(twins[0], chunk=8)
 
 
 @pytest.mark.parametrize(("length", "stride"), [(16, 8), (24, 24), (37, 5), (90, 45), (7, 3), (64, 1)])
@@ -92,12 +142,11 @@ def test_windows_are_those_of_the_recipe(length: int, stride: int) -> None:
 
 @pytest.mark.parametrize(("length", "stride"), [(40, 20), (33, 7), (90, 90), (16, 16), (8, 1), (77, 50)])
 @pytest.mark.parametrize("name", ROPES)
-def test_equals_transformers(twins: Any, name: str, length: int, stride: int) -> None:
+def test_equals_transformers(twins: Any, scorer: Scorer, name: str, length: int, stride: int) -> None:
     ours, theirs = twins
     config = ROPES[name].apply(ours.config) if name != "longrope" else ours.config.replace(**longrope())
-    scorer = Scorer(ours, chunk=8)
     total = perplexity(scorer, text(), config, length=length, stride=stride)
-    expected, count = recipe(theirs, text(), length, stride, lambda window: frequencies_for(config, window))
+    expected, count = perplexity_of_theirs(theirs, text(), length, stride, Rope(config))
     assert total.tokens == count
     assert total.loss == pytest.approx(expected, rel=1e-5)
     assert total.perplexity == pytest.approx(np.exp(expected / count), rel=1e-5)
@@ -112,18 +161,22 @@ def test_chunks_change_nothing(twins: Any, chunk: int) -> None:
     whole = jax.jit(lambda model, ids: model(ids).logits)(ours, text()[None])
     log_p = jax.nn.log_softmax(whole[0, :-1], axis=-1)
     inv_freq, scaling = frequencies_for(ours.config, TOKENS)
+    scorer = Scorer(ours, chunk=chunk)
     for scored_from in (1, 8, 9, 17, TOKENS - 1):
-        scores = Scorer(ours, chunk=chunk).score(text(), inv_freq, scaling, scored_from=scored_from)
+        scores = scorer.score(text(), inv_freq, scaling, scored_from=scored_from)
         expected = -np.asarray(log_p)[np.arange(scored_from - 1, TOKENS - 1), text()[scored_from:]]
         np.testing.assert_allclose(scores.losses[0], expected, rtol=1e-5, atol=1e-6)
         best = np.asarray(whole[0].argmax(-1))[scored_from - 1 : -1]
         np.testing.assert_array_equal(scores.greedy[0], best == text()[scored_from:])
 
 
+DIVISORS = [[1.0] * 6, [4.0] * 6, LONG]
+"""Of the frequencies of three rows."""
+
+
 def population() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Frequencies, attention factors and unscaled tokens of three rows."""
-    plain = small_config().rope_base.inv_freq()
-    inv_freq = np.stack([plain, plain / 4, plain / np.array(LONG, np.float32)])
+    inv_freq = small_config().rope_base.inv_freq() / np.array(DIVISORS, np.float32)
     return inv_freq, np.array([1.0, 1.1, 1.3]), np.array([0, 5, 20])
 
 
@@ -138,14 +191,7 @@ def test_rows_of_a_population_are_what_each_is_alone(twins: Any) -> None:
     ]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     for row in range(3):
-        kept = np.arange(TOKENS)[:, None] < initial[row]
-        angles = np.arange(TOKENS)[:, None] * np.where(kept, inv_freq[0], inv_freq[row])
-        angles = torch.tensor(np.concatenate([angles, angles], axis=1)).float()[None]
-        tables = angles.cos() * scaling[row], angles.sin() * scaling[row]
-        theirs.model.rotary_emb.forward = lambda x, position_ids, tables=tables: tables
-        with torch.no_grad():
-            logits = theirs(torch.tensor(text())[None], use_cache=False).logits[0]
-        losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(text()[1:]), reduction="none")
+        losses = losses_of_theirs(theirs, text(), int(initial[row]), DIVISORS[row], float(scaling[row]))
         assert together[row] == pytest.approx(float(losses[29:].sum()), rel=1e-5)
 
 
@@ -153,8 +199,9 @@ def test_rows_of_different_texts(twins: Any) -> None:
     ours, _ = twins
     rows = np.stack([text(50, seed) for seed in range(3)])
     inv_freq, scaling = frequencies_for(ours.config, 50)
-    together = Scorer(ours, chunk=16).score(rows, inv_freq, scaling).total
-    alone = [Scorer(ours, chunk=16).score(row, inv_freq, scaling).total[0] for row in rows]
+    scorer = Scorer(ours, chunk=16)
+    together = scorer.score(rows, inv_freq, scaling).total
+    alone = [scorer.score(row, inv_freq, scaling).total[0] for row in rows]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert len(set(together)) == 3
 

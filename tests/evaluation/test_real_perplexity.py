@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from test_perplexity import recipe
+from test_perplexity import recipe, slide
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.checkpoint import default_model
@@ -25,6 +23,8 @@ LENGTH, STRIDE, TOKENS = 1024, 700, 1500
 
 @pytest.fixture(scope="module", autouse=True)
 def _all_threads() -> Iterator[None]:
+    import torch
+
     torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(1)
@@ -33,6 +33,9 @@ def _all_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def twins(shared_data: Callable[..., Path]) -> Any:
     """A scorer, transformers' model, and the tokens."""
+    import torch
+    import transformers
+
     try:
         folder = default_model()
     except CheckpointError as error:
@@ -63,7 +66,9 @@ def test_equals_transformers(twins: Any, rope: str, tmp_path: Path, monkeypatch:
     scorer, theirs, ids = twins
     config = parse_rope(rope).apply(scorer.config)
     found = perplexity(scorer, ids, config, length=LENGTH, stride=STRIDE)
-    loss, tokens = recipe(theirs, ids, LENGTH, STRIDE, lambda window: frequencies_for(config, window))
+    loss, tokens = recipe(
+        theirs, ids, *slide(len(ids), LENGTH, STRIDE, lambda window: frequencies_for(config, window))
+    )
     assert found.tokens == tokens == TOKENS - 1
     print(rope, found.perplexity, np.exp(loss / tokens))
     assert found.perplexity == pytest.approx(np.exp(loss / tokens), rel=1e-4)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
+from answers import stored
 from compilations import compilations
-from reference import distance, run
-from small_checkpoint import write_checkpoint
+from reference import distance, run, run_theirs
+from small_checkpoint import Checkpoint, write_checkpoint
+from test_perplexity import Rope
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.evaluation import rope_search_run
@@ -90,6 +90,24 @@ def test_files(whole: Path) -> None:
     assert (whole / "search.png").stat().st_size > 10_000
 
 
+@stored
+def perplexity_of_theirs(theirs: Checkpoint, parts: list[list[int]], rope: Rope | None) -> float:
+    """The perplexity of windows, by the model's own rope or with the frequencies of another."""
+    import torch
+
+    rotary = theirs.model.model.rotary_emb
+    if rope is not None:
+        scaling, base = rope.config.rope_scaling, rope.config.rope_base
+        inv_freq, rotary.attention_scaling = scaling.frequencies(base, np.array([LENGTH]))
+        rotary.inv_freq = torch.tensor(np.array(inv_freq))
+    losses = []
+    for part in parts:
+        ids = torch.tensor([part])
+        with torch.no_grad():
+            losses.append(float(theirs.model(ids, labels=ids, use_cache=False).loss))
+    return float(np.exp(np.mean(losses)))
+
+
 def test_perplexities_are_transformers(model: Path, text: Path, whole: Path) -> None:
     """Of each method's frequencies, and of the model directory as transformers loads it."""
     about = json.loads((whole / "factors.json").read_text())["about"]
@@ -100,34 +118,22 @@ def test_perplexities_are_transformers(model: Path, text: Path, whole: Path) -> 
     best = min(unscaled, key=lambda entry: entry["perplexity"])
     assert dict(lists.parameters)["long_factor"] == tuple(best["factors"])
 
-    def theirs(folder: Path, rope: tuple[Any, float] | None) -> float:
-        reference = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-        if rope is not None:
-            rotary = reference.model.rotary_emb
-            rotary.inv_freq, rotary.attention_scaling = torch.tensor(np.array(rope[0])), rope[1]
-        losses = []
-        for part in windows(model, text):
-            ids = torch.tensor([part])
-            with torch.no_grad():
-                losses.append(float(reference(ids, labels=ids, use_cache=False).loss))
-        return float(np.exp(np.mean(losses)))
-
-    assert theirs(whole / "model", None) == pytest.approx(best["perplexity"], rel=1e-5)
+    parts = windows(model, text)
+    expected = perplexity_of_theirs(Checkpoint(whole / "model"), parts, None)
+    assert expected == pytest.approx(best["perplexity"], rel=1e-5)
     for name in ("none", "linear:factor=3", "yarn:factor=3"):
-        applied = parse_rope(name).apply(config)
-        rope = applied.rope_scaling.frequencies(applied.rope_base, np.array([LENGTH]))
-        assert theirs(model, rope) == pytest.approx(about["known"][name.partition(":")[0]], rel=1e-5), name
+        rope = Rope(parse_rope(name).apply(config))
+        expected = perplexity_of_theirs(Checkpoint(model), parts, rope)
+        assert expected == pytest.approx(about["known"][name.partition(":")[0]], rel=1e-5), name
     assert len({round(value, 3) for value in about["known"].values()}) == 4
 
 
 def test_transformers_loads_the_model_and_agrees(model: Path, whole: Path) -> None:
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole / "model", attn_implementation="eager")
+    theirs = Checkpoint(whole / "model")
     ours = Phi3ForCausalLM.from_pretrained(whole / "model", dtype="float32")
     for length in (32, 33, LENGTH):
         ids = np.random.default_rng(length).integers(5, 280, (1, length))
-        with torch.no_grad():
-            expected = theirs(torch.tensor(ids), use_cache=False).logits
-        assert distance(run(ours, input_ids=ids).logits, expected) <= 1e-5
+        assert distance(run(ours, input_ids=ids).logits, run_theirs(theirs, ids, None).logits) <= 1e-5
     weights = "model.safetensors"
     assert (whole / "model" / weights).samefile(model / weights)
 

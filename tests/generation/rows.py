@@ -32,9 +32,9 @@ def assert_varied(new: np.ndarray) -> None:
     assert min(len(set(row)) for row in new.tolist()) > 5
 
 
-@stored(whole=True)
-def logits_along(reference: Reference, tokens: np.ndarray) -> np.ndarray:
-    """The reference's logits behind each beginning of one row, as if that beginning were all there is.
+@stored
+def logits_along(reference: Reference, tokens: np.ndarray, start: int) -> np.ndarray:
+    """The reference's logits after each prefix of one row from `start` tokens on, as if it were all there is.
 
     Two forwards without a cache: up to `original_max_position_embeddings` and over everything.
     """
@@ -46,4 +46,4 @@ def logits_along(reference: Reference, tokens: np.ndarray) -> np.ndarray:
             reference.model(torch.tensor(part)[None], use_cache=False).logits[0].numpy()
             for part in (tokens[:original], tokens)
         ]
-    return np.concatenate([logits[0], logits[1][original:]])
+    return np.concatenate([logits[0], logits[1][original:]])[start - 1 : -1]

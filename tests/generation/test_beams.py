@@ -1,13 +1,13 @@
 """Beam search and beam sampling, and guidance, against transformers' generate."""
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import StoppingCriteriaList
-from twins import PAD, Twins, prompts
+from answers import stored
+from twins import PAD, Twins, ask, beside, named, prompts, softmax
 
 LENGTHS = (20, 13, 5)
 RECORDED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -20,27 +20,32 @@ def ends(twins: Twins) -> list[int]:
     return [int(answer[0, 25]), int(answer[1, 29])]
 
 
-def same(twins: Twins, **options: Any) -> Any:
+@stored
+def search(reference: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> dict[str, Any]:
+    """The reference's beam search, with the records of all steps in one array, [steps, rows, tokens]."""
+    out = ask(reference, ids, mask, **options)
+    return out | {name: np.stack(out[name]) for name in ("scores", "logits")}
+
+
+def same(twins: Twins, **options: Any) -> SimpleNamespace:
     """Their output, which must be ours: sequences, scores, where tokens came from."""
     ids, mask = prompts(LENGTHS)
     ours = twins.ours(ids, mask, **RECORDED, **options)
-    theirs = twins.theirs(ids, mask, **RECORDED, **options)
+    theirs = SimpleNamespace(**search(twins.reference, ids, mask, **RECORDED, **options))
     np.testing.assert_array_equal(ours.sequences, theirs.sequences)
     np.testing.assert_allclose(ours.sequences_scores, theirs.sequences_scores, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(ours.beam_indices, theirs.beam_indices)
     # A row whose answer is at least so long was searched in that step; the others' scores mean nothing.
     beams = options["num_beams"]
-    lengths = (theirs.beam_indices.numpy() >= 0).sum(axis=1).reshape(3, -1).max(axis=1)
+    lengths = (theirs.beam_indices >= 0).sum(axis=1).reshape(3, -1).max(axis=1)
     for name in ("scores", "logits"):
-        own, others = getattr(ours, name), getattr(theirs, name)
-        assert len(own) == len(others), name
-        for step, (mine, other) in enumerate(zip(own, others, strict=True)):
-            live = np.repeat(lengths > step, beams)
-            finite = np.isfinite(other.numpy()[live])
-            np.testing.assert_array_equal(np.isfinite(np.asarray(mine)[live]), finite)
-            np.testing.assert_allclose(
-                np.asarray(mine)[live][finite], other.numpy()[live][finite], rtol=1e-3, atol=1e-4
-            )
+        own = np.stack(getattr(ours, name))
+        steps = np.arange(len(own))[:, None, None]
+        other, own, live = beside(getattr(theirs, name), own, np.repeat(lengths, beams)[:, None] > steps)
+        other, own = other[live], own[live]
+        finite = np.isfinite(other)
+        np.testing.assert_array_equal(np.isfinite(own), finite)
+        np.testing.assert_allclose(own[finite], other[finite], rtol=1e-3, atol=1e-4)
     return theirs
 
 
@@ -49,10 +54,10 @@ def same(twins: Twins, **options: Any) -> Any:
 )
 def test_beams(twins: Twins, beams: int) -> None:
     out = same(twins, num_beams=beams, max_new_tokens=16, num_return_sequences=beams)
-    assert (out.beam_indices.numpy() % beams > 0).any()
+    assert (out.beam_indices % beams > 0).any()
     ids, mask = prompts(LENGTHS)
     greedy = twins.theirs(ids, mask, max_new_tokens=16)
-    assert (out.sequences[::beams].numpy() != greedy).any(), "beams that find the greedy answer test little"
+    assert (out.sequences[::beams] != greedy).any(), "beams that find the greedy answer test little"
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
@@ -60,7 +65,7 @@ def test_beams(twins: Twins, beams: int) -> None:
 def test_ends(twins: Twins, ends: list[int], early_stopping: Any, length_penalty: float) -> None:
     options = {"early_stopping": early_stopping, "length_penalty": length_penalty, "eos_token_id": ends}
     out = same(twins, num_beams=3, max_new_tokens=40, num_return_sequences=2, **options)
-    assert length_penalty > 1 or np.isin(out.sequences[:, 20:].numpy(), ends).any()
+    assert length_penalty > 1 or np.isin(out.sequences[:, 20:], ends).any()
 
 
 @pytest.mark.slow
@@ -115,27 +120,24 @@ def test_beams_with_allowed_tokens(shallow: Twins, ends: list[int]) -> None:
         return [token for token in range(4, 96) if (token + int(ids[-1]) + row) % 3] + ends
 
     options = {"num_beams": 3, "max_new_tokens": 12, "eos_token_id": ends, "num_return_sequences": 2}
-    same(shallow, **options, prefix_allowed_tokens_fn=allowed)
+    same(shallow, **options, prefix_allowed_tokens_fn=named(allowed, ends))
 
 
 @pytest.mark.slow
 def test_beams_with_a_stopping_criterion(shallow: Twins, ends: list[int]) -> None:
     seen: list[int] = []
 
-    def ours(ids: np.ndarray, scores: Any, **_: Any) -> np.ndarray:
+    def rule(ids: np.ndarray, scores: Any, **_: Any) -> np.ndarray:
         seen.append(ids.shape[1])
         return (ids[:, -1] % 11 == 0) | (ids.shape[1] >= 29)
-
-    def theirs(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.tensor(ours(ids.numpy(), scores))
 
     options = {"num_beams": 3, "max_new_tokens": 30, "eos_token_id": ends, "num_return_sequences": 3}
     for lengths in (LENGTHS, (20, 13)):
         ids, mask = prompts(lengths)
-        expected = shallow.theirs(ids, mask, **options, stopping_criteria=StoppingCriteriaList([theirs]))
+        expected = shallow.theirs(ids, mask, **options, stopping_criteria=[rule])
         widths = seen.copy()
         seen.clear()
-        np.testing.assert_array_equal(shallow.ours(ids, mask, **options, stopping_criteria=[ours]), expected)
+        np.testing.assert_array_equal(shallow.ours(ids, mask, **options, stopping_criteria=[rule]), expected)
         assert expected.shape[1] <= 29
         assert seen == widths, "as many steps as theirs"
         seen.clear()
@@ -173,7 +175,7 @@ def test_beam_sampling_draws_without_replacement(shallow: Twins) -> None:
     )[:, 11].reshape(-1, 2)
     recorded = {"return_dict_in_generate": True, "output_scores": True}
     scores = shallow.theirs(ids, mask, **options, **recorded).scores[0][0]
-    p = torch.softmax(scores.double(), dim=-1).numpy()
+    p = softmax(scores)
     tokens = np.argsort(-p)[:6]
     assert p[tokens].sum() == pytest.approx(1)
     counts = Counter(map(tuple, drawn.tolist()))
@@ -220,8 +222,8 @@ def test_negative_prompts(twins: Twins) -> None:
         ids,
         mask,
         **options,
-        negative_prompt_ids=torch.tensor(negative),
-        negative_prompt_attention_mask=torch.tensor(negative_mask),
+        negative_prompt_ids=negative,
+        negative_prompt_attention_mask=negative_mask,
     )
     ours = {"negative_prompt_ids": negative, "negative_prompt_attention_mask": negative_mask}
     np.testing.assert_array_equal(twins.ours(ids, mask, **options, **ours), expected)
@@ -234,9 +236,7 @@ def test_negative_prompts_without_padding(twins: Twins) -> None:
     negative, _ = prompts((30,), seed=1)
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"max_new_tokens": 12, "guidance_scale": 1.6}
-    expected = twins.theirs(
-        ids, mask, **options, negative_prompt_ids=torch.tensor(np.repeat(negative, 3, axis=0))
-    )
+    expected = twins.theirs(ids, mask, **options, negative_prompt_ids=np.repeat(negative, 3, axis=0))
     np.testing.assert_array_equal(twins.ours(ids, mask, **options, negative_prompt_ids=negative), expected)
 
 

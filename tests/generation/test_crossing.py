@@ -1,5 +1,6 @@
 """Longrope rows that pass `original_max_position_embeddings`: in every mode each is what it is alone."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
+from answers import stored
 from reference import LONG, SHORT, distance, longrope, small_config
 from rows import alone, answers, assert_varied, logits_along, rows_of
 from twins import Twins, prompts
@@ -97,8 +97,8 @@ def test_logits_behind_every_token(crossing: Twins, expected: np.ndarray) -> Non
     made = np.stack(out.logits, axis=1)
     np.testing.assert_array_equal(made, np.stack(out.scores, axis=1))
     for row, (tokens, new) in enumerate(zip(rows_of(*BATCH), expected, strict=True)):
-        theirs = logits_along(crossing.reference, np.append(tokens, new))
-        assert distance(made[row], theirs[len(tokens) - 1 : -1]) <= 1e-4
+        theirs = logits_along(crossing.reference, np.append(tokens, new), len(tokens))
+        assert distance(made[row], theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("lengths", [(10, 15, 18), pytest.param((12,), marks=pytest.mark.slow)])
@@ -116,8 +116,8 @@ def test_beams(crossing: Twins, lengths: tuple[int, ...]) -> None:
     scores = np.asarray(ours.sequences_scores).reshape(len(ids), 2)
     for row, tokens in enumerate(rows_of(ids, mask)):
         theirs = crossing.theirs(tokens[None], np.ones((1, len(tokens)), np.int64), **options)
-        np.testing.assert_array_equal(new[row], theirs.sequences[:, len(tokens) :].numpy())
-        np.testing.assert_allclose(scores[row], theirs.sequences_scores.numpy(), atol=1e-4)
+        np.testing.assert_array_equal(new[row], theirs.sequences[:, len(tokens) :])
+        np.testing.assert_allclose(scores[row], theirs.sequences_scores, atol=1e-4)
 
 
 @pytest.mark.parametrize("drafted", [10, pytest.param(3, marks=pytest.mark.slow)])
@@ -208,16 +208,19 @@ def test_going_on_from_a_cache_under_another_list(
     np.testing.assert_array_equal(new, alone(crossing, ids, mask, 24))
 
 
+@stored
 def guided_alone(
     reference: Any, row: np.ndarray, negative: np.ndarray, scale: float, count: int
 ) -> list[int]:
     """Greedy tokens under guidance, from forwards without a cache."""
+    import torch
+
     new: list[int] = []
     for _ in range(count):
         with torch.no_grad():
             given, without = (
                 torch.log_softmax(
-                    reference(torch.tensor([[*tokens, *new]]), use_cache=False).logits[0, -1], -1
+                    reference.model(torch.tensor([[*tokens, *new]]), use_cache=False).logits[0, -1], -1
                 )
                 for tokens in (row, negative)
             )
@@ -254,8 +257,9 @@ def test_draws_do_not_depend_on_other_rows(crossing: Twins) -> None:
     assert (answers(crossing, ids, mask, COUNT, **options | {"seed": 4}) != full).any(axis=1).all()
 
 
-def test_int8_cache(crossing: Twins) -> None:
+def test_int8_cache(twins_of: Callable[..., Twins]) -> None:
     """The logits stay near the exact ones of the same text, before and after the switch."""
+    crossing = twins_of(seed=0, num_hidden_layers=2, **longrope())
     out = crossing.ours(
         *BATCH,
         max_new_tokens=COUNT,
@@ -265,26 +269,20 @@ def test_int8_cache(crossing: Twins) -> None:
     )
     made, new = np.stack(out.logits, axis=1), np.asarray(out.sequences)[:, BATCH[0].shape[1] :]
     for row, tokens in enumerate(rows_of(*BATCH)):
-        text = np.append(tokens, new[row])
-        exact = logits_along(crossing.reference, text)[len(tokens) - 1 : -1]
+        exact = logits_along(crossing.reference, np.append(tokens, new[row]), len(tokens))
         assert distance(made[row], exact) <= 0.05
 
 
 @pytest.fixture(scope="module")
-def one_list(crossing: Twins) -> Callable[[str], Twins]:
+def one_list(crossing: Twins, twins_of: Callable[..., Twins]) -> Callable[[str], Twins]:
     """`one_list("long")`: the pair with a reference of the same weights that has this list alone."""
 
     def make(rope_list: str) -> Twins:
         factors = {"long": LONG, "short": SHORT}[rope_list]
-        config = crossing.config.replace(
-            rope_scaling={"type": "longrope", "short_factor": factors, "long_factor": factors}
+        twins = copy.copy(
+            twins_of(num_hidden_layers=2, **longrope(short_factor=factors, long_factor=factors))
         )
-        theirs = transformers.Phi3Config(**config.to_dict())
-        theirs._attn_implementation = "eager"
-        reference = transformers.Phi3ForCausalLM(theirs).eval()
-        reference.load_state_dict(crossing.reference.state_dict())
-        twins = object.__new__(Twins)
-        twins.config, twins.model, twins.reference = config, crossing.model, reference
+        twins.model = crossing.model
         return twins
 
     return make
@@ -343,7 +341,7 @@ def test_real_factors_at_4096(tmp_path: Path, shared_data: Callable[..., Path]) 
         },
     )
     assert config.head_dim == factors["head_dim"]
-    twins = Twins(config, tmp_path)
+    twins = Twins(config, tmp_path, seed=1)
     ids, mask = prompts((4080, 4095, 4060), seed=8)
     expected = alone(twins, ids, mask, 50)
     assert_varied(expected)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import torch
-from twins import PAD, Twins, prompts
+from answers import stored
+from twins import PAD, Twins, ask, prompts, softmax
 
 from phi3_jax.generation_config import GenerationConfig
 
@@ -126,9 +126,18 @@ def test_lengths(shallow: Twins, free: np.ndarray, options: dict[str, int]) -> N
         shallow.same(*prompts(LENGTHS), **options)
 
 
+@stored(whole=True)
+def without_a_length(reference: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The reference's answer where nothing says how long; it warns of that."""
+    with pytest.warns(UserWarning, match="model-agnostic default"):
+        return ask(reference, ids, mask)
+
+
 def test_length_by_default(shallow: Twins) -> None:
-    with pytest.warns(UserWarning, match="model-agnostic default"):  # theirs
-        assert shallow.same(*prompts(LENGTHS)).shape == (3, 40)
+    ids, mask = prompts(LENGTHS)
+    answer = shallow.ours(ids, mask)
+    np.testing.assert_array_equal(answer, without_a_length(shallow.reference, ids, mask))
+    assert answer.shape == (3, 40)
 
 
 def test_the_context_ends_the_answer(twins_of: Callable[..., Twins]) -> None:
@@ -199,7 +208,7 @@ def test_draws_follow_the_distribution(shallow: Twins) -> None:
     for made in ([], [first]):
         before = np.concatenate([ids, [made]], axis=1).astype(np.int64)
         (scores,) = shallow.theirs(before, np.ones_like(before), **options | wanted).scores
-        p = torch.softmax(scores[0].double(), dim=-1).numpy()
+        p = softmax(scores[0])
         follows = (drawn[:, 11 : 11 + len(made)] == made).all(axis=1)
         counts = np.bincount(drawn[follows, 11 + len(made)], minlength=96)
         assert counts[p == 0].sum() == 0

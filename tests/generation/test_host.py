@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from answers import stored
 from rows import alone
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from twins import PAD, Twins, prompts
+from twins import PAD, Twins, ask, named, prompts
 
 from phi3_jax.generation import AllowedTokensLogitsProcessor, LogitsProcessor, Sequences
 from phi3_jax.tokenizer import JsonBackend, Phi3Tokenizer
@@ -36,14 +35,21 @@ class Notes:
         self.calls.append("end")
 
 
+@stored
+def streamed(reference: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> list[Any]:
+    """What the reference tells a streamer."""
+    notes = Notes()
+    ask(reference, ids, mask, streamer=notes, **options)
+    return notes.calls
+
+
 def test_streamers(shallow: Twins) -> None:
     ids, mask = prompts((17,))
     free = shallow.theirs(ids, mask, max_new_tokens=12)[0, 17:]
     for ends in ([], [int(free[5]), 0]):
-        ours, theirs = Notes(), Notes()
+        ours = Notes()
         answer = shallow.ours(ids, mask, max_new_tokens=12, eos_token_id=ends, streamer=ours)
-        shallow.theirs(ids, mask, max_new_tokens=12, eos_token_id=ends, streamer=theirs)
-        assert ours.calls == theirs.calls
+        assert ours.calls == streamed(shallow.reference, ids, mask, max_new_tokens=12, eos_token_id=ends)
         assert ours.calls[0] == ids.tolist()
         assert [token for tokens in ours.calls[1:-1] for token in tokens] == answer[0, 17:].tolist()
 
@@ -89,16 +95,6 @@ class Favour(LogitsProcessor):
         return scores.at[jnp.arange(len(scores)), bias_of(last[:, 0])].add(self.by)
 
 
-class Torch(transformers.LogitsProcessor):
-    """A rule in NumPy for the reference."""
-
-    def __init__(self, rule: Any):
-        self.rule = rule
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.rule(input_ids.numpy(), scores.numpy().copy()))
-
-
 MIXES: dict[str, tuple[list[Any], list[Any]]] = {
     "host": ([favour], [favour]),
     "device": ([Favour(3.0)], [favour]),
@@ -119,32 +115,41 @@ BEAMS = {"repetition_penalty": 1.2, "num_beams": 2}
 def test_processors_of_the_caller(shallow: Twins, mix: str, options: dict[str, Any]) -> None:
     ids, mask = prompts(LENGTHS)
     own, others = MIXES[mix]
-    theirs = transformers.LogitsProcessorList([Torch(rule) for rule in others])
+    theirs = list(map(named, others))
     expected = shallow.theirs(ids, mask, max_new_tokens=20, logits_processor=theirs, **options)
     answer = shallow.ours(ids, mask, max_new_tokens=20, logits_processor=own, **options)
     np.testing.assert_array_equal(answer, expected)
     assert (answer != shallow.theirs(ids, mask, max_new_tokens=20, **options)).any()
 
 
+class Seen:
+    """A rule that changes nothing and keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __call__(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        self.calls.append((ids.copy(), scores.copy()))
+        return scores
+
+
+@stored(whole=True)
+def shown(reference: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> list[Any]:
+    """The ids and scores that the reference shows a processor at each step."""
+    seen = Seen()
+    ask(reference, ids, mask, logits_processor=[seen], **options)
+    return seen.calls
+
+
 def test_a_host_processor_sees_what_transformers_shows(shallow: Twins) -> None:
     """Ids with padding, ended rows included, and the scores of the others."""
     ids, mask = prompts(LENGTHS)
     free = shallow.theirs(ids, mask, max_new_tokens=12)[:, 20:]
-    seen: dict[str, list[Any]] = {"ours": [], "theirs": []}
-
-    def note(who: str) -> Any:
-        def rule(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-            seen[who].append((ids.copy(), scores.copy()))
-            return scores
-
-        return rule
-
     options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": [int(free[0, 2]), int(free[1, 6])]}
-    shallow.ours(ids, mask, logits_processor=[note("ours")], **options)
-    theirs = transformers.LogitsProcessorList([Torch(note("theirs"))])
-    shallow.theirs(ids, mask, logits_processor=theirs, **options)
-    assert len(seen["ours"]) == len(seen["theirs"])
-    for (own, scores), (other, expected) in zip(seen["ours"], seen["theirs"], strict=True):
+    ours = Seen()
+    shallow.ours(ids, mask, logits_processor=[ours], **options)
+    theirs = shown(shallow.reference, ids, mask, **options)
+    for (own, scores), (other, expected) in zip(ours.calls, theirs, strict=True):
         np.testing.assert_array_equal(own, other)
         live = ~np.isin(own[:, -1], [PAD, *options["eos_token_id"]])
         np.testing.assert_allclose(scores[live], expected[live], rtol=1e-3, atol=1e-4)
@@ -162,7 +167,7 @@ def test_allowed_tokens(shallow: Twins) -> None:
         return (jnp.arange(96) + last + rows) % 3 == 0
 
     ids, mask = prompts(LENGTHS)
-    expected = shallow.same(ids, mask, max_new_tokens=20, prefix_allowed_tokens_fn=allowed)
+    expected = shallow.same(ids, mask, max_new_tokens=20, prefix_allowed_tokens_fn=named(allowed))
     assert all((int(b) + int(a) + row) % 3 == 0 for row in range(3) for a, b in pairwise(expected[row, 19:]))
     device = AllowedTokensLogitsProcessor(mask_fn)
     np.testing.assert_array_equal(
@@ -204,41 +209,49 @@ def test_a_criterion_for_single_rows(twins: Twins) -> None:
 
 
 def test_criteria_as_transformers_has_them(shallow: Twins) -> None:
-    def ours(ids: np.ndarray, scores: Any, **_: Any) -> np.ndarray:
-        return ids[:, -1] % 13 == 0
-
-    def theirs(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def thirteenth(ids: np.ndarray, scores: Any, **_: Any) -> np.ndarray:
         return ids[:, -1] % 13 == 0
 
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": unseen(shallow)}  # so that theirs pads
-    stopping = transformers.StoppingCriteriaList([theirs])
-    expected = shallow.theirs(ids, mask, **options, stopping_criteria=stopping)
-    np.testing.assert_array_equal(shallow.ours(ids, mask, **options, stopping_criteria=[ours]), expected)
+    options["stopping_criteria"] = [named(thirteenth)]
+    expected = shallow.same(ids, mask, **options)
     assert (expected[:, -1] == PAD).any()
-    drafted = shallow.ours(ids, mask, **options, stopping_criteria=[ours], prompt_lookup_num_tokens=3)
+    drafted = shallow.ours(ids, mask, **options, prompt_lookup_num_tokens=3)
     np.testing.assert_array_equal(drafted, expected)
 
 
-@pytest.fixture(scope="module")
-def tokenizers() -> tuple[Phi3Tokenizer, Any]:
-    """A token for each visible character of ASCII, space and newline: ours, and transformers' own."""
-    characters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
-    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    return Phi3Tokenizer(JsonBackend(tokenizer.to_str())), theirs
+class Characters:
+    """A token for each visible character of ASCII, space and newline."""
+
+    def __init__(self) -> None:
+        characters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
+        self.answer_key = tuple(characters)
+        self.tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
+        self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.tokenizer.decoder = decoders.ByteLevel()
 
 
-def test_stop_strings(shallow: Twins, tokenizers: tuple[Phi3Tokenizer, Any]) -> None:
+@stored
+def stopped_by_strings(
+    reference: Any, characters: Characters, ids: np.ndarray, mask: np.ndarray, **options: Any
+) -> np.ndarray:
+    """The reference's answer with a tokenizer of those characters."""
+    import transformers
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=characters.tokenizer)
+    return ask(reference, ids, mask, tokenizer=tokenizer, **options)
+
+
+def test_stop_strings(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
-    own, other = tokenizers
+    characters = Characters()
+    own = Phi3Tokenizer(JsonBackend(characters.tokenizer.to_str()))
     free = shallow.theirs(ids, mask, max_new_tokens=40)[:, 20:]
-    texts = [other.decode(row) for row in free]
+    texts = [characters.tokenizer.decode(row) for row in free.tolist()]
     stops = [texts[0][4:7], texts[1][9:12]]
     options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": unseen(shallow), "stop_strings": stops}
-    expected = shallow.theirs(ids, mask, **options, tokenizer=other)
+    expected = stopped_by_strings(shallow.reference, characters, ids, mask, **options)
     answer = shallow.ours(ids, mask, **options, tokenizer=own)
     np.testing.assert_array_equal(answer, expected)
     assert own.decode(answer[0, 20:27].tolist()).endswith(stops[0])

@@ -1,13 +1,15 @@
 """What generate returns with `return_dict_in_generate`, and going on from the cache in it."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from reference import distance
+from answers import stored
+from reference import Reference, distance
 from rows import alone
-from twins import PAD, Twins, prompts
+from twins import PAD, Twins, ask, prompts
 
 from phi3_jax.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from phi3_jax.generation import prompts as sizes
@@ -54,14 +56,14 @@ def test_tuples(twins: Twins, prefill: None) -> None:
     ids, mask = prompts(LENGTHS)
     ours = twins.ours(ids, mask, max_new_tokens=6, **ALL)
     assert isinstance(ours, GenerateDecoderOnlyOutput)
-    assert_same_output(ours, twins.theirs(ids, mask, max_new_tokens=6, **ALL), mask)
+    assert_same_output(ours, twins.sampled(ids, mask, max_new_tokens=6, **ALL), mask)
 
 
 def test_tuples_of_a_sliding_window(twins_of: Callable[..., Twins], prefill: None) -> None:
     windowed = twins_of(num_hidden_layers=2, sliding_window=7)
     ids, mask = prompts(LENGTHS)
     ours = windowed.ours(ids, mask, max_new_tokens=6, **ALL)
-    assert_same_output(ours, windowed.theirs(ids, mask, max_new_tokens=6, **ALL), mask)
+    assert_same_output(ours, windowed.sampled(ids, mask, max_new_tokens=6, **ALL), mask)
 
 
 def test_tuples_of_right_padded_prompts(twins: Twins) -> None:
@@ -70,7 +72,7 @@ def test_tuples_of_right_padded_prompts(twins: Twins) -> None:
     ours = twins.ours(ids, mask, max_new_tokens=4, **ALL)
     for row, length in enumerate(LENGTHS):
         tokens = ids[row : row + 1, :length]
-        theirs = twins.theirs(tokens, np.ones_like(tokens), max_new_tokens=4, **ALL)
+        theirs = twins.sampled(tokens, np.ones_like(tokens), max_new_tokens=4, **ALL)
         assert distance(ours.hidden_states[0][2][row, :length], theirs.hidden_states[0][2][0]) < 1e-5
         assert distance(ours.attentions[0][1][row, :, :length, :length], theirs.attentions[0][1][0]) < 1e-5
         for step in range(1, 4):
@@ -94,7 +96,7 @@ def test_rows_that_have_ended(twins: Twins) -> None:
     """Tuples are as long as the longest row, and right in each as long as it goes on."""
     ids, mask = prompts(LENGTHS)
     free = twins.theirs(ids, mask, max_new_tokens=12, **ALL)
-    new = free.sequences[:, 20:].numpy()
+    new = free.sequences[:, 20:]
     ends = [int(new[0, 2]), int(new[1, 6])]
     out = twins.ours(ids, mask, max_new_tokens=12, eos_token_id=ends, **ALL)
     lengths = [next((at + 1 for at, token in enumerate(row) if token in ends), 12) for row in new]
@@ -113,7 +115,7 @@ def test_tuples_of_prompt_lookup(twins: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     ids[0] = np.tile(ids[0, :5], 4)
     ours = twins.ours(ids, mask, max_new_tokens=20, prompt_lookup_num_tokens=3, **ALL)
-    assert_same_output(ours, twins.theirs(ids, mask, max_new_tokens=20, **ALL), mask)
+    assert_same_output(ours, twins.sampled(ids, mask, max_new_tokens=20, **ALL), mask)
 
 
 def test_tuples_of_several_answers(twins: Twins) -> None:
@@ -236,15 +238,39 @@ def test_going_on_in_other_ways(twins: Twins) -> None:
         np.testing.assert_array_equal(twins.ours(longer, longer_mask, **past, **options), expected)
 
 
+@stored
+def continued(
+    reference: Reference,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    count: int,
+    longer: np.ndarray,
+    longer_mask: np.ndarray,
+    **options: Any,
+) -> Any:
+    """The reference's answer behind `longer` from the cache of its own first answer of `count` tokens."""
+    import torch
+
+    first = reference.model.generate(
+        torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=PAD,
+        return_dict_in_generate=True,
+    )
+    return ask(reference, longer, longer_mask, past_key_values=first.past_key_values, **options)
+
+
 def test_tuples_of_a_continuation(twins: Twins) -> None:
     """Attentions and hidden states of the new tokens only, over all keys, as the reference has it."""
     ids, mask = prompts(LENGTHS)
-    first = {"max_new_tokens": 5, "return_dict_in_generate": True}
-    ours, theirs = twins.ours(ids, mask, **first), twins.theirs(ids, mask, **first)
+    ours = twins.ours(ids, mask, max_new_tokens=5, return_dict_in_generate=True)
     longer, longer_mask = behind(ours, mask, [6, 6, 6])
     options: dict[str, Any] = {"max_new_tokens": 4} | ALL
     then = twins.ours(longer, longer_mask, past_key_values=ours.past_key_values, **options)
-    expected = twins.theirs(longer, longer_mask, past_key_values=theirs.past_key_values, **options)
+    expected = SimpleNamespace(**continued(twins.reference, ids, mask, 5, longer, longer_mask, **options))
     np.testing.assert_array_equal(then.sequences, expected.sequences)
     for step in range(4):
         assert distance(then.logits[step], expected.logits[step]) < 1e-5

@@ -1,7 +1,9 @@
 """Logits processors against transformers' own, row by row and as a whole chain."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
-from transformers.generation import logits_process as reference
+from answers import stored
+from twins import softmax
 
 from phi3_jax.generation import processors, warpers
 from phi3_jax.generation.chain import logits_processors
@@ -55,6 +56,60 @@ def make_scores(rows: int, kind: str = "normal", vocab: int = VOCAB, seed: int =
     return scores
 
 
+@dataclass(frozen=True)
+class Call:
+    """A processor of the reference, and the ids and scores that it is given."""
+
+    name: str
+    settings: tuple[Any, ...]
+    ids: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def answer_key(self) -> tuple[Any, ...]:
+        return self.name, self.settings, self.ids, self.scores
+
+
+def theirs(*calls: Call) -> list[np.ndarray]:
+    """The scores that the reference makes of those of each call."""
+    return unpack([call.scores for call in calls], _process(calls))
+
+
+@stored(whole=True)
+def _process(calls: Sequence[Call]) -> dict[str, np.ndarray]:
+    import torch
+    from transformers.generation import logits_process
+
+    processed = []
+    for call in calls:
+        processor = getattr(logits_process, call.name)(*call.settings)
+        processed.append(
+            processor(torch.tensor(call.ids, dtype=torch.long), torch.tensor(call.scores)).numpy()
+        )
+    return pack([call.scores for call in calls], processed)
+
+
+def pack(scores: Sequence[np.ndarray], processed: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Which of the scores, all in a row, became -inf, as bits, and which others changed to what."""
+    before, after = (np.concatenate([each.ravel() for each in arrays]) for arrays in (scores, processed))
+    changed = np.flatnonzero(~np.isneginf(after) & (after != before))
+    return {"forbidden": np.packbits(np.isneginf(after)), "changed": changed, "values": after[changed]}
+
+
+def unpack(scores: Sequence[np.ndarray], packed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The processed scores of `pack`."""
+    after = np.concatenate([each.ravel() for each in scores])
+    after[np.unpackbits(packed["forbidden"], count=after.size).astype(bool)] = -np.inf
+    after[packed["changed"]] = packed["values"]
+    parts = np.split(after, np.cumsum([each.size for each in scores])[:-1])
+    return [part.reshape(each.shape) for part, each in zip(parts, scores, strict=True)]
+
+
+def own_ids(sequences: Sequences, row: int) -> np.ndarray:
+    """A row's tokens without padding, and without what comes after them."""
+    return np.asarray(sequences.ids)[row : row + 1, np.asarray(sequences.mask)[row]]
+
+
 def check(ours: Any, theirs: Any) -> None:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
@@ -77,92 +132,110 @@ def bias_table(biases: dict[tuple[int, ...], float]) -> Any:
     )[0]
 
 
-# Name: our processor, and the reference's for a row with so many prompt tokens.
-ON_ROWS: dict[str, tuple[LogitsProcessor, Any]] = {
-    "bias": (bias_table(BIASES), lambda prompt: reference.SequenceBiasLogitsProcessor(dict(BIASES))),
+# Name: our processor, and the reference's with its settings for a row with so many prompt tokens.
+ON_ROWS: dict[str, tuple[LogitsProcessor, str, Any]] = {
+    "bias": (bias_table(BIASES), "SequenceBiasLogitsProcessor", lambda prompt: (dict(BIASES),)),
     "single_bias": (
         bias_table({(9,): 2.5, (11,): -math.inf}),
-        lambda prompt: reference.SequenceBiasLogitsProcessor({(9,): 2.5, (11,): -math.inf}),
+        "SequenceBiasLogitsProcessor",
+        lambda prompt: ({(9,): 2.5, (11,): -math.inf},),
     ),
     "repetition": (
         processors.RepetitionPenaltyLogitsProcessor(1.3),
-        lambda prompt: reference.RepetitionPenaltyLogitsProcessor(1.3),
+        "RepetitionPenaltyLogitsProcessor",
+        lambda prompt: (1.3,),
     ),
     "repetition_wanted": (
         processors.RepetitionPenaltyLogitsProcessor(0.7),
-        lambda prompt: reference.RepetitionPenaltyLogitsProcessor(0.7),
+        "RepetitionPenaltyLogitsProcessor",
+        lambda prompt: (0.7,),
     ),
     **{
         f"ngram_{size}": (
             processors.NoRepeatNGramLogitsProcessor(size),
-            lambda prompt, size=size: reference.NoRepeatNGramLogitsProcessor(size),
+            "NoRepeatNGramLogitsProcessor",
+            lambda prompt, size=size: (size,),
         )
         for size in (1, 2, 3, COLUMNS, COLUMNS + 1)
     },
     "min_new_tokens": (
         processors.MinNewTokensLengthLogitsProcessor(3, np.array(ENDS)),
-        lambda prompt: reference.MinNewTokensLengthLogitsProcessor(prompt, 3, ENDS),
+        "MinNewTokensLengthLogitsProcessor",
+        lambda prompt: (prompt, 3, ENDS),
     ),
     "forced_eos": (
         processors.ForcedEOSTokenLogitsProcessor(5, np.array(ENDS)),
-        lambda prompt: reference.ForcedEOSTokenLogitsProcessor(prompt + 5, ENDS),
+        "ForcedEOSTokenLogitsProcessor",
+        lambda prompt: (prompt + 5, ENDS),
     ),
     "remove_invalid": (
         processors.InfNanRemoveLogitsProcessor(),
-        lambda prompt: reference.InfNanRemoveLogitsProcessor(),
+        "InfNanRemoveLogitsProcessor",
+        lambda prompt: (),
     ),
     **{
         f"decay_{factor}": (
             processors.ExponentialDecayLengthPenalty(2, math.log(factor), np.array(ENDS)),
-            lambda prompt, factor=factor: reference.ExponentialDecayLengthPenalty((2, factor), ENDS, prompt),
+            "ExponentialDecayLengthPenalty",
+            lambda prompt, factor=factor: ((2, factor), ENDS, prompt),
         )
         for factor in (1.001, 1.7, 0.5)
     },
     "suppress": (
         processors.SuppressTokensLogitsProcessor(FORBIDDEN),
-        lambda prompt: reference.SuppressTokensLogitsProcessor(FORBIDDEN),
+        "SuppressTokensLogitsProcessor",
+        lambda prompt: (FORBIDDEN,),
     ),
     "begin_suppress": (
         processors.SuppressTokensAtBeginLogitsProcessor(FORBIDDEN, 1),
-        lambda prompt: reference.SuppressTokensAtBeginLogitsProcessor(FORBIDDEN, prompt + 1),
+        "SuppressTokensAtBeginLogitsProcessor",
+        lambda prompt: (FORBIDDEN, prompt + 1),
     ),
-    "normalization": (processors.LogitNormalization(), lambda prompt: reference.LogitNormalization()),
+    "normalization": (processors.LogitNormalization(), "LogitNormalization", lambda prompt: ()),
 }
 
 
 @pytest.mark.parametrize("kind", ["normal", "masked", "peaked"])
 @pytest.mark.parametrize("name", ON_ROWS)
 def test_each_row_is_what_the_reference_makes_of_it_alone(name, kind):
-    ours, theirs = ON_ROWS[name]
+    ours, reference, settings = ON_ROWS[name]
     sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL), kind)
-    result = apply(ours, sequences, scores)
-    for row, (padding, prompt, new) in enumerate(UNEQUAL):
-        ids = np.asarray(sequences.ids)[row : row + 1, padding : padding + prompt + new]
-        expected = theirs(prompt)(torch.tensor(ids, dtype=torch.long), torch.tensor(scores[row : row + 1]))
-        check(result[row : row + 1], expected)
+    calls = [
+        Call(reference, settings(prompt), own_ids(sequences, row), scores[row : row + 1])
+        for row, (_, prompt, _) in enumerate(UNEQUAL)
+    ]
+    check(apply(ours, sequences, scores), np.concatenate(theirs(*calls)))
 
 
 def test_the_processors_on_rows_change_something():
     sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL))
     idle = {"ngram_24", "ngram_25", "remove_invalid"}
-    for name, (processor, _) in ON_ROWS.items():
+    for name, (processor, *_) in ON_ROWS.items():
         assert np.array_equal(apply(processor, sequences, scores), scores) == (name in idle), name
 
 
 def test_invalid_scores_become_numbers():
     scores = np.array([[np.nan, np.inf, -np.inf, 1.0]], np.float32)
-    theirs = reference.InfNanRemoveLogitsProcessor()(None, torch.tensor(scores))
-    check(apply(processors.InfNanRemoveLogitsProcessor(), make_sequences([(0, 1, 0)]), scores), theirs)
+    (expected,) = theirs(Call("InfNanRemoveLogitsProcessor", (), NO_IDS, scores))
+    check(apply(processors.InfNanRemoveLogitsProcessor(), make_sequences([(0, 1, 0)]), scores), expected)
+
+
+@stored(whole=True)
+def penalized(ids: np.ndarray, padding: list[int], scores: np.ndarray) -> np.ndarray:
+    """The reference's scores under a penalty of 1.5 that leaves out each row's padding."""
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    processor = RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=torch.tensor(padding))
+    return processor(torch.tensor(ids, dtype=torch.long), torch.tensor(scores))
 
 
 @pytest.mark.parametrize("kind", ["normal", "masked"])
 def test_repetition_penalty_leaves_out_padding_as_the_reference_does(kind):
     rows = [(4, 5, 3), (0, 9, 3), (8, 1, 3)]
     sequences, scores = make_sequences(rows), make_scores(3, kind)
-    theirs = reference.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=torch.tensor([4, 0, 8]))
-    ids = torch.tensor(np.asarray(sequences.ids)[:, :12], dtype=torch.long)
     ours = apply(processors.RepetitionPenaltyLogitsProcessor(1.5), sequences, scores)
-    check(ours, theirs(ids, torch.tensor(scores)))
+    check(ours, penalized(np.asarray(sequences.ids)[:, :12], [4, 0, 8], scores))
     np.testing.assert_array_equal(ours[:, [PAD, JUNK]], scores[:, [PAD, JUNK]])
 
 
@@ -235,11 +308,24 @@ def test_forced_bos_is_the_second_token(prompt):
         scores = make_scores(1)
         chain = build(SimpleNamespace(forced_bos_token_id=6), prompt)
         sequences = make_sequences([(0, prompt, new)])
-        ids = torch.tensor(np.asarray(sequences.ids)[:, : prompt + new], dtype=torch.long)
+        ids = np.asarray(sequences.ids)[:, : prompt + new]
         check(
             compiled(chain, sequences, scores),
-            reference.ForcedBOSTokenLogitsProcessor(6)(ids, torch.tensor(scores)),
+            *theirs(Call("ForcedBOSTokenLogitsProcessor", (6,), ids, scores)),
         )
+
+
+@stored(whole=True)
+def constrained(table: np.ndarray, last: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
+    """The reference's scores where `table` has the tokens that may follow each one."""
+    import torch
+    from transformers import PrefixConstrainedLogitsProcessor
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        return np.flatnonzero(table[int(ids[-1])]).tolist()
+
+    out = PrefixConstrainedLogitsProcessor(allowed, 1)(torch.tensor(last), torch.tensor(scores))
+    return pack([scores], [out.numpy()])
 
 
 def test_allowed_tokens_are_the_references_prefix_constraint():
@@ -248,45 +334,54 @@ def test_allowed_tokens_are_the_references_prefix_constraint():
     last = np.asarray(sequences.last(1)[0])[:, 0]
     scores[4, table[last[4]]] = -np.inf
 
-    def allowed(row: int, ids: torch.Tensor) -> list[int]:
-        return np.flatnonzero(table[int(ids[-1])]).tolist()
-
     ours = processors.AllowedTokensLogitsProcessor(lambda s: jnp.asarray(table)[s.last(1)[0][:, 0]])
-    theirs = reference.PrefixConstrainedLogitsProcessor(allowed, 1)
     result = apply(ours, sequences, scores)
-    check(result, theirs(torch.tensor(last[:, None]), torch.tensor(scores)))
+    check(result, *unpack([scores], constrained(table, last[:, None], scores)))
     assert set(np.asarray(result)[4]) == {0.0, -np.inf}
 
 
-# Name: our warper and the reference's, both of the number of tokens that must stay.
-WARPERS: dict[str, tuple[Any, Any]] = {
+NO_IDS = np.zeros((1, 0), np.int64)
+
+# Name: our warper of the number of tokens that must stay, and the reference's with its settings.
+WARPERS: dict[str, tuple[Any, str, Any]] = {
     "temperature": (
         lambda keep: warpers.TemperatureLogitsWarper(0.7),
-        lambda keep: reference.TemperatureLogitsWarper(0.7),
+        "TemperatureLogitsWarper",
+        lambda keep: (0.7,),
     ),
-    "top_h": (lambda keep: warpers.TopHLogitsWarper(0.4), lambda keep: reference.TopHLogitsWarper(0.4)),
+    "top_h": (lambda keep: warpers.TopHLogitsWarper(0.4), "TopHLogitsWarper", lambda keep: (0.4,)),
     **{
         f"top_k_{k}": (
             lambda keep, k=k: warpers.TopKLogitsWarper(k, keep),
-            lambda keep, k=k: reference.TopKLogitsWarper(k, min_tokens_to_keep=keep),
+            "TopKLogitsWarper",
+            lambda keep, k=k: (k, -math.inf, keep),
         )
         for k in (1, 2, 17, VOCAB, 1000)
     },
     **{
         f"{name}_{value}": (
             lambda keep, make=make, value=value: make(value, keep),
-            lambda keep, model=model, value=value: model(value, min_tokens_to_keep=keep),
+            make.__name__,
+            lambda keep, value=value: (value, -math.inf, keep),
         )
-        for name, make, model, values in [
-            ("top_p", warpers.TopPLogitsWarper, reference.TopPLogitsWarper, (0.01, 0.5, 0.9, 0.999)),
-            ("min_p", warpers.MinPLogitsWarper, reference.MinPLogitsWarper, (0.001, 0.1, 1.0)),
-            ("typical", warpers.TypicalLogitsWarper, reference.TypicalLogitsWarper, (0.05, 0.4, 0.95)),
-            ("epsilon", warpers.EpsilonLogitsWarper, reference.EpsilonLogitsWarper, (0.0003, 0.05, 0.9)),
-            ("eta", warpers.EtaLogitsWarper, reference.EtaLogitsWarper, (0.0003, 0.05, 0.9)),
+        for name, make, values in [
+            ("top_p", warpers.TopPLogitsWarper, (0.01, 0.5, 0.9, 0.999)),
+            ("min_p", warpers.MinPLogitsWarper, (0.001, 0.1, 1.0)),
+            ("typical", warpers.TypicalLogitsWarper, (0.05, 0.4, 0.95)),
+            ("epsilon", warpers.EpsilonLogitsWarper, (0.0003, 0.05, 0.9)),
+            ("eta", warpers.EtaLogitsWarper, (0.0003, 0.05, 0.9)),
         ]
         for value in values
     },
 }
+
+
+def warped(name: str, keep: int, scores: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Our scores of that warper, and the reference's."""
+    make, reference, settings = WARPERS[name]
+    ours = apply(make(keep), make_sequences(UNEQUAL[: len(scores)]), scores)
+    (expected,) = theirs(Call(reference, settings(keep), NO_IDS, scores))
+    return ours, expected
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -295,9 +390,7 @@ WARPERS: dict[str, tuple[Any, Any]] = {
 def test_warpers(name, kind, keep):
     if kind == "peaked" and keep > 1 and name.startswith("typical"):
         pytest.skip("which of the equally far tokens stay, the reference leaves to its sort")
-    ours, theirs = (make(keep) for make in WARPERS[name])
-    sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL), kind)
-    check(apply(ours, sequences, scores), theirs(None, torch.tensor(scores)))
+    check(*warped(name, keep, make_scores(len(UNEQUAL), kind)))
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -305,17 +398,15 @@ def test_warpers(name, kind, keep):
 def test_warpers_on_ties(name, keep):
     if keep > 1 and name.startswith(("typical", "min_p")):
         pytest.skip("which of equals is among the three that stay, the reference leaves to its sort")
-    ours, theirs = (make(keep) for make in WARPERS[name])
-    scores = make_scores(len(UNEQUAL), "tied")
-    check(apply(ours, make_sequences(UNEQUAL), scores), theirs(None, torch.tensor(scores)))
+    check(*warped(name, keep, make_scores(len(UNEQUAL), "tied")))
 
 
 def test_top_p_keeps_ties_together_and_never_less_than_the_reference():
     scores = make_scores(8, "tied")
     ours = np.asarray(apply(warpers.TopPLogitsWarper(0.6), make_sequences(UNEQUAL), scores))
-    theirs = reference.TopPLogitsWarper(0.6)(None, torch.tensor(scores)).numpy()
-    assert np.all(np.isfinite(ours) >= np.isfinite(theirs))
-    least = np.where(np.isfinite(theirs), theirs, np.inf).min(axis=1, keepdims=True)
+    (expected,) = theirs(Call("TopPLogitsWarper", (0.6,), NO_IDS, scores))
+    assert np.all(np.isfinite(ours) >= np.isfinite(expected))
+    least = np.where(np.isfinite(expected), expected, np.inf).min(axis=1, keepdims=True)
     np.testing.assert_array_equal(np.isfinite(ours), scores >= least)
 
 
@@ -330,12 +421,9 @@ def test_zeros_of_both_signs_are_equal():
 )
 def test_a_large_vocabulary(name):
     """The sets differ, if at all, by tokens that the rounding of a sum decides on."""
-    ours, theirs = (make(1) for make in WARPERS[name])
-    scores = make_scores(3, vocab=49152)
-    kept = np.isfinite(apply(ours, make_sequences(UNEQUAL[:3]), scores))
-    expected = np.isfinite(theirs(None, torch.tensor(scores)).numpy())
-    p = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=-1).numpy()
-    assert np.all(np.sum(p * (kept != expected), axis=1) < 2e-6)
+    scores = make_scores(3, vocab=32064)
+    kept, expected = map(np.isfinite, warped(name, 1, scores))
+    assert np.all(np.sum(softmax(scores) * (kept != expected), axis=1) < 2e-6)
     if name.startswith("top_k"):
         np.testing.assert_array_equal(kept, expected)
 
@@ -345,8 +433,11 @@ def build(config: Any, prompt_length: int, **changes: Any) -> LogitsProcessorLis
     return LogitsProcessorList(logits_processors(config, prompt_length=prompt_length, **settings))
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+@lru_cache
+def their_model() -> Any:
+    """A model of the reference, whose weights matter to nothing here."""
+    import transformers
+
     config = transformers.Phi3Config(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -359,7 +450,28 @@ def model() -> Any:
     return transformers.Phi3ForCausalLM(config)
 
 
-def random_config(rng: np.random.Generator, prompt_length: int) -> transformers.GenerationConfig:
+@stored(whole=True)
+def their_chain(
+    settings: dict[str, Any], mask: np.ndarray, steps: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The names of the reference's processors for these settings, and its scores for those of each step."""
+    import torch
+    import transformers
+
+    model, prompt = their_model(), mask.shape[1]
+    config = transformers.GenerationConfig(**settings)
+    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu")
+    config = model._prepare_generated_length(
+        config, True, config.min_length is None, "input_ids", prompt, None
+    )
+    chain = model._get_logits_processor(config, prompt, model_kwargs={"attention_mask": torch.tensor(mask)})
+    found = [
+        chain(torch.tensor(ids, dtype=torch.long), torch.tensor(scores)).numpy() for ids, scores in steps
+    ]
+    return expected_names(chain, config, prompt), pack([scores for _, scores in steps], found)
+
+
+def random_settings(rng: np.random.Generator, prompt_length: int) -> dict[str, Any]:
     """Each setting on or off by chance; lists name tokens that occur.
 
     No ties, of which the reference's sort would choose: one end token is forced, and beams, which keep
@@ -404,40 +516,34 @@ def random_config(rng: np.random.Generator, prompt_length: int) -> transformers.
         "renormalize_logits": bool(rng.random() < 0.3),
     }
     ends = [ENDS, ENDS[:1]][rng.integers(2)]
-    return transformers.GenerationConfig(
-        eos_token_id=ends,
-        pad_token_id=PAD,
-        max_new_tokens=6,
-        **{k: v for k, v in settings.items() if v is not None},
-    )
+    limits = {"eos_token_id": ends, "pad_token_id": PAD, "max_new_tokens": 6}
+    return limits | {name: value for name, value in settings.items() if value is not None}
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_chain_is_the_references(model, seed):
+def test_the_chain_is_the_references(seed):
     rng = np.random.default_rng(seed)
     prompt = int(rng.choice([1, 2, 7]))
-    config = random_config(rng, prompt)
-    ends = config.eos_token_id
-    chain = build(config, prompt, eos_token_ids=ends)
+    settings = random_settings(rng, prompt)
+    chain = build(SimpleNamespace(**settings), prompt, eos_token_ids=settings["eos_token_id"])
     padding = rng.integers(0, prompt, 5)
     padding[0] = 0
-    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu")
-    config = model._prepare_generated_length(
-        config, True, config.min_length is None, "input_ids", prompt, None
-    )
-    mask = torch.tensor(np.arange(prompt) >= padding[:, None]).long()
-    theirs = model._get_logits_processor(config, prompt, model_kwargs={"attention_mask": mask})
-    assert [type(p).__name__ for p in chain] == expected_names(theirs, config, prompt)
+    mask = (np.arange(prompt) >= padding[:, None]).astype(np.int64)
+    steps, ours = [], []
     for new in range(6):
         sequences = make_sequences([(int(p), prompt - int(p), new) for p in padding], seed)
         scores = make_scores(5, ["normal", "masked"][new % 2], seed=seed + new)
-        ids = torch.tensor(np.asarray(sequences.ids)[:, : prompt + new], dtype=torch.long)
-        check(compiled(chain, sequences, scores), theirs(ids, torch.tensor(scores)))
+        steps.append((np.asarray(sequences.ids)[:, : prompt + new], scores))
+        ours.append(compiled(chain, sequences, scores))
+    names, packed = their_chain(settings, mask, steps)
+    assert [type(p).__name__ for p in chain] == names
+    for own, other in zip(ours, unpack([scores for _, scores in steps], packed), strict=True):
+        check(own, other)
 
 
-def expected_names(theirs: Any, config: Any, prompt: int) -> list[str]:
+def expected_names(chain: Any, config: Any, prompt: int) -> list[str]:
     """The names of the reference's processors, less those that can do nothing after such a prompt."""
-    made = [type(processor).__name__.replace("MinLength", "MinNewTokensLength") for processor in theirs]
+    made = [type(processor).__name__.replace("MinLength", "MinNewTokensLength") for processor in chain]
     idle = set()
     if prompt > 1:
         idle.add("ForcedBOSTokenLogitsProcessor")

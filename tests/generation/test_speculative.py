@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from answers import stored
 from reference import distance, small_config
 from rows import alone, answers, assert_varied
-from twins import CONTEXT, Twins, prompts
+from twins import CONTEXT, Twins, prompts, softmax
 
 from phi3_jax import Phi3ForCausalLM
 
@@ -212,14 +212,17 @@ def other_opinion() -> Phi3ForCausalLM:
     return Phi3ForCausalLM(small_config(**CONTEXT | changes), rngs=9)
 
 
+@stored(whole=True)
 def probabilities(reference: Any, length: int, top_k: int) -> np.ndarray:
-    """How likely each text of `length` tokens is behind `PROMPT`, in the order of `itertools.product`."""
+    """How likely each text of `length` tokens is after `PROMPT`, in the order of `itertools.product`."""
+    import torch
+
     texts = np.array(list(itertools.product(range(VOCABULARY), repeat=length)))
     with torch.no_grad():
         ids = torch.tensor(np.concatenate([np.repeat(PROMPT, len(texts), axis=0), texts], axis=1))
-        logits = reference(ids, use_cache=False).logits[:, PROMPT.shape[1] - 1 : -1].double()
-    least = logits.topk(top_k).values[..., -1:]
-    likely = torch.softmax(logits.masked_fill(logits < least, -torch.inf), -1).numpy()
+        logits = reference.model(ids, use_cache=False).logits[:, PROMPT.shape[1] - 1 : -1].numpy()
+    least = np.sort(logits, axis=-1)[..., -top_k, None]
+    likely = softmax(np.where(logits < least, -np.inf, logits))
     return np.take_along_axis(likely, texts[..., None], axis=-1)[..., 0].prod(axis=1)
 
 

@@ -5,13 +5,12 @@ import random
 import time
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
-import torch
+from answers import stored
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
-from transformers import StopStringCriteria as TheirStopStrings
 
 from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from phi3_jax.tokenizer import JsonBackend, Phi3Tokenizer, SentencePieceBackend
@@ -108,9 +107,17 @@ def word_pieces() -> Tokenizer:
     return tokenizer
 
 
+class Vocabulary:
+    """A tokenizer for the reference, which stored answers know by its name and the ids that it gives."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer):
+        self.answer_key = name
+        self.tokenizer = tokenizer
+
+
 @pytest.fixture(scope="module", params=["bytes", "pieces", "model", "words"])
-def pair(request: pytest.FixtureRequest) -> tuple[Phi3Tokenizer, Any]:
-    """The same vocabulary twice: ours, and transformers' own tokenizer."""
+def pair(request: pytest.FixtureRequest) -> tuple[Phi3Tokenizer, Vocabulary]:
+    """The same vocabulary twice: ours, and the reference's."""
     if request.param in ("pieces", "model"):
         content = sentence_pieces()
         theirs = twin_of(content)
@@ -121,7 +128,36 @@ def pair(request: pytest.FixtureRequest) -> tuple[Phi3Tokenizer, Any]:
     else:
         theirs = {"bytes": byte_level, "words": word_pieces}[request.param]()
         ours = JsonBackend(theirs.to_str())
-    return Phi3Tokenizer(ours), PreTrainedTokenizerFast(tokenizer_object=theirs)
+    return Phi3Tokenizer(ours), Vocabulary(request.param, theirs)
+
+
+@stored
+def theirs_stopped(vocabulary: Vocabulary, stops: list[str], texts: list[list[list[int]]]) -> Any:
+    """Whether the reference stops after each row of the `texts`, as bits; None where it refuses `stops`."""
+    import torch
+    from transformers import PreTrainedTokenizerFast
+    from transformers import StopStringCriteria as TheirStopStrings
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary.tokenizer)
+    try:
+        criterion = TheirStopStrings(tokenizer, stops)
+    except ValueError:
+        return None
+    found = [bool(each) for rows in texts for each in criterion(torch.tensor(rows), None)]
+    return np.packbits(found)
+
+
+def assert_stops_as_theirs(
+    tokenizer: Phi3Tokenizer, vocabulary: Vocabulary, stops: list[str], texts: list[list[list[int]]]
+) -> None:
+    """Both stop after the same rows; where the reference refuses the texts to stop at, ours never stops."""
+    criterion, expected = StopStringCriteria(tokenizer, stops), theirs_stopped(vocabulary, stops, texts)
+    if expected is None:
+        assert len(tokenizer) < 20, "only the little vocabulary lacks such characters"
+    rest = iter(np.unpackbits(expected).astype(bool).tolist() if expected is not None else ())
+    for rows in texts:
+        wanted = [next(rest, False) for _ in rows]
+        assert criterion(np.array(rows), None).tolist() == wanted, tokenizer.convert_ids_to_tokens(rows[0])
 
 
 def ids_of(tokenizer: Phi3Tokenizer, kind: int, generator: random.Random) -> list[int]:
@@ -136,21 +172,15 @@ def ids_of(tokenizer: Phi3Tokenizer, kind: int, generator: random.Random) -> lis
 
 
 @pytest.mark.parametrize("stops", [*[[text] for text in STOPS], STOPS[:3], STOPS[6:10]], ids=repr)
-def test_stop_strings_are_transformers(pair: tuple[Phi3Tokenizer, Any], stops: list[str]) -> None:
-    tokenizer, theirs = pair
-    criterion, reference = StopStringCriteria(tokenizer, stops), None
-    try:
-        reference = TheirStopStrings(theirs, stops)
-    except ValueError:
-        assert len(tokenizer) < 20, "only the little vocabulary lacks such characters"
-    generator = random.Random(0)
+def test_stop_strings_are_transformers(pair: tuple[Phi3Tokenizer, Vocabulary], stops: list[str]) -> None:
+    generator, texts = random.Random(0), []
     for kind in (0, 0, 1, 1, 1, 2, 2):
-        ids = ids_of(tokenizer, kind, generator)
-        for length in range(1, len(ids) + 1):
-            rows = [ids[:length], [0] * (length // 2) + ids[: length - length // 2]]
-            found = criterion(np.array(rows), None)
-            expected = [False, False] if reference is None else reference(torch.tensor(rows), None).tolist()
-            assert found.tolist() == expected, (rows, tokenizer.convert_ids_to_tokens(ids[:length]))
+        ids = ids_of(pair[0], kind, generator)
+        texts += [
+            [ids[:length], [0] * (length // 2) + ids[: length - length // 2]]
+            for length in range(1, len(ids) + 1)
+        ]
+    assert_stops_as_theirs(*pair, stops, texts)
 
 
 @pytest.mark.parametrize(
@@ -226,17 +256,16 @@ def test_stop_strings_that_cannot_be(stops: Any, error: type[Exception], message
 
 
 def test_the_real_tokenizers(shared_data: Any) -> None:
-    theirs = Tokenizer.from_file(str(shared_data("phi3-tokenizer", "phi-3-mini") / "tokenizer.json"))
-    ours = Phi3Tokenizer.from_pretrained(shared_data("phi3-tokenizer", "phi-3-mini"))
-    reference = PreTrainedTokenizerFast(tokenizer_object=theirs)
+    folder = shared_data("phi3-tokenizer", "phi-3-mini")
+    ours = Phi3Tokenizer.from_pretrained(folder)
+    theirs = Vocabulary("phi-3-mini", Tokenizer.from_file(str(folder / "tokenizer.json")))
     generator = random.Random(1)
     for stops in (["stop"], ["\n"], [" the"], ["<|end|>", "é"]):
-        criteria = [StopStringCriteria(ours, stops), TheirStopStrings(reference, stops)]
+        texts = []
         for kind in (0, 1, 2):
             ids = ids_of(ours, kind, generator)
-            for length in range(1, len(ids) + 1):
-                rows = [ids[:length]]
-                assert criteria[0](np.array(rows)).tolist() == criteria[1](torch.tensor(rows), None).tolist()
+            texts += [[ids[:length]] for length in range(1, len(ids) + 1)]
+        assert_stops_as_theirs(ours, theirs, stops, texts)
 
 
 def test_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +280,14 @@ def test_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert criteria[0](rows).all()
 
 
-def test_one_criterion_is_enough() -> None:
+def torch_tensor(values: Any) -> Any:
+    import torch
+
+    return torch.tensor(values)
+
+
+@pytest.mark.parametrize("array", [jnp.array, pytest.param(torch_tensor, marks=pytest.mark.live)])
+def test_one_criterion_is_enough(array: Any) -> None:
     rows = np.arange(8).reshape(4, 2)
     seen = []
 
@@ -263,15 +299,15 @@ def test_one_criterion_is_enough() -> None:
         third,
         lambda ids, scores, **kwargs: False,
         lambda ids, scores, **kwargs: np.bool_(False),
-        lambda ids, scores, **kwargs: torch.tensor(False),
+        lambda ids, scores, **kwargs: array(False),
         lambda ids, scores, **kwargs: [True, False, False, False],
-        lambda ids, scores, **kwargs: torch.tensor([False, False, False, False]),
+        lambda ids, scores, **kwargs: array([False, False, False, False]),
     ]
     done = StoppingCriteriaList(answers)(rows, "scores", extra=1)
     assert done.dtype == bool
     assert done.tolist() == [True, False, True, False]
     assert seen == [("scores", {"extra": 1})]
-    assert StoppingCriteriaList([lambda ids, scores: torch.tensor(True)])(rows).tolist() == [True] * 4
+    assert StoppingCriteriaList([lambda ids, scores: array(True)])(rows).tolist() == [True] * 4
     assert StoppingCriteriaList()(rows).tolist() == [False] * 4
 
 
@@ -282,7 +318,7 @@ def test_one_criterion_is_enough() -> None:
         (1, TypeError, "answered 1; expected a bool"),
         (np.zeros(2), TypeError, "answered an array of float64"),
         (np.zeros(3, bool), ValueError, r"shape \(3,\); expected one bool, or shape \(2,\)"),
-        (torch.zeros(2, 1, dtype=torch.bool), ValueError, r"shape \(2, 1\)"),
+        (jnp.zeros((2, 1), bool), ValueError, r"shape \(2, 1\)"),
         ([True], ValueError, r"shape \(1,\)"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from answers import stored
 from reference import longrope
 from small_checkpoint import PROMPT, write_checkpoint
 from twins import Twins
@@ -181,13 +181,21 @@ def test_seeds_reproduce(twins: Twins) -> None:
     assert ours(twins, prompt, 20, **hot | {"top_k": 1}, seed=7) == ours(twins, prompt, 20)
 
 
+@stored(whole=True)
+def ranks(reference: Any, prompt: list[int], answer: list[int]) -> np.ndarray:
+    """How many tokens the reference holds likelier than each of the answer's."""
+    import torch
+
+    with torch.no_grad():
+        logits = reference.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return (logits > logits.gather(1, torch.tensor(answer)[:, None])).sum(-1)
+
+
 def test_draws_stay_within_top_k(twins: Twins) -> None:
     prompt = prompt_of(9)
     answer = ours(twins, prompt, 40, do_sample=True, temperature=5.0, top_k=4, seed=3)
-    with torch.no_grad():
-        logits = twins.reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    ranks = (logits > logits.gather(1, torch.tensor(answer)[:, None])).sum(-1)
-    assert set(ranks.tolist()) == {0, 1, 2, 3}, "hot enough to draw each of them, and no other"
+    found = set(ranks(twins.reference, prompt, answer).tolist())
+    assert found == {0, 1, 2, 3}, "hot enough to draw each of them, and no other"
 
 
 def test_sizes_are_few() -> None:

@@ -5,9 +5,9 @@ import random
 import threading
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from phi3_jax.generation.streamers import BaseStreamer, TextIteratorStreamer, TextStreamer
@@ -120,7 +120,15 @@ def test_printing(tokenizer: Phi3Tokenizer, capsys: pytest.CaptureFixture[str]) 
         assert capsys.readouterr().out == expected + "\n"
 
 
-@pytest.mark.parametrize("make", [np.array, torch.tensor, list], ids=["numpy", "torch", "list"])
+def torch_tensor(values: Any) -> Any:
+    import torch
+
+    return torch.tensor(values)
+
+
+@pytest.mark.parametrize(
+    "make", [np.array, jnp.array, list, pytest.param(torch_tensor, marks=pytest.mark.live)]
+)
 def test_any_array(tokenizer: Phi3Tokenizer, make: Any) -> None:
     streamer = Recorder(tokenizer)
     ids = tokenizer.encode("the fox", add_special_tokens=False)

@@ -1,12 +1,12 @@
 """A model of transformers and ours with the same weights, generating from the same prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from answers import stored
+from answers import Sample, stored
 from reference import Reference, pair
 
 from phi3_jax import Phi3Config
@@ -28,11 +28,12 @@ class Twins:
         return out if hasattr(out, "sequences") else np.asarray(out)
 
     def theirs(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
-        """The reference's, whose word for "no end token" is None; of a whole output its arrays."""
-        options = {"eos_token_id": None, "pad_token_id": PAD, "do_sample": False} | options
-        options["eos_token_id"] = options["eos_token_id"] or None
-        answer = _generate(self.reference, ids, mask, **options)
-        return SimpleNamespace(**answer) if isinstance(answer, dict) else answer
+        """The reference's answer, as `ask` gives it; of a whole output a namespace."""
+        return _namespace(_generate(self.reference, ids, mask, **options))
+
+    def sampled(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+        """`theirs`, with a `Sample` of each large array where the answer is a stored one."""
+        return _namespace(_generate_sampled(self.reference, ids, mask, **options))
 
     def same(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> np.ndarray:
         """What both answer, which must be the same ids."""
@@ -41,16 +42,73 @@ class Twins:
         return expected
 
 
-@stored(whole=True)
-def _generate(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
-    import torch
+def ask(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+    """The reference's ids, or the arrays of its whole output by their names.
 
+    Processors and criteria among the options are functions of NumPy arrays; no end token is an empty list.
+    """
+    import torch
+    from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+    class Processor(LogitsProcessor):
+        def __init__(self, rule: Callable[..., Any]):
+            self.rule = rule
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(self.rule(input_ids.numpy(), scores.numpy().copy()))
+
+    def criterion(rule: Callable[..., Any]) -> Any:
+        return lambda ids, scores, **_: torch.tensor(rule(ids.numpy(), scores))
+
+    options = {"eos_token_id": None, "pad_token_id": PAD, "do_sample": False} | options
+    options["eos_token_id"] = options["eos_token_id"] or None
+    if rules := options.pop("logits_processor", None):
+        options["logits_processor"] = LogitsProcessorList(map(Processor, rules))
+    if rules := options.pop("stopping_criteria", None):
+        options["stopping_criteria"] = StoppingCriteriaList(map(criterion, rules))
+    options = {
+        name: torch.tensor(value) if isinstance(value, np.ndarray) else value
+        for name, value in options.items()
+    }
     reference.model.generation_config.eos_token_id = None
     mask = None if mask is None else torch.tensor(mask)
     out = reference.model.generate(torch.tensor(ids), attention_mask=mask, **options)
     if not hasattr(out, "sequences"):
         return out
     return {name: value for name, value in out.items() if name != "past_key_values"}
+
+
+@stored(whole=True)
+def _generate(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+    return ask(reference, ids, mask, **options)
+
+
+@stored
+def _generate_sampled(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+    return ask(reference, ids, mask, **options)
+
+
+def _namespace(answer: Any) -> Any:
+    return SimpleNamespace(**answer) if isinstance(answer, dict) else answer
+
+
+def named(function: Callable[..., Any], *settings: Any) -> Callable[..., Any]:
+    """The function, which stored answers know by its name and the `settings` that it was made with."""
+    function.answer_key = (function.__name__, *settings)  # type: ignore[attr-defined]
+    return function
+
+
+def beside(theirs: Any, *ours: Any) -> tuple[np.ndarray, ...]:
+    """The elements that `theirs` has, and the same of each of `ours`, which broadcast to its shape."""
+    if isinstance(theirs, Sample):
+        return theirs.values, *map(theirs.at, ours)
+    return np.asarray(theirs), *(np.broadcast_to(np.asarray(each), np.shape(theirs)) for each in ours)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis, in float64."""
+    likely = np.exp(np.float64(logits) - logits.max(axis=-1, keepdims=True))
+    return likely / likely.sum(axis=-1, keepdims=True)
 
 
 def prompts(lengths: Sequence[int], side: str = "left", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from answers import stored
 from reference import (
     alone,
     distance,
@@ -35,7 +34,8 @@ CHUNKS = {"one by one": [1] * LENGTH, "unequal": [5, 1, 5, 3]}
 
 
 def cache_config(**changes):
-    return small_config(**({"num_hidden_layers": 2} | changes))
+    """Few tokens in the vocabulary, as whole logits of the reference are stored."""
+    return small_config(**({"num_hidden_layers": 2, "vocab_size": 32} | changes))
 
 
 def layout(side):
@@ -106,7 +106,7 @@ def test_rows_with_histories_of_different_length(tmp_path):
         np.testing.assert_array_equal(after.tokens, history + 5)
         for row, count in enumerate(history):
             whole = np.concatenate([ids[row, :count], new[row]])[None]
-            ref = theirs(torch.tensor(whole), use_cache=False).logits[0, count:]
+            ref = alone(theirs, whole, np.ones_like(whole))[0, count:]
             assert distance(logits[row], ref) <= TOLERANCE
 
 
@@ -129,11 +129,38 @@ def test_masks_over_cached_and_new_tokens(side, tmp_path):
     # Outside `jit` the cache's length is known, and the mask checked against it.
     for given in (mask[:, 9:], mask, every_slot):
         out = jax.eval_shape(lambda m, g=given: m(ids[:, 9:], g, past_key_values=first.past_key_values), ours)
-        assert out.logits.shape == (3, 5, 96)
+        assert out.logits.shape == (3, 5, 32)
     with pytest.raises(
         ValueError, match=r"attention_mask covers 13 tokens; expected the 5 new ones.*9 cached"
     ):
         ours(ids[:, 9:], mask[:, :13], past_key_values=first.past_key_values)
+
+
+@stored
+def dynamic_cache(theirs, ids, mask, sizes):
+    """The reference's logits of each chunk, and the keys and values in its cache behind the last one."""
+    import torch
+    import transformers
+
+    cache = transformers.DynamicCache(config=theirs.model.config)
+    at, logits, start = positions(mask), [], 0
+    for size in sizes:
+        end = start + size
+        with torch.no_grad():
+            out = theirs.model(
+                torch.tensor(ids[:, start:end]),
+                attention_mask=torch.tensor(mask[:, :end]),
+                position_ids=torch.tensor(at[:, start:end]),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        logits.append(out.logits)
+        start = end
+    return {
+        "logits": logits,
+        "keys": [layer.keys for layer in cache.layers],
+        "values": [layer.values for layer in cache.layers],
+    }
 
 
 @pytest.mark.parametrize("case", ["gqa", "window"])
@@ -143,29 +170,21 @@ def test_dynamic_cache(case, tmp_path):
     ours, theirs = pair("causal", config, tmp_path)
     mask = layout("left")
     ids = random_ids(config, mask)
-    at = positions(mask)
-    theirs_cache = transformers.DynamicCache(config=theirs.config)
+    sizes = (6, 1, 4, 1, 2)
+    ref = dynamic_cache(theirs, ids, mask, sizes)
     cache = ours.init_cache(3, SLOTS)
     start = 0
-    for size in (6, 1, 4, 1, 2):
+    for size, logits in zip(sizes, ref["logits"], strict=True):
         end = start + size
-        with torch.no_grad():
-            ref = theirs(
-                torch.tensor(ids[:, start:end]),
-                attention_mask=torch.tensor(mask[:, :end]),
-                position_ids=torch.tensor(at[:, start:end]),
-                past_key_values=theirs_cache,
-                use_cache=True,
-            )
         out = run(ours, input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
         cache = out.past_key_values
-        assert distance(out.logits, ref.logits, mask.astype(bool)[:, start:end, None]) <= TOLERANCE
+        assert distance(out.logits, logits, mask.astype(bool)[:, start:end, None]) <= TOLERANCE
         start = end
     if case == "gqa":
         token = mask.astype(bool)[:, None, :, None]
-        for index, layer in enumerate(theirs_cache.layers):
-            assert distance(cache.keys[index][:, :, :LENGTH], layer.keys, token) <= TOLERANCE
-            assert distance(cache.values[index][:, :, :LENGTH], layer.values, token) <= TOLERANCE
+        for name, held in (("keys", cache.keys), ("values", cache.values)):
+            for ours_layer, layer in zip(held, ref[name], strict=True):
+                assert distance(ours_layer[:, :, :LENGTH], layer, token) <= TOLERANCE
 
 
 # In place, and compiled once

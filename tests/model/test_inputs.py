@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from reference import distance, padding_mask, pair, positions, random_ids, run, run_theirs, small_config
 
 from phi3_jax import Phi3ForCausalLM
@@ -147,7 +146,7 @@ def test_inputs_embeds_equal_the_ids(tmp_path):
     mask = padding_mask(2, LENGTH, "left")
     embeds = np.random.default_rng(0).normal(size=(2, LENGTH, 48)).astype(np.float32)
     out = run(ours, inputs_embeds=embeds, attention_mask=mask)
-    ref = run_theirs(theirs, None, mask, inputs_embeds=torch.tensor(embeds))
+    ref = run_theirs(theirs, None, mask, inputs_embeds=embeds)
     assert distance(out.logits, ref.logits, mask.astype(bool)[..., None]) <= TOLERANCE
 
 
@@ -158,7 +157,7 @@ def test_position_ids_given(tmp_path):
     own = np.stack([np.arange(LENGTH) * 2 + 3, np.arange(LENGTH)[::-1]])
     for given in (own, own[:1]):
         out = run(ours, input_ids=ids, position_ids=given)
-        ref = run_theirs(theirs, ids, mask, position_ids=torch.tensor(given.copy()))
+        ref = run_theirs(theirs, ids, mask, position_ids=given)
         assert distance(out.logits, ref.logits) <= TOLERANCE
 
 
@@ -182,7 +181,7 @@ def test_four_dims(heads, window, tmp_path):
     visible = four_dims(heads)
     hidden = np.where(visible, 0, np.finfo(np.float32).min).astype(np.float32)
     bias = np.random.default_rng(1).normal(size=hidden.shape).astype(np.float32)
-    at = torch.tensor(positions(everything))
+    at = positions(everything)
     for additive in (hidden, np.where(visible, bias, hidden)):
         ref = run_theirs(theirs, ids, additive, position_ids=at).logits
         assert distance(run(ours, input_ids=ids, attention_mask=additive).logits, ref) <= TOLERANCE

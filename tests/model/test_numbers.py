@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from answers import stored
 from flax import nnx
 from reference import run
 
@@ -12,7 +12,10 @@ from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3ForSequenceClassification
 from phi3_jax.model.rope import apply_rope, rope_tables
 
 
+@pytest.mark.live  # for PyTorch's random numbers
 def test_rope_of_torchtune():
+    import torch
+
     torch.manual_seed(0)
     x = torch.randn(4, 60, 32, 96).numpy()
     config = Phi3Config.preset("phi-3-mini-4k-instruct")
@@ -28,7 +31,16 @@ def test_rope_of_torchtune():
 def ramp(*shape):
     """torchtune's filling of a tensor."""
     size = int(np.prod(shape))
-    return torch.arange(-0.25, 0.5, 0.75 / size)[:size].reshape(shape).numpy()
+    return (-0.25 + np.arange(size) * (0.75 / size)).astype(np.float32).reshape(shape)
+
+
+@stored
+def random_tokens(seed, vocab):
+    """PyTorch's random token ids, [2, 100]."""
+    import torch
+
+    torch.manual_seed(seed)
+    return torch.randint(0, vocab, (2, 100))
 
 
 def test_tiny_model_of_torchtune():
@@ -59,9 +71,7 @@ def test_tiny_model_of_torchtune():
         mlp.down_proj.weight.set_value(jnp.asarray(ramp(hidden, ffn)))
         layer.input_layernorm.weight.set_value(jnp.asarray(ramp(hidden)))
         layer.post_attention_layernorm.weight.set_value(jnp.asarray(ramp(hidden)))
-    torch.manual_seed(16)
-    ids = torch.randint(0, vocab, (2, 100)).numpy()
-    mean = np.asarray(run(model, input_ids=ids).logits, np.float64).mean()
+    mean = np.asarray(run(model, input_ids=random_tokens(16, vocab)).logits, np.float64).mean()
     assert mean == pytest.approx(3.9763, abs=1e-4)
 
 

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import math
+
 import pytest
-import torch
-import transformers
+from answers import stored
 from reference import (
     LONG,
     SHORT,
@@ -15,9 +16,9 @@ from reference import (
     pair,
     random_ids,
     run,
+    run_theirs,
     small_config,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from phi3_jax import Phi3ForCausalLM
 from phi3_jax.model.rope import rope_list_changes, rope_tables
@@ -28,7 +29,8 @@ ORIGINAL = 12
 
 
 def rope_config(**changes):
-    return small_config(**({"num_hidden_layers": 2} | changes))
+    """Few tokens in the vocabulary, as whole logits of the reference are stored."""
+    return small_config(**({"num_hidden_layers": 2, "vocab_size": 32} | changes))
 
 
 def row_lengths(lengths, side):
@@ -57,10 +59,7 @@ def test_rows_on_both_sides_of_the_original_window(partial, side, tmp_path):
     token = mask.astype(bool)[..., None]
     assert distance(out.logits, alone(theirs, ids, mask), token) <= TOLERANCE
     # What the reference computes for the batch is something else: one list for all rows.
-    at = torch.tensor(np.maximum(mask.cumsum(axis=1) - 1, 0))
-    batch = theirs(
-        torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=at, use_cache=False
-    ).logits
+    batch = run_theirs(theirs, ids, mask).logits
     rows = np.array([n <= ORIGINAL for n in lengths])[:, None, None]
     assert distance(out.logits, batch, token & rows) > 1e-3
     assert distance(out.logits, batch, token & ~rows) <= TOLERANCE
@@ -150,6 +149,22 @@ def test_frequencies_given(tmp_path):
         assert distance(for_all.logits[1 - row], expected[1 - row], token[1 - row]) > 1e-3
 
 
+@stored(whole=True)
+def logits_with_angles(theirs, ids, plain, factors):
+    """The reference's logits where the first `plain` [B] tokens have plain rope, the others scaled by `factors`."""
+    import torch
+
+    inv_freq = theirs.config.rope_theta ** -(torch.arange(len(factors)) / len(factors))
+    at = torch.arange(ids.shape[1])[None, :, None]
+    angles = torch.where(at < torch.tensor(plain)[:, None, None], at * inv_freq, at * inv_freq / torch.tensor(factors))
+    theirs.model.model.rotary_emb.forward = lambda x, position_ids: (
+        angles.repeat(1, 1, 2).cos(),
+        angles.repeat(1, 1, 2).sin(),
+    )
+    with torch.no_grad():
+        return theirs.model(torch.tensor(ids), use_cache=False).logits
+
+
 def test_frequencies_of_each_position(tmp_path):
     """The first tokens under plain rope, the others scaled: what the reference gives with such angles."""
     ours, theirs = pair("causal", rope_config(), tmp_path)
@@ -159,13 +174,7 @@ def test_frequencies_of_each_position(tmp_path):
     scaled = np.arange(LENGTH)[None] >= kept[:, None]  # [B, T]
     inv_freq = np.where(scaled[..., None], plain / np.array(LONG, np.float32), plain)
     out = run(ours, input_ids=ids, inv_freq=inv_freq)
-
-    def forward(x, position_ids):
-        angles = torch.tensor(np.arange(LENGTH)[None, :, None] * inv_freq).float().repeat(1, 1, 2)
-        return angles.cos(), angles.sin()
-
-    theirs.model.rotary_emb.forward = forward
-    assert distance(out.logits, theirs(torch.tensor(ids), use_cache=False).logits) <= TOLERANCE
+    assert distance(out.logits, logits_with_angles(theirs, ids, kept, LONG)) <= TOLERANCE
     for_all = run(ours, input_ids=ids, inv_freq=inv_freq[:, -1])
     assert distance(out.logits[0], for_all.logits[0]) > 1e-3
     assert distance(out.logits[1], for_all.logits[1]) <= TOLERANCE
@@ -246,6 +255,25 @@ REFUSED = {
 }
 
 
+@stored(whole=True)
+def logits_with_type(theirs, ids, entry):
+    """The reference's logits with the frequencies that it gives Llama for this rope entry."""
+    import torch
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    inside = {"original_max_position_embeddings": 16, "rope_theta": theirs.config.rope_theta} | entry
+    llama = transformers.LlamaConfig(
+        hidden_size=48, num_attention_heads=4, max_position_embeddings=16, rope_parameters=inside
+    )
+    formula = ROPE_INIT_FUNCTIONS[entry["rope_type"]]
+    inv_freq, scaling = formula(llama, torch.device("cpu"), seq_len=ids.shape[1])
+    theirs.model.model.rotary_emb.inv_freq = inv_freq
+    theirs.model.model.rotary_emb.attention_scaling = scaling
+    with torch.no_grad():
+        return theirs.model(torch.tensor(ids), use_cache=False).logits
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_types_that_the_reference_refuses(case, tmp_path):
     entry = REFUSED[case]
@@ -253,16 +281,8 @@ def test_types_that_the_reference_refuses(case, tmp_path):
     plain, theirs = pair("causal", rope_config(**sizes), tmp_path)
     config = rope_config(**sizes, rope_scaling=entry)
     ours = Phi3ForCausalLM.from_pretrained(tmp_path, config=config)
-    inside = {"original_max_position_embeddings": 16, "rope_theta": config.rope_theta} | entry
-    llama = transformers.LlamaConfig(
-        hidden_size=48, num_attention_heads=4, max_position_embeddings=16, rope_parameters=inside
-    )
-    formula = ROPE_INIT_FUNCTIONS[entry["rope_type"]]
-    inv_freq, scaling = formula(llama, torch.device("cpu"), seq_len=LENGTH)
-    theirs.model.rotary_emb.inv_freq = inv_freq
-    theirs.model.rotary_emb.attention_scaling = scaling
     ids = random_ids(config, np.ones((2, LENGTH), np.int64))
-    ref = theirs(torch.tensor(ids), use_cache=False).logits
+    ref = logits_with_type(theirs, ids, entry)
     assert distance(run(ours, input_ids=ids).logits, ref) <= TOLERANCE
     assert distance(run(plain, input_ids=ids).logits, ref) > 1e-3, "the type changes nothing here"
 
@@ -284,7 +304,7 @@ def test_dynamic_base_by_the_row():
 def test_early_yarn(tmp_path):
     """Longrope's lists with YaRN's attention factor, 0.1 ln s + 1."""
     stretch = 64 / ORIGINAL
-    written = longrope(attention_factor=0.1 * np.log(stretch) + 1) | {
+    written = longrope(attention_factor=round(0.1 * math.log(stretch) + 1, 9)) | {
         "original_max_position_embeddings": ORIGINAL
     }
     _, theirs = pair("causal", rope_config(**written), tmp_path)

@@ -7,8 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from reference import CLASSES, distance, longrope, on_mesh, pair, small_config
+import reference
+from reference import (
+    CLASSES,
+    assert_same_gradients,
+    distance,
+    longrope,
+    on_mesh,
+    pair,
+    run_theirs,
+    small_config,
+)
 
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.attention import attention
@@ -219,24 +228,13 @@ def test_transformers_with_a_block_diagonal_mask(kind, tmp_path):
     ids, segments = packed(ROWS[:2])
     labels = shifted_labels(ids, segments)
     labels = labels if kind == "causal" else np.where(labels == -100, -100, ids % 5)
-    made, gradients = learn(ours, {"input_ids": ids, "segment_ids": segments, "labels": labels})
-    mask = torch.where(torch.tensor(block_diagonal(segments)), 0.0, torch.finfo(torch.float32).min)
-    out = theirs(
-        torch.tensor(ids),
-        attention_mask=mask,
-        position_ids=torch.tensor(places_within(segments)),
-        labels=torch.tensor(labels),
-        use_cache=False,
-    )
-    out.loss.backward()
-    tokens = segments != 0
-    assert distance(made.loss, out.loss) <= 1e-5
-    assert distance(np.asarray(made.logits)[tokens], out.logits.detach()[tokens]) <= 1e-5
-    theirs_score = theirs.lm_head if kind == "causal" else theirs.score
-    ours_score = gradients.lm_head if kind == "causal" else gradients.score
-    assert distance(ours_score.weight[...], theirs_score.weight.grad) <= 1e-5
-    norm = gradients.model.layers[0].input_layernorm.weight[...]
-    assert distance(norm, theirs.model.layers[0].input_layernorm.weight.grad) <= 1e-5
+    made, gradients = reference.gradients(ours, input_ids=ids, segment_ids=segments, labels=labels)
+    mask = np.where(block_diagonal(segments), np.float32(0), np.finfo(np.float32).min)
+    at = places_within(segments)
+    ref = run_theirs(theirs, ids, mask, position_ids=at, labels=labels, gradients=True)
+    assert distance(made.loss, ref.loss) <= 1e-5
+    assert distance(made.logits, ref.logits, (segments != 0)[..., None]) <= 1e-5
+    assert_same_gradients(gradients, ref, 1e-5)
 
 
 @pytest.mark.slow

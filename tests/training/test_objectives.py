@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-from reference import on_mesh, padding_mask, small_config
+from answers import stored
+from reference import on_mesh, padding_mask, pair, run, small_config
 
 from phi3_jax.model import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification
 from phi3_jax.sharding import make_mesh
@@ -27,9 +27,13 @@ PROBLEMS = {
 }
 
 
+def config_of(kind, **changes):
+    settings = {"num_hidden_layers": 2, "num_labels": 3, "classifier_dropout": 0.0}
+    return small_config(**(settings | {"problem_type": PROBLEMS.get(kind)} | changes))
+
+
 def model_of(kind, **changes):
-    config = small_config(num_labels=3, classifier_dropout=0.0, problem_type=PROBLEMS.get(kind), **changes)
-    return HEADS[kind](config)
+    return HEADS[kind](config_of(kind, **changes))
 
 
 def ragged(kind, rows=8, length=12):
@@ -109,32 +113,46 @@ def test_the_plain_objective_is_the_heads_own_loss(kind):
     model, batch = model_of(kind), ragged(kind)
     rows = [row for row in range(8) if row != 3]
     kept = {name: x[rows] for name, x in batch.items() if name != "weights"}
-    objective = Objective()
-    ours = objective(model, batch) / objective.count(model, batch)
-    close(ours, model(**kept).loss, 1e-6)
+    close(mean_loss(model, batch, Objective()), run(model, **kept).loss, 1e-6)
 
 
-@pytest.mark.parametrize("weights", [None, (0.5, 1.0, 3.0)])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_weights_and_smoothing_are_pytorchs(weights, smoothing):
-    model, batch = model_of("token"), ragged("token")
-    objective = Objective(smoothing, weights)
-    ours = objective(model, batch) / objective.count(model, batch)
-    logits = torch.tensor(np.asarray(model(batch["input_ids"], batch["attention_mask"]).logits))
-    theirs = torch.nn.CrossEntropyLoss(
-        weight=None if weights is None else torch.tensor(weights), label_smoothing=smoothing
-    )(logits.reshape(-1, 3), torch.tensor(batch["labels"]).reshape(-1))
-    close(ours, theirs.item(), 1e-5)
+@jax.jit(static_argnums=2)
+def mean_loss(model, batch, objective):
+    return objective(model, batch) / objective.count(model, batch)
 
 
-def test_weights_of_several_labels():
-    model, batch = model_of("several"), ragged("several")
-    objective = Objective(0.1, (0.5, 1.0, 3.0))
-    rows = [row for row in range(8) if row != 3]
-    logits = torch.tensor(np.asarray(model(batch["input_ids"], batch["attention_mask"]).logits))[rows]
-    labels = torch.tensor(batch["labels"])[rows] * 0.9 + 0.05
-    theirs = torch.nn.BCEWithLogitsLoss(weight=torch.tensor([0.5, 1.0, 3.0]))(logits, labels)
-    close(objective(model, batch) / objective.count(model, batch), theirs.item(), 1e-5)
+@stored
+def pytorch_loss(theirs, batch, weights, smoothing):
+    """PyTorch's loss of the reference's logits, for classes of tokens or for several labels a row."""
+    import torch
+
+    given = {name: torch.tensor(x) for name, x in batch.items()}
+    weight = None if weights is None else torch.tensor(weights)
+    with torch.no_grad():
+        logits = theirs.model(given["input_ids"], attention_mask=given["attention_mask"]).logits
+        if logits.ndim == 3:
+            loss = torch.nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+            return loss(logits.reshape(-1, 3), given["labels"].reshape(-1)).item()
+        rows = given["weights"] > 0
+        labels = given["labels"] * (1 - smoothing) + smoothing / 2
+        return torch.nn.BCEWithLogitsLoss(weight=weight)(logits[rows], labels[rows]).item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "smoothing"),
+    [
+        ("token", None, 0.0),
+        ("token", (0.5, 1.0, 3.0), 0.0),
+        ("token", None, 0.2),
+        ("token", (0.5, 1.0, 3.0), 0.2),
+        ("several", (0.5, 1.0, 3.0), 0.1),
+    ],
+)
+def test_weights_and_smoothing_are_pytorchs(kind, weights, smoothing, tmp_path):
+    ours, theirs = pair({"several": "sequence"}.get(kind, kind), config_of(kind), tmp_path)
+    batch = ragged(kind)
+    loss = mean_loss(ours, batch, Objective(smoothing, weights))
+    close(loss, pytorch_loss(theirs, batch, weights, smoothing), 1e-5)
 
 
 def test_a_batch_without_labels_changes_nothing():

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from answers import stored
 from flax import nnx
 from reference import small_config
 
@@ -20,17 +19,29 @@ from phi3_jax.training.optimizers import (
 )
 
 
+@stored
+def learning_rates(kind, steps, warmup):
+    """The learning rate of each step under transformers' schedule."""
+    import torch
+    import transformers
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    schedule = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
 def test_schedules_are_transformers(name, warmup):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     kind = "constant_with_warmup" if name == "constant" else name
-    theirs = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=11)
     ours = make_schedule(name, 0.5, total_steps=11, warmup_steps=warmup)
-    for step in range(11):
-        np.testing.assert_allclose(float(ours(step)), theirs.get_last_lr()[0], rtol=1e-6, atol=1e-7)
-        optimizer.step()
-        theirs.step()
+    rates = [float(ours(step)) for step in range(11)]
+    np.testing.assert_allclose(rates, learning_rates(kind, 11, warmup), rtol=1e-6, atol=1e-7)
 
 
 def test_norms_and_biases_do_not_decay():
@@ -42,17 +53,25 @@ def test_norms_and_biases_do_not_decay():
     assert all("norm" in name or "bias" in name for name in spared)
 
 
+@stored
+def clipped(gradients, most):
+    """Gradients after PyTorch's clipping of their common norm."""
+    import torch
+
+    parameters = {name: torch.nn.Parameter(torch.zeros(x.shape)) for name, x in gradients.items()}
+    for name, parameter in parameters.items():
+        parameter.grad = torch.from_numpy(gradients[name].copy())
+    torch.nn.utils.clip_grad_norm_(parameters.values(), most)
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
 @pytest.mark.parametrize("most", [0.5, 1e3])
 def test_gradients_are_clipped_as_in_pytorch(most):
     gradients = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.float32([-7.0])}
-    theirs = [torch.nn.Parameter(torch.zeros(x.shape)) for x in gradients.values()]
-    for parameter, gradient in zip(theirs, gradients.values(), strict=True):
-        parameter.grad = torch.from_numpy(gradient.copy())
-    torch.nn.utils.clip_grad_norm_(theirs, most)
     clip = clip_by_global_norm(most)
     ours, _ = clip.update(gradients, clip.init(gradients))
-    for found, parameter in zip(ours.values(), theirs, strict=True):
-        np.testing.assert_allclose(found, parameter.grad.numpy(), rtol=1e-6)
+    for name, expected in clipped(gradients, most).items():
+        np.testing.assert_allclose(ours[name], expected, rtol=1e-6)
     nothing, _ = clip.update({"a": jnp.zeros(3)}, clip.init(None))
     assert not nothing["a"].any()
 
