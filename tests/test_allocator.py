@@ -39,6 +39,7 @@ def pages(*, keep: bool) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="for glibc alone")
 def test_a_program_that_runs_again_finds_its_memory_there() -> None:
     given_back = pages(keep=False)

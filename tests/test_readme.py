@@ -120,6 +120,7 @@ def test_no_example_is_passed_over() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_real_answers(
     shared_data: Callable[..., Path],
     tmp_path: Path,

@@ -16,7 +16,7 @@ from phi3_jax.checkpoint import default_model
 from phi3_jax.generation import stream_tokens
 from phi3_jax.generation.pipeline import Pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 ANSWER = [504, 3575, 282, 4649, 314, 7042, 30, 2]
 """What llama.cpp and transformers answer to QUESTION with the same weights."""

@@ -220,6 +220,7 @@ def test_an_engine_on_a_mesh(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_three_hundred_mixed_prompts(tmp_path: Path) -> None:
     """Of 1 to 2,000 tokens, for any number of slots; some cross longrope's switch, some begin behind it."""
     write_checkpoint(
@@ -249,6 +250,7 @@ def test_three_hundred_mixed_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_three_thousand_prompts_run_through_the_programs_of_three_hundred(pipeline: Pipeline) -> None:
     """Of all lengths, alone and behind system prompts of all lengths, greedy and drawn."""
     draws = random.Random(5)

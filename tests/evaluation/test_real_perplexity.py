@@ -15,7 +15,7 @@ from phi3_jax.evaluation import Scorer, perplexity
 from phi3_jax.evaluation.scorer import frequencies_for
 from phi3_jax.rope_argument import parse_rope
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 LENGTH, STRIDE, TOKENS = 1024, 700, 1500
 """Windows are no multiples of the chunk, and the last one is shorter."""

@@ -53,6 +53,7 @@ def assistant_of() -> Callable[[int], Phi3ForCausalLM]:
     return make
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_each_row_crosses_by_itself(crossing: Twins, expected: np.ndarray, side: str) -> None:
     ids, mask = prompts(LENGTHS, side)

@@ -21,6 +21,7 @@ def free(shallow: Twins) -> np.ndarray:
     return shallow.theirs(*prompts(LENGTHS), max_new_tokens=40)[:, max(LENGTHS) :]
 
 
+@pytest.mark.optimized
 def test_greedy_tokens(twins: Twins) -> None:
     answer = twins.same(*prompts(LENGTHS), max_new_tokens=256)
     assert answer.shape == (3, 276)

@@ -73,13 +73,14 @@ def test_tuples_of_right_padded_prompts(twins: Twins) -> None:
     for row, length in enumerate(LENGTHS):
         tokens = ids[row : row + 1, :length]
         theirs = twins.sampled(tokens, np.ones_like(tokens), max_new_tokens=4, **ALL)
-        assert distance(ours.hidden_states[0][2][row, :length], theirs.hidden_states[0][2][0]) < 1e-5
-        assert distance(ours.attentions[0][1][row, :, :length, :length], theirs.attentions[0][1][0]) < 1e-5
+        only = slice(row, row + 1)
+        assert distance(ours.hidden_states[0][2][only, :length], theirs.hidden_states[0][2]) < 1e-5
+        assert distance(ours.attentions[0][1][only, :, :length, :length], theirs.attentions[0][1]) < 1e-5
         for step in range(1, 4):
             held = [*range(length), *range(20, 20 + step)]
-            own = np.asarray(ours.attentions[step][1])[row][..., held]
-            assert distance(own, theirs.attentions[step][1][0]) < 1e-5
-            assert distance(ours.hidden_states[step][3][row], theirs.hidden_states[step][3][0]) < 1e-5
+            own = np.asarray(ours.attentions[step][1])[only][..., held]
+            assert distance(own, theirs.attentions[step][1]) < 1e-5
+            assert distance(ours.hidden_states[step][3][only], theirs.hidden_states[step][3]) < 1e-5
 
 
 def test_only_what_is_asked_for(twins: Twins) -> None:

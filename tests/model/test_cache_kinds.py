@@ -367,11 +367,12 @@ def test_every_kind_is_written_in_place(kind, batch, length, monkeypatch):
     cache = model.init_cache(batch, 2048 if "ring" in kind else 1024, **KINDS[kind])
     assert cache.max_length == 1024
     large = np.prod(cache.keys[0].shape) * cache.keys[0].dtype.itemsize
-    memory = jitted.lower(model, ids, cache).compile().memory_analysis()
+    compiled = jitted.lower(model, ids, cache).compile()
+    memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * len(cache.keys) * large
     assert memory.temp_size_in_bytes < 0.9 * large, "a step copies a layer's cache"
     buffers = [array.unsafe_buffer_pointer() for array in jax.tree.leaves((cache.keys, cache.values))]
     for _ in range(3):
-        _, cache = jitted(model, ids, cache)
+        _, cache = compiled(model, ids, cache)
     assert buffers == [array.unsafe_buffer_pointer() for array in jax.tree.leaves((cache.keys, cache.values))]
     np.testing.assert_array_equal(cache.length, [3 * length] * batch)

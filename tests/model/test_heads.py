@@ -315,7 +315,9 @@ def test_last_logits_spare_the_last_layer(changes, tmp_path):
             common = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": keep}
             with_states = model(**common, output_hidden_states=True)
             assert with_states.hidden_states[-1].shape[1] == 20
-            return [each.logits for each in (model(**common), model(**common, past_key_values=cache), with_states)]
+            return [
+                each.logits for each in (model(**common), model(**common, past_key_values=cache), with_states)
+            ]
 
         for logits in three_ways(ours, ours.init_cache(3, 32)):
             assert distance(logits, ref, token[:, -keep:]) <= TOLERANCE

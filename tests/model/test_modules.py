@@ -142,7 +142,7 @@ def test_gradient_checkpointing(policy):
 
 @stored
 def grown(theirs, ids):
-    """The reference's vocabulary and logits after growing to 300 tokens, each new row the mean of the old ones."""
+    """The reference's vocabulary and logits after growing to 300 tokens; new rows are the mean of the old."""
     import torch
 
     model, old = theirs.model, theirs.config.vocab_size

@@ -34,10 +34,11 @@ CASES = {
 LENGTH = 20
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("case", CASES)
 def test_causal_lm(case, side, tmp_path):
-    config = small_config(**CASES[case])
+    config = small_config(num_hidden_layers=2, **CASES[case])
     ours, theirs = pair("causal", config, tmp_path)
     mask = padding_mask(3, LENGTH, side)
     ids = random_ids(config, mask)

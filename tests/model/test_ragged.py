@@ -3,10 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import longrope, on_mesh, small_config
+from reference import longrope, on_mesh, run, small_config
 
 from phi3_jax import Phi3ForCausalLM
 from phi3_jax.model import KVCache
@@ -16,9 +15,8 @@ from phi3_jax.sharding import make_mesh
 def filled(model: Phi3ForCausalLM, ids: np.ndarray, slots: int) -> KVCache:
     mask = np.ones_like(ids)
     mask[0, 0] = 0
-    cache = model(ids, mask, past_key_values=model.init_cache(len(ids), slots)).past_key_values
-    assert cache is not None
-    return cache
+    cache = model.init_cache(len(ids), slots)
+    return run(model, input_ids=ids, attention_mask=mask, past_key_values=cache).past_key_values
 
 
 @pytest.mark.parametrize(
@@ -35,9 +33,12 @@ def test_a_step_is_that_of_each_alone(changes: dict[str, Any], mesh: str | None)
     apart = [filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)]
     for _ in range(2):
         token = draws.integers(4, 96, (6, 1))
-        out = model(token, past_key_values=whole)
-        parts = [model(token[:2], past_key_values=apart[0]), model(token[2:], past_key_values=apart[1])]
-        expected = jnp.concatenate([part.logits for part in parts])
+        out = run(model, input_ids=token, past_key_values=whole)
+        parts = [
+            run(model, input_ids=tokens, past_key_values=cache)
+            for tokens, cache in zip((token[:2], token[2:]), apart, strict=True)
+        ]
+        expected = np.concatenate([part.logits for part in parts])
         np.testing.assert_allclose(out.logits, expected, rtol=1e-5, atol=1e-5)
         whole, apart = out.past_key_values, [part.past_key_values for part in parts]
     assert whole.keys[0].shape == (6, 2, 32, 12)

@@ -1,10 +1,10 @@
 """Rope inside the model: each row's list, frequencies handed in, types that the reference refuses."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import math
-
 import pytest
 from answers import stored
 from reference import (
@@ -151,12 +151,14 @@ def test_frequencies_given(tmp_path):
 
 @stored(whole=True)
 def logits_with_angles(theirs, ids, plain, factors):
-    """The reference's logits where the first `plain` [B] tokens have plain rope, the others scaled by `factors`."""
+    """The reference's logits with plain rope for the first `plain` [B] tokens, scaled rope for others."""
     import torch
 
     inv_freq = theirs.config.rope_theta ** -(torch.arange(len(factors)) / len(factors))
     at = torch.arange(ids.shape[1])[None, :, None]
-    angles = torch.where(at < torch.tensor(plain)[:, None, None], at * inv_freq, at * inv_freq / torch.tensor(factors))
+    angles = torch.where(
+        at < torch.tensor(plain)[:, None, None], at * inv_freq, at * inv_freq / torch.tensor(factors)
+    )
     theirs.model.model.rotary_emb.forward = lambda x, position_ids: (
         angles.repeat(1, 1, 2).cos(),
         angles.repeat(1, 1, 2).sin(),

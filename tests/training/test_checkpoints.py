@@ -44,7 +44,7 @@ def run():
 
 @pytest.fixture(scope="module", autouse=True)
 def _collect_coroutines():
-    """Orbax's coroutines end here, where their warnings are expected, and not during a test of another module."""
+    """Ends Orbax's coroutines here, where their warnings are expected, not in a test of another module."""
     yield
     gc.collect()
 

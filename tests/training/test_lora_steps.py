@@ -44,9 +44,7 @@ def train(theirs, task, rslora, batches):
     import peft
     import torch
 
-    lora = peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=list(TARGETS), task_type=task, use_rslora=rslora
-    )
+    lora = peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(TARGETS), task_type=task, use_rslora=rslora)
     torch.manual_seed(1)
     model = peft.get_peft_model(theirs.model, lora)
 
@@ -64,7 +62,12 @@ def train(theirs, task, rslora, batches):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return {"config": json.loads(json.dumps(settings, default=str)), "start": start, "losses": losses, "end": tensors()}
+    return {
+        "config": json.loads(json.dumps(settings, default=str)),
+        "start": start,
+        "losses": losses,
+        "end": tensors(),
+    }
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
