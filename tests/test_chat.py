@@ -30,7 +30,7 @@ def session_of(tmp_path_factory: pytest.TempPathFactory) -> MakeSession:
         key = repr(config)
         if key not in made:
             folder = tmp_path_factory.mktemp("model")
-            write_checkpoint(folder, **config or {})
+            write_checkpoint(folder, **{"num_hidden_layers": 1} | (config or {}))
             model = Phi3ForCausalLM.from_pretrained(folder)
             made[key] = CompiledModel(model), Phi3Tokenizer.from_pretrained(folder)
         options = {"max_new_tokens": 12, "do_sample": False} | options
@@ -131,18 +131,24 @@ def test_another_system_message_keeps_the_history(session_of: MakeSession) -> No
 
 
 @pytest.mark.parametrize(
-    "original",
-    [45, 64, pytest.param(40, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)],
+    ("original", "questions"),
+    [
+        (45, QUESTIONS),  # prompts of 14, 44 and 110 tokens and answers of 12
+        (45, QUESTIONS[::2]),
+        *(pytest.param(original, QUESTIONS, marks=pytest.mark.slow) for original in (40, 64, 100)),
+    ],
 )
-def test_longrope_that_crosses_in_or_between_answers(session_of: MakeSession, original: int) -> None:
+def test_longrope_that_crosses_in_or_between_answers(
+    session_of: MakeSession, original: int, questions: tuple[str, ...]
+) -> None:
     changes = longrope() | {"original_max_position_embeddings": original, "max_position_embeddings": 400}
     session = session_of(changes)
-    converse(session)
+    converse(session, questions)
     assert session.last is not None
     assert session.last.prompt_tokens > original
     list(session.reply("more"))
     session.reset()
-    converse(session)  # back on the short list
+    converse(session, questions)  # back on the short list
 
 
 @pytest.mark.slow

@@ -125,7 +125,6 @@ class AnswerFile:
         self.count = 0
         """Answers and errors that are in the file."""
         self.errors = 0
-        self._answered, self._refused = Ids(), Ids()
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             self._lock.acquire(timeout=0)
@@ -133,6 +132,7 @@ class AnswerFile:
             raise ValueError(f"{path} is being written by another process") from None
         with ExitStack() as opened:
             opened.callback(self._lock.release)
+            self._answered, self._refused = Ids(), Ids()
             opened.callback(self._answered.close)
             opened.callback(self._refused.close)
             self._file = opened.enter_context(path.open("r+b" if path.exists() else "x+b"))

@@ -146,7 +146,7 @@ from phi3_jax.batch.answers import Answer, AnswerFile
 from phi3_jax.batch.requests import Request
 file = AnswerFile(Path(sys.argv[1]))
 print("open", flush=True)
-for id in range(3000):
+for id in range(1500):
     request = Request(id + 1, id, "Once", None)
     if not file.has(request):
         file.add([Answer(request, "a" * (id % 977), "stop", 1, 1)])
@@ -158,7 +158,7 @@ def test_kills_lose_nothing_and_repeat_nothing(path: Path) -> None:
     draws = random.Random(3)
     command = [sys.executable, "-c", WRITER, str(path)]
     kills = 0
-    for _ in range(5):
+    for _ in range(3):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
@@ -167,4 +167,4 @@ def test_kills_lose_nothing_and_repeat_nothing(path: Path) -> None:
         kills += process.returncode < 0
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert kills
-    assert [line["id"] for line in lines_of(path)] == list(range(3000))
+    assert [line["id"] for line in lines_of(path)] == list(range(1500))

@@ -21,7 +21,8 @@ SMALL: dict[str, Any] = {"widths": (8, 16), "groups": ((4, 4),), "budget": 32}
 
 
 def model_of(**changes: Any) -> CompiledModel:
-    config = small_config(max_position_embeddings=128, original_max_position_embeddings=128, **changes)
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 128, "original_max_position_embeddings": 128}
+    config = small_config(**sizes | changes)
     return CompiledModel(Phi3ForCausalLM(config))
 
 
@@ -71,6 +72,7 @@ def test_each_answer_is_that_of_the_prompt_alone(pools: tuple[PoolSize, ...]) ->
 def test_rows_that_outgrow_the_short_list(window: int | None) -> None:
     config = small_config(
         **longrope() | {"max_position_embeddings": 128, "original_max_position_embeddings": 32},
+        num_hidden_layers=2,
         sliding_window=window,
     )
     compiled = CompiledModel(Phi3ForCausalLM(config))
@@ -94,7 +96,8 @@ def test_rows_that_outgrow_the_short_list(window: int | None) -> None:
 )
 def test_what_prompts_share_is_computed_once(longest: int) -> None:
     config = small_config(
-        **longrope() | {"max_position_embeddings": 128, "original_max_position_embeddings": longest}
+        **longrope() | {"max_position_embeddings": 128, "original_max_position_embeddings": longest},
+        num_hidden_layers=2,
     )
     compiled = CompiledModel(Phi3ForCausalLM(config))
     draws = random.Random(3)
@@ -148,7 +151,7 @@ def test_every_row_has_its_own_options() -> None:
     ]
     given = [
         Prompt(number, prompt.ids, 12, RowOptions.of(said[number % len(said)], RowOptions()))
-        for number, prompt in enumerate(prompts(30, 40, seed=5))
+        for number, prompt in enumerate(prompts(30, 16, seed=5))
     ]
     found = answers(ContinuousBatch(compiled, [PoolSize(4, 64)], end_tokens=[END], **SMALL), given)
     for prompt in given:

@@ -20,13 +20,13 @@ from phi3_jax.generation import generate
 from phi3_jax.generation.pipeline import Pipeline
 from phi3_jax.sharding import make_mesh
 
-HELLO = [{"role": "user", "content": "Hello"}]
+HELLO = [{"role": "user", "content": "Hi there"}]
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder)
+    write_checkpoint(folder, num_hidden_layers=1)
     return Pipeline.load(folder, dtype="float32")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from small_checkpoint import write_checkpoint
 
+from phi3_jax import cli
 from phi3_jax.batch.run import batch_file
 
 COMMAND = (sys.executable, "-c", "from phi3_jax.cli import main; main()", "batch")
@@ -23,7 +24,7 @@ COMMAND = (sys.executable, "-c", "from phi3_jax.cli import main; main()", "batch
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder)
+    write_checkpoint(folder, num_hidden_layers=1)
     return folder
 
 
@@ -36,9 +37,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Batch:
     """The command with the same model, cache and files."""
 
-    def __init__(self, model: Path, cache: Path, folder: Path):
+    def __init__(self, model: Path, cache: Path, folder: Path, command: Any):
         self.source, self.output = folder / "in.jsonl", folder / "out.jsonl"
-        self._model = model
+        self._model, self._command = model, command
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiled in a hurry, as the fast tests are
@@ -46,22 +47,24 @@ class Batch:
         }
 
     def begin(self, *options: object, **streams: Any) -> "subprocess.Popen[bytes]":
+        """A process of its own."""
+        return subprocess.Popen(
+            [*COMMAND, *self._words(*options)],
+            env=self.environment,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams,
+        )
+
+    def __call__(self, *options: object) -> tuple[int, str, str]:
+        """Exit code, output and errors of the command, run in this process."""
+        return self._command("batch", *self._words(*options))
+
+    def _words(self, *options: object) -> list[str]:
         words = ["--model", self._model, "--dtype", "float32", "--slots", 8, "--max-new-tokens", 6, *options]
         if "--input" not in options:
             words += ["--input", self.source]
         if "--output" not in options:
             words += ["--output", self.output]
-        return subprocess.Popen(
-            [*COMMAND, *map(str, words)],
-            env=self.environment,
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams,
-        )
-
-    def __call__(self, *options: object, given: bytes | None = None) -> tuple[int, bytes, str]:
-        streams = {} if given is None else {"stdin": subprocess.PIPE}
-        process = self.begin(*options, **streams)
-        out, err = process.communicate(given, timeout=300)
-        return process.returncode, out, err.decode()
+        return [*map(str, words)]
 
     def write(self, count: int, **extra: Any) -> None:
         draws = random.Random(1)
@@ -75,14 +78,33 @@ class Batch:
 
 
 @pytest.fixture
-def batch(model: Path, cache: Path, tmp_path: Path) -> Batch:
-    return Batch(model, cache, tmp_path)
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> Any:
+    """`command("batch", ...)`: the command in this process, as its entry point runs it."""
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda cache_dir: None)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["phi3-jax", *words])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        code, (out, err) = exit_.value.code, capsys.readouterr()
+        err += "".join(f"{message}\n" for message in caplog.messages)  # pytest keeps them from standard error
+        caplog.clear()
+        return code if isinstance(code, int) else 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def batch(model: Path, cache: Path, tmp_path: Path, command: Any) -> Batch:
+    return Batch(model, cache, tmp_path, command)
 
 
 def test_a_file_is_answered_once(batch: Batch, tmp_path: Path) -> None:
     batch.write(30)
     code, out, err = batch("--stats", tmp_path / "stats.json")
-    assert (code, out) == (0, b""), err
+    assert (code, out) == (0, ""), err
     assert sorted(line["id"] for line in batch.lines()) == list(range(30))
     assert re.search(
         r"30 lines, 0 of them errors; 30 in .* s: 152 tokens of prompts \(152 computed\).* 180 made", err
@@ -128,8 +150,9 @@ def test_lines_that_are_wrong(batch: Batch) -> None:
 def test_packed_and_standard_streams(batch: Batch, tmp_path: Path) -> None:
     batch.write(5)
     given = batch.source.read_bytes()
-    code, out, err = batch("--input", "-", "--output", "-", given=given)
-    assert code == 0, err
+    process = batch.begin("--input", "-", "--output", "-", stdin=subprocess.PIPE)
+    out, err = process.communicate(given, timeout=300)
+    assert process.returncode == 0, err
     streamed = {line["id"]: line["text"] for line in map(json.loads, out.splitlines())}
     packed = tmp_path / "in.jsonl.gz"
     packed.write_bytes(gzip.compress(given))

@@ -8,7 +8,7 @@ from twins import PAD, prompts
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.sharding import make_mesh
 
-GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12, "num_hidden_layers": 2}
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12, "num_hidden_layers": 1}
 LONG = {"max_position_embeddings": 64, **longrope()}
 
 OTHERS = [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp=8", "data=2,tensor=4", "context=8")]

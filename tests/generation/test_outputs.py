@@ -80,7 +80,7 @@ def test_tuples_of_right_padded_prompts(twins: Twins) -> None:
             held = [*range(length), *range(20, 20 + step)]
             own = np.asarray(ours.attentions[step][1])[only][..., held]
             assert distance(own, theirs.attentions[step][1]) < 1e-5
-            assert distance(ours.hidden_states[step][3][only], theirs.hidden_states[step][3]) < 1e-5
+            assert distance(ours.hidden_states[step][2][only], theirs.hidden_states[step][2]) < 1e-5
 
 
 def test_only_what_is_asked_for(twins: Twins) -> None:
@@ -93,10 +93,22 @@ def test_only_what_is_asked_for(twins: Twins) -> None:
     np.testing.assert_array_equal(out.sequences, ids)
 
 
+@stored(whole=True)
+def newly_recorded(reference: Reference, ids: np.ndarray, mask: np.ndarray, **options: Any) -> dict[str, Any]:
+    """The reference's last hidden states and first attentions of each token but the first, and all logits."""
+    out = ask(reference, ids, mask, **options)
+    return {
+        "sequences": out["sequences"],
+        "logits": out["logits"],
+        "hidden_states": [layers[-1] for layers in out["hidden_states"][1:]],
+        "attentions": [layers[0] for layers in out["attentions"][1:]],
+    }
+
+
 def test_rows_that_have_ended(twins: Twins) -> None:
     """Tuples are as long as the longest row, and right in each as long as it goes on."""
     ids, mask = prompts(LENGTHS)
-    free = twins.theirs(ids, mask, max_new_tokens=12, **ALL)
+    free = SimpleNamespace(**newly_recorded(twins.reference, ids, mask, max_new_tokens=12, **ALL))
     new = free.sequences[:, 20:]
     ends = [int(new[0, 2]), int(new[1, 6])]
     out = twins.ours(ids, mask, max_new_tokens=12, eos_token_id=ends, **ALL)
@@ -107,8 +119,8 @@ def test_rows_that_have_ended(twins: Twins) -> None:
         for step in range(length):
             assert distance(out.logits[step][row], free.logits[step][row]) < 1e-5
             if step:
-                assert distance(out.hidden_states[step][-1][row], free.hidden_states[step][-1][row]) < 1e-5
-                assert distance(out.attentions[step][0][row], free.attentions[step][0][row]) < 1e-5
+                assert distance(out.hidden_states[step][-1][row], free.hidden_states[step - 1][row]) < 1e-5
+                assert distance(out.attentions[step][0][row], free.attentions[step - 1][row]) < 1e-5
 
 
 def test_tuples_of_prompt_lookup(twins: Twins) -> None:
@@ -124,37 +136,27 @@ def test_tuples_of_several_answers(twins: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"max_new_tokens": 6} | ALL
     ours = twins.ours(ids, mask, do_sample=True, top_k=1, num_return_sequences=2, seed=0, **options)
-    theirs = twins.theirs(ids, mask, **options)
-    for row in range(6):
+    theirs = twins.sampled(ids, mask, **options)
+    for answer in range(2):
         for step in range(6):
-            assert distance(ours.logits[step][row], theirs.logits[step][row // 2]) < 1e-5
-            where = mask[row // 2].astype(bool) if step == 0 else np.ones(1, bool)
-            for name, at in (("hidden_states", where[:, None]), ("attentions", where[:, None])):
-                own, other = getattr(ours, name)[step][1][row], getattr(theirs, name)[step][1][row // 2]
+            assert distance(ours.logits[step][answer::2], theirs.logits[step]) < 1e-5
+            where = mask.astype(bool) if step == 0 else np.ones((3, 1), bool)
+            for name, at in (("hidden_states", where[..., None]), ("attentions", where[:, None, :, None])):
+                own, other = getattr(ours, name)[step][1][answer::2], getattr(theirs, name)[step][1]
                 assert distance(own, other, at) < 1e-5
 
 
 def test_tuples_of_beams(twins: Twins, prefill: None) -> None:
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 3} | ALL
-    ours, theirs = twins.ours(ids, mask, **options), twins.theirs(ids, mask, **options)
+    ours, theirs = twins.ours(ids, mask, **options), twins.sampled(ids, mask, **options)
     assert isinstance(ours, GenerateBeamDecoderOnlyOutput)
-    first = theirs.hidden_states[0][0].shape[0]  # the reference's prompts may stand once, or once a beam
-    lanes = np.arange(9) if first == 9 else np.repeat(np.arange(3), 3)
-    at = np.repeat(mask, 3, axis=0).astype(bool)
-    for layer in range(3):
-        assert (
-            distance(ours.hidden_states[0][layer], theirs.hidden_states[0][layer][lanes], at[..., None])
-            < 1e-5
-        )
-        assert (
-            distance(ours.attentions[0][layer], theirs.attentions[0][layer][lanes], at[:, None, :, None])
-            < 1e-5
-        )
-    for step in range(1, 6):
-        for layer in range(3):
-            assert distance(ours.hidden_states[step][layer], theirs.hidden_states[step][layer]) < 1e-5
-            assert distance(ours.attentions[step][layer], theirs.attentions[step][layer]) < 1e-5
+    for step in range(6):
+        at = np.repeat(mask, 3, axis=0).astype(bool) if step == 0 else np.ones((9, 1), bool)
+        for own, other in zip(ours.hidden_states[step], theirs.hidden_states[step], strict=True):
+            assert distance(own, other, at[..., None]) < 1e-5
+        for own, other in zip(ours.attentions[step], theirs.attentions[step], strict=True):
+            assert distance(own, other, at[:, None, :, None]) < 1e-5
 
 
 # --- going on ------------------------------------------------------------------------------------------
@@ -275,6 +277,6 @@ def test_tuples_of_a_continuation(twins: Twins) -> None:
     np.testing.assert_array_equal(then.sequences, expected.sequences)
     for step in range(4):
         assert distance(then.logits[step], expected.logits[step]) < 1e-5
-        for layer in range(3):
-            assert distance(then.hidden_states[step][layer], expected.hidden_states[step][layer]) < 1e-5
-            assert distance(then.attentions[step][layer], expected.attentions[step][layer]) < 1e-5
+        for name in ("hidden_states", "attentions"):
+            for own, other in zip(getattr(then, name)[step], getattr(expected, name)[step], strict=True):
+                assert distance(own, other) < 1e-5

@@ -19,9 +19,9 @@ from phi3_jax.generation.prompts import cache_length, padded_length
 from phi3_jax.generation.stream import one_answer
 
 CASES: dict[str, dict[str, Any]] = {
-    "multi-head": {"num_key_value_heads": 4},
-    "window": {"sliding_window": 7},
-    "tied": {"tie_word_embeddings": True},
+    "multi-head": {"num_hidden_layers": 1, "num_key_value_heads": 4},
+    "window": {"num_hidden_layers": 1, "sliding_window": 7},
+    "tied": {"num_hidden_layers": 1, "tie_word_embeddings": True},
 }
 TwinsOf = Callable[..., Twins]
 
@@ -95,29 +95,29 @@ def test_as_generate_with_every_option(twins: Twins) -> None:
         assert list(stream) == whole
 
 
-def test_end_tokens_stop(twins: Twins) -> None:
+def test_end_tokens_stop(shallow: Twins) -> None:
     prompt = prompt_of(10)
-    free = ours(twins, prompt, 30)
+    free = ours(shallow, prompt, 30)
     for ends in ([free[4]], [free[9], free[6]], [90, free[0]]):
-        stopped = ours(twins, prompt, 30, eos_token_id=ends)
+        stopped = ours(shallow, prompt, 30, eos_token_id=ends)
         first = min(free.index(token) for token in ends if token in free)
         assert stopped == free[: first + 1]
-        assert stopped == theirs(twins, prompt, 30, eos_token_id=ends)
+        assert stopped == theirs(shallow, prompt, 30, eos_token_id=ends)
     unseen = next(token for token in range(96) if token not in free)
-    assert ours(twins, prompt, 30, eos_token_id=unseen) == free
-    assert ours(twins, prompt, 30, max_time=1e-9) == free[:1]
+    assert ours(shallow, prompt, 30, eos_token_id=unseen) == free
+    assert ours(shallow, prompt, 30, max_time=1e-9) == free[:1]
 
 
-def test_ids_that_mean_padding_elsewhere(twins: Twins) -> None:
+def test_ids_that_mean_padding_elsewhere(shallow: Twins) -> None:
     """A prompt that is streamed has none: the padding token is a token there."""
     prompt = prompt_of(12)
-    prompt[5] = twins.config.pad_token_id or 0
-    assert ours(twins, prompt, 20) == theirs(twins, prompt, 20)
+    prompt[5] = shallow.config.pad_token_id or 0
+    assert ours(shallow, prompt, 20) == theirs(shallow, prompt, 20)
 
 
 @pytest.mark.parametrize("length", [40, 62, 63])
 def test_the_context_ends_the_answer(twins_of: TwinsOf, length: int) -> None:
-    twins = twins_of(max_position_embeddings=64, original_max_position_embeddings=64)
+    twins = twins_of(num_hidden_layers=1, max_position_embeddings=64, original_max_position_embeddings=64)
     prompt = prompt_of(length)
     with pytest.warns(UserWarning, match="context of 64") if length > 44 else nullcontext():
         answer = ours(twins, prompt, 20)
@@ -127,27 +127,29 @@ def test_the_context_ends_the_answer(twins_of: TwinsOf, length: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("draft", [{}, {"prompt_lookup_num_tokens": 3}])
-def test_a_reader_who_has_seen_enough(twins: Twins, count: int, draft: dict[str, int]) -> None:
+def test_a_reader_who_has_seen_enough(shallow: Twins, count: int, draft: dict[str, int]) -> None:
     """What was given out is the result, and a cache of it can be gone on from."""
     prompt, options = prompt_of(10), {"eos_token_id": [], "do_sample": False, "max_new_tokens": 20}
-    whole = ours(twins, prompt, 20)
-    call = one_answer(twins.model, prompt, return_dict_in_generate=True, **options, **draft)
+    whole = ours(shallow, prompt, 20)
+    call = one_answer(shallow.model, prompt, return_dict_in_generate=True, **options, **draft)
     steps = call.run()
     assert [int(next(steps)[0]) for _ in range(count)] == whole[:count]
     steps.close()
     out = call.result()
     assert out.sequences.tolist() == [prompt + whole[:count]]
     assert out.past_key_values.tokens.tolist() == [10 + count - 1]
-    more = stream_tokens(twins.model, prompt + whole[:count], past_key_values=out.past_key_values, **options)
+    more = stream_tokens(
+        shallow.model, prompt + whole[:count], past_key_values=out.past_key_values, **options
+    )
     assert [next(more) for _ in range(20 - count)] == whole[count:]
 
 
-def test_nothing_is_computed_for_nobody(twins: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_for_nobody(shallow: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a step")
 
     monkeypatch.setattr(CompiledModel, "__call__", fail)
-    stream = stream_tokens(twins.model, prompt_of(10), max_new_tokens=20)
+    stream = stream_tokens(shallow.model, prompt_of(10), max_new_tokens=20)
     with pytest.raises(AssertionError, match="a step"):
         next(stream)
 
@@ -167,18 +169,18 @@ def test_nothing_is_computed_for_nobody(twins: Twins, monkeypatch: pytest.Monkey
     ],
 )
 def test_errors_come_before_the_first_token(
-    twins: Twins, prompt: list[int], options: dict[str, Any], message: str
+    shallow: Twins, prompt: list[int], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        stream_tokens(twins.model, prompt, **{"max_new_tokens": 5} | options)
+        stream_tokens(shallow.model, prompt, **{"max_new_tokens": 5} | options)
 
 
-def test_seeds_reproduce(twins: Twins) -> None:
+def test_seeds_reproduce(shallow: Twins) -> None:
     prompt, hot = prompt_of(9), {"do_sample": True, "temperature": 1.0, "top_k": 0}
-    answers = [ours(twins, prompt, 20, **hot, seed=seed) for seed in (0, 0, 1, None, None)]
+    answers = [ours(shallow, prompt, 20, **hot, seed=seed) for seed in (0, 0, 1, None, None)]
     assert answers[0] == answers[1]
     assert len({tuple(answer) for answer in answers}) == 4
-    assert ours(twins, prompt, 20, **hot | {"top_k": 1}, seed=7) == ours(twins, prompt, 20)
+    assert ours(shallow, prompt, 20, **hot | {"top_k": 1}, seed=7) == ours(shallow, prompt, 20)
 
 
 @stored(whole=True)
@@ -191,10 +193,10 @@ def ranks(reference: Any, prompt: list[int], answer: list[int]) -> np.ndarray:
     return (logits > logits.gather(1, torch.tensor(answer)[:, None])).sum(-1)
 
 
-def test_draws_stay_within_top_k(twins: Twins) -> None:
+def test_draws_stay_within_top_k(shallow: Twins) -> None:
     prompt = prompt_of(9)
-    answer = ours(twins, prompt, 40, do_sample=True, temperature=5.0, top_k=4, seed=3)
-    found = set(ranks(twins.reference, prompt, answer).tolist())
+    answer = ours(shallow, prompt, 40, do_sample=True, temperature=5.0, top_k=4, seed=3)
+    found = set(ranks(shallow.reference, prompt, answer).tolist())
     assert found == {0, 1, 2, 3}, "hot enough to draw each of them, and no other"
 
 
@@ -210,7 +212,7 @@ def test_sizes_are_few() -> None:
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompiledModel, Phi3Tokenizer]:
     folder: Path = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder)
+    write_checkpoint(folder, num_hidden_layers=1)
     return CompiledModel(Phi3ForCausalLM.from_pretrained(folder)), Phi3Tokenizer.from_pretrained(folder)
 
 
