@@ -48,7 +48,12 @@ class Checkpoints:
         def score(metrics: Any) -> float:
             return metrics["score"]
 
-        best = policies.BestN(get_metric_fn=score, n=1, reverse=not greater_is_better)
+        def rank(metrics: Any) -> Any:
+            """Of equal scores the first is the best, as the run's own record has it; Orbax keeps the last."""
+            step = metrics.get("step", 0)
+            return metrics["score"], -step if greater_is_better else step
+
+        best = policies.BestN(get_metric_fn=rank, n=1, reverse=not greater_is_better)
         options = ocp.CheckpointManagerOptions(
             best_fn=score,  # without it scores are not written, nor read again
             best_mode="max" if greater_is_better else "min",
@@ -74,7 +79,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(changing), about=ocp.args.JsonSave(about)
                 ),
-                metrics={"score": score},
+                metrics={"score": score, "step": step},
             )
         except Exception as error:
             raise self._not_written(step, error) from error

@@ -96,10 +96,17 @@ def test_divided_states_come_back_divided(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize(("greater", "kept"), [(True, [2, 4, 5]), (False, [3, 4, 5])])
-def test_the_best_and_the_last_two_stay(tmp_path, run, greater, kept):
+@pytest.mark.parametrize(
+    ("greater", "scores", "kept"),
+    [
+        (True, [0.5, 0.9, 0.1, 0.6, 0.7], [2, 4, 5]),
+        (False, [0.5, 0.9, 0.1, 0.6, 0.7], [3, 4, 5]),
+        (True, [0.5, 0.9, 0.9, 0.6, 0.9], [2, 4, 5]),  # the first of equals
+        (False, [0.5, 0.1, 0.1, 0.6, 0.1], [2, 4, 5]),
+    ],
+)
+def test_the_best_and_the_last_two_stay(tmp_path, run, greater, scores, kept):
     _, state, _ = run
-    scores = [0.5, 0.9, 0.1, 0.6, 0.7]
     for steps in ([1, 2, 3], [4, 5]):  # by two processes
         checkpoints = Checkpoints(tmp_path / "c", greater_is_better=greater)
         for step in steps:
