@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
@@ -133,7 +134,9 @@ def together(work: Callable[[], T]) -> T:
         made = work()
     except BaseException as error:
         own = error
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(own is not None)))
+    flags = np.zeros(process_count(), np.uint8)
+    flags[process_index()] = own is not None
+    failed = np.flatnonzero(_sum(flags))
     if not failed.size:
         return made
     theirs = broadcast(own and portable(own), source=int(failed[0]))
@@ -151,15 +154,32 @@ def broadcast(value: Any, source: int = 0) -> Any:
     if own:
         first = len(data).to_bytes(8, "little") + data[: SHORT - 8]
         head[: len(first)] = np.frombuffer(first, np.uint8)
-    head = multihost_utils.broadcast_one_to_all(head, is_source=own)
+    head = _sum(head)
     length = int.from_bytes(head[:8].tobytes(), "little")
     if length <= SHORT - 8:
         return pickle.loads(head[8 : 8 + length].tobytes())
     # In powers of two, so that few programs are compiled.
     body = np.zeros(1 << (length - 1).bit_length(), np.uint8)
-    body[: len(data)] = np.frombuffer(data, np.uint8)
-    body = multihost_utils.broadcast_one_to_all(body, is_source=own)
+    body[: len(data)] = np.frombuffer(data, np.uint8)  # nothing, in the other processes
+    body = _sum(body)
     return pickle.loads(body[:length].tobytes())
+
+
+def _sum(own: np.ndarray) -> np.ndarray:
+    """The sum of the processes' arrays, which have one shape and type.
+
+    It waits for all devices of this process, where the functions of `multihost_utils` wait for one: a device
+    that still connects to the others when their processes end would keep this process from ending.
+    """
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.reshape(devices, (process_count(), -1)), ("process", "device"))
+    rows = multihost_utils.host_local_array_to_global_array(own[None], mesh, PartitionSpec("process"))
+    total = jax.jit(_sum_of_rows, out_shardings=NamedSharding(mesh, PartitionSpec()))(rows)
+    return np.asarray(jax.block_until_ready(total).addressable_data(0))
+
+
+def _sum_of_rows(rows: jax.Array) -> jax.Array:
+    return jnp.sum(rows, axis=0, dtype=rows.dtype)
 
 
 def portable(error: BaseException) -> BaseException:

@@ -58,7 +58,7 @@ class Answers:
         self.mode: Literal["stored", "live", "remake"] = "stored"
         self.bypass = False
         """For tests that always ask the reference itself, and store nothing."""
-        self._files: dict[str, tuple[dict[str, np.ndarray], dict[str, str]]] = {}
+        self._files: dict[str, tuple[dict[str, np.ndarray], dict[str, Any]]] = {}
         self._remade: set[str] = set()
 
     def get(self, function: Callable[..., Any], arguments: Any, whole: bool) -> Any:
@@ -70,7 +70,7 @@ class Answers:
         if self.mode == "remake":
             answer = _plain(function(*arguments[0], **arguments[1]))
             found: list[np.ndarray] = []
-            structures[key] = json.dumps(_pack(answer, whole, found), separators=(",", ":"))
+            structures[key] = _pack(answer, whole, found)
             tensors[key] = np.concatenate([np.empty(0, np.uint8), *found])
             self._remade.add(name)
             return answer
@@ -79,7 +79,7 @@ class Answers:
                 f"tests/answers/{name}.safetensors has no answer of {function.__qualname__} for these "
                 "arguments; pip install -e '.[reference]' and run this test with --reference remake"
             )
-        kept = _unpack(json.loads(structures[key]), tensors[key])
+        kept = _unpack(structures[key], tensors[key])
         if self.mode == "stored":
             return kept
         answer = _plain(function(*arguments[0], **arguments[1]))
@@ -92,15 +92,17 @@ class Answers:
             tensors, structures = self._files[name]
             path = _path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(dict(sorted(tensors.items())), path, metadata=dict(sorted(structures.items())))
+            # One entry, as safetensors writes several in a new order each time.
+            metadata = {"structures": json.dumps(structures, sort_keys=True, separators=(",", ":"))}
+            save_file(dict(sorted(tensors.items())), path, metadata=metadata)
 
-    def _file(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def _file(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if name not in self._files:
             tensors: dict[str, np.ndarray] = {}
-            structures: dict[str, str] = {}
+            structures: dict[str, Any] = {}
             if _path(name).exists():
                 with safe_open(_path(name), "np") as file:
-                    structures = dict(file.metadata() or {})
+                    structures = json.loads(file.metadata()["structures"])
                     tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
             self._files[name] = tensors, structures
         return self._files[name]

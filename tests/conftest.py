@@ -98,3 +98,15 @@ def shared_data() -> Callable[..., Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="module")
+def torch_threads() -> Iterator[None]:
+    """PyTorch computes on this worker's share of the cores: small models prefer one, real ones need them."""
+    import torch
+
+    before = torch.get_num_threads()
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    yield
+    torch.set_num_threads(before)

@@ -30,12 +30,12 @@ LONG = [1.1, 1.6, 3.2, 7.5, 19.0, 41.5]
 
 
 def small_config(**changes: Any) -> Phi3Config:
-    """Three layers, 4 query heads on 2 key/value heads of 12 dims; weights large enough to matter."""
+    """Two layers, 4 query heads on 2 key/value heads of 12 dims; weights large enough to matter."""
     settings: dict[str, Any] = {
         "vocab_size": 96,
         "hidden_size": 48,
         "intermediate_size": 80,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,

@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct, the default model: answers and perplexities beside transformers'."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,11 @@ from phi3_jax.checkpoint import default_model
 from phi3_jax.generation import stream_tokens
 from phi3_jax.generation.pipeline import Pipeline
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = [pytest.mark.slow, pytest.mark.optimized, pytest.mark.usefixtures("torch_threads")]
 
 ANSWER = [504, 3575, 282, 4649, 314, 7042, 30, 2]
 """What llama.cpp and transformers answer to QUESTION with the same weights."""
 QUESTION = "What is the capital of France?"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _all_threads() -> Iterator[None]:
-    """For a model of this size they pay."""
-    import torch
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -36,14 +36,15 @@ NORM = "model.norm.weight"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A good checkpoint of one file."""
-    Phi3ForCausalLM(small_config()).save_pretrained(tmp_path / "good")
+    Phi3ForCausalLM(small_config(num_hidden_layers=3)).save_pretrained(tmp_path / "good")
     return tmp_path / "good"
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """A good checkpoint of several shards."""
-    Phi3ForCausalLM(small_config()).save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    model = Phi3ForCausalLM(small_config(num_hidden_layers=3))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     return tmp_path / "sharded"
 
 

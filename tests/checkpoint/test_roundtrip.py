@@ -308,7 +308,7 @@ def test_causal_checkpoint_into_a_classifier(
     assert loaded["score.weight"].dtype == ml_dtypes.bfloat16
     assert 0.05 < loaded["score.weight"].astype(np.float32).std() < 0.3  # initializer_range = 0.15
     assert not loaded.get("score.bias", np.zeros(1)).any()
-    key = "model.layers.2.self_attn.qkv_proj.weight"
+    key = "model.layers.1.self_attn.qkv_proj.weight"
     assert np.array_equal(loaded[key].astype(np.float32), theirs[key].astype(np.float32))
 
     def score(rngs: Any) -> np.ndarray:
@@ -367,7 +367,7 @@ def test_old_rope_buffers_are_passed_over(tmp_path: Path, kind: str) -> None:
     rewrite(
         tmp_path,
         lambda found: found.update(
-            {f"{prefix}layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for i in range(3)}
+            {f"{prefix}layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for i in range(2)}
         ),
     )
     after = values(CLASSES[kind][1].from_pretrained(tmp_path))

@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct on a novel: perplexities under several ropes beside transformers'."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,10 @@ from phi3_jax.evaluation import Scorer, perplexity
 from phi3_jax.evaluation.scorer import frequencies_for
 from phi3_jax.rope_argument import parse_rope
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = [pytest.mark.slow, pytest.mark.optimized, pytest.mark.usefixtures("torch_threads")]
 
 LENGTH, STRIDE, TOKENS = 1024, 700, 1500
 """Windows are no multiples of the chunk, and the last one is shorter."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _all_threads() -> Iterator[None]:
-    import torch
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

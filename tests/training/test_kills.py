@@ -33,7 +33,7 @@ def command(base, folder, output):
 
 
 def begin(base, folder, output):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         command(base, folder, output),
         env=environment,
