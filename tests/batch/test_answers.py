@@ -154,6 +154,7 @@ file.close()
 """
 
 
+@pytest.mark.slow
 def test_kills_lose_nothing_and_repeat_nothing(path: Path) -> None:
     draws = random.Random(3)
     command = [sys.executable, "-c", WRITER, str(path)]

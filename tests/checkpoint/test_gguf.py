@@ -771,7 +771,10 @@ def test_sentencepiece_of_phi3_swallows_space_after_special_tokens(tmp_path: Pat
     assert load(files).encode("<|end|>\nab").tokens == ["<|end|>", "▁", "<0x0A>", "ab"]
 
 
-@pytest.mark.parametrize(("revision", "architecture"), [("phi-3", "llama"), ("phi-3-mini", "phi3")])
+@pytest.mark.parametrize(
+    ("revision", "architecture"),
+    [("phi-3", "llama"), pytest.param("phi-3-mini", "phi3", marks=pytest.mark.slow)],
+)
 def test_phi3s_own_tokenizer_is_rebuilt(
     tmp_path: Path, shared_data: Callable[..., Path], revision: str, architecture: str
 ) -> None:

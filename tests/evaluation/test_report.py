@@ -110,6 +110,7 @@ def test_two_classes(write: Any, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_seventy_seven_classes_can_be_read(
     write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

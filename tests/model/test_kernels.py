@@ -113,7 +113,7 @@ def _tokens_only(mask: CausalMask) -> np.ndarray:
 class TestSplash:
     @pytest.mark.parametrize(
         ("padding", "window"),
-        _product(["none", "left", "right"], [None, 40, 500], always=[("right", 40), ("left", 500)]),
+        _product(["none", "left", "right"], [None, 40, 500], always=[("right", 40)]),
     )
     def test_padding_and_windows(self, padding: str, window: int | None) -> None:
         """Blocks are of 384: windows lie within one or span two."""
@@ -353,7 +353,7 @@ class TestLive:
             [40, 300],
             ["none", "left", "right"],
             [None, 40, 700],
-            always=[(40, "right", None), (300, "left", 40), (300, "none", 700), (300, "left", None)],
+            always=[(40, "right", None), (300, "left", 40)],
         ),
     )
     def test_padding_and_windows(self, length: int, padding: str, window: int | None) -> None:

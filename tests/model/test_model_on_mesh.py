@@ -167,9 +167,9 @@ def test_outputs_and_masks_of_a_users_own(rows):
 @pytest.mark.parametrize(
     ("mesh", "window"),
     [
-        (None, 100),
         ("data=2,context=2,tensor=2", None),
         pytest.param(None, None, marks=pytest.mark.slow),
+        pytest.param(None, 100, marks=pytest.mark.slow),
         pytest.param("data=2,context=2,tensor=2", 100, marks=pytest.mark.slow),
     ],
 )

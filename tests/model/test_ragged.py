@@ -19,12 +19,20 @@ def filled(model: Phi3ForCausalLM, ids: np.ndarray, slots: int) -> KVCache:
     return run(model, input_ids=ids, attention_mask=mask, past_key_values=cache).past_key_values
 
 
+CHANGES: dict[str, dict[str, Any]] = {"plain": {}, "longrope": longrope(), "window": {"sliding_window": 4}}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, longrope(), {"sliding_window": 4}], ids=["plain", "longrope", "window"]
+    ("name", "mesh"),
+    [
+        *((name, None) for name in CHANGES),
+        ("longrope", "data=2,tensor=2"),
+        pytest.param("plain", "data=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("window", "data=2,tensor=2", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])
-def test_a_step_is_that_of_each_alone(changes: dict[str, Any], mesh: str | None) -> None:
-    model = Phi3ForCausalLM(small_config(**changes))
+def test_a_step_is_that_of_each_alone(name: str, mesh: str | None) -> None:
+    model = Phi3ForCausalLM(small_config(**CHANGES[name]))
     if mesh is not None:
         model = on_mesh(model, make_mesh(mesh, jax.devices()[:4]))
     draws = np.random.default_rng(0)

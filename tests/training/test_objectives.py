@@ -84,7 +84,14 @@ def close(ours, expected, tolerance):
     assert np.linalg.norm(ours - expected) <= tolerance * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "causal",
+        "several",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("sequence", "regression", "token")),
+    ],
+)
 def test_micro_batches_add_up_to_the_batch(kind):
     model, batch = model_of(kind), ragged(kind)
     whole, expected = gradients(model, batch)

@@ -204,6 +204,7 @@ def test_an_adapter_adds_its_product(target):
     close(linear(jnp.asarray(x)), expected.reshape(2, 3, *out))
 
 
+@pytest.mark.slow
 def test_adapters_on_a_mesh_equal_one_device():
     model = add_lora(Phi3ForCausalLM(small_config(**GROUPED)), 2)
     mesh = make_mesh("fsdp=2,context=2,tensor=2")
