@@ -2,7 +2,8 @@
 
 A function under `stored` asks the reference. `pytest` reads what it returned for the same arguments from the
 file of the running test's module. `pytest --reference live` calls it and compares its answer with the stored
-one; `pytest --reference remake` calls it and stores its answer.
+one; `pytest --reference remake` calls it and stores its answer. Remove a module's file before all of
+its tests are remade, to drop the answers that no test asks for any more.
 """
 
 import functools
