@@ -41,12 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
     _set_jax("jax_persistent_cache_min_entry_size_bytes", -1)
     if not config.getoption("optimize"):
         _set_jax("jax_disable_most_optimizations", True)
-        flags = {"--xla_cpu_parallel_codegen_split_count=1"}
+        flags = ["--xla_cpu_parallel_codegen_split_count=1"]
         if jax.version.__version_info__ < (0, 11):
-            flags.add("--xla_cpu_use_fusion_emitters=false")  # halves compilation; newer XLA has no other
+            flags.append("--xla_cpu_use_fusion_emitters=false")  # halves compilation; newer XLA has no other
         # Workers inherit them; said twice, they would make other programs of the cache than said once.
-        os.environ["XLA_FLAGS"] = " ".join(sorted(flags | set(os.environ.get("XLA_FLAGS", "").split())))
-    gc.set_threshold(200_000, 50, 50)  # tracing makes many small objects; walking them took a tenth of a run
+        flags += os.environ.get("XLA_FLAGS", "").split()
+        os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys(flags))
+    gc.set_threshold(200_000, 50, 50)  # tracing makes many small objects; walking them took 7 % of the time
 
 
 def _set_jax(option: str, value: str | float | bool) -> None:

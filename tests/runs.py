@@ -13,7 +13,7 @@ WORDS = ("lamp", "door", "song", "rain", "clock", "mail")
 
 def write_base(folder: Path, **changes) -> Path:
     folder.mkdir()
-    write_checkpoint(folder, num_hidden_layers=2, initializer_range=0.1, pad_token_id=0, **changes)
+    write_checkpoint(folder, initializer_range=0.1, pad_token_id=0, **changes)
     return folder
 
 

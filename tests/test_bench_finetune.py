@@ -30,7 +30,7 @@ CAUSAL: dict[str, Any] = {"task": "causal-lm"}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder, initializer_range=0.05, num_hidden_layers=2)
+    write_checkpoint(folder, initializer_range=0.05)
     return folder
 
 

@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from phi3_jax import cli_processes, distributed
 
@@ -33,6 +37,29 @@ def test_alone_everything_is_process_0s() -> None:
     assert distributed.from_primary(lambda: 3) == distributed.together(lambda: 3) == 3
     with pytest.raises(OSError, match="gone"):
         distributed.from_primary(lambda: open("gone"))  # noqa: SIM115
+
+
+def test_a_message_waits_for_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process must not end while one of its devices still connects to another process."""
+    done: list[int] = []
+
+    def slowly(row: np.ndarray, device: np.ndarray) -> np.ndarray:
+        time.sleep(0.1 * bool(device))
+        done.append(int(device))
+        return np.asarray(row)
+
+    def sum_of_rows(rows: jax.Array) -> jax.Array:
+        shape = jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype)
+        return jax.pure_callback(slowly, shape, rows[0], jax.lax.axis_index("device"))
+
+    mesh = Mesh(np.reshape(jax.devices()[:2], (1, 2)), ("process", "device"))
+    monkeypatch.setattr(jax, "devices", lambda: list(mesh.devices.flat))
+    each = jax.shard_map(
+        sum_of_rows, mesh=mesh, in_specs=PartitionSpec("process"), out_specs=PartitionSpec(), check_vma=False
+    )
+    monkeypatch.setattr(distributed, "_sum_of_rows", each)
+    assert distributed.broadcast("word") == "word"
+    assert sorted(done) == [0, 1]
 
 
 def test_errors_that_do_not_pickle_travel_as_text() -> None:

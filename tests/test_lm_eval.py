@@ -63,7 +63,7 @@ metric_list:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder, num_hidden_layers=2, max_position_embeddings=64)
+    write_checkpoint(folder, max_position_embeddings=64)
     return folder
 
 

@@ -27,7 +27,7 @@ TEXTS = ["What is the capital of France? " * 3, "abc", "The capital, is what? Zo
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     sizes = {"max_position_embeddings": 32, "original_max_position_embeddings": 32}
-    write_checkpoint(folder, num_hidden_layers=2, **sizes)
+    write_checkpoint(folder, **sizes)
     return folder
 
 

@@ -28,7 +28,7 @@ LENGTHS = [16, 24, 48]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     sizes = {"max_position_embeddings": 16, "original_max_position_embeddings": 16}
-    write_checkpoint(folder, num_hidden_layers=2, **sizes)
+    write_checkpoint(folder, **sizes)
     return folder
 
 

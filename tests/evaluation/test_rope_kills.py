@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_kills(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
-    write_checkpoint(tmp_path / "model", num_hidden_layers=2, pad_token_id=0, **sizes)
+    write_checkpoint(tmp_path / "model", pad_token_id=0, **sizes)
     draws = random.Random(3)
     words = ["What", "is", "the", "capital", "of", "France?"]
     (tmp_path / "text.txt").write_text(" ".join(draws.choice(words) for _ in range(3000)))

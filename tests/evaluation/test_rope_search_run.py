@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained on 32 tokens, as far as it knows."""
     folder = tmp_path_factory.mktemp("model")
     sizes = {"max_position_embeddings": 32, "original_max_position_embeddings": 32}
-    write_checkpoint(folder, num_hidden_layers=2, initializer_range=0.2, pad_token_id=0, **sizes)
+    write_checkpoint(folder, initializer_range=0.2, pad_token_id=0, **sizes)
     return folder
 
 

@@ -24,7 +24,7 @@ def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Twins]:
 @pytest.fixture(scope="session")
 def twins(twins_of: Callable[..., Twins]) -> Twins:
     """The pair that most tests share: two layers, 4 query heads on 2 of keys, a context of 512."""
-    return twins_of(num_hidden_layers=2)
+    return twins_of()
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def pool_of(twins_of: Callable[..., Twins]) -> Callable[[str], Pool]:
 
     def get(name: str) -> Pool:
         if name not in made:
-            made[name] = Pool(twins_of(num_hidden_layers=2, **CONFIGS[name]))
+            made[name] = Pool(twins_of(**CONFIGS[name]))
         return made[name]
 
     return get

@@ -42,7 +42,7 @@ def nbytes(cache: Any) -> int:
 @pytest.fixture(scope="module")
 def windowed(twins_of: Callable[..., Twins]) -> Twins:
     changes = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
-    return twins_of(num_hidden_layers=2, sliding_window=WINDOW, **changes)
+    return twins_of(sliding_window=WINDOW, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_rings_around_prompts_of_any_length(windowed: Twins, length: int) -> Non
 @pytest.mark.slow
 def test_a_window_wider_than_a_chunk(twins_of: Callable[..., Twins]) -> None:
     changes = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
-    twins = twins_of(num_hidden_layers=2, sliding_window=600, **changes)
+    twins = twins_of(sliding_window=600, **changes)
     ids, mask = prompts((1300, 40), seed=23)
     new = answers(twins, ids, mask, 300, cache_implementation="sliding_window")
     np.testing.assert_array_equal(new, alone(twins, ids, mask, 300))
@@ -142,7 +142,7 @@ SHORT = prompts((20, 7, 13), seed=24)
 
 @pytest.fixture(scope="module")
 def plain(twins_of: Callable[..., Twins]) -> Twins:
-    return twins_of(num_hidden_layers=2)
+    return twins_of()
 
 
 def test_logits_over_an_int8_cache(plain: Twins) -> None:
@@ -275,7 +275,7 @@ def test_growth_stops_where_the_answer_does(plain: Twins, monkeypatch: pytest.Mo
 @pytest.mark.slow
 def test_a_long_answer(twins_of: Callable[..., Twins]) -> None:
     changes = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
-    twins = twins_of(num_hidden_layers=2, initializer_range=0.2, **changes)
+    twins = twins_of(initializer_range=0.2, **changes)
     ids, mask = prompts((20,), seed=27)
     expected = alone(twins, ids, mask, 1500)
     np.testing.assert_array_equal(answers(twins, ids, mask, 1500), expected)
@@ -288,7 +288,7 @@ def test_growth_across_the_rope_lists(
     """Rows that change to the long list in a cache that grows around the same time."""
     monkeypatch.setattr(engine_module, "ROOM", 20)
     changes = longrope() | {"original_max_position_embeddings": 126}
-    twins = twins_of(num_hidden_layers=2, **changes)
+    twins = twins_of(**changes)
     ids, mask = prompts((60, 40, 62), seed=28)
     expected = alone(twins, ids, mask, 150)
     for options in ({}, MODES["lookup"], {"assistant_model": twins.model}):

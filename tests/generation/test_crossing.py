@@ -31,7 +31,7 @@ AHEAD = {"rope_scaling": longrope()["rope_scaling"], "num_hidden_layers": 1}
 @pytest.fixture(scope="module")
 def crossing(twins_of: Callable[..., Twins]) -> Twins:
     """A pair whose rows change to the long list at `ORIGINAL`."""
-    return twins_of(num_hidden_layers=2, **longrope())
+    return twins_of(**longrope())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_each_row_crosses_by_itself(crossing: Twins, expected: np.ndarray, side:
 
 @pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 def test_another_original_length(twins_of: Callable[..., Twins], side: str) -> None:
-    twins = twins_of(num_hidden_layers=2, **longrope() | {"original_max_position_embeddings": 64})
+    twins = twins_of(**longrope() | {"original_max_position_embeddings": 64})
     ids, mask = prompts((20, 63, 64, 65, 90, 41), side, seed=1)
     new = alone(twins, ids, mask, 108)
     assert_varied(new)
@@ -260,7 +260,7 @@ def test_draws_do_not_depend_on_other_rows(crossing: Twins) -> None:
 
 def test_int8_cache(twins_of: Callable[..., Twins]) -> None:
     """The logits stay near the exact ones of the same text, before and after the switch."""
-    crossing = twins_of(seed=0, num_hidden_layers=2, **longrope())
+    crossing = twins_of(seed=0, **longrope())
     out = crossing.ours(
         *BATCH,
         max_new_tokens=COUNT,
@@ -280,9 +280,7 @@ def one_list(crossing: Twins, twins_of: Callable[..., Twins]) -> Callable[[str],
 
     def make(rope_list: str) -> Twins:
         factors = {"long": LONG, "short": SHORT}[rope_list]
-        twins = copy.copy(
-            twins_of(num_hidden_layers=2, **longrope(short_factor=factors, long_factor=factors))
-        )
+        twins = copy.copy(twins_of(**longrope(short_factor=factors, long_factor=factors)))
         twins.model = crossing.model
         return twins
 

@@ -33,7 +33,7 @@ def test_greedy_tokens(twins: Twins) -> None:
     "changes", [{"num_key_value_heads": 4, "tie_word_embeddings": True}, {"sliding_window": 7}]
 )
 def test_other_models(twins_of: Callable[..., Twins], changes: dict[str, Any]) -> None:
-    twins_of(num_hidden_layers=2, **changes).same(*prompts(LENGTHS), max_new_tokens=40)
+    twins_of(**changes).same(*prompts(LENGTHS), max_new_tokens=40)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (16,), (17, 16), (33, 1, 2, 30, 4)])

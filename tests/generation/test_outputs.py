@@ -60,7 +60,7 @@ def test_tuples(twins: Twins, prefill: None) -> None:
 
 
 def test_tuples_of_a_sliding_window(twins_of: Callable[..., Twins], prefill: None) -> None:
-    windowed = twins_of(num_hidden_layers=2, sliding_window=7)
+    windowed = twins_of(sliding_window=7)
     ids, mask = prompts(LENGTHS)
     ours = windowed.ours(ids, mask, max_new_tokens=6, **ALL)
     assert_same_output(ours, windowed.sampled(ids, mask, max_new_tokens=6, **ALL), mask)

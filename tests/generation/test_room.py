@@ -17,7 +17,7 @@ from phi3_jax.generation.compiled import CompiledModel
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    write_checkpoint(path, num_hidden_layers=2)
+    write_checkpoint(path)
     return path
 
 

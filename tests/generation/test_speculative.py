@@ -25,12 +25,12 @@ PROCESSORS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def pair_of(twins_of: Callable[..., Twins]) -> Twins:
-    return twins_of(num_hidden_layers=2)
+    return twins_of()
 
 
 @pytest.fixture(scope="module")
 def windowed(twins_of: Callable[..., Twins]) -> Twins:
-    return twins_of(num_hidden_layers=2, sliding_window=7)
+    return twins_of(sliding_window=7)
 
 
 @pytest.fixture(scope="module")

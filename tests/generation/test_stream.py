@@ -73,7 +73,7 @@ def test_longrope_across_its_original_length(
 ) -> None:
     """The tokens up to `original` = 16 come from the short list, the others from the long one."""
     monkeypatch.setattr(prompts_module, "PREFILL_CHUNK", chunk)
-    twins = twins_of(num_hidden_layers=2, **longrope())
+    twins = twins_of(**longrope())
     prompt = prompt_of(length, seed=2)
     assert ours(twins, prompt, 40) == theirs(twins, prompt, 40)
 

@@ -175,7 +175,7 @@ def test_outputs_and_masks_of_a_users_own(rows):
 )
 def test_pallas_kernels_within_the_model(mesh, window):
     """Splash attention and the cache's kernel, interpreted, against XLA: logits, gradients, a step."""
-    config = small_config(**GROUPED, num_hidden_layers=2, max_position_embeddings=512, sliding_window=window)
+    config = small_config(**GROUPED, max_position_embeddings=512, sliding_window=window)
     one = Phi3ForCausalLM(config.replace(original_max_position_embeddings=512))
     pallas = on_mesh(one, None if mesh is None else make_mesh(mesh))
     pallas.set_attn_implementation("pallas")

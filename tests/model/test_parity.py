@@ -38,7 +38,7 @@ LENGTH = 20
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("case", CASES)
 def test_causal_lm(case, side, tmp_path):
-    config = small_config(num_hidden_layers=2, **CASES[case])
+    config = small_config(**CASES[case])
     ours, theirs = pair("causal", config, tmp_path)
     mask = padding_mask(3, LENGTH, side)
     ids = random_ids(config, mask)
@@ -61,7 +61,7 @@ def test_causal_lm(case, side, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_padding_token_in_view(tied, tmp_path):
     """The embedding row of a padding token in view gets no gradient from look-ups, only from a tied head."""
-    config = small_config(num_hidden_layers=2, tie_word_embeddings=tied)
+    config = small_config(tie_word_embeddings=tied)
     ours, theirs = pair("causal", config, tmp_path)
     mask = np.ones((2, LENGTH), np.int64)
     ids = random_ids(config, mask)

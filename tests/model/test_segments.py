@@ -151,7 +151,7 @@ def test_a_stack_of_layers_too():
 def test_each_kernel(implementation):
     """Rows longer than a block of XLA's and of the Pallas kernel, interpreted."""
     sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
-    config = small_config(**GROUPED, **sizes, num_hidden_layers=2, sliding_window=90)
+    config = small_config(**GROUPED, **sizes, sliding_window=90)
     model = Phi3ForCausalLM(config)
     chosen = on_mesh(model, None)
     chosen.set_attn_implementation(implementation)
@@ -205,7 +205,7 @@ def test_a_gpu_takes_xla_unless_told(monkeypatch):
 def test_on_a_mesh(implementation, length):
     """Queries are divided over `context`; keys and their segments are not."""
     sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
-    config = small_config(**GROUPED, num_hidden_layers=2, sliding_window=7, **sizes)
+    config = small_config(**GROUPED, sliding_window=7, **sizes)
     one = Phi3ForCausalLM(config)
     several = on_mesh(one, make_mesh("fsdp=2,context=2,tensor=2"))
     several.set_attn_implementation(implementation)

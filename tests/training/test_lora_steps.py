@@ -74,7 +74,7 @@ def train(theirs, task, rslora, batches):
 @pytest.mark.parametrize("rslora", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [SLOW["causal"], "sequence", SLOW["token"]])
 def test_twenty_steps_equal_pefts(kind, rslora, tmp_path):
-    config = small_config(num_hidden_layers=2, num_labels=3, classifier_dropout=0.0)
+    config = small_config(num_labels=3, classifier_dropout=0.0)
     base, theirs = pair(kind, config, tmp_path / "base")
     batches = [batch_of(kind, step) for step in range(STEPS)]
     ref = train(theirs, TASKS[kind], rslora, batches)
