@@ -4,18 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from phi3_jax.cache import KVCache
     from phi3_jax.checkpoint import CheckpointError, convert_checkpoint
-    from phi3_jax.config import Phi3Config
-    from phi3_jax.generation_config import GenerationConfig
+    from phi3_jax.config import GenerationConfig, Phi3Config, RopeScaling, rope_type
     from phi3_jax.model import (
-        KVCache,
         Phi3ForCausalLM,
         Phi3ForSequenceClassification,
         Phi3ForTokenClassification,
         Phi3Model,
     )
-    from phi3_jax.rope_scaling import RopeScaling, rope_type
-    from phi3_jax.sharding import make_mesh
+    from phi3_jax.parallel.sharding import make_mesh
     from phi3_jax.tokenizer import Phi3Tokenizer
 
 __version__ = "0.1.0"
@@ -37,16 +35,17 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CheckpointError": "checkpoint",
-    "GenerationConfig": "generation_config",
+    "CheckpointError": "checkpoint.source",
+    "GenerationConfig": "config",
+    "KVCache": "cache",
     "Phi3Config": "config",
     "Phi3Tokenizer": "tokenizer",
-    "RopeScaling": "rope_scaling",
+    "RopeScaling": "config",
     "convert_checkpoint": "checkpoint",
-    "make_mesh": "sharding",
-    "rope_type": "rope_scaling",
+    "make_mesh": "parallel.sharding",
+    "rope_type": "config",
 }
-"""Where a name comes from; the others are from `model`."""
+"""The module of each name; the others are in `model`."""
 
 
 def __getattr__(name: str) -> Any:

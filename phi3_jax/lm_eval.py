@@ -20,11 +20,12 @@ from tqdm import tqdm
 from phi3_jax.batch import Engine
 from phi3_jax.batch.requests import BadRequestError
 from phi3_jax.checkpoint import default_model, open_checkpoint, resolve
+from phi3_jax.config.rope_argument import parse_rope
+from phi3_jax.errors import UserError
 from phi3_jax.evaluation.score_all import Part, score_all
 from phi3_jax.evaluation.scorer import Scorer
-from phi3_jax.generation.pipeline import Pipeline
-from phi3_jax.rope_argument import parse_rope
-from phi3_jax.sharding import make_mesh
+from phi3_jax.parallel.sharding import make_mesh
+from phi3_jax.pipeline import Pipeline
 
 GENERATED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """What a task may say about draws, and the engine knows."""
@@ -59,7 +60,7 @@ class Phi3JaxLM(TemplateLM):
     ):
         super().__init__()
         if unknown := sorted(unused.keys() - {"device", "max_batch_size"}):
-            raise ValueError(f"phi3_jax takes no {', '.join(unknown)} in model_args")
+            raise UserError(f"phi3_jax takes no {', '.join(unknown)} in model_args")
         path: Path = default_model() if pretrained is None else resolve(pretrained)
         config = None if rope is None else parse_rope(rope).written(open_checkpoint(path)[1])
         where = None if mesh is None else make_mesh(mesh.replace(";", ","))
@@ -75,7 +76,7 @@ class Phi3JaxLM(TemplateLM):
     def eot_token_id(self) -> int:
         token = self.tokenizer.eos_token_id
         if token is None:
-            raise ValueError(f"the tokenizer of {self._name} names no end token")
+            raise UserError(f"the tokenizer of {self._name} names no end token")
         return token
 
     @property
@@ -110,7 +111,7 @@ class Phi3JaxLM(TemplateLM):
         parts = []
         for _key, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
-                raise ValueError(
+                raise UserError(
                     f"a continuation of {len(continuation)} tokens must have 1 to {self.max_length}, the "
                     "model's context"
                 )
@@ -162,7 +163,7 @@ class Phi3JaxLM(TemplateLM):
         )
         for answer in tqdm(engine.run(lines), total=len(lines), disable=disable_tqdm, desc="Generating"):
             if isinstance(answer, BadRequestError):
-                raise ValueError(f"a request of the task cannot be answered: {answer}")
+                raise UserError(f"a request of the task cannot be answered: {answer}")
             number = int(answer.id)
             found[number] = postprocess_generated_text(answer.text, asked[number]["until"], None)
             self.cache_hook.add_partial("generate_until", requests[number].args, found[number])

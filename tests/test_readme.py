@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.checkpoint import default_model
-from phi3_jax.rope_scaling import ROPE_TYPES
+from phi3_jax.config.rope_scaling import ROPE_TYPES
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names that the examples take for granted, and a folder for what they write."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("phi3_jax.rope_scaling.ROPE_TYPES", dict(ROPE_TYPES))
+    monkeypatch.setattr("phi3_jax.config.rope_scaling.ROPE_TYPES", dict(ROPE_TYPES))
     return {
         "path": folder,
         "model": Phi3ForCausalLM.from_pretrained(folder),

@@ -13,7 +13,7 @@ from reference import distance
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.checkpoint import default_model
 from phi3_jax.generation import stream_tokens
-from phi3_jax.generation.pipeline import Pipeline
+from phi3_jax.pipeline import Pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized, pytest.mark.usefixtures("torch_threads")]
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from phi3_jax.batch.requests import CHAT, BadRequestError, Request
+from phi3_jax.errors import UserError
 
 SECONDS = 1.0
 """Between two times that the disk is made to write: each takes it as long as a few tokens."""
@@ -129,7 +130,7 @@ class AnswerFile:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"{path} is being written by another process") from None
+            raise UserError(f"{path} is being written by another process") from None
         with ExitStack() as opened:
             opened.callback(self._lock.release)
             self._answered, self._refused = Ids(), Ids()
@@ -208,11 +209,11 @@ class AnswerFile:
                 id = values["custom_id" if "custom_id" in values else "id"]
                 refused = values.get("line")
                 if refused is None and not isinstance(id, str | int):
-                    raise ValueError("its id is missing")
+                    raise UserError("its id is missing")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if not line.strip(b"\0\n"):
                     break  # a power failure leaves zeros where lines were to be
-                raise ValueError(
+                raise UserError(
                     f"{self.path}, line {number} is no answer ({error}); choose another output, or remove it"
                 ) from error
             self._note(id, refused)

@@ -12,6 +12,7 @@ from phi3_jax.batch.prefixes import Prefixes
 from phi3_jax.batch.scheduler import Decode, Fill, Job, PoolSize, Scheduler
 from phi3_jax.batch.slots import Slots
 from phi3_jax.batch.stages import Row
+from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 
 CHUNK = 512
@@ -171,10 +172,10 @@ class ContinuousBatch:
 
     def _add(self, number: int, prompt: Prompt, active: dict[int, _Active]) -> None:
         if not len(prompt.ids) or prompt.max_new_tokens < 1:
-            raise ValueError(f"prompt {prompt.key!r} has no tokens, or is to have no answer")
+            raise UserError(f"prompt {prompt.key!r} has no tokens, or is to have no answer")
         columns = columns_of(len(prompt.ids), prompt.max_new_tokens)
         if columns > self._longest:
-            raise ValueError(
+            raise UserError(
                 f"prompt {prompt.key!r} has {len(prompt.ids)} tokens and may get {prompt.max_new_tokens}: "
                 f"slots hold {self._longest - 1}"
             )

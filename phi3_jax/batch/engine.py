@@ -16,11 +16,12 @@ from phi3_jax.batch.prefixes import Prefixes
 from phi3_jax.batch.requests import BadRequestError, Request, request_of
 from phi3_jax.batch.scheduler import PoolSize
 from phi3_jax.batch.sizes import choose_pools
+from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.memory import room_for
 from phi3_jax.generation.stopping import StopStringCriteria
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.sharding import shards
+from phi3_jax.parallel.sharding import shards
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 SAMPLE = 256
@@ -85,17 +86,17 @@ class Engine:
         self._stop_strings = (stops,) if isinstance(stops, str) else tuple(stops)
         self._criteria(self._stop_strings)
         if unknown := sorted(options.keys() - RowOptions.__dataclass_fields__.keys()):
-            raise ValueError(
+            raise UserError(
                 f"there is no option {unknown[0]!r}; use {', '.join(RowOptions.__dataclass_fields__)}"
             )
         self._options = RowOptions.of(options, RowOptions())
         self._slots = None if slots is None else _whole("slots", slots)
         context = self.compiled.model.config.context_length
         if max_length is not None and not 2 <= max_length <= context:
-            raise ValueError(f"max_length={max_length} must be from 2 to the model's context of {context}")
+            raise UserError(f"max_length={max_length} must be from 2 to the model's context of {context}")
         self._room = room_for(self.compiled)
         if max_length is not None and max_length >= self._room:
-            raise ValueError(
+            raise UserError(
                 f"max_length={max_length}: memory holds the keys and values of {self._room} tokens; choose a "
                 "smaller one"
             )
@@ -229,5 +230,5 @@ def _criteria(tokenizer: Phi3Tokenizer, stops: tuple[str, ...]) -> StopStringCri
 
 def _whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+        raise UserError(f"{name}={value!r} must be a whole number, at least 1")
     return value

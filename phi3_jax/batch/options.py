@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
+from phi3_jax.config.generation_config import GenerationConfig
+from phi3_jax.errors import UserError
 from phi3_jax.generation import processors as rules
 from phi3_jax.generation import warpers
 from phi3_jax.generation.sequences import Sequences
-from phi3_jax.generation_config import GenerationConfig
 
 EVERY_TOKEN = np.iinfo(np.int32).max
 
@@ -47,7 +48,7 @@ class RowOptions:
         values = vars(default) | {name: value for name, value in said.items() if name in names}
         seed, temperature = values["seed"], values["temperature"]
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1")
+            raise UserError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1")
         checked = {name: value for name, value in values.items() if name != "seed"}
         if temperature == 0 and not isinstance(temperature, bool):
             del checked["temperature"]

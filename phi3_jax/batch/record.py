@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.batch.summary import Summary
-from phi3_jax.files import differences, replacing
+from phi3_jax.errors import UserError
+from phi3_jax.runs.files import differences, replacing
 
 POLL_SECONDS = 0.5
 """Between two looks at what other processes have done."""
@@ -39,7 +40,7 @@ class Record:
             parts = []
         if not self._path.exists() or not (self.output.exists() or parts):
             if self.output.exists() and self.output.stat().st_size:
-                raise ValueError(
+                raise UserError(
                     f"{self.output} is there already, and no {self._path.name} says what it is; choose "
                     "another output, or give --overwrite"
                 )
@@ -51,12 +52,12 @@ class Record:
             return None
         before = self._read()
         if changed := differences(before["asked"], asked):
-            raise ValueError(
+            raise UserError(
                 f"{self.output} was begun with something else, and cannot be gone on with: "
                 f"{'; '.join(changed)}. Choose another output, or give --overwrite to begin anew"
             )
         if "finished" not in before and before["processes"] != processes:
-            raise ValueError(
+            raise UserError(
                 f"{self.output} was begun by {before['processes']} processes and can be gone on with by as "
                 f"many, not by {processes}; give --overwrite to begin anew"
             )
@@ -77,7 +78,7 @@ class Record:
             found = json.loads(self._path.read_text(encoding="utf-8"))
             found["asked"], found["processes"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._path} is broken ({error!r}); give --overwrite to begin anew") from error
+            raise UserError(f"{self._path} is broken ({error!r}); give --overwrite to begin anew") from error
         return found
 
     def _write(self, values: dict[str, Any]) -> None:

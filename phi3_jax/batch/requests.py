@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
+from phi3_jax.errors import UserError
+
 OPTIONS = (
     "max_new_tokens",
     "min_new_tokens",
@@ -63,7 +65,7 @@ class Request:
     """The name that a line in OpenAI's form gave the model; its answer repeats it."""
 
 
-class BadRequestError(ValueError):
+class BadRequestError(UserError):
     """A line that cannot be answered.
 
     Attributes:

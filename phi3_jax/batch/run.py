@@ -9,14 +9,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from phi3_jax import distributed
 from phi3_jax.batch.answers import Answer, AnswerFile, Ids, line_of
 from phi3_jax.batch.engine import Engine
 from phi3_jax.batch.record import Record, part_of, put_together
 from phi3_jax.batch.requests import BadRequestError, Request, read_requests
 from phi3_jax.batch.summary import Summary
 from phi3_jax.batch.watch import Counted, Watch
-from phi3_jax.files import remove_leftovers
+from phi3_jax.errors import UserError
+from phi3_jax.parallel import distributed
+from phi3_jax.runs.files import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def batch_file(
     """
     processes, index = distributed.process_count(), distributed.process_index()
     if processes > 1 and STANDARD in (source, output):
-        raise ValueError("several processes need files that all of them can open for input and output")
+        raise UserError("several processes need files that all of them can open for input and output")
     asked = {"input": "-" if source == STANDARD else str(source.resolve())} | asked
     if source != STANDARD:
         about = source.stat()
@@ -153,7 +154,7 @@ def _opened(source: Path) -> Iterator[Iterable[bytes]]:
         try:
             yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{source} cannot be unpacked: {error}; is it complete?") from error
+            raise UserError(f"{source} cannot be unpacked: {error}; is it complete?") from error
 
 
 def _count(source: Path, processes: int, index: int) -> int | None:

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from phi3_jax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Job:
@@ -90,7 +92,7 @@ class Scheduler:
     ):
         columns = [pool.columns for pool in pools]
         if not pools or columns != sorted(set(columns)) or min(pool.slots for pool in pools) < 1:
-            raise ValueError(f"pools={list(pools)}: expected some, with slots, and more columns each")
+            raise UserError(f"pools={list(pools)}: expected some, with slots, and more columns each")
         self._pools = [_Pool(pool.columns, list(range(pool.slots))[::-1]) for pool in pools]
         self._chunk, self._budget = chunk, budget
         self._groups = sorted(groups, key=lambda group: group[1])
@@ -127,7 +129,7 @@ class Scheduler:
             ValueError: no pool has so many columns.
         """
         if job.columns > self._pools[-1].columns:
-            raise ValueError(f"{job.columns} columns are more than the {self._pools[-1].columns} of any slot")
+            raise UserError(f"{job.columns} columns are more than the {self._pools[-1].columns} of any slot")
         self._waiting.append(job)
 
     def next(self) -> Fill | Decode | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from phi3_jax.batch.scheduler import PoolSize
+from phi3_jax.errors import UserError
 
 SHORTEST = 256
 """Columns of the shortest slots that are worth a pool."""
@@ -29,7 +30,7 @@ def choose_pools(
     """
     slots, room = max(1, slots // multiple), room // multiple
     if columns > room:
-        raise ValueError(
+        raise UserError(
             f"memory holds the keys and values of {room * multiple} tokens, and the longest requests may "
             f"need {columns * multiple}; choose a smaller max_length"
         )

@@ -13,12 +13,13 @@ from jaxtyping import Array, Bool, Int
 from phi3_jax.batch.options import RowOptions, keys, processors
 from phi3_jax.batch.scheduler import PoolSize
 from phi3_jax.batch.stages import Beginnings, Row, Stage, fitting, no_choice, sequences_of
+from phi3_jax.cache import KVCache
+from phi3_jax.cache.ragged import RaggedVectors
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.processors import LogitsProcessorList
 from phi3_jax.generation.sampling import loop
 from phi3_jax.generation.state import Settings, State
-from phi3_jax.model import KVCache, Phi3ForCausalLM
-from phi3_jax.model.ragged import RaggedVectors
+from phi3_jax.model import Phi3ForCausalLM
 
 STEPS = 8
 """Tokens a slot in one dispatch, at most: those behind an answer's end are computed in vain."""

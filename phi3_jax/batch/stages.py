@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from phi3_jax.batch.options import RowOptions
 from phi3_jax.batch.prefixes import KEPT
+from phi3_jax.cache import KVCache
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.forward import fill
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, State
-from phi3_jax.model import KVCache, Phi3ForCausalLM
+from phi3_jax.model import Phi3ForCausalLM
 
 NEVER = np.iinfo(np.int32).max
 

@@ -12,12 +12,12 @@ from phi3_jax.batch.answers import Answer
 from phi3_jax.batch.engine import Engine
 from phi3_jax.batch.requests import BadRequestError
 from phi3_jax.batch.summary import Summary
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.costs.chips import peak_flops
 from phi3_jax.costs.flops import step_flops
 from phi3_jax.costs.work import Work
-from phi3_jax.files import replacing
-from phi3_jax.progress import FileProgress, time_left
+from phi3_jax.runs.files import replacing
+from phi3_jax.runs.progress import FileProgress, time_left
 
 STATS_SECONDS = 10
 """Between two writings of the statistics."""

@@ -1,11 +1,9 @@
-"""Checkpoints: Hugging Face safetensors to and from a model, GGUF to a model, names to files."""
+"""Checkpoint formats: safetensors and GGUF, their names and layouts, the Hub, conversion; no model."""
 
-from phi3_jax.checkpoint.adapters import load_adapters, save_adapters
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.checkpoint.hub import resolve
-from phi3_jax.checkpoint.load import load_abstract, load_model, open_checkpoint
-from phi3_jax.checkpoint.save import save_model
+from phi3_jax.checkpoint.opening import open_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 
 __all__ = [
@@ -13,11 +11,6 @@ __all__ = [
     "TensorSource",
     "convert_checkpoint",
     "default_model",
-    "load_abstract",
-    "load_adapters",
-    "load_model",
     "open_checkpoint",
     "resolve",
-    "save_adapters",
-    "save_model",
 ]

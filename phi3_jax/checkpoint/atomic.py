@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phi3_jax.checkpoint.source import CheckpointError
-from phi3_jax.files import PARTIAL, REPLACED
+from phi3_jax.runs.files import PARTIAL, REPLACED
 
 CONFIG = "config.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")

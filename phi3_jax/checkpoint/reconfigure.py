@@ -9,7 +9,7 @@ from phi3_jax.checkpoint.atomic import atomic_directory
 from phi3_jax.checkpoint.convert import convert_checkpoint, files_beside_weights
 from phi3_jax.checkpoint.safetensors import INDEX
 from phi3_jax.checkpoint.source import CheckpointError
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 
 
 def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
+from phi3_jax.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -169,7 +170,7 @@ def parse_size(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = match and _UNITS.get(match[2].upper())
     if not match or not unit or (number := int(float(match[1]) * unit)) < 1:
-        raise ValueError(f"max_shard_size={size!r} is not a size; write a number of bytes, 500MB or 5GB")
+        raise UserError(f"max_shard_size={size!r} is not a size; write a number of bytes, 500MB or 5GB")
     return number
 
 
@@ -271,7 +272,7 @@ def parameter_dtype(dtype: Any) -> np.dtype:
         kind = None
     if kind is None or kind.name not in _PARAMETER_DTYPES:
         name = dtype if isinstance(dtype, str) or kind is None else kind
-        raise ValueError(f"dtype={name} cannot be that of parameters; use {', '.join(_PARAMETER_DTYPES)}")
+        raise UserError(f"dtype={name} cannot be that of parameters; use {', '.join(_PARAMETER_DTYPES)}")
     return kind
 
 

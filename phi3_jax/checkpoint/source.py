@@ -5,6 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+from phi3_jax.errors import UserError
+
 
 class TensorSource(Protocol):
     """Tensors on disk under Hugging Face's names and in Hugging Face's layout.
@@ -40,5 +42,5 @@ class CheckpointSource(TensorSource, Protocol):
         ...
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the text says what is wrong with it and what to do."""

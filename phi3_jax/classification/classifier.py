@@ -12,19 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from phi3_jax.checkpoint import CheckpointError, load_model, open_checkpoint, resolve
+from phi3_jax.checkpoint import CheckpointError, open_checkpoint, resolve
 from phi3_jax.classification.head import Head
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.data.batches import BatchPlan
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Batch, load
 from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
 from phi3_jax.data.tasks import Example, SequenceClassification, TokenClassification
-from phi3_jax.evaluation.files import RUN
+from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.model import Phi3PreTrainedModel
+from phi3_jax.model.loading import load_model
+from phi3_jax.runs.json_values import RUN
 from phi3_jax.tokenizer import Phi3Tokenizer
-from phi3_jax.training.batches import check_rows, to_devices, width_multiple
+from phi3_jax.trainer.batches import check_rows, to_devices, width_multiple
 
 ClassifierTask = SequenceClassification | TokenClassification
 """How rows are read; labels=None."""
@@ -68,7 +70,7 @@ class Classifier:
         kind = _task_class(self.head)
         self.task = kind(**_unlabelled(kind)) if task is None else task
         if not isinstance(self.task, kind):
-            raise ValueError(
+            raise UserError(
                 f"a {type(model).__name__} needs a {kind.__name__} as task, got {type(task).__name__}"
             )
         self.tokenizer, self.batch_size = tokenizer, batch_size
@@ -212,7 +214,7 @@ class Classifier:
         where = slice(None) if firsts is None else np.flatnonzero(firsts)
         numbers = said[-1][where]
         if not np.isfinite(numbers).all():
-            raise ValueError(
+            raise UserError(
                 f"{row.place}: the model's numbers are not finite; a wider dtype (float32) may help, or the "
                 "checkpoint is broken"
             )
@@ -242,7 +244,7 @@ def task_of(
     given = {"text_column": text_column, "text_pair_column": text_pair_column, "words_column": words_column}
     for name in ("text_column", "text_pair_column") if of_words else ("words_column",):
         if given[name] is not None:
-            raise ValueError(f"{name}={given[name]!r} is not for {head.kind}")
+            raise UserError(f"{name}={given[name]!r} is not for {head.kind}")
     trained = _settings(path)
     told = {name: trained.get(name) if value is None else value for name, value in given.items()}
     # A class reads some of them, by other names; what nobody told is its default.
@@ -290,4 +292,4 @@ def _settings(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / RUN} is broken ({error!r}); mend or remove it") from error
+        raise UserError(f"{path / RUN} is broken ({error!r}); mend or remove it") from error

@@ -20,7 +20,8 @@ from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import PartialOutput, Standing, Table, check_format
 from phi3_jax.data.rows import BadRowError, BadRows, Row, read_rows
 from phi3_jax.data.tasks import TokenClassification
-from phi3_jax.progress import FileProgress
+from phi3_jax.errors import UserError
+from phi3_jax.runs.progress import FileProgress
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def classify_file(
     predicted = head.columns(all_scores)
     first = _first_row(source, task.columns)
     if output.exists() and output.samefile(source):
-        raise ValueError(f"{source} is the input and the output; choose another output")
+        raise UserError(f"{source} is the input and the output; choose another output")
     of_words = isinstance(task, TokenClassification)
     listed = head.names if of_words or head.kind == "multi_label_classification" else ()
     separator = " " if isinstance(task, TokenClassification) else task.label_separator
@@ -224,7 +225,7 @@ def _first_row(source: Path, columns: tuple[str, ...]) -> Row:
     for wanted in (columns, ()):
         first = next(iter(read_rows(source, columns=wanted, bad=bad)), None)
         if first is None:
-            raise ValueError(f"{source} has no row that can be read: {bad.first[0]}")
+            raise UserError(f"{source} has no row that can be read: {bad.first[0]}")
     assert first is not None
     return first
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.data.labels import Labels
+from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3ForSequenceClassification, Phi3ForTokenClassification, Phi3PreTrainedModel
 
 _CLASSIFIERS: dict[str, type[Phi3PreTrainedModel]] = {
@@ -51,7 +52,7 @@ class Head:
         for name in named:
             if name in _CLASSIFIERS:
                 return cls.of(_CLASSIFIERS[name], config)
-        raise ValueError(
+        raise UserError(
             f"{path} is no classifier: its config.json has architectures={named!r}, and classify needs "
             f"{' or '.join(_CLASSIFIERS)}; fine-tune it first (phi3-jax finetune)"
         )
@@ -63,7 +64,7 @@ class Head:
             ValueError: all scores are asked for, and there is not one score for each class.
         """
         if all_scores and self.kind in ("regression", "token-classification"):
-            raise ValueError(f"all_scores is for classes of whole texts, and this model does {self.kind}")
+            raise UserError(f"all_scores is for classes of whole texts, and this model does {self.kind}")
         scores = [f"score_{name}" for name in self.names] if all_scores else []
         if self.kind == "regression":
             return [f"predicted_{name}" for name in self.names] if len(self.names) > 1 else ["predicted"]

@@ -13,7 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from phi3_jax.data.rows import BadRowError, Row
-from phi3_jax.files import differences, replacing
+from phi3_jax.errors import UserError
+from phi3_jax.runs.files import differences, replacing
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -40,11 +41,11 @@ class Table:
         self._delimiter = DELIMITERS.get(path.suffix.lower())
         self._predicted = set(predicted)
         if taken := self._taken(first):
-            raise ValueError(f"{first.place.file} {taken}")
+            raise UserError(f"{first.place.file} {taken}")
         self._columns = [*first.values, *predicted]
         self._separator = separator
         if self._delimiter is not None and (odd := next((part for part in parts if separator in part), None)):
-            raise ValueError(
+            raise UserError(
                 f"the label {odd!r} has the {separator!r} in it that separates labels in {path.suffix}; "
                 "write .jsonl"
             )
@@ -111,7 +112,7 @@ def check_format(path: Path) -> None:
         ValueError: it does not.
     """
     if path.suffix.lower() not in (*DELIMITERS, ".jsonl"):
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be written: {path.suffix or 'no suffix'!r} is no format that rows can be "
             "added to one by one; use .csv, .tsv or .jsonl"
         )
@@ -169,10 +170,10 @@ class PartialOutput:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"another process is writing {self.path}") from None
+            raise UserError(f"another process is writing {self.path}") from None
         try:
             if output.exists() and not overwrite:
-                raise ValueError(f"{output} is there already; choose another, or give --overwrite")
+                raise UserError(f"{output} is there already; choose another, or give --overwrite")
             self.standing = self._stood(overwrite)
             self._file = self.path.open("ab", buffering=0)
             self._file.truncate(self.standing.bytes)
@@ -201,17 +202,17 @@ class PartialOutput:
             changed = differences(about["asked"], self._asked)
             standing = Standing(**about["done"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} is there without a {self._about.name} that tells what it is ({error!r}); "
                 f"{advice}"
             ) from error
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} was begun with something else, and cannot be gone on with: "
                 f"{'; '.join(changed)}. Choose another output, or {advice}"
             )
         if (size := self.path.stat().st_size) < standing.bytes:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} has {size} bytes, and {self._about.name} knows of {standing.bytes}; {advice}"
             )
         return standing

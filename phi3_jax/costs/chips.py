@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phi3_jax.errors import UserError
+
 GIB = 2**30
 
 
@@ -135,15 +137,15 @@ def topology(name: str) -> Topology:
         examples = ", ".join(
             f"{c.name}:{c.shapes[3]}" if c.is_tpu else f"{c.name}:{c.node}" for c in CHIPS.values()
         )
-        raise ValueError(
+        raise UserError(
             f"topology {name!r}: no chip is called {kind!r}; {hint}There are, for example, {examples}"
         )
     if chip.is_tpu:
         if size not in chip.shapes:
-            raise ValueError(f"topology {name!r}: {chip.title} comes as {', '.join(chip.names)}")
+            raise UserError(f"topology {name!r}: {chip.title} comes as {', '.join(chip.names)}")
         return Topology(f"{kind}:{size}", chip, tuple(map(int, size.split("x"))))
     if not re.fullmatch(r"[1-9]\d*", size or "1") or int(size or 1) > chip.node:
-        raise ValueError(
+        raise UserError(
             f"topology {name!r}: {chip.title} comes as {kind}:1 to {kind}:{chip.node}, within one node"
         )
     return Topology(f"{kind}:{int(size or 1)}", chip, (int(size or 1),))

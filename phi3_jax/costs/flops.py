@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.costs.shapes import layer_projections, lora_parameters
 from phi3_jax.costs.work import Work
 

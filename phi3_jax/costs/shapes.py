@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from phi3_jax.config import Phi3Config
-from phi3_jax.sharding import RULES
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.parallel.sharding import RULES
 
 
 @dataclass(frozen=True)

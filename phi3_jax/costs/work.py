@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 import jax
 from jax.sharding import Mesh
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 
 Task = Literal["finetune", "prefill", "decode"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -47,16 +48,16 @@ class Work:
         choices = (("task", TASKS), ("remat", REMAT), ("dtype", floats), ("optimizer_dtype", floats))
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use {', '.join(allowed)}")
+                raise UserError(f"{name}={getattr(self, name)!r} is not known; use {', '.join(allowed)}")
         if self.cache_dtype is not None and self.cache_dtype not in ITEM_BYTES:
-            raise ValueError(f"cache_dtype={self.cache_dtype!r} is not known; use {', '.join(ITEM_BYTES)}")
+            raise UserError(f"cache_dtype={self.cache_dtype!r} is not known; use {', '.join(ITEM_BYTES)}")
         for name in ("batch", "seq"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.lora is not None and (self.task != "finetune" or self.lora < 1):
-            raise ValueError(f"lora={self.lora} is a rank, 1 or more, for the task finetune")
+            raise UserError(f"lora={self.lora} is a rank, 1 or more, for the task finetune")
         if self.seq > self.config.context_length:
-            raise ValueError(f"seq={self.seq} is beyond the model's context of {self.config.context_length}")
+            raise UserError(f"seq={self.seq} is beyond the model's context of {self.config.context_length}")
 
     @property
     def tokens(self) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from phi3_jax.errors import UserError
+
 
 class BatchPlan:
     """Steps over all epochs, each a batch of `rows` examples as long as its width or shorter.
@@ -85,12 +87,12 @@ class BatchPlan:
 
 def _check(lengths: np.ndarray, rows: int, widths: tuple[int, ...]) -> None:
     if not len(lengths):
-        raise ValueError("there are no examples to make batches of")
+        raise UserError("there are no examples to make batches of")
     if rows < 1 or not widths:
-        raise ValueError(f"rows={rows} and widths={list(widths)}; expected at least one row and one width")
+        raise UserError(f"rows={rows} and widths={list(widths)}; expected at least one row and one width")
     too_long = np.count_nonzero(lengths > widths[-1])
     if too_long:
-        raise ValueError(
+        raise UserError(
             f"{too_long} of {len(lengths)} examples are longer than the widest batch, {widths[-1]} tokens "
             f"(the longest has {lengths.max()}); truncate them, or add a width"
         )
@@ -111,7 +113,7 @@ def bucket_widths(
     narrowest that holds it; the last holds the longest.
     """
     if not len(lengths):
-        raise ValueError("there are no examples to choose widths for")
+        raise UserError("there are no examples to choose widths for")
     # Only multiples that some example needs: any other could be the next narrower one of these.
     needed, counts = np.unique(-(-np.asarray(lengths, np.int64) // multiple), return_counts=True)
     ends = needed * multiple

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.tokenizer import Phi3Tokenizer
 
@@ -25,7 +26,7 @@ def encode_chat(
     labels = [IGNORE_INDEX] * len(ids)
     answers = [turn for turn in range(1, len(messages)) if messages[turn]["role"] == "assistant"]
     if not answers:
-        raise ValueError("messages have no answer of the assistant's to learn from")
+        raise UserError("messages have no answer of the assistant's to learn from")
     known = (0, 0)
     for turn in answers:
         start = _start(messages, turn, text, tokenizer)
@@ -38,7 +39,7 @@ def encode_chat(
         labels[first:last] = ids[first:last]
     labels = labels[:max_length]
     if all(label == IGNORE_INDEX for label in labels):
-        raise ValueError(
+        raise UserError(
             f"no answer of the assistant's begins within max_length={max_length}; it has {len(ids)} ids"
         )
     return ids[:max_length], labels, len(ids) > max_length
@@ -48,7 +49,7 @@ def _start(messages: Sequence[Mapping[str, Any]], turn: int, text: str, tokenize
     """Where in `text` the words of a turn begin."""
     prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
     if not text.startswith(prompt):
-        raise ValueError(
+        raise UserError(
             f"the chat template's prompt for messages[{turn}] is not the beginning of the whole "
             "conversation, so the answer cannot be told from it; give the tokenizer another chat_template"
         )
@@ -70,7 +71,7 @@ def _end(
     closed = max(ends, default=start)
     whole = text.startswith(until_here)
     if not whole and (closed == start or not until_here.startswith(text[:start])):
-        raise ValueError(
+        raise UserError(
             f"the chat template writes messages[{turn}] differently when other messages follow, so it is not "
             "known what to learn; give the tokenizer another chat_template"
         )

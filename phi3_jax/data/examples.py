@@ -4,16 +4,15 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
 from phi3_jax.data.batches import permutation
-
-if TYPE_CHECKING:
-    from phi3_jax.data.rows import Place
-    from phi3_jax.data.tasks import Example
+from phi3_jax.data.rows import Place
+from phi3_jax.data.tasks import Example
+from phi3_jax.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +74,7 @@ class Examples:
             ValueError: labels are of whole examples, or there are none.
         """
         if self.flat_labels is None:
-            raise ValueError(f"{self.place(index)} has no labels of tokens")
+            raise UserError(f"{self.place(index)} has no labels of tokens")
         return self.flat_labels[self._span(index)]
 
     def firsts(self, index: int) -> Bool[np.ndarray, "T"] | None:
@@ -112,7 +111,7 @@ class Examples:
             ValueError: a fraction outside 0 to 1, or too few rows to take any away.
         """
         if not 0 < fraction < 1:
-            raise ValueError(f"fraction={fraction} of the rows for validation; expected between 0 and 1")
+            raise UserError(f"fraction={fraction} of the rows for validation; expected between 0 and 1")
         places = self.origin_numbers * (np.max(self.lines, initial=0) + 1) + self.lines
         _, first, row_of = np.unique(places, return_index=True, return_inverse=True)
         rows = len(first)
@@ -122,7 +121,7 @@ class Examples:
         counts = np.bincount(classes)
         spare = int(np.sum(counts - 1))
         if not spare:
-            raise ValueError(
+            raise UserError(
                 f"none of {rows} rows can be set aside for validation without taking the last of its class; "
                 "add rows, or give a validation file"
             )
@@ -174,12 +173,12 @@ class _Growing:
     def add(self, example: "Example") -> None:
         ids, labels, firsts, place = example.input_ids, example.labels, example.firsts, example.place
         if not ids:
-            raise ValueError(f"{place} has no tokens; remove it")
+            raise UserError(f"{place} has no tokens; remove it")
         kind, size = _kind(labels)
         form = kind, size, firsts is not None
         self.form = self.form or form
         if form != self.form:
-            raise ValueError(f"{place} has {_words(form)}; the examples before it have {_words(self.form)}")
+            raise UserError(f"{place} has {_words(form)}; the examples before it have {_words(self.form)}")
         if not isinstance(labels, list):
             self.classes.extend([] if labels is None else [labels])
         elif kind == "numbers":
@@ -238,7 +237,7 @@ def _words(form: tuple[str, int, bool]) -> str:
 
 def _check_size(place: object, what: str, values: Sequence[float], ids: list[int]) -> None:
     if len(values) != len(ids):
-        raise ValueError(f"{place} has {len(values)} {what}; expected one for each of its {len(ids)} tokens")
+        raise UserError(f"{place} has {len(values)} {what}; expected one for each of its {len(ids)} tokens")
 
 
 def _shares(counts: np.ndarray, fraction: float, total: int) -> np.ndarray:

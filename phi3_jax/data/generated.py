@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, Literal
 
-from .rows import Place, Row
+from phi3_jax.data.rows import Place, Row
+from phi3_jax.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 TaskName = Literal["sequence-classification", "token-classification", "causal-lm"]
@@ -146,7 +147,7 @@ def generated_rows(split: Split, task: TaskName, count: int | None = None, *, se
     """
     for name, value, known in (("split", split, COUNTS), ("task", task, _VALUES)):
         if value not in known:
-            raise ValueError(f"{name}={value!r}; use one of {', '.join(map(repr, known))}")
+            raise UserError(f"{name}={value!r}; use one of {', '.join(map(repr, known))}")
     return _rows(split, task, COUNTS[split] if count is None else count, seed)
 
 
@@ -160,7 +161,7 @@ def _rows(split: Split, task: TaskName, count: int, seed: int) -> Iterator[Row]:
             if text not in said and _split_of(text) == split:
                 break
         else:
-            raise ValueError(
+            raise UserError(
                 f"count={count}: the grammar has little more than {len(said)} sentences; use fewer"
             )
         said.add(text)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 
 _INTEGER = re.compile(r"-?[0-9]+")
 _ENTITY = ("B-", "I-")
@@ -25,10 +26,10 @@ class Labels:
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise ValueError("a label set needs at least one name")
+            raise UserError("a label set needs at least one name")
         if len(self._ids) < len(self.names):
             twice = next(name for name in self.names if self.names.count(name) > 1)
-            raise ValueError(f"the label {twice!r} is there twice; give every class a name of its own")
+            raise UserError(f"the label {twice!r} is there twice; give every class a name of its own")
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> "Labels":
@@ -60,7 +61,7 @@ class Labels:
         if name not in self._ids:
             near = difflib.get_close_matches(name, self.names, n=3) or list(self.names[:5])
             more = ", ..." if len(near) < len(self) else ""
-            raise ValueError(
+            raise UserError(
                 f"label {name!r} is not among the {len(self)} known: {', '.join(map(repr, near))}{more}"
             )
         return self._ids[name]
@@ -79,12 +80,12 @@ def label_name(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():  # a column with gaps makes floats of whole numbers
         value = int(value)
     if not isinstance(value, (str, int)):
-        raise ValueError(
+        raise UserError(
             "label is missing"
             if value is None
             else f"label is {value!r:.40}; expected text or a whole number"
         )
     name = str(value).strip()
     if not name:
-        raise ValueError("label is empty")
+        raise UserError("label is empty")
     return name

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from phi3_jax.data.batches import BatchPlan
+from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
 
 PADDING = {"labels": IGNORE_INDEX, "position_ids": 0, "segment_ids": 0}
@@ -109,7 +110,7 @@ def load(
     """
     stop = sys.maxsize if stop is None else stop
     if not 0 <= start <= stop:
-        raise ValueError(f"batches from step {start} to {stop}; expected 0 <= start <= stop")
+        raise UserError(f"batches from step {start} to {stop}; expected 0 <= start <= stop")
     maker = _Maker(examples, plan, pad_token_id, local_rows)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     # The source counts from 0 whatever `start` is, so that a state means the same step to every loader.

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from phi3_jax.data.examples import Examples
+from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
 
 
@@ -24,7 +25,7 @@ def pack(
     lengths = np.asarray(lengths)
     wrong = np.count_nonzero((lengths > width) | (lengths < 1))
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{wrong} of {len(lengths)} examples cannot be packed into rows of {width} tokens (lengths are "
             f"{lengths.min()} to {lengths.max()}); expected 1 to {width} tokens"
         )
@@ -82,7 +83,7 @@ class PackedExamples:
 
     def __init__(self, examples: Examples, rows: list[Int[np.ndarray, "packed"]]):
         if examples.flat_labels is None:
-            raise ValueError(
+            raise UserError(
                 "the examples have no labels of tokens; pack those of causal language models only"
             )
         self.examples = examples

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from phi3_jax.errors import UserError
+
 # Each byte that is not UTF-8 is decoded to one of these, which UTF-8 itself never gives.
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _LONGEST_FIELD = 2**24
@@ -40,7 +42,7 @@ class Row(NamedTuple):
     place: Place
 
 
-class BadRowError(ValueError):
+class BadRowError(UserError):
     """A row that nothing can be learnt from: "train.csv, line 3: label is empty"."""
 
     def __init__(self, place: Place, fault: str):
@@ -138,12 +140,12 @@ def _format_of(path: Path, file_format: str | None) -> str:
     known = ", ".join(map(repr, _READERS))
     if file_format is not None:
         if file_format not in _READERS:
-            raise ValueError(f"file_format={file_format!r} is not known; use one of {known}")
+            raise UserError(f"file_format={file_format!r} is not known; use one of {known}")
         return file_format
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     found = {".json": "jsonl"}.get(suffix, suffix.removeprefix("."))
     if found not in _READERS:
-        raise ValueError(f"the suffix of {path} names no format; give file_format= one of {known}")
+        raise UserError(f"the suffix of {path} names no format; give file_format= one of {known}")
     return found
 
 
@@ -155,7 +157,7 @@ def _sifted(items: Iterable[Row | BadRowError], path: Path, bad: BadRows) -> Ite
         else:
             yield item
     if item is None:
-        raise ValueError(f"{path} holds no rows")
+        raise UserError(f"{path} holds no rows")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -167,7 +169,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 # utf-8-sig takes the byte order mark away that some editors begin a file with.
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is not a gzip file, or is cut short: {error}") from error
+            raise UserError(f"{path} is not a gzip file, or is cut short: {error}") from error
 
 
 def _encoding_fault(text: str) -> str | None:
@@ -179,9 +181,7 @@ def _encoding_fault(text: str) -> str | None:
 def _check_columns(path: Path, there: Collection[str], wanted: Collection[str]) -> None:
     for column in wanted:
         if column not in there:
-            raise ValueError(
-                f"{path} has no column {column!r}; its columns are {', '.join(map(repr, there))}"
-            )
+            raise UserError(f"{path} has no column {column!r}; its columns are {', '.join(map(repr, there))}")
 
 
 def _csv(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
@@ -220,16 +220,16 @@ def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
     try:
         header = next(reader, None)
     except csv.Error as error:
-        raise ValueError(f"{path}, line 1: {error}; expected the columns' names") from error
+        raise UserError(f"{path}, line 1: {error}; expected the columns' names") from error
     if header is None:
-        raise ValueError(f"{path} is empty; expected a line with the columns' names, and rows")
+        raise UserError(f"{path} is empty; expected a line with the columns' names, and rows")
     fault = _encoding_fault("".join(header))
     if not all(name.strip() for name in header) or not header:
         fault = f"a column has no name: {header}"
     elif twice := [name for name in header if header.count(name) > 1]:
         fault = f"two columns have the name {twice[0]!r}"
     if fault:
-        raise ValueError(f"{path}, line 1: {fault}")
+        raise UserError(f"{path}, line 1: {fault}")
     return header
 
 
@@ -263,7 +263,7 @@ def _parquet(path: Path, columns: Collection[str]) -> Iterator[Row]:
                     yield Row(values, Place(str(path), number, "row"))
                 done += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file, or is cut short: {error}") from error
+        raise UserError(f"{path} is not a Parquet file, or is cut short: {error}") from error
 
 
 def _conll(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:

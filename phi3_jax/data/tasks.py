@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from phi3_jax.data.chat_examples import encode_chat
+from phi3_jax.data.labels import Labels, label_name
+from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
+from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.tokenizer import Phi3Tokenizer
-
-from .chat_examples import encode_chat
-from .labels import Labels, label_name
-from .rows import BadRowError, BadRows, Place, Row
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -53,9 +53,9 @@ class SequenceClassification:
     def __post_init__(self) -> None:
         known = get_args(ProblemType)
         if self.problem_type not in known:
-            raise ValueError(f"problem_type={self.problem_type!r}; use one of {', '.join(map(repr, known))}")
+            raise UserError(f"problem_type={self.problem_type!r}; use one of {', '.join(map(repr, known))}")
         if self.problem_type == "single_label_classification" and isinstance(self.label, tuple):
-            raise ValueError(
+            raise UserError(
                 f"label={self.label!r} names several columns, and single_label_classification has one; use "
                 "multi_label_classification for columns of 0 and 1"
             )
@@ -78,12 +78,12 @@ class SequenceClassification:
             ValueError: no labels, or a single class, which leaves nothing to learn.
         """
         if self.label is None:
-            raise ValueError("label=None, so there are no classes; name the column that holds them")
+            raise UserError("label=None, so there are no classes; name the column that holds them")
         if self.problem_type == "regression" or isinstance(self.label, tuple):
             return Labels(self._label_columns)
         labels = _label_set(rows, self._names)
         if self.problem_type == "single_label_classification" and len(labels) == 1:
-            raise ValueError(f"all rows have the label {labels.names[0]!r}; expected two classes or more")
+            raise UserError(f"all rows have the label {labels.names[0]!r}; expected two classes or more")
         return labels
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
@@ -162,7 +162,7 @@ class TokenClassification:
             ValueError: no labels.
         """
         if self.labels is None:
-            raise ValueError("labels=None, so there are no tags; name the column that holds them")
+            raise UserError("labels=None, so there are no tags; name the column that holds them")
         return _label_set(rows, self._all_names)
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
@@ -184,7 +184,7 @@ class TokenClassification:
         room = self.max_length - len(before) - len(after)
         if room < 1:
             least = len(before) + len(after) + 1
-            raise ValueError(f"max_length={self.max_length} leaves no room for words; use {least} or more")
+            raise UserError(f"max_length={self.max_length} leaves no room for words; use {least} or more")
         count = len(firsts)
         kept = slice(0, room) if tokenizer.truncation_side == "right" else slice(max(count - room, 0), count)
         ids = [token for piece in pieces for token in piece]
@@ -252,7 +252,7 @@ class CausalLM:
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length}; the next token needs at least 2")
+            raise UserError(f"max_length={self.max_length}; the next token needs at least 2")
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from phi3_jax.config.rope_argument import RopeArgument
+from phi3_jax.errors import UserError
 from phi3_jax.evaluation.perplexity import TextLoss, windows
 from phi3_jax.evaluation.score_all import Part, score_all
 from phi3_jax.evaluation.scorer import Scorer
 from phi3_jax.evaluation.texts import first_tokens, read_text
-from phi3_jax.generation.pipeline import Pipeline
-from phi3_jax.progress import FileProgress
-from phi3_jax.rope_argument import RopeArgument
+from phi3_jax.pipeline import Pipeline
+from phi3_jax.runs.progress import FileProgress
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ def read_texts(path: Path, key: str = "text") -> Iterator[str]:
         try:
             text = json.loads(line)[key]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f'{path}, line {number}: expected a JSON object with {key!r}, as in {{"{key}": "..."}}'
             ) from error
         if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number}: {key!r} is {text!r}; expected text")
+            raise UserError(f"{path}, line {number}: {key!r} is {text!r}; expected text")
         yield text
 
 
@@ -122,7 +123,7 @@ def evaluate(
         words += len(text.split())
         documents += 1
     if not parts:
-        raise ValueError(f"{path} has no text of two tokens or more")
+        raise UserError(f"{path} has no text of two tokens or more")
     total = TextLoss(0.0, 0)
     done, all_tokens = 0, sum(len(part.tokens) for part in parts)
     with FileProgress(all_tokens, show) as bar:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from phi3_jax.errors import UserError
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 TASK = "One line of the text below holds a pass key. Read the text and remember the pass key.\n\n"
@@ -98,7 +99,7 @@ class PasskeyPrompts:
         text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         before, slot, behind = text.partition(_SLOT)
         if not slot:
-            raise ValueError("the chat template leaves out what the user says; use --raw")
+            raise UserError("the chat template leaves out what the user says; use --raw")
         return encode(before, add_special_tokens=False), encode(behind, add_special_tokens=False)
 
     @cached_property
@@ -107,7 +108,7 @@ class PasskeyPrompts:
         lines = (line.strip() for line in self.filler)
         ids = [self.tokenizer.encode(line + "\n", add_special_tokens=False) for line in lines if line]
         if not ids:
-            raise ValueError("the text for the filler is empty")
+            raise UserError("the text for the filler is empty")
         return ids
 
     @cached_property
@@ -125,7 +126,7 @@ class PasskeyPrompts:
         """
         for length in lengths:
             if length < self.shortest:
-                raise ValueError(
+                raise UserError(
                     f"length {length} is too short: question, pass key and {self.answer_tokens} tokens of "
                     f"answer need {self.shortest}"
                 )

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 
-from phi3_jax.evaluation import plots
-from phi3_jax.evaluation.files import json_value
 from phi3_jax.evaluation.passkey_run import PasskeyResult, Trial
-from phi3_jax.evaluation.report import markdown_table
-from phi3_jax.files import replacing
+from phi3_jax.runs import plots
+from phi3_jax.runs.files import replacing
+from phi3_jax.runs.json_values import json_value
+from phi3_jax.runs.tables import markdown_table
 
 RATES, ANSWERS, FIGURE, REPORT = "passkey.csv", "passkey.json", "passkey.png", "report.md"
 

@@ -13,21 +13,23 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from phi3_jax.checkpoint import load_abstract, open_checkpoint
+from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.checkpoint.fingerprint import fingerprint
-from phi3_jax.config import Phi3Config
-from phi3_jax.evaluation.journal import Journal
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.config.rope_argument import RopeArgument
+from phi3_jax.errors import UserError
 from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, found
 from phi3_jax.evaluation.scorer import frequencies_for, frequencies_key
 from phi3_jax.evaluation.texts import read_text
 from phi3_jax.generation import generate
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.memory import column_bytes, room_for
-from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
 from phi3_jax.generation.prompts import cache_length, padded_length
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.progress import FileProgress, time_left
-from phi3_jax.rope_argument import RopeArgument
+from phi3_jax.model.loading import load_abstract
+from phi3_jax.pipeline import Pipeline, load_tokenizer
+from phi3_jax.runs.journal import Journal
+from phi3_jax.runs.progress import FileProgress, time_left
 
 ROWS, ROWS_ON_CPU = 16, 4
 """Prompts at a time, at most; a CPU has little to gain from more."""
@@ -128,7 +130,7 @@ def measure_passkeys(
     """
     for name, values in (("rope", [each.name for each in ropes]), ("length", lengths), ("depth", depths)):
         if twice := next((value for value in values if list(values).count(value) > 1), None):
-            raise ValueError(f"{name} {twice} is given twice; give it once")
+            raise UserError(f"{name} {twice} is given twice; give it once")
     _, config = open_checkpoint(model)
     frequencies = Ropes(config, ropes)
     tokenizer = load_tokenizer(model)
@@ -230,7 +232,7 @@ def _most_rows(compiled: CompiledModel, length: int, answer_tokens: int, wanted:
     if least * columns > room:
         each = column_bytes(compiled)
         texts = f"{wanted} prompts of {length:,} tokens" if wanted else f"a prompt of {length:,} tokens"
-        raise ValueError(
+        raise UserError(
             f"{texts} needs {least * columns * each / 2**30:.2f} GiB for keys and values, and memory has "
             f"{room * each / 2**30:.2f} GiB for them; choose shorter lengths or a smaller --batch-size"
         )

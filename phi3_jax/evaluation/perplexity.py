@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 from phi3_jax.evaluation.scorer import Progress, Scorer, frequencies_for
 
 
@@ -36,11 +37,11 @@ def windows(tokens: int, length: int, stride: int) -> list[Window]:
         ValueError: fewer than two tokens, a length below 2, a stride that would leave tokens out.
     """
     if tokens < 2:
-        raise ValueError(f"the text has {tokens} tokens; perplexity needs at least 2")
+        raise UserError(f"the text has {tokens} tokens; perplexity needs at least 2")
     if length < 2:
-        raise ValueError(f"length={length} must be at least 2")
+        raise UserError(f"length={length} must be at least 2")
     if not 1 <= stride <= length:
-        raise ValueError(f"stride={stride} must be from 1 to the length, {length}: it would leave tokens out")
+        raise UserError(f"stride={stride} must be from 1 to the length, {length}: it would leave tokens out")
     found = []
     scored_from = 1
     for begin in range(0, tokens, stride):

@@ -14,18 +14,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from phi3_jax.checkpoint import load_abstract, open_checkpoint
+from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.checkpoint.fingerprint import fingerprint
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.config.rope_argument import RopeArgument
+from phi3_jax.errors import UserError
 from phi3_jax.evaluation.compile_time import CompileTime
-from phi3_jax.evaluation.journal import Journal
 from phi3_jax.evaluation.perplexity import TextLoss, Window, windows
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for, frequencies_key
 from phi3_jax.evaluation.texts import first_tokens, read_text
-from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.progress import FileProgress
-from phi3_jax.rope_argument import RopeArgument
+from phi3_jax.model.loading import load_abstract
+from phi3_jax.pipeline import Pipeline, load_tokenizer
+from phi3_jax.runs.journal import Journal
+from phi3_jax.runs.progress import FileProgress
 
 STATE = "state.json"
 """Of a comparison's directory: every window that was measured."""
@@ -166,7 +168,7 @@ def compare_ropes(
 def _ropes(arguments: Sequence[RopeArgument], config: Phi3Config) -> list[Rope]:
     names = [argument.name for argument in arguments]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"--rope {sorted(twice)[0]} is given twice")
+        raise UserError(f"--rope {sorted(twice)[0]} is given twice")
     return [Rope(one.name, one.apply(config), one.initial_tokens) for one in arguments]
 
 
@@ -174,9 +176,9 @@ def _check_length(text: Path, tokens: int, lengths: Sequence[int], max_tokens: i
     if tokens >= lengths[-1]:
         return
     if max_tokens < lengths[-1]:
-        raise ValueError(f"max_tokens={max_tokens:,} is less than the longest length, {lengths[-1]:,}")
+        raise UserError(f"max_tokens={max_tokens:,} is less than the longest length, {lengths[-1]:,}")
     behind = f" behind the {skipped:,} that are skipped" if skipped else ""
-    raise ValueError(
+    raise UserError(
         f"{text} has {tokens:,} tokens{behind}, fewer than the length {lengths[-1]:,}; give a longer text or "
         "shorter lengths"
     )

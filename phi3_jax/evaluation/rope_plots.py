@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from phi3_jax.evaluation.plots import BLUE, GREY, ORANGE, plain, short
+from phi3_jax.runs.plots import BLUE, GREY, ORANGE, plain, short
 
 COLOURS = (GREY, "#56B4E9", "#E69F00", "#009E73", ORANGE, BLUE, "#CC79A7", "#000000")
 MARKERS = "osD^vP*X"

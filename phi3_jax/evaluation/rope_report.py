@@ -10,14 +10,14 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
-from phi3_jax.evaluation import plots
-from phi3_jax.evaluation.files import json_value
-from phi3_jax.evaluation.report import markdown_table
+from phi3_jax.config.rope_argument import trained_length
 from phi3_jax.evaluation.rope_compare import Comparison, scaled_frequencies
 from phi3_jax.evaluation.rope_plots import perplexities, wavelengths
 from phi3_jax.evaluation.scorer import frequencies_for
-from phi3_jax.files import replacing
-from phi3_jax.rope_argument import trained_length
+from phi3_jax.runs import plots
+from phi3_jax.runs.files import replacing
+from phi3_jax.runs.json_values import json_value
+from phi3_jax.runs.tables import markdown_table
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "report.md"
 PERPLEXITY, WAVELENGTHS = "perplexity.png", "wavelengths.png"

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from phi3_jax.rope_scaling import RopeBase, RopeScaling
+from phi3_jax.config.rope_scaling import RopeBase, RopeScaling
+from phi3_jax.errors import UserError
 
 INITIAL_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 """Numbers of tokens kept unscaled that the paper tries (table 1)."""
@@ -91,11 +92,11 @@ class Space:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.bound) and self.bound >= 1):
-            raise ValueError(f"bound={self.bound!r} must be a number, 1 or more")
+            raise UserError(f"bound={self.bound!r} must be a number, 1 or more")
         if not self.attention_factors or not all(0 < x < math.inf for x in self.attention_factors):
-            raise ValueError(f"attention_factors={self.attention_factors!r} must be positive numbers")
+            raise UserError(f"attention_factors={self.attention_factors!r} must be positive numbers")
         if 0 not in self.initial_tokens or min(self.initial_tokens) < 0:
-            raise ValueError(
+            raise UserError(
                 f"initial_tokens={self.initial_tokens!r} must be numbers from 0, and 0 among them: a config "
                 "can express no other"
             )
@@ -133,14 +134,14 @@ class Evolution:
 
     def __post_init__(self) -> None:
         if not 2 <= self.parents < self.population:
-            raise ValueError(
+            raise UserError(
                 f"parents={self.parents} must be from 2 to population - 1 = {self.population - 1}: two are "
                 "crossed, and the others are their children"
             )
         if self.iterations < 0 or self.seed < 0:
-            raise ValueError(f"iterations={self.iterations} and seed={self.seed} must not be negative")
+            raise UserError(f"iterations={self.iterations} and seed={self.seed} must not be negative")
         if not 0 < self.mutation_probability <= 1:
-            raise ValueError(f"mutation_probability={self.mutation_probability!r} must be above 0, at most 1")
+            raise UserError(f"mutation_probability={self.mutation_probability!r} must be above 0, at most 1")
 
 
 class RopeSearch:
@@ -169,7 +170,7 @@ class RopeSearch:
         first = [*dict.fromkeys([*known.values(), *self._starts])]
         least = sum(each in space for each in first)
         if evolution.population < least:
-            raise ValueError(
+            raise UserError(
                 f"population={evolution.population} has no room for the {least} that the search starts from"
             )
         self._generation = self._first_population(first)
@@ -191,7 +192,7 @@ class RopeSearch:
     def tell(self, perplexities: Sequence[float]) -> None:
         """The perplexities of the first that are waiting; what is no number is as bad as can be."""
         if len(perplexities) > len(self._generation):
-            raise ValueError(f"{len(perplexities)} perplexities for {len(self._generation)} that are waiting")
+            raise UserError(f"{len(perplexities)} perplexities for {len(self._generation)} that are waiting")
         for individual, perplexity in zip(self._generation, perplexities, strict=False):
             self.scored.append(Scored(individual, math.inf if math.isnan(perplexity) else float(perplexity)))
             self.iterations.append(self.iteration)

@@ -14,11 +14,11 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
-from phi3_jax.config import Phi3Config
-from phi3_jax.evaluation import plots
-from phi3_jax.evaluation.files import json_value
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.evaluation.rope_search import RopeSearch, Scored
-from phi3_jax.files import replacing
+from phi3_jax.runs import plots
+from phi3_jax.runs.files import replacing
+from phi3_jax.runs.json_values import json_value
 
 FACTORS, HISTORY, FIGURE, MODEL = "factors.json", "history.csv", "search.png", "model"
 

@@ -11,10 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from phi3_jax.checkpoint import load_abstract, open_checkpoint
+from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.checkpoint.fingerprint import fingerprint
-from phi3_jax.config import Phi3Config
-from phi3_jax.evaluation.journal import Journal
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.config.rope_argument import trained_length
+from phi3_jax.config.rope_scaling import RopeBase
+from phi3_jax.errors import UserError
 from phi3_jax.evaluation.rope_search import (
     BOUND,
     YARN,
@@ -29,11 +31,11 @@ from phi3_jax.evaluation.rope_search import (
 from phi3_jax.evaluation.rope_search_results import write_results
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
 from phi3_jax.evaluation.texts import read_text
-from phi3_jax.generation.pipeline import Pipeline, load_tokenizer
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.progress import FileProgress, time_left
-from phi3_jax.rope_argument import trained_length
-from phi3_jax.rope_scaling import RopeBase
+from phi3_jax.model.loading import load_abstract
+from phi3_jax.pipeline import Pipeline, load_tokenizer
+from phi3_jax.runs.journal import Journal
+from phi3_jax.runs.progress import FileProgress, time_left
 
 ROWS, ROWS_ON_CPU = 16, 4
 """Individuals at a time, at most; a CPU has little to gain from more, and a kill loses as many."""
@@ -199,7 +201,7 @@ def _tell_again(search: RopeSearch, journal: Journal) -> None:
     for entry in journal.entries:
         genes = tuple(entry["factors"]), entry["initial_tokens"], entry["attention_factor"]
         if not search.waiting or search.waiting[0] != Individual(*genes):
-            raise ValueError(
+            raise UserError(
                 f"{journal.path} was written by another version of NumPy or of this program, whose search "
                 "went another way; choose another output, or remove it to begin anew"
             )
@@ -237,7 +239,7 @@ def _measure(
 def _known(config: Phi3Config, target: Target) -> dict[str, Individual]:
     """The usual methods, and the model's own rope where it has another."""
     if target.length <= target.original:
-        raise ValueError(
+        raise UserError(
             f"length={target.length} must be beyond the {target.original} tokens that the model was trained "
             "on: there is nothing to stretch"
         )
@@ -271,7 +273,7 @@ def _windows(
     left = len(tokens) - skip
     if left < windows * length:
         behind = f" behind the {skip:,} that are skipped" if skip else ""
-        raise ValueError(
+        raise UserError(
             f"{text} has {max(left, 0):,} tokens{behind}; {windows} windows of {length:,} need "
             f"{windows * length:,}: give a longer text, a shorter length or fewer windows"
         )

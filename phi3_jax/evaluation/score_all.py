@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.evaluation.scorer import Progress, Scorer, frequencies_for
 
 TOKENS, TOKENS_ON_CPU = 16384, 2048

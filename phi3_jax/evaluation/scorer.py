@@ -11,10 +11,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.cache import KVCache
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.memory import column_bytes, room_for
-from phi3_jax.model import KVCache, Phi3ForCausalLM
+from phi3_jax.model import Phi3ForCausalLM
 
 CHUNK = 512
 """Tokens of a row that go through the model at a time."""
@@ -80,7 +82,7 @@ class Scorer:
             return
         each = column_bytes(self.compiled)
         texts = f"{rows} rows of {length:,} tokens need" if rows > 1 else f"{length:,} tokens need"
-        raise ValueError(
+        raise UserError(
             f"{texts} {needed * each / 2**30:.2f} GiB for keys and values, and memory has "
             f"{room * each / 2**30:.2f} GiB for them; choose a smaller length"
             + (" or fewer rows" if rows > 1 else "")
@@ -118,7 +120,7 @@ class Scorer:
         tokens, arguments = self._rows(tokens, inv_freq, attention_scaling, initial_tokens)
         rows, length = tokens.shape
         if not 1 <= scored_from < length:
-            raise ValueError(f"scored_from={scored_from} must be from 1 to {length - 1}, for {length} tokens")
+            raise UserError(f"scored_from={scored_from} must be from 1 to {length - 1}, for {length} tokens")
         lanes = self.compiled.lanes_for(rows)
         filled = [np.concatenate([each, np.repeat(each[:1], lanes - rows, axis=0)]) for each in arguments]
         width = self._width(length)
@@ -154,7 +156,7 @@ class Scorer:
         rows = max(map(len, shaped))
         if any(len(each) not in (1, rows) for each in shaped):
             counts = ", ".join(str(len(each)) for each in shaped)
-            raise ValueError(
+            raise UserError(
                 f"tokens, inv_freq, attention_scaling and initial_tokens have {counts} rows; each must have "
                 "one, or as many as the others"
             )

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from phi3_jax.errors import UserError
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 CHARACTERS = 8
@@ -26,9 +27,9 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
     if not text.strip():
-        raise ValueError(f"{path} has no text")
+        raise UserError(f"{path} has no text")
     return text
 
 

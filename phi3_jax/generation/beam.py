@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from phi3_jax.cache.cache import KVCache
 from phi3_jax.generation.forward import Records, next_logits, process
+from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sampling import Report, run_steps
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import Settings, State, append
-from phi3_jax.model import KVCache, Phi3ForCausalLM
 
 IMPOSSIBLE = -1.0e9
 """The score of beams that are not there, as in the reference."""
@@ -219,7 +220,7 @@ def beam_scores(logits: Float[Array, "L V"], sequences: Sequences, settings: Set
 
 
 def loop(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     search: Search,
     settings: Settings,
     steps: Int[Array, ""] | int,

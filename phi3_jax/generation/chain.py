@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from phi3_jax.errors import UserError
 from phi3_jax.generation import processors as rules
 from phi3_jax.generation import warpers
 
@@ -66,7 +67,7 @@ class _Settings:
             return None
         above = _is_real(value) and (value >= low if interval[0] == "[" else value > low)
         if not above or not (value <= high if interval[-1] == "]" else value < high):
-            raise ValueError(f"{name}={value!r} must be a number in {interval}{hint}")
+            raise UserError(f"{name}={value!r} must be a number in {interval}{hint}")
         return float(value)
 
     def integer(self, name: str, low: int, hint: str = "") -> int | None:
@@ -74,7 +75,7 @@ class _Settings:
         if value is None:
             return None
         if not _is_integer(value) or value < low:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {low}{hint}")
+            raise UserError(f"{name}={value!r} must be an integer of at least {low}{hint}")
         return int(value)
 
     def tokens(self, name: str) -> Int[np.ndarray, " N"] | None:
@@ -84,13 +85,13 @@ class _Settings:
             return None
         listed = [value] if _is_integer(value) else _as_list(value)
         if listed is None:
-            raise ValueError(f"{name}={value!r} must be a list of token ids")
+            raise UserError(f"{name}={value!r} must be a list of token ids")
         return np.unique(self.checked(name, listed)).astype(np.int32)
 
     def checked(self, name: str, tokens: Sequence[Any]) -> tuple[int, ...]:
         for token in tokens:
             if not _is_integer(token) or not 0 <= token < self.vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"{name} names token {token!r}; the vocabulary's ids are 0 to {self.vocab_size - 1}"
                 )
         return tuple(int(token) for token in tokens)
@@ -102,7 +103,7 @@ class _Settings:
         pairs = list(value.items()) if isinstance(value, dict) else _as_list(value)
         expected = "a dict from tuples of token ids to biases, or a list of [token ids, bias], and not empty"
         if not pairs or not all(_is_pair(pair) for pair in pairs):
-            raise ValueError(f"{name}={value!r} must be {expected}")
+            raise UserError(f"{name}={value!r} must be {expected}")
         return {self.checked(name, tokens): float(bias) for tokens, bias in pairs}
 
     def bad_words(self, ends: Int[np.ndarray, " E"]) -> dict[tuple[int, ...], float] | None:
@@ -112,11 +113,11 @@ class _Settings:
             return None
         words = [_as_list(word) for word in _as_list(value) or ()]
         if not words or not all(words):
-            raise ValueError(f"{name}={value!r} must be a list of lists of token ids, and none empty")
+            raise UserError(f"{name}={value!r} must be a list of lists of token ids, and none empty")
         checked = [self.checked(name, word or ()) for word in words]
         biases = {word: -math.inf for word in checked if len(word) > 1 or word[0] not in ends}
         if not biases:
-            raise ValueError(
+            raise UserError(
                 f"{name}={value!r} has only end tokens, which it cannot forbid; use suppress_tokens"
             )
         return biases
@@ -158,7 +159,7 @@ def _on_positions(
             chain.append(rules.ForcedBOSTokenLogitsProcessor(forced_bos, at=1 - prompt_length))
     if (forced_eos := settings.tokens("forced_eos_token_id")) is not None:
         if not len(forced_eos):
-            raise ValueError("forced_eos_token_id=[] must name a token; None forces none")
+            raise UserError("forced_eos_token_id=[] must name a token; None forces none")
         chain.append(rules.ForcedEOSTokenLogitsProcessor(max_new_tokens, forced_eos))
     if settings.value("remove_invalid_values"):
         chain.append(rules.InfNanRemoveLogitsProcessor())
@@ -199,9 +200,9 @@ def _decay(decay: Any, ends: Int[np.ndarray, " E"]) -> rules.ExponentialDecayLen
     name = "exponential_decay_length_penalty"
     pair = _as_list(decay) or []
     if len(pair) != 2 or not _is_integer(pair[0]) or pair[0] < 0 or not _is_real(pair[1]) or pair[1] <= 0:
-        raise ValueError(f"{name}={decay!r} must be (start, factor): an integer from 0 and a number above 0")
+        raise UserError(f"{name}={decay!r} must be (start, factor): an integer from 0 and a number above 0")
     if not len(ends):
-        raise ValueError(
+        raise UserError(
             f"{name}={decay!r} raises the end tokens' scores, and there are none; set eos_token_id"
         )
     return rules.ExponentialDecayLengthPenalty(int(pair[0]), math.log(pair[1]), ends)

@@ -9,8 +9,8 @@ import jax
 from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
 
-from phi3_jax.model import KVCache
-from phi3_jax.sharding import replicate, shards
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.parallel.sharding import replicate, shards
 
 CPU_LOOPS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 """XLA's CPU back end would widen all 16-bit weights ahead of a loop and read twice the bytes each step."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from phi3_jax.cache.cache import KVCache
 from phi3_jax.generation import prompts
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.forward import Records, fill, needs_refill, next_logits, process
@@ -16,8 +17,7 @@ from phi3_jax.generation.prompts import Layout, cache_length, padded_length, pad
 from phi3_jax.generation.sampling import Report, select
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import Settings, State
-from phi3_jax.model import KVCache
-from phi3_jax.sharding import shards
+from phi3_jax.parallel.sharding import shards
 
 ROOM = 512
 """Columns for new tokens to begin with; the cache doubles when they are used up."""

@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, Settings, State
-from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.model.rope import rope_list_changes
 
 Records = dict[str, Any]
 """What a step keeps for the user: scores, logits, attentions, hidden_states; each only if asked for."""
 
 
 def feed(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     state: State,
     rope: RopeChoice,
     count: Int[Array, " L"],
@@ -44,7 +43,7 @@ def feed(
 
 
 def fill(
-    model: Phi3ForCausalLM, state: State, rope: RopeChoice, *, width: int, outputs: frozenset[str]
+    model: CausalLM, state: State, rope: RopeChoice, *, width: int, outputs: frozenset[str]
 ) -> tuple[State, Records]:
     """Feeds up to `width` columns of each lane, all but its last: no logits."""
     count = jnp.clip(state.lacking - 1, 0, width)
@@ -54,7 +53,7 @@ def fill(
 
 
 def next_logits(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     state: State,
     rope: RopeChoice,
     *,
@@ -101,4 +100,4 @@ def list_changes(
     """Lanes that ask for another rope list with so many tokens than for the length that was computed with."""
     if rope.inv_freq is not None:
         return jnp.zeros(tokens.shape, bool)
-    return rope_list_changes(config, computed, rope.length(tokens))
+    return config.rope_scaling.needs_recomputation(config.rope_base, computed, rope.length(tokens))

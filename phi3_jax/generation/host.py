@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from phi3_jax.errors import UserError
 from phi3_jax.generation.processors import LogitsProcessor, LogitsProcessorList
 from phi3_jax.generation.sequences import Sequences
 
@@ -39,7 +40,7 @@ class HostProcessors:
             answer = np.asarray(processor(ids, own), np.float32)
             if answer.shape != own.shape:
                 name = getattr(processor, "__name__", type(processor).__name__)
-                raise ValueError(
+                raise UserError(
                     f"logits processor {name} gave scores of shape {answer.shape}; expected {own.shape}"
                 )
             scores = jnp.asarray(scores).at[: self._rows].set(answer)
@@ -61,7 +62,7 @@ class PrefixConstraint:
         for row, ids in enumerate(input_ids):
             tokens = np.asarray(self._allowed(row // self._num_beams, ids), np.int64).reshape(-1)
             if not tokens.size:
-                raise ValueError(
+                raise UserError(
                     f"prefix_allowed_tokens_fn allows no token for row {row // self._num_beams}; "
                     "it must leave at least one"
                 )

@@ -6,8 +6,8 @@ import jax
 import psutil
 
 from phi3_jax.generation.compiled import CompiledModel
-from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.sharding import shards
+from phi3_jax.generation.protocol import CausalLM
+from phi3_jax.parallel.sharding import shards
 
 SHARE = 0.75
 """Of an accelerator's free memory; the rest is for what is computed on the way."""
@@ -35,7 +35,7 @@ def room_for(compiled: CompiledModel) -> int:
     return max(0, int(room)) // column_bytes(compiled)
 
 
-def _bytes_to_come(model: Phi3ForCausalLM) -> int:
+def _bytes_to_come(model: CausalLM) -> int:
     """On each device, of parameters that are not there yet."""
     return sum(
         math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from phi3_jax.cache.cache import KVCache
 from phi3_jax.generation.engine import Made
 from phi3_jax.generation.forward import Records
 from phi3_jax.generation.prompts import Layout
 from phi3_jax.generation.state import NO_TOKEN
-from phi3_jax.model import KVCache
 
 
 @dataclass(frozen=True)

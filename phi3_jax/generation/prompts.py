@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from phi3_jax.config import Phi3Config
-from phi3_jax.model import KVCache
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 
 PREFILL_CHUNK = 512
 """Prompt columns computed at a time, so that a prompt's activations are bounded."""
@@ -58,36 +59,36 @@ def checked_prompts(
     """
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(
+        raise UserError(
             f"input_ids is {ids.dtype}{list(ids.shape)}; expected integers of shape [batch, length]"
         )
     if ids.shape[0] == 0 or ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {list(ids.shape)}: there is nothing to continue")
+        raise UserError(f"input_ids has shape {list(ids.shape)}: there is nothing to continue")
     if attention_mask is None:
         told = pad_token_id is not None and pad_token_id not in end_tokens
         mask = ids != pad_token_id if told else np.ones(ids.shape, bool)
     else:
         mask = np.asarray(attention_mask)
         if mask.shape != ids.shape:
-            raise ValueError(
+            raise UserError(
                 f"attention_mask has shape {list(mask.shape)}; expected that of input_ids, {list(ids.shape)}"
             )
         mask = mask != 0
     outside = mask & ((ids < 0) | (ids >= config.vocab_size))
     if outside.any():
         row, column = np.argwhere(outside)[0]
-        raise ValueError(
+        raise UserError(
             f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of "
             f"{config.vocab_size} tokens; is this the tokenizer of another model?"
         )
     tokens = mask.sum(axis=1)
     if not tokens.all():
-        raise ValueError(
+        raise UserError(
             f"row {np.flatnonzero(tokens == 0)[0]} of input_ids is all padding; give it at least one token"
         )
     context = config.context_length
     if tokens.max() >= context:
-        raise ValueError(
+        raise UserError(
             f"row {tokens.argmax()} has {tokens.max()} tokens and the model's context is {context}; "
             "shorten the prompt"
         )

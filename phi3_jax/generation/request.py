@@ -11,20 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from phi3_jax.config import Phi3Config
-from phi3_jax.distributed import agreed
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.config.generation_config import GenerationConfig
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 from phi3_jax.generation.chain import logits_processors
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.engine import Engine
 from phi3_jax.generation.host import HostProcessors, PrefixConstraint, split_at_host
 from phi3_jax.generation.outputs import Recorder
 from phi3_jax.generation.prompts import Layout, checked_prompts, padded_rows
+from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, Settings
 from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
-from phi3_jax.generation_config import GenerationConfig
-from phi3_jax.model import KVCache, Phi3ForCausalLM
-from phi3_jax.sharding import shards
+from phi3_jax.parallel.distributed import agreed
+from phi3_jax.parallel.sharding import shards
 
 STEPS = 16
 """Tokens a row in one dispatch, at most."""
@@ -48,7 +50,7 @@ class Request:
         logits_processor: Sequence[Any] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
         prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any] | None = None,
-        assistant_model: Phi3ForCausalLM | None = None,
+        assistant_model: CausalLM | None = None,
         negative_prompt_ids: Any = None,
         negative_prompt_attention_mask: Any = None,
         streamer: Any = None,
@@ -96,7 +98,7 @@ class Request:
             self.criteria.append(MaxTimeCriteria(chosen.max_time))
         if chosen.stop_strings:
             if tokenizer is None:
-                raise ValueError("stop_strings need the tokenizer: give generate(..., tokenizer=tokenizer)")
+                raise UserError("stop_strings need the tokenizer: give generate(..., tokenizer=tokenizer)")
             self.criteria.append(StopStringCriteria(tokenizer, chosen.stop_strings))
         self.each = 1 if step_by_step or streamer is not None else STEPS
         if self.criteria:
@@ -119,7 +121,7 @@ class Request:
             inv_freq = np.asarray(inv_freq, np.float32)
             fits = inv_freq.ndim in (1, 2, 3) and inv_freq.shape[-1] == half
             if not fits or (inv_freq.ndim > 1 and inv_freq.shape[0] not in (1, batch)):
-                raise ValueError(
+                raise UserError(
                     f"inv_freq has shape {list(inv_freq.shape)}; expected [{half}], [{batch}, {half}] or, "
                     f"by position, [{batch}, positions, {half}]"
                 )
@@ -128,7 +130,7 @@ class Request:
         if scaling is not None:
             scaling = np.asarray(scaling, np.float32)
             if scaling.shape not in ((), (1,), (batch,)):
-                raise ValueError(
+                raise UserError(
                     f"attention_scaling has shape {list(scaling.shape)}; expected a number or [{batch}]"
                 )
             scaling = np.broadcast_to(scaling, (batch,))
@@ -138,13 +140,13 @@ class Request:
         """Each row's unconditional prompt, if there are any."""
         if ids is None:
             if mask is not None:
-                raise ValueError("negative_prompt_attention_mask comes without negative_prompt_ids")
+                raise UserError("negative_prompt_attention_mask comes without negative_prompt_ids")
             return None
         if not self.guided:
-            raise ValueError("negative_prompt_ids do nothing without guidance_scale (above 1, say)")
+            raise UserError("negative_prompt_ids do nothing without guidance_scale (above 1, say)")
         ids, mask = self._checked(ids, mask)
         if len(ids) not in (1, self.batch):
-            raise ValueError(
+            raise UserError(
                 f"negative_prompt_ids has {len(ids)} rows; expected one for each of {self.batch}, or 1"
             )
         rows = [row[used] for row, used in zip(ids, mask, strict=True)]
@@ -185,7 +187,7 @@ class Request:
         elif self.criteria and self.rows > 1 and chosen.pad_token_id is None:
             problem = "the criteria may end rows at different lengths: give pad_token_id"
         if problem is not None:
-            raise ValueError(problem)
+            raise UserError(problem)
 
     @property
     def guided(self) -> bool:
@@ -345,7 +347,7 @@ def _rope_choice(
     return RopeChoice(jnp.asarray(least), jnp.int32(most))
 
 
-def _cache_like(model: Phi3ForCausalLM, past: KVCache, lanes: int, columns: int) -> KVCache:
+def _cache_like(model: CausalLM, past: KVCache, lanes: int, columns: int) -> KVCache:
     """An empty cache of the kind that `past` is."""
     slots = columns if past.window is None else past.max_length
     dtype, mesh = past.keys[0].dtype, model.decoder.mesh

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.forward import Records, needs_refill, next_logits, process
+from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.state import NO_TOKEN, Settings, State, append
-from phi3_jax.model import Phi3ForCausalLM
 
 
 class Report(NamedTuple):
@@ -60,7 +60,7 @@ def select(
 
 
 def loop(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     state: State,
     settings: Settings,
     steps: Int[Array, ""] | int,

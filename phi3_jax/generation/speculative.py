@@ -11,19 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from phi3_jax.generation.forward import (
-    Records,
-    feed,
-    kept,
-    list_changes,
-    needs_refill,
-    next_logits,
-    process,
-)
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.generation.forward import Records, feed, kept, list_changes, needs_refill, next_logits, process
+from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sampling import Report, choose, row_keys, run_steps
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import NO_TOKEN, Settings, State, append
-from phi3_jax.model import KVCache, Phi3ForCausalLM
 
 ENDLESS = jnp.iinfo(jnp.int32).max
 DRAFT_DRAWS, ACCEPT_DRAWS = 1 << 30, (1 << 30) + 1
@@ -95,7 +88,7 @@ def lookup(sequences: Sequences, tokens: int, max_ngram: int, end_tokens: Int[Ar
 
 
 def ask(
-    assistant: Phi3ForCausalLM,
+    assistant: CausalLM,
     state: State,
     settings: Settings,
     limit: Int[Array, " R"],
@@ -159,7 +152,7 @@ def draft_limit(config: Any, sequences: Sequences, settings: Settings, most: int
 
 
 def verify(
-    model: Phi3ForCausalLM, state: State, settings: Settings, draft: Draft, outputs: frozenset[str]
+    model: CausalLM, state: State, settings: Settings, draft: Draft, outputs: frozenset[str]
 ) -> tuple[State, Int[Array, "R n"], Records]:
     """Runs the drafts through the model, keeps what it would have said itself, and adds a token."""
     sequences = state.sequences
@@ -230,7 +223,7 @@ def _accept(
 
 
 def lookup_loop(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     state: State,
     settings: Settings,
     steps: Int[Array, ""] | int,
@@ -253,7 +246,7 @@ def lookup_loop(
 
 
 def assisted_loop(
-    models: tuple[Phi3ForCausalLM, Phi3ForCausalLM],
+    models: tuple[CausalLM, CausalLM],
     pair: Pair,
     settings: Settings,
     steps: Int[Array, ""] | int,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from phi3_jax.cache.cache import KVCache
 from phi3_jax.generation.processors import LogitsProcessorList
 from phi3_jax.generation.sequences import Sequences
-from phi3_jax.model import KVCache
 
 NO_TOKEN = -1
 """In reports, where a row made no token."""

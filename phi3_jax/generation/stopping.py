@@ -7,10 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Bool, Int
 
+from phi3_jax.errors import UserError
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 # What a token's characters or its <0xNN> stand for is the assemblers' knowledge; there is one copy of it.
-from phi3_jax.tokenizer._stream import _BYTE_OF_CHARACTER, _BYTE_PIECE, ByteLevelAssembler
+from phi3_jax.tokenizer._assemblers import _BYTE_OF_CHARACTER, _BYTE_PIECE, ByteLevelAssembler
 
 
 class StoppingCriteria(Protocol):
@@ -50,7 +51,7 @@ def _answer(criterion: StoppingCriteria, answer: Any, rows: int) -> np.ndarray:
         said = repr(answer) if found.ndim == 0 else f"an array of {found.dtype}"
         raise TypeError(f"stopping criterion {name} answered {said}; expected a bool, or one for each row")
     if found.shape not in ((), (rows,)):
-        raise ValueError(
+        raise UserError(
             f"stopping criterion {name} answered with shape {found.shape}; expected one bool, or shape "
             f"({rows},): one for each row"
         )
@@ -86,7 +87,7 @@ class StopStringCriteria:
         self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
         self._stops = [_stop_bytes(text) for text in self.stop_strings]
         if not self._stops:
-            raise ValueError("stop_strings is empty; give at least one text, or None for no stop strings")
+            raise UserError("stop_strings is empty; give at least one text, or None for no stop strings")
         self._longest = max(map(len, self._stops))
         self._tokens = _TokenBytes(tokenizer)
 
@@ -111,11 +112,11 @@ def _stop_bytes(text: str) -> bytes:
     if not isinstance(text, str):
         raise TypeError(f"stop_strings holds {type(text).__name__} {text!r:.40}; expected texts (str)")
     if not text:
-        raise ValueError("stop_strings holds an empty text, which every token completes; leave it out")
+        raise UserError("stop_strings holds an empty text, which every token completes; leave it out")
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"stop_strings holds {text!r}, which is no Unicode: {error.reason}") from error
+        raise UserError(f"stop_strings holds {text!r}, which is no Unicode: {error.reason}") from error
 
 
 class _TokenBytes(dict[int, bytes]):

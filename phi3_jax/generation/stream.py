@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.generate import Call
-from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 
-def stream_tokens(
-    model: Phi3ForCausalLM | CompiledModel, prompt: Sequence[int], **options: Any
-) -> Iterator[int]:
+def stream_tokens(model: CausalLM | CompiledModel, prompt: Sequence[int], **options: Any) -> Iterator[int]:
     """The tokens that follow `prompt`, an end token included.
 
     `options` are those of `Phi3ForCausalLM.generate`, for one sequence without beams. The next step is on its
@@ -27,7 +26,7 @@ def stream_tokens(
 
 
 def stream_text(
-    model: Phi3ForCausalLM | CompiledModel,
+    model: CausalLM | CompiledModel,
     tokenizer: Phi3Tokenizer,
     prompt: str | Sequence[int],
     *,
@@ -52,16 +51,16 @@ def stream_text(
     return pieces()
 
 
-def one_answer(model: Phi3ForCausalLM | CompiledModel, prompt: Sequence[int], **options: Any) -> Call:
+def one_answer(model: CausalLM | CompiledModel, prompt: Sequence[int], **options: Any) -> Call:
     """A call for one sequence, whose tokens come one by one."""
     compiled = model if isinstance(model, CompiledModel) else CompiledModel(model)
     if not len(prompt):
-        raise ValueError("the prompt is empty: there is nothing to continue")
+        raise UserError("the prompt is empty: there is nothing to continue")
     options.setdefault("attention_mask", np.ones((1, len(prompt)), np.int32))  # there is no padding
     call = Call(compiled, [list(prompt)], step_by_step=True, **options)
     chosen = call.request.config
     if call.request.times > 1:
-        raise ValueError(
+        raise UserError(
             f"num_beams={chosen.num_beams} and num_return_sequences={chosen.num_return_sequences} "
             "cannot be streamed: give 1 for both"
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from phi3_jax.distributed import is_primary
+from phi3_jax.errors import UserError
+from phi3_jax.parallel.distributed import is_primary
 from phi3_jax.tokenizer import IncrementalDecoder, Phi3Tokenizer
 
 _DECODE_OPTIONS = ("skip_special_tokens",)
@@ -59,7 +60,7 @@ class TextStreamer(BaseStreamer):
         """
         ids = np.asarray(value)
         if ids.ndim > 2 or (ids.ndim == 2 and len(ids) > 1):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} takes one row of tokens, got shape {ids.shape}; generate one prompt "
                 "at a time, or without a streamer"
             )

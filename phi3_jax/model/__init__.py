@@ -1,16 +1,10 @@
 """The model: layers, rope, attention, cache, decoder and heads."""
 
-from phi3_jax.model.cache import KVCache
 from phi3_jax.model.decoder import Phi3Model
-from phi3_jax.model.heads import (
-    Phi3ForCausalLM,
-    Phi3ForSequenceClassification,
-    Phi3ForTokenClassification,
-)
+from phi3_jax.model.heads import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification
 from phi3_jax.model.pretrained import Phi3PreTrainedModel
 
 __all__ = [
-    "KVCache",
     "Phi3ForCausalLM",
     "Phi3ForSequenceClassification",
     "Phi3ForTokenClassification",

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from phi3_jax.config import Phi3Config
-from phi3_jax.model.cache import KVCache
-from phi3_jax.model.pretrained import Phi3PreTrainedModel
-from phi3_jax.sharding import sharding
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.parallel.sharding import sharding
 
-Model = TypeVar("Model", bound=Phi3PreTrainedModel)
+Model = TypeVar("Model", bound=nnx.Module)
 Tree = TypeVar("Tree")
 
 
@@ -42,9 +41,7 @@ def placed(tree: Tree, mesh: Mesh | None) -> Tree:
     return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Param))
 
 
-def abstract_cache(
-    model: Phi3PreTrainedModel, batch_size: int, max_length: int, dtype: Any = None
-) -> KVCache:
+def abstract_cache(model: Any, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
     """What `model.init_cache` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
     mesh = model.decoder.mesh
     shapes = jax.eval_shape(lambda: model.init_cache(batch_size, max_length, dtype or model.dtype))

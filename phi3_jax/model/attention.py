@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
+from phi3_jax.cache.quantized import QuantizedVectors
+from phi3_jax.cache.ragged import RaggedVectors
+from phi3_jax.errors import UserError
 from phi3_jax.model.kernels import cudnn, splash
 from phi3_jax.model.kernels.cached import cached_attention
 from phi3_jax.model.kernels.live import LEAST_QUERIES as LEAST_LIVE_QUERIES
 from phi3_jax.model.kernels.live import live_attention
 from phi3_jax.model.kernels.xla import Attended, xla_attention
 from phi3_jax.model.masks import CausalMask
-from phi3_jax.model.quantized import QuantizedVectors
-from phi3_jax.model.ragged import RaggedVectors
-from phi3_jax.sharding import spec
+from phi3_jax.parallel.sharding import spec
 
 IMPLEMENTATIONS = (None, "xla", "pallas", "cudnn")
 """What `attn_implementation` may be; None: Pallas on TPU, cuDNN on GPU, XLA elsewhere."""
@@ -65,7 +66,7 @@ def attention(
         return _attention(query, key, value, mask, output_weights=output_weights, **settings)
     assert isinstance(value, RaggedVectors)
     if output_weights or not isinstance(mask, CausalMask):
-        raise ValueError(
+        raise UserError(
             "a cache whose rows differ in slots has no attentions to give, and takes no 4-D masks"
         )
     outputs = [

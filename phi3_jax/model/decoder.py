@@ -10,9 +10,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, Num
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 from phi3_jax.model import inputs
-from phi3_jax.model.cache import KVCache
 from phi3_jax.model.decoder_layer import Phi3DecoderLayer
 from phi3_jax.model.layer_stack import StackedLayers, run_layers
 from phi3_jax.model.layers import Embedding, RMSNorm, activation, dropout
@@ -20,7 +21,7 @@ from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.outputs import BaseModelOutputWithPast
 from phi3_jax.model.pretrained import Phi3PreTrainedModel
 from phi3_jax.model.rope import rope_tables
-from phi3_jax.sharding import check_divides, constrain
+from phi3_jax.parallel.sharding import check_divides, constrain
 
 
 class Phi3Model(Phi3PreTrainedModel):
@@ -129,7 +130,7 @@ class Phi3Model(Phi3PreTrainedModel):
         config = self.config
         past = past_key_values
         if segment_ids is not None and (past is not None or use_cache):
-            raise ValueError(
+            raise UserError(
                 "segment_ids go without a cache, whose slots are one example's: leave out past_key_values "
                 "and use_cache, and give each example a row of its own to continue it"
             )
@@ -139,7 +140,7 @@ class Phi3Model(Phi3PreTrainedModel):
             rope_length = where.tokens if past is None else jnp.maximum(where.tokens, past.rope_length)
         rope_length = jnp.asarray(rope_length, jnp.int32)
         if rope_length.shape not in ((), (1,), (new.batch_size,)):
-            raise ValueError(
+            raise UserError(
                 f"rope_length has shape {rope_length.shape}; expected a number or [{new.batch_size}]"
             )
         rope_length = jnp.broadcast_to(rope_length, (new.batch_size,))

@@ -8,13 +8,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.cache.cache import LayerCache, Vectors
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.model.attention import attention
-from phi3_jax.model.cache import LayerCache, Vectors
 from phi3_jax.model.layers import Linear, RMSNorm, activation, dropout
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.rope import apply_rope
-from phi3_jax.sharding import constrain
+from phi3_jax.parallel.sharding import constrain
 
 
 class Phi3Attention(nnx.Module):

@@ -9,8 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num
 
-from phi3_jax.config import Phi3Config
-from phi3_jax.generation_config import GenerationConfig
+from phi3_jax.config.generation_config import GenerationConfig
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
+from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.decoder import Phi3Model
 from phi3_jax.model.inputs import known
 from phi3_jax.model.layers import Linear, dropout, matmul
@@ -21,8 +23,8 @@ from phi3_jax.model.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from phi3_jax.model.pretrained import Aside, Phi3PreTrainedModel
-from phi3_jax.sharding import constrain, gather
+from phi3_jax.model.pretrained import Phi3PreTrainedModel
+from phi3_jax.parallel.sharding import constrain, gather
 
 
 class _Headed(Phi3PreTrainedModel):
@@ -39,7 +41,7 @@ class _Headed(Phi3PreTrainedModel):
         return self.model.config
 
 
-class Phi3ForCausalLM(_Headed):
+class Phi3ForCausalLM(_Headed, GenerationMixin):
     """The decoder with a language-model head, tied to the embedding or of its own.
 
     Arguments as in `Phi3Model`.
@@ -92,7 +94,7 @@ class Phi3ForCausalLM(_Headed):
         keep = logits_to_keep if num_logits_to_keep is None else num_logits_to_keep
         if labels is not None:
             if np.ndim(keep) or keep != 0:
-                raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
+                raise UserError("labels need the logits of every position; leave logits_to_keep at 0")
             labels = _checked_labels(
                 labels, _batch_shape(input_ids, decoder_arguments), self.config.vocab_size
             )
@@ -112,56 +114,6 @@ class Phi3ForCausalLM(_Headed):
         weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
         logits = matmul(hidden_states, gather(weight[...], self.model.mesh, weight.axes))
         return constrain(logits, self.model.mesh, "batch", length, "vocab")
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """What `generate` does unless told otherwise; from the checkpoint's generation_config.json."""
-        return self._generation_config.value
-
-    @generation_config.setter
-    def generation_config(self, value: GenerationConfig) -> None:
-        self._generation_config = Aside(value)
-
-    def generate(
-        self,
-        input_ids: Int[Array, "B T"],
-        attention_mask: Num[Array, "B T"] | None = None,
-        generation_config: GenerationConfig | None = None,
-        **options: Any,
-    ) -> Any:
-        """Continues each row of `input_ids`; names, defaults and results are those of transformers.
-
-        Returns ids [B * num_return_sequences, T + new]: the prompt, new tokens, `pad_token_id` behind an end
-        token; or, with `return_dict_in_generate`, what `phi3_jax.generation.outputs` documents.
-
-        Args:
-            input_ids: prompts, padded on either side.
-            attention_mask: 1 for tokens, 0 for padding; default: padding is told by `pad_token_id`, unless
-                that is an end token too.
-            generation_config: comes before `self.generation_config`, which fills what it leaves open.
-            options: any field of `GenerationConfig`, which then counts before both configs, and
-                past_key_values: the cache that an earlier call returned; `input_ids` still has all tokens.
-                logits_processor: `LogitsProcessor`s, or transformers' kind (input_ids, scores) -> scores in
-                    NumPy, which run on the host after every step.
-                prefix_allowed_tokens_fn: (row, ids) -> allowed tokens, on the host likewise; its like on the
-                    device is `AllowedTokensLogitsProcessor`.
-                stopping_criteria: (input_ids, scores) -> bool or bools [rows], on the host.
-                tokenizer: for `stop_strings`.
-                assistant_model: a small model that drafts tokens; `prompt_lookup_num_tokens` drafts without.
-                negative_prompt_ids, negative_prompt_attention_mask: what `guidance_scale` guides away from.
-                inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2]
-                    or, for positions 0, 1, ..., [B, positions, rotary_dim / 2] (behind them, the last one's).
-                attention_scaling: factor on cosine and sine in place of the config's, a number or [B].
-                streamer: `put` gets the prompts, then every step's tokens, `end` comes last.
-                seed: of the draws; default: another one for every call.
-
-        Raises:
-            ValueError: settings that contradict each other, prompts or arguments that do not fit.
-            TypeError: an argument that there is not.
-        """
-        from phi3_jax.generation import CompiledModel, generate
-
-        return generate(CompiledModel(self), input_ids, attention_mask, generation_config, **options)
 
     def _vocabulary_weights(self) -> list[nnx.Param]:
         own = [] if self.lm_head is None else [self.lm_head.weight]
@@ -212,7 +164,7 @@ class Phi3ForSequenceClassification(_Headed):
         config = self.config
         batch, _ = _batch_shape(input_ids, decoder_arguments)
         if config.pad_token_id is None and batch != 1:
-            raise ValueError(
+            raise UserError(
                 f"a batch of {batch} rows needs pad_token_id, to find each row's last token; "
                 "set it in the config or classify one row at a time"
             )
@@ -315,7 +267,7 @@ def _kept(x: Float[Array, "B T D"], keep: Any) -> Float[Array, "B kept D"]:
     keep = keep if isinstance(keep, jax.Array) else np.asarray(keep)
     batch, length, _ = x.shape
     if keep.ndim > 2 or keep.shape[:-1] not in ((), (batch,)) or not jnp.issubdtype(keep.dtype, jnp.integer):
-        raise ValueError(
+        raise UserError(
             f"logits_to_keep is {keep.dtype}{list(keep.shape)}; "
             f"expected a number, or integers of shape [kept] or [{batch}, kept]"
         )
@@ -323,7 +275,7 @@ def _kept(x: Float[Array, "B T D"], keep: Any) -> Float[Array, "B kept D"]:
         values = np.asarray(keep)
         outside = values[(values < -length) | (values >= length)]
         if outside.size:
-            raise ValueError(f"logits_to_keep names position {outside[0]} of {length} tokens")
+            raise UserError(f"logits_to_keep names position {outside[0]} of {length} tokens")
     return x[:, keep] if keep.ndim == 1 else x[jnp.arange(batch)[:, None], keep]
 
 
@@ -340,7 +292,7 @@ def _batch_shape(input_ids: Any, decoder_arguments: dict[str, Any]) -> tuple[int
     given: Any = decoder_arguments.get("inputs_embeds") if input_ids is None else input_ids
     shape = np.shape(given)
     if len(shape) < 2:
-        raise ValueError(f"input_ids has shape {list(shape)}; expected [batch, length]")
+        raise UserError(f"input_ids has shape {list(shape)}; expected [batch, length]")
     return shape[0], shape[1]
 
 
@@ -348,7 +300,7 @@ def _checked_labels(labels: Any, shape: tuple[int, ...], classes: int) -> Array:
     """Integer labels of the expected shape, each -100 or a class."""
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if labels.shape != shape or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
+        raise UserError(
             f"labels is {labels.dtype}{list(labels.shape)}; expected integers of shape {list(shape)}"
         )
     if known(labels):
@@ -356,7 +308,7 @@ def _checked_labels(labels: Any, shape: tuple[int, ...], classes: int) -> Array:
         wrong = ((values < 0) | (values >= classes)) & (values != IGNORE_INDEX)
         if wrong.any():
             where = tuple(int(i) for i in np.argwhere(wrong)[0])
-            raise ValueError(
+            raise UserError(
                 f"labels[{', '.join(map(str, where))}] = {values[where]}; expected 0 to {classes - 1}, "
                 f"or {IGNORE_INDEX} for what does not count"
             )
@@ -372,7 +324,7 @@ def _checked_classes(labels: Any, config: Phi3Config, batch: int) -> Array:
         return _checked_labels(labels.reshape(-1) if labels.size == batch else labels, (batch,), classes)
     fits = labels.size == batch if classes == 1 else labels.shape == (batch, classes)
     if not fits:
-        raise ValueError(
+        raise UserError(
             f"labels has shape {list(labels.shape)}; {problem or 'these labels'} with num_labels={classes} "
             f"needs {list((batch, classes) if classes > 1 else (batch,))}"
         )

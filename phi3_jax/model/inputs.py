@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from phi3_jax.config import Phi3Config
-from phi3_jax.model.cache import KVCache
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ def check(
 ) -> NewTokens:
     """Brings the arguments to one form or says which of them is wrong; values only where they are known."""
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
+        raise UserError("give exactly one of input_ids and inputs_embeds")
     if inputs_embeds is not None:
         inputs_embeds = jnp.asarray(inputs_embeds)
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
-            raise ValueError(
+            raise UserError(
                 f"inputs_embeds has shape {inputs_embeds.shape}; "
                 f"expected [batch, length, {config.hidden_size}]"
             )
@@ -78,12 +79,12 @@ def check(
         input_ids = _check_ids(config, input_ids)
         batch, length = input_ids.shape
     if batch == 0 or length == 0:
-        raise ValueError(f"nothing to compute: the batch has {batch} rows of {length} tokens")
+        raise UserError(f"nothing to compute: the batch has {batch} rows of {length} tokens")
     if position_ids is not None:
         position_ids = jnp.asarray(position_ids)
         integers = jnp.issubdtype(position_ids.dtype, jnp.integer)
         if position_ids.shape not in ((batch, length), (1, length)) or not integers:
-            raise ValueError(
+            raise UserError(
                 f"position_ids is {position_ids.dtype}{list(position_ids.shape)}; "
                 f"expected integers of shape {[batch, length]}"
             )
@@ -94,12 +95,12 @@ def check(
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
         if segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise ValueError(
+            raise UserError(
                 f"segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}; "
                 f"expected integers of shape {[batch, length]}"
             )
         if mask_4d is not None:
-            raise ValueError(
+            raise UserError(
                 "segment_ids say who sees whom, and so does a 4-D attention_mask; give one of them"
             )
         segment_ids = segment_ids.astype(jnp.int32)
@@ -110,7 +111,7 @@ def _check_ids(config: Phi3Config, input_ids: Any) -> Array:
     if not isinstance(input_ids, jax.Array):
         input_ids = np.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise ValueError(
+        raise UserError(
             f"input_ids is {input_ids.dtype}{list(input_ids.shape)}; "
             "expected integers of shape [batch, length]"
         )
@@ -119,7 +120,7 @@ def _check_ids(config: Phi3Config, input_ids: Any) -> Array:
         outside = (values < 0) | (values >= config.vocab_size)
         if outside.any():
             row, column = np.argwhere(outside)[0]
-            raise ValueError(
+            raise UserError(
                 f"input_ids[{row}, {column}] = {values[row, column]} is outside the vocabulary of "
                 f"{config.vocab_size} tokens; is this the tokenizer of another model?"
             )
@@ -129,18 +130,18 @@ def _check_ids(config: Phi3Config, input_ids: Any) -> Array:
 def _check_cache(config: Phi3Config, cache: KVCache, batch: int, length: int) -> None:
     expected = (batch, config.num_key_value_heads, cache.max_length, config.head_dim)
     if len(cache.keys) != config.num_hidden_layers or cache.keys[0].shape != expected:
-        raise ValueError(
+        raise UserError(
             f"past_key_values has {len(cache.keys)} layers of shape {cache.keys[0].shape}; this model and "
             f"batch need {config.num_hidden_layers} of shape {expected}"
         )
     if cache.window is not None:
         if config.sliding_window is None or config.sliding_window > cache.window:
-            raise ValueError(
+            raise UserError(
                 f"past_key_values keeps a window of {cache.window} slots, the model's "
                 f"sliding_window is {config.sliding_window}"
             )
         if cache.window - 1 + length > cache.max_length:
-            raise ValueError(
+            raise UserError(
                 f"the cache is a ring of {cache.max_length} slots a row: {cache.window - 1} belong to the "
                 f"window of {cache.window} and {length} new tokens do not fit beside them; feed at most "
                 f"{cache.max_length - cache.window + 1} at once, or make it with a larger chunk"
@@ -148,7 +149,7 @@ def _check_cache(config: Phi3Config, cache: KVCache, batch: int, length: int) ->
         return
     used = cache.get_seq_length() if known(cache.length) else 0
     if used + length > cache.max_length:
-        raise ValueError(
+        raise UserError(
             f"the cache has {cache.max_length} slots a row: {used} are used and {length} more tokens do not "
             f"fit; make it with init_cache(batch_size, {used + length}) or enlarge it with "
             f"resize({used + length})"
@@ -163,14 +164,14 @@ def _check_mask(
     mask = jnp.asarray(attention_mask)
     keys = length if cache is None else cache.max_length
     if cache is not None and cache.window is not None and mask.shape != (batch, length):
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {mask.shape}; a cache that is a ring takes a mask of the new "
             f"tokens only, {(batch, length)}"
         )
     if mask.ndim == 4:
         heads = (1, config.num_attention_heads)
         if mask.shape[0] not in (1, batch) or mask.shape[1] not in heads or mask.shape[2:] != (length, keys):
-            raise ValueError(
+            raise UserError(
                 f"the 4-D attention_mask has shape {mask.shape}; expected "
                 f"({batch}, 1 or {config.num_attention_heads}, {length}, {keys})"
                 + ("" if cache is None else ", the last being the cache's slots")
@@ -179,11 +180,11 @@ def _check_mask(
         return None, jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
     if mask.ndim != 2 or mask.shape[0] != batch or not length <= mask.shape[1] <= keys:
         past = "" if cache is None else ", or with the cached tokens in front"
-        raise ValueError(f"attention_mask has shape {mask.shape}; expected {(batch, length)}{past}")
+        raise UserError(f"attention_mask has shape {mask.shape}; expected {(batch, length)}{past}")
     if mask.shape[1] > length and cache is not None and known(cache.length):
         used = cache.get_seq_length()
         if mask.shape[1] not in (used + length, cache.max_length):
-            raise ValueError(
+            raise UserError(
                 f"attention_mask covers {mask.shape[1]} tokens; expected the {length} new ones, those and "
                 f"the {used} cached ones, or all {cache.max_length} slots"
             )

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from phi3_jax.model.cache import KVCache, Vectors
+from phi3_jax.cache.cache import KVCache, Vectors
+from phi3_jax.errors import UserError
 from phi3_jax.model.decoder_layer import Phi3DecoderLayer
 from phi3_jax.model.masks import CausalMask
 
@@ -56,7 +57,7 @@ def run_layers(
         run = jax.checkpoint(run, policy=remat_policy, static_argnums=(5, 6))
     if isinstance(layers, StackedLayers):
         if cache is not None or output_attentions:
-            raise ValueError(
+            raise UserError(
                 "stacked layers are for training: no cache, no attentions; unstack the model first"
             )
         return [_scan(layers, run, x, tables, mask, key)], [], []

@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from phi3_jax.sharding import gather, place, shards
+from phi3_jax.errors import UserError
+from phi3_jax.parallel.sharding import gather, place, shards
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -40,7 +41,7 @@ def activation(name: str) -> Callable[[Array], Array]:
         ValueError: the name is unknown; the text lists the known ones.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act={name!r} is not known; use one of {', '.join(sorted(ACTIVATIONS))}")
+        raise UserError(f"hidden_act={name!r} is not known; use one of {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
 
 
@@ -148,7 +149,7 @@ class Linear(nnx.Module):
         zeros = place(jnp.zeros(shape[: len(outputs)], dtype), mesh, tuple(outputs)) if bias else None
         self.bias = None if zeros is None else nnx.Param(zeros, axes=tuple(outputs))
         self.adapter: Any = nnx.data(None)
-        """A module whose output is added, such as `phi3_jax.lora.LoRA`."""
+        """A module whose output is added, such as `phi3_jax.lora.adapters.LoRA`."""
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """[..., *inputs] -> [..., *outputs] in float32; where devices add up partial sums, in x's dtype."""

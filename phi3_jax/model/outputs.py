@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Float
 
-from phi3_jax.model.cache import KVCache
+from phi3_jax.cache.cache import KVCache
 
 
 @jax.tree_util.register_dataclass

@@ -1,52 +1,32 @@
 """What every model class of the package can do: load, save, resize its vocabulary, make a cache."""
 
-from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 from phi3_jax.model.attention import IMPLEMENTATIONS
-from phi3_jax.model.cache import KVCache
 from phi3_jax.model.decoder_layer import Phi3Attention
 from phi3_jax.model.layers import Embedding, normal
-from phi3_jax.sharding import check_divides, place
-
-if TYPE_CHECKING:
-    from phi3_jax.model.decoder import Phi3Model
-
-
-@dataclass(frozen=True, eq=False)
-class Aside:
-    """Something a model carries that no computation depends on: models that differ in it are compiled once.
-
-    What a module holds besides arrays is part of what it is compiled for; this is equal whatever it holds.
-    """
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Aside)
-
-    def __hash__(self) -> int:
-        return hash(Aside)
+from phi3_jax.model.loading import load_model
+from phi3_jax.model.saving import save_model
+from phi3_jax.parallel.sharding import check_divides, place
 
 
 class Phi3PreTrainedModel(nnx.Module):
-    """Base of `Phi3Model` and of the heads on it.
-
-    Loading and saving live a floor above, in `phi3_jax.checkpoint`; the methods here only lead there.
-    """
+    """Base of `Phi3Model` and of the heads on it."""
 
     config: Phi3Config
 
     @property
-    def decoder(self) -> "Phi3Model":
-        """The decoder inside: the model itself or what its head sits on."""
+    def decoder(self) -> Any:
+        """Returns the `Phi3Model` inside: the model itself or what its head sits on."""
         raise NotImplementedError
 
     @property
@@ -89,9 +69,9 @@ class Phi3PreTrainedModel(nnx.Module):
         window = None
         if sliding:
             if self.config.sliding_window is None:
-                raise ValueError("sliding=True needs a sliding_window in the config, and it has none")
+                raise UserError("sliding=True needs a sliding_window in the config, and it has none")
             if chunk < 1:
-                raise ValueError(f"chunk={chunk}: a ring must take at least one token at once")
+                raise UserError(f"chunk={chunk}: a ring must take at least one token at once")
             ring = -(-(self.config.sliding_window - 1 + chunk) // 128) * 128
             if ring < max_length:
                 max_length, window = ring, self.config.sliding_window
@@ -113,7 +93,7 @@ class Phi3PreTrainedModel(nnx.Module):
         """
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(map(repr, IMPLEMENTATIONS))
-            raise ValueError(f"attn_implementation={implementation!r} is not known; use one of {known}")
+            raise UserError(f"attn_implementation={implementation!r} is not known; use one of {known}")
         for module in nnx.iter_modules(self):
             if isinstance(module[1], Phi3Attention):
                 module[1].implementation = implementation
@@ -155,7 +135,7 @@ class Phi3PreTrainedModel(nnx.Module):
         """
         if pad_to_multiple_of is not None:
             if pad_to_multiple_of < 1:
-                raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of} must be positive")
+                raise UserError(f"pad_to_multiple_of={pad_to_multiple_of} must be positive")
             new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         config = self.config.replace(vocab_size=new_num_tokens)  # checks the number and the special tokens
         mesh = self.decoder.mesh
@@ -186,14 +166,10 @@ class Phi3PreTrainedModel(nnx.Module):
     def from_pretrained(cls, name_or_path: str | PathLike[str], **options: Any) -> Self:
         """Loads a checkpoint: a directory in Hugging Face's layout, a GGUF file or a hub name.
 
-        See `phi3_jax.checkpoint.load_model` for the options (`dtype`, `config`, `revision`, `token`, ...).
+        See `phi3_jax.model.loading.load_model` for the options (`dtype`, `config`, `revision`, `token`, ...).
         """
-        from phi3_jax.checkpoint import load_model
-
         return load_model(cls, name_or_path, **options)
 
     def save_pretrained(self, directory: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
-        """Writes `config.json` and safetensors for transformers too; see `phi3_jax.checkpoint.save_model`."""
-        from phi3_jax.checkpoint import save_model
-
+        """Writes `config.json` and safetensors for transformers too; see `saving.save_model`."""
         save_model(self, directory, max_shard_size=max_shard_size)

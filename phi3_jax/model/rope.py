@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 
 
 def rope_tables(
@@ -30,14 +31,14 @@ def rope_tables(
     scaling = jnp.asarray(own_scaling if attention_scaling is None else attention_scaling, jnp.float32)
     batch, length = position_ids.shape
     if frequencies.shape not in ((half,), (1, half), (batch, half), (batch, length, half)):
-        raise ValueError(
+        raise UserError(
             f"inv_freq has shape {frequencies.shape}; expected [{half}], [{batch}, {half}] or "
             f"[{batch}, {length}, {half}], half of the {config.rotary_dim} rotary dims"
         )
     if frequencies.ndim < 3:
         frequencies = jnp.atleast_2d(frequencies)[:, None, :]
     if scaling.shape not in ((), (1,), (batch,)):
-        raise ValueError(f"attention_scaling has shape {scaling.shape}; expected a number or [{batch}]")
+        raise UserError(f"attention_scaling has shape {scaling.shape}; expected a number or [{batch}]")
     angles = position_ids[..., None].astype(jnp.float32) * frequencies
     scaling = scaling.reshape(-1, 1, 1)
     return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
@@ -56,19 +57,3 @@ def apply_rope(
     sin = sin.reshape(*sin.shape[:2], *heads, half).astype(x.dtype)
     first, second, rest = jax.lax.split(x, (half, half, x.shape[-1] - 2 * half), axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-
-
-def rope_list_changes(
-    config: Phi3Config, before: Int[Array, " B"], after: Int[Array, " B"]
-) -> Bool[Array, " B"]:
-    """Rows whose cached keys were computed under another frequency list than their new length asks for.
-
-    Such a row must be computed again from its first token: from the second layer on, keys depend on hidden
-    states that were themselves computed under the old list, so rotating them again is not enough.
-    """
-    lists = dict(config.rope_scaling.parameters)
-    same = all(lists.get(f"short_{name}") == lists.get(f"long_{name}") for name in ("factor", "mscale"))
-    if "long_factor" in lists and not same:
-        original = config.original_max_position_embeddings
-        return (before > 0) & ((before <= original) != (after <= original))
-    return jnp.zeros(before.shape, bool)

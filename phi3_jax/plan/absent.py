@@ -12,6 +12,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from phi3_jax.costs.chips import Topology
+from phi3_jax.errors import UserError
 
 # Without these libtpu waits minutes for a metadata server that is not there, and lets one process at a time
 # load it.
@@ -60,7 +61,7 @@ def absent_devices(topology: Topology) -> Sequence[Any]:
         ValueError: libtpu is not installed, or does not know this slice.
     """
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise ValueError(f"compiling for {topology.name} needs libtpu; run pip install 'phi3-jax[tpu]'")
+        raise UserError(f"compiling for {topology.name} needs libtpu; run pip install 'phi3-jax[tpu]'")
     _set_defaults(_NEEDED)
     options: dict[str, Any] = dict(topology.chip.options)
     if math.prod(topology.shape) == 1:
@@ -69,9 +70,9 @@ def absent_devices(topology: Topology) -> Sequence[Any]:
         found = topologies.get_topology_desc(topology.name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         first_line = str(error).splitlines()[0]
-        raise ValueError(f"libtpu cannot describe the topology {topology.name}: {first_line}") from error
+        raise UserError(f"libtpu cannot describe the topology {topology.name}: {first_line}") from error
     if len(found.devices) != topology.devices:
-        raise ValueError(
+        raise UserError(
             f"libtpu gives {topology.name} {len(found.devices)} devices, not {topology.devices}; "
             "this version of it is not one that plans were made with"
         )

@@ -3,17 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
 
 from phi3_jax.costs.chips import Topology
 from phi3_jax.costs.chips import topology as topology_named
 from phi3_jax.costs.work import BuildStep, Work
+from phi3_jax.errors import UserError
+from phi3_jax.parallel.sharding import AXES, make_mesh, parse_mesh
 from phi3_jax.plan.absent import absent_devices
 from phi3_jax.plan.analytic import Analytic, analyse
 from phi3_jax.plan.program import Program, Refusal, bytes_per_chip, compile_step
 from phi3_jax.plan.roofline import Roofline, roofline
 from phi3_jax.plan.search import COMPILED, sensible_meshes
-from phi3_jax.sharding import AXES, make_mesh, parse_mesh
+from phi3_jax.plan.steps import abstract_step
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def plan(
         ]
     best, *others = sorted(candidates, key=_rank)
     if best.problem is not None:
-        raise ValueError(best.problem)
+        raise UserError(best.problem)
     return replace(best, others=tuple(others))
 
 
@@ -115,7 +116,7 @@ def _sizes(mesh: str | Mapping[str, int], topology: Topology) -> dict[str, int]:
         sizes = {name: topology.devices // named if size == -1 else size for name, size in sizes.items()}
     if prod(sizes.values()) != topology.devices:
         text = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(
+        raise UserError(
             f"mesh {text!r} has {prod(sizes.values())} places, {topology.name} {topology.devices}; "
             f"the sizes must multiply to {topology.devices}, as in fsdp={topology.devices}"
         )
@@ -139,16 +140,10 @@ def _plan_on(work: Work, topology: Topology, sizes: dict[str, int], build: Build
     if not topology.chip.is_tpu:
         return estimate
     mesh = make_mesh(sizes, absent_devices(topology))
-    step = (build or _library_step())(work, mesh)
+    step = (build or abstract_step)(work, mesh)
     parts = {name: bytes_per_chip(tree) for name, tree in step.parts.items()}
     result = compile_step(step, dict(mesh.shape))
     if isinstance(result, Refusal):
         return replace(estimate, refusal=result, part_bytes=parts)
     bound = roofline(work, topology, estimate.analytic, result)
     return replace(estimate, program=result, roofline=bound, part_bytes=parts)
-
-
-def _library_step() -> Any:
-    from phi3_jax.plan.steps import abstract_step
-
-    return abstract_step

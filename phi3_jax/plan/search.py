@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 from phi3_jax.costs.work import Work
+from phi3_jax.errors import UserError
 
 COMPILED = 4
 """How many of the meshes that look best from shapes are compiled."""
@@ -23,7 +24,7 @@ def sensible_meshes(work: Work, devices: int) -> list[dict[str, int]]:
     found = [mesh for mesh in _meshes(devices) if not obstacles(work, mesh)]
     if not found:
         tensor = [t for t in _divisors(devices) if not obstacles(work, {"data": 1, "tensor": t})]
-        raise ValueError(
+        raise UserError(
             f"no mesh of {devices} devices suits a batch of {work.batch}: tensor can be "
             f"{', '.join(map(str, tensor))}, and data x fsdp must divide the batch; try --batch {devices}"
         )

@@ -7,12 +7,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from phi3_jax.cache import KVCache
 from phi3_jax.costs.work import AbstractStep, Work
+from phi3_jax.errors import UserError
 from phi3_jax.lora import add_lora
-from phi3_jax.model import KVCache, Phi3ForCausalLM
+from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.abstract import abstract_cache, abstract_model, placed
-from phi3_jax.sharding import replicate, sharding
-from phi3_jax.training import Trainer
+from phi3_jax.parallel.sharding import replicate, sharding
+from phi3_jax.trainer import Trainer
 
 
 def abstract_step(work: Work, mesh: Mesh) -> AbstractStep:
@@ -47,7 +49,7 @@ def _finetune(work: Work, mesh: Mesh) -> AbstractStep:
 
 def _prefill(work: Work, mesh: Mesh) -> AbstractStep:
     if work.cache_dtype not in (None, work.dtype):
-        raise ValueError(
+        raise UserError(
             f"cache_dtype={work.cache_dtype} is for decode: a first prefill keeps what it computed"
         )
     model = abstract_model(Phi3ForCausalLM, work.config, dtype=work.dtype, mesh=mesh)

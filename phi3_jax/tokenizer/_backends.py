@@ -10,7 +10,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken
 
-from ._stream import PieceAssembler, TextAssembler, make_assembler
+from phi3_jax.errors import UserError
+
+from ._assemblers import PieceAssembler, TextAssembler, make_assembler
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class JsonBackend:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
         except Exception as error:  # the library raises nothing narrower
             parse_json(self._content, name)
-            raise ValueError(
+            raise UserError(
                 f"{name} is JSON, but not a tokenizer that `tokenizers` can read: {error}"
             ) from error
         # A text is whole and alone here: cutting and padding belong to the call.
@@ -167,11 +169,11 @@ class SentencePieceBackend:
     def __init__(self, content: bytes, name: str = "tokenizer.model") -> None:
         self._content = content
         if not content:  # accepted by the library, which then answers every question with 0
-            raise ValueError(f"{name} is empty; expected a SentencePiece model")
+            raise UserError(f"{name} is empty; expected a SentencePiece model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise ValueError(f"{name} is not a SentencePiece model, or is cut short: {error}") from error
+            raise UserError(f"{name} is not a SentencePiece model, or is cut short: {error}") from error
         self.vocab_size = self._model.get_piece_size()
         self.added_tokens: dict[int, AddedToken] = {}
         control = (
@@ -198,7 +200,7 @@ class SentencePieceBackend:
     def add_tokens(self, tokens: Mapping[int, AddedToken]) -> None:
         for token_id, token in tokens.items():
             if token_id < self.vocab_size and (piece := self._model.id_to_piece(token_id)) != token.content:
-                raise ValueError(
+                raise UserError(
                     f"added token {token.content!r} has id {token_id}, which is the piece {piece!r}"
                 )
             self.added_tokens[token_id] = token
@@ -259,8 +261,8 @@ def parse_json(content: str | bytes, name: str) -> object:
         return json.loads(content)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
-        raise ValueError(f"{name} is broken JSON at {where} (character {error.pos}): {error.msg}") from error
+        raise UserError(f"{name} is broken JSON at {where} (character {error.pos}): {error.msg}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{name} is not UTF-8 text: byte {error.start} is {content[error.start]!r}"
         ) from error

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from phi3_jax.errors import UserError
+
 from ._backends import Layout
 
 PADDINGS = {
@@ -45,7 +47,7 @@ def as_texts(text: Any, name: str) -> list[str]:
     if not isinstance(texts, (list, tuple)):
         raise TypeError(f"{name} must be a str or a list of str, got {type(text).__name__}")
     if not texts:
-        raise ValueError(f"{name} is an empty list; expected at least one text")
+        raise UserError(f"{name} is an empty list; expected at least one text")
     return list(texts)
 
 
@@ -55,12 +57,12 @@ def choice(name: str, value: Any, table: Mapping[Any, Any]) -> Any:
         return table[value]
     except (KeyError, TypeError):
         options = ", ".join(repr(option) for option in table)
-        raise ValueError(f"{name}={value!r}; use one of {options}") from None
+        raise UserError(f"{name}={value!r}; use one of {options}") from None
 
 
 def check_side(name: str, value: str) -> None:
     if value not in ("left", "right"):
-        raise ValueError(f"{name}={value!r}; use 'left' or 'right'")
+        raise UserError(f"{name}={value!r}; use 'left' or 'right'")
 
 
 def arrange(layout: Layout, first: list[int], second: list[int]) -> list[int]:
@@ -82,7 +84,7 @@ def truncated(
     """A text and its pair, cut to `room` ids together at their left or right ends."""
     check_side("truncation_side", side)
     if room < 0:
-        raise ValueError(f"max_length is {-room} too short for the special tokens alone")
+        raise UserError(f"max_length is {-room} too short for the special tokens alone")
 
     def keep(ids: list[int], length: int) -> list[int]:
         return ids[:length] if side == "right" else ids[len(ids) - length :]
@@ -102,7 +104,7 @@ def _lengths(first: int, second: int, cut: str, room: int) -> tuple[int, int]:
         return (short, room - short) if first <= second else (room - short, short)
     name, length = ("text", first) if cut == "only_first" else ("text_pair", second)
     if excess > length:
-        raise ValueError(f"truncation={cut!r}: {excess} ids too many, and {name} has only {length}")
+        raise UserError(f"truncation={cut!r}: {excess} ids too many, and {name} has only {length}")
     return (first - excess, second) if cut == "only_first" else (first, second - excess)
 
 
@@ -114,7 +116,7 @@ def width(
     longest = max(lengths)
     if padding == "do_not_pad":
         if min(lengths) < longest:
-            raise ValueError(f"rows of {min(lengths)} to {longest} ids make no array; use padding=True")
+            raise UserError(f"rows of {min(lengths)} to {longest} ids make no array; use padding=True")
         return longest
     if padding == "max_length" and max_length is not None:
         longest = max(longest, max_length)

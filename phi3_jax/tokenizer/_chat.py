@@ -12,6 +12,8 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from phi3_jax.errors import UserError
+
 _TURNS = """\
 {%- for message in messages -%}
 {%- if message['role'] not in ('system', 'user', 'assistant') -%}
@@ -59,10 +61,10 @@ def choose_template(chosen: str | None, own: str | Mapping[str, str] | None, too
     if chosen is not None:
         return named.get(chosen, chosen)
     if not named:
-        raise ValueError("no chat template: the files bring none and the special tokens are not the family's")
+        raise UserError("no chat template: the files bring none and the special tokens are not the family's")
     name = "tool_use" if tools is not None and "tool_use" in named else "default"
     if name not in named:
-        raise ValueError(f"no chat template is called 'default'; pass chat_template= one of {sorted(named)}")
+        raise UserError(f"no chat template is called 'default'; pass chat_template= one of {sorted(named)}")
     return named[name]
 
 
@@ -81,7 +83,7 @@ def render(
     """
     _check_messages(messages)
     if continue_final_message and add_generation_prompt:
-        raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        raise UserError("continue_final_message and add_generation_prompt exclude each other")
     # Only plain data goes in: objects have methods that a sandbox cannot know to be harmless.
     chat = _plain([dict(message) for message in messages], "messages")
     values = {
@@ -89,7 +91,7 @@ def render(
     }
     if continue_final_message:
         if not isinstance(chat[-1]["content"], str):
-            raise ValueError(
+            raise UserError(
                 f"continue_final_message needs a final message of text, got {chat[-1]['content']!r:.80}"
             )
         chat[-1]["content"] += _CONTINUE_HERE
@@ -98,41 +100,39 @@ def render(
             messages=chat, add_generation_prompt=add_generation_prompt, **values
         )
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
+        raise UserError(f"chat template, line {error.lineno}: {error.message}") from error
     except Exception as error:  # a template can run into anything that an expression can
         kind = "" if type(error) is jinja2.TemplateError else f" with {type(error).__name__}"
-        raise ValueError(f"chat template failed{kind}: {error}") from error
+        raise UserError(f"chat template failed{kind}: {error}") from error
     if not continue_final_message:
         return text
     cut = text.rfind(_CONTINUE_HERE.rstrip())
     if cut < 0:
-        raise ValueError("continue_final_message: the chat template leaves out the final message")
+        raise UserError("continue_final_message: the chat template leaves out the final message")
     return text[:cut] if text.startswith(_CONTINUE_HERE, cut) else text[:cut].rstrip()
 
 
 def _check_messages(messages: object) -> None:
     if not isinstance(messages, (list, tuple)):
-        raise ValueError(f"messages must be a list of dicts, got {type(messages).__name__}")
+        raise UserError(f"messages must be a list of dicts, got {type(messages).__name__}")
     if not messages:
-        raise ValueError("messages is empty; expected at least one dict with 'role' and 'content'")
+        raise UserError("messages is empty; expected at least one dict with 'role' and 'content'")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ValueError(
-                f"messages[{index}] must be a dict, got {type(message).__name__} {message!r:.40}"
-            )
+            raise UserError(f"messages[{index}] must be a dict, got {type(message).__name__} {message!r:.40}")
         if missing := [key for key in ("role", "content") if key not in message]:
-            raise ValueError(
+            raise UserError(
                 f"messages[{index}] has no {' and no '.join(missing)}; its keys are {list(message)}"
             )
         if not isinstance(message["role"], str):
-            raise ValueError(f"messages[{index}]['role'] must be a str, got {message['role']!r:.40}")
+            raise UserError(f"messages[{index}]['role'] must be a str, got {message['role']!r:.40}")
 
 
 def _plain(value: Any, name: str) -> Any:
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"chat template: {name} must be made of what JSON knows: {error}") from error
+        raise UserError(f"chat template: {name} must be made of what JSON knows: {error}") from error
 
 
 class _GenerationBlocks(Extension):

@@ -7,7 +7,9 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from ..files import replacing
+from phi3_jax.errors import UserError
+from phi3_jax.runs.files import replacing
+
 from ._backends import Backend, JsonBackend, SentencePieceBackend, parse_json
 
 CONFIG = "tokenizer_config.json"
@@ -97,7 +99,7 @@ def added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
     for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
         entry = _flags(entry, special=True) if isinstance(entry, str) else entry
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-            raise ValueError(
+            raise UserError(
                 f"added_tokens_decoder[{token_id!r}] must have a text under 'content', got {entry!r:.80}"
             )
         flags = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
@@ -127,7 +129,7 @@ def chat_templates(entry: Any) -> str | dict[str, str] | None:
     try:
         return {named["name"]: named["template"] for named in entry}
     except (TypeError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"chat_template must be a template or a list of name and template, got {entry!r:.80}"
         ) from error
 
@@ -163,5 +165,5 @@ def _flags(content: str, *, rstrip: bool = False, special: bool) -> dict[str, An
 def _json_object(content: bytes, path: Path) -> dict[str, Any]:
     value = parse_json(content, str(path))
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value

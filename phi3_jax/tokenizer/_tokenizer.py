@@ -10,6 +10,8 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 from tokenizers import AddedToken
 
+from phi3_jax.errors import UserError
+
 from . import _batching as batching
 from . import _chat, _files
 from ._backends import Backend, JsonBackend, Layout
@@ -216,7 +218,7 @@ class Phi3Tokenizer:
         texts = batching.as_texts(text, "text")
         seconds = None if text_pair is None else batching.as_texts(text_pair, "text_pair")
         if seconds is not None and len(seconds) != len(texts):
-            raise ValueError(
+            raise UserError(
                 f"text has {len(texts)} entries and text_pair {len(seconds)}; expected one for each"
             )
         cut = batching.choice("truncation", truncation, batching.TRUNCATIONS)
@@ -367,7 +369,7 @@ class Phi3Tokenizer:
                 text.encode("utf-8")
             except UnicodeEncodeError as bad:
                 lone = text[bad.start]
-                raise ValueError(
+                raise UserError(
                     f"text has half a surrogate pair at {bad.start}: {lone!r}; it is no Unicode"
                 ) from bad
             raise error
@@ -376,14 +378,14 @@ class Phi3Tokenizer:
         if max_length is not None:
             return max_length
         if self.model_max_length > _MEANINGFUL_LIMIT:
-            raise ValueError("give max_length: this tokenizer's config names no model_max_length")
+            raise UserError("give max_length: this tokenizer's config names no model_max_length")
         return self.model_max_length
 
     def _padding_id(self) -> int:
         if self.pad_token_id is not None:
             return self.pad_token_id
         if self.eos_token_id is None:
-            raise ValueError("cannot pad: the tokenizer's config names neither a pad_token nor an eos_token")
+            raise UserError("cannot pad: the tokenizer's config names neither a pad_token nor an eos_token")
         if not self._told_about_padding:
             self._told_about_padding = True
             logger.warning(

@@ -17,8 +17,8 @@ from phi3_jax.batch.answers import Answer
 from phi3_jax.batch.engine import Engine
 from phi3_jax.batch.requests import BadRequestError
 from phi3_jax.generation import generate
-from phi3_jax.generation.pipeline import Pipeline
-from phi3_jax.sharding import make_mesh
+from phi3_jax.parallel.sharding import make_mesh
+from phi3_jax.pipeline import Pipeline
 
 HELLO = [{"role": "user", "content": "Hi there"}]
 

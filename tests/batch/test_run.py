@@ -17,6 +17,7 @@ from small_checkpoint import write_checkpoint
 
 from phi3_jax import cli
 from phi3_jax.batch.run import batch_file
+from phi3_jax.cli import common
 
 COMMAND = (sys.executable, "-c", "from phi3_jax.cli import main; main()", "batch")
 
@@ -82,7 +83,7 @@ def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> Any:
     """`command("batch", ...)`: the command in this process, as its entry point runs it."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda cache_dir: None)
+    monkeypatch.setattr(common, "keep_compiled_programs", lambda cache_dir: None)
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["phi3-jax", *words])

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,9 +82,7 @@ def convert(source: Path, destination: Path, *, dtype: str) -> None:
 
 
 def use_converter(monkeypatch: pytest.MonkeyPatch, function: Callable[..., None]) -> None:
-    converter = types.ModuleType("phi3_jax.checkpoint.convert")
-    converter.convert_checkpoint = function  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, converter.__name__, converter)
+    monkeypatch.setattr(module, "convert_checkpoint", function)
 
 
 def no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,15 +174,16 @@ import phi3_jax
 package = types.ModuleType("phi3_jax.checkpoint")  # without what it imports, which takes a second
 package.__path__ = [phi3_jax.__path__[0] + "/checkpoint"]
 sys.modules[package.__name__] = package
+converter = types.ModuleType("phi3_jax.checkpoint.convert")
+converter.convert_checkpoint = None
+sys.modules[converter.__name__] = converter
 module = importlib.import_module("phi3_jax.checkpoint.default_model")
 module.WHEEL_SHA256, module.GGUF_SHA256 = sys.argv[1:]
 def convert(source, destination, *, dtype):
     destination.mkdir()
     (destination / "config.json").write_text("{}")
     os.kill(os.getpid(), signal.SIGKILL)
-converter = types.ModuleType("phi3_jax.checkpoint.convert")
-converter.convert_checkpoint = convert
-sys.modules[converter.__name__] = converter
+module.convert_checkpoint = convert
 module.default_model()
 """
 

@@ -26,8 +26,8 @@ from phi3_jax import (
     Phi3Model,
     convert_checkpoint,
 )
-from phi3_jax.checkpoint import load_model
-from phi3_jax.checkpoint.save import ModelSource
+from phi3_jax.model.loading import load_model
+from phi3_jax.model.saving import ModelSource
 
 INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"

@@ -14,7 +14,7 @@ from reference import small_config
 from safetensors.numpy import save_file
 
 from phi3_jax import Phi3ForCausalLM
-from phi3_jax.checkpoint.save import ModelSource
+from phi3_jax.model.saving import ModelSource
 
 pytestmark = [
     pytest.mark.slow,

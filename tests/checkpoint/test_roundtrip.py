@@ -26,7 +26,7 @@ from phi3_jax import (
     convert_checkpoint,
 )
 from phi3_jax.checkpoint.safetensors import parse_size
-from phi3_jax.checkpoint.save import ModelSource
+from phi3_jax.model.saving import ModelSource
 
 IDS = np.random.default_rng(1).integers(4, 96, (2, 9))
 

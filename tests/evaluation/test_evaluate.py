@@ -12,13 +12,14 @@ from compilations import compilations
 from small_checkpoint import write_checkpoint
 
 from phi3_jax import cli
+from phi3_jax.cli import common
+from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation import score_all as module
 from phi3_jax.evaluation.evaluate import evaluate
 from phi3_jax.evaluation.perplexity import perplexity
 from phi3_jax.evaluation.score_all import Part, score_all
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
-from phi3_jax.generation.pipeline import Pipeline
-from phi3_jax.rope_argument import parse_rope
+from phi3_jax.pipeline import Pipeline
 
 TEXTS = ["What is the capital of France? " * 3, "abc", "The capital, is what? Zoë " * 12, "x " * 90]
 
@@ -147,7 +148,7 @@ def test_files_that_cannot_be(pipeline: Pipeline, content: str, message: str, tm
 
 @pytest.fixture
 def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda cache_dir: None)
+    monkeypatch.setattr(common, "keep_compiled_programs", lambda cache_dir: None)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         words = ["phi3-jax", *map(str, arguments), "--model", str(folder), "--dtype", "float32"]

@@ -13,11 +13,11 @@ from reference import LONG, SHORT
 from small_checkpoint import write_checkpoint
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation import passkey_run
 from phi3_jax.evaluation.passkey import Case, PasskeyPrompts
 from phi3_jax.evaluation.passkey_report import LISTED, write_passkey_report
 from phi3_jax.evaluation.passkey_run import PasskeyResult, Ropes, Trial, measure_passkeys
-from phi3_jax.rope_argument import parse_rope
 
 ROPES = ["none", "linear:factor=2", "yarn:factor=2"]
 LENGTHS = (320, 450)

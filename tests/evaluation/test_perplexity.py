@@ -10,9 +10,9 @@ from compilations import compilations
 from reference import LONG, Reference, longrope, on_mesh, pair, small_config
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, make_mesh
+from phi3_jax.config.rope_argument import RopeArgument, parse_rope
 from phi3_jax.evaluation.perplexity import TextLoss, Window, perplexity, sliding_losses, windows
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
-from phi3_jax.rope_argument import RopeArgument, parse_rope
 
 TOKENS = 90
 LISTS = longrope()["rope_scaling"]

@@ -11,13 +11,13 @@ import pytest
 from small_checkpoint import write_checkpoint
 
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation import rope_compare
-from phi3_jax.evaluation.journal import Journal
 from phi3_jax.evaluation.perplexity import perplexity
 from phi3_jax.evaluation.rope_compare import Comparison, compare_ropes
 from phi3_jax.evaluation.rope_report import table, write_comparison
 from phi3_jax.evaluation.scorer import Scorer
-from phi3_jax.rope_argument import parse_rope
+from phi3_jax.runs.journal import Journal
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROPES = ["none", "linear:factor=4", "dynamic:factor=4", "yarn:factor=4", "longrope:@factors.json"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from phi3_jax.config.rope_scaling import RopeBase, RopeScaling
 from phi3_jax.evaluation.rope_search import (
     BOUND,
     Evolution,
@@ -15,7 +16,6 @@ from phi3_jax.evaluation.rope_search import (
     known_scalings,
     longrope_attention_factor,
 )
-from phi3_jax.rope_scaling import RopeBase, RopeScaling
 
 STRETCH = 4.0
 BASE = RopeBase(dim=24, theta=10000.0, max_position_embeddings=256, original_max_position_embeddings=256)

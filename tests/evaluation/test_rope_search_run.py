@@ -15,11 +15,11 @@ from small_checkpoint import Checkpoint, write_checkpoint
 from test_perplexity import Rope
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation import rope_search_run
 from phi3_jax.evaluation.rope_search import Evolution
 from phi3_jax.evaluation.rope_search_run import search_ropes
 from phi3_jax.evaluation.scorer import Scorer
-from phi3_jax.rope_argument import parse_rope
 
 LENGTH = 96
 EVOLUTION = Evolution(population=8, iterations=2, parents=3, seed=1)

@@ -11,7 +11,7 @@ from reference import LONG, SHORT, run
 from twins import PAD, Twins, prompts
 
 from phi3_jax import Phi3ForCausalLM
-from phi3_jax.rope_scaling import RopeScaling
+from phi3_jax.config.rope_scaling import RopeScaling
 
 LENGTHS = (20, 13, 5)
 ROPES = [

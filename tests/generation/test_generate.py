@@ -10,7 +10,7 @@ import pytest
 from answers import stored
 from twins import PAD, Twins, ask, prompts, softmax
 
-from phi3_jax.generation_config import GenerationConfig
+from phi3_jax.config.generation_config import GenerationConfig
 
 LENGTHS = (20, 13, 5)
 

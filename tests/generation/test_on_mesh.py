@@ -6,7 +6,7 @@ from reference import longrope, on_mesh, small_config
 from twins import PAD, prompts
 
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.sharding import make_mesh
+from phi3_jax.parallel.sharding import make_mesh
 
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12, "num_hidden_layers": 1}
 LONG = {"max_position_embeddings": 64, **longrope()}

@@ -9,9 +9,9 @@ import pytest
 from small_checkpoint import write_checkpoint
 
 from phi3_jax import Phi3ForCausalLM, make_mesh
-from phi3_jax.checkpoint import load_abstract, load_model
 from phi3_jax.generation import memory
 from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.model.loading import load_abstract, load_model
 
 
 @pytest.fixture(scope="module")

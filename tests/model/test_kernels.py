@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.model.attention import attention
 from phi3_jax.model.kernels import cached, cudnn, splash
 from phi3_jax.model.kernels.live import live_attention
 from phi3_jax.model.kernels.xla import xla_attention
 from phi3_jax.model.masks import CausalMask
-from phi3_jax.model.quantized import QuantizedVectors
 
 SCALE = 0.31
 HEADS = {"mha": (3, 1), "gqa": (2, 3), "mqa": (1, 4)}

@@ -8,12 +8,7 @@ from answers import stored
 from flax import nnx
 from reference import distance, padding_mask, pair, random_ids, run, run_theirs, small_config
 
-from phi3_jax import (
-    Phi3ForCausalLM,
-    Phi3ForSequenceClassification,
-    Phi3ForTokenClassification,
-    Phi3Model,
-)
+from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification, Phi3Model
 from phi3_jax.model.attention import attention
 from phi3_jax.model.kernels import xla as xla_module
 from phi3_jax.model.layers import ACTIVATIONS, activation, dropout

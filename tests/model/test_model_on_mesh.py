@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from reference import CLASSES, longrope, on_mesh, padding_mask, small_config
 
-from phi3_jax.model import KVCache, Phi3ForCausalLM
-from phi3_jax.sharding import make_mesh
+from phi3_jax.cache import KVCache
+from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.parallel.sharding import make_mesh
 
 OTHERS = ("fsdp=8", "data=2,tensor=4", "data=2,context=4")
 MESHES = ["fsdp=2,context=2,tensor=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in OTHERS)]

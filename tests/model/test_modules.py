@@ -10,12 +10,7 @@ from answers import stored
 from flax import nnx
 from reference import distance, gradients, pair, random_ids, run, small_config
 
-from phi3_jax import (
-    Phi3ForCausalLM,
-    Phi3ForSequenceClassification,
-    Phi3ForTokenClassification,
-    Phi3Model,
-)
+from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification, Phi3Model
 from phi3_jax.model.abstract import abstract_model
 
 TOLERANCE = 1e-5

@@ -21,7 +21,7 @@ from reference import (
 )
 
 from phi3_jax import Phi3ForCausalLM
-from phi3_jax.model.rope import rope_list_changes, rope_tables
+from phi3_jax.model.rope import rope_tables
 
 TOLERANCE = 1e-5
 LENGTH = 20
@@ -105,14 +105,18 @@ def test_a_cache_keeps_its_list(tmp_path):
     np.testing.assert_array_equal(out.past_key_values.rope_length, [LENGTH, LENGTH])
 
 
+def needs_recomputation(config, before, after):
+    return config.rope_scaling.needs_recomputation(config.rope_base, before, after)
+
+
 def test_rope_list_changes():
     before, after = jnp.array([0, 1, 12, 12, 13, 5, 20]), jnp.array([20, 12, 12, 13, 20, 20, 12])
     changing = [False, False, False, True, False, True, True]
     for name in ("longrope", "su", "yarn"):
         scaling = longrope()["rope_scaling"] | {"type": name}
         config = rope_config(rope_scaling=scaling, original_max_position_embeddings=12)
-        np.testing.assert_array_equal(rope_list_changes(config, before, after), changing)
-    assert not rope_list_changes(rope_config(), before, after).any()
+        np.testing.assert_array_equal(needs_recomputation(config, before, after), changing)
+    assert not needs_recomputation(rope_config(), before, after).any()
 
 
 # Frequencies handed in
@@ -184,9 +188,9 @@ def test_frequencies_of_each_position(tmp_path):
 
 def test_lists_that_are_alike_need_no_second_prefill():
     config = rope_config(**longrope(short_factor=LONG) | {"original_max_position_embeddings": ORIGINAL})
-    assert not rope_list_changes(config, jnp.array([5]), jnp.array([20])).any()
+    assert not needs_recomputation(config, jnp.array([5]), jnp.array([20])).any()
     changes = longrope(short_factor=LONG, long_mscale=1.5) | {"original_max_position_embeddings": ORIGINAL}
-    assert rope_list_changes(rope_config(**changes), jnp.array([5]), jnp.array([20])).all()
+    assert needs_recomputation(rope_config(**changes), jnp.array([5]), jnp.array([20])).all()
 
 
 def test_new_frequencies_need_no_compilation():

@@ -25,7 +25,7 @@ from phi3_jax.model.inputs import check, locate
 from phi3_jax.model.kernels import cudnn
 from phi3_jax.model.layer_stack import stack_layers
 from phi3_jax.model.masks import CausalMask
-from phi3_jax.sharding import make_mesh
+from phi3_jax.parallel.sharding import make_mesh
 
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12}
 LENGTH = 64

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 
 
 @pytest.fixture(autouse=True, scope="session")

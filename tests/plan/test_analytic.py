@@ -12,8 +12,8 @@ from phi3_jax import Phi3Config, Phi3ForCausalLM
 from phi3_jax.costs.flops import attention_pairs, step_flops
 from phi3_jax.costs.shapes import lora_parameters, parameters
 from phi3_jax.costs.work import Work
+from phi3_jax.parallel.sharding import AXES, spec
 from phi3_jax.plan.analytic import analyse
-from phi3_jax.sharding import AXES, spec
 
 
 @pytest.mark.parametrize("name", Phi3Config.presets())

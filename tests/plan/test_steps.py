@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from phi3_jax.config import Phi3Config
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.plan import Work, plan
 from phi3_jax.plan.program import Program
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from pair import Ended, run_pair
+from phi3_jax.train.finetune import finetune
 from runs import losses, settings_of, write_base, write_rows
 from safetensors.numpy import load_file
-
-from phi3_jax.training.finetune import finetune
 
 OPTIONS: dict[str, Any] = {"max_steps": 8, "eval_steps": 4, "max_buckets": 2}
 COMMAND = ("-c", "from phi3_jax.cli import main; main()", "finetune")

@@ -13,6 +13,7 @@ from reference import longrope
 from small_checkpoint import PROMPT, write_checkpoint
 
 from phi3_jax import Phi3ForCausalLM, cli
+from phi3_jax.cli import common
 
 WORKER = Path(__file__).with_name("worker.py")
 FAST = (
@@ -65,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_checks(folder: Path, names: tuple[str, ...], timeout: float) -> dict[str, list[str | None]]:
     """Each check's error in both processes, which end behind the first error: they may be out of step."""
-    tests = str(WORKER.parents[1])
+    tests = str(WORKER.parents[1] / "support")
     command = [WORKER, folder, *names]
     ended = run_pair(command, command, logs=folder, timeout=timeout, environment={"PYTHONPATH": tests})
     found = [json.loads((folder / f"{process}.json").read_text()) for process in (0, 1)]
@@ -95,7 +96,7 @@ def test_together_every_way(slow_results: dict[str, list[str | None]], name: str
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """`alone("generate", ...)`: what the command prints in a process by itself."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda cache_dir: None)
+    monkeypatch.setattr(common, "keep_compiled_programs", lambda cache_dir: None)
 
     def call(*arguments: object, stdin: str = "") -> str:
         monkeypatch.setattr(sys, "argv", ["phi3-jax", *map(str, arguments)])

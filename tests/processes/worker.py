@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3Tokenizer, distributed
-from phi3_jax.chat import ChatSession
-from phi3_jax.checkpoint import CheckpointError, save
+from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3Tokenizer
+from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.generation import CompiledModel, stream_text, stream_tokens
-from phi3_jax.sharding import make_mesh
+from phi3_jax.generation.chat import ChatSession
+from phi3_jax.model import saving as save
+from phi3_jax.parallel import distributed
+from phi3_jax.parallel.sharding import make_mesh
 
 FOLDER = Path(sys.argv[1])
 PLAIN, LONGROPE, SLIDING = FOLDER / "model", FOLDER / "longrope", FOLDER / "sliding"

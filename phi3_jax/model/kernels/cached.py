@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.model.masks import CausalMask
-from phi3_jax.model.quantized import QuantizedVectors
 
 LANES = 128
 SUBLANES = 8

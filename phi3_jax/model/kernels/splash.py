@@ -11,6 +11,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask impo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from phi3_jax.errors import UserError
+
 TILE = 128
 BLOCK = 512
 """Queries and keys multiplied at a time: large beside a step's overhead; their scores take 1 MB of VMEM."""
@@ -114,7 +116,7 @@ def _block(length: int, shards: int) -> tuple[int, int]:
         block = -(-length // (blocks * TILE)) * TILE
         return block, blocks * block
     if length % (TILE * shards):
-        raise ValueError(
+        raise UserError(
             f"{length} tokens do not divide over context={shards} in pieces of whole {TILE}s: "
             f"pad them to {-(-length // (TILE * shards)) * TILE * shards}"
         )

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.model.layers import dropout, pad_single_row
 from phi3_jax.model.masks import CausalMask
-from phi3_jax.model.quantized import QuantizedVectors
 
 QUERY_BLOCK = 128
 """Queries attended at a time, so that scores take QUERY_BLOCK x S a head: what CPU caches can hold."""

@@ -1,0 +1,1 @@
+"""Measures generation side by side with transformers."""

@@ -1,0 +1,64 @@
+"""The command `phi3-jax`: its sub-commands, and how errors end it."""
+
+import logging
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from phi3_jax.cli.lazy import lazy_group
+from phi3_jax.cli.messages import tell_error
+from phi3_jax.errors import UserError
+from phi3_jax.runs.platforms import skip_absent_tpu
+
+COMMANDS = {
+    "generate": "Answer one prompt.",
+    "chat": "Hold a conversation.",
+    "batch": "Answer a file of requests.",
+    "convert": "Rewrite a checkpoint as safetensors with config and tokenizer.",
+    "finetune": "Train a classifier, a tagger or a language model.",
+    "classify": "Label the rows of a file with a fine-tuned model.",
+    "evaluate": "Perplexity and bits per byte of a text.",
+    "rope": "Measure, compare and search rope scalings.",
+    "plan": "Tell whether a model fits on chips, and how fast a step can be.",
+    "bench": "Measure generate, side by side with transformers.",
+    "bench-finetune": "Measure training steps, side by side with transformers.",
+}
+"""Each command's line in `phi3-jax --help`; the command itself is in the module of its name."""
+
+app = typer.Typer(
+    name="phi3-jax",
+    cls=lazy_group(COMMANDS),
+    help="The Phi-3 family in JAX: generate, chat, fine-tune, convert, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def common(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what is loaded and compiled.")
+    ] = False,
+) -> None:
+    """The Phi-3 family in JAX: generate, chat, fine-tune, convert, measure."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+    )
+
+
+def main() -> NoReturn:
+    """Runs the command; an error that the user can mend is one line on standard error, not a traceback."""
+    skip_absent_tpu()
+    try:
+        app()
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except (UserError, OSError) as error:
+        tell_error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

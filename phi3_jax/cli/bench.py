@@ -1,0 +1,58 @@
+"""The command `phi3-jax bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi3_jax.bench.generate import run_bench
+from phi3_jax.cli import common, options
+from phi3_jax.cli.processes import prepare
+
+app = typer.Typer()
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A directory, or a preset's name for random weights; default: the default model."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of a preset: this many layers only.")] = None,
+    prompt: Annotated[
+        Path | None, typer.Option(help="A text file to answer; default: random tokens.", dir_okay=False)
+    ] = None,
+    prompt_lookup: Annotated[
+        int | None, typer.Option(min=1, help="Compare drafts of so many tokens from the text with none.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens after the first.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: so many prompts of all lengths, as batch answers them."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements, ours and theirs in turn.")] = 5,
+    dtype: options.Dtype = "bfloat16",
+    mesh: options.Mesh = None,
+    distributed: options.Distributed = False,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Measure generate, side by side with transformers where it is installed and no mesh is given."""
+
+    where = prepare(mesh, distributed)
+    common.keep_compiled_programs(cache_dir)
+    run_bench(
+        model,
+        layers=layers,
+        prompt=prompt,
+        prompt_lookup=prompt_lookup,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        requests=requests,
+        rounds=rounds,
+        dtype=dtype,
+        mesh=where,
+        cache_dir=cache_dir,
+    )

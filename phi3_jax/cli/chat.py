@@ -1,0 +1,49 @@
+"""The command `phi3-jax chat`."""
+
+import typer
+
+from phi3_jax.cli import common, options
+from phi3_jax.cli.conversation import converse
+from phi3_jax.cli.processes import prepare
+from phi3_jax.generation.chat import ChatSession
+
+app = typer.Typer()
+
+
+@app.command()
+def chat(
+    model: options.Model = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = 0,
+    repetition_penalty: options.RepetitionPenalty = None,
+    prompt_lookup: options.PromptLookup = None,
+    rope: options.Rope = None,
+    dtype: options.Dtype = "bfloat16",
+    mesh: options.Mesh = None,
+    distributed: options.Distributed = False,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Hold a conversation: a message a line, from the terminal or standard input; /help lists commands."""
+    settings = options.generation_options(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        prompt_lookup=prompt_lookup,
+    )
+    pipeline = common.load_pipeline(model, dtype, cache_dir, prepare(mesh, distributed), rope)
+    session = ChatSession(
+        pipeline.compiled,
+        pipeline.tokenizer,
+        system=system,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        **settings,
+    )
+    converse(session)

@@ -1,0 +1,78 @@
+"""The command `phi3-jax classify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from phi3_jax.classification import classify_file
+from phi3_jax.cli import common, options
+from phi3_jax.cli.messages import tell
+from phi3_jax.cli.processes import prepare
+from phi3_jax.data.rows import BadRowError
+from phi3_jax.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command()
+def classify(
+    model: Annotated[str, Option(help="What finetune made, or any classifier: a directory or a hub name.")],
+    source: Annotated[
+        Path, Option("--input", help="CSV, TSV, JSONL, Parquet or CoNLL, by its suffix.", dir_okay=False)
+    ],
+    output: Annotated[Path, Option(help="A .csv, .tsv or .jsonl file.", dir_okay=False)],
+    text_column: Annotated[str | None, Option(help="Default: as in training, or text.")] = None,
+    text_pair_column: Annotated[str | None, Option(help="Default: as in training, or none.")] = None,
+    words_column: Annotated[str | None, Option(help="Default: as in training, or words.")] = None,
+    max_length: Annotated[
+        int | None, Option(min=2, help="Tokens of a row; default: as in training, or 512.")
+    ] = None,
+    all_scores: Annotated[bool, Option("--all-scores", help="Add every class's probability.")] = False,
+    skip_bad_rows: Annotated[
+        bool, Option("--skip-bad-rows", help="Leave rows out that are wrong, and count them.")
+    ] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace the output, or a part of it that something else began.")
+    ] = False,
+    batch_size: Annotated[int, Option(min=1, help="Rows.")] = 64,
+    dtype: options.Dtype = "bfloat16",
+    mesh: options.Mesh = None,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Label the rows of a file with a fine-tuned model; go on where the same command was cut off."""
+
+    where = prepare(mesh, False)
+    common.keep_compiled_programs(cache_dir)
+    try:
+        done = classify_file(
+            model,
+            source,
+            output,
+            text_column=text_column,
+            text_pair_column=text_pair_column,
+            words_column=words_column,
+            max_length=max_length,
+            all_scores=all_scores,
+            skip_bad_rows=skip_bad_rows,
+            overwrite=overwrite,
+            batch_size=batch_size,
+            dtype=dtype,
+            mesh=where,
+        )
+    except BadRowError as error:
+        raise UserError(
+            f"{error}. The same command with --skip-bad-rows leaves such rows out, and goes on with what is "
+            "done"
+        ) from error
+    if done.bad_rows:
+        tell(f"{done.bad_rows} bad rows were left out; among them: {'; '.join(done.faults)}")
+    if done.cut:
+        words = f", and {done.untagged} words have no label" if done.untagged else ""
+        tell(f"{done.cut} rows are longer than the longest length and were cut{words}")
+    seconds = max(done.seconds, 1e-9)
+    print(
+        f"{output}: {done.rows:,} rows; {done.fresh:,} in {done.seconds:.1f} s, "
+        f"{done.fresh / seconds:,.1f} rows/s, {done.tokens / seconds:,.0f} tokens/s"
+    )

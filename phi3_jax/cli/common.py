@@ -1,0 +1,53 @@
+"""What several commands do before their own work: find the model, load it, keep compiled programs."""
+
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from phi3_jax.checkpoint import default_model, open_checkpoint, resolve
+from phi3_jax.checkpoint.default_model import cache_folder
+from phi3_jax.cli.messages import tell
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.config.rope_argument import parse_rope
+from phi3_jax.parallel.distributed import together
+from phi3_jax.pipeline import Pipeline
+
+
+def load_pipeline(
+    model: str | None,
+    dtype: str,
+    cache_dir: Path | None,
+    mesh: Mesh | None = None,
+    rope: str | None = None,
+) -> Pipeline:
+    """The checkpoint that `--model` names, ready to answer; of several processes all have it, or none.
+
+    `rope`: in place of its own, as `parse_rope` takes it.
+    """
+    keep_compiled_programs(cache_dir)
+
+    def load() -> Pipeline:
+        path = model_path(model, cache_dir)
+        config = None if rope is None else config_with(path, rope)
+        return Pipeline.load(path, dtype=dtype, mesh=mesh, config=config)
+
+    return together(load)
+
+
+def config_with(path: Path, rope: str) -> Phi3Config:
+    """A checkpoint's config with the rope that `--rope` names."""
+    argument = parse_rope(rope)
+    return argument.written(open_checkpoint(path)[1])
+
+
+def model_path(model: str | None, cache_dir: Path | None) -> Path:
+    """Where the checkpoint lies that `--model` names, fetched if need be."""
+    return default_model(cache_dir, progress=tell) if model is None else resolve(model)
+
+
+def keep_compiled_programs(cache_dir: Path | None) -> None:
+    """Keeps compiled programs between runs, unless the user has told JAX where, or not to."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # set at run time
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,34 @@
+"""The command `phi3-jax convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi3_jax.checkpoint import convert_checkpoint, resolve
+from phi3_jax.cli.processes import join
+from phi3_jax.parallel.distributed import from_primary
+
+app = typer.Typer()
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub name.")],
+    destination: Annotated[Path, typer.Argument(help="The directory to write.", file_okay=False)],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="The largest file, such as 5GB.")] = "5GB",
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="One of several processes: 0 does all, the others wait.")
+    ] = False,
+) -> None:
+    """Rewrite a checkpoint as safetensors with config and tokenizer, as transformers reads it."""
+
+    def write() -> int:
+        convert_checkpoint(resolve(source), destination, dtype=dtype, max_shard_size=max_shard_size)
+        return sum(path.stat().st_size for path in destination.glob("*.safetensors"))
+
+    join(distributed)
+    print(f"{destination}: {from_primary(write) / 1e9:.2f} GB")

@@ -1,0 +1,49 @@
+"""Groups of commands that import a command's module only when that command runs."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from phi3_jax.errors import UserError
+
+
+def lazy_group(commands: Mapping[str, str], prefix: str = "") -> type[TyperGroup]:
+    """Returns a group class with these commands.
+
+    Args:
+        commands: each command's name and its line in the help.
+        prefix: of the modules' names: command `find-it` is `app` in `phi3_jax.cli.<prefix>find_it`.
+    """
+
+    class LazyGroup(TyperGroup):
+        def __init__(self, **attributes: Any):
+            super().__init__(**attributes)
+            # Their names and lines of help only.
+            self.commands = {name: TyperCommand(name, help=line) for name, line in commands.items()}
+
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            """Returns the command that runs."""
+            name, found, rest = super().resolve_command(ctx, args)
+            return name, found and _load(str(name), prefix), rest
+
+    return LazyGroup
+
+
+def _load(name: str, prefix: str) -> Any:
+    """Imports a command.
+
+    Raises:
+        UserError: it needs a library that is not installed.
+    """
+    try:
+        module = import_module(f"phi3_jax.cli.{prefix}{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "phi3_jax":
+            raise
+        raise UserError(f"{name} needs more libraries ({error}); pip install 'phi3-jax[train]'") from error
+    command = typer.main.get_command(module.app)
+    command.name = name
+    return command

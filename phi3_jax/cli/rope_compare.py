@@ -1,0 +1,73 @@
+"""The command `phi3-jax rope compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer import Option
+
+from phi3_jax.cli import common, options
+from phi3_jax.cli.messages import tell
+from phi3_jax.cli.processes import prepare
+from phi3_jax.config.rope_argument import parse_rope
+from phi3_jax.evaluation.rope_compare import compare_ropes
+from phi3_jax.evaluation.rope_report import table, write_comparison
+
+app = typer.Typer()
+
+
+@app.command()
+def compare(
+    text: Annotated[
+        Path, Option(help="A text file, at least as long as the longest length.", dir_okay=False)
+    ],
+    lengths: Annotated[str, Option(help="Context lengths in tokens, as in 2048,4096,8192.")],
+    output: Annotated[Path, Option(help="A directory for tables, figures and report.", file_okay=False)],
+    model: options.Model = None,
+    rope: options.Ropes = None,
+    stride: Annotated[
+        int | None, Option(min=1, help="Tokens between windows, at most each length; default: half of it.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, Option(min=2, help="Of the text, scored at every length; default: the longest length.")
+    ] = None,
+    skip_tokens: Annotated[int, Option(min=0, help="At the text's beginning.")] = 0,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Begin anew, where the output is of another model or text.")
+    ] = False,
+    dtype: options.Dtype = "bfloat16",
+    mesh: options.Mesh = None,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Perplexity of a text by context length, under each rope; go on where the same command was cut off.
+
+    One model is loaded, all ropes run in the same compiled programs, and all lengths score the same tokens.
+    Writes results.csv, results.json, perplexity.png, wavelengths.png and report.md.
+    """
+
+    arguments = [parse_rope(each) for each in rope or ["none"]]
+    wanted = options.numbers("lengths", lengths, least=2)
+    where = prepare(mesh, False)
+    common.keep_compiled_programs(cache_dir)
+    found = compare_ropes(
+        common.model_path(model, cache_dir),
+        text,
+        output,
+        arguments,
+        lengths=wanted,
+        stride=stride,
+        max_tokens=max_tokens,
+        skip_tokens=skip_tokens,
+        dtype=dtype,
+        mesh=where,
+        overwrite=overwrite,
+    )
+    write_comparison(output, found)
+    Console().print(table(found))
+    seconds = found.seconds
+    tell(
+        f"{output}: report.md, results.csv, results.json, perplexity.png, wavelengths.png; "
+        f"{seconds['all']:,.1f} s, {seconds['forward']:,.1f} of them forward passes, "
+        f"{seconds['compile']:,.1f} compilation"
+    )

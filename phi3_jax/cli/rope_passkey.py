@@ -1,0 +1,92 @@
+"""The command `phi3-jax rope passkey`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer import Option
+
+from phi3_jax.cli import common, options
+from phi3_jax.cli.messages import tell
+from phi3_jax.cli.processes import prepare
+from phi3_jax.config.rope_argument import parse_rope
+from phi3_jax.errors import UserError
+from phi3_jax.evaluation.passkey_report import table, write_passkey_report
+from phi3_jax.evaluation.passkey_run import measure_passkeys
+
+app = typer.Typer()
+
+
+@app.command()
+def passkey(
+    lengths: Annotated[str, Option(help="Tokens of prompt and answer together, as in 2048,4096,8192.")],
+    output: Annotated[
+        Path, Option(help="A directory for rates, answers, heat map and report.", file_okay=False)
+    ],
+    rope: options.Ropes = None,
+    model: options.Model = None,
+    depths: Annotated[
+        str, Option(help="Where the key stands, from 0 (first line) to 1 (last line).")
+    ] = "0,0.25,0.5,0.75,1",
+    trials: Annotated[int, Option(min=1, help="Prompts for each length and depth.")] = 5,
+    max_new_tokens: options.MaxNewTokens = 16,
+    raw: Annotated[
+        bool, Option("--raw", help="No chat template; the answer is begun. So it is where there is none.")
+    ] = False,
+    text: Annotated[
+        Path | None,
+        Option(help="A file whose lines are the filler; default: lines of our own.", dir_okay=False),
+    ] = None,
+    seed: Annotated[int, Option(min=0, help="Of keys and filler.")] = 0,
+    batch_size: Annotated[int | None, Option(min=1, help="Prompts at a time; default: by memory.")] = None,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Begin anew, where the output is of something else.")
+    ] = False,
+    dtype: options.Dtype = "bfloat16",
+    mesh: options.Mesh = None,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Hide a number in long texts and ask for it, under each rope; go on where the same command was cut off.
+
+    One model is loaded, and all ropes run in the same compiled programs, on the same prompts. Writes
+    passkey.csv (rates), passkey.json (every answer), passkey.png (a heat map) and report.md.
+    """
+
+    ropes = [parse_rope(each) for each in rope or ["none"]]
+    tokens = options.numbers("lengths", lengths, least=2)
+    shares = [_share(each) for each in depths.split(",")]
+    where = prepare(mesh, False)
+    common.keep_compiled_programs(cache_dir)
+    done = measure_passkeys(
+        common.model_path(model, cache_dir),
+        output,
+        ropes,
+        lengths=tokens,
+        depths=shares,
+        trials=trials,
+        max_new_tokens=max_new_tokens,
+        raw=raw,
+        text=text,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        mesh=where,
+        overwrite=overwrite,
+    )
+    write_passkey_report(output, done)
+
+    Console().print(table(done))
+    tell(f"{len(done.trials):,} prompts, {done.fresh:,} of them in {done.seconds:,.1f} s")
+    found = sum(trial.found for trial in done.trials)
+    print(f"{output}: {found:,} of {len(done.trials):,} keys found")
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"--depths: {text.strip()!r} must be a number from 0 to 1")
+    return share

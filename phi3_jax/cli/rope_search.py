@@ -1,0 +1,112 @@
+"""The command `phi3-jax rope search`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer import Option
+
+from phi3_jax.cli import common, options
+from phi3_jax.cli.messages import tell
+from phi3_jax.cli.processes import prepare
+from phi3_jax.errors import UserError
+from phi3_jax.evaluation.rope_search import Evolution
+from phi3_jax.evaluation.rope_search_results import MODEL, table
+from phi3_jax.evaluation.rope_search_run import search_ropes
+
+app = typer.Typer()
+
+
+@app.command()
+def search(
+    text: Annotated[
+        Path, Option(help="What perplexity is measured on: not the text of later tests.", dir_okay=False)
+    ],
+    length: Annotated[int, Option(min=2, help="Tokens that the context is to be stretched to.")],
+    output: Annotated[
+        Path, Option(help="A directory for factors, history, figure and model.", file_okay=False)
+    ],
+    model: options.Model = None,
+    windows: Annotated[
+        int, Option(min=1, help="Parts of the text that are measured, each as long as --length.")
+    ] = 1,
+    skip_tokens: Annotated[int, Option(min=0, help="At the text's beginning, kept for tests.")] = 0,
+    population: Annotated[int, Option(min=3, help="Individuals of the first iteration.")] = 16,
+    iterations: Annotated[
+        int, Option(min=0, help="After it, of population - parents individuals each.")
+    ] = 10,
+    parents: Annotated[int, Option(min=2, help="The best of all so far, which have children.")] = 4,
+    mutation_probability: Annotated[float, Option(help="Of each dim and each other gene of a mutant.")] = 0.3,
+    seed: Annotated[int, Option(min=0, help="Of the random draws.")] = 0,
+    bound: Annotated[float, Option(help="The largest factor, in units of the stretch.")] = 1.25,
+    attention_factor: Annotated[
+        str,
+        Option(
+            help="Choices for the factor on cosine and sine: numbers, longrope or yarn, for their formulas."
+        ),
+    ] = "1,longrope,yarn",
+    initial_tokens: Annotated[
+        str, Option(help="Choices for the number of tokens that stay unscaled, as in 0,4,64; 0 must be one.")
+    ] = "0",
+    batch_size: Annotated[
+        int | None, Option(min=1, help="Individuals at a time; default: by memory.")
+    ] = None,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Begin anew, where the output is of something else.")
+    ] = False,
+    dtype: options.Dtype = "bfloat16",
+    mesh: options.Mesh = None,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Search rope factors for a longer context (LongRoPE); go on where the same command was cut off.
+
+    It starts from position interpolation, NTK-aware scaling and YaRN, each with its own attention factor.
+    Writes factors.json (for --rope longrope:@factors.json), history.csv, search.png, and model/: the
+    checkpoint with an ordinary longrope config.
+    """
+
+    evolution = Evolution(population, iterations, parents, mutation_probability, seed)
+    attention_factors = [_attention_factor(each) for each in attention_factor.split(",")]
+    unscaled = options.numbers("initial-tokens", initial_tokens, least=0)
+    where = prepare(mesh, False)
+    common.keep_compiled_programs(cache_dir)
+    done = search_ropes(
+        common.model_path(model, cache_dir),
+        text,
+        output,
+        length=length,
+        windows=windows,
+        skip_tokens=skip_tokens,
+        evolution=evolution,
+        attention_factors=attention_factors,
+        initial_tokens=unscaled,
+        bound=bound,
+        batch_size=batch_size,
+        dtype=dtype,
+        mesh=where,
+        overwrite=overwrite,
+    )
+
+    Console().print(table(done.search))
+    tell(f"{len(done.search.scored):,} measured, {done.fresh:,} of them in {done.seconds:,.1f} s")
+    best = done.search.best()
+    if best.individual.initial_tokens:
+        tell(
+            f"{output / MODEL} has the best factors without unscaled tokens: no config can express the "
+            f"{best.individual.initial_tokens} of the best"
+        )
+    print(f"{output}: perplexity {best.perplexity:.4f} at {length:,} tokens")
+
+
+def _attention_factor(text: str) -> str | float:
+    text = text.strip()
+    if text in ("longrope", "yarn"):
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UserError(f"--attention-factor: {text!r} must be a positive number, longrope or yarn")
+    return number

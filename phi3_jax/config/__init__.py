@@ -1,0 +1,7 @@
+"""Configurations: of a model, of its rope, of generation, and those of published models."""
+
+from phi3_jax.config.generation_config import GenerationConfig
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.config.rope_scaling import RopeScaling, rope_type
+
+__all__ = ["GenerationConfig", "Phi3Config", "RopeScaling", "rope_type"]

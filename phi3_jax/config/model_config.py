@@ -1,0 +1,421 @@
+"""`Phi3Config`: what `config.json` says, in any of its spellings, checked and hashable."""
+
+import copy
+import dataclasses
+import difflib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+from phi3_jax.config.rope_scaling import RopeBase, RopeScaling, is_number
+from phi3_jax.errors import UserError
+from phi3_jax.runs.files import replacing
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.json"
+SUPPORTED_MODEL_TYPES = ("phi3",)
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# Default of a field that follows from others where it is not given. No field that has it is None afterwards.
+_DERIVED: Any = None
+
+# What may stand beside the rope entry or inside it, and counts where neither says anything.
+_ROPE_DEFAULTS = {
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_rate(value: Any) -> bool:
+    return is_number(value) and 0 <= value < 1
+
+
+# What a field must be, in words and as a test.
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "num_labels"),
+            *("max_position_embeddings", "original_max_position_embeddings"),
+        ),
+        ("a positive integer", _is_size),
+    ),
+    **dict.fromkeys(
+        ("resid_pdrop", "embd_pdrop", "attention_dropout"),
+        ("a rate from 0 (no dropout) to below 1", _is_rate),
+    ),
+    **dict.fromkeys(
+        ("classifier_dropout", "hidden_dropout"),
+        ("a rate from 0 (no dropout) to below 1, or None", lambda v: v is None or _is_rate(v)),
+    ),
+    "initializer_range": ("a number, 0 or more", lambda v: is_number(v) and v >= 0),
+    "rms_norm_eps": ("a positive number, such as 1e-05", lambda v: is_number(v) and v > 0),
+    "rope_theta": ("a number above 1, such as 10000.0", lambda v: is_number(v) and v > 1),
+    "partial_rotary_factor": ("above 0 and at most 1 (all dims)", lambda v: is_number(v) and 0 < v <= 1),
+    "sliding_window": ("a positive integer, or None for no window", lambda v: v is None or _is_size(v)),
+    "problem_type": (f"one of {', '.join(PROBLEM_TYPES)}, or None", lambda v: v in (None, *PROBLEM_TYPES)),
+}
+
+
+@dataclass(frozen=True)
+class Phi3Config:
+    """A Phi-3 model's sizes and settings, under transformers' names. Hashable; to change it, use `replace`.
+
+    `rope_scaling` may be given as a mapping. `rope_parameters` is transformers 5's spelling of it, with
+    `rope_theta` and `partial_rotary_factor` inside. `extra` holds what else a `config.json` had.
+    """
+
+    model_type: ClassVar[str] = "phi3"
+
+    vocab_size: int = 32064
+    hidden_size: int = 3072
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = _DERIVED
+    head_dim: int = _DERIVED
+    resid_pdrop: float = 0.0
+    embd_pdrop: float = 0.0
+    attention_dropout: float = 0.0
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    original_max_position_embeddings: int = _DERIVED
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_theta: float = _DERIVED
+    partial_rotary_factor: float = _DERIVED
+    rope_scaling: RopeScaling = _DERIVED
+    rope_parameters: dict[str, Any] = field(default=_DERIVED, repr=False, compare=False)
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 32000
+    pad_token_id: int | None = 32000
+    sliding_window: int | None = None
+    num_labels: int = _DERIVED
+    id2label: dict[int, str] = field(default=_DERIVED, hash=False)
+    problem_type: str | None = None
+    classifier_dropout: float | None = None
+    hidden_dropout: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        self._derive_heads()
+        self._derive_labels()
+        self._gather_rope()
+        if isinstance(self.eos_token_id, list):
+            self._set(eos_token_id=tuple(self.eos_token_id))
+        self._check(*_RULES)
+        self._check_together()
+        self._check_tokens()
+        self._settle_rope()
+        if fields := sorted(self.extra.keys() & _field_names()):
+            raise UserError(f"extra holds {fields[0]!r}, which is a field; pass {fields[0]}=... instead")
+        self._set(extra=copy.deepcopy(dict(self.extra)))
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check(self, *names: str) -> None:
+        for name in names:
+            expected, holds = _RULES[name]
+            if not holds(value := getattr(self, name)):
+                raise UserError(f"{name}={value!r} must be {expected}")
+
+    def _derive_heads(self) -> None:
+        self._check("hidden_size", "num_attention_heads")
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self._set(num_key_value_heads=heads)
+        if self.head_dim is None:
+            if hidden % heads:
+                raise UserError(
+                    f"hidden_size={hidden} does not divide over num_attention_heads={heads}; "
+                    f"use a multiple of {heads}, or give head_dim"
+                )
+            self._set(head_dim=hidden // heads)
+
+    def _derive_labels(self) -> None:
+        if self.id2label is None:
+            self._set(num_labels=2 if self.num_labels is None else self.num_labels)
+            self._check("num_labels")
+            self._set(id2label=_default_labels(self.num_labels))
+        labels = {int(key): name for key, name in self.id2label.items()}  # JSON makes strings of them
+        if not labels or sorted(labels) != list(range(len(labels))):
+            raise UserError(f"id2label has the keys {sorted(labels)}; use 0, 1, 2, ... without gaps")
+        if self.num_labels not in (None, len(labels)):
+            raise UserError(
+                f"num_labels={self.num_labels!r} contradicts id2label, which names {len(labels)} labels; "
+                "give one of them"
+            )
+        self._set(num_labels=len(labels), id2label=dict(sorted(labels.items())))
+
+    def _gather_rope(self) -> None:
+        """Bring together `rope_scaling`, `rope_parameters` and the fields beside them."""
+        entries = {name: getattr(self, name) for name in ("rope_scaling", "rope_parameters")}
+        entries = {name: entry for name, entry in entries.items() if entry is not None}
+        scalings = [(name, _rope_scaling(name, entry)) for name, entry in entries.items()]
+        self._set(rope_scaling=_agreed(scalings, RopeScaling()))
+        for key, default in _ROPE_DEFAULTS.items():
+            inside = [(f"{name}[{key!r}]", _rope_mapping(entry).get(key)) for name, entry in entries.items()]
+            self._set(**{key: _agreed([(key, getattr(self, key)), *inside], default)})
+
+    def _check_together(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            fitting = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
+            raise UserError(
+                f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; use {fitting}"
+            )
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise UserError(
+                f"head_dim={self.head_dim} times partial_rotary_factor={self.partial_rotary_factor} makes "
+                f"{self.rotary_dim} rotary dims, which must be even and at least 2; change either"
+            )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise UserError(
+                "problem_type='single_label_classification' needs more than num_labels=1; use 'regression' "
+                "for one output, or num_labels=2 for yes and no"
+            )
+
+    def _check_tokens(self) -> None:
+        tokens = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
+        tokens += [("eos_token_id", token) for token in self.eos_token_ids]
+        for name, token in tokens:
+            if token is not None and (type(token) is not int or not 0 <= token < self.vocab_size):
+                raise UserError(
+                    f"{name}={token!r} is outside the vocabulary; with vocab_size={self.vocab_size} use "
+                    f"0 to {self.vocab_size - 1}, or None for no such token"
+                )
+
+    def _settle_rope(self) -> None:
+        """Check the rope entry against the sizes, and spell it as transformers 5 does too."""
+        self._set(rope_theta=float(self.rope_theta), partial_rotary_factor=float(self.partial_rotary_factor))
+        self.rope_scaling.validate(self.rope_base)
+        entry = self.rope_scaling.to_dict(self.rope_base) or {"rope_type": "default"}
+        entry["rope_type"] = entry.pop("type", None) or entry["rope_type"]
+        entry |= {"rope_theta": self.rope_theta, "partial_rotary_factor": self.partial_rotary_factor}
+        if entry["rope_type"] != "default":
+            entry["original_max_position_embeddings"] = self.original_max_position_embeddings
+        self._set(rope_parameters=entry)
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dims of each head rotate."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def rope_base(self) -> RopeBase:
+        """What `rope_scaling.frequencies` starts from."""
+        return RopeBase(
+            dim=self.rotary_dim,
+            theta=self.rope_theta,
+            max_position_embeddings=self.max_position_embeddings,
+            original_max_position_embeddings=self.original_max_position_embeddings,
+        )
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a text may have: `max_position_embeddings`.
+
+        Dynamic NTK needs that to be the length of training, and reaches `factor` times as far.
+        """
+        if self.rope_scaling.rope_type != "dynamic":
+            return self.max_position_embeddings
+        return round(dict(self.rope_scaling.parameters)["factor"] * self.max_position_embeddings)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every end token. `generation_config.json` may list more."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """`id2label` the other way round."""
+        return {name: index for index, name in self.id2label.items()}
+
+    @property
+    def checkpoint_dtype(self) -> str | None:
+        """The dtype that the checkpoint says it is stored in, such as "bfloat16"."""
+        dtype = self.extra.get("dtype") or self.extra.get("torch_dtype")
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    @property
+    def divided_sizes(self) -> dict[str, int]:
+        """Sizes of the logical axes of parameters that a mesh may divide (`parallel.sharding.RULES`)."""
+        return {
+            "vocab": self.vocab_size,
+            "embed": self.hidden_size,
+            "kv_heads": self.num_key_value_heads,
+            "mlp": self.intermediate_size,
+        }
+
+    def replace(self, **changes: Any) -> "Phi3Config":
+        """A copy with these fields changed, checked anew.
+
+        What equals its derived value is derived again: `head_dim`, `num_key_value_heads`, label names. A new
+        rope entry leaves `rope_theta` and its like as they are, unless it has its own.
+        """
+        values = {name: getattr(self, name) for name in _field_names()} | {"rope_parameters": None}
+        if self.head_dim * self.num_attention_heads == self.hidden_size:
+            values["head_dim"] = None
+        if self.num_key_value_heads == self.num_attention_heads:
+            values["num_key_value_heads"] = None
+        if self.id2label == _default_labels(self.num_labels):
+            values["id2label"] = None
+        if "id2label" in changes:
+            values["num_labels"] = None
+        for name in {"rope_scaling", "rope_parameters"} & changes.keys():
+            inside = _rope_mapping(changes[name]).keys() & _ROPE_DEFAULTS.keys()
+            values |= dict.fromkeys(["rope_scaling", *inside])
+        return type(self)(**(values | changes))
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> "Phi3Config":
+        """Read the contents of a `config.json`, of any transformers version."""
+        extra = dict(mapping)
+        model_type = extra.pop("model_type", cls.model_type)
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            supported = ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
+            raise UserError(f"model_type={model_type!r} is not supported; supported: {supported}")
+        label2id = extra.pop("label2id", None)
+        fields = {name: extra.pop(name) for name in _field_names() - {"extra"} if name in extra}
+        if label2id and not fields.get("id2label"):
+            fields["id2label"] = {index: name for name, index in label2id.items()}
+        config = cls(**fields, extra=extra)
+        if label2id and label2id != config.label2id:
+            logger.warning("label2id=%r is not id2label=%r the other way round", label2id, config.id2label)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What transformers 4 and 5 read back as the same model; `from_dict` reverses it."""
+        values = {
+            name: getattr(self, name) for name in _field_names() - {"extra", "rope_parameters", "num_labels"}
+        }
+        values["rope_scaling"] = self.rope_scaling.to_dict(self.rope_base)
+        if self.rope_scaling.rope_type in (
+            "yarn",
+            "llama3",
+        ):  # transformers 4 takes no other keys for longrope
+            values["rope_scaling"]["original_max_position_embeddings"] = self.original_max_position_embeddings
+        if isinstance(self.eos_token_id, tuple):
+            values["eos_token_id"] = list(self.eos_token_id)
+        if self.id2label == _default_labels(2):
+            del values["id2label"]
+        else:
+            values["id2label"] = {str(index): name for index, name in self.id2label.items()}
+            values["label2id"] = self.label2id
+        if self.head_dim * self.num_attention_heads == self.hidden_size:
+            del values["head_dim"]
+        for name in ("problem_type", "classifier_dropout", "hidden_dropout"):
+            if values[name] is None:
+                del values[name]
+        return {**copy.deepcopy(self.extra), "model_type": self.model_type, **dict(sorted(values.items()))}
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> "Phi3Config":
+        """Read one file. Every ValueError names it."""
+        try:
+            mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(mapping, dict):
+                raise UserError(f"holds a {type(mapping).__name__}; a config is a JSON object")
+            return cls.from_dict(mapping)
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno} column {error.colno}"
+            raise UserError(f"{path} is not valid JSON: {error.msg} at {where}") from error
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> "Phi3Config":
+        """Read `config.json` from a local folder, or that file itself."""
+        file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            missing = (
+                file if Path(path).is_dir() else f"{file} (neither a folder with {CONFIG_NAME} nor a file)"
+            )
+            raise FileNotFoundError(
+                f"no config at {missing}; give a local checkpoint, or use Phi3Config.preset(name) for one of "
+                f"{', '.join(cls.presets())}"
+            )
+        return cls.from_json_file(file)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `config.json` into the folder, made if need be. Readers meanwhile see the old or the new."""
+        target = Path(directory) / CONFIG_NAME
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as work:
+            work.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return target
+
+    @classmethod
+    def preset(cls, name: str) -> "Phi3Config":
+        """The configuration of a published model, such as "phi-3.5-mini-instruct"; `presets` lists them."""
+        known = cls.presets()
+        if name not in known:
+            close = difflib.get_close_matches(name.lower().rpartition("/")[2], known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(f"no preset is called {name!r}; {hint}Known: {', '.join(known)}")
+        text = (resources.files(__package__) / "presets" / f"{name}.json").read_text(encoding="utf-8")
+        return cls.from_dict(json.loads(text))
+
+    @staticmethod
+    def presets() -> list[str]:
+        """The names that `preset` takes."""
+        folder = resources.files(__package__) / "presets"
+        return sorted(
+            file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")
+        )
+
+
+def _field_names() -> set[str]:
+    return {f.name for f in dataclasses.fields(Phi3Config)}
+
+
+def _default_labels(count: int) -> dict[int, str]:
+    return {index: f"LABEL_{index}" for index in range(count)}
+
+
+def _rope_mapping(entry: Any) -> Mapping[str, Any]:
+    """A rope entry's keys with their values, however it was given."""
+    return dict(entry.parameters) if isinstance(entry, RopeScaling) else entry or {}
+
+
+def _rope_scaling(name: str, entry: Any) -> RopeScaling:
+    """A rope entry without the keys that are fields of the config."""
+    if isinstance(entry, RopeScaling):
+        own = tuple((key, value) for key, value in entry.parameters if key not in _ROPE_DEFAULTS)
+        return RopeScaling(entry.rope_type, own)
+    if not isinstance(entry, Mapping):
+        raise UserError(
+            f"{name}={entry!r} must be a mapping, such as {{'rope_type': 'linear', 'factor': 2.0}}"
+        )
+    return RopeScaling.from_dict({key: value for key, value in entry.items() if key not in _ROPE_DEFAULTS})
+
+
+def _agreed(spellings: Iterable[tuple[str, Any]], default: Any) -> Any:
+    """The value that all who give one agree on."""
+    given = [(name, value) for name, value in spellings if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise UserError(f"{given[0][0]}={given[0][1]!r} contradicts {name}={value!r}; give one of them")
+    return given[0][1] if given else default

@@ -1,0 +1,432 @@
+"""Rope types: from a `config.json`'s rope entry to inverse frequencies and attention factor.
+
+A rope type is one function under `@rope_type(name)`. Its keyword-only parameters *are* the keys of the
+config's rope entry: one without a default is required, and its annotation says what it may hold. Reading,
+validation and writing follow from that signature. Formulas match `transformers/modeling_rope_utils.py`, in
+float32.
+"""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from phi3_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# P = pairs of rotary dims. Constants are NumPy arrays; only what depends on a row's length is a JAX array.
+Frequencies: TypeAlias = tuple[
+    Float[np.ndarray, "P"] | Float[Array, "B P"],
+    float | Float[Array, "B"],
+]
+
+
+@dataclass(frozen=True)
+class RopeBase:
+    """What every formula starts from. `dim` dims of a head rotate: int(head_dim * partial_rotary_factor)."""
+
+    dim: int
+    theta: float
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+
+    @property
+    def extension(self) -> float:
+        """How many times the window grew since pretraining."""
+        return self.max_position_embeddings / self.original_max_position_embeddings
+
+    def tokens_per_radian(self) -> Float[np.ndarray, "P"]:
+        """theta^(2i/dim)."""
+        exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
+        return np.float32(self.theta) ** exponents
+
+    def inv_freq(self) -> Float[np.ndarray, "P"]:
+        """theta^(-2i/dim), radians per token."""
+        return np.float32(1) / self.tokens_per_radian()
+
+
+# What a key may hold: a rule answers with what is wrong, worded to follow the key's name, or with None.
+Rule: TypeAlias = Callable[[Any, RopeBase], str | None]
+
+
+def _must_be(expected: str, holds: Callable[[Any], bool]) -> Rule:
+    return lambda value, base: None if holds(value) else f"={value!r} must be {expected}"
+
+
+def is_number(value: Any) -> bool:
+    """A finite int or float; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_positive = _must_be("a positive number", lambda v: is_number(v) and v > 0)
+
+
+def _per_pair(value: Any, base: RopeBase) -> str | None:
+    needed = base.dim // 2
+    if not isinstance(value, tuple):
+        return f"={value!r} must be a list of {needed} positive numbers"
+    if len(value) != needed:
+        return (
+            f" has {len(value)} entries; give {needed}, one for each pair of the {base.dim} dims that rotate "
+            f"(head_dim * partial_rotary_factor)"
+        )
+    wrong = [i for i, factor in enumerate(value) if _positive(factor, base)]
+    return f"[{wrong[0]}]={value[wrong[0]]!r} must be a positive number" if wrong else None
+
+
+Positive: TypeAlias = Annotated[float, _positive]
+NotNegative: TypeAlias = Annotated[float, _must_be("a number, 0 or more", lambda v: is_number(v) and v >= 0)]
+Scale: TypeAlias = Annotated[float, _must_be("a number, 1 or more", lambda v: is_number(v) and v >= 1)]
+Length: TypeAlias = Annotated[int, _must_be("a positive integer", lambda v: type(v) is int and v > 0)]
+Flag: TypeAlias = Annotated[bool, _must_be("true or false", lambda v: isinstance(v, bool))]
+PerPair: TypeAlias = Annotated[Sequence[float], _per_pair]
+
+Check: TypeAlias = Callable[[RopeBase, Mapping[str, Any]], str | None]
+
+ROPE_TYPES: dict[str, Callable[..., Frequencies]] = {}
+
+
+class _Traits(NamedTuple):
+    """What is true of a rope type besides its formula."""
+
+    check: Check | None = None
+    context: Callable[[RopeBase, Mapping[str, Any]], int] | None = None
+    recompute: bool = True
+    two_lists: bool = False
+
+
+_TRAITS: dict[str, _Traits] = {}
+
+
+def rope_type(
+    name: str,
+    check: Check | None = None,
+    *,
+    context: Callable[[RopeBase, Mapping[str, Any]], int] | None = None,
+    recompute: bool = True,
+    two_lists: bool = False,
+) -> Callable[[Callable], Callable]:
+    """Registers a formula under a rope type's name.
+
+    Args:
+        name: the `rope_type` of a `config.json`.
+        check: `check(base, parameters)` says what is wrong with the parameters taken together, or None.
+        context: `context(base, parameters)` is the longest row in tokens; default: max_position_embeddings.
+        recompute: whether a row is computed again from its first token when its frequencies change with its
+            length. False keeps the keys in the cache as they are, as transformers does for dynamic NTK.
+        two_lists: whether the frequencies are one list up to `original_max_position_embeddings` tokens and
+            another one after it.
+    """
+
+    def register(formula: Callable) -> Callable:
+        ROPE_TYPES[name] = formula
+        _TRAITS[name] = _Traits(check, context, recompute, two_lists)
+        return formula
+
+    return register
+
+
+@rope_type("default")
+def default(base: RopeBase, seq_len: Int[Array, "B"]) -> Frequencies:
+    """Plain rope."""
+    return base.inv_freq(), 1.0
+
+
+@rope_type("linear")
+def linear(base: RopeBase, seq_len: Int[Array, "B"], *, factor: Scale) -> Frequencies:
+    """Position interpolation: every position divided by `factor`."""
+    return base.inv_freq() / np.float32(factor), 1.0
+
+
+def _dynamic_needs_four_dims(base: RopeBase, parameters: Mapping[str, Any]) -> str | None:
+    return None if base.dim > 2 else f"'dynamic' needs 4 or more rotary dims, not {base.dim}; raise head_dim"
+
+
+def _grown_context(base: RopeBase, parameters: Mapping[str, Any]) -> int:
+    return round(parameters["factor"] * base.max_position_embeddings)
+
+
+@rope_type("dynamic", _dynamic_needs_four_dims, context=_grown_context, recompute=False)
+def dynamic(base: RopeBase, seq_len: Int[Array, "B"], *, factor: Scale) -> Frequencies:
+    """Dynamic NTK: theta grows with each row's length beyond `max_position_embeddings`.
+
+    theta' = theta * g^(d/(d-2)) enters as theta'^(-2i/d). The part of g is split off, so that the device
+    raises only a small number to a power.
+    """
+    beyond = jnp.maximum(seq_len - base.max_position_embeddings, 0).astype(jnp.float32)
+    growth = 1 + factor * beyond / base.max_position_embeddings  # [B]
+    exponents = np.arange(0, base.dim, 2, dtype=np.float32) / np.float32(base.dim - 2)
+    return base.inv_freq() * growth[:, None] ** -exponents, 1.0  # [B, P]
+
+
+def _frequency_bands_in_order(base: RopeBase, parameters: Mapping[str, Any]) -> str | None:
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    return None if low < high else f"low_freq_factor={low!r} must be below high_freq_factor={high!r}"
+
+
+@rope_type("llama3", check=_frequency_bands_in_order)
+def llama3(
+    base: RopeBase,
+    seq_len: Int[Array, "B"],
+    *,
+    factor: Scale,
+    low_freq_factor: Positive,
+    high_freq_factor: Positive,
+    original_max_position_embeddings: Length | None = None,
+) -> Frequencies:
+    """Llama 3.1: long wavelengths interpolated, short ones kept, a blend in between."""
+    original = original_max_position_embeddings or base.original_max_position_embeddings
+    inv_freq = base.inv_freq()
+    turns = np.float32(original) * inv_freq / np.float32(2 * math.pi)  # within the original window
+    kept = (turns - np.float32(low_freq_factor)) / np.float32(high_freq_factor - low_freq_factor)
+    kept = np.clip(kept, 0, 1)
+    return (1 - kept) * inv_freq / np.float32(factor) + kept * inv_freq, 1.0
+
+
+def _yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def _betas_in_order(base: RopeBase, parameters: Mapping[str, Any]) -> str | None:
+    fast, slow = parameters["beta_fast"], parameters["beta_slow"]
+    return None if fast >= slow else f"beta_fast={fast!r} must not be below beta_slow={slow!r}"
+
+
+@rope_type("yarn", check=_betas_in_order)
+def yarn(
+    base: RopeBase,
+    seq_len: Int[Array, "B"],
+    *,
+    factor: Scale | None = None,
+    beta_fast: Positive = 32,
+    beta_slow: Positive = 1,
+    mscale: NotNegative | None = None,
+    mscale_all_dim: NotNegative | None = None,
+    attention_factor: Positive | None = None,
+    truncate: Flag = True,
+    original_max_position_embeddings: Length | None = None,
+) -> Frequencies:
+    """YaRN (arXiv:2309.00071): interpolation of the slow dims only, and a softmax temperature.
+
+    Without `factor`, the growth of the window since pretraining.
+    """
+    original = original_max_position_embeddings or base.original_max_position_embeddings
+    if factor is None:
+        factor = base.max_position_embeddings / original
+    if attention_factor is None and mscale and mscale_all_dim:
+        attention_factor = _yarn_scale(factor, mscale) / _yarn_scale(factor, mscale_all_dim)
+    elif attention_factor is None:
+        attention_factor = _yarn_scale(factor)
+
+    def pair_that_turns(times: float) -> float:
+        return base.dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base.theta))
+
+    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, base.dim - 1)
+    if low == high:
+        high += 0.001
+    pairs = np.arange(base.dim // 2, dtype=np.float32)
+    slow = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+    inv_freq = base.inv_freq()
+    return inv_freq / np.float32(factor) * slow + inv_freq * (1 - slow), float(attention_factor)
+
+
+def _short_or_long(
+    base: RopeBase,
+    seq_len: Int[Array, "B"],
+    factors: tuple[Sequence[float], Sequence[float]],
+    attention_factors: tuple[float, float],
+) -> Frequencies:
+    """Each row's list by its own length: up to the original window the first, beyond it the second."""
+    is_long = seq_len > base.original_max_position_embeddings  # [B]
+    short, long = (1 / (np.asarray(list_, np.float32) * base.tokens_per_radian()) for list_ in factors)
+    inv_freq = jnp.where(is_long[:, None], long, short)  # [B, P]
+    short_attention, long_attention = attention_factors
+    if short_attention == long_attention:
+        return inv_freq, float(short_attention)
+    return inv_freq, jnp.where(is_long, jnp.float32(long_attention), jnp.float32(short_attention))
+
+
+@rope_type("longrope", two_lists=True)
+def longrope(
+    base: RopeBase,
+    seq_len: Int[Array, "B"],
+    *,
+    short_factor: PerPair,
+    long_factor: PerPair,
+    factor: Scale | None = None,
+    short_mscale: Positive | None = None,
+    long_mscale: Positive | None = None,
+    attention_factor: Positive | None = None,
+) -> Frequencies:
+    """LongRoPE (arXiv:2402.13753). Attention factor: the explicit one, the list's mscale, or by growth."""
+    growth = base.extension if factor is None else factor
+    by_growth = 1.0
+    if growth > 1:
+        by_growth = math.sqrt(1 + math.log(growth) / math.log(base.original_max_position_embeddings))
+    short_attention = attention_factor or short_mscale or by_growth
+    long_attention = attention_factor or long_mscale or by_growth
+    return _short_or_long(base, seq_len, (short_factor, long_factor), (short_attention, long_attention))
+
+
+@rope_type("phi3-yarn", two_lists=True)
+def phi3_yarn(
+    base: RopeBase,
+    seq_len: Int[Array, "B"],
+    *,
+    short_factor: PerPair,
+    long_factor: PerPair,
+    attention_factor: Positive | None = None,
+) -> Frequencies:
+    """What early Phi-3 called "yarn": longrope's lists with YaRN's attention factor."""
+    attention_factor = attention_factor or _yarn_scale(base.extension)
+    return _short_or_long(base, seq_len, (short_factor, long_factor), (attention_factor, attention_factor))
+
+
+@cache
+def _keys(name: str) -> Mapping[str, inspect.Parameter]:
+    parameters = inspect.signature(ROPE_TYPES[name]).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _rule(annotation: Any) -> Rule | None:
+    """The rule inside `Annotated[...]` or `Annotated[...] | None`."""
+    for candidate in (annotation, *get_args(annotation)):
+        for rule in getattr(candidate, "__metadata__", ()):
+            return rule
+    return None
+
+
+def _canonical(name: str | None, parameters: Mapping[str, Any]) -> str:
+    if name == "yarn" and {"short_factor", "long_factor"} & parameters.keys():
+        return "phi3-yarn"
+    return "longrope" if name == "su" else name or "default"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """A rope type with its parameters; hashable. Lists are tuples, and `parameters` is sorted by key."""
+
+    rope_type: str = "default"
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            known = ", ".join(sorted(ROPE_TYPES))
+            raise UserError(f"rope type {self.rope_type!r} is unknown; use one of {known}, or su (longrope)")
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any] | None, *, strict: bool = False) -> "RopeScaling":
+        """Read a rope entry in any spelling.
+
+        Keys that the type does not know are kept, and reported; `strict`: they are an error.
+        """
+        parameters = {key: value for key, value in (mapping or {}).items() if value is not None}
+        old_name, new_name = parameters.pop("type", None), parameters.pop("rope_type", None)
+        name = _canonical(new_name or old_name, parameters)
+        if old_name and _canonical(old_name, parameters) != name:
+            logger.warning("rope_scaling: rope_type=%r is used, not type=%r", new_name, old_name)
+        if nested := sorted(key for key, value in parameters.items() if isinstance(value, Mapping)):
+            raise UserError(f"rope_scaling[{nested[0]!r}] is a mapping; Phi-3 has one rope for all layers")
+        frozen = ((k, tuple(v) if isinstance(v, list) else v) for k, v in parameters.items())
+        scaling = cls(name, tuple(sorted(frozen)))
+        if unknown := sorted(parameters.keys() - _keys(name).keys()):
+            if strict:
+                known = f"it takes {', '.join(_keys(name))}" if _keys(name) else "it takes nothing"
+                raise UserError(f"rope type {name!r} has no use for {', '.join(unknown)}; {known}")
+            logger.warning("rope_scaling: rope type %r has no use for %s", name, ", ".join(unknown))
+        return scaling
+
+    def to_dict(self, base: RopeBase) -> dict[str, Any] | None:
+        """The rope entry as transformers reads it for Phi-3; None for plain rope.
+
+        Early Phi-3's "yarn" becomes longrope with its attention factor spelled out: under its own name
+        transformers would give it longrope's.
+        """
+        parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in self.parameters}
+        if self.rope_type == "phi3-yarn":
+            parameters.setdefault("attention_factor", _yarn_scale(base.extension))
+        if self.rope_type in ("longrope", "phi3-yarn"):
+            return {"type": "longrope", **parameters}  # transformers 4 knows no `rope_type` here
+        if self.rope_type == "default" and not parameters:
+            return None
+        return {"rope_type": self.rope_type, **parameters}
+
+    def frequencies(self, base: RopeBase, seq_len: Int[Array, "B"]) -> Frequencies:
+        """Inverse frequencies, float32 [P] or, by length, [B, P]; and what cos and sin are multiplied by.
+
+        `seq_len` is each row's length in tokens: its last position + 1. It may be traced.
+        """
+        known = _keys(self.rope_type)
+        parameters = {key: value for key, value in self.parameters if key in known}
+        return ROPE_TYPES[self.rope_type](base, seq_len, **parameters)
+
+    @property
+    def _traits(self) -> _Traits:
+        return _TRAITS.get(self.rope_type, _Traits())
+
+    def context(self, base: RopeBase) -> int:
+        """Returns the longest row in tokens."""
+        context = self._traits.context
+        return base.max_position_embeddings if context is None else context(base, dict(self.parameters))
+
+    def depends_on_length(self, base: RopeBase) -> bool:
+        """Whether rows of different lengths may have different frequencies or attention factors."""
+        with jax.ensure_compile_time_eval():
+            found = self.frequencies(base, jnp.ones(1, jnp.int32))
+        return any(isinstance(each, Array) for each in found)
+
+    def switches_at(self, base: RopeBase) -> int | None:
+        """Returns the most tokens with the first of two lists; None without two different lists."""
+        last = base.original_max_position_embeddings
+        if not self._traits.two_lists:
+            return None
+        with jax.ensure_compile_time_eval():
+            differ = self._differ(base, jnp.asarray([last]), jnp.asarray([last + 1]))
+            return last if bool(differ[0]) else None
+
+    def needs_recomputation(
+        self, base: RopeBase, before: Int[Array, "B"], after: Int[Array, "B"]
+    ) -> Bool[Array, "B"]:
+        """Returns which rows have keys in the cache, of `before` tokens, that do not fit `after` tokens.
+
+        Such a row must be computed again from its first token: from the second layer on, keys depend on
+        hidden states that were computed with the old frequencies, so rotating the keys again is not enough.
+        """
+        if not self._traits.recompute or not self.depends_on_length(base):
+            return jnp.zeros(before.shape, bool)
+        return (before > 0) & self._differ(base, before, after)
+
+    def _differ(self, base: RopeBase, before: Int[Array, "B"], after: Int[Array, "B"]) -> Bool[Array, "B"]:
+        """Returns which rows have different frequencies or attention factors at the two lengths."""
+        old, new = self.frequencies(base, before), self.frequencies(base, after)
+        frequencies = jnp.any(jnp.asarray(old[0] != new[0]), axis=-1)
+        return jnp.broadcast_to(frequencies | jnp.asarray(old[1] != new[1]), before.shape)
+
+    def validate(self, base: RopeBase) -> None:
+        """Raise ValueError for a missing key or a value that the formula cannot take."""
+        known, given = _keys(self.rope_type), dict(self.parameters)
+        if missing := [k for k, p in known.items() if p.default is p.empty and k not in given]:
+            raise UserError(
+                f"rope type {self.rope_type!r} needs {' and '.join(missing)} in rope_scaling, "
+                f"which has {', '.join(given) or 'no keys'}"
+            )
+        for key, parameter in known.items():
+            rule = _rule(parameter.annotation)
+            if key in given and rule is not None and (complaint := rule(given[key], base)):
+                raise UserError(f"rope_scaling[{key!r}]{complaint}")
+        complete = {key: given.get(key, parameter.default) for key, parameter in known.items()}
+        check = self._traits.check
+        if check is not None and (complaint := check(base, complete)):
+            raise UserError(f"rope_scaling: {complaint}")

@@ -1,0 +1,121 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) on the projections of a model."""
+
+import math
+from collections.abc import Collection, Iterator
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from phi3_jax.errors import UserError
+from phi3_jax.model import Phi3PreTrainedModel
+from phi3_jax.model.layers import Linear
+from phi3_jax.parallel.sharding import gather, place
+
+TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""The projections of a layer."""
+
+Model = TypeVar("Model", bound=Phi3PreTrainedModel)
+
+
+class LoRA(nnx.Module):
+    """What an adapter adds to a projection: `scaling * B(A(x))`, where B starts at zero.
+
+    `a` is [rank, *inputs], `b` [*outputs, rank], both float32, divided over the projection's mesh as it is.
+    """
+
+    def __init__(self, base: Linear, *, rank: int, alpha: float, rslora: bool, rngs: nnx.Rngs):
+        self.mesh, self.rank, self.alpha, self.rslora = base.mesh, rank, alpha, rslora
+        shape, axes, split = base.weight.shape, base.weight.axes, len(base.weight.axes) - base.input_axes
+        a_axes, b_axes = ("rank", *axes[split:]), (*axes[:split], "rank")
+        bound = math.prod(shape[split:]) ** -0.5
+        a = jax.random.uniform(rngs.params(), (rank, *shape[split:]), jnp.float32, -bound, bound)
+        b = jnp.zeros((*shape[:split], rank), jnp.float32)
+        self.a = nnx.LoRAParam(place(a, base.mesh, a_axes), axes=a_axes)
+        self.b = nnx.LoRAParam(place(b, base.mesh, b_axes), axes=b_axes)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank; rank-stabilised (Kalajdzievski 2023), alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """[..., *inputs] -> [..., *outputs] in float32."""
+        a = gather(self.a[...], self.mesh, self.a.axes).astype(x.dtype)
+        b = gather(self.b[...], self.mesh, self.b.axes).astype(x.dtype)
+        lead = x.ndim - a.ndim + 1
+        inputs = tuple(range(lead, x.ndim)), tuple(range(1, a.ndim))
+        low = jax.lax.dot_general(x, a, (inputs, ((), ())), preferred_element_type=jnp.float32)
+        low = low.astype(x.dtype)
+        rank = (lead,), (b.ndim - 1,)
+        return self.scaling * jax.lax.dot_general(
+            low, b, (rank, ((), ())), preferred_element_type=jnp.float32
+        )
+
+    def weight(self) -> Float[Array, "..."]:
+        """The same as one weight [*outputs, *inputs], float32."""
+        a, b = self.a[...], self.b[...]
+        return self.scaling * jax.lax.dot_general(b, a, (((b.ndim - 1,), (0,)), ((), ())))
+
+
+def add_lora(
+    model: Model,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    targets: Collection[str] = TARGETS,
+    rslora: bool = False,
+    rngs: nnx.Rngs | int = 0,
+) -> Model:
+    """A model with adapters of this rank on the named projections of every layer; B is zero at first.
+
+    Their parameters are `nnx.LoRAParam`s, so that `Trainer(wrt=nnx.LoRAParam)` trains them alone. `alpha`
+    defaults to twice the rank; what they add is scaled by alpha / rank, with `rslora` by alpha / sqrt(rank).
+    The given model stays as it is and shares its weights.
+
+    Raises:
+        ValueError: a rank below 1, an unknown target, stacked layers, adapters there already.
+    """
+    if rank < 1:
+        raise UserError(f"rank={rank} must be at least 1")
+    if unknown := sorted(set(targets) - set(TARGETS)):
+        raise UserError(f"there is no projection {', '.join(unknown)}; use {', '.join(TARGETS)}")
+    alpha = 2.0 * rank if alpha is None else alpha
+    rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+    model = jax.tree.map(lambda leaf: leaf, model)
+    for name, linear in projections(model):
+        if linear.adapter is not None:
+            raise UserError("the model has adapters already; merge them first (merge_lora)")
+        if name.rpartition(".")[2] in targets:
+            linear.adapter = LoRA(linear, rank=rank, alpha=alpha, rslora=rslora, rngs=rngs)
+    return model
+
+
+def merge_lora(model: Model) -> Model:
+    """A plain model that computes the same as this one with its adapters, but for rounding."""
+    model = jax.tree.map(lambda leaf: leaf, model)
+    for _, linear in projections(model):
+        if linear.adapter is not None:
+            weight = linear.weight[...]
+            linear.weight.set_value(
+                (weight.astype(jnp.float32) + linear.adapter.weight()).astype(weight.dtype)
+            )
+            linear.adapter = None
+    return model
+
+
+def projections(model: Phi3PreTrainedModel) -> Iterator[tuple[str, Linear]]:
+    """The projections of all layers under the names that they have in a checkpoint.
+
+    Raises:
+        ValueError: stacked layers.
+    """
+    if not isinstance(model.decoder.layers, nnx.List):
+        raise UserError("the model's layers are stacked; unstack them first (unstack_layers)")
+    prefix = "" if model.decoder is model else "model."
+    for index, layer in enumerate(model.decoder.layers):
+        for name in TARGETS:
+            block = "self_attn" if hasattr(layer.self_attn, name) else "mlp"
+            yield f"{prefix}layers.{index}.{block}.{name}", getattr(getattr(layer, block), name)

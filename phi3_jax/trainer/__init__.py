@@ -1,0 +1,6 @@
+"""Training steps: objectives, optimizers, batches over a mesh."""
+
+from phi3_jax.trainer.objectives import Objective
+from phi3_jax.trainer.step import REMAT_POLICIES, Metrics, Trainer, TrainState
+
+__all__ = ["REMAT_POLICIES", "Metrics", "Objective", "TrainState", "Trainer"]

@@ -1,0 +1,103 @@
+"""Optimizers and schedules by the names that users of transformers know, made of optax."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from phi3_jax.errors import UserError
+
+OPTIMIZERS = ("adamw", "adafactor", "lion")
+SCHEDULES = ("linear", "cosine", "constant")
+
+SMALLEST_FACTORED = 32
+"""Adafactor factors second moments over the two largest axes if both have this size: our projections keep
+heads as an axis, so that one of the two is head_dim where the checkpoint's matrix has all heads."""
+
+
+def make_schedule(name: str, peak: float, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
+    """The learning rate of each step: from 0 up to `peak`, then as `name` says, to 0 but for "constant".
+
+    As transformers' schedulers: the first of `warmup_steps` steps has the rate 0.
+
+    Raises:
+        ValueError: an unknown name, or a warm-up longer than the run.
+    """
+    if name not in SCHEDULES:
+        raise UserError(f"lr_scheduler_type={name!r} is not known; use {', '.join(SCHEDULES)}")
+    if not 0 <= warmup_steps < total_steps:
+        raise UserError(f"the warm-up has {warmup_steps} steps and the whole run {total_steps}")
+    rest = total_steps - warmup_steps
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "constant": optax.constant_schedule(peak),
+    }[name]
+    if warmup_steps == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
+
+
+def make_optimizer(
+    name: str,
+    schedule: optax.Schedule | float,
+    *,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Clips the gradients' norm, then updates; norms and biases do not decay.
+
+    `beta1`, `beta2` and `epsilon` are AdamW's, the first two Lion's too; Adafactor has its own.
+
+    Raises:
+        ValueError: an unknown name, or a number that cannot be.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f"optim={name!r} is not known; use {', '.join(OPTIMIZERS)}")
+    if weight_decay < 0 or (max_grad_norm is not None and max_grad_norm <= 0):
+        raise UserError(f"weight_decay={weight_decay}, max_grad_norm={max_grad_norm}: must not be negative")
+    make: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adamw": lambda: optax.adamw(
+            schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decays
+        ),
+        "lion": lambda: optax.lion(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=decays),
+        # Decay follows the learning rate here as in the others; optax's own argument does not.
+        "adafactor": lambda: optax.chain(
+            optax.adafactor(
+                multiply_by_parameter_scale=False, min_dim_size_to_factor=SMALLEST_FACTORED, momentum=None
+            ),
+            optax.scale(-1.0),
+            optax.add_decayed_weights(weight_decay, mask=decays),
+            optax.scale_by_learning_rate(schedule),
+        ),
+    }
+    clip = [] if max_grad_norm is None else [clip_by_global_norm(max_grad_norm)]
+    return optax.chain(*clip, make[name]())
+
+
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """Scales gradients so that their common norm is `most` at most.
+
+    As optax's, but with one factor for all numbers: theirs, a division and a choice for each, XLA does not
+    fuse with what follows, so that gradients pass through memory once more.
+    """
+
+    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+        return optax.tree.scale(jnp.minimum(1.0, most / optax.tree.norm(updates)), updates), state
+
+    return optax.GradientTransformation(lambda parameters: optax.EmptyState(), update)
+
+
+def decays(parameters: Any) -> Any:
+    """Which of the parameters weight decay is for: all but norms and biases."""
+
+    def of(path: tuple[Any, ...], _: Any) -> bool:
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        return not any(name.endswith("norm") or name == "bias" for name in names)
+
+    return jax.tree_util.tree_map_with_path(of, parameters)

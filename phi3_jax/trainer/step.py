@@ -1,0 +1,174 @@
+"""One training step: loss, gradients, update; parameters and optimizer state go in and come out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+
+from phi3_jax.errors import UserError
+from phi3_jax.model import Phi3PreTrainedModel
+from phi3_jax.model.abstract import placed
+from phi3_jax.model.layer_stack import stack_layers, unstack_layers
+from phi3_jax.model.layers import PROJECTION
+from phi3_jax.trainer.objectives import Batch, Objective
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    ),
+    "none": None,
+}
+"""What a layer keeps for the backward pass: its input; the results of its projections too; everything."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What changes from step to step, and the parameters that do not."""
+
+    trained: nnx.State
+    """Parameters that the optimizer changes, in the dtype that it works in."""
+    frozen: nnx.State
+    """All others, in the dtype that is computed with."""
+    optimizer: optax.OptState
+    step: Int[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """Of one step, before its update."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+
+
+class Trainer:
+    """Trains the parameters of a model that `wrt` selects.
+
+    Each layer is computed again in the backward pass unless `remat` keeps what it made.
+
+    Args:
+        model: any of the package's, whole or abstract (`abstract_model`); it is not changed.
+        optimizer: of optax.
+        objective: the loss; default: the head's own.
+        accumulate: micro-batches that a batch is divided into, one after another; the step is the same but
+            for rounding, and needs the memory of one of them.
+        wrt: `nnx.Param`: all parameters; `nnx.LoRAParam`: adapters only; or any filter of nnx.
+        master_dtype: of trained parameters between steps, and of the optimizer's state.
+        compute_dtype: of parameters and activations within a step; default: the model's.
+        remat: of `REMAT_POLICIES`.
+        scan_layers: stack the layers and scan them, so that a step compiles in the time of one layer. On CPU
+            a scan copies what every layer keeps and its gradients; there a list is 1.6 times as fast.
+
+    Raises:
+        ValueError: an unknown `remat`, an objective that does not fit the model, or `accumulate` below 1.
+    """
+
+    def __init__(
+        self,
+        model: Phi3PreTrainedModel,
+        optimizer: optax.GradientTransformation,
+        *,
+        objective: Objective | None = None,
+        accumulate: int = 1,
+        wrt: Any = nnx.Param,
+        master_dtype: Any = jnp.float32,
+        compute_dtype: Any = None,
+        remat: str = "full",
+        scan_layers: bool = True,
+    ):
+        if remat not in REMAT_POLICIES:
+            raise UserError(f"remat={remat!r} is not known; use {', '.join(REMAT_POLICIES)}")
+        if accumulate < 1:
+            raise UserError(f"accumulate={accumulate} must be at least 1")
+        self.objective = objective or Objective()
+        self.objective.check(model)
+        self.accumulate = accumulate
+        self.optimizer = optimizer
+        self.master_dtype = jnp.dtype(master_dtype)
+        self.compute_dtype = jnp.dtype(compute_dtype or model.dtype)
+        self._wrt = wrt
+        self._arranged = stack_layers if scan_layers else unstack_layers
+        mesh = model.decoder.mesh
+        shapes = jax.eval_shape(self._arranged, model)
+        shapes.decoder.remat_policy = REMAT_POLICIES[remat]
+        self._structure: nnx.GraphDef[Any] = nnx.graphdef(shapes)
+        self.state_shapes = placed(jax.eval_shape(self._start, model), mesh)
+        """The state as `jax.ShapeDtypeStruct`s with their shardings."""
+        where = None if mesh is None else jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        both = None if mesh is None else (where, NamedSharding(mesh, PartitionSpec()))
+        self.start = jax.jit(self._start, out_shardings=where)
+        self.step = jax.jit(self._step, donate_argnames="state", out_shardings=both)
+
+    def _start(self, model: Phi3PreTrainedModel) -> TrainState:
+        """The state before the first step."""
+        trained, frozen = nnx.state(self._arranged(model), self._wrt, ...)
+        trained = _cast(trained, self.master_dtype)
+        frozen = _cast(frozen, self.compute_dtype)
+        return TrainState(trained, frozen, self.optimizer.init(trained), jnp.zeros((), jnp.int32))
+
+    def model(self, state: TrainState) -> Any:
+        """The model with the parameters of `state`, its layers a list again."""
+        return unstack_layers(nnx.merge(self._structure, state.trained, state.frozen))
+
+    def _step(
+        self, state: TrainState, batch: Batch, key: Key[Array, ""] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """The state after one update, and metrics; `key`, the same for all steps, turns dropout on.
+
+        Raises:
+            ValueError: rows that micro-batches do not divide.
+        """
+        key = None if key is None else jax.random.fold_in(key, state.step)
+        value, gradients = self._gradients(state, batch, key)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        metrics = Metrics(value, optax.tree.norm(gradients))
+        return TrainState(trained, state.frozen, optimizer, state.step + 1), metrics
+
+    def _gradients(
+        self, state: TrainState, batch: Batch, key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, ""], nnx.State]:
+        """The loss of a batch and its gradients in the master dtype."""
+        count = self.objective.count(nnx.merge(self._structure, state.trained, state.frozen), batch)
+
+        def loss(trained: nnx.State, part: Batch, key: Key[Array, ""] | None) -> Float[Array, ""]:
+            # Cast before the scan, so that a mesh gathers the narrow numbers.
+            model = self.computing(replace(state, trained=trained))
+            return self.objective(model, part, key) / count
+
+        if self.accumulate == 1:
+            return jax.value_and_grad(loss)(state.trained, batch, key)
+
+        def add(total: Any, item: tuple[Array, Batch]) -> tuple[Any, None]:
+            number, part = item
+            part_key = None if key is None else jax.random.fold_in(key, number)
+            made = jax.value_and_grad(loss)(state.trained, part, part_key)
+            return jax.tree.map(jnp.add, total, made), None
+
+        nothing = jax.tree.map(jnp.zeros_like, (count, state.trained))
+        parts = jax.tree.map(self._parts, batch)
+        return jax.lax.scan(add, nothing, (jnp.arange(self.accumulate), parts))[0]
+
+    def _parts(self, x: Array) -> Array:
+        """[rows, ...] as [micro-batches, rows of each, ...]: every device keeps the rows that it has."""
+        rows = x.shape[0]
+        if rows % self.accumulate:
+            raise UserError(f"a batch of {rows} rows does not divide into {self.accumulate} micro-batches")
+        parts = jnp.reshape(x, (rows // self.accumulate, self.accumulate, *x.shape[1:]))
+        return jnp.swapaxes(parts, 0, 1)
+
+    def computing(self, state: TrainState) -> Any:
+        """The model as a step computes with it: in the compute dtype, its layers as they are trained."""
+        return nnx.merge(self._structure, _cast(state.trained, self.compute_dtype), state.frozen)
+
+
+def _cast(tree: Any, dtype: jnp.dtype) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)

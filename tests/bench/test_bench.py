@@ -1,0 +1,160 @@
+"""`phi3-jax bench`: what it counts, what it asks, and small runs of both kinds of comparison."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import small_config, write_random_model
+from small_checkpoint import PROMPT, write_checkpoint
+
+from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.bench import batch as bench_batch
+from phi3_jax.bench import generate as bench
+from phi3_jax.bench import turns
+
+
+def run_bench(model: Path, **changes: Any) -> None:
+    settings: dict[str, Any] = {
+        "layers": None,
+        "prompt": None,
+        "prompt_lookup": None,
+        "cache_dir": None,
+        "requests": None,
+    }
+    settings |= {"prompt_tokens": 8, "new_tokens": 3, "batch": 1, "rounds": 2, "dtype": "float32"}
+    bench.run_bench(str(model), **settings | changes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_a_step_are_those_of_the_weights_and_the_cache(dtype: str) -> None:
+    config = small_config(head_dim=20)
+    model = Phi3ForCausalLM(config, dtype=dtype)
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    looked_up = config.vocab_size * config.hidden_size  # of the embedding a step reads a row
+    width = model.dtype.itemsize
+    weights = (model.num_parameters() - norms - looked_up) * width
+    cache = model.init_cache(2, 10 + 4 // 2, dtype)
+    cached = sum(slots.nbytes for slots in (*cache.keys, *cache.values))
+    work = bench.Work(Path(), dtype, batch=2, prompt_tokens=99, new_tokens=4)
+    assert bench._bytes_a_step(config, work, prompt_tokens=10) == weights + cached
+
+
+def test_random_prompts_and_those_of_a_file(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    work = bench.Work(tmp_path, "float32", batch=2, prompt_tokens=10, new_tokens=4)
+    ids = work.ids(300)
+    assert ids.shape == (2, 10)
+    assert ids.min() >= 4
+    assert ids.max() < 300
+    np.testing.assert_array_equal(ids, work.ids(300))
+
+    text = tmp_path / "question.txt"
+    text.write_text(PROMPT)
+    asked = bench.Work(tmp_path, "float32", batch=2, prompt_tokens=10, new_tokens=4, prompt=text).ids(300)
+    tokenizer = Phi3Tokenizer.from_pretrained(tmp_path)
+    assert [tokenizer.decode(row) for row in asked] == 2 * [f"<|user|>{PROMPT}<|end|><|assistant|>"]
+
+
+@pytest.mark.parametrize(("theirs", "told"), [(5, "5 steps"), (9, "5 and 9 steps")])
+def test_the_table_tells_steps_of_both_sides(
+    theirs: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = {"lookup of 3": [bench.Times(1.0, 2.0, 5)], "plain": [bench.Times(1.0, 2.0, theirs)]}
+    work = bench.Work(Path(), "float32", batch=1, prompt_tokens=8, new_tokens=9)
+    bench._print_table("small", results, work, small_config())
+    assert f"prompt, {told}, median of 1" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("lookup", [None, 2])
+def test_a_turn_of_ours(tmp_path: Path, lookup: int | None) -> None:
+    write_checkpoint(tmp_path)
+    options = () if lookup is None else (("prompt_lookup_num_tokens", lookup),)
+    turn = bench._ours(bench.Work(tmp_path, "float32", 1, 10, 5, options=options))
+    times = [turn(), turn()]
+    assert all(run.prefill > 0 and run.decode > 0 and run.steps == 5 for run in times)
+
+
+@pytest.mark.slow
+def test_both_sides_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Phi3ForCausalLM(small_config()).save_pretrained(tmp_path)
+    run_bench(tmp_path, batch=2, dtype="bfloat16")
+    table = capsys.readouterr().out
+    assert "phi3-jax" in table
+    assert "transformers" in table
+    for row in ("prefill, tokens/s", "decode, tokens/s"):
+        assert re.search(rf"{row}\W+[\d,.]+\W+[\d,.]+\W+\d+\.\d\d\b", table), table
+
+
+@pytest.mark.slow
+def test_drafts_against_none_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "question.txt").write_text(PROMPT)
+    run_bench(tmp_path, prompt=tmp_path / "question.txt", prompt_lookup=2)
+    table = capsys.readouterr().out
+    assert "14-token prompt" in table
+    for row in ("lookup of 2", "plain", "ratio"):
+        assert row in table
+    assert re.search(r"decode, tokens/s\W+[\d,.]+\W+[\d,.]+\W+\d+\.\d\d\b", table), table
+
+
+def test_layers_are_of_presets_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cuts a preset"):
+        run_bench(tmp_path, layers=2)
+
+
+@pytest.fixture
+def bench_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+    """The table of 20 prompts and answers of a few tokens, made in this process."""
+    monkeypatch.setattr(bench_batch, "LONGEST_PROMPT", 20)
+    monkeypatch.setattr(bench_batch, "LONGEST_ANSWER", 8)
+    monkeypatch.setattr(bench_batch, "take_turns", turns.take_turns_here)
+    write_random_model("causal", small_config(num_hidden_layers=1), tmp_path)
+
+    def table() -> str:
+        run_bench(tmp_path, requests=20, rounds=1)
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    return table
+
+
+def totals(folder: Path) -> str:
+    load = bench_batch.Load(folder, "float32", 20)
+    prompts, answers = map(sum, zip(*load.lengths(), strict=True))
+    return f"20 prompts of {prompts:,} tokens, {answers:,} tokens"
+
+
+def test_requests(bench_requests: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens are answered as asked, beside transformers or alone."""
+    monkeypatch.setattr(bench_batch.importlib.util, "find_spec", lambda name: None)
+    table = bench_requests()
+    assert totals(tmp_path) in table
+    assert re.search(r"phi3-jax \d+ slots of \d+ ", table)
+    with pytest.raises(ValueError, match="has prompts of its own"):
+        run_bench(tmp_path, requests=20, prompt_lookup=3)
+
+
+@pytest.mark.live
+def test_requests_against_static_batches(bench_requests: Any, tmp_path: Path) -> None:
+    table = bench_requests()
+    assert totals(tmp_path) in table
+    assert re.search(r"transformers .*sorted,", table)
+
+
+@pytest.mark.live
+def test_a_static_batch_ends_with_its_longest_answer(tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    Phi3ForCausalLM(small_config(max_position_embeddings=64)).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    model.generation_config.eos_token_id = None
+    found = []
+
+    def generate(*arguments: Any, **options: Any) -> Any:
+        found.append(type(model).generate(model, *arguments, **options))
+
+    model.generate = generate
+    bench_batch._generate(torch, transformers, model, [([5, 6, 7], 4), ([8], 2)])
+    assert found[0].shape == (2, 7)

@@ -1,0 +1,61 @@
+"""Rows with different numbers of slots in one step, against each alone."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from reference import longrope, on_mesh, run, small_config
+
+from phi3_jax import Phi3ForCausalLM
+from phi3_jax.cache import KVCache
+from phi3_jax.parallel.sharding import make_mesh
+
+
+def filled(model: Phi3ForCausalLM, ids: np.ndarray, slots: int) -> KVCache:
+    mask = np.ones_like(ids)
+    mask[0, 0] = 0
+    cache = model.init_cache(len(ids), slots)
+    return run(model, input_ids=ids, attention_mask=mask, past_key_values=cache).past_key_values
+
+
+CHANGES: dict[str, dict[str, Any]] = {"plain": {}, "longrope": longrope(), "window": {"sliding_window": 4}}
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        *((name, None) for name in CHANGES),
+        ("longrope", "data=2,tensor=2"),
+        pytest.param("plain", "data=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("window", "data=2,tensor=2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_is_that_of_each_alone(name: str, mesh: str | None) -> None:
+    model = Phi3ForCausalLM(small_config(**CHANGES[name]))
+    if mesh is not None:
+        model = on_mesh(model, make_mesh(mesh, jax.devices()[:4]))
+    draws = np.random.default_rng(0)
+    prompts = [draws.integers(4, 96, (2, 9)), draws.integers(4, 96, (4, 20))]
+    whole = KVCache.below([filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)])
+    apart = [filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)]
+    for _ in range(2):
+        token = draws.integers(4, 96, (6, 1))
+        out = run(model, input_ids=token, past_key_values=whole)
+        parts = [
+            run(model, input_ids=tokens, past_key_values=cache)
+            for tokens, cache in zip((token[:2], token[2:]), apart, strict=True)
+        ]
+        expected = np.concatenate([part.logits for part in parts])
+        np.testing.assert_allclose(out.logits, expected, rtol=1e-5, atol=1e-5)
+        whole, apart = out.past_key_values, [part.past_key_values for part in parts]
+    assert whole.keys[0].shape == (6, 2, 32, 12)
+    assert [part.shape[2] for part in whole.keys[0].parts] == [12, 32]
+
+
+def test_what_such_a_cache_cannot_do() -> None:
+    model = Phi3ForCausalLM(small_config())
+    ids = np.full((1, 3), 7)
+    cache = KVCache.below([filled(model, ids, 8), filled(model, ids, 16)])
+    with pytest.raises(ValueError, match="rows differ in slots has no attentions to give"):
+        model(np.full((2, 1), 7), past_key_values=cache, output_attentions=True)

@@ -1,0 +1,694 @@
+"""`phi3-jax classify`: its answers are those of transformers, and no kill, fault or full disk does harm."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from answers import stored
+from reference import Reference, pair, small_config
+from their_tokenizer import TheirTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from phi3_jax import Phi3Config, Phi3ForCausalLM, cli
+from phi3_jax.classification import Classifier, classify, classify_file
+from phi3_jax.classification.classifier import row_widths
+from phi3_jax.classification.output import PartialOutput
+from phi3_jax.cli import common
+from phi3_jax.data.rows import BadRowError, BadRows, read_rows
+from phi3_jax.data.tasks import SequenceClassification
+from phi3_jax.runs import progress
+
+TOLERANCE = 1e-5
+WORDS = [
+    "the",
+    "old",
+    "bridge",
+    "is",
+    "closed",
+    "on",
+    "Monday",
+    "naïve",
+    "café",
+    "😀",
+    "nobody",
+    "knows",
+    "why",
+    "trains",
+    "left",
+    "late",
+]
+LABELS = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC"}
+KINDS: dict[str, dict[str, Any]] = {
+    "single": {"problem_type": "single_label_classification"},
+    "multi": {"problem_type": "multi_label_classification"},
+    "regression": {"problem_type": "regression", "id2label": {0: "value"}},
+    "regressions": {"problem_type": "regression", "id2label": {0: "joy", 1: "fear", 2: "rage"}},
+    "tokens": {},
+}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level vocabulary, with <s> in front of a text and </s> behind."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def config(**changes: Any) -> Phi3Config:
+    sizes = {"vocab_size": 300, "max_position_embeddings": 256, "original_max_position_embeddings": 256}
+    return small_config(**{"num_hidden_layers": 1, "id2label": LABELS, **sizes, **changes})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """`checkpoint(kind)`: a folder, and the model of transformers in it."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def get(kind: str) -> tuple[Path, Any]:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            head = "token" if kind == "tokens" else "sequence"
+            _, theirs = pair(head, config(**KINDS[kind]), folder, seed=5)
+            write_tokenizer(folder)
+            made[kind] = folder, theirs
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: Any) -> Any:
+    """`run("single", input, output, *options)`: the command in this process; code, output and errors."""
+    monkeypatch.setattr(common, "keep_compiled_programs", lambda cache_dir: None)
+
+    def call(model: str | Path, source: Path, output: Path, *options: object) -> tuple[int, str, str]:
+        folder = checkpoint(model)[0] if isinstance(model, str) else model
+        arguments = ["--model", folder, "--input", source, "--output", output, "--dtype", "float32", *options]
+        monkeypatch.setattr(sys, "argv", ["phi3-jax", "classify", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        code = exit_.value.code
+        return code if isinstance(code, int) else 0, *capsys.readouterr()
+
+    return call
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Of 1 to 6 words, no two alike."""
+    draws = np.random.default_rng(seed)
+    return [" ".join(draws.choice(WORDS, 1 + 5 * n % 6)) + f" {n}" for n in range(count)]
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """CSV or JSONL with texts that break lines, quote and have carriage returns in them."""
+    rows = [
+        {
+            "id": str(n),
+            "text": f'{text}\n"q", {n}' + "\r" * (n % 3 == 0),
+            "note": "" if n % 2 else "x\ry",
+        }
+        for n, text in enumerate(texts(count, seed))
+    ]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def values(path: Path) -> list[dict[str, Any]]:
+    return [row.values for row in read_rows(path, bad=BadRows(skip=False))]
+
+
+def partial_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+@stored(whole=True)
+def their_logits(theirs: Reference, rows: list[list[int]]) -> list[Any]:
+    """Logits of each text by itself; of a token classifier, of each token."""
+    import torch
+
+    with torch.no_grad():
+        return [theirs.model(torch.tensor([ids]), use_cache=False).logits[0].double() for ids in rows]
+
+
+# What is said
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs", "batch_size"),
+    [
+        ("single", False, 2),
+        ("single", True, 2),
+        ("single", False, 5),
+        ("multi", False, 2),
+        ("multi", True, 2),
+        ("regression", False, 2),
+        ("regressions", True, 2),
+    ],
+)
+def test_texts_as_transformers(checkpoint: Any, kind: str, pairs: bool, batch_size: int) -> None:
+    folder, theirs = checkpoint(kind)
+    classifier = Classifier.from_pretrained(
+        folder, dtype="float32", batch_size=batch_size, text_pair_column="second" if pairs else None
+    )
+    items = list(zip(texts(11), texts(11, seed=1), strict=True)) if pairs else texts(11)
+    encodings = TheirTokenizer("words", folder).ask("__call__", items)
+    answers = classifier.predict(items, all_scores=not kind.startswith("regression"))
+    assert len(answers) == 11
+    all_logits = their_logits(theirs, [encoding["input_ids"] for encoding in encodings])
+    for logits, answer in zip(all_logits, answers, strict=True):
+        names = list(KINDS[kind].get("id2label", LABELS).values())
+        if kind == "single":
+            scores = np.exp(logits) / np.exp(logits).sum()
+            assert answer["predicted_label"] == names[scores.argmax()]
+            assert answer["score"] == pytest.approx(scores.max(), abs=TOLERANCE)
+        elif kind == "multi":
+            scores = 1 / (1 + np.exp(-logits))
+            assert answer["predicted_labels"] == [names[i] for i in np.flatnonzero(scores > 0.5)]
+            assert answer["scores"] == pytest.approx(scores[scores > 0.5], abs=TOLERANCE)
+        else:
+            columns = ["predicted"] if kind == "regression" else [f"predicted_{name}" for name in names]
+            assert answer == pytest.approx(dict(zip(columns, logits, strict=True)), abs=TOLERANCE)
+            continue
+        assert [answer[f"score_{name}"] for name in names] == pytest.approx(scores, abs=TOLERANCE)
+
+
+def test_words_as_transformers(checkpoint: Any) -> None:
+    folder, theirs = checkpoint("tokens")
+    classifier = Classifier.from_pretrained(folder, dtype="float32", batch_size=2)
+    sentences = [text.split() for text in texts(11)]
+    spaced = [" " + word if index else word for words in sentences for index, word in enumerate(words)]
+    found = iter(TheirTokenizer("words", folder).ask("encode", spaced, add_special_tokens=False))
+    all_pieces = [[next(found) for _ in words] for words in sentences]
+    rows = [[1, *(token for piece in pieces for token in piece), 2] for pieces in all_pieces]
+    all_logits = their_logits(theirs, rows)
+    seen = set()
+    for pieces, logits, answer in zip(all_pieces, all_logits, classifier.predict(sentences), strict=True):
+        probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        first = 1 + np.cumsum([0, *map(len, pieces[:-1])])
+        assert answer["predicted_labels"] == [LABELS[tag] for tag in logits[first].argmax(axis=1)]
+        assert answer["scores"] == pytest.approx(probabilities[first].max(axis=1), abs=TOLERANCE)
+        seen |= set(answer["predicted_labels"])
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_words_that_are_cut_have_no_tag(checkpoint: Any, side: str) -> None:
+    classifier = Classifier.from_pretrained(
+        checkpoint("tokens")[0], dtype="float32", batch_size=2, max_length=12
+    )
+    classifier.tokenizer.truncation_side = side
+    (answer,) = classifier.predict([WORDS])
+    tags, scores = answer["predicted_labels"], answer["scores"]
+    assert len(tags) == len(scores) == len(WORDS)
+    kept = [index for index, tag in enumerate(tags) if tag is not None]
+    assert 0 < len(kept) < 12
+    part = slice(len(kept)) if side == "right" else slice(-len(kept), None)
+    assert kept == list(range(len(WORDS)))[part]
+    assert [index for index, score in enumerate(scores) if score is not None] == kept
+
+
+def test_what_cannot_be_predicted_is_named(checkpoint: Any) -> None:
+    classifier = Classifier.from_pretrained(checkpoint("regression")[0], dtype="float32")
+    with pytest.raises(BadRowError, match="the input, row 2: 'text' is empty"):
+        classifier.predict(["a", " "])
+    with pytest.raises(ValueError, match=r"all_scores is for classes of whole texts.*regression"):
+        classifier.predict(["a"], all_scores=True)
+    assert classifier.predict([]) == []
+    model = classifier._compiled.model
+    with pytest.raises(ValueError, match="needs a SequenceClassification as task, got TokenClassification"):
+        Classifier(model, classifier.tokenizer, task=classify.TokenClassification(labels=None))
+    model.score.weight.set_value(model.score.weight[...] * np.nan)
+    broken = Classifier(model, classifier.tokenizer, task=SequenceClassification(label=None))
+    with pytest.raises(ValueError, match="the input, row 1: the model's numbers are not finite"):
+        broken.predict(["a"])
+
+
+def test_widths_are_few_and_hold_the_longest() -> None:
+    assert row_widths(100, 8) == (16, 24, 32, 48, 64, 96, 104)
+    assert row_widths(64, 8) == (16, 24, 32, 48, 64)
+    assert row_widths(5, 8) == (8,)
+    assert row_widths(60, 24) == (24, 48, 72)
+    assert len(row_widths(131072, 8)) == 27
+
+
+# The file
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_rows_keep_their_order_and_columns(run: Any, checkpoint: Any, tmp_path: Path, suffix: str) -> None:
+    source, output = write_rows(tmp_path / "new.csv", 150), tmp_path / f"labelled{suffix}"
+    code, out, err = run("single", source, output, "--batch-size", 2, "--all-scores")
+    assert code == 0, err
+    assert out.startswith(f"{output}: 150 rows; 150 in ")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [output.name, "new.csv"]
+    classifier = Classifier.from_pretrained(checkpoint("single")[0], dtype="float32", batch_size=2)
+    rows, given = values(output), values(source)
+    answers = classifier.predict(given, all_scores=True)
+    for row, before, answer in zip(rows, given, answers, strict=True):
+        assert list(row) == [*before, *answer]
+        assert {name: row[name] for name in before} == before
+        assert row["predicted_label"] == answer["predicted_label"]
+        numbers = {name: float(x) for name, x in row.items() if name.startswith("score")}
+        assert numbers == pytest.approx({name: answer[name] for name in numbers}, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_lists_are_lists_or_joined(run: Any, tmp_path: Path, suffix: str) -> None:
+    source = write_rows(tmp_path / "new.csv", 12)
+    output = tmp_path / f"many{suffix}"
+    assert run("multi", source, output, "--batch-size", 2)[0] == 0
+    many = [row["predicted_labels"] for row in values(output)]
+    if suffix == ".csv":
+        many = [text.split("|") if text else [] for text in many]
+    assert {len(labels) for labels in many} > {1}
+    assert set().union(*many) <= set(LABELS.values())
+
+    sentences = tmp_path / "new.conll"
+    sentences.write_text("\n".join(f"{word} O\n" * (word == "is") or f"{word} O" for word in WORDS) + "\n")
+    output = tmp_path / f"tags{suffix}"
+    code, _, err = run("tokens", sentences, output, "--max-length", 14, "--batch-size", 2)
+    assert code == 0
+    first, second = values(output)
+    if suffix == ".csv":
+        assert json.loads(second["words"]) == WORDS[4:]
+        tags, scores = (second[name].split(" ") for name in ("predicted_labels", "scores"))
+        empty = ""
+    else:
+        assert second["words"] == WORDS[4:]
+        tags, scores, empty = second["predicted_labels"], second["scores"], None
+        assert len(first["predicted_labels"]) == 4
+    assert len(tags) == len(scores) == len(WORDS) - 4
+    missing = tags.count(empty)
+    assert missing == scores.count(empty) > 0
+    assert f"1 rows are longer than the longest length and were cut, and {missing} words have no label" in err
+
+
+def test_parquet_is_read_with_all_its_columns(run: Any, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": texts(3), "when": [1.5, None, 2.0], "list": [[1], [], [2, 3]]})
+    pyarrow.parquet.write_table(table, tmp_path / "new.parquet")
+    assert run("single", tmp_path / "new.parquet", tmp_path / "labelled.csv", "--batch-size", 2)[0] == 0
+    rows = values(tmp_path / "labelled.csv")
+    assert [(row["when"], row["list"]) for row in rows] == [("1.5", "[1]"), ("", "[]"), ("2.0", "[2, 3]")]
+
+
+def test_columns_and_length_are_those_of_the_run(checkpoint: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for file in checkpoint("single")[0].iterdir():
+        (folder / file.name).symlink_to(file)
+    settings = {"text_column": "query", "text_pair_column": "reply", "max_length": 24, "label_separator": ";"}
+    (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    task = Classifier.from_pretrained(folder).task
+    expected = SequenceClassification("query", "reply", None, label_separator=";", max_length=24)
+    assert task == expected
+    given = Classifier.from_pretrained(folder, text_column="text", max_length=30).task
+    assert given == SequenceClassification("text", "reply", None, label_separator=";", max_length=30)
+    (folder / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is broken"):
+        Classifier.from_pretrained(folder)
+    (folder / "run.json").unlink()
+    assert Classifier.from_pretrained(folder).task == SequenceClassification(label=None, max_length=256)
+    with pytest.raises(ValueError, match="words_column='w' is not for single_label_classification"):
+        Classifier.from_pretrained(folder, words_column="w")
+
+
+def test_rows_and_model_divided_over_a_mesh(run: Any, tmp_path: Path) -> None:
+    source = tmp_path / "new.csv"
+    source.write_text("text\n" + "\n".join(WORDS[:5]) + "\n")
+    assert run("single", source, tmp_path / "one.jsonl", "--batch-size", 2)[0] == 0
+    mesh = ("--mesh", "data=2,tensor=2,context=2", "--batch-size", 2)
+    assert run("single", source, tmp_path / "eight.jsonl", *mesh)[0] == 0
+    for one, eight in zip(values(tmp_path / "one.jsonl"), values(tmp_path / "eight.jsonl"), strict=True):
+        assert eight == one | {"score": pytest.approx(one["score"], abs=TOLERANCE)}
+    code, _, err = run("single", source, tmp_path / "odd.jsonl", "--mesh", "data=8", "--batch-size", 12)
+    assert code == 1
+    assert "batch_size=12 does not divide over 8" in err
+
+
+def test_reading_is_one_chunk_ahead_of_writing(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, ahead = 0, []
+
+    def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        nonlocal read
+        for row in read_rows(*arguments, **options):
+            read += 1
+            yield row
+
+    add = PartialOutput.add
+
+    def watched(self: PartialOutput, *arguments: Any) -> None:
+        ahead.append(read - self.standing.read)
+        add(self, *arguments)
+
+    monkeypatch.setattr(classify, "read_rows", counted)
+    monkeypatch.setattr(PartialOutput, "add", watched)
+    source = write_rows(tmp_path / "new.csv", 400)
+    classify_file(str(checkpoint("single")[0]), source, tmp_path / "out.csv", batch_size=2, dtype="float32")
+    assert len(ahead) == 7
+    assert max(ahead) <= 2 * 64 + 2
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_told(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    source = tmp_path / "new.csv"
+    source.write_text("text\n" + "\n".join(texts(100)) + "\n")
+    _, out, err = run("single", source, tmp_path / "out.csv", "--batch-size", 2)
+    assert out.startswith(f"{tmp_path / 'out.csv'}: 100 rows; 100 in ")
+    for part in ("100 rows, ", " rows/s, 100%"):
+        assert part in err
+    assert ("elapsed" in err) == terminal
+    if not terminal:
+        shares = [int(line.split(", ")[-1][:-1]) for line in err.splitlines()]
+        assert shares == sorted(shares)
+        assert len(set(shares)) > 30
+
+
+# Faults
+
+
+def test_bad_rows_are_named_or_left_out(run: Any, tmp_path: Path) -> None:
+    lines = [f"{n},{text}" for n, text in enumerate(texts(300))]
+    lines[100] = "100, "  # nothing to classify
+    lines[150] = "150"  # not to be read
+    lines[20] = '20,"x"y'
+    source, output = tmp_path / "new.csv", tmp_path / "out.csv"
+    source.write_text("\n".join(["id,text", *lines]) + "\n")
+    skip = ("--batch-size", 2, "--skip-bad-rows")
+    code, _, err = run("single", source, tmp_path / "whole.csv", *skip)
+    assert code == 0
+    assert "3 bad rows were left out" in err
+    assert f"{source}, line 102: 'text' is empty" in err
+    whole = (tmp_path / "whole.csv").read_bytes()
+    ids = [int(row["id"]) for row in values(tmp_path / "whole.csv")]
+    assert ids == [n for n in range(300) if n not in (20, 100, 150)]
+
+    # The same in three goes: up to the first fault, on past it, and on behind a chunk that had one.
+    source.write_text("\n".join(["id,text", *lines[:20], "", *lines[21:]]) + "\n")
+    code, _, err = run("single", source, output, "--batch-size", 2)
+    assert code == 1
+    assert f"{source}, line 102: 'text' is empty. The same command with --skip-bad-rows" in err
+    done = json.loads(partial_of(output).with_name("out.csv.partial.json").read_text())["done"]
+    assert done["written"] == 64
+    assert len(values_of_partial(output)) == 64
+    add = PartialOutput.add
+
+    def interrupted(self: PartialOutput, data: bytes, standing: Any) -> None:
+        if standing.read > 200:
+            raise KeyboardInterrupt
+        add(self, data, standing)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartialOutput, "add", interrupted)
+        assert run("single", source, output, *skip)[0] == 130
+    code, out, err = run("single", source, output, *skip)
+    assert code == 0
+    assert "297 rows; 106 in" in out
+    assert "2 bad rows were left out" in err
+    assert [row["id"] for row in values(output)] == [str(n) for n in ids]
+    assert whole.count(b"\n") == 298
+
+
+def values_of_partial(output: Path) -> list[dict[str, Any]]:
+    path = partial_of(output)
+    return [row.values for row in read_rows(path, file_format=output.suffix[1:], bad=BadRows(skip=False))]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_goes_on_to_the_same_bytes(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    source, output = write_rows(tmp_path / f"new{suffix}", 300), tmp_path / f"out{suffix}"
+    assert run("single", source, tmp_path / f"whole{suffix}", "--batch-size", 2)[0] == 0
+    add, tell = PartialOutput.add, PartialOutput._tell
+    torn = 0
+
+    def fails_in_a_row(self: PartialOutput, data: bytes, standing: Any) -> None:
+        nonlocal torn
+        add(self, data, standing)
+        if (torn := torn + 1) % 2 == 0:
+            self._file.write(data[: len(data) // 3])
+            raise KeyboardInterrupt
+
+    def fails_behind_a_chunk(self: PartialOutput, standing: Any) -> None:
+        if standing.read == 256:
+            raise KeyboardInterrupt
+        tell(self, standing)
+
+    monkeypatch.setattr(PartialOutput, "add", fails_in_a_row)
+    assert run("single", source, output, "--batch-size", 2)[0] == 130
+    monkeypatch.setattr(PartialOutput, "add", add)
+    monkeypatch.setattr(PartialOutput, "_tell", fails_behind_a_chunk)
+    assert run("single", source, output, "--batch-size", 2)[0] == 130
+    monkeypatch.setattr(PartialOutput, "_tell", tell)
+    assert not output.exists()
+    code, out, _ = run("single", source, output, "--batch-size", 2)
+    assert code == 0
+    assert "300 rows; 108 in" in out
+    assert output.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_another_part_is_not_gone_on_with(
+    run: Any, checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write_rows(tmp_path / "new.csv", 100), tmp_path / "out.csv"
+    options = ("--batch-size", 2)
+    assert run("single", source, tmp_path / "whole.csv", *options)[0] == 0
+    add = PartialOutput.add
+
+    def stops(self: PartialOutput, *arguments: Any) -> None:
+        add(self, *arguments)
+        raise KeyboardInterrupt
+
+    def begin() -> None:
+        monkeypatch.setattr(PartialOutput, "add", stops)
+        assert run("single", source, output, *options, "--overwrite")[0] == 130
+        monkeypatch.setattr(PartialOutput, "add", add)
+
+    begin()
+    part, about = partial_of(output), partial_of(output).with_name("out.csv.partial.json")
+    before = part.read_bytes()
+    cases: list[tuple[str, tuple[object, ...], str]] = [
+        ("single", (*options, "--max-length", 20), "max_length: 256 -> 20"),
+        ("single", (*options, "--all-scores"), "all_scores: False -> True"),
+        ("single", ("--batch-size", 4), "batch_size: 2 -> 4"),
+        ("multi", options, "model: "),
+    ]
+    for model, other, message in cases:
+        code, _, err = run(model, source, output, *other)
+        assert code == 1
+        assert message in err
+        assert "--overwrite" in err
+        assert part.read_bytes() == before
+    stamp = source.stat()
+    os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert "input_modified: " in run("single", source, output, *options)[2]
+    os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    folder = checkpoint("single")[0]
+    weights, about_model = folder / "model.safetensors", folder / "config.json"
+    stamp = weights.stat()
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert "model_files: " in run("single", source, output, *options)[2]
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    text = about_model.read_text()
+    about_model.write_text(text + "\n")
+    assert "model_files: " in run("single", source, output, *options)[2]
+    about_model.write_text(text)
+    part.write_bytes(before[:-9])
+    assert f"has {len(before) - 9} bytes" in run("single", source, output, *options)[2]
+    told = about.read_text()
+    about.write_text(told[:20])
+    assert "out.csv.partial.json that tells what it is" in run("single", source, output, *options)[2]
+
+    begin()  # what is broken is begun anew
+    assert part.read_bytes() == before
+    code, out, _ = run("single", source, output, *options, "--overwrite")
+    assert code == 0
+    assert "100 rows; 36 in" in out, "a good part is gone on with, since it would be made just the same"
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert f"{output} is there already" in run("single", source, output, *options)[2]
+    assert run("single", source, output, *options, "--overwrite", "--all-scores")[0] == 0
+    assert "score_O" in values(output)[0]
+
+
+def test_a_full_disk_harms_nothing(run: Any, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "new.csv", 200), tmp_path / "out.csv"
+    assert run("single", source, tmp_path / "whole.csv", "--batch-size", 2)[0] == 0
+    whole = (tmp_path / "whole.csv").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        code, _, err = run("single", source, output, "--batch-size", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert "64 rows are there and stay; make room, and the same command goes on" in err
+    assert partial_of(output).stat().st_size == len(whole) // 2
+    code, out, _ = run("single", source, output, "--batch-size", 2)
+    assert code == 0
+    assert "200 rows; 136 in" in out
+    assert output.read_bytes() == whole
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    first = PartialOutput(tmp_path / "out.csv", {}, False)
+    with pytest.raises(ValueError, match=r"another process is writing .*out\.csv\.partial"):
+        PartialOutput(tmp_path / "out.csv", {}, True)
+    first.close()
+    PartialOutput(tmp_path / "out.csv", {}, False).close()
+
+
+def refused(result: tuple[int, str, str], message: str, folder: Path) -> None:
+    code, _, err = result
+    assert code == 1
+    assert message in err
+    assert not list(folder.glob("*.partial*"))
+
+
+def test_what_is_refused_before_anything_is_written(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "new.csv", 3)
+    for name in ("out.parquet", "out"):
+        refused(run("single", source, tmp_path / name), "use .csv, .tsv or .jsonl", tmp_path)
+    refused(run("single", tmp_path / "no.csv", tmp_path / "out.csv"), "no such file", tmp_path)
+    refused(run("single", source, tmp_path / "no" / "out.csv"), "there is no folder", tmp_path)
+    refused(run("single", source, source), "is the input and the output", tmp_path)
+    refused(
+        run("single", source, tmp_path / "out.csv", "--text-column", "body"),
+        "has no column 'body'; its columns are 'id', 'text', 'note'",
+        tmp_path,
+    )
+    taken = tmp_path / "taken.csv"
+    taken.write_text("text,score\na,1\n")
+    refused(run("single", taken, tmp_path / "out.csv"), "has a column 'score' already", tmp_path)
+    assert run("multi", taken, tmp_path / "fine.csv", "--batch-size", 2)[0] == 0
+    refused(
+        run("tokens", source, tmp_path / "out.csv", "--all-scores"),
+        "all_scores is for classes of whole texts",
+        tmp_path,
+    )
+    broken = tmp_path / "broken.csv"
+    broken.write_text('text,id\n"open')
+    refused(run("single", broken, tmp_path / "out.csv"), "has no row that can be read", tmp_path)
+    causal = tmp_path / "causal"
+    Phi3ForCausalLM(config()).save_pretrained(causal)
+    refused(run(causal, source, tmp_path / "out.csv"), "architectures=['Phi3ForCausalLM']", tmp_path)
+    about = json.loads((causal / "config.json").read_text())
+    about["architectures"] = ["Phi3ForSequenceClassification"]
+    (causal / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"has no score\.weight"):
+        Classifier.from_pretrained(causal)
+
+
+def test_names_the_extra_whose_libraries_are_absent(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'grain'", name="grain")
+
+    monkeypatch.setattr("phi3_jax.cli.lazy.import_module", fail)
+    source = tmp_path / "new.csv"
+    source.write_text("text\na\n")
+    refused(run("single", source, tmp_path / "out.csv"), "pip install 'phi3-jax[train]'", tmp_path)
+
+
+def test_rows_that_cannot_be_written(run: Any, tmp_path: Path) -> None:
+    source, two = tmp_path / "new.jsonl", ("--batch-size", 2)
+    rows = [{"text": "a"}, {"text": "b", "more": 1}, {"text": "c", "score": 1}, {"text": "d"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"text": "\\ud800"}\n')
+    refusals = {"out.csv": "line 2: has a column 'more'", "out.jsonl": "line 3: has a column 'score' already"}
+    for name, message in refusals.items():
+        code, _, err = run("single", source, tmp_path / name, *two)
+        assert code == 1
+        assert message in err
+    code, _, err = run("single", source, tmp_path / "out.jsonl", *two, "--skip-bad-rows")
+    assert code == 0
+    assert "2 bad rows were left out" in err
+    assert "half of a surrogate pair" in err
+    assert [row["text"] for row in values(tmp_path / "out.jsonl")] == ["a", "b", "d"]
+
+
+def test_a_label_with_the_separator_in_it(run: Any, checkpoint: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in checkpoint("multi")[0].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    about = json.loads((folder / "config.json").read_text())
+    about |= {"id2label": {"0": "a|b", "1": "c", "2": "d", "3": "e"}, "label2id": None}
+    (folder / "config.json").write_text(json.dumps(about))
+    source = write_rows(tmp_path / "new.csv", 3)
+    assert "the label 'a|b' has the '|' in it" in run(folder, source, tmp_path / "out.csv")[2]
+    assert run(folder, source, tmp_path / "out.jsonl", "--batch-size", 2)[0] == 0
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(checkpoint: Any, tmp_path: Path) -> None:
+    """SIGKILL at any moment; bfloat16, as users run it."""
+    source = write_rows(tmp_path / "new.csv", 3000)
+    folder = checkpoint("single")[0]
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        arguments = ["--model", folder, "--input", source, "--output", output, "--batch-size", "2"]
+        return subprocess.Popen(
+            [sys.executable, "-c", "from phi3_jax.cli import main; main()", "classify", *map(str, arguments)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PHI3_JAX_CACHE": str(tmp_path / "cache")},
+            stderr=subprocess.PIPE,
+        )
+
+    with start(tmp_path / "whole.csv") as whole:
+        _, err = whole.communicate(timeout=300)
+        assert whole.returncode == 0, err.decode()
+    output = tmp_path / "out.csv"
+    part, size, kills = partial_of(output), 0, 0
+    while not output.exists():
+        with start(output) as process:
+            end = time.monotonic() + 120
+            while process.poll() is None and kills < 4 and time.monotonic() < end:
+                if part.exists() and part.stat().st_size > size + 20_000 * (kills + 1):
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+                time.sleep(0.003)
+            _, err = process.communicate(timeout=300)
+            assert process.returncode in (0, -signal.SIGKILL), err.decode()
+            size = part.stat().st_size if part.exists() else size
+            assert kills == 1 or b"going on behind row" in err
+    assert kills >= 3
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()

@@ -1,0 +1,439 @@
+"""Adapters in PEFT's format: PEFT's read here, ours read by PEFT, and what is refused."""
+
+import json
+import shutil
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from answers import stored
+from reference import CLASSES, distance, on_mesh, pair, run, small_config
+from safetensors.numpy import load_file, save_file
+
+from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3Model
+from phi3_jax.lora import add_lora, load_adapters, merge_lora, save_adapters
+from phi3_jax.lora.adapters import TARGETS, projections
+from phi3_jax.model.layer_stack import stack_layers
+from phi3_jax.parallel.sharding import make_mesh
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TASKS = {"causal": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "base": "FEATURE_EXTRACTION"}
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12}
+IDS = np.random.default_rng(0).integers(4, 96, (2, 11))
+FIRST = "base_model.model.model.layers.0.mlp.down_proj"
+
+# PEFT asks transformers under a name that is going, and says so where it does not know the base model.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
+
+
+def draw(name, shape):
+    """Random numbers of a tensor in PEFT's files, the same for a name."""
+    return np.random.default_rng(crc32(name.encode())).normal(0, 0.2, shape).astype(np.float32)
+
+
+def adapt(theirs, config):
+    """PEFT's model with random adapters on the reference."""
+    import peft
+    import torch
+
+    adapted = peft.get_peft_model(theirs.model, peft.LoraConfig(**config)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                key = name.replace(".default", "").replace(".modules_to_save", "")
+                parameter.copy_(torch.tensor(draw(key, parameter.shape)))
+    return adapted
+
+
+@stored
+def adapters_of_peft(theirs, config, folder):
+    """What PEFT writes in `folder`, but the values, and what its model computes."""
+    adapted = adapt(theirs, config)
+    adapted.save_pretrained(folder.path)
+    theirs.__dict__.pop("model")  # PEFT has changed it
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(folder.path / WEIGHTS).items()}
+    written = json.loads((folder.path / CONFIG).read_text()) | {"base_model_name_or_path": "BASE"}
+    ordered = {name: sorted(value) if isinstance(value, list) else value for name, value in written.items()}
+    return {
+        "config": json.dumps(ordered),  # PEFT writes sets in any order
+        "shapes": json.dumps(shapes),
+        "result": output(adapted),
+    }
+
+
+class Folder:
+    """A folder, whose name is of no account to an answer."""
+
+    answer_key = "folder"
+
+    def __init__(self, path):
+        self.path = path
+
+
+def of_peft(kind, tmp_path, config=None, **settings):
+    """Our base model, what PEFT's model with random adapters computes, and the directory that PEFT wrote."""
+    ours, theirs = pair(kind, config or small_config(num_labels=3), tmp_path / "base")
+    lora = {"r": 2, "lora_alpha": 6, "target_modules": list(TARGETS), "task_type": TASKS[kind]} | settings
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    answer = adapters_of_peft(theirs, lora, Folder(folder))
+    if not (folder / CONFIG).exists():
+        (folder / CONFIG).write_text(answer["config"].replace("BASE", str(tmp_path / "base")))
+        shapes = json.loads(answer["shapes"]).items()
+        save_file({name: draw(name, shape) for name, shape in shapes}, folder / WEIGHTS)
+    return ours, theirs, answer["result"], folder
+
+
+def output(theirs):
+    """What a model of PyTorch computes."""
+    import torch
+
+    with torch.no_grad():
+        out = theirs(torch.tensor(IDS), use_cache=False)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def result(model):
+    out = run(model, input_ids=IDS)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def randomised(model, seed=0):
+    """B is zero at first, and would hide what is wrong with A."""
+    rng = np.random.default_rng(seed)
+    for _, linear in projections(model):
+        if linear.adapter is not None:
+            for part in (linear.adapter.a, linear.adapter.b):
+                part.set_value(jnp.asarray(rng.normal(0, 0.3, part.shape), jnp.float32))
+    return model
+
+
+def adapted_names(model):
+    return [name for name, linear in projections(model) if linear.adapter is not None]
+
+
+@stored
+def read_by_peft(theirs, config, tensors):
+    """What PEFT computes with these adapters, and digests of what it writes of them."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as temporary:
+        first, again = Path(temporary, "first"), Path(temporary, "again")
+        first.mkdir()
+        assert config["base_model_name_or_path"] == "base"
+        (first / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": str(theirs.folder)}))
+        save_file(tensors, first / WEIGHTS)
+        read = peft.PeftModel.from_pretrained(theirs.model, first).eval()
+        theirs.__dict__.pop("model")  # PEFT has changed it
+        read.save_pretrained(again)
+        return {
+            "result": output(read),
+            "base_model": read.peft_config["default"].base_model_name_or_path == str(theirs.folder),
+            "again": digests(load_file(again / WEIGHTS)),
+        }
+
+
+def digests(tensors):
+    return {
+        name: sha256(f"{tensor.dtype}{tensor.shape}".encode() + tensor.tobytes()).hexdigest()[:16]
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def read_folder(theirs, folder):
+    """`read_by_peft` of a directory that we wrote."""
+    tensors = load_file(folder / WEIGHTS)
+    answer = read_by_peft(theirs, json.loads((folder / CONFIG).read_text()), tensors)
+    assert answer["base_model"]
+    assert answer["again"] == digests(tensors)
+    return answer["result"]
+
+
+@pytest.mark.parametrize("kind", sorted(TASKS))
+def test_what_peft_wrote_is_read(kind, tmp_path):
+    ours, _, expected, folder = of_peft(kind, tmp_path)
+    loaded = load_adapters(ours, folder)
+    assert distance(result(loaded), expected) <= 1e-5
+    assert distance(result(ours), expected) > 1e-2  # the given model stays as it is
+    assert distance(result(merge_lora(loaded)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(TASKS))
+def test_what_is_written_is_read_by_peft(kind, tmp_path):
+    ours, theirs = pair(kind, small_config(num_labels=3), tmp_path / "base")
+    adapted = randomised(add_lora(ours, 3, alpha=5.0))
+    if hasattr(adapted, "score"):
+        adapted.score.weight.set_value(-2 * adapted.score.weight[...])
+    save_adapters(adapted, tmp_path / "adapters", base_model="base")
+    assert distance(result(adapted), read_folder(theirs, tmp_path / "adapters")) <= 1e-5
+
+
+SETTINGS = {
+    "some": {"target_modules": ["qkv_proj", "down_proj"]},
+    "other names too": {"target_modules": ["q_proj", "o_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "pattern": {"target_modules": r".*layers\.[02]\..*(qkv|gate_up)_proj"},
+    "whole names": {"target_modules": ["model.layers.1.mlp.down_proj", "layers.2.self_attn.o_proj"]},
+    "layers": {"layers_to_transform": [0, 2]},
+    "one layer": {"layers_to_transform": 1, "layers_pattern": "layers"},
+    "excluded": {"exclude_modules": ["o_proj", "model.layers.1.mlp.down_proj"]},
+    "rslora": {"use_rslora": True, "r": 3},
+    "patterns": {
+        "rank_pattern": {"down_proj": 5, "layers.1.self_attn.o_proj": 1},
+        "alpha_pattern": {r"layers\.[12]\..*qkv_proj": 11},
+    },
+    "dropout": {"lora_dropout": 0.4},
+    "embedding": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "norm": {"modules_to_save": ["norm"]},
+    "no task": {"task_type": None},
+}
+
+
+ALWAYS = ("pattern", "layers", "rslora", "patterns", "embedding")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in ALWAYS else pytest.mark.slow) for case in SETTINGS]
+)
+def test_settings_of_pefts(case, tmp_path):
+    """Read with the same logits, and written so that PEFT and we read them again."""
+    ours, theirs, expected, folder = of_peft("causal", tmp_path, **SETTINGS[case])
+    loaded = load_adapters(ours, folder)
+    assert distance(result(loaded), expected) <= 1e-5
+    saved = SETTINGS[case].get("modules_to_save")
+    save_adapters(loaded, tmp_path / "again", base_model="base", modules_to_save=saved)
+    first, second = load_file(folder / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(second[name], tensor)
+    assert distance(result(loaded), read_folder(theirs, tmp_path / "again")) <= 1e-5
+    back = load_adapters(ours, tmp_path / "again")
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_bfloat16_models_keep_adapters_in_float32(tmp_path):
+    *_, folder = of_peft("sequence", tmp_path)
+    model = Phi3ForSequenceClassification.from_pretrained(tmp_path / "base", dtype="bfloat16")
+    loaded = load_adapters(model, folder)
+    linear = dict(projections(loaded))["model.layers.0.mlp.down_proj"]
+    assert (linear.adapter.a.dtype, loaded.score.weight.dtype) == (jnp.float32, jnp.bfloat16)
+    save_adapters(loaded, tmp_path / "again", base_model="base")
+    assert load_file(tmp_path / "again" / WEIGHTS)["base_model.model.score.weight"].dtype == jnp.bfloat16
+
+
+def test_on_a_mesh(tmp_path):
+    ours, _, expected, folder = of_peft("sequence", tmp_path, small_config(**GROUPED, num_labels=3))
+    several = load_adapters(on_mesh(ours, make_mesh("fsdp=2,context=1,tensor=4")), folder)
+    linear = dict(projections(several))["model.layers.1.self_attn.qkv_proj"]
+    parts = {shard.data.shape for shard in linear.adapter.b[...].addressable_shards}
+    assert parts == {(1, 4, 12, 2)}
+    assert distance(result(several), expected) <= 1e-5
+    save_adapters(several, tmp_path / "again", base_model="base")
+    first, second = load_file(folder / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(second[name], tensor)
+
+
+def test_rank_stabilised_scaling():
+    model = Phi3ForCausalLM(small_config())
+    plain, stable = (
+        randomised(add_lora(model, 4, alpha=3.0, targets=("o_proj",), rslora=rslora))
+        for rslora in (False, True)
+    )
+    [one, other] = (dict(projections(m))["model.layers.0.self_attn.o_proj"].adapter for m in (plain, stable))
+    np.testing.assert_allclose(other.weight(), 2 * one.weight(), rtol=1e-6)
+
+
+def test_beside_a_base_model(tmp_path):
+    """The base model's files stay, old adapters go."""
+    model = Phi3ForCausalLM(small_config())
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"old")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    for seed in range(2):
+        adapted = randomised(add_lora(model, 2), seed)
+        save_adapters(adapted, tmp_path, base_model=str(tmp_path))
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        CONFIG,
+        WEIGHTS,
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert distance(result(load_adapters(model, tmp_path)), result(adapted)) == 0
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A model, and a good directory of its adapters."""
+    model = Phi3ForSequenceClassification(small_config(num_labels=3))
+    folder = tmp_path_factory.mktemp("written")
+    save_adapters(randomised(add_lora(model, 2)), folder / "good", base_model="base")
+    return model, folder / "good"
+
+
+@pytest.fixture
+def nothing_on_device(monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("a tensor was put on a device")
+
+    monkeypatch.setattr(jax, "device_put", refuse)
+
+
+@pytest.mark.usefixtures("nothing_on_device")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type='LOHA' is not read; expected 'LORA'"),
+        ({"task_type": "TOKEN_CLS"}, "that of Phi3ForTokenClassification, and Phi3ForSequenceClassification"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type='SEQ_2_SEQ_LM' is that of no class here"),
+        ({"use_dora": True}, "asks for use_dora=True, which is not done here"),
+        ({"target_parameters": ["x"]}, r"asks for target_parameters=\['x'\], which is not done here"),
+        ({"bias": "lora_only"}, "bias='lora_only': Phi-3's projections have none"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' has changed the base model's weights"),
+        ({"r": 0}, "r=0; expected a whole number above 0"),
+        ({"rank_pattern": {"o_proj": 1.5}}, "o_proj=1.5; expected a whole number above 0"),
+        ({"lora_alpha": "big"}, "lora_alpha='big'; expected a number above 0"),
+        ({"rank_pattern": [1]}, r"rank_pattern=\[1\]; expected an object of patterns"),
+        ({"modules_to_save": "score"}, "modules_to_save='score'; expected a list of names"),
+        ({"exclude_modules": [1]}, r"exclude_modules=\[1\]; expected a list of names or a regular"),
+        ({"target_modules": None}, "target_modules=None; expected a list of names or a regular expression"),
+        (
+            {"target_modules": ["q_proj", "v_proj"]},
+            r"\['q_proj', 'v_proj'\] names no projection of this model",
+        ),
+        ({"target_modules": "(o_proj"}, r"'\(o_proj' is no regular expression"),
+        ({"target_modules": ["o_proj"]}, "unexpected: base_model.model.model.layers.0.mlp.down_proj.lora_A"),
+        ({"r": 4}, r"lora_A.weight has shape \[2, 48\], expected \[4, 48\]"),
+        ({"modules_to_save": None}, "unexpected: base_model.model.score.weight"),
+        ({"modules_to_save": ["norm", "score"]}, "missing: base_model.model.model.layers.0.input_layernorm"),
+    ],
+)
+def test_configs_that_are_refused(changes, words, written, tmp_path):
+    model, good = written
+    shutil.copytree(good, tmp_path / "bad")
+    path = tmp_path / "bad" / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=words):
+        load_adapters(model, tmp_path / "bad")
+
+
+@pytest.mark.usefixtures("nothing_on_device")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.pop(f"{FIRST}.lora_B.weight"), f"missing: {FIRST}.lora_B.weight"),
+        (lambda x: x.pop("base_model.model.score.weight"), "missing: base_model.model.score.weight"),
+        (
+            lambda x: x.update(
+                {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 48))}
+            ),
+            r"unexpected: .*q_proj.lora_A.weight \(adapters of an unfused model; here they are on qkv_proj",
+        ),
+        (
+            lambda x: x.update({f"{FIRST}.lora_A.weight": np.ones((2, 81), np.float32)}),
+            r"down_proj.lora_A.weight has shape \[2, 81\], expected \[2, 80\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(change, words, written, tmp_path):
+    model, good = written
+    shutil.copytree(good, tmp_path / "bad")
+    tensors = load_file(good / WEIGHTS)
+    change(tensors)
+    save_file(tensors, tmp_path / "bad" / WEIGHTS)
+    with pytest.raises(CheckpointError, match=words):
+        load_adapters(model, tmp_path / "bad")
+
+
+@pytest.mark.usefixtures("nothing_on_device")
+def test_files_that_are_broken_or_absent(written, tmp_path):
+    model, good = written
+    with pytest.raises(CheckpointError, match=r"adapter_config.json does not exist; expected a directory"):
+        load_adapters(model, tmp_path / "nowhere")
+    shutil.copytree(good, tmp_path / "bad")
+    weights = tmp_path / "bad" / WEIGHTS
+    weights.write_bytes((good / WEIGHTS).read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
+        load_adapters(model, tmp_path / "bad")
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match=r"has no adapter_model.safetensors. Pickled adapters"):
+        load_adapters(model, tmp_path / "bad")
+    (tmp_path / "bad" / CONFIG).write_text("{")
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        load_adapters(model, tmp_path / "bad")
+    (tmp_path / "bad" / CONFIG).write_text("[]")
+    with pytest.raises(CheckpointError, match=r"peft_type=\[\] is not read"):
+        load_adapters(model, tmp_path / "bad")
+
+
+@pytest.mark.usefixtures("nothing_on_device")
+def test_another_class_without_a_task(written, tmp_path):
+    """The names tell them apart then."""
+    _, good = written
+    shutil.copytree(good, tmp_path / "bad")
+    path = tmp_path / "bad" / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": None}))
+    for cls in (Phi3Model, Phi3ForCausalLM):
+        with pytest.raises(CheckpointError, match=f"does not fit this {cls.__name__}: "):
+            load_adapters(cls(small_config()), tmp_path / "bad")
+
+
+def test_models_that_cannot(written, tmp_path):
+    model, good = written
+    adapted = add_lora(model, 2)
+    with pytest.raises(ValueError, match="has adapters already; merge them first"):
+        load_adapters(adapted, good)
+    with pytest.raises(ValueError, match="layers are stacked; unstack them first"):
+        load_adapters(stack_layers(model), good)
+    with pytest.raises(ValueError, match="layers are stacked; unstack them first"):
+        save_adapters(stack_layers(adapted), tmp_path, base_model="base")
+    with pytest.raises(ValueError, match="has no adapters; add some"):
+        save_adapters(model, tmp_path, base_model="base")
+    with pytest.raises(ValueError, match="modules_to_save names head, and the model has no such module"):
+        save_adapters(adapted, tmp_path, base_model="base", modules_to_save=["score", "head"])
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.o_proj, .* cannot have adapters and be in"):
+        save_adapters(adapted, tmp_path, base_model="base", modules_to_save=["o_proj"])
+    with pytest.raises(ValueError, match=r"merge them first \(merge_lora\), or write them alone \(save_adap"):
+        adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="merge them first"):
+        stack_layers(adapted).save_pretrained(tmp_path)
+    tied = add_lora(Phi3ForCausalLM(small_config(tie_word_embeddings=True)), 2)
+    with pytest.raises(ValueError, match="embed_tokens, which in this model is the head too"):
+        save_adapters(tied, tmp_path, base_model="base", modules_to_save=["embed_tokens"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def merge_and_save(tmp_path):
+    """Base, adapters, merged, saved: the directory, and what PEFT computes."""
+    _, _, expected, folder = of_peft("sequence", tmp_path)
+    model = load_adapters(Phi3ForSequenceClassification.from_pretrained(tmp_path / "base"), folder)
+    assert adapted_names(model) == [name for name, _ in projections(model)]
+    merge_lora(model).save_pretrained(tmp_path / "merged")
+    return tmp_path / "merged", expected
+
+
+def test_a_merged_model_computes_what_pefts_does(tmp_path):
+    merged, expected = merge_and_save(tmp_path)
+    assert distance(result(Phi3ForSequenceClassification.from_pretrained(merged)), expected) <= 1e-5
+
+
+@pytest.mark.live
+def test_transformers_computes_from_a_merged_model_what_pefts_does(tmp_path):
+    import transformers
+
+    folder, expected = merge_and_save(tmp_path)
+    name, _ = CLASSES["sequence"]
+    merged = getattr(transformers, name).from_pretrained(folder, attn_implementation="eager")
+    assert distance(output(merged), expected) <= 1e-5

@@ -1,0 +1,193 @@
+"""Checkpoints: the very state comes back, or the one before it."""
+
+import gc
+import logging
+import os
+import resource
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from phi3_jax.train.checkpoints import Checkpoints
+from reference import on_mesh, small_config
+
+from phi3_jax.checkpoint import CheckpointError
+from phi3_jax.model import Phi3ForSequenceClassification
+from phi3_jax.parallel.sharding import make_mesh
+from phi3_jax.trainer import Trainer
+from phi3_jax.trainer.optimizers import make_optimizer
+
+# Where Orbax cannot read or write, its threads end with the error too, and leave coroutines behind.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+BATCH = {"input_ids": np.arange(32).reshape(4, 8) + 4, "labels": np.array([0, 1, 2, 0])}
+
+
+def trained(model, optim="adamw", steps=2):
+    trainer = Trainer(model, make_optimizer(optim, 1e-3))
+    state = trainer.start(model)
+    for _ in range(steps):
+        state, _ = trainer.step(state, BATCH)
+    return trainer, state
+
+
+@pytest.fixture(scope="module")
+def run():
+    model = Phi3ForSequenceClassification(small_config(num_labels=3, num_hidden_layers=1))
+    trainer, state = trained(model)
+    return trainer, state, trainer.start(model)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_coroutines():
+    """Ends Orbax's coroutines here, where their warnings are expected, not in a test of another module."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    made = Checkpoints(tmp_path / "checkpoints", greater_is_better=True)
+    yield made
+    made.close()
+
+
+def same(one, other):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=os.path.getsize)
+
+
+@pytest.mark.parametrize("optim", ["adamw", pytest.param("lion", marks=pytest.mark.slow), "adafactor"])
+def test_the_very_state_comes_back(checkpoints, optim):
+    model = Phi3ForSequenceClassification(small_config(num_labels=3, num_hidden_layers=1))
+    trainer, state = trained(model, optim)
+    checkpoints.save(2, state, {"told": [1, "x"]}, 0.5)
+    checkpoints.wait()
+    resumed = checkpoints.restore_last(trainer.start(model))
+    assert resumed.step == 2
+    assert resumed.about["told"] == [1, "x"]
+    assert same(resumed.state, state)
+    assert jax.tree.structure(resumed.state) == jax.tree.structure(state)
+    _, ours = trainer.step(resumed.state, BATCH)
+    _, expected = trainer.step(state, BATCH)
+    assert float(ours.loss) == float(expected.loss)
+
+
+def test_divided_states_come_back_divided(tmp_path):
+    model = Phi3ForSequenceClassification(
+        small_config(num_labels=4, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4)
+    )
+    _, state = trained(on_mesh(model, make_mesh("fsdp=4,tensor=2")), steps=0)
+    checkpoints = Checkpoints(tmp_path / "c", greater_is_better=True)
+    checkpoints.save(1, state, {}, 0.0)
+    checkpoints.wait()
+    resumed = checkpoints.restore_last(state)
+    assert same(resumed.state, state)
+    for ours, expected in zip(jax.tree.leaves(resumed.state), jax.tree.leaves(state), strict=True):
+        assert ours.sharding.is_equivalent_to(expected.sharding, ours.ndim)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("greater", "scores", "kept"),
+    [
+        (True, [0.5, 0.9, 0.1, 0.6, 0.7], [2, 4, 5]),
+        (False, [0.5, 0.9, 0.1, 0.6, 0.7], [3, 4, 5]),
+        (True, [0.5, 0.9, 0.9, 0.6, 0.9], [2, 4, 5]),  # the first of equals
+        (False, [0.5, 0.1, 0.1, 0.6, 0.1], [2, 4, 5]),
+    ],
+)
+def test_the_best_and_the_last_two_stay(tmp_path, run, greater, scores, kept):
+    _, state, _ = run
+    for steps in ([1, 2, 3], [4, 5]):  # by two processes
+        checkpoints = Checkpoints(tmp_path / "c", greater_is_better=greater)
+        for step in steps:
+            checkpoints.save(step, state, {}, scores[step - 1])
+        checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "c", greater_is_better=greater)
+    assert checkpoints.steps() == kept
+    checkpoints.close()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(checkpoints, run, damage, caplog):
+    _, state, fresh = run
+    for step in (1, 2):
+        checkpoints.save(step, state, {"told": step}, 0.5)
+    checkpoints.wait()
+    damage(largest(checkpoints.directory / "2"))
+    with caplog.at_level(logging.WARNING):
+        resumed = checkpoints.restore_last(fresh)
+    assert "2 cannot be read" in caplog.text
+    assert "going on from the checkpoint before it" in caplog.text
+    assert resumed.step == 1
+    assert resumed.about["told"] == 1
+    assert same(resumed.state, state)
+    assert checkpoints.steps() == [1]  # so that the step can be saved again
+    caplog.clear()  # the error holds on to coroutines
+
+
+def test_without_any_good_checkpoint_there_is_an_error(checkpoints, run):
+    _, state, fresh = run
+    checkpoints.save(1, state, {}, 0.5)
+    checkpoints.wait()
+    flip(largest(checkpoints.directory / "1"))
+    with pytest.raises(CheckpointError, match="cannot be read: "):
+        checkpoints.restore_last(fresh)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, run):
+    _, state, _ = run
+    left = tmp_path / "c" / "3.orbax-checkpoint-tmp" / "state"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"x")
+    checkpoints = Checkpoints(tmp_path / "c", greater_is_better=True)
+    assert checkpoints.steps() == []
+    checkpoints.save(4, state, {}, 0.0)
+    checkpoints.close()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["4"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, run):
+    """Files cannot grow beyond a few bytes, as on a disk without room."""
+    _, state, fresh = run
+    checkpoints = Checkpoints(tmp_path / "c", greater_is_better=True)
+
+    def write(step):  # either call can find the disk full
+        checkpoints.save(step, state, {}, 0.5)
+        checkpoints.wait()
+
+    write(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"cannot be written: .*; the checkpoint before it is as it"
+        ):
+            write(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = Checkpoints(tmp_path / "c", greater_is_better=True)
+    resumed = again.restore_last(fresh)
+    assert resumed.step == 1
+    assert same(resumed.state, state)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
+    again.close()

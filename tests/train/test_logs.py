@@ -1,0 +1,213 @@
+"""The log of a run before and after a kill, for TensorBoard too; progress on a terminal and elsewhere."""
+
+import json
+import math
+import struct
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from phi3_jax.train import progress
+from phi3_jax.train.logs import RunLog, read_log
+from phi3_jax.train.progress import Progress
+from tensorboardX.proto.event_pb2 import Event
+
+
+def events(path: Path) -> list[Event]:
+    """Every event of a file: its length (8 bytes), a checksum (4), the message, another checksum (4)."""
+    data, place, found = path.read_bytes(), 0, []
+    while place < len(data):
+        (length,) = struct.unpack_from("<Q", data, place)
+        found.append(Event.FromString(data[place + 12 : place + 12 + length]))
+        place += length + 16
+    return found
+
+
+def write(directory: Path, steps: range, resume_at: int) -> None:
+    with RunLog(directory, resume_at=resume_at) as log:
+        for step in steps:
+            log.record("train", step, {"loss": 1 / step})
+
+
+def steps_of(directory: Path) -> list[int]:
+    return [record["step"] for record in read_log(directory / "log.jsonl")]
+
+
+def test_floats_come_back_to_the_bit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    values: dict[str, Any] = {
+        f"v{n}": value for n, value in enumerate(rng.normal(size=50) * 10.0 ** -np.arange(50))
+    }
+    values |= {"single": np.float32(0.1), "small": 5e-324, "minus": -0.0, "whole": 3}
+    values |= {"nan": math.nan, "inf": math.inf, "minus_inf": -math.inf}
+    with RunLog(tmp_path, resume_at=0) as log:
+        log.record("validation", 7, values)
+    (record,) = read_log(tmp_path / "log.jsonl")
+    assert (record.pop("kind"), record.pop("step")) == ("validation", 7)
+    assert [struct.pack("d", record[name]) for name in values] == [
+        struct.pack("d", v) for v in values.values()
+    ]
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+
+
+def test_records_are_there_before_the_log_is_closed(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with RunLog(tmp_path / "run", resume_at=0) as log:
+        log.record("train", 1, {"loss": 2.0})
+        log.record("test", 1, {"accuracy": 0.5, "loss": 1.0})
+        assert read_log(tmp_path / "run" / "log.jsonl") == [
+            {"kind": "train", "step": 1, "loss": 2.0},
+            {"kind": "test", "step": 1, "accuracy": 0.5, "loss": 1.0},
+        ]
+        (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+        told = [(e.step, value.tag, value.simple_value) for e in events(file) for value in e.summary.value]
+        assert told == [(1, "train/loss", 2.0), (1, "test/accuracy", 0.5), (1, "test/loss", 1.0)]
+        assert events(file)[0].file_version == "brain.Event:2"
+        assert file.name.startswith("events.out.tfevents.")
+        assert threading.active_count() == threads
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "tensorboard"]
+
+
+def test_a_resumed_log_goes_on_behind_its_step(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 9), 0)
+    kept = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)[:5]
+    write(tmp_path, range(6, 8), 5)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    assert (tmp_path / "log.jsonl").read_bytes().startswith(b"".join(kept))
+    older, newer = sorted((tmp_path / "tensorboard").iterdir())
+    assert [e.step for e in events(older) if e.summary.value] == list(range(1, 9))
+    assert [e.step for e in events(newer) if e.summary.value] == [6, 7]
+    started = [e for e in events(newer) if e.HasField("session_log")]
+    assert [(e.step, e.session_log.status) for e in started] == [(6, started[0].session_log.START)]
+
+
+def test_from_step_0_an_old_log_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 9), 0)
+    write(tmp_path, range(1, 3), 0)
+    assert steps_of(tmp_path) == [1, 2]
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert not any(e.HasField("session_log") for e in events(file))
+
+
+@pytest.mark.parametrize("lost", [1, 2, 20, 34])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, lost: int) -> None:
+    write(tmp_path, range(1, 5), 0)
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-lost])
+    whole = [1, 2, 3, 4] if lost == 1 else [1, 2, 3]  # without its line break, the record is whole
+    assert steps_of(tmp_path) == whole
+    write(tmp_path, range(5, 6), 4)
+    assert steps_of(tmp_path) == [*whole, 5]
+
+
+@pytest.mark.parametrize("broken", [b'{"kind": "train", "st', b"[1, 2]", b'{"kind": "train"}', b"\xff\x00"])
+def test_a_broken_line_before_the_last_is_an_error(tmp_path: Path, broken: bytes) -> None:
+    write(tmp_path, range(1, 5), 0)
+    path = tmp_path / "log.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], broken, *lines[3:]]) + b"\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 3 is no record of a run: .*; repair or remove"):
+        RunLog(tmp_path, resume_at=4)
+    with pytest.raises(ValueError, match="line 3"):
+        read_log(path)
+    assert path.read_bytes() == before
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["log.jsonl", "tensorboard"]
+
+
+def test_resuming_without_a_log_begins_one(tmp_path: Path) -> None:
+    write(tmp_path, range(11, 13), 10)
+    assert steps_of(tmp_path) == [11, 12]
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "monotonic", clock)
+    return clock
+
+
+def test_without_a_terminal_a_line_now_and_then(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Progress(1200, start=200, show=True) as shown:
+        for step in range(201, 226):
+            clock.now += 1
+            speed = {
+                "tokens_per_second": 12345.6,
+                "flops_per_second": 2.5e12,
+                "mfu": None if step < 215 else 0.412,
+            }
+            shown.update(step, {"loss": 1 / step, **speed})
+            if step == 212:
+                shown.update(step, {"accuracy": 0.875})
+                shown.say("step 212: [saved]")
+    out, err = capsys.readouterr()
+    assert out == ""
+    # Ten seconds: 9 steps after the first one in 9 seconds, 990 to go.
+    assert err.splitlines() == [
+        "step 210/1,200, loss 0.004762, 12,346 tokens/s, 2.5 TFLOP/s, 0:00:10 elapsed, 0:16:30 left",
+        "step 212: [saved]",
+        "step 220/1,200, loss 0.004545, accuracy 0.875, 12,346 tokens/s, 2.5 TFLOP/s, MFU 41.2%, "
+        "0:00:20 elapsed, 0:16:20 left",
+        "step 225/1,200, loss 0.004444, accuracy 0.875, 12,346 tokens/s, 2.5 TFLOP/s, MFU 41.2%, "
+        "0:00:25 elapsed, 0:16:15 left",
+    ]
+
+
+def test_the_last_step_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2, start=0, show=True) as shown:
+        shown.update(1, {"loss": 1.0})
+        clock.now += 11
+        shown.update(2, {"loss": 0.5})
+    assert capsys.readouterr().err.splitlines() == ["step 2/2, loss 0.5, 0:00:11 elapsed, 0:00:00 left"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nothing_is_shown_where_it_is_not_asked_for(
+    terminal: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with Progress(10, start=0, show=False) as shown:
+        clock.now += 60
+        shown.update(5, {"loss": 1.0})
+        shown.say("half")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal_a_bar_with_lines_above_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    threads = set(threading.enumerate())
+    with Progress(1000, start=0, show=True) as shown:
+        shown.update(500, {"loss": 1.25, "macro_f1": 0.5, "mfu": 0.3})
+        shown.say("validated [bold]half[/bold]")
+        shown.update(750, {"loss": 1.0})
+    err = capsys.readouterr().err
+    assert "validated [bold]half[/bold]" in err
+    assert "step 750/1,000" in err
+    assert "━" in err
+    assert "loss 1  macro_f1 0.5  MFU 30.0%" in err
+    assert "elapsed" in err
+    for thread in set(threading.enumerate()) - threads:  # told to end when the block did
+        thread.join(timeout=5)
+        assert not thread.is_alive()

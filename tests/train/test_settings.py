@@ -1,0 +1,49 @@
+"""Settings: a file, what is said before it, and what is wrong with either."""
+
+import pytest
+from phi3_jax.train.settings import FREE, Settings
+
+from phi3_jax.runs.files import differences
+
+
+def test_the_command_line_comes_before_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-4\nseed: 3\nlora_targets: [qkv_proj]\n")
+    settings = Settings.read(path, {"seed": 5, "optim": "lion"})
+    assert (settings.learning_rate, settings.seed, settings.optim) == (1e-4, 5, "lion")
+    assert settings.lora_targets == ["qkv_proj"]
+    assert Settings.read(None, {}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: 1", "there is no setting learning_rat"),
+        ("learning_rate: fast\nseed: x", "learning_rate='fast': .*; seed='x': "),
+        ("optim: sgd", "optim='sgd': Input should be 'adamw', 'adafactor' or 'lion'"),
+        ("- seed", "holds list; expected settings"),
+        ("seed: [1", "cannot be read"),
+        ("train_batch_size: 8\ngradient_accumulation_steps: 3", "train_batch_size=8 does not divide into"),
+        ("packing: true", "packing is for causal-lm, not for sequence-classification"),
+        ("trained: head\ntask: causal-lm", "trained=head is for classification"),
+        ("dataset: ag_news\ntrain_file: a.csv", "give dataset or train_file, not both"),
+        ("test_file: a.csv", "need a train_file beside them"),
+        ("dataset: ag_news\ndataset_splits: {test: test}", "must name a split for"),
+    ],
+)
+def test_faults_are_named(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        Settings.read(path, {})
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no file .*no\.yaml"):
+        Settings.read(tmp_path / "no.yaml", {})
+
+
+def test_differences_leave_out_what_changes_no_number():
+    before = Settings().model_dump(mode="json")
+    now = Settings(seed=1, output_dir="elsewhere", logging_steps=7).model_dump(mode="json")
+    assert differences(before, now, free=FREE) == ["seed: 0 -> 1"]

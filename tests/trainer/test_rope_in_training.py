@@ -1,0 +1,71 @@
+"""A rope scaling that is trained in, and saved for transformers."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import distance
+from reference import run as logits_of
+from runs import losses, run, write_base, write_rows
+
+from phi3_jax import Phi3Config, Phi3ForCausalLM
+from phi3_jax.config.rope_argument import parse_rope
+
+SIZES = {"max_position_embeddings": 64, "original_max_position_embeddings": 64}
+TASK = {"task": "causal-lm", "messages_column": "messages", "max_steps": 2, "eval_steps": 2}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "train.jsonl", 24, "causal-lm")
+    return write_base(tmp_path / "base", **SIZES)
+
+
+@pytest.mark.live
+def test_what_is_trained_is_what_transformers_loads(tmp_path: Path, base: Path) -> None:
+    import torch
+    import transformers
+
+    run(tmp_path, base, rope="yarn:factor=4", **TASK)
+    ids = np.arange(5, 45)[None]
+    ours = Phi3ForCausalLM.from_pretrained(tmp_path / "run", dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), use_cache=False).logits
+    assert distance(logits_of(ours, input_ids=ids).logits, expected) <= 1e-5
+
+
+def test_the_scaling_is_saved(tmp_path: Path, base: Path) -> None:
+    run(tmp_path, base, rope="yarn:factor=4", **TASK)
+    config = Phi3Config.from_pretrained(tmp_path / "run")
+    assert (config.max_position_embeddings, config.original_max_position_embeddings) == (256, 64)
+    wanted = parse_rope("yarn:factor=4").apply(Phi3Config.from_pretrained(base))
+    for got, expected in zip(
+        config.rope_scaling.frequencies(config.rope_base, jnp.array([30])),
+        wanted.rope_scaling.frequencies(wanted.rope_base, jnp.array([30])),
+        strict=True,
+    ):
+        np.testing.assert_allclose(np.ravel(got), np.ravel(expected), rtol=1e-6)
+
+
+def test_it_changes_the_losses_and_a_run_goes_on_with_the_same(tmp_path: Path, base: Path) -> None:
+    run(tmp_path, base, **TASK)
+    plain = losses(tmp_path)
+    with pytest.raises(ValueError, match="rope: None -> 'linear:factor=4'"):
+        run(tmp_path, base, rope="linear:factor=4", **TASK)
+    run(tmp_path, base, rope="linear:factor=4", overwrite_output_dir=True, **TASK)
+    assert losses(tmp_path) != plain
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert told["rope_scaling"]["type"] == "longrope"
+
+
+def test_a_scaling_that_transformers_has_not(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, base, rope="dynamic:factor=4", **TASK)
+    assert "transformers has no dynamic rope for Phi-3" in caplog.text
+    assert Phi3Config.from_pretrained(tmp_path / "run").context_length == 256
+    with pytest.raises(ValueError, match="rope 'linear': rope type 'linear' needs factor"):
+        run(tmp_path, base, rope="linear", overwrite_output_dir=True, **TASK)

@@ -1,0 +1,1 @@
+"""The fine-tuning program, shipped as `phi3_jax.train`."""

@@ -1,0 +1,191 @@
+"""A recipe of `phi3-jax finetune` as users of transformers would run it: its model, PEFT, PyTorch."""
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+from torch.nn import functional
+
+from phi3_jax.lora import save_adapters
+from phi3_jax.model.losses import IGNORE_INDEX
+from phi3_jax.model.saving import save_model
+from phi3_jax.trainer.objectives import Objective
+from phi3_jax.trainer.optimizers import decays
+
+from .metrics import SEQUENCE_TASKS
+from .recipe import Recipe, new_model, with_adapters
+
+CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+"""Of transformers, by task."""
+
+DROPOUT_RATES = ("attention_dropout", "resid_pdrop", "embd_pdrop", "classifier_dropout")
+
+
+class Theirs:
+    """The recipe with transformers' model, PEFT's adapters and PyTorch's AdamW.
+
+    As users of it train: parameters in float32 between steps, autocast to bfloat16 within them where that is
+    the dtype; what is frozen is stored in that dtype.
+    """
+
+    def __init__(self, recipe: Recipe):
+        settings = recipe.settings
+        torch.manual_seed(settings.seed)
+        self._kind, self._settings = recipe.kind, settings
+        self._objective = Objective(settings.label_smoothing, recipe.data.class_weights)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = _model(recipe).to(self._device)
+        self._trained = {name: x for name, x in self._model.named_parameters() if x.requires_grad}
+        decay = decays(self._trained)
+        groups = [
+            {"params": [x for name, x in self._trained.items() if decay[name] == does], "weight_decay": rate}
+            for does, rate in ((True, settings.weight_decay), (False, 0.0))
+        ]
+        self._optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=0.0,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            fused=True,
+        )
+
+    def step(self, arrays: Mapping[str, np.ndarray], learning_rate: float) -> float:
+        """Updates the parameters; the batch's loss before that."""
+        rows = self._tensors(arrays)
+        count = self._count(rows["labels"], self._objective)
+        parts = self._settings.gradient_accumulation_steps
+        self._model.train()
+        loss = 0.0
+        for part in range(parts):
+            few = {name: x[part::parts] for name, x in rows.items()}
+            if not len(few["input_ids"]):
+                continue
+            logits, labels = self._forward(few)
+            value = self._sum(logits, labels, self._objective) / count
+            value.backward()
+            loss += value.item()
+        if self._settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._trained.values(), self._settings.max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss
+
+    def score(self, arrays: Mapping[str, np.ndarray]) -> tuple[float, float, tuple[np.ndarray, ...]]:
+        """The sum of a batch's losses, its divisor, and what `Evaluator` measures of each row."""
+        rows, plain = self._tensors(arrays), Objective()
+        self._model.eval()
+        with torch.no_grad():
+            logits, labels = self._forward(rows)
+            losses = self._sum(logits, labels, plain).item(), self._count(rows["labels"], plain)
+        said: tuple[np.ndarray, ...] = ()
+        if self._kind in SEQUENCE_TASKS:
+            said = (logits.cpu().numpy(),)
+        elif self._kind == "token-classification":
+            best = logits.softmax(-1).max(-1)
+            said = best.indices.cpu().numpy(), best.values.cpu().numpy()
+        return *losses, said
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """A copy of the parameters that are trained."""
+        return {name: x.detach().clone() for name, x in self._trained.items()}
+
+    def restore(self, trained: dict[str, torch.Tensor]) -> None:
+        """Takes up what `trained` gave."""
+        for name, x in self._trained.items():
+            x.data.copy_(trained[name])
+
+    def _tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """A batch as PyTorch takes it: without rows that stand for no example, since its shapes may vary."""
+        real = arrays["attention_mask"].any(axis=1)
+        # Examples that share a row are told apart by their positions, and only where no mask is given.
+        unused = {"weights", "segment_ids"} | ({"attention_mask"} if "segment_ids" in arrays else set())
+        tensors = {name: torch.from_numpy(x[real]) for name, x in arrays.items() if name not in unused}
+        return {
+            name: (x if x.is_floating_point() else x.long()).to(self._device) for name, x in tensors.items()
+        }
+
+    def _forward(self, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits in float32, and the labels that stand beside them."""
+        inputs = {name: x for name, x in rows.items() if name != "labels"}
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._settings.dtype == "bfloat16"):
+            logits = self._model(**inputs, use_cache=False).logits.float()
+        labels = rows["labels"]
+        return (logits[:, :-1], labels[:, 1:]) if self._kind == "causal-lm" else (logits, labels)
+
+    def _sum(self, logits: torch.Tensor, labels: torch.Tensor, objective: Objective) -> torch.Tensor:
+        """The sum of the losses, as the problem's loss function of PyTorch has it."""
+        weights, smoothing = self._weights(objective), objective.label_smoothing
+        if self._kind == "regression":
+            return functional.mse_loss(logits, labels.reshape(logits.shape), reduction="sum")
+        if self._kind == "multi_label_classification":
+            soft = (1 - smoothing) * labels + smoothing / 2
+            return functional.binary_cross_entropy_with_logits(logits, soft, weights, reduction="sum")
+        return functional.cross_entropy(
+            logits.flatten(0, -2),
+            labels.flatten(),
+            weights,
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=smoothing,
+            reduction="sum",
+        )
+
+    def _count(self, labels: torch.Tensor, objective: Objective) -> float:
+        """What the sum is divided by: labels that count, by their weights."""
+        if labels.is_floating_point():
+            return float(labels.numel())
+        labels = labels[:, 1:] if self._kind == "causal-lm" else labels
+        counted = labels[labels != IGNORE_INDEX]
+        weights = self._weights(objective)
+        return float(counted.numel() if weights is None else weights[counted].sum()) or 1.0
+
+    def _weights(self, objective: Objective) -> torch.Tensor | None:
+        weights = objective.class_weights
+        return None if weights is None else torch.tensor(weights, device=self._device)
+
+
+def _model(recipe: Recipe) -> Any:
+    """transformers' model with the parameters that ours has before the first step."""
+    settings = recipe.settings
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="phi3-jax-bench-") as scratch:
+        base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
+        ours = new_model(recipe, None)
+        save_model(ours, base)
+        if settings.trained == "lora":
+            save_adapters(with_adapters(ours, settings), adapter, base_model=str(base))
+        dtype = getattr(torch, ours.dtype.name)
+        del ours
+        config = transformers.AutoConfig.from_pretrained(base)
+        if not settings.dropout:
+            for rate in DROPOUT_RATES:
+                setattr(config, rate, 0.0)
+        kind = getattr(transformers, CLASSES[settings.task])
+        model = kind.from_pretrained(base, config=config, dtype=dtype)
+        # Without a setting, what `finetune` does on this platform.
+        if (settings.remat or ("none" if jax.default_backend() == "cpu" else "full")) == "full":
+            model.activation_checkpointing_enable()
+        if settings.trained == "lora":
+            from peft import PeftModel
+
+            with warnings.catch_warnings():
+                # PEFT asks by a name that transformers has a newer one for.
+                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+                model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if settings.trained == "head":
+            parameter.requires_grad_("score" in name.split("."))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model

@@ -1,0 +1,184 @@
+"""What a run is made of, before its first step: rows, steps, the model and what trains it."""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from phi3_jax.checkpoint import resolve
+from phi3_jax.checkpoint.default_model import default_model
+from phi3_jax.checkpoint.opening import open_checkpoint
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.config.rope_argument import as_longrope, parse_rope
+from phi3_jax.data.batches import BatchPlan, bucket_widths
+from phi3_jax.lora import add_lora
+from phi3_jax.model import (
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    Phi3PreTrainedModel,
+)
+from phi3_jax.model.loading import load_model
+from phi3_jax.parallel import distributed
+from phi3_jax.tokenizer import Phi3Tokenizer
+from phi3_jax.trainer.batches import check_rows, width_multiple
+from phi3_jax.trainer.objectives import Objective
+from phi3_jax.trainer.optimizers import make_optimizer, make_schedule
+from phi3_jax.trainer.step import Trainer
+
+from .metrics import direction
+from .settings import Settings
+from .sources import Data, load_data
+
+logger = logging.getLogger(__name__)
+
+MODELS: dict[str, type[Phi3PreTrainedModel]] = {
+    "sequence-classification": Phi3ForSequenceClassification,
+    "token-classification": Phi3ForTokenClassification,
+    "causal-lm": Phi3ForCausalLM,
+}
+
+BEST_BY = {
+    "single_label_classification": "accuracy",
+    "multi_label_classification": "micro_f1",
+    "regression": "pearson",
+    "token-classification": "f1",
+    "causal-lm": "loss",
+}
+"""The metric that chooses the best parameters, unless the user names another."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run learns from and which steps it takes, before there is a model."""
+
+    settings: Settings
+    base: Path
+    tokenizer: Phi3Tokenizer
+    config: Phi3Config
+    """Of the base model, with the rope that the settings say."""
+    data: Data
+    pad_token_id: int
+    plan: BatchPlan
+    total_steps: int
+    schedule: optax.Schedule
+    kind: str
+    """The task, or the problem type of sequence classification."""
+    metric: str
+    """Chooses the best parameters."""
+    sign: int
+    """1 if a greater value of it is better, -1 if a smaller one is."""
+
+
+def prepare(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Recipe:
+    """Reads the rows and decides the steps; arguments and errors as of `finetune`."""
+    kind = settings.problem_type if settings.task == "sequence-classification" else settings.task
+    metric = settings.metric_for_best_model or BEST_BY[kind]
+    sign = direction(kind, metric)
+    check_rows(settings.train_batch_size, settings.gradient_accumulation_steps, mesh, "train_batch_size")
+    check_rows(settings.eval_batch_size, 1, mesh, "eval_batch_size")
+
+    # What is learned from.
+    path = distributed.from_primary(
+        lambda: default_model(cache_dir) if settings.model is None else resolve(settings.model)
+    )
+    tokenizer = Phi3Tokenizer.from_pretrained(path)
+    _, config = open_checkpoint(path)
+    if settings.rope is not None:
+        config = as_longrope(parse_rope(settings.rope).written(config))
+        if (rope_type := config.rope_parameters["rope_type"]) not in ("default", "longrope"):
+            logger.warning(
+                "transformers has no %s rope for Phi-3, and will not load what is trained", rope_type
+            )
+    data = distributed.together(lambda: load_data(settings, tokenizer, config))
+    pad = next(
+        (i for i in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+    )
+
+    # Which steps there are.
+    widths = (
+        (settings.max_length,)
+        if settings.packing
+        else bucket_widths(data.train.lengths, most=settings.max_buckets, multiple=width_multiple(mesh))
+    )
+    plan = BatchPlan(
+        data.train.lengths, rows=settings.train_batch_size, widths=widths, shuffle=True, seed=settings.seed
+    )
+    total = settings.max_steps or math.ceil(settings.num_train_epochs * plan.steps_per_epoch)
+    schedule = make_schedule(
+        settings.lr_scheduler_type,
+        settings.learning_rate,
+        total_steps=total,
+        warmup_steps=int(settings.warmup_ratio * total),
+    )
+    return Recipe(settings, path, tokenizer, config, data, pad, plan, total, schedule, kind, metric, sign)
+
+
+def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
+    """The base model with the task's head, as it is before the first step."""
+    settings, labels = recipe.settings, recipe.data.labels
+    changes: dict[str, Any] = {"pad_token_id": recipe.pad_token_id}
+    if labels is not None:
+        changes["id2label"] = dict(enumerate(labels.names))
+    if settings.task == "sequence-classification":
+        changes["problem_type"] = settings.problem_type
+    return load_model(
+        MODELS[settings.task],
+        recipe.base,
+        dtype="float32" if settings.trained == "full" else settings.dtype,
+        mesh=mesh,
+        rngs=settings.seed,
+        config=recipe.config,
+        ignore_mismatched_sizes=True,
+        **changes,
+    )
+
+
+def with_adapters(model: Phi3PreTrainedModel, settings: Settings) -> Phi3PreTrainedModel:
+    """The model with new adapters where the settings ask for them."""
+    if settings.trained != "lora":
+        return model
+    return add_lora(
+        model,
+        settings.lora_rank,
+        alpha=settings.lora_alpha,
+        targets=settings.lora_targets,
+        rngs=settings.seed,
+    )
+
+
+def make_trainer(recipe: Recipe, model: Phi3PreTrainedModel, mesh: Mesh | None) -> Trainer:
+    """The step that the settings describe."""
+    settings = recipe.settings
+    head = nnx.PathContains("score")
+    wrt: Any = nnx.Param
+    if settings.trained == "lora":
+        wrt = nnx.LoRAParam if settings.task == "causal-lm" else nnx.Any(nnx.LoRAParam, head)
+    elif settings.trained == "head":
+        wrt = head
+    on_cpu = jax.default_backend() == "cpu"
+    return Trainer(
+        model,
+        make_optimizer(
+            settings.optim,
+            recipe.schedule,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            beta1=settings.adam_beta1,
+            beta2=settings.adam_beta2,
+            epsilon=settings.adam_epsilon,
+        ),
+        objective=Objective(settings.label_smoothing, recipe.data.class_weights),
+        accumulate=settings.gradient_accumulation_steps,
+        wrt=wrt,
+        compute_dtype=jnp.dtype(settings.dtype),
+        remat=settings.remat or ("none" if on_cpu else "full"),
+        scan_layers=not on_cpu or mesh is not None,
+    )

@@ -1,0 +1,167 @@
+"""The settings of a run: one flat list, with the names of transformers' TrainingArguments."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from phi3_jax.errors import UserError
+
+TaskName = Literal["sequence-classification", "token-classification", "causal-lm"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+
+class Settings(BaseModel):
+    """What `phi3-jax finetune` does. Each field is a key of the YAML file and an option of the command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: TaskName = Field("sequence-classification", description="What is learned.")
+    model: str | None = Field(
+        None, description="A directory, a .gguf file or a hub name; default: SmolLM2-135M-Instruct."
+    )
+    rope: str | None = Field(
+        None,
+        description="A scaling in place of the model's, saved with it: linear:factor=4, yarn:factor=4, "
+        "longrope:@factors.json and so on.",
+    )
+    output_dir: Path = Field(Path("runs/demo"), description="Takes the model, checkpoints, logs and report.")
+    overwrite_output_dir: bool = Field(False, description="Begin anew where a run is there already.")
+
+    train_file: str | None = Field(
+        None,
+        description="CSV, TSV, JSONL, Parquet or CoNLL; default: generated commands, as a demonstration.",
+    )
+    validation_file: str | None = Field(None, description="Default: a part of the training rows.")
+    test_file: str | None = Field(None, description="Scored at the end.")
+    file_format: Literal["csv", "tsv", "jsonl", "parquet", "conll"] | None = Field(
+        None, description="Of the files; default: by their names."
+    )
+    dataset: str | None = Field(None, description="A name in `datasets`, in place of files.")
+    dataset_splits: dict[Literal["train", "validation", "test"], str] = Field(
+        {"train": "train"}, description="The data set's names of the splits to use."
+    )
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Of the training rows, if no file is.")
+    skip_bad_rows: bool = Field(False, description="Count rows that are wrong instead of stopping.")
+
+    text_column: str = Field("text", description="Of sequence classification and raw text.")
+    text_pair_column: str | None = Field(None, description="A second text.")
+    label_column: str | list[str] = Field("label", description="Several: numbers, or 0 and 1 for each label.")
+    words_column: str = Field("words", description="Of token classification.")
+    tags_column: str = Field("labels", description="Of token classification: a label for each word.")
+    messages_column: str | None = Field(
+        None, description="Conversations, for chat; default: raw text, but for the generated data."
+    )
+    problem_type: ProblemType = Field(
+        "single_label_classification", description="Of sequence classification."
+    )
+    label_separator: str = Field("|", description="Between several labels of a row.")
+    label_all_pieces: bool = Field(False, description="Label every piece of a word, not just its first.")
+    max_length: int = Field(512, ge=2, description="Tokens of an example; longer ones are cut.")
+    packing: bool = Field(False, description="Several examples in one row of max_length tokens (causal-lm).")
+
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of what is computed.")
+    trained: Literal["full", "lora", "head"] = Field("full", description="Which parameters are.")
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: float | None = Field(None, description="Default: twice the rank.")
+    lora_targets: list[str] = Field(
+        ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], description="Projections with adapters."
+    )
+    remat: Literal["full", "dots", "none"] | None = Field(
+        None, description="What a layer keeps for the backward pass; default: none on CPU, full elsewhere."
+    )
+    dropout: bool = Field(True, description="Apply the dropout rates that the model's config has.")
+
+    num_train_epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="In place of num_train_epochs.")
+    train_batch_size: int = Field(32, ge=1, description="Rows of a step, over all devices and micro-batches.")
+    eval_batch_size: int = Field(64, ge=1)
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Micro-batches that a step is divided into."
+    )
+    max_buckets: int = Field(6, ge=1, description="Row widths, each compiled once.")
+
+    optim: Literal["adamw", "adafactor", "lion"] = "adamw"
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps.")
+    weight_decay: float = Field(0.01, ge=0, description="Not of norms and biases.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: dict[str, float] | Literal["balanced"] | None = Field(
+        None, description="By label; balanced: the rarer, the more."
+    )
+    seed: int = 0
+
+    logging_steps: int = Field(1, ge=1)
+    eval_steps: int | None = Field(None, ge=1, description="Default: once an epoch.")
+    save_steps: int | None = Field(None, ge=1, description="Default: with each evaluation.")
+    metric_for_best_model: str | None = Field(None, description="Default: accuracy, f1 or loss, by the task.")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations without a better one."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Settings":
+        if self.train_batch_size % self.gradient_accumulation_steps:
+            raise UserError(
+                f"train_batch_size={self.train_batch_size} does not divide into "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        if self.packing and self.task != "causal-lm":
+            raise UserError(f"packing is for causal-lm, not for {self.task}")
+        if self.trained == "head" and self.task == "causal-lm":
+            raise UserError("trained=head is for classification: a language model's head is no new one")
+        if self.dataset is not None and self.train_file is not None:
+            raise UserError("give dataset or train_file, not both")
+        if self.train_file is None and (self.validation_file or self.test_file):
+            raise UserError("validation_file and test_file need a train_file beside them")
+        if self.dataset is not None and "train" not in self.dataset_splits:
+            raise UserError('dataset_splits must name a split for "train"')
+        return self
+
+    @property
+    def generated(self) -> bool:
+        """Whether the rows are the package's own."""
+        return self.train_file is None and self.dataset is None
+
+    @classmethod
+    def read(cls, path: Path | None, overrides: dict[str, Any]) -> "Settings":
+        """The settings of a YAML file, those of the command line before them.
+
+        Raises:
+            ValueError: the file is no YAML mapping, or a setting is unknown or wrong; all faults are named.
+        """
+        given: Any = {}
+        if path is not None:
+            try:
+                given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            except FileNotFoundError:
+                raise UserError(f"there is no file {path}") from None
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise UserError(f"{path} cannot be read: {error}") from error
+            if not isinstance(given, dict):
+                raise UserError(
+                    f"{path} holds {type(given).__name__}; expected settings, one `name: value` a line"
+                )
+        try:
+            return cls(**{str(name): value for name, value in given.items()} | overrides)
+        except ValidationError as error:
+            faults = "; ".join(_fault(one) for one in error.errors())
+            raise UserError(f"{path or 'settings'}: {faults}") from None
+
+
+def _fault(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"there is no setting {name}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}={error['input']!r}: {message}" if name else message
+
+
+FREE = frozenset({"overwrite_output_dir", "output_dir", "logging_steps"})
+"""Settings that may change between a run's beginning and its resumption: no number depends on them."""

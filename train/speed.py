@@ -1,0 +1,59 @@
+"""How fast a run is: tokens, operations, and what share of the chips' peak they are."""
+
+import time
+
+import jax
+from jax.sharding import Mesh
+
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.costs.chips import peak_flops
+from phi3_jax.costs.flops import step_flops
+from phi3_jax.costs.work import Work
+
+from .settings import Settings
+
+
+class Speed:
+    """Measures from one step to the next."""
+
+    def __init__(self, config: Phi3Config, settings: Settings, mesh: Mesh | None):
+        self._config, self._settings = config, settings
+        self._peak = peak_flops(jax.devices()[:1] if mesh is None else list(mesh.devices.flat))
+        self._last: float | None = None
+
+    def pause(self) -> None:
+        """What came since the last step was something else."""
+        self._last = None
+
+    def after(self, tokens: int, padded: int, width: int) -> dict[str, float | None]:
+        """Of a step that is done: tokens a second without padding, operations of the model with it.
+
+        Args:
+            tokens: that the step learned from.
+            padded: places for tokens.
+            width: of a row.
+        """
+        now, last = time.perf_counter(), self._last
+        self._last = now
+        if last is None or now <= last:
+            return {}
+        rate = self._flops(padded // width, width) / (now - last)
+        return {
+            "tokens_per_second": tokens / (now - last),
+            "flops_per_second": rate,
+            "mfu": None if self._peak is None else rate / self._peak,
+        }
+
+    def _flops(self, rows: int, width: int) -> int:
+        settings = self._settings
+        work = Work(
+            self._config,
+            "finetune",
+            rows,
+            width,
+            lora=settings.lora_rank if settings.trained == "lora" else None,
+        )
+        flops = step_flops(work)
+        if settings.trained == "head":
+            return flops.layers // 3 + flops.attention // 3
+        return flops.layers + flops.attention + (flops.head if settings.task == "causal-lm" else 0)
