@@ -1,0 +1,13 @@
+"""Arithmetic of sizes and counts."""
+
+INT32_MAX = 2**31 - 1
+
+
+def ceil_div(total: int, size: int) -> int:
+    """Returns how many pieces of `size` it takes to hold `total`."""
+    return -(-total // size)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Returns the least multiple of `multiple` that is not below `value`."""
+    return ceil_div(value, multiple) * multiple
