@@ -1,0 +1,45 @@
+"""Text that comes from outside: JSON with the position of its errors, and valid Unicode."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from phi3_jax.errors import UserError
+
+
+def parse_json(content: str | bytes, name: object) -> Any:
+    """Returns the value of a JSON text; `name` says in errors where the text is from.
+
+    Raises:
+        UserError: the text is not valid JSON or not valid UTF-8; the message has the position.
+    """
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"{name} is not valid JSON: {error.msg} at {where}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not valid UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise UserError(f"{name} is not valid JSON: it is nested too deeply") from error
+    except ValueError as error:  # a number with too many digits
+        raise UserError(f"{name} is not valid JSON: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Returns the value of a JSON file.
+
+    Raises:
+        UserError: as `parse_json`.
+        OSError: the file cannot be read.
+    """
+    return parse_json(path.read_bytes(), path)
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Returns the position of a half of a surrogate pair, which no encoding can write, or None."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
