@@ -11,8 +11,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from phi3_jax.errors import UserError
-from phi3_jax.runs.json_values import json_value
 from phi3_jax.runs.files import differences, remove_leftovers, replacing
+from phi3_jax.runs.json_values import json_value
 
 
 class Journal:
