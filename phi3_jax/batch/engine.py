@@ -18,7 +18,7 @@ from phi3_jax.batch.scheduler import PoolSize
 from phi3_jax.batch.sizes import choose_pools
 from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
-from phi3_jax.generation.memory import room_for
+from phi3_jax.generation.memory import token_capacity
 from phi3_jax.generation.stopping import StopStringCriteria
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.parallel.sharding import shards
@@ -94,7 +94,7 @@ class Engine:
         context = self.compiled.model.config.context_length
         if max_length is not None and not 2 <= max_length <= context:
             raise UserError(f"max_length={max_length} must be from 2 to the model's context of {context}")
-        self._room = room_for(self.compiled)
+        self._room = token_capacity(self.compiled)
         if max_length is not None and max_length >= self._room:
             raise UserError(
                 f"max_length={max_length}: memory holds the keys and values of {self._room} tokens; choose a "

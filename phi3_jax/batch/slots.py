@@ -18,7 +18,7 @@ from phi3_jax.cache.ragged import RaggedVectors
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.processors import LogitsProcessorList
 from phi3_jax.generation.sampling import loop
-from phi3_jax.generation.state import Settings, State
+from phi3_jax.generation.state import State, StepSettings
 from phi3_jax.model import Phi3ForCausalLM
 
 STEPS = 8
@@ -122,9 +122,9 @@ class Slots:
         There are two programs: greedy search alone is cheaper where all rows want nothing else.
         """
         plain = all(each.plain for each in self._options)
-        settings = Settings(
-            before=LogitsProcessorList() if plain else processors(self._options, self._end_tokens),
-            after=LogitsProcessorList(),
+        settings = StepSettings(
+            before_host=LogitsProcessorList() if plain else processors(self._options, self._end_tokens),
+            after_host=LogitsProcessorList(),
             end_tokens=self._end_tokens,
             max_new_tokens=jnp.asarray(self._most),
             rope=no_choice(self._first[-1]),
@@ -134,7 +134,7 @@ class Slots:
             loop, self._state, settings, STEPS, most=STEPS, outputs=frozenset()
         )
         done, tokens, finished, stale = jax.device_get(
-            (report.steps, report.tokens, report.finished, report.refill)
+            (report.steps, report.tokens, report.finished, report.needs_recomputation)
         )
         return Decoded(tokens[:done, :, 0], finished, stale)
 

@@ -50,7 +50,7 @@ class Stage:
     """
 
     def __init__(self, compiled: CompiledModel, lanes: int, columns: int, most: int):
-        self.lanes = compiled.lanes_for(lanes)
+        self.lanes = compiled.rows_for(lanes)
         self._compiled, self._most = compiled, most
         self.state = State(
             sequences_of([], self.lanes, most),

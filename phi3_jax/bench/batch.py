@@ -17,7 +17,7 @@ from phi3_jax.batch.engine import MOST_SLOTS, SLOTS
 from phi3_jax.batch.sizes import choose_pools
 from phi3_jax.bench.turns import take_turns
 from phi3_jax.generation import CompiledModel
-from phi3_jax.generation.memory import room_for
+from phi3_jax.generation.memory import token_capacity
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.runs.allocator import keep_freed_memory
 
@@ -96,7 +96,7 @@ def _ours(load: Load) -> Any:
         needs,
         slots=SLOTS.get(jax.default_backend(), MOST_SLOTS),
         columns=max(columns for columns, _ in needs),
-        room=room_for(compiled),
+        room=token_capacity(compiled),
     )
     batch = ContinuousBatch(compiled, pools, end_tokens=[])
     how = " + ".join(f"{pool.slots} slots of {pool.columns}" for pool in pools)

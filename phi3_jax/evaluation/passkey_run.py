@@ -23,7 +23,7 @@ from phi3_jax.evaluation.scorer import frequencies_for, frequencies_key
 from phi3_jax.evaluation.texts import read_text
 from phi3_jax.generation import generate
 from phi3_jax.generation.compiled import CompiledModel
-from phi3_jax.generation.memory import column_bytes, room_for
+from phi3_jax.generation.memory import token_bytes, token_capacity
 from phi3_jax.generation.prompts import cache_length, padded_length
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
@@ -227,10 +227,10 @@ def _most_rows(compiled: CompiledModel, length: int, answer_tokens: int, wanted:
         ValueError: not one; not as many as are wanted.
     """
     columns = cache_length(padded_length(length - answer_tokens) + answer_tokens + 1)
-    room = room_for(compiled)
-    least = compiled.lanes_for(wanted or 1)
+    room = token_capacity(compiled)
+    least = compiled.rows_for(wanted or 1)
     if least * columns > room:
-        each = column_bytes(compiled)
+        each = token_bytes(compiled)
         texts = f"{wanted} prompts of {length:,} tokens" if wanted else f"a prompt of {length:,} tokens"
         raise UserError(
             f"{texts} needs {least * columns * each / 2**30:.2f} GiB for keys and values, and memory has "
@@ -239,7 +239,7 @@ def _most_rows(compiled: CompiledModel, length: int, answer_tokens: int, wanted:
     if wanted:
         return wanted
     most = ROWS_ON_CPU if compiled.on_cpu else ROWS
-    while compiled.lanes_for(most) * columns > room and most > 1:
+    while compiled.rows_for(most) * columns > room and most > 1:
         most //= 2
     return most
 

@@ -15,7 +15,7 @@ from phi3_jax.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
-from phi3_jax.generation.memory import column_bytes, room_for
+from phi3_jax.generation.memory import token_bytes, token_capacity
 from phi3_jax.model import Phi3ForCausalLM
 
 CHUNK = 512
@@ -69,7 +69,7 @@ class Scorer:
 
     def memory(self, length: int, rows: int = 1) -> int:
         """Bytes of the caches for `rows` texts of `length` tokens."""
-        return self._all_columns(length, rows) * column_bytes(self.compiled)
+        return self._all_columns(length, rows) * token_bytes(self.compiled)
 
     def check_memory(self, length: int, rows: int = 1) -> None:
         """Before any work: that memory can hold it.
@@ -77,10 +77,10 @@ class Scorer:
         Raises:
             ValueError: it cannot; the text says what is needed and what there is.
         """
-        room = room_for(self.compiled)
+        room = token_capacity(self.compiled)
         if (needed := self._all_columns(length, rows)) <= room:
             return
-        each = column_bytes(self.compiled)
+        each = token_bytes(self.compiled)
         texts = f"{rows} rows of {length:,} tokens need" if rows > 1 else f"{length:,} tokens need"
         raise UserError(
             f"{texts} {needed * each / 2**30:.2f} GiB for keys and values, and memory has "
@@ -121,7 +121,7 @@ class Scorer:
         rows, length = tokens.shape
         if not 1 <= scored_from < length:
             raise UserError(f"scored_from={scored_from} must be from 1 to {length - 1}, for {length} tokens")
-        lanes = self.compiled.lanes_for(rows)
+        lanes = self.compiled.rows_for(rows)
         filled = [np.concatenate([each, np.repeat(each[:1], lanes - rows, axis=0)]) for each in arguments]
         width = self._width(length)
         # The last token predicts nothing, and what fills up the last chunk is seen by none of the others.
@@ -176,7 +176,7 @@ class Scorer:
 
     def _all_columns(self, length: int, rows: int) -> int:
         """Of all rows."""
-        return self.compiled.lanes_for(rows) * self._columns(length)
+        return self.compiled.rows_for(rows) * self._columns(length)
 
 
 def frequencies_for(config: Phi3Config, length: int) -> tuple[Float[np.ndarray, " P"], float]:

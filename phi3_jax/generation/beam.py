@@ -12,7 +12,7 @@ from phi3_jax.generation.forward import Records, next_logits, process
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sampling import Report, run_steps
 from phi3_jax.generation.sequences import Sequences
-from phi3_jax.generation.state import Settings, State, append
+from phi3_jax.generation.state import State, StepSettings, append
 
 IMPOSSIBLE = -1.0e9
 """The score of beams that are not there, as in the reference."""
@@ -21,7 +21,7 @@ ENDLESS = jnp.iinfo(jnp.int32).max
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Search:
+class BeamState:
     """Running beams, each a lane of `lanes`, and for every row of the batch the best sequences so far.
 
     B rows of n beams; W new tokens at most.
@@ -53,7 +53,7 @@ class Search:
     def cache(self) -> KVCache:
         return self.lanes.cache
 
-    def with_cache(self, cache: KVCache) -> "Search":
+    def with_cache(self, cache: KVCache) -> "BeamState":
         return replace(self, lanes=self.lanes.with_cache(cache))
 
 
@@ -73,12 +73,12 @@ class Candidates(NamedTuple):
     beams: Int[Array, "B k"]
 
 
-def start(lanes: State, beams: int, new_tokens: int, dummies: Bool[Array, " B"]) -> Search:
+def start(lanes: State, beams: int, new_tokens: int, dummies: Bool[Array, " B"]) -> BeamState:
     """The search before its first token; only the first beam of each row counts, as all are the same."""
     batch = dummies.shape[0]
     none = jnp.full((batch, beams, new_tokens), -1, jnp.int32)
     impossible = jnp.full((batch, beams), IMPOSSIBLE, jnp.float32)
-    return Search(
+    return BeamState(
         lanes=lanes,
         running_scores=impossible.at[:, 0].set(0.0),
         running_tokens=jnp.zeros_like(none),
@@ -92,7 +92,9 @@ def start(lanes: State, beams: int, new_tokens: int, dummies: Bool[Array, " B"])
     )
 
 
-def propose(search: Search, scores: Float[Array, "R V"], settings: Settings, rules: Rules) -> Candidates:
+def propose(
+    search: BeamState, scores: Float[Array, "R V"], settings: StepSettings, rules: Rules
+) -> Candidates:
     """The candidates among all continuations, enough for n to remain when the others end."""
     batch, beams = search.running_scores.shape
     vocabulary = scores.shape[-1]
@@ -111,7 +113,7 @@ def propose(search: Search, scores: Float[Array, "R V"], settings: Settings, rul
     )
 
 
-def extended(search: Search, candidates: Candidates) -> tuple[Int[Array, "B k W"], Int[Array, "B k W"]]:
+def extended(search: BeamState, candidates: Candidates) -> tuple[Int[Array, "B k W"], Int[Array, "B k W"]]:
     """The candidates' new tokens and where each came from."""
     beams = search.running_scores.shape[1]
     new = search.sequences.new[0]
@@ -121,20 +123,20 @@ def extended(search: Search, candidates: Candidates) -> tuple[Int[Array, "B k W"
     return tokens.at[:, :, new].set(candidates.tokens), origins.at[:, :, new].set(origin)
 
 
-def ends(search: Search, candidates: Candidates, settings: Settings) -> Bool[Array, "B k"]:
+def ends(search: BeamState, candidates: Candidates, settings: StepSettings) -> Bool[Array, "B k"]:
     """Candidates that end here, with an end token or by their length."""
     last = search.sequences.new[0] + 1 >= settings.max_new_tokens
     return jnp.isin(candidates.tokens, settings.end_tokens) | last
 
 
 def advance(
-    search: Search,
+    search: BeamState,
     candidates: Candidates,
     ending: Bool[Array, "B k"],
-    settings: Settings,
+    settings: StepSettings,
     length_penalty: Float[Array, ""],
     rules: Rules,
-) -> Search:
+) -> BeamState:
     """The best that go on become the running beams, those that end compete with the finished ones."""
     batch, beams = search.running_scores.shape
     new = search.sequences.new[0]
@@ -177,12 +179,12 @@ def advance(
 
 
 def _judge(
-    search: Search,
+    search: BeamState,
     ending: Bool[Array, "B k"],
-    settings: Settings,
+    settings: StepSettings,
     length_penalty: Float[Array, ""],
     rules: Rules,
-) -> Search:
+) -> BeamState:
     """Whether going on can change anything, by the reference's estimates."""
     length = search.sequences.new[0]
     if rules.early_stopping == "never":  # the longest sequence has the best chance if length is rewarded
@@ -199,12 +201,12 @@ def _judge(
 
 
 def step(
-    search: Search,
+    search: BeamState,
     logits: Float[Array, "L V"],
-    settings: Settings,
+    settings: StepSettings,
     length_penalty: Float[Array, ""],
     rules: Rules,
-) -> tuple[Search, Float[Array, "R V"]]:
+) -> tuple[BeamState, Float[Array, "R V"]]:
     """From logits to the next running beams, without the host."""
     scores = beam_scores(logits, search.sequences, settings)
     candidates = propose(search, scores, settings, rules)
@@ -212,27 +214,29 @@ def step(
     return advance(search, candidates, ending, settings, length_penalty, rules), scores
 
 
-def beam_scores(logits: Float[Array, "L V"], sequences: Sequences, settings: Settings) -> Float[Array, "R V"]:
+def beam_scores(
+    logits: Float[Array, "L V"], sequences: Sequences, settings: StepSettings
+) -> Float[Array, "R V"]:
     """Log-probabilities after all logits processors."""
     scores = process(logits, sequences, settings, normalize=True)
     rows = jax.tree.map(lambda x: x[: scores.shape[0]], sequences)
-    return settings.after(rows, scores)
+    return settings.after_host(rows, scores)
 
 
 def loop(
     model: CausalLM,
-    search: Search,
-    settings: Settings,
+    search: BeamState,
+    settings: StepSettings,
     steps: Int[Array, ""] | int,
     length_penalty: Float[Array, ""],
     *,
     most: int,
     rules: Rules,
     outputs: frozenset[str],
-) -> tuple[Search, Report]:
+) -> tuple[BeamState, Report]:
     """Up to `steps` <= `most` tokens for every beam, without the host."""
 
-    def one(search: Search) -> tuple[Search, Int[Array, "R 1"], Records]:
+    def one(search: BeamState) -> tuple[BeamState, Int[Array, "R 1"], Records]:
         logits, lanes, records = next_logits(
             model, search.lanes, settings.rope, width=1, aligned=True, outputs=outputs
         )

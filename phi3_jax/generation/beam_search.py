@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from phi3_jax.generation import beam
-from phi3_jax.generation.engine import Engine, Made
+from phi3_jax.generation.engine import DecodingEngine, GeneratedTokens
 from phi3_jax.generation.forward import Records
 from phi3_jax.generation.host import rows_of
 from phi3_jax.generation.outputs import GenerateBeamDecoderOnlyOutput
 from phi3_jax.generation.processors import LogitsProcessorList
-from phi3_jax.generation.request import STEPS, Request
+from phi3_jax.generation.request import STEPS, GenerationRequest
 
 _start = jax.jit(beam.start, static_argnums=(1, 2))
 _scores = jax.jit(beam.beam_scores)
@@ -29,7 +29,7 @@ _advance = jax.jit(beam.advance, static_argnums=5, donate_argnums=0)
 class BeamSearch:
     """The rows' beams grow together. `run` does the search, `result` is what the user gets."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: GenerationRequest):
         chosen = request.config
         self.request = request
         self.rules = beam.Rules(chosen.early_stopping, len(chosen.eos_token_ids))
@@ -58,10 +58,10 @@ class BeamSearch:
         self._keep(search)
         yield from ()
 
-    def _send(self, engine: Engine) -> Any:
+    def _send(self, engine: DecodingEngine) -> Any:
         request = self.request
 
-        def send(search: beam.Search) -> Any:
+        def send(search: beam.BeamState) -> Any:
             return engine.compiled(
                 beam.loop,
                 search,
@@ -76,14 +76,14 @@ class BeamSearch:
         return send
 
     def _next(
-        self, engine: Engine, search: beam.Search, logits: Float[Array, "L V"], records: Records
-    ) -> beam.Search:
+        self, engine: DecodingEngine, search: beam.BeamState, logits: Float[Array, "L V"], records: Records
+    ) -> beam.BeamState:
         """One step with the host's processors and criteria between its parts on the device."""
         request, settings = self.request, engine.settings
-        scores = _scores(logits, search.sequences, settings._replace(after=LogitsProcessorList()))
+        scores = _scores(logits, search.sequences, settings._replace(after_host=LogitsProcessorList()))
         if engine.on_host is not None:
             scores = engine.on_host(search.sequences, scores)
-        scores = _process(settings.after, rows_of(search.sequences, len(scores)), scores)
+        scores = _process(settings.after_host, rows_of(search.sequences, len(scores)), scores)
         candidates = _propose(search, scores, settings, self.rules)
         ending = _ends(search, candidates, settings)
         if request.criteria:
@@ -94,7 +94,7 @@ class BeamSearch:
         own = {"logits": logits[: len(scores), None], "scores": scores[:, None]}
         records = records | {name: own[name] for name in request.outputs & own.keys()}
         self.recorder.add(
-            Made(
+            GeneratedTokens(
                 np.zeros((1, len(scores), 1), np.int32),
                 np.zeros(0, bool),
                 jax.tree.map(lambda x: x[None], records),
@@ -102,7 +102,7 @@ class BeamSearch:
         )
         return _advance(search, candidates, ending, settings, self.penalty, self.rules)
 
-    def _keep(self, search: beam.Search) -> None:
+    def _keep(self, search: beam.BeamState) -> None:
         """The best sequences of each row."""
         request, wanted = self.request, self.request.config.num_return_sequences
         tokens, self.origins, self.scores = (

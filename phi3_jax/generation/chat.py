@@ -17,6 +17,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.generate import Call
 from phi3_jax.generation.protocol import CausalLM
+from phi3_jax.generation.sequences import common_prefix_length
 from phi3_jax.generation.stream import one_answer
 from phi3_jax.parallel.distributed import agreed
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -50,8 +51,7 @@ class _Held:
 
     def beginning_of(self, ids: Sequence[int]) -> "_Held | None":
         """As much as is the beginning of `ids`, whose last token has to be computed anyway; None: nothing."""
-        pairs = enumerate(zip(self.ids, ids[:-1], strict=False))
-        common = next((at for at, (old, new) in pairs if old != new), min(len(self.ids), len(ids) - 1))
+        common = common_prefix_length(self.ids, ids[:-1])
         if common == 0:
             return None
         # Padding lies in front of the tokens, so slots are counted from behind.

@@ -40,7 +40,7 @@ class CompiledModel:
             self._programs[step] = _program(step, self._structure, self.on_cpu, self.mesh)
         return self._programs[step](self._leaves, state, *arguments, **static)
 
-    def lanes_for(self, rows: int) -> int:
+    def rows_for(self, rows: int) -> int:
         """Rows that are computed together where `rows` are wanted: as many as the mesh divides."""
         each = shards(self.mesh, "batch")
         return -(-rows // each) * each

@@ -12,11 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.generation import prompts
 from phi3_jax.generation.compiled import CompiledModel
-from phi3_jax.generation.forward import Records, fill, needs_refill, next_logits, process
-from phi3_jax.generation.prompts import Layout, cache_length, padded_length, padded_rows, refill_chunk
+from phi3_jax.generation.forward import Records, fill, needs_recomputation, next_logits, process
+from phi3_jax.generation.prompts import (
+    PromptLayout,
+    cache_length,
+    padded_length,
+    padded_rows,
+    recomputation_chunk,
+)
 from phi3_jax.generation.sampling import Report, select
 from phi3_jax.generation.sequences import Sequences
-from phi3_jax.generation.state import Settings, State
+from phi3_jax.generation.state import State, StepSettings
 from phi3_jax.parallel.sharding import shards
 
 ROOM = 512
@@ -27,7 +33,7 @@ HostProcessors = Callable[[Sequences, Float[Array, "R V"]], Float[Array, "R V"]]
 
 
 @dataclass(frozen=True)
-class Made:
+class GeneratedTokens:
     """What a dispatch has made, on the host."""
 
     tokens: Int[np.ndarray, "steps R n"]
@@ -41,14 +47,14 @@ _select = jax.jit(select, donate_argnums=1)
 _take = jax.jit(lambda state, lanes: state.take(lanes))
 _widen = jax.jit(lambda state, columns: state.widen(columns), static_argnums=1)
 _truncate = jax.jit(lambda state, new, finished: state.truncate(new, finished), donate_argnums=0)
-_needs_refill = jax.jit(needs_refill, static_argnums=0)
+_needs_recomputation = jax.jit(needs_recomputation, static_argnums=0)
 _put = jax.jit(KVCache.put, donate_argnums=0)
 
 Dispatch = Callable[[Any], tuple[Any, Report]]
 """Sends some steps on their way: from the state to the state behind them and what they report."""
 
 
-class Engine:
+class DecodingEngine:
     """Rows of one batch on their way: the state on the device and how it is moved forward.
 
     Args:
@@ -68,8 +74,8 @@ class Engine:
     def __init__(
         self,
         compiled: CompiledModel,
-        layout: Layout,
-        settings: Settings,
+        layout: PromptLayout,
+        settings: StepSettings,
         *,
         max_new_tokens: int,
         new_cache: Callable[[int, int], KVCache],
@@ -87,7 +93,7 @@ class Engine:
         # even one that feeds a lane nothing.
         least = used + max(spare, 1)
         if not layout.aligned:
-            least = used + max(spare, min(padded_length(layout.lacking), prompts.PREFILL_CHUNK))
+            least = used + max(spare, min(padded_length(layout.pending), prompts.PREFILL_CHUNK))
         self._limit = cache_length(max(used + max_new_tokens + max(spare, 1), least))
         columns = cache_length(max(used + min(max_new_tokens, ROOM) + max(spare, 1), least))
         if not grows:
@@ -121,17 +127,17 @@ class Engine:
     def prefill(self) -> Float[Array, "L V"]:
         """Computes the prompts, in chunks, and gives the logits behind them."""
         if not self.layout.aligned:  # what a returned cache holds may be of the other rope list
-            self._refill_changed()
-        lacking = self.layout.lacking
-        while lacking > prompts.PREFILL_CHUNK:
+            self._recompute_changed()
+        pending = self.layout.pending
+        while pending > prompts.PREFILL_CHUNK:
             self._fill(prompts.PREFILL_CHUNK)
-            lacking -= prompts.PREFILL_CHUNK
+            pending -= prompts.PREFILL_CHUNK
         aligned = self.layout.aligned
         logits, self.state, records = self.compiled(
             next_logits,
             self.state,
             self.settings.rope,
-            width=lacking if aligned else min(padded_length(lacking), prompts.PREFILL_CHUNK),
+            width=pending if aligned else min(padded_length(pending), prompts.PREFILL_CHUNK),
             aligned=aligned,
             outputs=self.outputs,
         )
@@ -140,10 +146,10 @@ class Engine:
 
     def fill_up(self) -> None:
         """Computes the prompts but for their last column, without logits."""
-        width = refill_chunk(self.state.sequences.ids.shape[1])
+        width = recomputation_chunk(self.state.sequences.ids.shape[1])
         if self.layout.aligned:
-            width = min(self.layout.lacking, width)
-        for _ in range(0, self.layout.lacking - 1, width):
+            width = min(self.layout.pending, width)
+        for _ in range(0, self.layout.pending - 1, width):
             self._fill(width)
 
     def _fill(self, width: int) -> None:
@@ -160,7 +166,7 @@ class Engine:
             self.settings = self.settings._replace(rope=self.settings.rope.take(lanes))
         return lanes
 
-    def choose(self, logits: Float[Array, "L V"], records: Records) -> Made:
+    def choose(self, logits: Float[Array, "L V"], records: Records) -> GeneratedTokens:
         """A token for each row from its logits, the host's processors included."""
         scores = _process(logits, self.state.sequences, self.settings)
         if self.on_host is not None:
@@ -168,7 +174,7 @@ class Engine:
         self.state, tokens, scores = _select(scores, self.state, self.settings)
         own = {"logits": logits[: self.rows, None], "scores": scores[:, None]}
         records = records | {name: own[name] for name in self.outputs & own.keys()}
-        return Made(
+        return GeneratedTokens(
             np.asarray(tokens)[None, :, None],
             np.asarray(self.state.finished)[: self.rows],
             jax.tree.map(lambda x: x[None], records),
@@ -176,7 +182,7 @@ class Engine:
 
     def steps(
         self, dispatch: Dispatch, *, ahead: bool, refill: Callable[[np.ndarray], None] | None = None
-    ) -> Iterator[Made]:
+    ) -> Iterator[GeneratedTokens]:
         """Tokens until every row has ended; `prefill` and `choose` come first.
 
         With `ahead`, the next dispatch is on its way before a report is read, so that the device never waits
@@ -188,10 +194,12 @@ class Engine:
             report = self._send(dispatch) if pending is None else pending
             pending = self._send(dispatch) if ahead else None
             done, finished, stale, tokens = jax.device_get(
-                (report.steps, report.finished, report.refill, report.tokens)
+                (report.steps, report.finished, report.needs_recomputation, report.tokens)
             )
             if done:
-                yield Made(tokens[:done], finished, jax.tree.map(lambda x, n=done: x[:n], report.records))
+                yield GeneratedTokens(
+                    tokens[:done], finished, jax.tree.map(lambda x, n=done: x[:n], report.records)
+                )
             if finished.all():
                 return
             # In these two cases the dispatch that is on its way has found nothing to do.
@@ -206,7 +214,7 @@ class Engine:
         self.state, report = dispatch(self.state)
         return report
 
-    def steps_with_host(self) -> Iterator[Made]:
+    def steps_with_host(self) -> Iterator[GeneratedTokens]:
         """As `steps`, one by one, with the processors that run on the host between logits and choice."""
         while True:
             logits, records = self.one_step()
@@ -217,7 +225,7 @@ class Engine:
 
     def one_step(self) -> tuple[Float[Array, "L V"], Records]:
         """Feeds each lane's latest token; before that, sees to rope lists and room."""
-        self._refill_changed()
+        self._recompute_changed()
         if int(jnp.max(self.state.sequences.length)) >= self.state.sequences.ids.shape[1]:
             self.widen()
         logits, self.state, records = self.compiled(
@@ -235,8 +243,8 @@ class Engine:
         columns = self.state.sequences.ids.shape[1]
         self.state = _widen(self.state, min(self._limit, cache_length(2 * columns)))
 
-    def _refill_changed(self) -> None:
-        changed = np.asarray(_needs_refill(self.compiled.model.config, self.state, self.settings.rope))
+    def _recompute_changed(self) -> None:
+        changed = np.asarray(_needs_recomputation(self.compiled.model.config, self.state, self.settings.rope))
         if changed.any():
             self.refill(changed)
 
@@ -254,8 +262,8 @@ class Engine:
             self._new_cache(len(index), columns),
         )
         rope = self.settings.rope.take(index)
-        lacking = int(np.asarray(self.state.sequences.length)[numbers].max()) - 1
-        width = refill_chunk(columns)
-        for _ in range(0, lacking, width):
+        pending = int(np.asarray(self.state.sequences.length)[numbers].max()) - 1
+        width = recomputation_chunk(columns)
+        for _ in range(0, pending, width):
             part, _ = self.compiled(fill, part, rope, width=width, outputs=frozenset())
         self.state = self.state.with_cache(_put(self.state.cache, jnp.asarray(index), part.cache))

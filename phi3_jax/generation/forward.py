@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import Sequences
-from phi3_jax.generation.state import RopeChoice, Settings, State
+from phi3_jax.generation.state import RopeChoice, State, StepSettings
 
 Records = dict[str, Any]
 """What a step keeps for the user: scores, logits, attentions, hidden_states; each only if asked for."""
@@ -46,7 +46,7 @@ def fill(
     model: CausalLM, state: State, rope: RopeChoice, *, width: int, outputs: frozenset[str]
 ) -> tuple[State, Records]:
     """Feeds up to `width` columns of each lane, all but its last: no logits."""
-    count = jnp.clip(state.lacking - 1, 0, width)
+    count = jnp.clip(state.pending - 1, 0, width)
     wanted = {f"output_{name}": True for name in outputs & {"attentions", "hidden_states"}}
     out, state = feed(model, state, rope, count, width, logits_to_keep=1, **wanted)
     return state, kept(out, outputs)
@@ -65,7 +65,7 @@ def next_logits(
 
     `aligned` says that no lane lacks fewer than `width` columns, so that the last stand side by side.
     """
-    count = state.lacking
+    count = state.pending
     keep = 1 if aligned else jnp.maximum(count - 1, 0)[:, None]
     wanted = {f"output_{name}": True for name in outputs & {"attentions", "hidden_states"}}
     out, state = feed(model, state, rope, count, width, logits_to_keep=keep, **wanted)
@@ -78,7 +78,7 @@ def kept(out: Any, outputs: frozenset[str]) -> Records:
 
 
 def process(
-    logits: Float[Array, "L V"], sequences: Sequences, settings: Settings, *, normalize: bool = False
+    logits: Float[Array, "L V"], sequences: Sequences, settings: StepSettings, *, normalize: bool = False
 ) -> Float[Array, "R V"]:
     """Guidance and the first logits processors; on log-probabilities if `normalize`, as for beams."""
     scores = jax.nn.log_softmax(logits, axis=-1) if normalize else logits
@@ -86,15 +86,15 @@ def process(
         conditional, unconditional = jnp.split(jax.nn.log_softmax(logits, axis=-1), 2)
         scores = settings.guidance_scale * (conditional - unconditional) + unconditional
     rows = scores.shape[0]
-    return settings.before(jax.tree.map(lambda x: x[:rows], sequences), scores)
+    return settings.before_host(jax.tree.map(lambda x: x[:rows], sequences), scores)
 
 
-def needs_refill(config: Phi3Config, state: State, rope: RopeChoice) -> Bool[Array, " L"]:
+def needs_recomputation(config: Phi3Config, state: State, rope: RopeChoice) -> Bool[Array, " L"]:
     """Lanes whose cache was computed under another rope list than their next column asks for."""
-    return ~state.finished & list_changes(config, rope, state.cache.rope_length, state.sequences.tokens)
+    return ~state.finished & frequencies_change(config, rope, state.cache.rope_length, state.sequences.tokens)
 
 
-def list_changes(
+def frequencies_change(
     config: Phi3Config, rope: RopeChoice, computed: Int[Array, " L"], tokens: Int[Array, " L"]
 ) -> Bool[Array, " L"]:
     """Lanes that ask for another rope list with so many tokens than for the length that was computed with."""

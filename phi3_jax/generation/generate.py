@@ -9,7 +9,7 @@ from jaxtyping import Int
 from phi3_jax.generation.beam_search import BeamSearch
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.one_by_one import OneByOne
-from phi3_jax.generation.request import Request
+from phi3_jax.generation.request import GenerationRequest
 from phi3_jax.generation.state import NO_TOKEN
 
 
@@ -28,7 +28,7 @@ class Call:
     """
 
     def __init__(self, compiled: CompiledModel, input_ids: Any, *arguments: Any, **options: Any):
-        self.request = Request(compiled, input_ids, *arguments, **options)
+        self.request = GenerationRequest(compiled, input_ids, *arguments, **options)
         several = self.request.config.num_beams > 1
         self._mode = BeamSearch(self.request) if several else OneByOne(self.request)
 

@@ -16,7 +16,7 @@ SHARE_OF_HOST = 0.4
 """Of memory that other programs want, too."""
 
 
-def column_bytes(compiled: CompiledModel) -> int:
+def token_bytes(compiled: CompiledModel) -> int:
     """Of the keys and values of one token, in all layers and on all devices together."""
     rows, columns = shards(compiled.mesh, "batch"), shards(compiled.mesh, "slots")  # no cache is smaller
     cache = jax.eval_shape(lambda: compiled.model.init_cache(rows, columns))
@@ -24,7 +24,7 @@ def column_bytes(compiled: CompiledModel) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in vectors) // (rows * columns)
 
 
-def room_for(compiled: CompiledModel) -> int:
+def token_capacity(compiled: CompiledModel) -> int:
     """Columns, of all slots together, that memory now has room for; with an abstract model, beside it."""
     devices = [jax.devices()[0]] if compiled.mesh is None else list(compiled.mesh.devices.flat)
     free, model = min(_free(device) for device in devices), _bytes_to_come(compiled.model)
@@ -32,7 +32,7 @@ def room_for(compiled: CompiledModel) -> int:
         room = SHARE_OF_HOST * (free - model * len(devices))
     else:
         room = SHARE * (free - model) * len(devices)
-    return max(0, int(room)) // column_bytes(compiled)
+    return max(0, int(room)) // token_bytes(compiled)
 
 
 def _bytes_to_come(model: CausalLM) -> int:

@@ -10,18 +10,18 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from phi3_jax.generation.compiled import CompiledModel
-from phi3_jax.generation.engine import Dispatch, Engine, Made
+from phi3_jax.generation.engine import DecodingEngine, Dispatch, GeneratedTokens
 from phi3_jax.generation.outputs import GenerateDecoderOnlyOutput
-from phi3_jax.generation.request import STEPS, Request
+from phi3_jax.generation.request import STEPS, GenerationRequest
 from phi3_jax.generation.sampling import loop
-from phi3_jax.generation.speculative import Pair, assisted_loop, lookup_loop
+from phi3_jax.generation.speculative import AssistedState, assisted_loop, lookup_loop
 from phi3_jax.generation.state import NO_TOKEN
 
 
 class OneByOne:
     """Every row grows by itself. `run` makes the tokens, `result` is what the user gets."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: GenerationRequest):
         self.request = request
         self.tokens: list[list[int]] = [[] for _ in range(request.rows)]
         self.stopped = np.zeros(request.rows, bool)
@@ -45,7 +45,7 @@ class OneByOne:
             raise
         self._keep_cache(engine, origins)
 
-    def _keep_cache(self, engine: Engine, origins: Int[np.ndarray, " L"]) -> None:
+    def _keep_cache(self, engine: DecodingEngine, origins: Int[np.ndarray, " L"]) -> None:
         """The cache of each row's accepted tokens but the last, for the result."""
         request = self.request
         if request.config.return_dict_in_generate:
@@ -53,7 +53,7 @@ class OneByOne:
             used = engine.layout.length[origins[: request.rows]] + new - 1
             self.cache = engine.state.cache.take(jnp.arange(request.rows)).rewind(jnp.asarray(used))
 
-    def _dispatches(self, engine: Engine) -> Iterator[Made]:
+    def _dispatches(self, engine: DecodingEngine) -> Iterator[GeneratedTokens]:
         request = self.request
         ahead = not request.criteria
         if request.on_host is not None:
@@ -62,7 +62,7 @@ class OneByOne:
             return self._with_assistant(engine, ahead)
         return engine.steps(self._looking_up(engine) if request.drafted else self._plain(engine), ahead=ahead)
 
-    def _plain(self, engine: Engine) -> Dispatch:
+    def _plain(self, engine: DecodingEngine) -> Dispatch:
         request = self.request
 
         def send(state: Any) -> Any:
@@ -72,7 +72,7 @@ class OneByOne:
 
         return send
 
-    def _looking_up(self, engine: Engine) -> Dispatch:
+    def _looking_up(self, engine: DecodingEngine) -> Dispatch:
         request = self.request
 
         def send(state: Any) -> Any:
@@ -89,7 +89,7 @@ class OneByOne:
 
         return send
 
-    def _with_assistant(self, engine: Engine, ahead: bool) -> Iterator[Made]:
+    def _with_assistant(self, engine: DecodingEngine, ahead: bool) -> Iterator[GeneratedTokens]:
         """Steps in which a second model drafts; its cache goes along with the model's."""
         request = self.request
         assistant = request.assistant(engine)
@@ -98,7 +98,7 @@ class OneByOne:
         both = CompiledModel((engine.compiled.model, request.assistant_model))
         confidence = jnp.float32(request.config.assistant_confidence_threshold)
 
-        def send(pair: Pair) -> Any:
+        def send(pair: AssistedState) -> Any:
             return both(
                 assisted_loop,
                 pair,
@@ -116,15 +116,15 @@ class OneByOne:
             if ours.any():
                 engine.refill(ours)
             if theirs.any():
-                pair: Pair = engine.state
+                pair: AssistedState = engine.state
                 assistant.state = replace(pair.lanes, cache=pair.assistant)
                 assistant.refill(theirs)
-                engine.state = Pair(pair.lanes, assistant.state.cache)
+                engine.state = AssistedState(pair.lanes, assistant.state.cache)
 
-        engine.state = Pair(engine.state, assistant.state.cache)
+        engine.state = AssistedState(engine.state, assistant.state.cache)
         yield from engine.steps(send, ahead=ahead, refill=refill)
 
-    def _accept(self, engine: Engine, made: Made) -> Iterator[Int[np.ndarray, " R"]]:
+    def _accept(self, engine: DecodingEngine, made: GeneratedTokens) -> Iterator[Int[np.ndarray, " R"]]:
         """Takes over a dispatch's tokens, up to where the host's criteria stop a row."""
         request = self.request
         self.recorder.add(made)

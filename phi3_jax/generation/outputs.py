@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.cache.cache import KVCache
-from phi3_jax.generation.engine import Made
+from phi3_jax.generation.engine import GeneratedTokens
 from phi3_jax.generation.forward import Records
-from phi3_jax.generation.prompts import Layout
+from phi3_jax.generation.prompts import PromptLayout
 from phi3_jax.generation.state import NO_TOKEN
 
 
@@ -62,7 +62,7 @@ class Recorder:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: PromptLayout,
         lanes: Int[np.ndarray, " R"],
         mask: Bool[np.ndarray, "R T"],
         prefill: list[Records],
@@ -72,7 +72,7 @@ class Recorder:
         self._tokens: list[np.ndarray] = []
         self._steps: list[Records] = []
 
-    def add(self, made: Made) -> None:
+    def add(self, made: GeneratedTokens) -> None:
         """One dispatch's."""
         records = jax.device_get(made.records)
         for step, tokens in enumerate(made.tokens):

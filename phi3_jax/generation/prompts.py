@@ -37,7 +37,7 @@ def padded_rows(rows: int, shards: int = 1) -> int:
     return -(-padded // shards) * shards
 
 
-def refill_chunk(columns: int) -> int:
+def recomputation_chunk(columns: int) -> int:
     """The largest power of two up to a chunk that divides `columns`."""
     return min(columns & -columns, 1 << (PREFILL_CHUNK.bit_length() - 1))
 
@@ -95,7 +95,7 @@ def checked_prompts(
     return ids.astype(np.int32), mask
 
 
-class Layout:
+class PromptLayout:
     """Where each lane's tokens stand: its columns, padded on the left or behind what a cache holds.
 
     Attributes:
@@ -130,13 +130,13 @@ class Layout:
             self.mask[lane, columns] = True
             self.length[lane] = columns[-1] + 1 if len(columns) else width
         real = self.mask.any(axis=1)
-        self.lacking = int((self.length - self.cached)[real].max())
+        self.pending = int((self.length - self.cached)[real].max())
 
-    def uncached(self) -> "Layout":
+    def uncached(self) -> "PromptLayout":
         """The same columns, none of them in a cache."""
         layout = copy.copy(self)
         layout.cached = np.zeros_like(self.cached)
-        layout.lacking = int(self.length[self.mask.any(axis=1)].max())
+        layout.pending = int(self.length[self.mask.any(axis=1)].max())
         return layout
 
 

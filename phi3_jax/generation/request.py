@@ -17,13 +17,13 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.generation.chain import logits_processors
 from phi3_jax.generation.compiled import CompiledModel
-from phi3_jax.generation.engine import Engine
+from phi3_jax.generation.engine import DecodingEngine
 from phi3_jax.generation.host import HostProcessors, PrefixConstraint, split_at_host
 from phi3_jax.generation.outputs import Recorder
-from phi3_jax.generation.prompts import Layout, checked_prompts, padded_rows
+from phi3_jax.generation.prompts import PromptLayout, checked_prompts, padded_rows
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import Sequences
-from phi3_jax.generation.state import RopeChoice, Settings
+from phi3_jax.generation.state import RopeChoice, StepSettings
 from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from phi3_jax.parallel.distributed import agreed
 from phi3_jax.parallel.sharding import shards
@@ -36,7 +36,7 @@ NEVER = np.iinfo(np.int32).max
 NONE = np.zeros(0, np.int32)
 
 
-class Request:
+class GenerationRequest:
     """What a user asks of generate; arguments as `Phi3ForCausalLM.generate` documents them."""
 
     def __init__(
@@ -91,7 +91,7 @@ class Request:
             eos_token_ids=chosen.eos_token_ids,
             user=user,
         )
-        self.before, host, self.after = split_at_host(processors)
+        self.before_host, host, self.after_host = split_at_host(processors)
         self.on_host = HostProcessors(host, self.rows, self.laid_out) if host else None
         self.criteria = StoppingCriteriaList(stopping_criteria or ())
         if chosen.max_time is not None:
@@ -215,7 +215,7 @@ class Request:
         """Each row's tokens, `times` times."""
         return [row[used] for row, used in zip(self.ids, self.mask, strict=True) for _ in range(times)]
 
-    def engine(self, *, spare: int = 0, grows: bool = True) -> Engine:
+    def engine(self, *, spare: int = 0, grows: bool = True) -> DecodingEngine:
         """The batch as lanes, guidance's twins behind the rows, with the settings for them."""
         rows = self.prompts()
         dummies = [NONE] * (self._lanes(self.batch) - self.batch)
@@ -223,9 +223,9 @@ class Request:
         if self.guided:  # the last token alone where nothing else is said, as in the reference
             lanes = lanes + (self.negative or [row[-1:] for row in rows]) + dummies
         model = self.compiled.model
-        return Engine(
+        return DecodingEngine(
             self.compiled,
-            Layout(lanes, self.past),
+            PromptLayout(lanes, self.past),
             self.settings(model.config, lanes, self._own_frequencies(len(lanes))),
             max_new_tokens=self.config.max_new_tokens,
             new_cache=self.new_cache if self.past is None else partial(_cache_like, model, self.past),
@@ -236,11 +236,11 @@ class Request:
             spare=spare,
         )
 
-    def assistant(self, engine: Engine) -> Engine:
+    def assistant(self, engine: DecodingEngine) -> DecodingEngine:
         """The assistant with the same lanes."""
         assert self.assistant_model is not None
         lanes = self.prompts() + [NONE] * (len(engine.layout.ids) - self.batch)
-        return Engine(
+        return DecodingEngine(
             CompiledModel(self.assistant_model),
             engine.layout.uncached(),
             self.settings(self.assistant_model.config, lanes),
@@ -254,9 +254,9 @@ class Request:
         """A new cache of `rows`, but for the last token of each; as many for each prompt."""
         dummies = [NONE] * (self._lanes(len(rows)) - len(rows))
         prompts = self.prompts(len(rows) // self.batch)  # whose lengths choose planned rope lists
-        engine = Engine(
+        engine = DecodingEngine(
             self.compiled,
-            Layout([*rows, *dummies]),
+            PromptLayout([*rows, *dummies]),
             self.settings(
                 self.compiled.model.config,
                 prompts + dummies,
@@ -291,16 +291,16 @@ class Request:
         model_config: Phi3Config,
         lanes: Sequence[Int[np.ndarray, " n"]],
         frequencies: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Settings:
+    ) -> StepSettings:
         chosen = self.config
         key = None
         if chosen.do_sample:
             if self.seed is None:
                 self.seed = agreed(self.compiled.mesh, lambda: secrets.randbits(32))
             key = jax.random.key(self.seed)
-        return Settings(
-            before=self.before,
-            after=self.after,
+        return StepSettings(
+            before_host=self.before_host,
+            after_host=self.after_host,
             end_tokens=jnp.asarray(chosen.eos_token_ids, jnp.int32),
             max_new_tokens=jnp.int32(chosen.max_new_tokens),
             rope=_rope_choice(model_config, chosen.rope_list, lanes, chosen.max_new_tokens)._replace(
@@ -327,7 +327,7 @@ class Request:
         """Which rows the host's criteria end, given their new tokens; asked in process 0 only."""
         return agreed(self.compiled.mesh, lambda: self.criteria(self.with_prompts(tails), None))
 
-    def recorder(self, engine: Engine, origins: Int[np.ndarray, " L"]) -> Recorder:
+    def recorder(self, engine: DecodingEngine, origins: Int[np.ndarray, " L"]) -> Recorder:
         lanes = origins[: self.rows]
         return Recorder(engine.layout, lanes, self.mask[lanes], engine.prefill_records)
 

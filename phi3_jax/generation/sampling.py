@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.generation.forward import Records, needs_refill, next_logits, process
+from phi3_jax.generation.forward import Records, needs_recomputation, next_logits, process
 from phi3_jax.generation.protocol import CausalLM
-from phi3_jax.generation.state import NO_TOKEN, Settings, State, append
+from phi3_jax.generation.state import NO_TOKEN, State, StepSettings, append
 
 
 class Report(NamedTuple):
@@ -20,7 +20,7 @@ class Report(NamedTuple):
     """Tokens made in each step, NO_TOKEN where there is none; n is 1 without an assistant."""
     steps: Int[Array, ""]
     finished: Bool[Array, " R"]
-    refill: Bool[Array, " L"]
+    needs_recomputation: Bool[Array, " L"]
     """Lanes to be computed again under the other rope list before they go on."""
     records: Records
     """Of each step, stacked."""
@@ -48,12 +48,12 @@ def row_keys(key: Key[Array, "..."], new: Int[Array, " R"]) -> Key[Array, " R"]:
 
 
 def select(
-    scores: Float[Array, "R V"], state: State, settings: Settings
+    scores: Float[Array, "R V"], state: State, settings: StepSettings
 ) -> tuple[State, Int[Array, " R"], Float[Array, "R V"]]:
     """The last logits processors, a token for each row, and the state with it."""
     rows = scores.shape[0]
     sequences = jax.tree.map(lambda x: x[:rows], state.sequences)
-    scores = settings.after(sequences, scores)
+    scores = settings.after_host(sequences, scores)
     tokens = choose(scores, sequences.new, settings.key)
     made = jnp.where(state.finished[:rows], NO_TOKEN, tokens)
     return append(state, tokens[:, None], jnp.ones_like(tokens), settings), made, scores
@@ -62,7 +62,7 @@ def select(
 def loop(
     model: CausalLM,
     state: State,
-    settings: Settings,
+    settings: StepSettings,
     steps: Int[Array, ""] | int,
     *,
     most: int,
@@ -90,7 +90,7 @@ def run_steps(
     step: Callable[[Any], tuple[Any, Int[Array, "R n"], Records]],
     config: Phi3Config,
     state: Any,
-    settings: Settings,
+    settings: StepSettings,
     steps: Int[Array, ""] | int,
     most: int,
     stale: Callable[[Any], Bool[Array, " L"]] | None = None,
@@ -99,7 +99,7 @@ def run_steps(
 
     `stale` tells which lanes must be computed again under another rope list; default: those of the model.
     """
-    stale = stale or (lambda state: needs_refill(config, state, settings.rope))
+    stale = stale or (lambda state: needs_recomputation(config, state, settings.rope))
     columns = state.sequences.ids.shape[1]
     _, tokens_of_step, records_of_step = jax.eval_shape(step, state)
     rows, width = tokens_of_step.shape

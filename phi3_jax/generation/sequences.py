@@ -1,9 +1,11 @@
 """What a logits processor sees of the sequences so far."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -53,3 +55,10 @@ def token_counts(
     rows = jnp.arange(ids.shape[0])[:, None]
     column = jnp.where(among, ids, vocab_size)  # out of bounds: dropped
     return jnp.zeros((ids.shape[0], vocab_size), jnp.int32).at[rows, column].add(1, mode="drop")
+
+
+def common_prefix_length(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
+    """Returns how many tokens `a` and `b` have in common from the first one on."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
+    return int(different[0]) if different.size else length

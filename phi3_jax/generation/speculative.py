@@ -12,11 +12,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.cache.cache import KVCache
-from phi3_jax.generation.forward import Records, feed, kept, list_changes, needs_refill, next_logits, process
+from phi3_jax.generation.forward import (
+    Records,
+    feed,
+    frequencies_change,
+    kept,
+    needs_recomputation,
+    next_logits,
+    process,
+)
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sampling import Report, choose, row_keys, run_steps
 from phi3_jax.generation.sequences import Sequences
-from phi3_jax.generation.state import NO_TOKEN, Settings, State, append
+from phi3_jax.generation.state import NO_TOKEN, State, StepSettings, append
 
 ENDLESS = jnp.iinfo(jnp.int32).max
 DRAFT_DRAWS, ACCEPT_DRAWS = 1 << 30, (1 << 30) + 1
@@ -34,7 +42,7 @@ class Draft(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Pair:
+class AssistedState:
     """The model's state and the assistant's cache of the same sequences."""
 
     lanes: State
@@ -52,16 +60,18 @@ class Pair:
     def cache(self) -> KVCache:
         return self.lanes.cache
 
-    def with_cache(self, cache: KVCache) -> "Pair":
+    def with_cache(self, cache: KVCache) -> "AssistedState":
         return replace(self, lanes=self.lanes.with_cache(cache))
 
-    def widen(self, columns: int) -> "Pair":
+    def widen(self, columns: int) -> "AssistedState":
         assistant = self.assistant if self.assistant.window is not None else self.assistant.resize(columns)
-        return Pair(self.lanes.widen(columns), assistant)
+        return AssistedState(self.lanes.widen(columns), assistant)
 
-    def truncate(self, new: Int[Array, " L"], finished: Bool[Array, " L"]) -> "Pair":
+    def truncate(self, new: Int[Array, " L"], finished: Bool[Array, " L"]) -> "AssistedState":
         lanes = self.lanes.truncate(new, finished)
-        return Pair(lanes, self.assistant.rewind(jnp.minimum(self.assistant.length, lanes.cache.length)))
+        return AssistedState(
+            lanes, self.assistant.rewind(jnp.minimum(self.assistant.length, lanes.cache.length))
+        )
 
 
 def lookup(sequences: Sequences, tokens: int, max_ngram: int, end_tokens: Int[Array, " E"]) -> Draft:
@@ -90,7 +100,7 @@ def lookup(sequences: Sequences, tokens: int, max_ngram: int, end_tokens: Int[Ar
 def ask(
     assistant: CausalLM,
     state: State,
-    settings: Settings,
+    settings: StepSettings,
     limit: Int[Array, " R"],
     tokens: int,
     confidence: Float[Array, ""],
@@ -112,7 +122,7 @@ def ask(
         logits, state, _ = next_logits(
             assistant, state, settings.rope, width=2, aligned=False, outputs=frozenset()
         )
-        scores = settings.after(state.sequences, process(logits, state.sequences, settings))
+        scores = settings.after_host(state.sequences, process(logits, state.sequences, settings))
         token = choose(scores, state.sequences.new, key)
         probability = jnp.take_along_axis(jax.nn.softmax(scores, axis=-1), token[:, None], axis=1)[:, 0]
         count += drafting
@@ -136,7 +146,7 @@ def ask(
     return Draft(draft, count, scores), after.cache
 
 
-def draft_limit(config: Any, sequences: Sequences, settings: Settings, most: int) -> Int[Array, " R"]:
+def draft_limit(config: Any, sequences: Sequences, settings: StepSettings, most: int) -> Int[Array, " R"]:
     """Tokens that each row may draft: within its length, and all under one rope list.
 
     Tokens beyond `original_max_position_embeddings` need the long list, those before it the short one, so a
@@ -145,14 +155,14 @@ def draft_limit(config: Any, sequences: Sequences, settings: Settings, most: int
     limit = jnp.clip(settings.max_new_tokens - sequences.new - 1, 0, most)
     if "long_factor" in dict(config.rope_scaling.parameters):
         tokens = sequences.tokens
-        crosses = list_changes(config, settings.rope, settings.rope.length(tokens), tokens + most)
+        crosses = frequencies_change(config, settings.rope, settings.rope.length(tokens), tokens + most)
         within = jnp.maximum(config.original_max_position_embeddings - tokens, 0)
         limit = jnp.where(crosses, jnp.minimum(limit, within), limit)
     return limit
 
 
 def verify(
-    model: CausalLM, state: State, settings: Settings, draft: Draft, outputs: frozenset[str]
+    model: CausalLM, state: State, settings: StepSettings, draft: Draft, outputs: frozenset[str]
 ) -> tuple[State, Int[Array, "R n"], Records]:
     """Runs the drafts through the model, keeps what it would have said itself, and adds a token."""
     sequences = state.sequences
@@ -173,7 +183,7 @@ def verify(
         seen = Sequences(
             ids, ahead.mask & (offset < position), sequences.length + position, sequences.new + position
         )
-        return settings.after(seen, process(logits, seen, settings))
+        return settings.after_host(seen, process(logits, seen, settings))
 
     scores = jax.vmap(score, in_axes=(0, 1), out_axes=1)(jnp.arange(width), out.logits)  # [R, k + 1, V]
     tokens, made = _accept(scores, sequences, draft, settings)
@@ -190,7 +200,7 @@ def verify(
 
 
 def _accept(
-    scores: Float[Array, "R n V"], sequences: Sequences, draft: Draft, settings: Settings
+    scores: Float[Array, "R n V"], sequences: Sequences, draft: Draft, settings: StepSettings
 ) -> tuple[Int[Array, "R n"], Int[Array, " R"]]:
     """Tokens of each row and how many of them count: accepted drafts and one more."""
     width = scores.shape[1]
@@ -225,7 +235,7 @@ def _accept(
 def lookup_loop(
     model: CausalLM,
     state: State,
-    settings: Settings,
+    settings: StepSettings,
     steps: Int[Array, ""] | int,
     *,
     most: int,
@@ -247,23 +257,23 @@ def lookup_loop(
 
 def assisted_loop(
     models: tuple[CausalLM, CausalLM],
-    pair: Pair,
-    settings: Settings,
+    pair: AssistedState,
+    settings: StepSettings,
     steps: Int[Array, ""] | int,
-    assistant_settings: Settings,
+    assistant_settings: StepSettings,
     confidence: Float[Array, ""],
     *,
     most: int,
     tokens: int,
     outputs: frozenset[str],
-) -> tuple[Pair, Report]:
+) -> tuple[AssistedState, Report]:
     """Up to `steps` <= `most` rounds of drafts by the assistant and verification, without the host.
 
     The report's `refill` has the assistant's lanes behind the model's.
     """
     model, assistant = models
 
-    def one(pair: Pair) -> tuple[Pair, Int[Array, "R n"], Records]:
+    def one(pair: AssistedState) -> tuple[AssistedState, Int[Array, "R n"], Records]:
         state = pair.lanes
         limit = draft_limit(model.config, state.sequences, settings, tokens)
         limit = jnp.minimum(limit, draft_limit(assistant.config, state.sequences, assistant_settings, tokens))
@@ -271,14 +281,14 @@ def assisted_loop(
         draft, cache = ask(assistant, own, assistant_settings, limit, tokens, confidence)
         state, made, records = verify(model, state, settings, draft, outputs)
         known = jnp.minimum(cache.length, jnp.maximum(state.sequences.length - 1, 0))
-        return Pair(state, cache.rewind(known)), made, records
+        return AssistedState(state, cache.rewind(known)), made, records
 
-    def stale(pair: Pair) -> Bool[Array, " L2"]:
+    def stale(pair: AssistedState) -> Bool[Array, " L2"]:
         own = replace(pair.lanes, cache=pair.assistant)
         return jnp.concatenate(
             [
-                needs_refill(model.config, pair.lanes, settings.rope),
-                needs_refill(assistant.config, own, assistant_settings.rope),
+                needs_recomputation(model.config, pair.lanes, settings.rope),
+                needs_recomputation(assistant.config, own, assistant_settings.rope),
             ]
         )
 

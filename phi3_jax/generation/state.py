@@ -31,7 +31,7 @@ class State:
     cache: KVCache
 
     @property
-    def lacking(self) -> Int[Array, " L"]:
+    def pending(self) -> Int[Array, " L"]:
         """Columns that the cache lacks; 0 for lanes that have finished."""
         return jnp.where(self.finished, 0, self.sequences.length - self.cache.length)
 
@@ -94,12 +94,12 @@ class RopeChoice(NamedTuple):
         return {name: value for name, value in told.items() if value is not None}
 
 
-class Settings(NamedTuple):
+class StepSettings(NamedTuple):
     """What does not change from step to step; all of it data, so that new values compile nothing."""
 
-    before: LogitsProcessorList
+    before_host: LogitsProcessorList
     """Logits processors ahead of those that run on the host (all of them where none does)."""
-    after: LogitsProcessorList
+    after_host: LogitsProcessorList
     """Logits processors behind those that run on the host."""
     end_tokens: Int[Array, " E"]
     max_new_tokens: Int[Array, ""]
@@ -113,7 +113,7 @@ def append(
     state: State,
     tokens: Int[Array, "R n"],
     count: Int[Array, " R"],
-    settings: Settings,
+    settings: StepSettings,
 ) -> State:
     """Each row with the first `count` of its `tokens` behind it; rows end after an end token or at the limit.
 

@@ -165,7 +165,7 @@ def test_engines_that_cannot_be(pipeline: Pipeline, options: dict[str, Any], wor
 
 
 def test_memory_bounds_the_length(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "room_for", lambda compiled: 300)
+    monkeypatch.setattr(module, "token_capacity", lambda compiled: 300)
     with pytest.raises(ValueError, match="max_length=400: memory holds the keys and values of 300 tokens"):
         engine_of(pipeline, max_length=400)
     engine = engine_of(pipeline, max_length=None, slots=7)

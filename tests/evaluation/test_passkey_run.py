@@ -134,10 +134,10 @@ def test_errors_come_before_any_work(model: Path, tmp_path: Path, monkeypatch: p
             measure(model, output, lengths=(320, 320))
         with pytest.raises(ValueError, match=r"'factor'\]=0\.5"):
             measure(model, output, ["linear:factor=0.5"])
-        patched.setattr(passkey_run, "room_for", lambda _: 700)
+        patched.setattr(passkey_run, "token_capacity", lambda _: 700)
         with pytest.raises(ValueError, match=r"4 prompts of 450 tokens needs .* GiB for keys and values"):
             measure(model, output)
-    monkeypatch.setattr(passkey_run, "room_for", lambda _: 700)
+    monkeypatch.setattr(passkey_run, "token_capacity", lambda _: 700)
     done = measure(model, output, batch_size=None, lengths=(320,), overwrite=True)
     assert json.loads((output / "state.json").read_text())["chosen"] == {"rows_320": 1}
     assert len(done.trials) == 12

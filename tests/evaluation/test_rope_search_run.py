@@ -233,7 +233,7 @@ def test_errors_come_before_any_work(model, text, tmp_path, monkeypatch) -> None
 
 
 def test_what_memory_cannot_hold(model, text, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("phi3_jax.evaluation.scorer.room_for", lambda _: 300)
+    monkeypatch.setattr("phi3_jax.evaluation.scorer.token_capacity", lambda _: 300)
     with monkeypatch.context() as patched:
         patched.setattr(rope_search_run.Pipeline, "load", None)
         with pytest.raises(ValueError, match="3 rows of 96 tokens need"):

@@ -9,7 +9,7 @@ from reference import longrope, small_config
 
 from phi3_jax import Phi3ForCausalLM
 from phi3_jax.generation import CompiledModel, beam, sampling, speculative
-from phi3_jax.generation.request import Request
+from phi3_jax.generation.request import GenerationRequest
 
 MODEL = Phi3ForCausalLM(small_config(**longrope(), num_hidden_layers=1), dtype="bfloat16")
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1}
@@ -23,7 +23,7 @@ def loops(model: Any, state: Any, settings: Any) -> Any:
     lanes = np.repeat(np.arange(len(dummies)), 2)
     search = beam.start(state.take(lanes), 2, 8, dummies)
     of_beams = settings._replace(rope=settings.rope.take(lanes))
-    pair = speculative.Pair(state, state.cache)
+    pair = speculative.AssistedState(state, state.cache)
     return (
         sampling.loop(model, state, settings, 4, most=4, outputs=frozenset({"scores"})),
         speculative.lookup_loop(model, state, settings, 4, most=4, tokens=3, max_ngram=2, outputs=none),
@@ -38,7 +38,7 @@ def loops(model: Any, state: Any, settings: Any) -> Any:
 def test_lowers(cache: str | None) -> None:
     ids = np.random.default_rng(0).integers(4, 96, (2, 5))
     options = SAMPLING if cache is None else {"do_sample": False, "cache_implementation": cache}
-    request = Request(CompiledModel(MODEL), ids, max_new_tokens=8, seed=0, **options)
+    request = GenerationRequest(CompiledModel(MODEL), ids, max_new_tokens=8, seed=0, **options)
     engine = request.engine(spare=4)
     settings = engine.settings
     traced = jax.jit(loops).trace(MODEL, engine.state, settings)

@@ -32,14 +32,14 @@ def test_a_model_that_is_not_loaded_takes_its_own_memory_first(
     loaded = CompiledModel(load_model(Phi3ForCausalLM, folder, dtype=dtype, mesh=mesh))
     assert planned.on_cpu
     assert planned.model.dtype == loaded.model.dtype
-    assert memory.column_bytes(planned) == memory.column_bytes(loaded)
+    assert memory.token_bytes(planned) == memory.token_bytes(loaded)
     held = sum(
         shard.data.nbytes for leaf in jax.tree.leaves(loaded.model) for shard in leaf.addressable_shards
     )
     free = 10_000_000
     monkeypatch.setattr(memory, "_free", lambda device: free)
-    promised = memory.room_for(planned)
+    promised = memory.token_capacity(planned)
     monkeypatch.setattr(memory, "_free", lambda device: free - held)
-    assert memory.room_for(loaded) == promised > 0
+    assert memory.token_capacity(loaded) == promised > 0
     monkeypatch.setattr(memory, "_free", lambda device: held // 2)
-    assert memory.room_for(planned) == 0
+    assert memory.token_capacity(planned) == 0

@@ -22,7 +22,7 @@ def ends_of(free: np.ndarray) -> list[int]:
 
 
 def rules(free: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Settings that each change these answers.
+    """StepSettings that each change these answers.
 
     The reference takes a prompt's padding for n-grams too, which shows behind a padding token: none is made.
     """
@@ -126,7 +126,7 @@ def test_distributions_drawn_from(shallow: Twins, options: dict[str, Any]) -> No
 
 
 def test_values_compile_nothing(shallow: Twins) -> None:
-    """Settings are data: another value of the same ones takes effect in the same programs."""
+    """StepSettings are data: another value of the same ones takes effect in the same programs."""
     for temperature, k, p in ((0.5, 3, 0.6), (2.0, 40, 0.99)):
         options = {"do_sample": True, "max_new_tokens": 1, "temperature": temperature, "top_k": k, "top_p": p}
         ids, mask = prompts(LENGTHS)
