@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from phi3_jax.batch import Engine
 from phi3_jax.batch.requests import BadRequestError
-from phi3_jax.checkpoint import default_model, open_checkpoint, resolve
+from phi3_jax.checkpoint import open_checkpoint, resolve
+from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.score_all import Part, score_all
@@ -62,7 +63,7 @@ class Phi3JaxLM(TemplateLM):
         if unknown := sorted(unused.keys() - {"device", "max_batch_size"}):
             raise UserError(f"phi3_jax takes no {', '.join(unknown)} in model_args")
         path: Path = default_model() if pretrained is None else resolve(pretrained)
-        config = None if rope is None else parse_rope(rope).written(open_checkpoint(path)[1])
+        config = None if rope is None else parse_rope(rope).config_to_save(open_checkpoint(path)[1])
         where = None if mesh is None else make_mesh(mesh.replace(";", ","))
         pipeline = Pipeline.load(path, dtype=dtype, mesh=where, config=config)
         self._pipeline, self.tokenizer = pipeline, pipeline.tokenizer

@@ -12,7 +12,7 @@ from reference import small_config, write_random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
-from phi3_jax.checkpoint import default_model
+from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.config.rope_scaling import ROPE_TYPES
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

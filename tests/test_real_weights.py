@@ -11,7 +11,7 @@ import pytest
 from reference import distance
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
-from phi3_jax.checkpoint import default_model
+from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.generation import stream_tokens
 from phi3_jax.pipeline import Pipeline
 

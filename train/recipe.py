@@ -92,7 +92,7 @@ def prepare(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Re
     tokenizer = Phi3Tokenizer.from_pretrained(path)
     _, config = open_checkpoint(path)
     if settings.rope is not None:
-        config = as_longrope(parse_rope(settings.rope).written(config))
+        config = as_longrope(parse_rope(settings.rope).config_to_save(config))
         if (rope_type := config.rope_parameters["rope_type"]) not in ("default", "longrope"):
             logger.warning(
                 "transformers has no %s rope for Phi-3, and will not load what is trained", rope_type

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from phi3_jax.bench.batch import run_batch_bench
 from phi3_jax.bench.turns import Sides, Turn, take_turns, take_turns_here
-from phi3_jax.checkpoint import default_model, resolve
+from phi3_jax.checkpoint import resolve
+from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.generation import CompiledModel

@@ -1,7 +1,6 @@
 """Checkpoint formats: safetensors and GGUF, their names and layouts, the Hub, conversion; no model."""
 
 from phi3_jax.checkpoint.convert import convert_checkpoint
-from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.opening import open_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
@@ -10,7 +9,6 @@ __all__ = [
     "CheckpointError",
     "TensorSource",
     "convert_checkpoint",
-    "default_model",
     "open_checkpoint",
     "resolve",
 ]

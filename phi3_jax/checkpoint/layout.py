@@ -33,7 +33,7 @@ def _grouped(shape: tuple[int, ...]) -> Int[np.ndarray, "K slots H"]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How one kind of parameter stands in the checkpoint."""
 
     row_axes: int
@@ -78,16 +78,16 @@ def _runs(numbers: Int[np.ndarray, " n"]) -> list[slice]:
 
 
 LAYOUTS = {
-    "qkv_proj.weight": Layout(3, _grouped),
-    "gate_up_proj.weight": Layout(2),
-    "o_proj.weight": Layout(1),
+    "qkv_proj.weight": TensorLayout(3, _grouped),
+    "gate_up_proj.weight": TensorLayout(2),
+    "o_proj.weight": TensorLayout(1),
 }
 """By the last two parts of the name; tensors not named here are the same on both sides."""
 
-_SAME = Layout(1)
+_SAME = TensorLayout(1)
 
 
-def layout_of(name: str) -> Layout:
+def layout_of(name: str) -> TensorLayout:
     """The layout of the tensor called `name`."""
     return LAYOUTS.get(".".join(name.split(".")[-2:]), _SAME)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from phi3_jax.checkpoint.layout import Layout
+from phi3_jax.checkpoint.layout import TensorLayout
 from phi3_jax.checkpoint.source import CheckpointSource
 
 BLOCK = 1 << 23
@@ -20,7 +20,7 @@ Box = tuple[tuple[int, int], ...]
 def put_parameter(
     source: CheckpointSource,
     name: str,
-    layout: Layout,
+    layout: TensorLayout,
     shape: tuple[int, ...],
     dtype: np.dtype,
     where: Sharding | None,

@@ -5,8 +5,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from phi3_jax.checkpoint import default_model, open_checkpoint, resolve
-from phi3_jax.checkpoint.default_model import cache_folder
+from phi3_jax.checkpoint import open_checkpoint, resolve
+from phi3_jax.checkpoint.default_model import cache_folder, default_model
 from phi3_jax.cli.messages import tell
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import parse_rope
@@ -38,7 +38,7 @@ def load_pipeline(
 def config_with(path: Path, rope: str) -> Phi3Config:
     """A checkpoint's config with the rope that `--rope` names."""
     argument = parse_rope(rope)
-    return argument.written(open_checkpoint(path)[1])
+    return argument.config_to_save(open_checkpoint(path)[1])
 
 
 def model_path(model: str | None, cache_dir: Path | None) -> Path:

@@ -61,7 +61,7 @@ class RopeArgument:
         except ValueError as error:
             raise UserError(f"rope {self.name!r}: {error}") from error
 
-    def written(self, config: Phi3Config) -> Phi3Config:
+    def config_to_save(self, config: Phi3Config) -> Phi3Config:
         """The same for a config that is to be used by itself, and saved.
 
         Raises:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from phi3_jax.checkpoint.atomic import atomic_directory
-from phi3_jax.checkpoint.layout import Layout, layout_of
+from phi3_jax.checkpoint.layout import TensorLayout, layout_of
 from phi3_jax.checkpoint.parts import put_parameter
 from phi3_jax.checkpoint.safetensors import SafetensorsSource, some, write_file
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
@@ -85,7 +85,7 @@ def save_adapters(
     settings = AdapterConfig(fields, Path(directory))
     if twice := [name for name in adapted if settings.saves(name)]:
         raise UserError(f"{some(twice)} cannot have adapters and be in modules_to_save; leave them out there")
-    stored: dict[str, tuple[nnx.Param, Layout]] = {}
+    stored: dict[str, tuple[nnx.Param, TensorLayout]] = {}
     for name, linear in adapted.items():
         for letter, parameter in (("A", linear.adapter.a), ("B", linear.adapter.b)):
             stored[_stored_name(name, letter)] = parameter, _layout(name, letter)
@@ -132,7 +132,7 @@ def load_adapters(model: Model, directory: str | os.PathLike[str]) -> Model:
             f"{settings.path}: target_modules={targets!r} names no projection of this model; expected some "
             f"of {', '.join(TARGETS)} (adapters of an unfused model, with q_proj and so on, do not fit)"
         )
-    wanted: dict[str, tuple[nnx.Param, Layout]] = {}
+    wanted: dict[str, tuple[nnx.Param, TensorLayout]] = {}
     for name, adapter in adapters.items():
         wanted[_stored_name(name, "A")] = adapter.a, _layout(name, "A")
         wanted[_stored_name(name, "B")] = adapter.b, _layout(name, "B")
@@ -176,9 +176,9 @@ def _stored_name(name: str, letter: str) -> str:
     return f"{PREFIX}{name}.lora_{letter}.weight"
 
 
-def _layout(name: str, letter: str) -> Layout:
+def _layout(name: str, letter: str) -> TensorLayout:
     """A's columns are the projection's, B's rows are."""
-    return Layout(1) if letter == "A" else layout_of(f"{name}.weight")
+    return TensorLayout(1) if letter == "A" else layout_of(f"{name}.weight")
 
 
 def _saved(
@@ -196,7 +196,7 @@ def _saved(
 
 def _check_tensors(
     source: SafetensorsSource,
-    wanted: dict[str, tuple[nnx.Param, Layout]],
+    wanted: dict[str, tuple[nnx.Param, TensorLayout]],
     model: Phi3PreTrainedModel,
     path: Path,
 ) -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phi3_jax.checkpoint.atomic import atomic_directory
-from phi3_jax.checkpoint.layout import Layout, layout_of
+from phi3_jax.checkpoint.layout import TensorLayout, layout_of
 from phi3_jax.checkpoint.safetensors import write_tensors
 from phi3_jax.checkpoint.source import TensorSource
 from phi3_jax.errors import UserError
@@ -25,7 +25,7 @@ class ParameterSource:
     Of a model over several processes all of them must `read` the same tensors in the same order.
     """
 
-    def __init__(self, parameters: Mapping[str, tuple[nnx.Param, Layout]]):
+    def __init__(self, parameters: Mapping[str, tuple[nnx.Param, TensorLayout]]):
         self._parameters = parameters
 
     def names(self) -> Sequence[str]:

@@ -17,7 +17,7 @@ from ._assemblers import PieceAssembler, TextAssembler, make_assembler
 logger = logging.getLogger(__name__)
 
 # What surrounds a text ("A") and its pair ("B"): ids of special tokens, in order.
-Layout = tuple[int | Literal["A", "B"], ...]
+SpecialTokenLayout = tuple[int | Literal["A", "B"], ...]
 
 # White space as the `tokenizers` library sees it; Python counts four control characters more.
 _WHITE_SPACE = "".join(chr(n) for n in range(0x3001) if chr(n).isspace() and not 0x1C <= n <= 0x1F)
@@ -52,7 +52,7 @@ class Backend(Protocol):
         """Makes these ids added tokens, or changes their flags."""
         ...
 
-    def layout(self, pair: bool) -> Layout | None:
+    def layout(self, pair: bool) -> SpecialTokenLayout | None:
         """Where special tokens go around a text, or None if the file does not say."""
         ...
 
@@ -124,7 +124,7 @@ class JsonBackend:
                 self._tokenizer.add_tokens([token])
         self._note_added_tokens()
 
-    def layout(self, pair: bool) -> Layout | None:
+    def layout(self, pair: bool) -> SpecialTokenLayout | None:
         if self._tokenizer.post_processor is None:
             return None
         probe = self._tokenizer.encode("a", "a") if pair else self._tokenizer.encode("a")
@@ -210,7 +210,7 @@ class SentencePieceBackend:
         contents = sorted(self._added_ids, key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
 
-    def layout(self, pair: bool) -> Layout | None:
+    def layout(self, pair: bool) -> SpecialTokenLayout | None:
         return None
 
     def encode(self, text: str) -> list[int]:

@@ -8,7 +8,7 @@ from jaxtyping import Int32
 
 from phi3_jax.errors import UserError
 
-from ._backends import Layout
+from ._backends import SpecialTokenLayout
 
 PADDINGS = {
     True: "longest",
@@ -65,7 +65,7 @@ def check_side(name: str, value: str) -> None:
         raise UserError(f"{name}={value!r}; use 'left' or 'right'")
 
 
-def arrange(layout: Layout, first: list[int], second: list[int]) -> list[int]:
+def arrange(layout: SpecialTokenLayout, first: list[int], second: list[int]) -> list[int]:
     """The ids of a text and its pair with the special tokens around them."""
     ids: list[int] = []
     for part in layout:
@@ -73,7 +73,7 @@ def arrange(layout: Layout, first: list[int], second: list[int]) -> list[int]:
     return ids
 
 
-def overhead(layout: Layout) -> int:
+def overhead(layout: SpecialTokenLayout) -> int:
     """Number of special tokens in a layout."""
     return sum(isinstance(part, int) for part in layout)
 

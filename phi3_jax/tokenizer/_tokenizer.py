@@ -14,7 +14,7 @@ from phi3_jax.errors import UserError
 
 from . import _batching as batching
 from . import _chat, _files
-from ._backends import Backend, JsonBackend, Layout
+from ._backends import Backend, JsonBackend, SpecialTokenLayout
 from ._batching import BatchEncoding
 from ._stream import IncrementalDecoder, as_ids
 
@@ -342,7 +342,7 @@ class Phi3Tokenizer:
         token = self._named.get(role)
         return None if token is None else self.backend.token_to_id(token)
 
-    def _layouts(self) -> tuple[Layout, Layout]:
+    def _layouts(self) -> tuple[SpecialTokenLayout, SpecialTokenLayout]:
         """What surrounds one text, and a pair of them."""
         single, pair = self.backend.layout(pair=False), self.backend.layout(pair=True)
         if single is None or pair is None:

@@ -165,9 +165,9 @@ def test_unscaled_tokens_at_the_beginning() -> None:
     argument = parse_rope("longrope:@factors.json")
     assert argument.initial_tokens == 5
     with pytest.raises(ValueError, match=r"a config cannot say initial_tokens=5; phi3-jax rope and evaluate"):
-        argument.written(small_config())
+        argument.config_to_save(small_config())
     plain = parse_rope("linear:factor=4")
-    assert plain.written(small_config()) == plain.apply(small_config())
+    assert plain.config_to_save(small_config()) == plain.apply(small_config())
 
 
 def test_a_list_alone_is_plain_rope_up_to_the_original_length() -> None:

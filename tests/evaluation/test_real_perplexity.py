@@ -9,7 +9,7 @@ import pytest
 from test_perplexity import recipe, slide
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
-from phi3_jax.checkpoint import default_model
+from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation import Scorer, perplexity
 from phi3_jax.evaluation.scorer import frequencies_for
