@@ -14,7 +14,7 @@ from phi3_jax.data.labels import Labels
 from phi3_jax.data.loader import load
 from phi3_jax.parallel.sharding import replicate
 from phi3_jax.trainer.batches import local_rows, to_devices, width_multiple
-from phi3_jax.trainer.objectives import Batch, Objective, inputs_of
+from phi3_jax.trainer.objectives import Batch, Objective, model_inputs
 from phi3_jax.trainer.step import Trainer, TrainState
 
 from .metrics import SEQUENCE_TASKS, language_metrics, predict, sequence_metrics, token_metrics
@@ -114,8 +114,8 @@ def scorer(trainer: Trainer, kind: str, mesh: Mesh | None) -> Score:
 
     def score(state: TrainState, batch: Batch) -> Any:
         model = trainer.computing(state)
-        logits = model(**inputs_of(batch)).logits.astype(jnp.float32)
-        losses = objective.of_logits(model, logits, batch), objective.count(model, batch)
+        logits = model(**model_inputs(batch)).logits.astype(jnp.float32)
+        losses = objective.loss_sum_of_logits(model, logits, batch), objective.count(model, batch)
         said: tuple[Any, ...] = ()
         if kind in SEQUENCE_TASKS:
             said = (logits,)

@@ -12,6 +12,7 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.data.labels import Labels
 from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3ForSequenceClassification, Phi3ForTokenClassification, Phi3PreTrainedModel
+from phi3_jax.model.losses import problem_type
 
 _CLASSIFIERS: dict[str, type[Phi3PreTrainedModel]] = {
     cls.__name__: cls for cls in (Phi3ForSequenceClassification, Phi3ForTokenClassification)
@@ -36,9 +37,7 @@ class Head:
         """
         kind = "token-classification"
         if model is Phi3ForSequenceClassification:
-            kind = config.problem_type or (
-                "regression" if config.num_labels == 1 else "single_label_classification"
-            )
+            kind = problem_type(config)
         return cls(model, kind, Labels.from_config(config).names)
 
     @classmethod

@@ -16,7 +16,13 @@ from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.decoder import Phi3Model
 from phi3_jax.model.inputs import known
 from phi3_jax.model.layers import Linear, dropout, matmul
-from phi3_jax.model.losses import IGNORE_INDEX, causal_lm_loss, cross_entropy, sequence_classification_loss
+from phi3_jax.model.losses import (
+    IGNORE_INDEX,
+    cross_entropy,
+    problem_type,
+    sequence_loss_count,
+    sequence_loss_sum,
+)
 from phi3_jax.model.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -104,7 +110,9 @@ class Phi3ForCausalLM(_Headed, GenerationMixin):
         fresh = decoder_arguments.get("past_key_values") is None
         whole = last == 0 and np.ndim(keep) == 0
         logits = self.logits(x, "length" if fresh and whole else None)
-        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **_carried(out))
 
     def logits(
@@ -179,7 +187,9 @@ class Phi3ForSequenceClassification(_Headed):
             last = jnp.argmax(jnp.arange(x.shape[1]) * real, axis=1)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         logits = self.score(x[:, None])[:, 0]
-        loss = None if labels is None else sequence_classification_loss(logits, labels, config.problem_type)
+        loss = None
+        if labels is not None:
+            loss = sequence_loss_sum(config, logits, labels) / sequence_loss_count(config, labels)
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **_carried(out))
 
 
@@ -318,14 +328,13 @@ def _checked_labels(labels: Any, shape: tuple[int, ...], classes: int) -> Array:
 def _checked_classes(labels: Any, config: Phi3Config, batch: int) -> Array:
     """Labels of a row each, in the form that the problem type asks for."""
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
-    problem, classes = config.problem_type, config.num_labels
-    integers = jnp.issubdtype(labels.dtype, jnp.integer)
-    if problem == "single_label_classification" or (problem is None and classes > 1 and integers):
+    problem, classes = problem_type(config, labels), config.num_labels
+    if problem == "single_label_classification":
         return _checked_labels(labels.reshape(-1) if labels.size == batch else labels, (batch,), classes)
     fits = labels.size == batch if classes == 1 else labels.shape == (batch, classes)
     if not fits:
         raise UserError(
-            f"labels has shape {list(labels.shape)}; {problem or 'these labels'} with num_labels={classes} "
+            f"labels has shape {list(labels.shape)}; {problem} with num_labels={classes} "
             f"needs {list((batch, classes) if classes > 1 else (batch,))}"
         )
     return jnp.asarray(labels)

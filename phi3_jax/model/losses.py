@@ -1,11 +1,19 @@
-"""The losses of the heads, each in float32."""
+"""The losses of the heads, in float32: sums of losses, and the counts that divide them.
+
+Sums and counts are separate functions, so that micro-batches and devices add up to exactly the loss of the
+whole batch, however unevenly the labels fall on them.
+"""
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Num
 
+from phi3_jax.config.model_config import Phi3Config
+
 IGNORE_INDEX = -100
-"""The label of what is not counted."""
+"""The label of a token or row that does not count."""
 
 
 def cross_entropy(
@@ -13,50 +21,113 @@ def cross_entropy(
     labels: Int[Array, "..."],
     num_items_in_batch: Int[Array, ""] | int | None = None,
 ) -> Float[Array, ""]:
-    """Mean cross entropy over the labels that are not -100; 0 when all are.
+    """Returns the mean cross entropy over the labels that are not -100; 0 when all are.
 
-    With `num_items_in_batch` it is the sum divided by that count instead: shards and accumulated
-    micro-batches that share one count then add up to the loss of the whole batch.
+    `num_items_in_batch` replaces the count of labels. Shards and micro-batches that share one such number
+    add up to the loss of the whole batch.
     """
-    counted = labels != IGNORE_INDEX
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(counted, labels, 0)
-    )
-    total = jnp.sum(jnp.where(counted, losses, 0.0))
-    count = jnp.maximum(jnp.sum(counted), 1) if num_items_in_batch is None else num_items_in_batch
-    return total / count
+    count = cross_entropy_count(labels) if num_items_in_batch is None else num_items_in_batch
+    return cross_entropy_sum(logits, labels) / count
 
 
-def causal_lm_loss(
-    logits: Float[Array, "B T V"],
-    labels: Int[Array, "B T"],
-    num_items_in_batch: Int[Array, ""] | int | None = None,
+def cross_entropy_sum(
+    logits: Float[Array, "... C"],
+    labels: Int[Array, "..."],
+    class_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
-    """Cross entropy of each token given the ones before it: labels are shifted by one here."""
-    return cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
-
-
-def sequence_classification_loss(
-    logits: Float[Array, "B C"], labels: Num[Array, "..."], problem_type: str | None
-) -> Float[Array, ""]:
-    """Regression: mean squared error; one label of several: cross entropy; several labels: binary ones.
-
-    Without a `problem_type`, one output means regression, integer labels a single class, others several.
-    """
-    num_labels = logits.shape[-1]
+    """Returns the sum that `torch.nn.CrossEntropyLoss(weight, label_smoothing=...)` divides by the count."""
     logits = logits.astype(jnp.float32)
-    if problem_type is None:
-        single = jnp.issubdtype(labels.dtype, jnp.integer)
-        problem_type = (
-            "regression"
-            if num_labels == 1
-            else "single_label_classification"
-            if single
-            else "multi_label_classification"
-        )
-    if problem_type == "single_label_classification":
-        return cross_entropy(logits, labels.reshape(-1))
+    weights = _label_weights(labels, class_weights)
+    counted = labels != IGNORE_INDEX
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0))
+    total = jnp.sum(jnp.where(counted, weights * losses, 0.0))
+    if not label_smoothing:
+        return total
+    classes = logits.shape[-1]
+    uniform = (jnp.ones(classes) if class_weights is None else jnp.asarray(class_weights)) / classes
+    spread = optax.losses.softmax_cross_entropy(logits, uniform.astype(jnp.float32))
+    return (1 - label_smoothing) * total + label_smoothing * jnp.sum(jnp.where(counted, spread, 0.0))
+
+
+def cross_entropy_count(
+    labels: Int[Array, "..."], class_weights: Sequence[float] | None = None
+) -> Float[Array, ""]:
+    """Returns how many labels count, each by the weight of its class; 1 where none does."""
+    return _one_if_zero(jnp.sum(_label_weights(labels, class_weights)))
+
+
+def _label_weights(labels: Int[Array, "..."], class_weights: Sequence[float] | None) -> Float[Array, "..."]:
+    counted = labels != IGNORE_INDEX
+    if class_weights is None:
+        return counted.astype(jnp.float32)
+    by_class = jnp.asarray(class_weights, jnp.float32)
+    return jnp.where(counted, by_class[jnp.where(counted, labels, 0)], 0.0)
+
+
+def problem_type(config: Phi3Config, labels: Num[Array, "..."] | None = None) -> str:
+    """Returns the problem type of a sequence classifier.
+
+    Where the config names none, one output means regression, and for several outputs integer labels (or
+    none at hand) mean a single label for each row, other labels several.
+    """
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    if labels is None or jnp.issubdtype(labels.dtype, jnp.integer):
+        return "single_label_classification"
+    return "multi_label_classification"
+
+
+def sequence_loss_sum(
+    config: Phi3Config,
+    logits: Float[Array, "B C"],
+    labels: Num[Array, "..."],
+    row_weights: Num[Array, "B"] | None = None,
+    class_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+) -> Float[Array, ""]:
+    """Returns the sum of a sequence classifier's losses.
+
+    These are squared errors, cross entropies of a single label, or binary cross entropies of several labels.
+
+    Args:
+        config: of the model.
+        logits: of each row.
+        labels: classes [B], -100 for a row that does not count; or numbers [B, C], or [B] for one output.
+        row_weights: how much the numbers of each row count; default: 1.
+        class_weights: how much each class counts; not for regression.
+        label_smoothing: the share of each label that is spread over all classes; not for regression.
+    """
+    problem = problem_type(config, labels)
+    if problem == "single_label_classification":
+        return cross_entropy_sum(logits, labels.reshape(-1), class_weights, label_smoothing)
+    logits = logits.astype(jnp.float32)
     labels = labels.astype(jnp.float32).reshape(logits.shape)
-    if problem_type == "regression":
-        return jnp.mean(jnp.square(logits - labels))
-    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels))
+    if problem == "regression":
+        losses = jnp.square(logits - labels)
+    else:
+        labels = (1 - label_smoothing) * labels + label_smoothing / 2
+        losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+        if class_weights is not None:
+            losses = losses * jnp.asarray(class_weights, jnp.float32)
+    return jnp.sum(losses if row_weights is None else row_weights[:, None] * losses)
+
+
+def sequence_loss_count(
+    config: Phi3Config,
+    labels: Num[Array, "..."],
+    row_weights: Num[Array, "B"] | None = None,
+    class_weights: Sequence[float] | None = None,
+) -> Float[Array, ""]:
+    """Returns what divides `sequence_loss_sum`: labels, or numbers by the weights of their rows."""
+    if problem_type(config, labels) == "single_label_classification":
+        return cross_entropy_count(labels, class_weights)
+    if row_weights is None:
+        return jnp.float32(labels.size)
+    return _one_if_zero(jnp.sum(row_weights) * config.num_labels)
+
+
+def _one_if_zero(count: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.where(count == 0, 1.0, count)

@@ -142,7 +142,7 @@ class Trainer:
         def loss(trained: nnx.State, part: Batch, key: Key[Array, ""] | None) -> Float[Array, ""]:
             # Cast before the scan, so that a mesh gathers the narrow numbers.
             model = self.computing(replace(state, trained=trained))
-            return self.objective(model, part, key) / count
+            return self.objective.loss_sum(model, part, key) / count
 
         if self.accumulate == 1:
             return jax.value_and_grad(loss)(state.trained, batch, key)

@@ -125,7 +125,7 @@ def test_the_plain_objective_is_the_heads_own_loss(kind):
 
 @jax.jit(static_argnums=2)
 def mean_loss(model, batch, objective):
-    return objective(model, batch) / objective.count(model, batch)
+    return objective.loss_sum(model, batch) / objective.count(model, batch)
 
 
 @stored
@@ -193,9 +193,15 @@ def test_dropout_differs_between_steps_and_micro_batches():
         ("regression", {"label_smoothing": 0.1}, "label_smoothing is for classes"),
     ],
 )
-def test_objectives_that_do_not_fit(kind, objective, words):
+def test_rejects_objectives_that_do_not_fit_the_model(kind, objective, words):
     with pytest.raises(ValueError, match=words):
         Trainer(model_of(kind), optax.sgd(1.0), objective=Objective(**objective))
+
+
+def test_rejects_smoothing_of_an_inferred_regression():
+    model = model_of("regression", num_labels=1, problem_type=None)
+    with pytest.raises(ValueError, match="label_smoothing is for classes"):
+        Trainer(model, optax.sgd(1.0), objective=Objective(label_smoothing=0.1))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,7 @@ def test_objectives_that_do_not_fit(kind, objective, words):
         ({"class_weights": (1.0, 0.0)}, "class_weights has 0.0; each must be above 0"),
     ],
 )
-def test_objectives_that_cannot_be(arguments, words):
+def test_rejects_objectives_out_of_range(arguments, words):
     with pytest.raises(ValueError, match=words):
         Objective(**arguments)
 
