@@ -20,8 +20,9 @@ from phi3_jax.errors import UserError
 from phi3_jax.lora import merge_lora, save_adapters
 from phi3_jax.model.saving import save_model
 from phi3_jax.parallel import distributed
-from phi3_jax.runs.files import differences, remove_leftovers, replacing
+from phi3_jax.runs.files import remove_leftovers, replacing
 from phi3_jax.runs.json_values import RUN
+from phi3_jax.runs.resume import differences
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.trainer.batches import local_rows, to_devices
 from phi3_jax.trainer.step import Metrics, TrainState

@@ -93,9 +93,9 @@ def batch_file(
         about = source.stat()
         asked |= {"input_size": about.st_size, "input_modified": about.st_mtime_ns}
     total = _count(source, processes, index)
-    record = Record(output)
+    record = Record(output, asked, processes)
     if output != STANDARD:
-        finished = distributed.from_primary(lambda: record.open(asked, processes, overwrite))
+        finished = distributed.from_primary(lambda: record.open(overwrite))
         if finished is not None:
             logger.warning("%s is finished; nothing is left to do", output)
             return Summary(**finished)

@@ -10,11 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from phi3_jax.data.rows import BadRowError, Row
 from phi3_jax.errors import UserError
-from phi3_jax.runs.files import differences, replacing
+from phi3_jax.runs.resume import ADVICE, RunFile
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -143,19 +141,19 @@ class Standing:
 
 
 class PartialOutput:
-    """OUTPUT.partial, until everything is in it, and OUTPUT.partial.json, which says what was asked and how
-    much of the file counts.
+    """OUTPUT.partial, which becomes the output, and OUTPUT.partial.json, which says how much of it counts.
 
-    The second changes as a whole when a chunk lies safely in the first, so that rows are whole and each is
-    there once, whenever the process is killed.
+    The second is replaced when a chunk is safely in the first. So rows are whole and none is there twice,
+    whenever the process is killed.
 
     Args:
-        output: the file that is to be.
-        asked: all that the output follows from, for JSON. Another run's part is not gone on with.
-        overwrite: replace an output, and a part that cannot be gone on with. One that can be is.
+        output: the final file.
+        asked: everything that the output depends on, for JSON.
+        overwrite: replace an output, and a part that cannot be resumed. A part that can be resumed is.
 
     Raises:
-        ValueError: the output is there; a part of something else, or a broken one; another process is at it.
+        UserError: the output already exists; the part is broken or was started with other options; another
+            process is writing it.
         OSError: it cannot be written.
     """
 
@@ -164,56 +162,31 @@ class PartialOutput:
             raise FileNotFoundError(f"there is no folder {output.parent} to write {output.name} to")
         self.output = output
         self.path = output.with_name(f"{output.name}.partial")
-        self._about = output.with_name(f"{output.name}.partial.json")
-        self._asked = dict(asked)
-        self._lock = FileLock(output.with_name(f"{output.name}.partial.lock"))
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"another process is writing {self.path}") from None
+        self._state_file = RunFile(
+            output.with_name(f"{output.name}.partial.json"), self.path, asked, overwrite=overwrite
+        )
+        self._state_file.lock()
         try:
             if output.exists() and not overwrite:
-                raise UserError(f"{output} is there already; choose another, or give --overwrite")
-            self.standing = self._stood(overwrite)
+                raise UserError(f"{output} already exists; {ADVICE}")
+            standing = self._state_file.read(self._counted) if self.path.exists() else None
+            if standing is None:
+                self.path.unlink(missing_ok=True)
+                standing = Standing()
+                self._write_state(standing)
+            self.standing = standing
             self._file = self.path.open("ab", buffering=0)
             self._file.truncate(self.standing.bytes)
         except BaseException:
-            self._lock.release()
+            self._state_file.release()
             raise
 
-    def _stood(self, overwrite: bool) -> Standing:
-        """How far the part is, if there is one that can be gone on with."""
-        if self.path.exists():
-            try:
-                standing = self._read()
-            except ValueError:
-                if not overwrite:
-                    raise
-            else:
-                return standing
-        self.path.unlink(missing_ok=True)
-        self._tell(Standing())
-        return Standing()
-
-    def _read(self) -> Standing:
-        advice = "give --overwrite to begin anew"
-        try:
-            about = json.loads(self._about.read_text(encoding="utf-8"))
-            changed = differences(about["asked"], self._asked)
-            standing = Standing(**about["done"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.path} is there without a {self._about.name} that tells what it is ({error!r}); "
-                f"{advice}"
-            ) from error
-        if changed:
-            raise UserError(
-                f"{self.path} was begun with something else, and cannot be gone on with: "
-                f"{'; '.join(changed)}. Choose another output, or {advice}"
-            )
+    def _counted(self, values: dict[str, Any]) -> Standing:
+        standing = Standing(**values["done"])
         if (size := self.path.stat().st_size) < standing.bytes:
             raise UserError(
-                f"{self.path} has {size} bytes, and {self._about.name} knows of {standing.bytes}; {advice}"
+                f"{self.path} has {size} bytes, and {self._state_file.path.name} counts {standing.bytes}; "
+                f"{ADVICE}"
             )
         return standing
 
@@ -229,7 +202,7 @@ class PartialOutput:
             while left:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
-            self._tell(done)
+            self._write_state(done)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -239,20 +212,17 @@ class PartialOutput:
             ) from error
         self.standing = done
 
-    def _tell(self, standing: Standing) -> None:
-        with replacing(self._about) as work:
-            text = json.dumps({"asked": self._asked, "done": asdict(standing)}, indent=2)
-            work.write_text(text + "\n", encoding="utf-8")
+    def _write_state(self, standing: Standing) -> None:
+        self._state_file.write(done=asdict(standing))
 
     def finish(self) -> None:
-        """Everything is there: the part becomes the output."""
+        """Makes the part the output, once everything is in it."""
         self._file.close()
         os.replace(self.path, self.output)
-        self._about.unlink()
+        self._state_file.path.unlink()
         self.close()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Lets go of the file, as it is."""
+        """Closes the file as it is."""
         self._file.close()
-        self._lock.release()
+        self._state_file.release()

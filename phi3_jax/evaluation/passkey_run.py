@@ -216,7 +216,7 @@ def _rows(
     found = {}
     for length in sorted(lengths, reverse=True):
         most = partial(_most_rows, planned, length, answer_tokens, wanted)
-        found[length] = journal.chosen(f"rows_{length}", most)
+        found[length] = journal.decide(f"rows_{length}", most)
     return found
 
 

@@ -139,7 +139,7 @@ def search_ropes(
         if search.waiting:
             planned = Scorer(load_abstract(Phi3ForCausalLM, model, dtype=dtype, mesh=mesh))
             most = min(evolution.population, ROWS_ON_CPU if planned.compiled.on_cpu else ROWS)
-            rows = batch_size or journal.chosen("batch_size", lambda: _rows(planned, length, most))
+            rows = batch_size or journal.decide("batch_size", lambda: _rows(planned, length, most))
             planned.check_memory(length, rows)
             scorer = Scorer(Pipeline.load(model, dtype=dtype, mesh=mesh).compiled)
             run(search, journal, _measure(scorer, parts, config, rows), rows, show=show)

@@ -1,51 +1,50 @@
-"""Files that change as a whole, and what killed processes leave beside them."""
+"""Files that change as a whole, and the leftovers of killed processes."""
 
+import glob
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 PARTIAL, REPLACED = ".partial", ".replaced"
-"""How hidden files and directories end that are being written, and that make place for others."""
+"""Endings of hidden files and directories: those being written, and those moved away for new ones."""
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path, whose file takes the place of `path` if the block ends well and else goes.
+def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Yields a temporary path, whose file replaces `path` when the block ends, unless it raised.
 
-    A process killed meanwhile leaves it, which `remove_leftovers` finds.
+    A killed process leaves the temporary file; `remove_leftovers` deletes it.
+
+    Args:
+        sync: wait until the file is on the disk.
     """
     work = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield work
+        if sync:
+            with work.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(work, path)
     finally:
         work.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str, *, sync: bool = False) -> None:
+    """Writes a file of text as `replacing` does."""
+    with replacing(path, sync=sync) as work:
+        work.write_text(text, encoding="utf-8")
+
+
 def remove_leftovers(directory: Path, name: str = "") -> None:
-    """Deletes what killed processes left half done in a directory, of files whose names begin with `name`.
+    """Deletes the temporary files of killed processes, for files whose names start with `name`.
 
-    Nobody else may be writing them.
+    No other process may be writing them.
     """
-    for path in [*directory.glob(f".{name}*{PARTIAL}"), *directory.glob(f".{name}*{REPLACED}")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, free: Set[str] = frozenset()
-) -> list[str]:
-    """What a run would do otherwise than the one that it goes on with, "name: before -> now".
-
-    What is `free` to change is left out.
-    """
-    return [
-        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted((before.keys() | now.keys()) - free)
-        if before.get(name) != now.get(name)
-    ]
+    for ending in (PARTIAL, REPLACED):
+        for path in directory.glob(f".{glob.escape(name)}*{ending}"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

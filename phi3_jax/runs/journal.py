@@ -1,57 +1,48 @@
-"""What a long measurement has found so far, in a file that a kill leaves whole."""
+"""The results of a long measurement, in a file that a kill leaves whole."""
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from phi3_jax.errors import UserError
-from phi3_jax.runs.files import differences, remove_leftovers, replacing
 from phi3_jax.runs.json_values import json_value
+from phi3_jax.runs.resume import RunFile
 
 
 class Journal:
-    """Entries in the order in which they were found, and what they follow from; a context manager.
+    """Entries in the order in which they were added, and the options they depend on; a context manager.
 
-    The file changes as a whole and is on the disk when `add` returns. Entered again with the same `asked`, it
-    has the entries of before. One process at a time has it.
+    The entries are on the disk when `add` returns; a journal with the same options has them when it is
+    entered. One process at a time has the file.
 
     Args:
-        path: a JSON file; its directory is made, and goes again if nothing comes to lie in it.
-        asked: all that the entries follow from, for JSON.
-        overwrite: begin anew where the file tells of something else, or is broken.
+        path: a JSON file; its directory is created, and removed again if it stays empty.
+        options: everything that the entries depend on, for JSON.
+        overwrite: start over if the file is broken or was started with other options.
 
     Raises:
-        ValueError: the file tells of something else, or is broken; another process has it.
+        UserError: the file is broken or was started with other options; another process has it.
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path, asked: Mapping[str, Any], *, overwrite: bool = False):
+    def __init__(self, path: Path, options: Mapping[str, Any], *, overwrite: bool = False):
         self.path, self.entries = path, list[Any]()
-        self._asked = json.loads(json.dumps(json_value(asked)))
-        self._chosen: dict[str, Any] = {}
-        self._overwrite = overwrite
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
-        self._made_directory = False
+        self._directory = path.parent
+        self._file = RunFile(path, path.parent, options, overwrite=overwrite)
+        self._decisions: dict[str, Any] = {}
+        self._created = False
 
     def __enter__(self) -> "Journal":
-        if self.path.parent.exists() and not self.path.parent.is_dir():
-            raise UserError(f"{self.path.parent} is a file; name a directory for the output")
-        self._made_directory = not self.path.parent.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._directory.exists() and not self._directory.is_dir():
+            raise UserError(f"{self._directory} is a file; name a directory for the output")
+        self._created = not self._directory.exists()
+        self._directory.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"another process is writing to {self.path.parent}") from None
-        try:
-            remove_leftovers(self.path.parent, self.path.name)
-            if self.path.exists():
-                self._read()
+            self._file.lock()
+            if self.path.exists() and (state := self._file.read(_state)):
+                self._decisions, self.entries = state
         except BaseException:
             self._release()
             raise
@@ -63,41 +54,23 @@ class Journal:
         self._release()
 
     def _release(self) -> None:
-        Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._lock.release()
-        if self._made_directory:
-            with suppress(OSError):  # something is in it
-                self.path.parent.rmdir()
+        self._file.release()
+        if self._created:
+            with suppress(OSError):  # it is not empty
+                self._directory.rmdir()
 
-    def chosen(self, name: str, choose: Callable[[], Any]) -> Any:
-        """What was chosen when the work began, or is chosen now: what depends on the machine's state."""
-        if name not in self._chosen:
-            self._chosen[name] = choose()
-        return self._chosen[name]
+    def decide(self, name: str, choose: Callable[[], Any]) -> Any:
+        """Returns what `choose` returned when the work started; for what depends on the machine."""
+        if name not in self._decisions:
+            self._decisions[name] = choose()
+        return self._decisions[name]
 
     def add(self, entries: Iterable[Any]) -> None:
-        """Puts entries, for JSON, behind the others."""
+        """Appends entries, for JSON, and writes the file."""
         self.entries.extend(entries)
-        values = {"asked": self._asked, "chosen": self._chosen, "entries": self.entries}
-        with replacing(self.path) as work, work.open("w", encoding="utf-8") as file:
-            json.dump(json_value(values), file, ensure_ascii=False, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
+        # Without line breaks, since the file may be long.
+        self._file.write(indent=None, chosen=json_value(self._decisions), entries=json_value(self.entries))
 
-    def _read(self) -> None:
-        advice = "choose another output, or give --overwrite to begin anew"
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            before, chosen, entries = found["asked"], found["chosen"], found["entries"]
-            changed = differences(before, self._asked)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if self._overwrite:
-                return
-            raise UserError(f"{self.path} is broken ({error!r}); {advice}") from error
-        if not changed:
-            self._chosen, self.entries = chosen, entries
-        elif not self._overwrite:
-            raise UserError(
-                f"{self.path} was begun with something else, and cannot be gone on with: "
-                f"{'; '.join(changed)}. To keep it, {advice}"
-            )
+
+def _state(values: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    return values["chosen"], values["entries"]

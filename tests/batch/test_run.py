@@ -188,7 +188,7 @@ def test_what_is_refused_at_once(batch: Batch, tmp_path: Path) -> None:
     batch.output.write_text("my own\n")
     code, _, err = batch()
     assert code == 1
-    assert "out.jsonl is there already, and no out.jsonl.run.json says what it is" in err
+    assert "out.jsonl already exists, and there is no out.jsonl.run.json with its options" in err
     assert batch.output.read_text() == "my own\n"
     assert "there is no file" in batch("--input", tmp_path / "none.jsonl")[2]
     assert "there is no folder" in batch("--output", tmp_path / "none" / "out.jsonl")[2]

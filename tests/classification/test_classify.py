@@ -456,7 +456,7 @@ def test_goes_on_to_the_same_bytes(
 ) -> None:
     source, output = write_rows(tmp_path / f"new{suffix}", 300), tmp_path / f"out{suffix}"
     assert run("single", source, tmp_path / f"whole{suffix}", "--batch-size", 2)[0] == 0
-    add, tell = PartialOutput.add, PartialOutput._tell
+    add, write = PartialOutput.add, PartialOutput._write_state
     torn = 0
 
     def fails_in_a_row(self: PartialOutput, data: bytes, standing: Any) -> None:
@@ -469,14 +469,14 @@ def test_goes_on_to_the_same_bytes(
     def fails_behind_a_chunk(self: PartialOutput, standing: Any) -> None:
         if standing.read == 256:
             raise KeyboardInterrupt
-        tell(self, standing)
+        write(self, standing)
 
     monkeypatch.setattr(PartialOutput, "add", fails_in_a_row)
     assert run("single", source, output, "--batch-size", 2)[0] == 130
     monkeypatch.setattr(PartialOutput, "add", add)
-    monkeypatch.setattr(PartialOutput, "_tell", fails_behind_a_chunk)
+    monkeypatch.setattr(PartialOutput, "_write_state", fails_behind_a_chunk)
     assert run("single", source, output, "--batch-size", 2)[0] == 130
-    monkeypatch.setattr(PartialOutput, "_tell", tell)
+    monkeypatch.setattr(PartialOutput, "_write_state", write)
     assert not output.exists()
     code, out, _ = run("single", source, output, "--batch-size", 2)
     assert code == 0
@@ -534,15 +534,15 @@ def test_another_part_is_not_gone_on_with(
     assert f"has {len(before) - 9} bytes" in run("single", source, output, *options)[2]
     told = about.read_text()
     about.write_text(told[:20])
-    assert "out.csv.partial.json that tells what it is" in run("single", source, output, *options)[2]
+    assert "out.csv.partial.json is broken" in run("single", source, output, *options)[2]
 
     begin()  # what is broken is begun anew
     assert part.read_bytes() == before
     code, out, _ = run("single", source, output, *options, "--overwrite")
     assert code == 0
-    assert "100 rows; 36 in" in out, "a good part is gone on with, since it would be made just the same"
+    assert "100 rows; 36 in" in out
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert f"{output} is there already" in run("single", source, output, *options)[2]
+    assert f"{output} already exists" in run("single", source, output, *options)[2]
     assert run("single", source, output, *options, "--overwrite", "--all-scores")[0] == 0
     assert "score_O" in values(output)[0]
 

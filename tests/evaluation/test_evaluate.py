@@ -229,7 +229,7 @@ def test_rope_of_generate_and_batch(command: Any, folder: Path, tmp_path: Path) 
     assert json.loads(output.read_text())["text"] == told["yarn:factor=4"].removesuffix("\n")
     code, _, err = command("batch", *options[:4], "--rope", "yarn:factor=2")
     assert code == 1
-    assert "was begun with something else" in err
+    assert "was started with other options" in err
     (tmp_path / "kept.json").write_text(json.dumps({"factors": [1.0] * 6, "factor": 2, "initial_tokens": 2}))
     code, _, err = command("generate", "a", "--rope", f"longrope:@{tmp_path / 'kept.json'}")
     assert code == 1

@@ -173,7 +173,7 @@ def test_a_list_that_changed_under_its_name_is_measured_anew(
 def test_other_text_or_model_is_refused(model: Path, tmp_path: Path) -> None:
     compare(model, ["none"], lengths=[16])
     Path("text.txt").write_text("mlkji " * 60)
-    with pytest.raises(ValueError, match=r"was begun with something else.*text_digest"):
+    with pytest.raises(ValueError, match=r"was started with other options.*text_digest"):
         compare(model, ["none"], lengths=[16])
     compare(model, ["none"], lengths=[16], overwrite=True)
 

@@ -3,7 +3,7 @@
 import pytest
 from phi3_jax.train.settings import FREE, Settings
 
-from phi3_jax.runs.files import differences
+from phi3_jax.runs.resume import differences
 
 
 def test_the_command_line_comes_before_the_file(tmp_path):

@@ -1,0 +1,111 @@
+"""Resuming: the file that says with which options an output was started, and its state."""
+
+import json
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from phi3_jax.errors import UserError
+from phi3_jax.runs.files import remove_leftovers, write_text
+from phi3_jax.runs.json_values import json_value
+
+ADVICE = "choose another output, or give --overwrite to start over"
+
+T = TypeVar("T")
+
+
+class RunFile:
+    """A JSON file with the options that an output was started with, and the state of the work.
+
+    Work is resumed only with the options that it was started with.
+
+    Args:
+        path: the file.
+        output: the name of the work in messages.
+        options: everything that the output depends on, for JSON.
+        key: the name of the options in the file.
+        free: options that may change.
+        overwrite: start over what cannot be resumed; what can be resumed is.
+        advice: what messages tell the user to do.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        output: object,
+        options: Mapping[str, Any],
+        *,
+        key: str = "asked",
+        free: Set[str] = frozenset(),
+        overwrite: bool = False,
+        advice: str = ADVICE,
+    ):
+        self.path = path
+        self._output, self._key, self._free = output, key, free
+        self._options = json_value(options)
+        self._overwrite, self._advice = overwrite, advice
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+
+    def read(self, parse: Callable[[dict[str, Any]], T]) -> T | None:
+        """Returns what `parse` makes of the file's values; None if the work starts over.
+
+        Raises:
+            UserError: the file is missing, broken or of other options, or `parse` refuses it.
+        """
+        try:
+            values = json.loads(self.path.read_bytes())
+            before = json_value(values[self._key])
+            if changed := differences(before, self._options, free=self._free):
+                raise self.mismatch(*changed)
+            return parse(values)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if self._overwrite:
+                return None
+            if isinstance(error, UserError):
+                raise
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"is broken ({error!r})"
+            raise UserError(f"{self.path} {reason}; {self._advice}") from error
+
+    def write(self, *, indent: int | None = 2, **state: Any) -> None:
+        """Writes the options and the state; they are on the disk when this returns."""
+        text = json.dumps({self._key: self._options} | state, indent=indent)
+        write_text(self.path, text + "\n", sync=True)
+
+    def mismatch(self, *changed: str) -> UserError:
+        """Returns the error for work that was started with other options."""
+        advice = self._advice[0].upper() + self._advice[1:]
+        return UserError(
+            f"{self._output} was started with other options and cannot be resumed: {'; '.join(changed)}. "
+            f"{advice}"
+        )
+
+    def lock(self) -> None:
+        """Keeps other processes out until `release`, and deletes what killed ones left.
+
+        Raises:
+            UserError: another process has the lock.
+        """
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another process is writing {self._output}") from None
+        remove_leftovers(self.path.parent, self.path.name)
+
+    def release(self) -> None:
+        """Lets other processes in."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, free: Set[str] = frozenset()
+) -> list[str]:
+    """Returns the options that changed, as "name: before -> now", except those that are `free` to."""
+    return [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted((before.keys() | now.keys()) - free)
+        if before.get(name) != now.get(name)
+    ]

@@ -1,0 +1,102 @@
+"""Files that say with which options an output was started."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi3_jax.batch.record import Record
+from phi3_jax.batch.summary import Summary
+from phi3_jax.classification.output import PartialOutput, Standing
+from phi3_jax.runs.journal import Journal
+from phi3_jax.runs.resume import RunFile
+
+OPTIONS = {"model": "m", "lengths": (1, 2), "seed": 0, "threshold": float("inf")}
+
+
+def run_file(path: Path, options: dict[str, Any] = OPTIONS, **arguments: Any) -> RunFile:
+    return RunFile(path, "OUTPUT", options, **arguments)
+
+
+def test_resumes_with_the_same_options(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    run_file(path).write(done=3)
+    assert run_file(path).read(lambda values: values["done"]) == 3
+    assert run_file(path, overwrite=True).read(lambda values: values["done"]) == 3
+    assert run_file(path, OPTIONS | {"seed": 1}, free={"seed"}).read(lambda values: values["done"]) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_rejects_other_options(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    run_file(path).write(done=3)
+    other = OPTIONS | {"seed": 1, "rope": "yarn"}
+    with pytest.raises(ValueError, match=r"^OUTPUT was started with other options and") as error:
+        run_file(path, other).read(dict)
+    assert str(error.value).endswith(
+        "cannot be resumed: rope: None -> 'yarn'; seed: 0 -> 1. Choose another output, or give --overwrite "
+        "to start over"
+    )
+    assert run_file(path, other, overwrite=True).read(dict) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff", '{"asked": 1}', '{"asked": {"model": "m"}}'])
+def test_rejects_a_broken_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "state.json"
+    path.write_text(content, encoding="latin-1")
+    options = {"model": "m"}
+    with pytest.raises(ValueError, match=r"state\.json is broken .*; mend it"):
+        run_file(path, options, advice="mend it").read(lambda values: values["done"])
+    assert run_file(path, options, overwrite=True).read(lambda values: values["done"]) is None
+    path.unlink()
+    with pytest.raises(ValueError, match=r"state\.json is missing; mend it"):
+        run_file(path, options, advice="mend it").read(dict)
+
+
+def test_lock_keeps_others_out_and_deletes_leftovers(tmp_path: Path) -> None:
+    (tmp_path / ".out[1].json.123.partial").touch()
+    (tmp_path / ".other.json.123.partial").touch()
+    first, second = run_file(tmp_path / "out[1].json"), run_file(tmp_path / "out[1].json")
+    first.lock()
+    with pytest.raises(ValueError, match="another process is writing OUTPUT"):
+        second.lock()
+    second.release()
+    with pytest.raises(ValueError, match="another process"):
+        second.lock()
+    first.release()
+    second.lock()
+    second.release()
+    assert [file.name for file in tmp_path.iterdir()] == [".other.json.123.partial"]
+
+
+def test_resumes_files_of_earlier_versions(tmp_path: Path) -> None:
+    """The layouts that `batch`, `classify` and the measurements have always had."""
+    asked, asked_now = {"seed": 0, "lengths": [1, 2]}, {"seed": 0, "lengths": (1, 2)}
+
+    output = tmp_path / "answers.jsonl"
+    output.write_text("{}\n")
+    summary = Summary(1, 1, 0, 0, 1.0, 2, 2, 3, 4, 5, 6.0, None)
+    state: dict[str, Any] = {"asked": asked, "processes": 2}
+    record = tmp_path / "answers.jsonl.run.json"
+    record.write_text(json.dumps(state, indent=2))
+    assert Record(output, asked_now, 2).open(False) is None
+    with pytest.raises(ValueError, match="processes: 2 -> 1"):
+        Record(output, asked_now, 1).open(False)
+    record.write_text(json.dumps(state | {"finished": vars(summary)}))
+    assert Record(output, asked_now, 1).open(False) == vars(summary)
+
+    (tmp_path / "rows.csv.partial").write_bytes(b"12345")
+    about = {"asked": asked, "done": {"read": 2, "written": 1, "unusable": 1, "cut": 0, "untagged": 0}}
+    about["done"]["bytes"] = 4
+    (tmp_path / "rows.csv.partial.json").write_text(json.dumps(about, indent=2) + "\n")
+    partial = PartialOutput(tmp_path / "rows.csv", asked_now, False)
+    partial.close()
+    assert partial.standing == Standing(read=2, written=1, unusable=1, bytes=4)
+    assert partial.path.read_bytes() == b"1234"
+
+    entries = {"asked": asked, "chosen": {"rows": 4}, "entries": [{"x": "inf"}]}
+    (tmp_path / "state.json").write_text(json.dumps(entries))
+    with Journal(tmp_path / "state.json", asked_now) as journal:
+        assert journal.decide("rows", lambda: 9) == 4
+        assert journal.entries == [{"x": "inf"}]
