@@ -1,4 +1,4 @@
-"""The file of answers: appended to as they finish, and gone on with after a kill; each request's once."""
+"""The output file of a batch: answers are appended as they finish, and each request is answered once."""
 
 import errno
 import json
@@ -15,30 +15,38 @@ from filelock import FileLock, Timeout
 
 from phi3_jax.batch.requests import CHAT, BadRequestError, Request
 from phi3_jax.errors import UserError
+from phi3_jax.runs.text import parse_json
 
-SECONDS = 1.0
-"""Between two times that the disk is made to write: each takes it as long as a few tokens."""
+SYNC_SECONDS = 1.0
+"""The time between two forced writes to the disk, each of which takes as long as a few tokens."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said."""
+    """The model's answer to a request."""
 
     request: Request
     text: str
     finish_reason: str
-    """ "stop": an end token or a stop string; "length": as many tokens as were allowed."""
+    """ "stop": an end token or a stop string; "length": the limit of tokens."""
     prompt_tokens: int
     completion_tokens: int
 
     @property
     def id(self) -> str | int:
-        """The request's."""
+        """The id of the request."""
         return self.request.id
 
 
+def result_line(result: Answer | BadRequestError) -> bytes:
+    """Returns the output line of an answer or an error, in the form of its request."""
+    if isinstance(result, Answer):
+        return answer_line(result, created=int(time.time()))
+    return error_line(result)
+
+
 def answer_line(answer: Answer, *, created: int) -> bytes:
-    """The answer in the request's form; `created` is a `time.time()`, which OpenAI's form tells."""
+    """Returns the output line of an answer; OpenAI's form includes `created`, a Unix time."""
     request = answer.request
     usage = {
         "prompt_tokens": answer.prompt_tokens,
@@ -48,37 +56,31 @@ def answer_line(answer: Answer, *, created: int) -> bytes:
     if request.openai is None:
         values = {"id": request.id, "text": answer.text, "finish_reason": answer.finish_reason}
         return _line(values | {"usage": usage})
-    said: dict[str, Any] = {"text": answer.text}
-    if request.openai == CHAT:
-        said = {"message": {"role": "assistant", "content": answer.text}}
+    is_chat = request.openai == CHAT
+    content: dict[str, Any] = {"text": answer.text}
+    if is_chat:
+        content = {"message": {"role": "assistant", "content": answer.text}}
     body = {
-        "id": f"{'chatcmpl' if request.openai == CHAT else 'cmpl'}-{request.line}",
-        "object": "chat.completion" if request.openai == CHAT else "text_completion",
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{request.line}",
+        "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": request.model or "",
-        "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": answer.finish_reason}],
+        "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": answer.finish_reason}],
         "usage": usage,
     }
-    return _line(_openai(request.line, request.id, 200, body))
-
-
-def line_of(answer: Answer | BadRequestError) -> bytes:
-    """What is written about a request."""
-    if isinstance(answer, Answer):
-        return answer_line(answer, created=int(time.time()))
-    return error_line(answer)
+    return _line(_openai_response(request.line, request.id, 200, body))
 
 
 def error_line(error: BadRequestError) -> bytes:
-    """What is wrong with a line, in the form that the line had."""
-    fault = {"code": error.code, "message": str(error)}
+    """Returns the output line of a request that cannot be answered."""
+    values = {"code": error.code, "message": str(error)}
     if not error.openai:
-        return _line({"id": error.id, "line": error.line, "error": fault})
-    body = {"error": fault | {"type": "invalid_request_error", "param": None}}
-    return _line(_openai(error.line, error.id, 400, body) | {"line": error.line})
+        return _line({"id": error.id, "line": error.line, "error": values})
+    body = {"error": values | {"type": "invalid_request_error", "param": None}}
+    return _line(_openai_response(error.line, error.id, 400, body) | {"line": error.line})
 
 
-def _openai(line: int, id: str | int | None, status: int, body: dict[str, Any]) -> dict[str, Any]:
+def _openai_response(line: int, id: str | int | None, status: int, body: dict[str, Any]) -> dict[str, Any]:
     response = {"status_code": status, "request_id": f"req-{line}", "body": body}
     return {"id": f"batch_req-{line}", "custom_id": id, "response": response, "error": None}
 
@@ -87,135 +89,140 @@ def _line(values: dict[str, Any]) -> bytes:
     return json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
 
-class Ids:
-    """A set of requests' ids and lines' numbers, on disk where it is large."""
+class IdSet:
+    """A set of request ids and line numbers that is kept on disk when it is large."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("", check_same_thread=False)  # a file of its own, gone at the end
+        self._database = sqlite3.connect("", check_same_thread=False)  # a temporary file
         self._database.execute("create table ids (id text primary key) without rowid")
 
     def add(self, id: str | int) -> bool:
-        """Whether it was not there yet."""
+        """Adds an id and returns whether it is new."""
         cursor = self._database.execute("insert or ignore into ids values (?)", (json.dumps(id),))
         return cursor.rowcount > 0
 
     def __contains__(self, id: str | int) -> bool:
-        found = self._database.execute("select 1 from ids where id = ?", (json.dumps(id),))
-        return found.fetchone() is not None
+        rows = self._database.execute("select 1 from ids where id = ?", (json.dumps(id),))
+        return rows.fetchone() is not None
 
     def close(self) -> None:
         self._database.close()
 
 
 class AnswerFile:
-    """The answers to one input, one JSON object a line.
+    """The answers to one input file, one JSON object a line.
 
-    A line that a kill cut off is taken away when the file is opened again. One process at a time has it.
-    Lines survive the process at once, and a power failure within a second.
+    Only one process can open the file at a time. A line that a killed process left incomplete is removed.
+    Lines survive a kill of the process at once and a power failure after a second.
 
     Args:
-        path: made if it is not there; answers that are in it count.
+        path: created if it does not exist; the answers in it count.
 
     Raises:
-        ValueError: another process writes it, or it holds something else than answers.
-        OSError: it cannot be read or written.
+        UserError: another process writes the file, or it holds something other than answers.
+        OSError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.count = 0
-        """Answers and errors that are in the file."""
+        """The number of answers and errors in the file."""
         self.errors = 0
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{path} is being written by another process") from None
-        with ExitStack() as opened:
-            opened.callback(self._lock.release)
-            self._answered, self._refused = Ids(), Ids()
-            opened.callback(self._answered.close)
-            opened.callback(self._refused.close)
-            self._file = opened.enter_context(path.open("r+b" if path.exists() else "x+b"))
-            self._safe = self._read(self._file)
-            """Bytes that the disk has for certain."""
-            self._synchronised = 0.0
-            self._file.truncate(self._safe)
-            self._file.seek(self._safe)
-            self._opened = opened.pop_all()
+        with ExitStack() as stack:
+            stack.callback(self._lock.release)
+            self._answered_ids, self._error_lines = IdSet(), IdSet()
+            stack.callback(self._answered_ids.close)
+            stack.callback(self._error_lines.close)
+            self._file = stack.enter_context(path.open("r+b" if path.exists() else "x+b"))
+            self._synced_bytes = self._read(self._file)
+            self._sync_time = 0.0
+            self._file.truncate(self._synced_bytes)
+            self._file.seek(self._synced_bytes)
+            self._stack = stack.pop_all()
 
     def has(self, request: Request | BadRequestError) -> bool:
-        """Whether the line is answered, or refused, in the file."""
-        if isinstance(request, Request) and request.id in self._answered:
+        """Returns whether the file has an answer or an error for this line."""
+        if isinstance(request, Request) and request.id in self._answered_ids:
             return True
-        return request.line in self._refused  # what is wrong with a request may be found late
+        return (
+            request.line in self._error_lines
+        )  # also of valid lines: the engine rejects some requests later
 
-    def add(self, answers: Sequence[Answer | BadRequestError]) -> None:
-        """Appends answers, which the process then may not survive.
+    def add(self, results: Sequence[Answer | BadRequestError]) -> None:
+        """Appends answers and errors.
 
         Raises:
-            OSError: they cannot be written; the file has whole lines only.
+            OSError: they cannot be written; the file keeps only whole lines.
         """
-        good = self._file.tell()
+        end = self._file.tell()
         try:
-            self._file.write(b"".join(map(line_of, answers)))
+            self._file.write(b"".join(map(result_line, results)))
             self._file.flush()
-            good = self._safe
-            self._synchronise(SECONDS)
+            end = self._synced_bytes
+            self._sync(SYNC_SECONDS)
         except OSError as error:
-            self._file.close()  # what is left in its buffer must not be written later
-            os.truncate(self.path, good)
+            self._file.close()  # so that the rest of its buffer is not written later
+            os.truncate(self.path, end)
             reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise OSError(
-                error.errno, f"{reason}; the same command goes on when that is mended", str(self.path)
+                error.errno, f"{reason}; once that is fixed, the same command resumes", str(self.path)
             ) from error
-        for answer in answers:
-            if isinstance(answer, Answer):
-                self._note(answer.id, None)
+        for result in results:
+            if isinstance(result, Answer):
+                self._count_answer(result.id)
             else:
-                self._note(None, answer.line)
+                self._count_error(result.line)
 
     def close(self) -> None:
-        """Lets others have the file, whose answers are on the disk."""
+        """Writes everything to the disk and releases the file."""
         if not self._file.closed:
-            self._synchronise(0)
+            self._sync(0)
         Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._opened.close()
+        self._stack.close()
 
-    def _synchronise(self, seconds: float) -> None:
-        """Has the disk write what is there, unless it did so in the last `seconds`."""
-        if time.monotonic() - self._synchronised < seconds:
+    def _sync(self, seconds: float) -> None:
+        """Forces a write to the disk unless there was one in the last `seconds`."""
+        if time.monotonic() - self._sync_time < seconds:
             return
         os.fsync(self._file.fileno())
-        self._synchronised, self._safe = time.monotonic(), self._file.tell()
+        self._sync_time, self._synced_bytes = time.monotonic(), self._file.tell()
 
-    def _note(self, id: str | int | None, refused: int | None) -> None:
+    def _count_answer(self, id: str | int) -> None:
         self.count += 1
-        if refused is None:
-            assert id is not None
-            self._answered.add(id)
-        else:
-            self.errors += 1
-            self._refused.add(refused)
+        self._answered_ids.add(id)
+
+    def _count_error(self, line: int) -> None:
+        self.count += 1
+        self.errors += 1
+        self._error_lines.add(line)
 
     def _read(self, file: BinaryIO) -> int:
-        """Notes what is there; the bytes up to the end of the last whole line."""
-        whole = 0
+        """Counts the lines of the file and returns the size of all whole lines in bytes."""
+        size = 0
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
             try:
-                values = json.loads(line)
+                values = parse_json(line, "the line")
                 id = values["custom_id" if "custom_id" in values else "id"]
-                refused = values.get("line")
-                if refused is None and not isinstance(id, str | int):
+                error_line = values.get("line")
+                if error_line is not None:
+                    self._count_error(error_line)
+                elif isinstance(id, str | int):
+                    self._count_answer(id)
+                else:
                     raise UserError("its id is missing")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (UserError, KeyError, TypeError, AttributeError) as error:
                 if not line.strip(b"\0\n"):
-                    break  # a power failure leaves zeros where lines were to be
+                    break  # a power failure can leave zeros in place of lines
                 raise UserError(
-                    f"{self.path}, line {number} is no answer ({error}); choose another output, or remove it"
+                    f"{self.path}, line {number} is not an answer ({error}); choose another output, or "
+                    "remove the file"
                 ) from error
-            self._note(id, refused)
-            whole += len(line)
-        return whole
+            size += len(line)
+        return size

@@ -13,7 +13,7 @@ from phi3_jax.batch.answers import Answer
 from phi3_jax.batch.continuous import Continuation, ContinuousBatch, Load, Prompt, columns_of
 from phi3_jax.batch.options import RowOptions
 from phi3_jax.batch.prefixes import Prefixes
-from phi3_jax.batch.requests import BadRequestError, Request, request_of
+from phi3_jax.batch.requests import BadRequestError, Request, parse_object
 from phi3_jax.batch.scheduler import PoolSize
 from phi3_jax.batch.sizes import choose_pools
 from phi3_jax.errors import UserError
@@ -218,7 +218,7 @@ def _numbered(
             yield request
             continue
         try:
-            yield request_of(dict(request), number)
+            yield parse_object(dict(request), number)
         except BadRequestError as error:
             yield error
 

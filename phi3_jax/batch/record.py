@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.batch.summary import Summary
+from phi3_jax.batch.summary import BatchSummary
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.runs.resume import RunFile
@@ -18,7 +18,7 @@ POLL_SECONDS = 0.5
 """Time between two looks at the state of other processes."""
 
 
-def part_of(output: Path, index: int, processes: int) -> Path:
+def part_path(output: Path, index: int, processes: int) -> Path:
     """Returns the path of the answers of one process, until all are combined."""
     return output.with_name(f"{output.name}.part-{index}-of-{processes}")
 
@@ -66,7 +66,7 @@ class Record:
                 old.unlink()
         return finished
 
-    def finish(self, summary: Summary) -> None:
+    def finish(self, summary: BatchSummary) -> None:
         """Writes the summary of the finished output."""
         self._file.write(processes=self._processes, finished=asdict(summary))
 
@@ -83,7 +83,9 @@ class Record:
         return finished
 
 
-def put_together(record: Record, part: Path, summary: Summary, processes: int, index: int) -> Summary:
+def combine_parts(
+    record: Record, part: Path, summary: BatchSummary, processes: int, index: int
+) -> BatchSummary:
     """Combines the parts of all processes once they are done, and returns the summary of all.
 
     The processes wait for each other by files: a collective operation would time out where one has much
@@ -97,16 +99,16 @@ def put_together(record: Record, part: Path, summary: Summary, processes: int, i
     if index > 0:
         while (finished := record.finished) is None:
             time.sleep(POLL_SECONDS)
-        return Summary(**finished)
-    parts = [part_of(output, other, processes) for other in range(processes)]
+        return BatchSummary(**finished)
+    parts = [part_path(output, other, processes) for other in range(processes)]
     while not all(_done(each).exists() for each in parts):
         time.sleep(POLL_SECONDS)
     with replacing(output, sync=True) as work, work.open("wb") as file:
         for each in parts:
             with each.open("rb") as lines:
                 shutil.copyfileobj(lines, file, 1 << 20)
-    whole = Summary.together(
-        [Summary(**json.loads(_done(each).read_text(encoding="utf-8"))) for each in parts]
+    whole = BatchSummary.combine(
+        [BatchSummary(**json.loads(_done(each).read_text(encoding="utf-8"))) for each in parts]
     )
     record.finish(whole)
     for each in parts:

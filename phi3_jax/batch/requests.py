@@ -1,4 +1,4 @@
-"""Lines of requests: our own form and that of OpenAI's Batch API; faults name what is wrong with the line."""
+"""Reads lines of requests, in our own form or that of OpenAI's Batch API; errors name what is wrong."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.text import lone_surrogate, parse_json
 
 OPTIONS = (
     "max_new_tokens",
@@ -20,7 +21,7 @@ OPTIONS = (
     "stop_strings",
     "seed",
 )
-"""What a line may say about its own generation; names of GenerationConfig, and `seed` of `generate`."""
+"""The options of a line; the names are those of GenerationConfig and, for `seed`, of `generate`."""
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
@@ -43,35 +44,35 @@ _OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "response_format": ({"type": "text"},),
 }
-"""What the body may hold as long as it asks for nothing that we do not do."""
+"""Unsupported options of the body, with the values that ask for nothing."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and what is said about its answer."""
+    """A prompt and the options of its answer."""
 
     line: int
-    """Counts from 1."""
+    """The number of the line, from 1."""
     id: str | int
     prompt: str | None
-    """Text to be continued as it is."""
+    """A text that is continued as it is."""
     messages: list[dict[str, Any]] | None
-    """Or a conversation, for the chat template."""
+    """A conversation for the chat template, in place of `prompt`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of `OPTIONS`, None left out."""
+    """Values of `OPTIONS`; none is None."""
     openai: str | None = None
-    """The `url` of a line in OpenAI's form, which is answered in that form."""
+    """The `url` of a line in OpenAI's form; the answer has the same form."""
     model: str | None = None
-    """The name that a line in OpenAI's form gave the model; its answer repeats it."""
+    """The model's name in OpenAI's form; the answer repeats it."""
 
 
 class BadRequestError(UserError):
     """A line that cannot be answered.
 
     Attributes:
-        line: counts from 1.
-        id: the request's, None where there is none or it is another's.
-        code: of the fault, for programs.
+        line: the number of the line, from 1.
+        id: the request's id; None: it is missing, invalid or that of an earlier line.
+        code: the kind of error, for programs.
         openai: the line is in OpenAI's form, or looks like it.
     """
 
@@ -83,7 +84,7 @@ class BadRequestError(UserError):
 
 
 def read_requests(lines: Iterable[bytes]) -> Iterator[Request | BadRequestError]:
-    """A request or a fault for each line that is not blank, in order, one at a time."""
+    """Yields a request or an error for each line that is not blank; reads one line at a time."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -94,51 +95,53 @@ def read_requests(lines: Iterable[bytes]) -> Iterator[Request | BadRequestError]
 
 
 def parse_request(line: bytes, number: int) -> Request:
-    """The request of a line.
+    """Returns the request of a line.
 
     Raises:
-        BadRequestError: it is broken, or asks for what there is not.
+        BadRequestError: the line is not valid JSON, or asks for something that is not supported.
     """
     try:
-        values = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        message = f"line {number} is not UTF-8: {error.reason} at byte {error.start}"
+        message = f"line {number} is not valid UTF-8: {error.reason} at byte {error.start}"
         raise BadRequestError(number, "invalid_encoding", message) from None
-    except (ValueError, RecursionError) as error:
-        message = f"line {number} is not JSON: {error}"
-        raise BadRequestError(number, "invalid_json", message) from None
-    return request_of(values, number)
+    try:
+        values = parse_json(text, f"line {number}")
+    except UserError as error:
+        raise BadRequestError(number, "invalid_json", str(error)) from None
+    return parse_object(values, number)
 
 
-def request_of(values: Any, number: int) -> Request:
-    """The request of a line's object.
+def parse_object(values: Any, number: int) -> Request:
+    """Returns the request of a line's JSON value.
 
     Raises:
-        BadRequestError: it asks for what there is not.
+        BadRequestError: the value asks for something that is not supported.
     """
     if not isinstance(values, dict):
-        message = f"line {number} is {_kind(values)}; expected an object"
+        message = f"line {number} is {_json_type(values)}; expected an object"
         raise BadRequestError(number, "invalid_request", message)
-    return _Line(number, values).openai() if "custom_id" in values else _Line(number, values).plain()
+    parser = _LineParser(number, values)
+    return parser.parse_openai() if "custom_id" in values else parser.parse_plain()
 
 
-class _Line:
-    """A line's object, and the fault that it is refused with."""
+class _LineParser:
+    """Parses and checks the JSON object of a line."""
 
     def __init__(self, number: int, values: dict[str, Any]):
         self._number, self._values = number, values
         self._is_openai = "custom_id" in values
-        found = values.get("custom_id" if self._is_openai else "id")
-        self._id = found if _is_id(found) else None
+        id = values.get("custom_id" if self._is_openai else "id")
+        self._id = id if _is_id(id) else None
 
-    def plain(self) -> Request:
+    def parse_plain(self) -> Request:
         values = self._values
-        id = self._identity("id")
+        id = self._require_id("id")
         if unknown := sorted(values.keys() - {"id", "prompt", "messages", *OPTIONS}):
-            self._refuse("unknown_option", f"there is no option {unknown[0]!r}; use {', '.join(OPTIONS)}")
+            self._reject("unknown_option", f"there is no option {unknown[0]!r}; use {', '.join(OPTIONS)}")
         prompt, messages = values.get("prompt"), values.get("messages")
         if (prompt is None) == (messages is None):
-            self._refuse("invalid_request", "give either prompt or messages")
+            self._reject("invalid_request", "give either prompt or messages")
         if prompt is not None:
             self._check_prompt(prompt)
         else:
@@ -146,21 +149,21 @@ class _Line:
         options = {name: values[name] for name in OPTIONS if values.get(name) is not None}
         return Request(self._number, id, prompt, messages, options)
 
-    def openai(self) -> Request:
+    def parse_openai(self) -> Request:
         values = self._values
-        id = self._identity("custom_id")
+        id = self._require_id("custom_id")
         url, body = values.get("url"), values.get("body")
         if values.get("method", "POST") != "POST":
-            self._refuse("invalid_method", f"method is {values['method']!r}; expected 'POST'")
+            self._reject("invalid_method", f"method is {values['method']!r}; expected 'POST'")
         if url not in (CHAT, COMPLETION):
-            self._refuse("invalid_url", f"url is {url!r}; expected {CHAT!r} or {COMPLETION!r}")
+            self._reject("invalid_url", f"url is {url!r}; expected {CHAT!r} or {COMPLETION!r}")
         if not isinstance(body, dict):
-            self._refuse("invalid_request", f"body is {_kind(body)}; expected an object")
+            self._reject("invalid_request", f"body is {_json_type(body)}; expected an object")
         options = self._openai_options(body, "messages" if url == CHAT else "prompt")
         prompt, messages = (None, body.get("messages")) if url == CHAT else (body.get("prompt"), None)
         if url == CHAT:
             self._check_messages(messages)
-            messages = [self._with_text(message) for message in messages or ()]
+            messages = [self._join_content(message) for message in messages or ()]
         else:
             self._check_prompt(prompt)
         model = body.get("model")
@@ -174,18 +177,17 @@ class _Line:
             if value is None or name == content or name in _OPENAI_UNUSED:
                 continue
             if name in _OPENAI_OPTIONS:
-                own = _OPENAI_OPTIONS[name]
-                if options.get(own, value) != value:
-                    self._refuse("invalid_request", f"{name}={value!r} contradicts {own}={options[own]!r}")
-                options[own] = value
+                our_name = _OPENAI_OPTIONS[name]
+                if (earlier := options.setdefault(our_name, value)) != value:
+                    self._reject("invalid_request", f"{name}={value!r} contradicts {our_name}={earlier!r}")
             elif name not in _OPENAI_NEUTRAL:
-                self._refuse("unknown_option", f"body has {name!r}, which is not known here")
+                self._reject("unknown_option", f"body has an unknown option {name!r}")
             elif not any(value == other and type(value) is type(other) for other in _OPENAI_NEUTRAL[name]):
-                self._refuse("unsupported_option", f"{name}={value!r:.60} is not supported; leave it out")
+                self._reject("unsupported_option", f"{name}={value!r:.60} is not supported; leave it out")
         return options
 
-    def _with_text(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message whose content may be a list of parts, which must all be text."""
+    def _join_content(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Returns a message with the text of its content, which may be a list of text parts."""
         content = message["content"]
         if isinstance(content, str):
             return message
@@ -193,45 +195,44 @@ class _Line:
         for part in content:
             text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
             if not isinstance(text, str):
-                self._refuse("unsupported_content", "a message's content holds something else than text")
+                self._reject("unsupported_content", "a message's content holds something other than text")
             texts.append(text)
         return message | {"content": "".join(texts)}
 
-    def _identity(self, name: str) -> str | int:
+    def _require_id(self, name: str) -> str | int:
         value = self._values.get(name)
         if value is None:
-            self._refuse("missing_id", f"{name} is missing, by which the answer would be known")
+            self._reject("missing_id", f"{name} is missing, which identifies the answer")
         if not _is_id(value):
-            self._refuse("invalid_id", f"{name} is {_kind(value)}; expected a string or an integer")
+            self._reject("invalid_id", f"{name} is {_json_type(value)}; expected a string or an integer")
         return cast("str | int", value)
 
     def _check_prompt(self, prompt: Any) -> None:
         if not isinstance(prompt, str):
-            self._refuse("invalid_request", f"prompt is {_kind(prompt)}; expected a string")
+            self._reject("invalid_request", f"prompt is {_json_type(prompt)}; expected a string")
         if not prompt:
-            self._refuse("invalid_request", "prompt is empty")
+            self._reject("invalid_request", "prompt is empty")
         self._check_text(prompt)
 
     def _check_messages(self, messages: Any) -> None:
         if not isinstance(messages, list) or not messages:
-            self._refuse(
-                "invalid_request", f"messages is {_kind(messages)}; expected a list with at least one message"
+            self._reject(
+                "invalid_request",
+                f"messages is {_json_type(messages)}; expected a list with at least one message",
             )
         for number, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                self._refuse("invalid_request", f"messages[{number}] is no object with a role")
+                self._reject("invalid_request", f"messages[{number}] is not an object with a role")
             content = message.get("content")
             if not (isinstance(content, str) or (self._is_openai and isinstance(content, list))):
-                self._refuse("invalid_request", f"messages[{number}] has no content that is a string")
+                self._reject("invalid_request", f"messages[{number}] has no content that is a string")
             self._check_text(json.dumps(message, ensure_ascii=False))
 
     def _check_text(self, text: str) -> None:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            self._refuse("invalid_encoding", "the text has half of a surrogate pair in it, no character")
+        if lone_surrogate(text) is not None:
+            self._reject("invalid_encoding", "the text holds half of a surrogate pair")
 
-    def _refuse(self, code: str, message: str) -> NoReturn:
+    def _reject(self, code: str, message: str) -> NoReturn:
         raise BadRequestError(
             self._number, code, f"line {self._number}: {message}", id=self._id, openai=self._is_openai
         )
@@ -241,9 +242,9 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _kind(value: Any) -> str:
-    """What JSON calls the value."""
-    kinds = [
+def _json_type(value: Any) -> str:
+    """Returns the JSON name of a value's type."""
+    names = [
         (bool, "true or false"),
         (str, "a string"),
         (int, "a number"),
@@ -251,4 +252,4 @@ def _kind(value: Any) -> str:
         (list, "a list"),
         (dict, "an object"),
     ]
-    return next((name for kind, name in kinds if isinstance(value, kind)), "null")
+    return next((name for type_, name in names if isinstance(value, type_)), "null")

@@ -1,43 +1,47 @@
-"""What came of a file of requests, and how fast."""
+"""The result of a batch: counts, tokens and speeds."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from phi3_jax.runs.files import write_text
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What came of a file; speeds are of what this process did."""
+class BatchSummary:
+    """The counts and totals of a batch; tokens, seconds and FLOPs are those of this run only."""
 
     done: int
-    """Lines with an answer or an error, those of an earlier run included."""
+    """The lines with an answer or an error, including those of earlier runs."""
     total: int | None
-    """Lines of the input; None: not known yet."""
+    """The lines of the input; None: not yet known."""
     errors: int
     resumed: int
-    """Lines that an earlier run did."""
+    """The lines of earlier runs."""
     seconds: float
     prompt_tokens: int
-    """Of the answered requests."""
+    """The tokens of the answered prompts."""
     computed_prompt_tokens: int
-    """Without what prompts share, which is computed once."""
+    """The prompt tokens that were computed; a shared prefix is computed once."""
     completion_tokens: int
     busy: int
-    """Slots that have a prompt."""
+    """The slots that have a prompt."""
     slots: int
     flops: float
-    """Of the model, for what was computed."""
+    """The model's FLOPs for the answers."""
     peak_flops_per_second: float | None
-    """Of the devices; None: not known."""
+    """The peak of all devices; None: not known."""
 
     @property
     def input_rate(self) -> float:
-        """Tokens of prompts a second."""
+        """Prompt tokens per second."""
         return self.prompt_tokens / max(self.seconds, 1e-9)
 
     @property
     def output_rate(self) -> float:
-        """Tokens made a second."""
+        """Generated tokens per second."""
         return self.completion_tokens / max(self.seconds, 1e-9)
 
     @property
@@ -45,18 +49,19 @@ class Summary:
         peak = self.peak_flops_per_second
         return None if peak is None else self.flops / max(self.seconds, 1e-9) / peak
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: the fields and what follows from them."""
-        rates = {
+    def write(self, path: Path) -> None:
+        """Writes the fields, the rates and the share of the peak to a JSON file."""
+        values = asdict(self) | {
             "prompt_tokens_per_second": self.input_rate,
             "completion_tokens_per_second": self.output_rate,
+            "share_of_peak": self.share_of_peak,
         }
-        return asdict(self) | rates | {"share_of_peak": self.share_of_peak}
+        write_text(path, json.dumps(values, indent=2) + "\n")
 
     @classmethod
-    def together(cls, parts: Sequence["Summary"]) -> "Summary":
-        """Of processes that worked beside each other."""
-        totals: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _ADDED}
+    def combine(cls, parts: Sequence["BatchSummary"]) -> "BatchSummary":
+        """Returns the summary of processes that ran at the same time."""
+        totals: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _SUMS}
         peaks = [part.peak_flops_per_second for part in parts if part.peak_flops_per_second is not None]
         return replace(
             parts[0],
@@ -67,7 +72,7 @@ class Summary:
         )
 
 
-_ADDED = (
+_SUMS = (
     "done",
     "errors",
     "resumed",
@@ -78,4 +83,4 @@ _ADDED = (
     "slots",
     "flops",
 )
-"""Fields of a `Summary` that are sums where there are several processes."""
+"""The fields that add up over several processes."""

@@ -86,7 +86,7 @@ def batch(
         engine,
         Path(source),
         Path(output),
-        asked=about | said | {"max_length": max_length},
+        options=about | said | {"max_length": max_length},
         overwrite=overwrite,
         stats=stats,
     )

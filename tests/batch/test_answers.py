@@ -1,4 +1,4 @@
-"""Answers in both forms, and the file that holds each once, whatever happens to the process."""
+"""Answers in both forms, and the file that holds each answer once, also after kills."""
 
 import errno
 import json
@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 
-from phi3_jax.batch.answers import Answer, AnswerFile, Ids, answer_line, error_line
+from phi3_jax.batch.answers import Answer, AnswerFile, IdSet, answer_line, error_line
 from phi3_jax.batch.requests import BadRequestError, Request
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
-
-
 TEXT = "Ünder the \n sea"
 
 
@@ -29,40 +27,40 @@ def request(id: str | int, line: int = 1, openai: str | None = None) -> Request:
     return Request(line, id, "Once", None, openai=openai, model="phi-3")
 
 
-def refused(line: int, **options: Any) -> BadRequestError:
-    return BadRequestError(line, "invalid_json", f"line {line} is not JSON", **options)
+def bad_request(line: int, **options: Any) -> BadRequestError:
+    return BadRequestError(line, "invalid_json", f"line {line} is not valid JSON", **options)
 
 
 def lines_of(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def test_our_form() -> None:
+def test_writes_our_form() -> None:
     line = answer_line(answer(7), created=0)
     assert json.loads(line) == {"id": 7, "text": TEXT, "finish_reason": "stop", "usage": USAGE}
     assert line.count(b"\n") == 1
-    fault = {"code": "invalid_json", "message": "line 3 is not JSON"}
-    assert json.loads(error_line(refused(3))) == {"id": None, "line": 3, "error": fault}
+    error = {"code": "invalid_json", "message": "line 3 is not valid JSON"}
+    assert json.loads(error_line(bad_request(3))) == {"id": None, "line": 3, "error": error}
 
 
 @pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions"])
-def test_openais_form(url: str) -> None:
-    found = json.loads(answer_line(answer("a", 4, url), created=99))
-    assert (found["custom_id"], found["error"], found["response"]["status_code"]) == ("a", None, 200)
-    body = found["response"]["body"]
+def test_writes_openais_form(url: str) -> None:
+    line = json.loads(answer_line(answer("a", 4, url), created=99))
+    assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("a", None, 200)
+    body = line["response"]["body"]
     assert (body["usage"], body["created"], body["model"]) == (USAGE, 99, "phi-3")
     (choice,) = body["choices"]
     assert choice["finish_reason"] == "stop"
-    said = choice["message"] if "chat" in url else {"role": "assistant", "content": choice["text"]}
-    assert said == {"role": "assistant", "content": TEXT}
+    message = choice["message"] if "chat" in url else {"role": "assistant", "content": choice["text"]}
+    assert message == {"role": "assistant", "content": TEXT}
 
-    found = json.loads(error_line(refused(4, id="a", openai=True)))
-    assert (found["custom_id"], found["response"]["status_code"]) == ("a", 400)
-    assert found["response"]["body"]["error"]["message"] == "line 4 is not JSON"
+    line = json.loads(error_line(bad_request(4, id="a", openai=True)))
+    assert (line["custom_id"], line["response"]["status_code"]) == ("a", 400)
+    assert line["response"]["body"]["error"]["message"] == "line 4 is not valid JSON"
 
 
-def test_ids_of_both_kinds_are_told_apart() -> None:
-    ids = Ids()
+def test_distinguishes_ids_of_both_types() -> None:
+    ids = IdSet()
     assert ids.add(1)
     assert ids.add("1")
     assert not ids.add(1)
@@ -76,45 +74,45 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "answers.jsonl"
 
 
-def written(path: Path, *ids: int) -> None:
+def write_answers(path: Path, *ids: int) -> None:
     file = AnswerFile(path)
     file.add([answer(id) for id in ids])
     file.close()
 
 
-def test_what_is_there_counts(path: Path) -> None:
-    written(path, 1, 2)
+def test_counts_existing_answers(path: Path) -> None:
+    write_answers(path, 1, 2)
     file = AnswerFile(path)
-    file.add([refused(3)])
+    file.add([bad_request(3)])
     file.close()
     file = AnswerFile(path)
     assert (file.count, file.errors) == (3, 1)
     assert [file.has(request(id)) for id in (1, 2, 3)] == [True, True, False]
-    assert [file.has(refused(line)) for line in (2, 3)] == [False, True]
+    assert [file.has(bad_request(line)) for line in (2, 3)] == [False, True]
     file.close()
 
 
 @pytest.mark.parametrize("tail", [b'{"id": 3, "te', b'{"id": 3}', b"\0" * 100, b"\0\0\n\0"])
-def test_a_line_that_was_cut_off_is_taken_away(path: Path, tail: bytes) -> None:
-    written(path, 1, 2)
+def test_removes_an_incomplete_line(path: Path, tail: bytes) -> None:
+    write_answers(path, 1, 2)
     with path.open("ab") as file:
         file.write(tail)
-    written(path, 3)
+    write_answers(path, 3)
     assert [line["id"] for line in lines_of(path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("line", [b"hello\n", b'{"text": "a"}\n', b"[]\n", b'{"id": null}\n', b"\xff\n"])
-def test_another_file_is_left_alone(path: Path, line: bytes) -> None:
-    written(path, 1)
+def test_rejects_and_keeps_another_file(path: Path, line: bytes) -> None:
+    write_answers(path, 1)
     with path.open("ab") as file:
         file.write(line)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"line 2 is no answer .*; choose another output"):
+    with pytest.raises(ValueError, match=r"line 2 is not an answer .*; choose another output"):
         AnswerFile(path)
     assert path.read_bytes() == before
 
 
-def test_one_process_at_a_time(path: Path) -> None:
+def test_rejects_a_second_writer(path: Path) -> None:
     file = AnswerFile(path)
     with pytest.raises(ValueError, match="is being written by another process"):
         AnswerFile(path)
@@ -122,20 +120,20 @@ def test_one_process_at_a_time(path: Path) -> None:
     AnswerFile(path).close()
 
 
-def test_a_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(path, 1)
+def test_keeps_whole_lines_on_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_answers(path, 1)
     file = AnswerFile(path)
 
-    def full(number: int) -> None:
+    def fail(number: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="the disk is full; the same command goes on"):
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="the disk is full; once that is fixed, the same command resumes"):
             file.add([answer(2)])
     file.close()
     assert [line["id"] for line in lines_of(path)] == [1]
-    written(path, 2)
+    write_answers(path, 2)
     assert [line["id"] for line in lines_of(path)] == [1, 2]
 
 
@@ -155,7 +153,7 @@ file.close()
 
 
 @pytest.mark.slow
-def test_kills_lose_nothing_and_repeat_nothing(path: Path) -> None:
+def test_kills_neither_lose_nor_repeat_answers(path: Path) -> None:
     draws = random.Random(3)
     command = [sys.executable, "-c", WRITER, str(path)]
     kills = 0

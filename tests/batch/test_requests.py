@@ -1,4 +1,4 @@
-"""Lines of both forms, and everything that a line can be wrong with."""
+"""Requests in both forms, and the errors of invalid lines."""
 
 import json
 from typing import Any
@@ -18,14 +18,14 @@ def openai(url: str = "/v1/chat/completions", **body: Any) -> bytes:
     return line(custom_id="a", method="POST", url=url, body=body)
 
 
-def test_plain_lines() -> None:
+def test_parses_plain_lines() -> None:
     options = {name: number for number, name in enumerate(OPTIONS)}
-    found = parse_request(line(id="a", prompt="Once", **options), 3)
-    assert found == Request(3, "a", "Once", None, options)
+    request = parse_request(line(id="a", prompt="Once", **options), 3)
+    assert request == Request(3, "a", "Once", None, options)
     assert parse_request(line(id=7, messages=HELLO, seed=None), 1) == Request(1, 7, None, HELLO)
 
 
-def test_openai_lines() -> None:
+def test_parses_openai_lines() -> None:
     body = {
         "model": "phi-3",
         "messages": [
@@ -43,16 +43,16 @@ def test_openai_lines() -> None:
     options = {"max_new_tokens": 5, "temperature": 0.5, "stop_strings": ["\n"]}
     url = "/v1/chat/completions"
     assert parse_request(openai(**body), 2) == Request(2, "a", None, HELLO, options, url, "phi-3")
-    found = parse_request(openai("/v1/completions", prompt="Once", seed=1), 1)
-    assert found == Request(1, "a", "Once", None, {"seed": 1}, "/v1/completions", None)
+    request = parse_request(openai("/v1/completions", prompt="Once", seed=1), 1)
+    assert request == Request(1, "a", "Once", None, {"seed": 1}, "/v1/completions", None)
 
 
 @pytest.mark.parametrize(
     ("bad", "code", "id", "words"),
     [
-        (b'{"id": 1, "prompt": "a"', "invalid_json", None, "line 4 is not JSON: "),
-        (b"[" * 100_000, "invalid_json", None, "line 4 is not JSON: "),
-        (b'{"id": "\xff"}', "invalid_encoding", None, "not UTF-8: invalid start byte at byte 8"),
+        (b'{"id": 1, "prompt": "a"', "invalid_json", None, "line 4 is not valid JSON: "),
+        (b"[" * 100_000, "invalid_json", None, "line 4 is not valid JSON: "),
+        (b'{"id": "\xff"}', "invalid_encoding", None, "not valid UTF-8: invalid start byte at byte 8"),
         (b'{"id": 1, "prompt": "\\ud800"}', "invalid_encoding", 1, "half of a surrogate pair"),
         (b"[1]", "invalid_request", None, "is a list; expected an object"),
         (line(prompt="a"), "missing_id", None, "id is missing"),
@@ -70,7 +70,7 @@ def test_openai_lines() -> None:
         ),
         (line(id=1, messages=[]), "invalid_request", 1, "expected a list with at least one message"),
         (line(id=1, messages="Hello"), "invalid_request", 1, "messages is a string"),
-        (line(id=1, messages=["Hello"]), "invalid_request", 1, "messages[0] is no object with a role"),
+        (line(id=1, messages=["Hello"]), "invalid_request", 1, "messages[0] is not an object with a role"),
         (line(id=1, messages=[{"role": "user"}]), "invalid_request", 1, "messages[0] has no content"),
         (
             line(id=1, messages=[{"role": "user", "content": []}]),
@@ -86,25 +86,25 @@ def test_openai_lines() -> None:
         (openai(messages=HELLO, n=True), "unsupported_option", "a", "n=True is not supported"),
         (openai(messages=HELLO, stream=True), "unsupported_option", "a", "stream=True is not supported"),
         (openai(messages=HELLO, tools=[{}]), "unsupported_option", "a", "tools=[{}] is not supported"),
-        (openai(messages=HELLO, tempature=1), "unknown_option", "a", "body has 'tempature'"),
-        (openai(messages=HELLO, prompt="a"), "unknown_option", "a", "body has 'prompt'"),
+        (openai(messages=HELLO, tempature=1), "unknown_option", "a", "unknown option 'tempature'"),
+        (openai(messages=HELLO, prompt="a"), "unknown_option", "a", "unknown option 'prompt'"),
         (
             openai(messages=HELLO, max_tokens=1, max_completion_tokens=2),
             "invalid_request",
             "a",
             "contradicts",
         ),
-        (openai("/v1/completions", messages=HELLO), "unknown_option", "a", "body has 'messages'"),
+        (openai("/v1/completions", messages=HELLO), "unknown_option", "a", "unknown option 'messages'"),
         (openai("/v1/completions"), "invalid_request", "a", "prompt is null"),
         (
             openai(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
             "unsupported_content",
             "a",
-            "something else than text",
+            "something other than text",
         ),
     ],
 )
-def test_what_is_wrong_with_a_line(bad: bytes, code: str, id: Any, words: str) -> None:
+def test_rejects_invalid_lines(bad: bytes, code: str, id: Any, words: str) -> None:
     with pytest.raises(BadRequestError) as caught:
         parse_request(bad, 4)
     error = caught.value
@@ -114,13 +114,13 @@ def test_what_is_wrong_with_a_line(bad: bytes, code: str, id: Any, words: str) -
     assert error.openai == (b"custom_id" in bad)
 
 
-def test_a_bad_line_stops_nobody() -> None:
+def test_continues_after_an_invalid_line() -> None:
     lines = [line(id=1, prompt="a"), b"\n", b"{", b"  \r\n", line(id=2, prompt="b")]
-    found = list(read_requests(iter(lines)))
-    assert [(each.line, type(each)) for each in found] == [(1, Request), (3, BadRequestError), (5, Request)]
+    results = list(read_requests(iter(lines)))
+    assert [(each.line, type(each)) for each in results] == [(1, Request), (3, BadRequestError), (5, Request)]
 
 
-def test_lines_are_read_when_they_are_wanted() -> None:
+def test_reads_one_line_at_a_time() -> None:
     def lines() -> Any:
         yield line(id=1, prompt="a")
         raise AssertionError

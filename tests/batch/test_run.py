@@ -1,4 +1,4 @@
-"""`phi3-jax batch`: files in and out, going on after a kill, and what is refused."""
+"""`phi3-jax batch`: input and output files, resuming after a kill, and errors."""
 
 import gzip
 import json
@@ -31,24 +31,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of compiled programs, which all these processes share."""
+    """The compilation cache that all these processes share."""
     return tmp_path_factory.mktemp("cache")
 
 
 class Batch:
-    """The command with the same model, cache and files."""
+    """Runs the command with the same model, cache and files."""
 
     def __init__(self, model: Path, cache: Path, folder: Path, command: Any):
         self.source, self.output = folder / "in.jsonl", folder / "out.jsonl"
         self._model, self._command = model, command
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiled in a hurry, as the fast tests are
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in the fast tests
             "PHI3_JAX_CACHE": str(cache),
         }
 
-    def begin(self, *options: object, **streams: Any) -> "subprocess.Popen[bytes]":
-        """A process of its own."""
+    def start(self, *options: object, **streams: Any) -> "subprocess.Popen[bytes]":
+        """Starts the command in a process of its own."""
         return subprocess.Popen(
             [*COMMAND, *self._words(*options)],
             env=self.environment,
@@ -56,7 +56,7 @@ class Batch:
         )
 
     def __call__(self, *options: object) -> tuple[int, str, str]:
-        """Exit code, output and errors of the command, run in this process."""
+        """Runs the command in this process and returns its exit code, output and errors."""
         return self._command("batch", *self._words(*options))
 
     def _words(self, *options: object) -> list[str]:
@@ -82,7 +82,7 @@ class Batch:
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> Any:
-    """`command("batch", ...)`: the command in this process, as its entry point runs it."""
+    """Runs `command("batch", ...)` in this process, through the entry point."""
     monkeypatch.setattr(common, "keep_compiled_programs", lambda cache_dir: None)
 
     def run(*words: str) -> tuple[int, str, str]:
@@ -90,7 +90,7 @@ def command(
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         code, (out, err) = exit_.value.code, capsys.readouterr()
-        err += "".join(f"{message}\n" for message in caplog.messages)  # pytest keeps them from standard error
+        err += "".join(f"{message}\n" for message in caplog.messages)  # pytest captures them
         caplog.clear()
         return code if isinstance(code, int) else 0, out, err
 
@@ -102,7 +102,7 @@ def batch(model: Path, cache: Path, tmp_path: Path, command: Any) -> Batch:
     return Batch(model, cache, tmp_path, command)
 
 
-def test_a_file_is_answered_once(batch: Batch, tmp_path: Path) -> None:
+def test_answers_a_file_once(batch: Batch, tmp_path: Path) -> None:
     batch.write(30)
     code, out, err = batch("--stats", tmp_path / "stats.json")
     assert (code, out) == (0, ""), err
@@ -128,15 +128,15 @@ def test_a_file_is_answered_once(batch: Batch, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_lines_that_are_wrong(batch: Batch) -> None:
+def test_writes_errors_for_invalid_lines(batch: Batch) -> None:
     batch.write(3)
     with batch.source.open("ab") as file:
         file.write(b'\n{"id": 3, \n{"id": 1, "prompt": "x"}\n{"id": 4, "prompt": "x", "top_p": 2}\n')
     code, _, err = batch()
     assert code == 3, err
-    found = batch.lines()
-    assert sorted(line["id"] for line in found if "text" in line) == [0, 1, 2]
-    errors = {line["line"]: (line["id"], line["error"]["code"]) for line in found if "error" in line}
+    lines = batch.lines()
+    assert sorted(line["id"] for line in lines if "text" in line) == [0, 1, 2]
+    errors = {line["line"]: (line["id"], line["error"]["code"]) for line in lines if "error" in line}
     assert errors == {5: (None, "invalid_json"), 6: (None, "duplicate_id"), 7: (4, "invalid_option")}
     assert "6 lines, 3 of them errors" in err
     record = batch.output.with_name("out.jsonl.run.json")
@@ -148,10 +148,10 @@ def test_lines_that_are_wrong(batch: Batch) -> None:
         assert len(batch.lines()) == 6
 
 
-def test_packed_and_standard_streams(batch: Batch, tmp_path: Path) -> None:
+def test_reads_compressed_files_and_standard_input(batch: Batch, tmp_path: Path) -> None:
     batch.write(5)
     given = batch.source.read_bytes()
-    process = batch.begin("--input", "-", "--output", "-", stdin=subprocess.PIPE)
+    process = batch.start("--input", "-", "--output", "-", stdin=subprocess.PIPE)
     out, err = process.communicate(given, timeout=300)
     assert process.returncode == 0, err
     streamed = {line["id"]: line["text"] for line in map(json.loads, out.splitlines())}
@@ -162,28 +162,28 @@ def test_packed_and_standard_streams(batch: Batch, tmp_path: Path) -> None:
     assert len(streamed) == 5
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "never packed"])
-def test_packed_input_that_is_damaged(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not compressed"])
+def test_rejects_a_damaged_compressed_input(tmp_path: Path, damage: str) -> None:
     whole = gzip.compress(b'{"id": 1, "prompt": "x"}\n' * 20)
     packed = tmp_path / "in.jsonl.gz"
-    damaged = {"cut": whole[:-12], "flipped": whole[:20] + bytes(9) + whole[29:], "never packed": b"{}"}
+    damaged = {"cut": whole[:-12], "flipped": whole[:20] + bytes(9) + whole[29:], "not compressed": b"{}"}
     packed.write_bytes(damaged[damage])
     with pytest.raises(ValueError, match=r"in\.jsonl\.gz cannot be unpacked"):
-        batch_file(lambda: pytest.fail("there is work"), packed, tmp_path / "out.jsonl", asked={})
+        batch_file(lambda: pytest.fail("made an engine"), packed, tmp_path / "out.jsonl", options={})
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl.gz"]
 
 
-def test_openais_form(batch: Batch) -> None:
+def test_answers_openais_form(batch: Batch) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     batch.source.write_text(json.dumps(line) + "\n" + json.dumps(line | {"custom_id": "b", "url": "/v2"}))
     assert batch()[0] == 3
-    found = {line["custom_id"]: line["response"] for line in batch.lines()}
-    assert found["a"]["body"]["usage"]["completion_tokens"] == 3
-    assert found["b"]["status_code"] == 400
+    responses = {line["custom_id"]: line["response"] for line in batch.lines()}
+    assert responses["a"]["body"]["usage"]["completion_tokens"] == 3
+    assert responses["b"]["status_code"] == 400
 
 
-def test_what_is_refused_at_once(batch: Batch, tmp_path: Path) -> None:
+def test_rejects_invalid_files_and_options(batch: Batch, tmp_path: Path) -> None:
     batch.write(2)
     batch.output.write_text("my own\n")
     code, _, err = batch()
@@ -199,8 +199,8 @@ def test_what_is_refused_at_once(batch: Batch, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_kills(batch: Batch) -> None:
-    """While it starts, and behind any answer."""
+def test_resumes_after_twenty_kills(batch: Batch) -> None:
+    """The kills come during the start and after any answer."""
     batch.write(400, max_new_tokens=40)
     code, _, err = batch("--output", batch.output.with_name("whole.jsonl"))
     assert code == 0, err
@@ -210,7 +210,7 @@ def test_twenty_kills(batch: Batch) -> None:
         return batch.output.read_bytes().count(b"\n") if batch.output.exists() else 0
 
     for attempt in range(20):
-        wanted, process = count() + draws.randrange(1, 30), batch.begin()
+        wanted, process = count() + draws.randrange(1, 30), batch.start()
         if attempt % 5 == 4:
             time.sleep(draws.uniform(0, 3))
         else:
@@ -227,44 +227,44 @@ def test_twenty_kills(batch: Batch) -> None:
         json.loads(line)["id"]: json.loads(line)
         for line in batch.output.with_name("whole.jsonl").read_bytes().splitlines()
     }
-    found = batch.lines()
-    assert sorted(line["id"] for line in found) == list(range(400))
-    assert {line["id"]: line for line in found} == whole
+    lines = batch.lines()
+    assert sorted(line["id"] for line in lines) == list(range(400))
+    assert {line["id"]: line for line in lines} == whole
     names = {path.name for path in batch.output.parent.iterdir()}
     assert not [name for name in names if name.endswith(".partial")]
 
 
 @pytest.mark.slow
-def test_ten_thousand_lines_of_which_one_in_a_hundred_is_broken(batch: Batch) -> None:
-    broken = [b'{"id": 1, "prom', b'{"id": 2}\n', b"\xff\xfe", b'{"id": 3, "prompt": "x", "what": 1}', b"[]"]
+def test_ten_thousand_lines_with_one_percent_invalid(batch: Batch) -> None:
+    invalid = [b'{"id": 1, "prom', b'{"id": 2}\n', b"\xff\xfe", b'{"id": 3, "prompt": "x", "what": 1}', b"[]"]
     with batch.source.open("wb") as file:
         for number in range(10_000):
             line = json.dumps({"id": f"n{number}", "prompt": "abcdefg"[: 1 + number % 7]}).encode()
-            file.write((broken[number // 100 % 5] if number % 100 == 37 else line).strip() + b"\n")
+            file.write((invalid[number // 100 % 5] if number % 100 == 37 else line).strip() + b"\n")
     code, _, err = batch("--max-new-tokens", 2, "--slots", 64)
     assert code == 3, err
-    found = batch.lines()
-    answered = [line["id"] for line in found if "text" in line]
+    lines = batch.lines()
+    answered = [line["id"] for line in lines if "text" in line]
     assert len(answered) == len(set(answered)) == 9900
-    errors = [line["line"] for line in found if "error" in line]
+    errors = [line["line"] for line in lines if "error" in line]
     assert sorted(errors) == list(range(38, 10_001, 100))
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_lines(batch: Batch) -> None:
-    """All lines but a few are broken, so that a quarter of a million take no time."""
+    """Most lines are invalid, so that a quarter of a million take little time."""
 
     def peak(lines: int) -> int:
         with batch.source.open("w") as file:
             for number in range(lines):
                 line = {"id": number, "prompt": "x", "max_new_tokens": 1 if number % 1000 == 0 else 0}
                 file.write(json.dumps(line) + "\n")
-        process = batch.begin("--overwrite", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = batch.start("--overwrite", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 3
         assert len(batch.output.read_bytes().splitlines()) == lines
         return used.ru_maxrss
 
-    few, many = peak(2_000), peak(250_000)
-    assert many - few < 50_000, (few, many)  # kB
+    small, large = peak(2_000), peak(250_000)
+    assert large - small < 50_000, (small, large)  # kB
