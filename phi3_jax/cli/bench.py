@@ -7,7 +7,7 @@ import typer
 
 from phi3_jax.bench.generate import run_bench
 from phi3_jax.cli import common, options
-from phi3_jax.cli.processes import prepare
+from phi3_jax.parallel.processes import prepare
 
 app = typer.Typer()
 

@@ -4,8 +4,8 @@ import typer
 
 from phi3_jax.cli import common, options
 from phi3_jax.cli.conversation import converse
-from phi3_jax.cli.processes import prepare
 from phi3_jax.generation.chat import ChatSession
+from phi3_jax.parallel.processes import prepare
 
 app = typer.Typer()
 

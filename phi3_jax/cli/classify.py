@@ -8,10 +8,10 @@ from typer import Option
 
 from phi3_jax.classification import classify_file
 from phi3_jax.cli import common, options
-from phi3_jax.cli.messages import tell
-from phi3_jax.cli.processes import prepare
 from phi3_jax.data.rows import BadRowError
 from phi3_jax.errors import UserError
+from phi3_jax.parallel.messages import tell
+from phi3_jax.parallel.processes import prepare
 
 app = typer.Typer()
 

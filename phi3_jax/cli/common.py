@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from phi3_jax.checkpoint import open_checkpoint, resolve
-from phi3_jax.checkpoint.default_model import cache_folder, default_model
-from phi3_jax.cli.messages import tell
+from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.parallel.distributed import together
+from phi3_jax.parallel.messages import tell
 from phi3_jax.pipeline import Pipeline
+from phi3_jax.runs.cache_folder import keep_compiled_programs
 
 
 def load_pipeline(
@@ -44,10 +44,3 @@ def config_with(path: Path, rope: str) -> Phi3Config:
 def model_path(model: str | None, cache_dir: Path | None) -> Path:
     """Where the checkpoint lies that `--model` names, fetched if need be."""
     return default_model(cache_dir, progress=tell) if model is None else resolve(model)
-
-
-def keep_compiled_programs(cache_dir: Path | None) -> None:
-    """Keeps compiled programs between runs, unless the user has told JAX where, or not to."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # set at run time
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -7,10 +7,10 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from phi3_jax.cli.interrupt import Interrupt
-from phi3_jax.cli.messages import tell
 from phi3_jax.errors import UserError
 from phi3_jax.generation.chat import ChatSession
 from phi3_jax.parallel.distributed import from_primary
+from phi3_jax.parallel.messages import tell
 
 logger = logging.getLogger(__name__)
 

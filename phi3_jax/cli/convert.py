@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from phi3_jax.checkpoint import convert_checkpoint, resolve
-from phi3_jax.cli.processes import join
 from phi3_jax.parallel.distributed import from_primary
+from phi3_jax.parallel.processes import join
 
 app = typer.Typer()
 

@@ -9,9 +9,9 @@ from typer import Argument, Option
 
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.cli import common, options
-from phi3_jax.cli.processes import prepare
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.evaluate import evaluate as evaluate_text
+from phi3_jax.parallel.processes import prepare
 from phi3_jax.runs.files import replacing
 from phi3_jax.runs.json_values import json_value
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from phi3_jax.cli import common, options
-from phi3_jax.cli.messages import tell
-from phi3_jax.cli.processes import prepare
 from phi3_jax.cli.settings import read_settings, with_settings
+from phi3_jax.parallel.messages import tell
+from phi3_jax.parallel.processes import prepare
 from phi3_jax.train.finetune import InterruptedRunError
 from phi3_jax.train.finetune import finetune as run_finetune
 

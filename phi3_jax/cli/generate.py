@@ -8,12 +8,12 @@ import typer
 
 from phi3_jax.cli import common, options
 from phi3_jax.cli.interrupt import Interrupt
-from phi3_jax.cli.messages import tell
-from phi3_jax.cli.processes import prepare
 from phi3_jax.errors import UserError
 from phi3_jax.generation import generate as generate_ids
 from phi3_jax.generation import stream_tokens
 from phi3_jax.parallel.distributed import from_primary
+from phi3_jax.parallel.messages import tell
+from phi3_jax.parallel.processes import prepare
 from phi3_jax.pipeline import Pipeline
 
 app = typer.Typer()

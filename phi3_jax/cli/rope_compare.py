@@ -8,11 +8,11 @@ from rich.console import Console
 from typer import Option
 
 from phi3_jax.cli import common, options
-from phi3_jax.cli.messages import tell
-from phi3_jax.cli.processes import prepare
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.rope_compare import compare_ropes
 from phi3_jax.evaluation.rope_report import table, write_comparison
+from phi3_jax.parallel.messages import tell
+from phi3_jax.parallel.processes import prepare
 
 app = typer.Typer()
 

@@ -8,12 +8,12 @@ from rich.console import Console
 from typer import Option
 
 from phi3_jax.cli import common, options
-from phi3_jax.cli.messages import tell
-from phi3_jax.cli.processes import prepare
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.passkey_report import table, write_passkey_report
 from phi3_jax.evaluation.passkey_run import measure_passkeys
+from phi3_jax.parallel.messages import tell
+from phi3_jax.parallel.processes import prepare
 
 app = typer.Typer()
 

@@ -8,12 +8,12 @@ from rich.console import Console
 from typer import Option
 
 from phi3_jax.cli import common, options
-from phi3_jax.cli.messages import tell
-from phi3_jax.cli.processes import prepare
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.rope_search import Evolution
 from phi3_jax.evaluation.rope_search_results import MODEL, table
 from phi3_jax.evaluation.rope_search_run import search_ropes
+from phi3_jax.parallel.messages import tell
+from phi3_jax.parallel.processes import prepare
 
 app = typer.Typer()
 

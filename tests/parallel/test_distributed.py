@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from phi3_jax.cli import processes as cli_processes
-from phi3_jax.parallel import distributed
+from phi3_jax.parallel import distributed, processes
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_a_mesh_that_is_none_is_told_before_anyone_is_waited_for(
 
     monkeypatch.setattr(distributed, "start", wait)
     with pytest.raises(ValueError, match="mesh"):
-        cli_processes.prepare(mesh, distributed=True)
+        processes.prepare(mesh, distributed=True)
 
 
 def test_without_a_cluster_the_command_says_so() -> None:

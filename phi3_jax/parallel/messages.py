@@ -1,7 +1,11 @@
-"""Lines for the user on standard error."""
+"""Lines for the user on standard error, and how errors end a program."""
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from phi3_jax.errors import UserError
+from phi3_jax.runs.platforms import skip_absent_tpu
 
 
 def _distributed() -> Any:
@@ -30,3 +34,19 @@ def tell_error(error: BaseException) -> None:
     if not is_primary():
         where = f" (process {_distributed().process_index()})"
     print(f"phi3-jax{where}: {error}", file=sys.stderr)
+
+
+def run_program(program: Callable[[], object]) -> NoReturn:
+    """Runs a program; an error that the user can mend is one line on standard error, not a traceback."""
+    skip_absent_tpu()
+    try:
+        program()
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except (UserError, OSError) as error:
+        tell_error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
