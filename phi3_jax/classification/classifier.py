@@ -1,6 +1,5 @@
-"""A fine-tuned classifier: rows in, what it says of each out."""
+"""A fine-tuned classifier: rows in, predictions out."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -25,18 +24,20 @@ from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.loading import load_model
 from phi3_jax.runs.json_values import RUN
+from phi3_jax.runs.text import read_json
+from phi3_jax.sizes import round_up
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.trainer.batches import check_rows, to_devices, width_multiple
 
 ClassifierTask = SequenceClassification | TokenClassification
-"""How rows are read; labels=None."""
+"""How rows are read, without labels."""
 
 Text = str | tuple[str, str] | Sequence[str] | Mapping[str, Any]
 """A text, a pair of texts, a list of words, or a row with its columns."""
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRows:
     """Rows that can be classified, and the example of each."""
 
     rows: list[Row]
@@ -44,18 +45,18 @@ class Encoded:
 
 
 class Classifier:
-    """A model with a classification head, and how rows become what it reads.
+    """A model with a classification head, its tokenizer, and the task that reads its rows.
 
-    Rows are sorted by length into batches of a few widths, each compiled once; what is said of a row depends
-    on the batch that it falls in by no more than rounding.
+    Rows are sorted by length into batches of a few widths, each compiled once. The other rows of its batch
+    change a row's predictions by no more than rounding.
 
     Args:
         model: a `Phi3ForSequenceClassification` or `Phi3ForTokenClassification`.
-        task: columns and longest length; default: that of texts or words of at most 512 tokens.
+        task: columns and maximum length; default: texts or words of at most 512 tokens.
         batch_size: rows of a batch, over all devices.
 
     Raises:
-        ValueError: a model or task of another kind, rows that do not divide over the model's mesh.
+        UserError: the model or the task is of another kind, or the rows do not divide over the model's mesh.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Classifier:
         task: ClassifierTask | None = None,
         batch_size: int = 64,
     ):
-        self.head = Head.of(type(model), model.config)
+        self.head = Head.from_class(type(model), model.config)
         kind = _task_class(self.head)
         self.task = kind(**_unlabelled(kind)) if task is None else task
         if not isinstance(self.task, kind):
@@ -79,7 +80,7 @@ class Classifier:
         self._pad_token_id = model.config.pad_token_id
         self._widths = row_widths(self.task.max_length, width_multiple(self._mesh))
         self._compiled = CompiledModel(model)
-        self._step = _tags_of_tokens if self.head.kind == "token-classification" else _logits_of_texts
+        self._step = _token_tags if self.head.kind == "token-classification" else _text_logits
 
     @classmethod
     def from_pretrained(
@@ -91,44 +92,46 @@ class Classifier:
         batch_size: int = 64,
         **columns: Any,
     ) -> "Classifier":
-        """The classifier of a run of finetune, or of any checkpoint whose config.json names one.
+        """Loads a classifier that finetune wrote, or any checkpoint whose config.json names one.
 
         Args:
-            dtype: of parameters and activations.
-            mesh: to divide the model over.
-            columns: as `task_of` takes them.
+            dtype: dtype of parameters and activations.
+            mesh: divides the model.
+            columns: as `task_of_model` takes them.
 
         Raises:
-            ValueError: the checkpoint is no classifier, or is broken.
+            UserError: the checkpoint is not a classifier, or is broken.
         """
         path = resolve(name_or_path)
         source, config = open_checkpoint(path)
-        head = Head.of_checkpoint(path, config)
+        head = Head.from_checkpoint(path, config)
         if not {"score.weight", "classifier.weight"} & set(source.names()):
-            raise CheckpointError(f"{path} has no score.weight, so it has never been trained to classify")
+            raise CheckpointError(f"{path} has no score.weight, so it was never trained to classify")
         tokenizer = Phi3Tokenizer.from_pretrained(path)
         ids = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad = next(token for token in ids if token is not None)
         model = load_model(head.model, path, dtype=dtype, mesh=mesh, pad_token_id=pad)
-        return cls(model, tokenizer, task=task_of(path, config, head, **columns), batch_size=batch_size)
+        return cls(model, tokenizer, task=task_of_model(path, config, head, **columns), batch_size=batch_size)
 
     def predict(self, items: Iterable[Text], *, all_scores: bool = False) -> list[dict[str, Any]]:
-        """What is said of each text, pair, list of words or row, in their order.
+        """Returns the predictions for texts, pairs, lists of words or rows, in their order.
 
-        Each has `predicted_label` and `score`; `predicted_labels` and `scores` (of several labels or of
-        words; None for a word behind the longest length); or `predicted`, `predicted_<output>` of several.
+        Each has `predicted_label` and `score`; `predicted_labels` and `scores`, for several labels or for
+        words (None for a word beyond the maximum length); or, for regression, `predicted` or
+        `predicted_<output>`.
 
         Args:
-            all_scores: the probability of every class too, as `score_<label>`.
+            all_scores: adds the probability of every class, as `score_<label>`.
 
         Raises:
-            ValueError: an item that cannot be read, as `BadRowError`; all scores of what has no classes.
+            BadRowError: an item cannot be read.
+            UserError: all scores are requested of a model without classes of whole texts.
         """
         self.head.columns(all_scores)
         rows = [
             Row(self._values(item), Place("the input", number, "row")) for number, item in enumerate(items, 1)
         ]
-        return self.answers(self.encode(rows, BadRows(skip=False)), all_scores=all_scores)
+        return self.predict_encoded(self.encode(rows, BadRows(skip=False)), all_scores=all_scores)
 
     def _values(self, item: Text) -> dict[str, Any]:
         if isinstance(item, Mapping):
@@ -139,11 +142,11 @@ class Classifier:
             return dict(zip((self.task.text, self.task.text_pair), item, strict=True))
         return {self.task.text: item}
 
-    def encode(self, rows: Iterable[Row], bad: BadRows) -> Encoded:
+    def encode(self, rows: Iterable[Row], bad: BadRows) -> EncodedRows:
         """Tokenises rows.
 
         Raises:
-            BadRowError: the first bad row, unless `bad` skips them.
+            BadRowError: a row is bad, and `bad` does not skip it.
         """
         good: list[Row] = []
 
@@ -157,74 +160,75 @@ class Classifier:
                     good.append(row)
                     yield example
 
-        return Encoded(good, Examples.gather(examples()))
+        return EncodedRows(good, Examples.gather(examples()))
 
-    def answers(
+    def predict_encoded(
         self,
-        encoded: Encoded,
+        encoded: EncodedRows,
         *,
         all_scores: bool = False,
-        classified: Callable[[int], None] = lambda rows: None,
+        after_batch: Callable[[int], None] = lambda rows: None,
     ) -> list[dict[str, Any]]:
-        """What is said of each row, in their order.
+        """Returns the predictions for each row, in their order.
 
         Args:
-            classified: is told how many rows of these are done, after each batch.
+            after_batch: called after each batch with the number of rows that are done.
 
         Raises:
-            ValueError: the model's numbers are not finite.
+            UserError: the model computes numbers that are not finite.
         """
         examples = encoded.examples
         if not len(examples):
             return []
         plan = BatchPlan(examples.lengths, rows=self.batch_size, widths=self._widths, shuffle=False)
         pad = 0 if self._pad_token_id is None else self._pad_token_id
-        found: list[Any] = [None] * len(examples)
+        predictions: list[Any] = [None] * len(examples)
         done = 0
 
-        def finish(batch: Batch, said: Any) -> None:
+        def finish(batch: Batch, outputs: Any) -> None:
             nonlocal done
-            said = jax.device_get(said)
+            outputs = jax.device_get(outputs)
             for row, index in enumerate(batch.indices):
                 if index >= 0:
-                    found[index] = self._answer(encoded, int(index), [x[row] for x in said], all_scores)
+                    own = [array[row] for array in outputs]
+                    predictions[index] = self._prediction(encoded, int(index), own, all_scores)
                     done += 1
-            classified(done)
+            after_batch(done)
 
         batches = load(examples, plan, pad_token_id=pad, stop=plan.steps_per_epoch)
-        # One batch is always on its way to the device while another's numbers are made words.
+        # The device computes one batch while the predictions of the batch before are collected.
         started: tuple[Batch, Any] | None = None
         try:
             for batch in batches:
                 arrays = to_devices(batch.arrays, self.batch_size, self._mesh, None)
-                said = self._compiled(self._step, None, arrays["input_ids"], arrays["attention_mask"])
+                outputs = self._compiled(self._step, None, arrays["input_ids"], arrays["attention_mask"])
                 if started is not None:
                     finish(*started)
-                started = batch, said
+                started = batch, outputs
         finally:
             batches.close()
         assert started is not None
         finish(*started)
-        return found
+        return predictions
 
-    def _answer(
-        self, encoded: Encoded, index: int, said: list[np.ndarray], all_scores: bool
+    def _prediction(
+        self, encoded: EncodedRows, index: int, outputs: list[np.ndarray], all_scores: bool
     ) -> dict[str, Any]:
         row, firsts = encoded.rows[index], encoded.examples.firsts(index)
-        where = slice(None) if firsts is None else np.flatnonzero(firsts)
-        numbers = said[-1][where]
+        positions = slice(None) if firsts is None else np.flatnonzero(firsts)
+        numbers = outputs[-1][positions]
         if not np.isfinite(numbers).all():
             raise UserError(
                 f"{row.place}: the model's numbers are not finite; a wider dtype (float32) may help, or the "
                 "checkpoint is broken"
             )
         if not isinstance(self.task, TokenClassification):
-            return self.head.of_text(numbers, all_scores)
+            return self.head.predict_text(numbers, all_scores)
         words = len(row.values[self.task.words])
-        return self.head.of_words(said[0][where], numbers, words, self.tokenizer.truncation_side)
+        return self.head.predict_words(outputs[0][positions], numbers, words, self.tokenizer.truncation_side)
 
 
-def task_of(
+def task_of_model(
     path: Path,
     config: Phi3Config,
     head: Head,
@@ -234,23 +238,22 @@ def task_of(
     words_column: str | None = None,
     max_length: int | None = None,
 ) -> ClassifierTask:
-    """How rows are read: what is not given is as it was in training, where the run's settings lie with the
-    model.
+    """Returns the task of a model; what is not given is as in training, if run.json lies with the model.
 
     Raises:
-        ValueError: the settings are broken, or a column is named that this head has no use for.
+        UserError: run.json is broken, or a column is given that this head does not use.
     """
-    of_words = head.kind == "token-classification"
+    for_words = head.kind == "token-classification"
     given = {"text_column": text_column, "text_pair_column": text_pair_column, "words_column": words_column}
-    for name in ("text_column", "text_pair_column") if of_words else ("words_column",):
+    for name in ("text_column", "text_pair_column") if for_words else ("words_column",):
         if given[name] is not None:
             raise UserError(f"{name}={given[name]!r} is not for {head.kind}")
-    trained = _settings(path)
-    told = {name: trained.get(name) if value is None else value for name, value in given.items()}
-    # A class reads some of them, by other names; what nobody told is its default.
-    fields: dict[str, Any] = {"words": told["words_column"]}
-    if not of_words:
-        fields = {name: told[f"{name}_column"] for name in ("text", "text_pair")}
+    trained = _training_settings(path)
+    columns = {name: trained.get(name) if value is None else value for name, value in given.items()}
+    # The classes name these fields differently; a field that nobody set keeps its default.
+    fields: dict[str, Any] = {"words": columns["words_column"]}
+    if not for_words:
+        fields = {name: columns[f"{name}_column"] for name in ("text", "text_pair")}
         fields["label_separator"] = trained.get("label_separator")
     fields["max_length"] = max_length or trained.get("max_length") or min(512, config.max_position_embeddings)
     kind = _task_class(head)
@@ -258,21 +261,20 @@ def task_of(
 
 
 def row_widths(longest: int, multiple: int) -> tuple[int, ...]:
-    """The few widths that rows of any file have: 16, 24, 32, 48, 64, 96 and so on up to `longest`, as
-    multiples."""
+    """Returns a few widths for rows of any file: 16, 24, 32, 48, 64, 96, ... up to `longest`, rounded up."""
     sizes = [longest]
     power = 16
     while power < longest:
         sizes += [power, power * 3 // 2]
         power *= 2
-    return tuple(sorted({-(-min(size, longest) // multiple) * multiple for size in sizes}))
+    return tuple(sorted({round_up(min(size, longest), multiple) for size in sizes}))
 
 
-def _logits_of_texts(model: Any, state: None, input_ids: jax.Array, mask: jax.Array) -> Any:
+def _text_logits(model: Any, state: None, input_ids: jax.Array, mask: jax.Array) -> Any:
     return (model(input_ids, mask).logits.astype(jnp.float32),)
 
 
-def _tags_of_tokens(model: Any, state: None, input_ids: jax.Array, mask: jax.Array) -> Any:
+def _token_tags(model: Any, state: None, input_ids: jax.Array, mask: jax.Array) -> Any:
     logits = model(input_ids, mask).logits.astype(jnp.float32)
     return jnp.argmax(logits, axis=-1), jnp.max(jax.nn.softmax(logits), axis=-1)
 
@@ -285,11 +287,11 @@ def _unlabelled(kind: type[ClassifierTask]) -> dict[str, Any]:
     return {"labels": None} if kind is TokenClassification else {"label": None}
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """The settings of the run that made a model; none, where it is from elsewhere."""
+def _training_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings of the run that trained the model; none if it has no run.json."""
     try:
-        return dict(json.loads((path / RUN).read_text(encoding="utf-8"))["settings"])
+        return dict(read_json(path / RUN)["settings"])
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / RUN} is broken ({error!r}); mend or remove it") from error
+        raise UserError(f"{path / RUN} is broken ({error!r}); repair or remove it") from error

@@ -1,10 +1,10 @@
-"""A file of rows classified chunk by chunk: read ahead, predicted, written, each safe before the next."""
+"""Classifies a file chunk by chunk, and makes each chunk safe on disk before the next is written."""
 
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from phi3_jax.checkpoint import open_checkpoint, resolve
 from phi3_jax.checkpoint.fingerprint import fingerprint
-from phi3_jax.classification.classifier import Classifier, Encoded, task_of
+from phi3_jax.classification.classifier import Classifier, ClassifierTask, EncodedRows, task_of_model
 from phi3_jax.classification.head import Head
-from phi3_jax.classification.output import PartialOutput, Standing, Table, check_format
+from phi3_jax.classification.output import OutputState, PartialOutput, Table, check_format
 from phi3_jax.data.rows import BadRowError, BadRows, Row, read_rows
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.errors import UserError
@@ -26,24 +26,25 @@ from phi3_jax.runs.progress import FileProgress
 logger = logging.getLogger(__name__)
 
 CHUNK_BATCHES = 32
-"""Batches whose rows are sorted by length together, written together, and lost together by a kill."""
+"""Batches of a chunk. Its rows are sorted by length and written together; a kill loses at most one chunk."""
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What came of a file."""
+class ClassificationSummary:
+    """Counts of a classified file."""
 
     rows: int
-    """In the output."""
+    """Rows of the output."""
     bad_rows: int
-    """Left out; `faults` has what was wrong with the first of them that this process saw."""
+    """Rows that were left out."""
     faults: list[str]
+    """What was wrong with the first of the bad rows that this process read."""
     cut: int
-    """Rows that are longer than the longest length."""
+    """Rows that were longer than the maximum length."""
     untagged: int
-    """Words behind the longest length, which have no tag."""
-    fresh: int
-    """Rows that this process did, which `seconds` and `tokens` are of; the others were there."""
+    """Words beyond the maximum length, which have no tag."""
+    new_rows: int
+    """Rows that this process classified; `seconds` and `tokens` count these only."""
     seconds: float
     tokens: int
 
@@ -61,119 +62,158 @@ def classify_file(
     mesh: Mesh | None = None,
     show: bool = True,
     **columns: Any,
-) -> Summary:
-    """Writes the rows of a file with what a classifier says of each, in their order.
+) -> ClassificationSummary:
+    """Writes the rows of a file with their predictions, in the same order.
 
-    Memory does not grow with the file. After a kill the same call goes on behind the last chunk that was
-    written, and makes the file that it would have made.
+    Memory does not grow with the file. After a kill, the same call resumes after the last chunk that was
+    written; the output is the same as without the kill.
 
     Args:
-        model: a directory or hub name, of a checkpoint whose config.json names a classifier.
+        model: directory or hub name of a checkpoint whose config.json names a classifier.
         source: CSV, TSV, JSONL, Parquet or CoNLL, by its suffix.
-        output: .csv, .tsv or .jsonl. Until all is done, OUTPUT.partial.
-        all_scores: add every class's probability.
-        skip_bad_rows: leave rows out that cannot be classified.
-        overwrite: replace an output, or a part of one that was begun with something else.
-        mesh: to divide model and batches over; of one process.
-        show: progress on standard error.
-        columns: `text_column`, `text_pair_column`, `words_column` and `max_length`; default: those of
-            training, where run.json lies with the model.
+        output: .csv, .tsv or .jsonl; OUTPUT.partial until it is complete.
+        overwrite: replace an existing output, or a partial one that cannot be resumed.
+        mesh: divides model and batches over the devices of one process.
+        show: shows progress on standard error.
+        columns: as `task_of_model` takes them.
 
     Raises:
-        ValueError: what was asked cannot be done; the first bad row, unless they are skipped.
-        OSError: files that cannot be read or written.
+        UserError: an argument cannot be used; BadRowError: a row is bad, and bad rows are not skipped.
+        OSError: a file cannot be read or written.
     """
-    # What can be refused before anything is loaded.
     check_format(output)
     path = resolve(model)
     _, config = open_checkpoint(path)
-    head = Head.of_checkpoint(path, config)
-    task = task_of(path, config, head, **columns)
+    head = Head.from_checkpoint(path, config)
+    task = task_of_model(path, config, head, **columns)
+    unreadable = BadRows(skip_bad_rows)
+    table, rows = _open_table(source, output, head, task, all_scores, unreadable)
+    options = _options(source, path, task, all_scores, batch_size, dtype, mesh)
+    partial = _open_partial(source, output, options, overwrite)
+    try:
+        classifier = Classifier.from_pretrained(
+            path, dtype=dtype, mesh=mesh, batch_size=batch_size, **columns
+        )
+        chunks = _Chunks(classifier, table, rows, partial.state, unreadable)
+        return _classify_chunks(classifier, chunks, table, partial, _total_lines(source), all_scores, show)
+    finally:
+        partial.close()
+
+
+def _open_table(
+    source: Path, output: Path, head: Head, task: ClassifierTask, all_scores: bool, unreadable: BadRows
+) -> tuple[Table, Iterator[Row]]:
+    """Returns the table of the output, and the rows of the input, after everything that can be checked."""
     predicted = head.columns(all_scores)
-    first = _first_row(source, task.columns)
+    rows = read_rows(source, columns=task.columns, only_columns=False, bad=unreadable)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{source} has no row that can be read: {unreadable.first[0]}")
     if output.exists() and output.samefile(source):
         raise UserError(f"{source} is the input and the output; choose another output")
     of_words = isinstance(task, TokenClassification)
-    listed = head.names if of_words or head.kind == "multi_label_classification" else ()
     separator = " " if isinstance(task, TokenClassification) else task.label_separator
-    table = Table(output, first, predicted, separator=separator, parts=listed)
-    about = source.stat()
-    asked = {
+    listed = head.labels if of_words or head.kind == "multi_label_classification" else ()
+    table = Table(output, first, predicted, separator=separator, items=listed)
+    return table, chain([first], rows)
+
+
+def _options(
+    source: Path,
+    model: Path,
+    task: ClassifierTask,
+    all_scores: bool,
+    batch_size: int,
+    dtype: str,
+    mesh: Mesh | None,
+) -> dict[str, Any]:
+    """Returns everything that the output depends on, as JSON values."""
+    status = source.stat()
+    return {
         "input": str(source.resolve()),
-        "input_size": about.st_size,
-        "input_modified": about.st_mtime_ns,
-        "model": str(path.resolve()),
-        "model_files": fingerprint(path),
+        "input_size": status.st_size,
+        "input_modified": status.st_mtime_ns,
+        "model": str(model.resolve()),
+        "model_files": fingerprint(model),
         **asdict(task),
         "all_scores": all_scores,
         "batch_size": batch_size,
         "dtype": dtype,
         "mesh": None if mesh is None else dict(mesh.shape),
     }
-    partial = PartialOutput(output, asked, overwrite)
-    try:
-        before = partial.standing
-        if before.read:
-            logger.warning("going on behind row %d of %s, which is in %s", before.read, source, partial.path)
-        classifier = Classifier.from_pretrained(
-            path, dtype=dtype, mesh=mesh, batch_size=batch_size, **columns
-        )
-        began, tokens = monotonic(), 0
-        chunks = _Chunks(classifier, table, source, before, skip_bad_rows)
-        with FileProgress(_total_lines(source), show) as progress, ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(chunks.next)
-            while (chunk := ahead.result()) is not None:
-                # The next rows are read and tokenised while these are predicted.
-                ahead = pool.submit(chunks.next)
-                told = partial.standing.written - before.written
 
-                def classified(rows: int, chunk: _Chunk = chunk, told: int = told) -> None:
-                    count = told + rows
-                    speed = count / max(monotonic() - began, 1e-9)
-                    progress.update(f"{count:,} rows, {speed:,.1f} rows/s", chunk.line_at(rows))
 
-                answers = classifier.answers(chunk.encoded, all_scores=all_scores, classified=classified)
-                header = b"" if partial.standing.read else table.header()
-                partial.add(header + table.lines(chunk.encoded.rows, answers), chunk.after(partial.standing))
-                tokens += int(chunk.encoded.examples.lengths.sum())
-        done = partial.standing
-        partial.finish()
-    finally:
-        partial.close()
-    return Summary(
+def _open_partial(source: Path, output: Path, options: dict[str, Any], overwrite: bool) -> PartialOutput:
+    partial = PartialOutput(output, options, overwrite)
+    if done := partial.state.read:
+        logger.warning("resuming after row %d of %s; earlier rows are in %s", done, source, partial.path)
+    return partial
+
+
+def _classify_chunks(
+    classifier: Classifier,
+    chunks: "_Chunks",
+    table: Table,
+    partial: PartialOutput,
+    total_lines: int | None,
+    all_scores: bool,
+    show: bool,
+) -> ClassificationSummary:
+    """Classifies and writes all chunks, and gives the output its name."""
+    resumed, started, tokens = partial.state.written, monotonic(), 0
+    with FileProgress(total_lines, show) as progress, ThreadPoolExecutor(1) as pool:
+        next_chunk = pool.submit(chunks.next)
+        while (chunk := next_chunk.result()) is not None:
+            # The next rows are read and tokenised while these are classified.
+            next_chunk = pool.submit(chunks.next)
+            new_rows = partial.state.written - resumed
+
+            def show_progress(rows: int, chunk: _Chunk = chunk, before: int = new_rows) -> None:
+                speed = (before + rows) / max(monotonic() - started, 1e-9)
+                progress.update(f"{before + rows:,} rows, {speed:,.1f} rows/s", chunk.line_at(rows))
+
+            predictions = classifier.predict_encoded(
+                chunk.encoded, all_scores=all_scores, after_batch=show_progress
+            )
+            header = b"" if partial.state.read else table.header()
+            partial.add(header + table.lines(chunk.encoded.rows, predictions), chunk.state(partial.state))
+            tokens += int(chunk.encoded.examples.lengths.sum())
+    done = partial.state
+    partial.finish()
+    return ClassificationSummary(
         rows=done.written,
         bad_rows=done.unusable + chunks.unreadable.count,
         faults=[*chunks.unreadable.first, *chunks.unusable.first][:5],
         cut=done.cut,
         untagged=done.untagged,
-        fresh=done.written - before.written,
-        seconds=monotonic() - began,
+        new_rows=done.written - resumed,
+        seconds=monotonic() - started,
         tokens=tokens,
     )
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows read together, and how far the reading is behind them."""
+    """Rows that are read together, and the counts of the input after them."""
 
-    encoded: Encoded
+    encoded: EncodedRows
     words: int
-    """In all rows; 0 for texts."""
+    """Words of all rows; 0 for texts."""
     read: int
     unusable: int
     lines: tuple[int, int]
-    """Of the first and the last row."""
+    """Lines of the first and the last row."""
 
     def line_at(self, rows: int) -> float:
-        """Where in the input the reading would be behind so many of the rows, were they in order."""
+        """Estimates the line of the input at which this many rows of the chunk are done."""
         first, last = self.lines
         return first + (last - first) * rows / max(len(self.encoded.rows), 1)
 
-    def after(self, before: Standing) -> Standing:
-        """How far the output is when this chunk is in it."""
+    def state(self, before: OutputState) -> OutputState:
+        """Returns the state of the output after this chunk is written."""
         examples = self.encoded.examples
         tagged = 0 if examples.flat_firsts is None else int(examples.flat_firsts.sum())
-        return Standing(
+        return OutputState(
             read=self.read,
             written=before.written + len(examples),
             unusable=self.unusable,
@@ -183,18 +223,25 @@ class _Chunk:
 
 
 class _Chunks:
-    """The rows of a file in chunks, from where an earlier process stood."""
+    """The rows of the input in chunks, without the rows that an earlier process read."""
 
-    def __init__(self, classifier: Classifier, table: Table, source: Path, before: Standing, skip: bool):
+    def __init__(
+        self,
+        classifier: Classifier,
+        table: Table,
+        rows: Iterator[Row],
+        before: OutputState,
+        unreadable: BadRows,
+    ):
         self._classifier, self._table = classifier, table
-        self.unreadable, self.unusable = BadRows(skip), BadRows(skip)
+        self.unreadable, self.unusable = unreadable, BadRows(unreadable.skip)
         self.unusable.count = before.unusable
         self._read = before.read
-        # Rows that no reader can make out are counted anew as these are passed over.
-        self._rows = islice(read_rows(source, bad=self.unreadable), before.read, None)
+        # Skipping these counts the unreadable rows among them again, so they are not part of the state.
+        self._rows = islice(rows, before.read, None)
 
     def next(self) -> _Chunk | None:
-        """The next chunk; None behind the last."""
+        """Returns the next chunk, or None after the last."""
         rows = list(islice(self._rows, CHUNK_BATCHES * self._classifier.batch_size))
         if not rows:
             return None
@@ -204,9 +251,8 @@ class _Chunks:
         words = 0
         if isinstance(task, TokenClassification):
             words = sum(len(row.values[task.words]) for row in encoded.rows)
-        return _Chunk(
-            encoded, words, self._read, self.unusable.count, (rows[0].place.line, rows[-1].place.line)
-        )
+        lines = rows[0].place.line, rows[-1].place.line
+        return _Chunk(encoded, words, self._read, self.unusable.count, lines)
 
     def _writable(self, rows: list[Row]) -> Iterator[Row]:
         for row in rows:
@@ -218,20 +264,8 @@ class _Chunks:
                 yield row
 
 
-def _first_row(source: Path, columns: tuple[str, ...]) -> Row:
-    """A row that can be read, of a file that has these columns."""
-    bad = BadRows(skip=True)
-    # Of Parquet only the columns named would be read: the second time is for all of them.
-    for wanted in (columns, ()):
-        first = next(iter(read_rows(source, columns=wanted, bad=bad)), None)
-        if first is None:
-            raise UserError(f"{source} has no row that can be read: {bad.first[0]}")
-    assert first is not None
-    return first
-
-
 def _total_lines(source: Path) -> int | None:
-    """What the places of rows count up to; None where counting would mean unpacking."""
+    """Counts the lines or rows of the input, for the progress; None where that would mean decompressing."""
     if source.suffix == ".gz":
         return None
     if source.suffix == ".parquet":

@@ -1,4 +1,4 @@
-"""The file that classified rows are written to: its lines, and how it is gone on with after a kill."""
+"""The file that classified rows are written to: its lines, and the state that lets a killed run resume."""
 
 import csv
 import errno
@@ -13,216 +13,221 @@ from typing import Any
 from phi3_jax.data.rows import BadRowError, Row
 from phi3_jax.errors import UserError
 from phi3_jax.runs.resume import ADVICE, RunFile
+from phi3_jax.runs.text import lone_surrogate
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Table:
-    """Rows with what is said of them, as lines of the output's format.
+    """Turns rows and their predictions into lines of the output's format.
 
     Args:
         path: the output; its suffix is the format.
-        first: a row of the input; its columns are the output's, where all lines have the same.
+        first: a row of the input. In CSV and TSV all lines have its columns.
         predicted: the columns that are added.
-        separator: between the parts of a list in CSV and TSV.
-        parts: what the lists may hold, to see that the separator is not in them.
+        separator: joins the items of a list in CSV and TSV.
+        items: all items that a list may have; none may contain the separator.
 
     Raises:
-        ValueError: a format that is not written, a column that the input has already, a separator that will
-            not do.
+        UserError: the format is not supported, the input already has a predicted column, or the separator
+            occurs in an item.
     """
 
     def __init__(
-        self, path: Path, first: Row, predicted: Sequence[str], *, separator: str, parts: Sequence[str]
+        self, path: Path, first: Row, predicted: Sequence[str], *, separator: str, items: Sequence[str]
     ):
         check_format(path)
         self._delimiter = DELIMITERS.get(path.suffix.lower())
         self._predicted = set(predicted)
-        if taken := self._taken(first):
-            raise UserError(f"{first.place.file} {taken}")
+        if fault := self._name_clash(first):
+            raise UserError(f"{first.place.file} {fault}")
         self._columns = [*first.values, *predicted]
         self._separator = separator
-        if self._delimiter is not None and (odd := next((part for part in parts if separator in part), None)):
+        if self._delimiter is not None and (odd := next((item for item in items if separator in item), None)):
             raise UserError(
-                f"the label {odd!r} has the {separator!r} in it that separates labels in {path.suffix}; "
+                f"the label {odd!r} contains {separator!r}, which separates labels in {path.suffix}; "
                 "write .jsonl"
             )
 
     def check(self, row: Row) -> None:
-        """Whether the row can be written.
+        """Checks that the row can be written.
 
         Raises:
-            BadRowError: it can not.
+            BadRowError: it cannot.
         """
-        fault = self._taken(row)
+        fault = self._name_clash(row)
         if self._delimiter is not None and (odd := row.values.keys() - set(self._columns)):
             fault = (
-                f"has a column {min(odd)!r}, which the first row has not; write .jsonl, where rows may differ"
+                f"has a column {min(odd)!r}, which the first row does not have; write .jsonl, where the "
+                "columns of rows may differ"
             )
-        try:
-            json.dumps(row.values, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError:
-            fault = "has half of a surrogate pair in it, which is no character"
+        if lone_surrogate(_json(row.values)) is not None:
+            fault = "contains half of a surrogate pair, which is not a character"
         if fault:
             raise BadRowError(row.place, fault)
 
     def header(self) -> bytes:
-        """What the file begins with."""
+        """Returns the first line, which JSONL does not have."""
         return b"" if self._delimiter is None else self._line(self._columns)
 
-    def lines(self, rows: Iterable[Row], answers: Iterable[Mapping[str, Any]]) -> bytes:
-        """A line for each row: its own values, then what is said of it."""
-        return b"".join(self._row(row, answer) for row, answer in zip(rows, answers, strict=True))
+    def lines(self, rows: Iterable[Row], predictions: Iterable[Mapping[str, Any]]) -> bytes:
+        """Returns a line for each row: its own values, then those predicted."""
+        return b"".join(self._row(row, one) for row, one in zip(rows, predictions, strict=True))
 
-    def _row(self, row: Row, answer: Mapping[str, Any]) -> bytes:
+    def _row(self, row: Row, prediction: Mapping[str, Any]) -> bytes:
         if self._delimiter is None:
-            return (json.dumps({**row.values, **answer}, ensure_ascii=False, default=str) + "\n").encode()
+            return (_json({**row.values, **prediction}) + "\n").encode()
         joined = {
             name: self._separator.join(map(_field, x)) if isinstance(x, list) else x
-            for name, x in answer.items()
+            for name, x in prediction.items()
         }
         values = {**row.values, **joined}
         return self._line([_field(values.get(name)) for name in self._columns])
 
     def _line(self, fields: list[str]) -> bytes:
         text = io.StringIO()
-        # The library leaves a lone carriage return bare, and no reader takes it for part of a field then.
-        bare = any("\r" in field for field in fields)
+        # csv does not quote a field for a carriage return alone, and readers would end the line there.
+        quote_all = any("\r" in field for field in fields)
         assert self._delimiter is not None
         csv.writer(
             text,
             delimiter=self._delimiter,
             lineterminator="\n",
-            quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL,
+            quoting=csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL,
         ).writerow(fields)
         return text.getvalue().encode()
 
-    def _taken(self, row: Row) -> str | None:
+    def _name_clash(self, row: Row) -> str | None:
         if taken := row.values.keys() & self._predicted:
-            return f"has a column {min(taken)!r} already, which classify would write; rename or remove it"
+            return f"already has a column {min(taken)!r}, which classify would write; rename or remove it"
         return None
 
 
 def check_format(path: Path) -> None:
-    """Whether the suffix names a format that is written.
+    """Checks that the suffix names a format that can be written.
 
     Raises:
-        ValueError: it does not.
+        UserError: it does not.
     """
     if path.suffix.lower() not in (*DELIMITERS, ".jsonl"):
         raise UserError(
-            f"{path} cannot be written: {path.suffix or 'no suffix'!r} is no format that rows can be "
-            "added to one by one; use .csv, .tsv or .jsonl"
+            f"{path} cannot be written: {path.suffix or 'no suffix'!r} is not a format to which rows can be "
+            "appended; use .csv, .tsv or .jsonl"
         )
 
 
 def _field(value: Any) -> str:
-    """Text as it is, nothing for None, other values as JSON."""
+    """Returns text unchanged, nothing for None, and other values as JSON."""
     if value is None or isinstance(value, str):
         return value or ""
+    return _json(value)
+
+
+def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What is done of a file, counted from its beginning."""
+class OutputState:
+    """How much of a file is done, counted from its start."""
 
     read: int = 0
-    """Rows of the input, without those that no reader could make out."""
+    """Rows of the input that could be read."""
     written: int = 0
     unusable: int = 0
     """Rows that were read and left out."""
     cut: int = 0
-    """Rows that are longer than the longest length."""
+    """Rows that were longer than the maximum length."""
     untagged: int = 0
-    """Words behind the longest length."""
+    """Words beyond the maximum length."""
     bytes: int = 0
-    """Of the output: what lies behind them was torn off."""
+    """Size of the output; any bytes after these are an incomplete chunk."""
 
 
 class PartialOutput:
-    """OUTPUT.partial, which becomes the output, and OUTPUT.partial.json, which says how much of it counts.
+    """An output that is not complete yet: OUTPUT.partial, and its options and state in OUTPUT.partial.json.
 
-    The second is replaced when a chunk is safely in the first. So rows are whole and none is there twice,
-    whenever the process is killed.
+    The state is replaced as a whole after each chunk is safely on disk. So every row is complete and occurs
+    once, whenever the process is killed.
 
     Args:
-        output: the final file.
-        asked: everything that the output depends on, for JSON.
-        overwrite: replace an output, and a part that cannot be resumed. A part that can be resumed is.
+        output: the file to write.
+        options: everything that the output depends on, as JSON values. A partial output made with other
+            options is not resumed.
+        overwrite: replace an existing output, and a partial output that cannot be resumed.
 
     Raises:
-        UserError: the output already exists; the part is broken or was started with other options; another
-            process is writing it.
-        OSError: it cannot be written.
+        UserError: the output already exists, a partial output cannot be resumed, or another process is
+            writing it.
+        OSError: the file cannot be written.
     """
 
-    def __init__(self, output: Path, asked: Mapping[str, Any], overwrite: bool):
+    def __init__(self, output: Path, options: Mapping[str, Any], overwrite: bool):
         if not output.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {output.parent} to write {output.name} to")
         self.output = output
         self.path = output.with_name(f"{output.name}.partial")
         self._state_file = RunFile(
-            output.with_name(f"{output.name}.partial.json"), self.path, asked, overwrite=overwrite
+            output.with_name(f"{output.name}.partial.json"), self.path, options, overwrite=overwrite
         )
         self._state_file.lock()
         try:
             if output.exists() and not overwrite:
                 raise UserError(f"{output} already exists; {ADVICE}")
-            standing = self._state_file.read(self._counted) if self.path.exists() else None
-            if standing is None:
+            state = self._state_file.read(self._parse_state) if self.path.exists() else None
+            if state is None:
                 self.path.unlink(missing_ok=True)
-                standing = Standing()
-                self._write_state(standing)
-            self.standing = standing
+                state = OutputState()
+                self._write_state(state)
+            self.state = state
             self._file = self.path.open("ab", buffering=0)
-            self._file.truncate(self.standing.bytes)
+            self._file.truncate(self.state.bytes)
         except BaseException:
             self._state_file.release()
             raise
 
-    def _counted(self, values: dict[str, Any]) -> Standing:
-        standing = Standing(**values["done"])
-        if (size := self.path.stat().st_size) < standing.bytes:
+    def _parse_state(self, values: dict[str, Any]) -> OutputState:
+        state = OutputState(**values["done"])
+        if (size := self.path.stat().st_size) < state.bytes:
             raise UserError(
-                f"{self.path} has {size} bytes, and {self._state_file.path.name} counts {standing.bytes}; "
+                f"{self.path} has {size} bytes, and {self._state_file.path.name} counts {state.bytes}; "
                 f"{ADVICE}"
             )
-        return standing
+        return state
 
-    def add(self, data: bytes, standing: Standing) -> None:
-        """Writes a chunk; `standing` is how far that is, without the bytes.
+    def add(self, data: bytes, state: OutputState) -> None:
+        """Appends a chunk; `state` is the state after it, except for `bytes`.
 
         Raises:
-            OSError: there is no space; what was there stays good.
+            OSError: there is no space left. The state stays as it was.
         """
-        done = Standing(**asdict(standing) | {"bytes": self.standing.bytes + len(data)})
+        done = OutputState(**asdict(state) | {"bytes": self.state.bytes + len(data)})
         try:
-            left = memoryview(data)
-            while left:
-                left = left[self._file.write(left) :]
+            remaining = memoryview(data)
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
             os.fsync(self._file.fileno())
             self._write_state(done)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise OSError(
-                f"{self.path}: {error.strerror}. {self.standing.written} rows are there and stay; make room, "
-                "and the same command goes on"
+                f"{self.path}: {error.strerror}. {self.state.written} rows are complete and kept; free some "
+                "space, and run the same command to resume"
             ) from error
-        self.standing = done
+        self.state = done
 
-    def _write_state(self, standing: Standing) -> None:
-        self._state_file.write(done=asdict(standing))
+    def _write_state(self, state: OutputState) -> None:
+        self._state_file.write(done=asdict(state))
 
     def finish(self) -> None:
-        """Makes the part the output, once everything is in it."""
+        """Renames the complete file to the output and removes the state."""
         self._file.close()
         os.replace(self.path, self.output)
         self._state_file.path.unlink()
         self.close()
 
     def close(self) -> None:
-        """Closes the file as it is."""
+        """Closes the file, complete or not, and releases its lock."""
         self._file.close()
         self._state_file.release()

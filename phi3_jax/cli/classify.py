@@ -70,9 +70,9 @@ def classify(
         tell(f"{done.bad_rows} bad rows were left out; among them: {'; '.join(done.faults)}")
     if done.cut:
         words = f", and {done.untagged} words have no label" if done.untagged else ""
-        tell(f"{done.cut} rows are longer than the longest length and were cut{words}")
+        tell(f"{done.cut} rows are longer than the maximum length and were cut{words}")
     seconds = max(done.seconds, 1e-9)
     print(
-        f"{output}: {done.rows:,} rows; {done.fresh:,} in {done.seconds:.1f} s, "
-        f"{done.fresh / seconds:,.1f} rows/s, {done.tokens / seconds:,.0f} tokens/s"
+        f"{output}: {done.rows:,} rows; {done.new_rows:,} in {done.seconds:.1f} s, "
+        f"{done.new_rows / seconds:,.1f} rows/s, {done.tokens / seconds:,.0f} tokens/s"
     )

@@ -1,11 +1,11 @@
-"""Rows of CSV, TSV, JSONL, Parquet and CoNLL files or of a data set, one by one; faults name their place."""
+"""Reads rows of CSV, TSV, JSONL, Parquet and CoNLL files, or of a data set, one by one."""
 
 import csv
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -15,35 +15,34 @@ import pyarrow
 import pyarrow.parquet
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.text import lone_surrogate
 
-# Each byte that is not UTF-8 is decoded to one of these, which UTF-8 itself never gives.
-_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _LONGEST_FIELD = 2**24
 _PARQUET_BATCH = 1024
 
 
 class Place(NamedTuple):
-    """Where a row stands: "train.csv, line 3"."""
+    """The place of a row: "train.csv, line 3"."""
 
     file: str
     line: int
-    """Counts from 1; of a row of several lines, the first."""
+    """The row's first line, counted from 1."""
     unit: str = "line"
-    """What is counted: "row" where there are no lines."""
+    """"row" for files without lines."""
 
     def __str__(self) -> str:
         return f"{self.file}, {self.unit} {self.line}"
 
 
 class Row(NamedTuple):
-    """Values by column."""
+    """The values of a row by column, and its place."""
 
     values: dict[str, Any]
     place: Place
 
 
 class BadRowError(UserError):
-    """A row that nothing can be learnt from: "train.csv, line 3: label is empty"."""
+    """A row that cannot be used: "train.csv, line 3: label is empty"."""
 
     def __init__(self, place: Place, fault: str):
         super().__init__(place, fault)
@@ -54,11 +53,11 @@ class BadRowError(UserError):
 
 
 class BadRows:
-    """What becomes of bad rows: the first one ends the reading, or all are skipped and counted.
+    """Raises the error of a bad row, or skips and counts all bad rows.
 
     Attributes:
-        count: how many were skipped.
-        first: what was wrong with the first five.
+        count: number of skipped rows.
+        first: messages of the first five.
     """
 
     def __init__(self, skip: bool):
@@ -80,32 +79,36 @@ def read_rows(
     *,
     file_format: str | None = None,
     columns: Collection[str] = (),
+    only_columns: bool = True,
     bad: BadRows,
 ) -> Iterator[Row]:
-    """The rows of a file, read as they are asked for: memory does not grow with the file.
+    """Yields the rows of a file, reading as they are needed: memory does not grow with the file.
 
-    CSV and TSV have a header line. CoNLL has a word and its tags a line, the last one counts, and blank lines
-    between sentences; its columns are `words` and `labels`. Text is UTF-8, and may be compressed (.gz).
+    CSV and TSV have a header line. CoNLL has one word and its tags per line, of which the last counts, and
+    blank lines between sentences; its columns are `words` and `labels`. Text is UTF-8, and may be compressed
+    (.gz).
 
     Args:
-        file_format: "csv", "tsv", "jsonl", "parquet" or "conll"; by the file's suffix if not given.
-        columns: must be there, where all rows have the same (JSONL's may differ from row to row).
+        file_format: "csv", "tsv", "jsonl", "parquet" or "conll"; default: by the file's suffix.
+        columns: columns that must exist; not checked in JSONL, where rows may have different ones.
+        only_columns: reads no other columns of Parquet, if `columns` names any.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: unknown format, broken file, no rows, a bad header, a column is missing.
-        BadRowError: the first bad row, unless `bad` skips them.
+        FileNotFoundError: the file does not exist.
+        UserError: the format is unknown, the file is broken or has no rows, or its header is wrong.
+        BadRowError: a row is bad, and `bad` does not skip it.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"no data at {path}: " + ("it is a folder" if path.is_dir() else "no such file")
         )
-    return _sifted(_READERS[_format_of(path, file_format)](path, columns), path, bad)
+    rows = _READERS[_format_of(path, file_format)](path, columns, only_columns)
+    return _skip_bad_rows(rows, path, bad)
 
 
 def read_dataset(name: str, split: str) -> Iterator[Row]:
-    """The rows of a data set of the Hugging Face hub, streamed; class numbers become the classes' names.
+    """Streams the rows of a data set of the Hugging Face hub, with class names instead of class numbers.
 
     Raises:
         ImportError: `datasets` is not installed.
@@ -119,7 +122,7 @@ def read_dataset(name: str, split: str) -> Iterator[Row]:
     data = datasets.load_dataset(name, split=split, streaming=True)
     named = {}
     for column, feature in (data.features or {}).items():
-        # A list of classes, as token labels are, has the classes one level down.
+        # The feature of a list, such as token labels, contains the feature of its items.
         classes = getattr(feature, "feature", feature)
         if isinstance(classes, datasets.ClassLabel):
             named[column] = classes.names
@@ -132,7 +135,7 @@ def read_dataset(name: str, split: str) -> Iterator[Row]:
 def _class_names(value: Any, names: Sequence[str]) -> Any:
     if isinstance(value, list):
         return [_class_names(one, names) for one in value]
-    # -1 stands for a hidden label.
+    # -1 means that the label is not published.
     return names[value] if isinstance(value, int) and value >= 0 else None
 
 
@@ -149,7 +152,7 @@ def _format_of(path: Path, file_format: str | None) -> str:
     return found
 
 
-def _sifted(items: Iterable[Row | BadRowError], path: Path, bad: BadRows) -> Iterator[Row]:
+def _skip_bad_rows(items: Iterable[Row | BadRowError], path: Path, bad: BadRows) -> Iterator[Row]:
     item = None
     for item in items:
         if isinstance(item, BadRowError):
@@ -157,44 +160,40 @@ def _sifted(items: Iterable[Row | BadRowError], path: Path, bad: BadRows) -> Ite
         else:
             yield item
     if item is None:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path} has no rows")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends; bytes that are not UTF-8 can be told by `_encoding_fault`."""
+    """Yields numbered lines with their ends; `_encoding_fault` finds the bytes that are not UTF-8."""
     zipped = path.name.lower().endswith(".gz")
     with gzip.open(path, "rb") if zipped else path.open("rb") as file:
         try:
             for number, line in enumerate(file, 1):
-                # utf-8-sig takes the byte order mark away that some editors begin a file with.
+                # utf-8-sig removes the byte order mark that some editors write first.
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path} is not a gzip file, or is cut short: {error}") from error
+            raise UserError(f"{path} is not a gzip file, or is truncated: {error}") from error
 
 
 def _encoding_fault(text: str) -> str | None:
-    if found := _ESCAPED_BYTE.search(text):
-        return f"byte 0x{ord(found[0]) - 0xDC00:02x} is not UTF-8; save the file as UTF-8"
-    return None
+    # "surrogateescape" decodes such a byte to a lone surrogate, which UTF-8 itself never contains.
+    if (position := lone_surrogate(text)) is None:
+        return None
+    return f"byte 0x{ord(text[position]) - 0xDC00:02x} is not valid UTF-8; save the file as UTF-8"
 
 
-def _check_columns(path: Path, there: Collection[str], wanted: Collection[str]) -> None:
-    for column in wanted:
-        if column not in there:
-            raise UserError(f"{path} has no column {column!r}; its columns are {', '.join(map(repr, there))}")
+def _check_columns(path: Path, existing: Collection[str], required: Collection[str]) -> None:
+    for column in required:
+        if column not in existing:
+            names = ", ".join(map(repr, existing))
+            raise UserError(f"{path} has no column {column!r}; its columns are {names}")
 
 
-def _csv(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
-    return _delimited(path, columns, ",")
-
-
-def _tsv(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
-    return _delimited(path, columns, "\t")
-
-
-def _delimited(path: Path, columns: Collection[str], delimiter: str) -> Iterator[Row | BadRowError]:
-    # The library's own limit, 131,072 characters, is less than a long document has; none at all would let a
-    # quote that is left open take the rest of the file into memory.
+def _read_delimited(
+    path: Path, columns: Collection[str], only_columns: bool, *, delimiter: str
+) -> Iterator[Row | BadRowError]:
+    # The default limit of csv, 131,072 characters, is too short for long documents. Without a limit, an open
+    # quote would read the rest of the file into memory.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     header = _header(reader, path)
@@ -206,13 +205,13 @@ def _delimited(path: Path, columns: Collection[str], delimiter: str) -> Iterator
         except StopIteration:
             return
         except csv.Error as error:
-            yield BadRowError(place, f"{error}; look for a quote that is left open or not doubled")
+            yield BadRowError(place, f"{error}; look for a quote that is not closed or not doubled")
             continue
         if not fields:  # a blank line
             continue
         fault = _encoding_fault("".join(fields))
         if len(fields) != len(header):
-            fault = f"{len(fields)} fields, where the header names {len(header)}"
+            fault = f"{len(fields)} fields, but the header has {len(header)}"
         yield BadRowError(place, fault) if fault else Row(dict(zip(header, fields, strict=True)), place)
 
 
@@ -220,9 +219,9 @@ def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
     try:
         header = next(reader, None)
     except csv.Error as error:
-        raise UserError(f"{path}, line 1: {error}; expected the columns' names") from error
+        raise UserError(f"{path}, line 1: {error}; expected the names of the columns") from error
     if header is None:
-        raise UserError(f"{path} is empty; expected a line with the columns' names, and rows")
+        raise UserError(f"{path} is empty; expected a line with the names of the columns, and rows")
     fault = _encoding_fault("".join(header))
     if not all(name.strip() for name in header) or not header:
         fault = f"a column has no name: {header}"
@@ -233,7 +232,7 @@ def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
     return header
 
 
-def _jsonl(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
+def _read_jsonl(path: Path, columns: Collection[str], only_columns: bool) -> Iterator[Row | BadRowError]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -244,43 +243,44 @@ def _jsonl(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
             try:
                 values = json.loads(line)
             except json.JSONDecodeError as error:
-                fault = f"broken JSON at column {error.colno}: {error.msg}"
-            except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-                fault = f"JSON that cannot be read: {error}"
+                fault = f"not valid JSON: {error.msg} at column {error.colno}"
+            except (ValueError, RecursionError) as error:  # a number is too long, or the nesting too deep
+                fault = f"JSON cannot be read: {error}"
             else:
                 if not isinstance(values, dict):
                     fault = f"expected a JSON object in each line, got {line.strip():.40}"
         yield BadRowError(place, fault) if fault else Row(values, place)
 
 
-def _parquet(path: Path, columns: Collection[str]) -> Iterator[Row]:
+def _read_parquet(path: Path, columns: Collection[str], only_columns: bool) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow.names, columns)
+            selected = list(columns) if columns and only_columns else None
             done = 0
-            for batch in file.iter_batches(_PARQUET_BATCH, columns=list(columns) or None):
+            for batch in file.iter_batches(_PARQUET_BATCH, columns=selected):
                 for number, values in enumerate(batch.to_pylist(), done + 1):
                     yield Row(values, Place(str(path), number, "row"))
                 done += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file, or is cut short: {error}") from error
+        raise UserError(f"{path} is not a Parquet file, or is truncated: {error}") from error
 
 
-def _conll(path: Path, columns: Collection[str]) -> Iterator[Row | BadRowError]:
+def _read_conll(path: Path, columns: Collection[str], only_columns: bool) -> Iterator[Row | BadRowError]:
     _check_columns(path, ("words", "labels"), columns)
     words: list[str] = []
     labels: list[str] = []
-    begin, error = 0, None
+    start, error = 0, None
     for number, line in chain(_lines(path), [(0, "")]):
         parts = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
         if not line.strip():
             if error:
                 yield error
             elif words:
-                yield Row({"words": words, "labels": labels}, Place(str(path), begin))
-            words, labels, begin, error = [], [], 0, None
+                yield Row({"words": words, "labels": labels}, Place(str(path), start))
+            words, labels, start, error = [], [], 0, None
         elif parts[0].split()[:1] != ["-DOCSTART-"]:
-            begin = begin or number
+            start = start or number
             if (fault := _word_fault(line, parts)) and error is None:
                 error = BadRowError(Place(str(path), number), fault)
             words.append(parts[0])
@@ -295,10 +295,10 @@ def _word_fault(line: str, parts: Sequence[str]) -> str | None:
     return None
 
 
-_READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Row | BadRowError]]] = {
-    "csv": _csv,
-    "tsv": _tsv,
-    "jsonl": _jsonl,
-    "parquet": _parquet,
-    "conll": _conll,
+_READERS: dict[str, Callable[[Path, Collection[str], bool], Iterator[Row | BadRowError]]] = {
+    "csv": partial(_read_delimited, delimiter=","),
+    "tsv": partial(_read_delimited, delimiter="\t"),
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "conll": _read_conll,
 }

@@ -1,4 +1,4 @@
-"""`phi3-jax classify`: its answers are those of transformers, and no kill, fault or full disk does harm."""
+"""`phi3-jax classify` predicts what transformers does; kills, bad rows and full disks lose nothing."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level vocabulary, with <s> in front of a text and </s> behind."""
+    """Writes a byte-level tokenizer that puts a text between <s> and </s>."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -75,8 +75,8 @@ def write_tokenizer(folder: Path) -> None:
     )
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def config(**changes: Any) -> Phi3Config:
@@ -86,24 +86,24 @@ def config(**changes: Any) -> Phi3Config:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    """`checkpoint(kind)`: a folder, and the model of transformers in it."""
-    made: dict[str, tuple[Path, Any]] = {}
+    """`checkpoint(kind)` returns a folder, and the model of transformers that it holds."""
+    checkpoints: dict[str, tuple[Path, Any]] = {}
 
     def get(kind: str) -> tuple[Path, Any]:
-        if kind not in made:
+        if kind not in checkpoints:
             folder = tmp_path_factory.mktemp(kind)
             head = "token" if kind == "tokens" else "sequence"
             _, theirs = pair(head, config(**KINDS[kind]), folder, seed=5)
             write_tokenizer(folder)
-            made[kind] = folder, theirs
-        return made[kind]
+            checkpoints[kind] = folder, theirs
+        return checkpoints[kind]
 
     return get
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: Any) -> Any:
-    """`run("single", input, output, *options)`: the command in this process; code, output and errors."""
+    """`run("single", input, output, *options)` runs the command; returns its exit code, output and errors."""
     monkeypatch.setattr(common, "keep_compiled_programs", lambda cache_dir: None)
 
     def call(model: str | Path, source: Path, output: Path, *options: object) -> tuple[int, str, str]:
@@ -119,13 +119,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], che
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Of 1 to 6 words, no two alike."""
+    """Returns different texts of 1 to 6 words and a number."""
     draws = np.random.default_rng(seed)
     return [" ".join(draws.choice(WORDS, 1 + 5 * n % 6)) + f" {n}" for n in range(count)]
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> Path:
-    """CSV or JSONL with texts that break lines, quote and have carriage returns in them."""
+    """Writes CSV or JSONL whose texts contain newlines, quotes and carriage returns."""
     rows = [
         {
             "id": str(n),
@@ -154,14 +154,14 @@ def partial_of(output: Path) -> Path:
 
 @stored(whole=True)
 def their_logits(theirs: Reference, rows: list[list[int]]) -> list[Any]:
-    """Logits of each text by itself; of a token classifier, of each token."""
+    """Returns the logits of each text alone; for a token classifier, those of each token."""
     import torch
 
     with torch.no_grad():
         return [theirs.model(torch.tensor([ids]), use_cache=False).logits[0].double() for ids in rows]
 
 
-# What is said
+# Predictions
 
 
 @pytest.mark.parametrize(
@@ -176,60 +176,61 @@ def their_logits(theirs: Reference, rows: list[list[int]]) -> list[Any]:
         ("regressions", True, 2),
     ],
 )
-def test_texts_as_transformers(checkpoint: Any, kind: str, pairs: bool, batch_size: int) -> None:
+def test_matches_transformers_on_texts(checkpoint: Any, kind: str, pairs: bool, batch_size: int) -> None:
     folder, theirs = checkpoint(kind)
     classifier = Classifier.from_pretrained(
         folder, dtype="float32", batch_size=batch_size, text_pair_column="second" if pairs else None
     )
     items = list(zip(texts(11), texts(11, seed=1), strict=True)) if pairs else texts(11)
     encodings = TheirTokenizer("words", folder).ask("__call__", items)
-    answers = classifier.predict(items, all_scores=not kind.startswith("regression"))
-    assert len(answers) == 11
+    predictions = classifier.predict(items, all_scores=not kind.startswith("regression"))
+    assert len(predictions) == 11
     all_logits = their_logits(theirs, [encoding["input_ids"] for encoding in encodings])
-    for logits, answer in zip(all_logits, answers, strict=True):
+    for logits, prediction in zip(all_logits, predictions, strict=True):
         names = list(KINDS[kind].get("id2label", LABELS).values())
         if kind == "single":
             scores = np.exp(logits) / np.exp(logits).sum()
-            assert answer["predicted_label"] == names[scores.argmax()]
-            assert answer["score"] == pytest.approx(scores.max(), abs=TOLERANCE)
+            assert prediction["predicted_label"] == names[scores.argmax()]
+            assert prediction["score"] == pytest.approx(scores.max(), abs=TOLERANCE)
         elif kind == "multi":
             scores = 1 / (1 + np.exp(-logits))
-            assert answer["predicted_labels"] == [names[i] for i in np.flatnonzero(scores > 0.5)]
-            assert answer["scores"] == pytest.approx(scores[scores > 0.5], abs=TOLERANCE)
+            assert prediction["predicted_labels"] == [names[i] for i in np.flatnonzero(scores > 0.5)]
+            assert prediction["scores"] == pytest.approx(scores[scores > 0.5], abs=TOLERANCE)
         else:
             columns = ["predicted"] if kind == "regression" else [f"predicted_{name}" for name in names]
-            assert answer == pytest.approx(dict(zip(columns, logits, strict=True)), abs=TOLERANCE)
+            assert prediction == pytest.approx(dict(zip(columns, logits, strict=True)), abs=TOLERANCE)
             continue
-        assert [answer[f"score_{name}"] for name in names] == pytest.approx(scores, abs=TOLERANCE)
+        assert [prediction[f"score_{name}"] for name in names] == pytest.approx(scores, abs=TOLERANCE)
 
 
-def test_words_as_transformers(checkpoint: Any) -> None:
+def test_matches_transformers_on_words(checkpoint: Any) -> None:
     folder, theirs = checkpoint("tokens")
     classifier = Classifier.from_pretrained(folder, dtype="float32", batch_size=2)
     sentences = [text.split() for text in texts(11)]
     spaced = [" " + word if index else word for words in sentences for index, word in enumerate(words)]
-    found = iter(TheirTokenizer("words", folder).ask("encode", spaced, add_special_tokens=False))
-    all_pieces = [[next(found) for _ in words] for words in sentences]
+    encoded = iter(TheirTokenizer("words", folder).ask("encode", spaced, add_special_tokens=False))
+    all_pieces = [[next(encoded) for _ in words] for words in sentences]
     rows = [[1, *(token for piece in pieces for token in piece), 2] for pieces in all_pieces]
     all_logits = their_logits(theirs, rows)
     seen = set()
-    for pieces, logits, answer in zip(all_pieces, all_logits, classifier.predict(sentences), strict=True):
+    predictions = classifier.predict(sentences)
+    for pieces, logits, prediction in zip(all_pieces, all_logits, predictions, strict=True):
         probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         first = 1 + np.cumsum([0, *map(len, pieces[:-1])])
-        assert answer["predicted_labels"] == [LABELS[tag] for tag in logits[first].argmax(axis=1)]
-        assert answer["scores"] == pytest.approx(probabilities[first].max(axis=1), abs=TOLERANCE)
-        seen |= set(answer["predicted_labels"])
+        assert prediction["predicted_labels"] == [LABELS[tag] for tag in logits[first].argmax(axis=1)]
+        assert prediction["scores"] == pytest.approx(probabilities[first].max(axis=1), abs=TOLERANCE)
+        seen |= set(prediction["predicted_labels"])
     assert len(seen) > 1
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_words_that_are_cut_have_no_tag(checkpoint: Any, side: str) -> None:
+def test_truncated_words_have_no_tag(checkpoint: Any, side: str) -> None:
     classifier = Classifier.from_pretrained(
         checkpoint("tokens")[0], dtype="float32", batch_size=2, max_length=12
     )
     classifier.tokenizer.truncation_side = side
-    (answer,) = classifier.predict([WORDS])
-    tags, scores = answer["predicted_labels"], answer["scores"]
+    (prediction,) = classifier.predict([WORDS])
+    tags, scores = prediction["predicted_labels"], prediction["scores"]
     assert len(tags) == len(scores) == len(WORDS)
     kept = [index for index, tag in enumerate(tags) if tag is not None]
     assert 0 < len(kept) < 12
@@ -238,7 +239,7 @@ def test_words_that_are_cut_have_no_tag(checkpoint: Any, side: str) -> None:
     assert [index for index, score in enumerate(scores) if score is not None] == kept
 
 
-def test_what_cannot_be_predicted_is_named(checkpoint: Any) -> None:
+def test_names_rows_that_cannot_be_predicted(checkpoint: Any) -> None:
     classifier = Classifier.from_pretrained(checkpoint("regression")[0], dtype="float32")
     with pytest.raises(BadRowError, match="the input, row 2: 'text' is empty"):
         classifier.predict(["a", " "])
@@ -254,7 +255,7 @@ def test_what_cannot_be_predicted_is_named(checkpoint: Any) -> None:
         broken.predict(["a"])
 
 
-def test_widths_are_few_and_hold_the_longest() -> None:
+def test_few_widths_hold_the_longest_row() -> None:
     assert row_widths(100, 8) == (16, 24, 32, 48, 64, 96, 104)
     assert row_widths(64, 8) == (16, 24, 32, 48, 64)
     assert row_widths(5, 8) == (8,)
@@ -274,17 +275,17 @@ def test_rows_keep_their_order_and_columns(run: Any, checkpoint: Any, tmp_path: 
     assert [path.name for path in sorted(tmp_path.iterdir())] == [output.name, "new.csv"]
     classifier = Classifier.from_pretrained(checkpoint("single")[0], dtype="float32", batch_size=2)
     rows, given = values(output), values(source)
-    answers = classifier.predict(given, all_scores=True)
-    for row, before, answer in zip(rows, given, answers, strict=True):
-        assert list(row) == [*before, *answer]
+    predictions = classifier.predict(given, all_scores=True)
+    for row, before, prediction in zip(rows, given, predictions, strict=True):
+        assert list(row) == [*before, *prediction]
         assert {name: row[name] for name in before} == before
-        assert row["predicted_label"] == answer["predicted_label"]
+        assert row["predicted_label"] == prediction["predicted_label"]
         numbers = {name: float(x) for name, x in row.items() if name.startswith("score")}
-        assert numbers == pytest.approx({name: answer[name] for name in numbers}, abs=TOLERANCE)
+        assert numbers == pytest.approx({name: prediction[name] for name in numbers}, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_lists_are_lists_or_joined(run: Any, tmp_path: Path, suffix: str) -> None:
+def test_lists_are_joined_only_in_csv(run: Any, tmp_path: Path, suffix: str) -> None:
     source = write_rows(tmp_path / "new.csv", 12)
     output = tmp_path / f"many{suffix}"
     assert run("multi", source, output, "--batch-size", 2)[0] == 0
@@ -311,10 +312,10 @@ def test_lists_are_lists_or_joined(run: Any, tmp_path: Path, suffix: str) -> Non
     assert len(tags) == len(scores) == len(WORDS) - 4
     missing = tags.count(empty)
     assert missing == scores.count(empty) > 0
-    assert f"1 rows are longer than the longest length and were cut, and {missing} words have no label" in err
+    assert f"1 rows are longer than the maximum length and were cut, and {missing} words have no label" in err
 
 
-def test_parquet_is_read_with_all_its_columns(run: Any, tmp_path: Path) -> None:
+def test_reads_all_columns_of_parquet(run: Any, tmp_path: Path) -> None:
     table = pyarrow.table({"text": texts(3), "when": [1.5, None, 2.0], "list": [[1], [], [2, 3]]})
     pyarrow.parquet.write_table(table, tmp_path / "new.parquet")
     assert run("single", tmp_path / "new.parquet", tmp_path / "labelled.csv", "--batch-size", 2)[0] == 0
@@ -322,7 +323,7 @@ def test_parquet_is_read_with_all_its_columns(run: Any, tmp_path: Path) -> None:
     assert [(row["when"], row["list"]) for row in rows] == [("1.5", "[1]"), ("", "[]"), ("2.0", "[2, 3]")]
 
 
-def test_columns_and_length_are_those_of_the_run(checkpoint: Any, tmp_path: Path) -> None:
+def test_columns_and_length_default_to_those_of_training(checkpoint: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     for file in checkpoint("single")[0].iterdir():
@@ -343,7 +344,7 @@ def test_columns_and_length_are_those_of_the_run(checkpoint: Any, tmp_path: Path
         Classifier.from_pretrained(folder, words_column="w")
 
 
-def test_rows_and_model_divided_over_a_mesh(run: Any, tmp_path: Path) -> None:
+def test_matches_one_device_on_a_mesh(run: Any, tmp_path: Path) -> None:
     source = tmp_path / "new.csv"
     source.write_text("text\n" + "\n".join(WORDS[:5]) + "\n")
     assert run("single", source, tmp_path / "one.jsonl", "--batch-size", 2)[0] == 0
@@ -356,12 +357,25 @@ def test_rows_and_model_divided_over_a_mesh(run: Any, tmp_path: Path) -> None:
     assert "batch_size=12 does not divide over 8" in err
 
 
-def test_reading_is_one_chunk_ahead_of_writing(
-    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parses_the_input_once(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers = []
+    reader = csv.reader
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        readers.append(reader(*arguments, **options))
+        return readers[-1]
+
+    monkeypatch.setattr(csv, "reader", count)
+    source, folder = write_rows(tmp_path / "new.csv", 70), str(checkpoint("single")[0])
+    done = classify_file(folder, source, tmp_path / "out.jsonl", batch_size=2, dtype="float32")
+    assert done.rows == 70
+    assert len(readers) == 1
+
+
+def test_reads_one_chunk_ahead(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, ahead = 0, []
 
-    def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
+    def count_rows(*arguments: Any, **options: Any) -> Iterator[Any]:
         nonlocal read
         for row in read_rows(*arguments, **options):
             read += 1
@@ -369,12 +383,12 @@ def test_reading_is_one_chunk_ahead_of_writing(
 
     add = PartialOutput.add
 
-    def watched(self: PartialOutput, *arguments: Any) -> None:
-        ahead.append(read - self.standing.read)
+    def watch(self: PartialOutput, *arguments: Any) -> None:
+        ahead.append(read - self.state.read)
         add(self, *arguments)
 
-    monkeypatch.setattr(classify, "read_rows", counted)
-    monkeypatch.setattr(PartialOutput, "add", watched)
+    monkeypatch.setattr(classify, "read_rows", count_rows)
+    monkeypatch.setattr(PartialOutput, "add", watch)
     source = write_rows(tmp_path / "new.csv", 400)
     classify_file(str(checkpoint("single")[0]), source, tmp_path / "out.csv", batch_size=2, dtype="float32")
     assert len(ahead) == 7
@@ -382,7 +396,7 @@ def test_reading_is_one_chunk_ahead_of_writing(
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_progress_is_told(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+def test_shows_progress(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -400,13 +414,13 @@ def test_progress_is_told(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert len(set(shares)) > 30
 
 
-# Faults
+# Bad rows, kills and other faults
 
 
-def test_bad_rows_are_named_or_left_out(run: Any, tmp_path: Path) -> None:
+def test_names_or_skips_bad_rows(run: Any, tmp_path: Path) -> None:
     lines = [f"{n},{text}" for n, text in enumerate(texts(300))]
     lines[100] = "100, "  # nothing to classify
-    lines[150] = "150"  # not to be read
+    lines[150] = "150"  # cannot be read
     lines[20] = '20,"x"y'
     source, output = tmp_path / "new.csv", tmp_path / "out.csv"
     source.write_text("\n".join(["id,text", *lines]) + "\n")
@@ -419,7 +433,7 @@ def test_bad_rows_are_named_or_left_out(run: Any, tmp_path: Path) -> None:
     ids = [int(row["id"]) for row in values(tmp_path / "whole.csv")]
     assert ids == [n for n in range(300) if n not in (20, 100, 150)]
 
-    # The same in three goes: up to the first fault, on past it, and on behind a chunk that had one.
+    # The same in three runs: up to the first fault, then past it, then after a chunk with a fault.
     source.write_text("\n".join(["id,text", *lines[:20], "", *lines[21:]]) + "\n")
     code, _, err = run("single", source, output, "--batch-size", 2)
     assert code == 1
@@ -429,13 +443,13 @@ def test_bad_rows_are_named_or_left_out(run: Any, tmp_path: Path) -> None:
     assert len(values_of_partial(output)) == 64
     add = PartialOutput.add
 
-    def interrupted(self: PartialOutput, data: bytes, standing: Any) -> None:
-        if standing.read > 200:
+    def interrupt(self: PartialOutput, data: bytes, state: Any) -> None:
+        if state.read > 200:
             raise KeyboardInterrupt
-        add(self, data, standing)
+        add(self, data, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PartialOutput, "add", interrupted)
+        patch.setattr(PartialOutput, "add", interrupt)
         assert run("single", source, output, *skip)[0] == 130
     code, out, err = run("single", source, output, *skip)
     assert code == 0
@@ -451,30 +465,30 @@ def values_of_partial(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_goes_on_to_the_same_bytes(
+def test_resumes_to_the_same_bytes(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     source, output = write_rows(tmp_path / f"new{suffix}", 300), tmp_path / f"out{suffix}"
     assert run("single", source, tmp_path / f"whole{suffix}", "--batch-size", 2)[0] == 0
     add, write = PartialOutput.add, PartialOutput._write_state
-    torn = 0
+    chunks = 0
 
-    def fails_in_a_row(self: PartialOutput, data: bytes, standing: Any) -> None:
-        nonlocal torn
-        add(self, data, standing)
-        if (torn := torn + 1) % 2 == 0:
+    def interrupt_within_a_row(self: PartialOutput, data: bytes, state: Any) -> None:
+        nonlocal chunks
+        add(self, data, state)
+        if (chunks := chunks + 1) % 2 == 0:
             self._file.write(data[: len(data) // 3])
             raise KeyboardInterrupt
 
-    def fails_behind_a_chunk(self: PartialOutput, standing: Any) -> None:
-        if standing.read == 256:
+    def interrupt_after_a_chunk(self: PartialOutput, state: Any) -> None:
+        if state.read == 256:
             raise KeyboardInterrupt
-        write(self, standing)
+        write(self, state)
 
-    monkeypatch.setattr(PartialOutput, "add", fails_in_a_row)
+    monkeypatch.setattr(PartialOutput, "add", interrupt_within_a_row)
     assert run("single", source, output, "--batch-size", 2)[0] == 130
     monkeypatch.setattr(PartialOutput, "add", add)
-    monkeypatch.setattr(PartialOutput, "_write_state", fails_behind_a_chunk)
+    monkeypatch.setattr(PartialOutput, "_write_state", interrupt_after_a_chunk)
     assert run("single", source, output, "--batch-size", 2)[0] == 130
     monkeypatch.setattr(PartialOutput, "_write_state", write)
     assert not output.exists()
@@ -484,7 +498,7 @@ def test_goes_on_to_the_same_bytes(
     assert output.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 
 
-def test_another_part_is_not_gone_on_with(
+def test_rejects_a_partial_output_of_other_options(
     run: Any, checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = write_rows(tmp_path / "new.csv", 100), tmp_path / "out.csv"
@@ -492,16 +506,16 @@ def test_another_part_is_not_gone_on_with(
     assert run("single", source, tmp_path / "whole.csv", *options)[0] == 0
     add = PartialOutput.add
 
-    def stops(self: PartialOutput, *arguments: Any) -> None:
+    def stop(self: PartialOutput, *arguments: Any) -> None:
         add(self, *arguments)
         raise KeyboardInterrupt
 
-    def begin() -> None:
-        monkeypatch.setattr(PartialOutput, "add", stops)
+    def write_one_chunk() -> None:
+        monkeypatch.setattr(PartialOutput, "add", stop)
         assert run("single", source, output, *options, "--overwrite")[0] == 130
         monkeypatch.setattr(PartialOutput, "add", add)
 
-    begin()
+    write_one_chunk()
     part, about = partial_of(output), partial_of(output).with_name("out.csv.partial.json")
     before = part.read_bytes()
     cases: list[tuple[str, tuple[object, ...], str]] = [
@@ -532,22 +546,21 @@ def test_another_part_is_not_gone_on_with(
     about_model.write_text(text)
     part.write_bytes(before[:-9])
     assert f"has {len(before) - 9} bytes" in run("single", source, output, *options)[2]
-    told = about.read_text()
-    about.write_text(told[:20])
+    about.write_text(about.read_text()[:20])
     assert "out.csv.partial.json is broken" in run("single", source, output, *options)[2]
 
-    begin()  # what is broken is begun anew
+    write_one_chunk()  # --overwrite replaces the broken one
     assert part.read_bytes() == before
     code, out, _ = run("single", source, output, *options, "--overwrite")
     assert code == 0
-    assert "100 rows; 36 in" in out
+    assert "100 rows; 36 in" in out, "--overwrite resumes a valid partial output"
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert f"{output} already exists" in run("single", source, output, *options)[2]
     assert run("single", source, output, *options, "--overwrite", "--all-scores")[0] == 0
     assert "score_O" in values(output)[0]
 
 
-def test_a_full_disk_harms_nothing(run: Any, tmp_path: Path) -> None:
+def test_resumes_after_a_full_disk(run: Any, tmp_path: Path) -> None:
     source, output = write_rows(tmp_path / "new.csv", 200), tmp_path / "out.csv"
     assert run("single", source, tmp_path / "whole.csv", "--batch-size", 2)[0] == 0
     whole = (tmp_path / "whole.csv").read_bytes()
@@ -558,7 +571,7 @@ def test_a_full_disk_harms_nothing(run: Any, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1
-    assert "64 rows are there and stay; make room, and the same command goes on" in err
+    assert "64 rows are complete and kept; free some space, and run the same command to resume" in err
     assert partial_of(output).stat().st_size == len(whole) // 2
     code, out, _ = run("single", source, output, "--batch-size", 2)
     assert code == 0
@@ -566,7 +579,7 @@ def test_a_full_disk_harms_nothing(run: Any, tmp_path: Path) -> None:
     assert output.read_bytes() == whole
 
 
-def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+def test_rejects_a_second_process(tmp_path: Path) -> None:
     first = PartialOutput(tmp_path / "out.csv", {}, False)
     with pytest.raises(ValueError, match=r"another process is writing .*out\.csv\.partial"):
         PartialOutput(tmp_path / "out.csv", {}, True)
@@ -574,42 +587,44 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     PartialOutput(tmp_path / "out.csv", {}, False).close()
 
 
-def refused(result: tuple[int, str, str], message: str, folder: Path) -> None:
+def check_refused(result: tuple[int, str, str], message: str, folder: Path) -> None:
     code, _, err = result
     assert code == 1
     assert message in err
     assert not list(folder.glob("*.partial*"))
 
 
-def test_what_is_refused_before_anything_is_written(
+def test_rejects_bad_arguments_before_writing(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_rows(tmp_path / "new.csv", 3)
     for name in ("out.parquet", "out"):
-        refused(run("single", source, tmp_path / name), "use .csv, .tsv or .jsonl", tmp_path)
-    refused(run("single", tmp_path / "no.csv", tmp_path / "out.csv"), "no such file", tmp_path)
-    refused(run("single", source, tmp_path / "no" / "out.csv"), "there is no folder", tmp_path)
-    refused(run("single", source, source), "is the input and the output", tmp_path)
-    refused(
+        check_refused(run("single", source, tmp_path / name), "use .csv, .tsv or .jsonl", tmp_path)
+    check_refused(run("single", tmp_path / "no.csv", tmp_path / "out.csv"), "no such file", tmp_path)
+    check_refused(run("single", source, tmp_path / "no" / "out.csv"), "there is no folder", tmp_path)
+    check_refused(run("single", source, source), "is the input and the output", tmp_path)
+    check_refused(
         run("single", source, tmp_path / "out.csv", "--text-column", "body"),
         "has no column 'body'; its columns are 'id', 'text', 'note'",
         tmp_path,
     )
     taken = tmp_path / "taken.csv"
     taken.write_text("text,score\na,1\n")
-    refused(run("single", taken, tmp_path / "out.csv"), "has a column 'score' already", tmp_path)
+    check_refused(run("single", taken, tmp_path / "out.csv"), "already has a column 'score'", tmp_path)
     assert run("multi", taken, tmp_path / "fine.csv", "--batch-size", 2)[0] == 0
-    refused(
+    check_refused(
         run("tokens", source, tmp_path / "out.csv", "--all-scores"),
         "all_scores is for classes of whole texts",
         tmp_path,
     )
     broken = tmp_path / "broken.csv"
     broken.write_text('text,id\n"open')
-    refused(run("single", broken, tmp_path / "out.csv"), "has no row that can be read", tmp_path)
+    check_refused(run("single", broken, tmp_path / "out.csv"), "broken.csv, line 2: unexpected end", tmp_path)
+    skipped = run("single", broken, tmp_path / "out.csv", "--skip-bad-rows")
+    check_refused(skipped, "broken.csv has no row that can be read: ", tmp_path)
     causal = tmp_path / "causal"
     Phi3ForCausalLM(config()).save_pretrained(causal)
-    refused(run(causal, source, tmp_path / "out.csv"), "architectures=['Phi3ForCausalLM']", tmp_path)
+    check_refused(run(causal, source, tmp_path / "out.csv"), "architectures=['Phi3ForCausalLM']", tmp_path)
     about = json.loads((causal / "config.json").read_text())
     about["architectures"] = ["Phi3ForSequenceClassification"]
     (causal / "config.json").write_text(json.dumps(about))
@@ -617,7 +632,7 @@ def test_what_is_refused_before_anything_is_written(
         Classifier.from_pretrained(causal)
 
 
-def test_names_the_extra_whose_libraries_are_absent(
+def test_names_the_extra_of_absent_libraries(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(name: str) -> None:
@@ -626,14 +641,14 @@ def test_names_the_extra_whose_libraries_are_absent(
     monkeypatch.setattr("phi3_jax.cli.lazy.import_module", fail)
     source = tmp_path / "new.csv"
     source.write_text("text\na\n")
-    refused(run("single", source, tmp_path / "out.csv"), "pip install 'phi3-jax[train]'", tmp_path)
+    check_refused(run("single", source, tmp_path / "out.csv"), "pip install 'phi3-jax[train]'", tmp_path)
 
 
-def test_rows_that_cannot_be_written(run: Any, tmp_path: Path) -> None:
+def test_rejects_rows_that_cannot_be_written(run: Any, tmp_path: Path) -> None:
     source, two = tmp_path / "new.jsonl", ("--batch-size", 2)
     rows = [{"text": "a"}, {"text": "b", "more": 1}, {"text": "c", "score": 1}, {"text": "d"}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"text": "\\ud800"}\n')
-    refusals = {"out.csv": "line 2: has a column 'more'", "out.jsonl": "line 3: has a column 'score' already"}
+    refusals = {"out.csv": "line 2: has a column 'more'", "out.jsonl": "line 3: already has a column 'score'"}
     for name, message in refusals.items():
         code, _, err = run("single", source, tmp_path / name, *two)
         assert code == 1
@@ -645,7 +660,7 @@ def test_rows_that_cannot_be_written(run: Any, tmp_path: Path) -> None:
     assert [row["text"] for row in values(tmp_path / "out.jsonl")] == ["a", "b", "d"]
 
 
-def test_a_label_with_the_separator_in_it(run: Any, checkpoint: Any, tmp_path: Path) -> None:
+def test_rejects_a_label_with_the_separator(run: Any, checkpoint: Any, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for file in checkpoint("multi")[0].iterdir():
@@ -654,13 +669,13 @@ def test_a_label_with_the_separator_in_it(run: Any, checkpoint: Any, tmp_path: P
     about |= {"id2label": {"0": "a|b", "1": "c", "2": "d", "3": "e"}, "label2id": None}
     (folder / "config.json").write_text(json.dumps(about))
     source = write_rows(tmp_path / "new.csv", 3)
-    assert "the label 'a|b' has the '|' in it" in run(folder, source, tmp_path / "out.csv")[2]
+    assert "the label 'a|b' contains '|'" in run(folder, source, tmp_path / "out.csv")[2]
     assert run(folder, source, tmp_path / "out.jsonl", "--batch-size", 2)[0] == 0
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(checkpoint: Any, tmp_path: Path) -> None:
-    """SIGKILL at any moment; bfloat16, as users run it."""
+def test_resumes_after_several_kills(checkpoint: Any, tmp_path: Path) -> None:
+    """SIGKILL at any time; in bfloat16, the default."""
     source = write_rows(tmp_path / "new.csv", 3000)
     folder = checkpoint("single")[0]
 
@@ -689,6 +704,6 @@ def test_killed_again_and_again(checkpoint: Any, tmp_path: Path) -> None:
             _, err = process.communicate(timeout=300)
             assert process.returncode in (0, -signal.SIGKILL), err.decode()
             size = part.stat().st_size if part.exists() else size
-            assert kills == 1 or b"going on behind row" in err
+            assert kills == 1 or b"resuming after row" in err
     assert kills >= 3
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()

@@ -1,4 +1,4 @@
-"""Files to rows: every format, every fault with its place, and memory."""
+"""Reading rows: every format, every fault with its place, and constant memory."""
 
 import gzip
 import json
@@ -27,14 +27,14 @@ def rows_of(path: Path, **options: Any) -> list[Row]:
 
 
 def faults_of(path: Path, **options: Any) -> tuple[list[Row], list[str]]:
-    """The good rows, and what was wrong with the others (their paths as names)."""
+    """Returns the good rows, and the messages of the bad ones with the path's name only."""
     bad = BadRows(skip=True)
     rows = list(read_rows(path, bad=bad, **options))
     assert bad.count == len(bad.first)
     return rows, [message.replace(str(path), path.name) for message in bad.first]
 
 
-def test_places_and_errors() -> None:
+def test_places_and_errors_as_text() -> None:
     assert str(Place("train.csv", 3)) == "train.csv, line 3"
     assert str(Place("train.parquet", 3, "row")) == "train.parquet, row 3"
     error = BadRowError(Place("train.csv", 3), "label is empty")
@@ -43,7 +43,7 @@ def test_places_and_errors() -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_bad_rows_raise_or_count() -> None:
+def test_raises_or_counts_bad_rows() -> None:
     errors = [BadRowError(Place("a", line), "fault") for line in range(1, 8)]
     with pytest.raises(BadRowError, match="a, line 1: fault"):
         BadRows(skip=False)(errors[0])
@@ -56,7 +56,7 @@ def test_bad_rows_raise_or_count() -> None:
 
 @pytest.mark.parametrize(("suffix", "mark"), [(".csv", ","), (".tsv", "\t")])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_csv_and_tsv(tmp_path: Path, suffix: str, mark: str, end: str) -> None:
+def test_reads_csv_and_tsv(tmp_path: Path, suffix: str, mark: str, end: str) -> None:
     lines = ["text,label", 'plain,"a, b"', '"two', 'lines ""quoted""",c', "", "é😀,d"]
     content = end.join(line.replace(",", mark) for line in lines)
     rows = rows_of(write(tmp_path / f"rows{suffix}", "\ufeff" + content))
@@ -68,16 +68,16 @@ def test_csv_and_tsv(tmp_path: Path, suffix: str, mark: str, end: str) -> None:
     assert [row.place.line for row in rows] == [2, 3, 6]
 
 
-def test_bad_rows_of_csv_are_named_and_passed_over(tmp_path: Path) -> None:
+def test_names_and_skips_bad_rows_of_csv(tmp_path: Path) -> None:
     content = b'text,label\na,1\n"in\ntwo lines"\nb,2,3\nbyte \xe9,4\n"x"y,5\nc,6\n"open,7\nd,8\n'
     rows, faults = faults_of(write(tmp_path / "rows.csv", content))
     assert [row.values["text"] for row in rows] == ["a", "c"]
     assert [fault.split(":")[0] for fault in faults] == [f"rows.csv, line {n}" for n in (3, 5, 6, 7, 9)]
     for fault, expected in zip(
-        faults, ["1 fields", "3 fields", "byte 0xe9 is not UTF-8", "quote", "quote"], strict=True
+        faults, ["1 fields", "3 fields", "byte 0xe9 is not valid UTF-8", "quote", "quote"], strict=True
     ):
         assert expected in fault
-    with pytest.raises(BadRowError, match=r"rows\.csv, line 3: 1 fields, where the header names 2"):
+    with pytest.raises(BadRowError, match=r"rows\.csv, line 3: 1 fields, but the header has 2"):
         rows_of(tmp_path / "rows.csv")
 
 
@@ -85,27 +85,27 @@ def test_bad_rows_of_csv_are_named_and_passed_over(tmp_path: Path) -> None:
     ("content", "fault"),
     [
         ("", "is empty"),
-        ("text,label\n", "holds no rows"),
+        ("text,label\n", "has no rows"),
         ("text,text\na,b\n", "line 1: two columns have the name 'text'"),
         ("text,\na,b\n", "line 1: a column has no name"),
         ("\na,b\n", "line 1: a column has no name"),
-        (b"t\xe9xt,label\na,b\n", "line 1: byte 0xe9 is not UTF-8"),
+        (b"t\xe9xt,label\na,b\n", "line 1: byte 0xe9 is not valid UTF-8"),
     ],
 )
-def test_headers_that_are_none(tmp_path: Path, content: str | bytes, fault: str) -> None:
+def test_rejects_bad_headers(tmp_path: Path, content: str | bytes, fault: str) -> None:
     with pytest.raises(ValueError, match=fault) as caught:
         rows_of(write(tmp_path / "rows.csv", content))
     assert not isinstance(caught.value, BadRowError)
     assert "rows.csv" in str(caught.value)
 
 
-def test_fields_may_be_long(tmp_path: Path) -> None:
+def test_reads_long_fields(tmp_path: Path) -> None:
     text = "word " * 100_000
     (row,) = rows_of(write(tmp_path / "rows.csv", f"text\n{text}\n"))
     assert row.values["text"] == text
 
 
-def test_jsonl(tmp_path: Path) -> None:
+def test_reads_jsonl(tmp_path: Path) -> None:
     content = '{"text": "a", "label": 1}\n\n  \n{"text": "b\\n", "label": ["x", null]}'
     for name in ("rows.jsonl", "rows.json"):
         rows = rows_of(write(tmp_path / name, content))
@@ -116,19 +116,19 @@ def test_jsonl(tmp_path: Path) -> None:
         assert [row.place.line for row in rows] == [1, 4]
 
 
-def test_bad_rows_of_jsonl(tmp_path: Path) -> None:
+def test_names_and_skips_bad_rows_of_jsonl(tmp_path: Path) -> None:
     content = b'{"a": 1}\n{"a": \n[1]\n{"a": "\xff"}\n' + b"[" * 100_000 + b'\n{"a": ' + b"1" * 5000 + b"}\n"
     rows, faults = faults_of(write(tmp_path / "rows.jsonl", content))
     assert [row.values for row in rows] == [{"a": 1}]
     assert [fault.split(": ")[0] for fault in faults] == [f"rows.jsonl, line {n}" for n in range(2, 7)]
-    assert "broken JSON at column" in faults[0]
+    assert "not valid JSON: Expecting value at column" in faults[0]
     assert "expected a JSON object in each line, got [1]" in faults[1]
-    assert "byte 0xff is not UTF-8" in faults[2]
-    with pytest.raises(ValueError, match="holds no rows"):
+    assert "byte 0xff is not valid UTF-8" in faults[2]
+    with pytest.raises(ValueError, match="has no rows"):
         rows_of(write(tmp_path / "blank.jsonl", "\n\n"))
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_reads_parquet(tmp_path: Path) -> None:
     values = [{"text": f"text {n}", "tags": ["a"] * (n % 3), "other": n} for n in range(3000)]
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), path, row_group_size=700)
@@ -136,13 +136,14 @@ def test_parquet(tmp_path: Path) -> None:
     assert [row.values for row in rows] == values
     assert [row.place for row in rows] == [Place(str(path), n, "row") for n in range(1, 3001)]
     assert list(rows_of(path, columns=("text", "tags"))[5].values) == ["text", "tags"]
+    assert rows_of(path, columns=("text", "tags"), only_columns=False) == rows
     whole = path.read_bytes()
     for content in (b"", whole[: len(whole) // 2], b"text,label\na,b\n"):
-        with pytest.raises(ValueError, match=r"cut\.parquet is not a Parquet file, or is cut short"):
+        with pytest.raises(ValueError, match=r"cut\.parquet is not a Parquet file, or is truncated"):
             rows_of(write(tmp_path / "cut.parquet", content))
 
 
-def test_conll(tmp_path: Path) -> None:
+def test_reads_conll(tmp_path: Path) -> None:
     content = "-DOCSTART- -X- O\n\n\nNew NNP B-city\r\nYork NNP I-city\n\t\nby tab\tO\n-DOCSTART-\tO\nend\tO"
     rows = rows_of(write(tmp_path / "rows.conll", content))
     assert [row.values for row in rows] == [
@@ -152,7 +153,7 @@ def test_conll(tmp_path: Path) -> None:
     assert [row.place.line for row in rows] == [4, 7]
 
 
-def test_bad_sentences_of_conll(tmp_path: Path) -> None:
+def test_names_and_skips_bad_sentences_of_conll(tmp_path: Path) -> None:
     content = b"a O\nb\nc\n\nd O\n\n\tO\n\ne\t\n\nf \xff O\n"
     rows, faults = faults_of(write(tmp_path / "rows.conll", content))
     assert [row.values["words"] for row in rows] == [["d"]]
@@ -165,16 +166,16 @@ def test_bad_sentences_of_conll(tmp_path: Path) -> None:
     ("name", "content"),
     [("rows.csv", "text\na\n"), ("rows.jsonl", '{"text": "a"}\n'), ("rows.conll", "a O\n")],
 )
-def test_compressed(tmp_path: Path, name: str, content: str) -> None:
+def test_reads_compressed_files(tmp_path: Path, name: str, content: str) -> None:
     plain = rows_of(write(tmp_path / name, content))
     path = write(tmp_path / f"{name}.gz", gzip.compress(content.encode()))
     assert [row.values for row in rows_of(path)] == [row.values for row in plain]
     for broken in (path.read_bytes()[:-9], content.encode()):
-        with pytest.raises(ValueError, match=r"\.gz is not a gzip file, or is cut short"):
+        with pytest.raises(ValueError, match=r"\.gz is not a gzip file, or is truncated"):
             rows_of(write(path, broken))
 
 
-def test_the_format_is_known_from_the_name_or_given(tmp_path: Path) -> None:
+def test_format_is_given_or_follows_from_the_suffix(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.annotated", "a\tO\n")
     assert rows_of(path, file_format="conll")[0].values == {"words": ["a"], "labels": ["O"]}
     with pytest.raises(ValueError, match=r"rows\.annotated names no format; give file_format= one of 'csv'"):
@@ -183,15 +184,15 @@ def test_the_format_is_known_from_the_name_or_given(tmp_path: Path) -> None:
         rows_of(path, file_format="xml")
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
-    # The call itself raises, not the first row.
+def test_rejects_missing_files_and_folders(tmp_path: Path) -> None:
+    # The call itself raises, before any row is read.
     with pytest.raises(FileNotFoundError, match=r"rows\.csv: no such file"):
         read_rows(tmp_path / "rows.csv", bad=BadRows(skip=True))
     with pytest.raises(FileNotFoundError, match="it is a folder"):
         read_rows(tmp_path, bad=BadRows(skip=True))
 
 
-def test_columns_that_are_not_there(tmp_path: Path) -> None:
+def test_rejects_missing_columns(tmp_path: Path) -> None:
     table = pyarrow.Table.from_pylist([{"text": "a", "category": "b"}])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     write(tmp_path / "rows.csv", "text,category\na,b\n")
@@ -235,7 +236,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
     assert peak < 1_500_000  # the texts alone are 2 MB
 
 
-def test_real_files(shared_data: Callable[..., Path]) -> None:
+def test_reads_real_files(shared_data: Callable[..., Path]) -> None:
     for name, count in (("train", 10_003), ("test", 3080)):
         assert len(rows_of(shared_data("banking77", f"{name}.csv"), columns=("text", "category"))) == count
     for name, count in (
@@ -249,12 +250,12 @@ def test_real_files(shared_data: Callable[..., Path]) -> None:
 
 
 class StandInData(list[dict[str, Any]]):
-    """What `datasets.load_dataset(..., streaming=True)` gives, as far as it is used."""
+    """Has the parts of a streamed `datasets` data set that are used."""
 
     features: dict[str, Any]
 
 
-def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     class ClassLabel:
         names = ("no", "yes")
 
@@ -273,7 +274,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(rows[1].place) == "some/data, train, row 2"
 
 
-def test_a_data_set_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_the_library_of_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
         next(read_dataset("some/data", "train"))
