@@ -192,6 +192,23 @@ class KVCache:
         keys, values = jax.tree.map(lambda x: fit(x, 2), (self.keys, self.values))
         return replace(self, keys=keys, values=values, mask=fit(self.mask, 1))
 
+    def extend(
+        self,
+        vectors: list[tuple[Vectors, Vectors]],
+        count: int,
+        mask: Bool[Array, "B S"],
+        tokens: Int[Array, " B"],
+        rope_length: Int[Array, " B"],
+    ) -> "KVCache":
+        """Returns the cache with `count` more slots used; `vectors` are each layer's keys and values.
+
+        `mask` may cover the first slots only; no later slot is used then.
+        """
+        mask = jnp.pad(mask, ((0, 0), (0, self.max_length - mask.shape[1])))
+        keys, values = [keys for keys, _ in vectors], [values for _, values in vectors]
+        length = self.length + count
+        return KVCache(keys, values, length, mask, tokens, rope_length, self.window)
+
     def layer(self, index: int, fresh: bool = False) -> "LayerCache":
         """What one layer needs of the cache; `fresh` says that nothing has been written to it."""
         return LayerCache(self.keys[index], self.values[index], self.length, self.window is not None, fresh)

@@ -1,7 +1,6 @@
-"""`Phi3Model`, the one forward that everything else calls."""
+"""The decoder: attention, MLP, layer, and `Phi3Model`, the one forward that everything else calls."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,18 +9,134 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, Num
 
-from phi3_jax.cache.cache import KVCache
+from phi3_jax.cache.cache import KVCache, LayerCache, Vectors
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.errors import UserError
-from phi3_jax.model import inputs
-from phi3_jax.model.decoder_layer import Phi3DecoderLayer
+from phi3_jax.model.arguments import check, locate
+from phi3_jax.model.attention import attention
 from phi3_jax.model.layer_stack import StackedLayers, run_layers
-from phi3_jax.model.layers import Embedding, RMSNorm, activation, dropout
+from phi3_jax.model.layers import Embedding, Linear, RMSNorm, activation, dropout, last_positions
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.outputs import BaseModelOutputWithPast
 from phi3_jax.model.pretrained import Phi3PreTrainedModel
-from phi3_jax.model.rope import rope_tables
+from phi3_jax.model.rope import apply_rope, rope_tables
 from phi3_jax.parallel.sharding import check_divides, constrain
+from phi3_jax.sizes import round_up
+
+SPARE_SLOTS = 128
+"""Slots that a cache made by a forward has beyond its tokens, at least; its size is a multiple."""
+
+LayerOutput = tuple[Float[Array, "B kept D"], Array | None, tuple[Vectors, Vectors] | None]
+"""The output at the last `keep` positions (None: all), attention weights, cached keys and values."""
+
+
+class Phi3Attention(nnx.Module):
+    """Grouped-query self-attention with fused projections, grouped by key/value head.
+
+    `qkv_proj` has for each key/value head its G query heads, then its key, then its value. The checkpoint has
+    all queries, then all keys, then all values.
+    """
+
+    def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype, mesh: Mesh | None):
+        groups = config.num_attention_heads // config.num_key_value_heads
+        heads = {"kv_heads": config.num_key_value_heads}
+        embed = {"embed": config.hidden_size}
+        head_dim = {"head_dim": config.head_dim}
+        init: dict[str, Any] = {"std": config.initializer_range, "rngs": rngs, "dtype": dtype, "mesh": mesh}
+        self.qkv_proj = Linear(embed, {**heads, "qkv": groups + 2, **head_dim}, **init)
+        self.o_proj = Linear({**heads, "groups": groups, **head_dim}, embed, **init)
+        self.scale = config.head_dim**-0.5
+        self.mesh = mesh
+        self.attn_implementation: str | None = None
+        self.attention_dropout = config.attention_dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        tables: tuple[Array, Array],
+        mask: CausalMask | Array,
+        past: LayerCache | None,
+        keep: int | None,
+        output_attentions: bool,
+        key: Key[Array, ""] | None,
+    ) -> LayerOutput:
+        qkv = self.qkv_proj(x).astype(x.dtype)  # [B, T, K, G + 2, H]
+        # Split, not sliced: gradients are then concatenated rather than padded with zeros and added.
+        queries, keys, values = jax.lax.split(qkv, (qkv.shape[3] - 2, 1, 1), axis=3)
+        query_tables = (last_positions(table, keep) for table in tables)
+        queries = apply_rope(last_positions(queries, keep), *query_tables)
+        keys = apply_rope(keys[..., 0, :], *tables).swapaxes(1, 2)  # [B, K, T, H]
+        values = values[..., 0, :].swapaxes(1, 2)
+        present = None if past is None else past.write(keys, values, self.mesh)
+        # In a prefill the cache holds nothing but these very keys.
+        prefill = isinstance(mask, CausalMask) and mask.prefill
+        visible = (keys, values) if present is None or prefill else present
+        if keep is not None:
+            mask = mask.last_queries(keep) if isinstance(mask, CausalMask) else mask[:, :, -keep:]
+        out, weights = attention(
+            queries,
+            *visible,
+            mask,
+            scale=self.scale,
+            mesh=self.mesh,
+            implementation=self.attn_implementation,
+            dropout_rate=self.attention_dropout,
+            dropout_key=key,
+            output_weights=output_attentions,
+        )
+        return self.o_proj(out).astype(x.dtype), weights, present
+
+
+class Phi3MLP(nnx.Module):
+    """Gated MLP: down(up * act(gate)), gate and up fused."""
+
+    def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype, mesh: Mesh | None):
+        embed = {"embed": config.hidden_size}
+        mlp = {"mlp": config.intermediate_size}
+        init: dict[str, Any] = {"std": config.initializer_range, "rngs": rngs, "dtype": dtype, "mesh": mesh}
+        self.gate_up_proj = Linear(embed, {"gate_up": 2, **mlp}, **init)
+        self.down_proj = Linear(mlp, embed, **init)
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate_up = self.gate_up_proj(x).astype(x.dtype)  # [B, T, 2, F]
+        gate, up = jax.lax.split(gate_up, (1, 1), axis=-2)
+        return self.down_proj((up * activation(self.hidden_act)(gate))[..., 0, :]).astype(x.dtype)
+
+
+class Phi3DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each with a dropout before its residual add."""
+
+    def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype, mesh: Mesh | None):
+        self.self_attn = Phi3Attention(config, rngs=rngs, dtype=dtype, mesh=mesh)
+        self.mlp = Phi3MLP(config, rngs=rngs, dtype=dtype, mesh=mesh)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, mesh=mesh)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, mesh=mesh
+        )
+        self.resid_pdrop = config.resid_pdrop
+        self.mesh = mesh
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        tables: tuple[Array, Array],
+        mask: CausalMask | Array,
+        past: LayerCache | None = None,
+        keep: int | None = None,
+        output_attentions: bool = False,
+        key: Key[Array, ""] | None = None,
+    ) -> LayerOutput:
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        prefill = isinstance(mask, CausalMask) and mask.prefill and keep is None
+        axes = ("batch", "length" if prefill else None, "hidden")
+        y, weights, present = self.self_attn(
+            self.input_layernorm(x), tables, mask, past, keep, output_attentions, keys[0]
+        )
+        x = last_positions(x, keep)
+        x = x + dropout(constrain(y, self.mesh, *axes), self.resid_pdrop, keys[1])
+        y = self.mlp(self.post_attention_layernorm(x))
+        x = x + dropout(constrain(y, self.mesh, *axes), self.resid_pdrop, keys[2])
+        return x, weights, present
 
 
 class Phi3Model(Phi3PreTrainedModel):
@@ -89,7 +204,7 @@ class Phi3Model(Phi3PreTrainedModel):
         inv_freq: Float[Array, "..."] | None = None,
         attention_scaling: Float[Array, "..."] | float | None = None,
         rope_length: Int[Array, " B"] | None = None,
-        hidden_states_to_keep: int = 0,
+        hidden_states_to_keep: int | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder over new tokens, after those in the cache if there is one.
@@ -97,104 +212,63 @@ class Phi3Model(Phi3PreTrainedModel):
         Args:
             input_ids: token ids; NumPy or JAX.
             attention_mask: 1 for tokens, 0 for padding, of the new tokens [B, T] or of the cached and the new
-                ones [B, past + T]; or [B, 1 or N, T, S], used as it is: True where a query sees a key, or
-                numbers added to the scores. A cache that is a ring takes masks of the new tokens only.
-            position_ids: default: tokens counted along the mask, padding left out.
-            past_key_values: the cache so far. Its slots must have room; a full one is an error outside `jit`,
-                inside, where its length is not known, make it long enough. A ring always has room for the
-                chunk that it was made for.
-            inputs_embeds: given instead of `input_ids`.
-            use_cache: return a cache; default: only if one was given. Without one, a new one is made with
-                room for at least 128 more tokens (make your own with `init_cache`).
+                ones [B, past + T]; or [B, 1 or N, T, S]: True where a query sees a key, or numbers added to
+                the scores. A cache that is a ring takes masks of the new tokens only.
+            position_ids: default: tokens counted along the mask, without padding.
+            past_key_values: the cache so far, with room for the new tokens. A full one is an error outside
+                `jit`; inside, its length is not known. A ring has room for the chunk that it was made for.
+            inputs_embeds: in place of `input_ids`.
+            use_cache: return a cache; default: if one was given. Without one, a new one is made with room
+                for at least 128 more tokens (see `init_cache`).
             output_attentions: return the probabilities of every layer.
             output_hidden_states: return the embeddings and every layer's output.
             rngs: for dropout, a key or an `nnx.Rngs` with a `dropout` stream; None: no dropout.
             inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2] or, for
-                each new token its own, [B, T, rotary_dim / 2].
+                each new token, [B, T, rotary_dim / 2].
             attention_scaling: factor on cosine and sine in place of the config's, a scalar or [B].
-            rope_length: the length by which each row's longrope list (or dynamic base) is chosen. Give a
-                prompt's whole length when it comes in chunks. Default: its tokens so far, or what the cache
-                was computed with if that is more.
-            hidden_states_to_keep: n: give `last_hidden_state` at the last n positions only, and spare the
-                last layer the work on the others; 0: at all.
-            segment_ids: rows that hold several examples, each side by side: the number of every token's
-                example, 0 for padding (with an `attention_mask`, what either calls padding is). Tokens see
-                only their own example, and positions restart at 0 where another begins. One longrope list
-                still serves the whole row, that of its longest example unless `rope_length` says otherwise.
-                Without a cache only.
+            rope_length: the length by which each row's frequencies are chosen, such as the whole prompt's
+                when it comes in chunks. Default: its tokens so far, or the cache's `rope_length` if greater.
+            hidden_states_to_keep: return the last n positions only, and compute no others in the last layer;
+                None: all positions.
+            segment_ids: the number of every token's example in rows that hold several, 0 for padding. Tokens
+                see only their own example, and positions restart at 0 in each. All examples of a row share
+                the frequencies of the longest unless `rope_length` is given. Without a cache only.
 
         Raises:
-            ValueError: shapes that do not fit, ids outside the vocabulary, a sequence beyond the cache,
-                `segment_ids` together with a cache or a 4-D mask.
+            UserError: shapes that do not fit, ids outside the vocabulary, too many tokens for the cache.
         """
-        config = self.config
-        past = past_key_values
-        if segment_ids is not None and (past is not None or use_cache):
-            raise UserError(
-                "segment_ids go without a cache, whose slots are one example's: leave out past_key_values "
-                "and use_cache, and give each example a row of its own to continue it"
-            )
-        new = inputs.check(config, input_ids, inputs_embeds, attention_mask, position_ids, past, segment_ids)
-        where = inputs.locate(new, past)
-        if rope_length is None:
-            rope_length = where.tokens if past is None else jnp.maximum(where.tokens, past.rope_length)
-        rope_length = jnp.asarray(rope_length, jnp.int32)
-        if rope_length.shape not in ((), (1,), (new.batch_size,)):
-            raise UserError(
-                f"rope_length has shape {rope_length.shape}; expected a number or [{new.batch_size}]"
-            )
-        rope_length = jnp.broadcast_to(rope_length, (new.batch_size,))
-        tables = rope_tables(config, where.position_ids, rope_length, inv_freq, attention_scaling)
-        fresh = past is None
-        mask: CausalMask | Array | None = new.mask_4d
-        if mask is None:
-            mask = CausalMask(
-                where.slots,
-                where.key_slots,
-                where.key_mask,
-                config.sliding_window,
-                fresh,
-                where.segments,
-                where.segments,
-            )
-        length = "length" if fresh and new.mask_4d is None else None
-        check_divides(self.mesh, {"batch": new.batch_size} | ({length: new.length} if length else {}))
-        cache, key_mask = past, where.key_mask
-        if fresh and use_cache:
-            cache = self.init_cache(new.batch_size, inputs.roomy(new.length))
-            key_mask = jnp.pad(key_mask, ((0, 0), (0, cache.max_length - new.length)))
+        arguments = input_ids, inputs_embeds, attention_mask, position_ids, segment_ids
+        new = check(self.config, past_key_values, *arguments)
+        cache = past_key_values
+        if cache is None and use_cache:
+            new.refuse_segments()
+            cache = self.init_cache(new.batch_size, round_up(new.length + SPARE_SLOTS, SPARE_SLOTS))
+        where = locate(new, past_key_values, self.config, rope_length)
+        length_axis = "length" if where.prefill else None
+        check_divides(self.mesh, {"batch": new.batch_size, "length": new.length if where.prefill else 0})
 
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
         x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
-        x = constrain(x.astype(self.dtype), self.mesh, "batch", length, "hidden")
-        x = dropout(x, config.embd_pdrop, None if key is None else jax.random.fold_in(key, 0))
-
-        spare = not (output_hidden_states or output_attentions)
+        x = constrain(x.astype(self.dtype), self.mesh, "batch", length_axis, "hidden")
+        x = dropout(x, self.config.embd_pdrop, None if key is None else jax.random.fold_in(key, 0))
+        tables = rope_tables(self.config, where.position_ids, where.rope_length, inv_freq, attention_scaling)
         states, attentions, present = run_layers(
             self.layers,
             x,
             tables,
-            mask,
+            where.mask,
             cache,
-            keep=hidden_states_to_keep if spare else 0,
+            keep=None if output_hidden_states or output_attentions else hidden_states_to_keep,
             output_attentions=output_attentions,
             key=key,
             remat_policy=self.remat_policy,
         )
         last = self.norm(states[-1])
-
         if cache is not None:
-            cache = replace(
-                cache,
-                keys=[keys for keys, _ in present],
-                values=[values for _, values in present],
-                length=cache.length + new.length,
-                mask=key_mask,
-                tokens=where.counted,
-                rope_length=rope_length,
-            ).constrain(self.mesh)
+            cache = cache.extend(present, new.length, where.key_mask, where.tokens, where.rope_length)
+            cache = cache.constrain(self.mesh)
         return BaseModelOutputWithPast(
-            last_hidden_state=last[:, -hidden_states_to_keep:],
+            last_hidden_state=last_positions(last, hidden_states_to_keep),
             past_key_values=cache if use_cache or use_cache is None else None,
             hidden_states=(x, *states[:-1], last) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,

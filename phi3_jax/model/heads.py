@@ -13,8 +13,8 @@ from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.generation.mixin import GenerationMixin
+from phi3_jax.model.arguments import is_concrete
 from phi3_jax.model.decoder import Phi3Model
-from phi3_jax.model.inputs import known
 from phi3_jax.model.layers import Linear, dropout, matmul
 from phi3_jax.model.losses import (
     IGNORE_INDEX,
@@ -104,11 +104,11 @@ class Phi3ForCausalLM(_Headed, GenerationMixin):
             labels = _checked_labels(
                 labels, _batch_shape(input_ids, decoder_arguments), self.config.vocab_size
             )
-        last = int(keep) if np.ndim(keep) == 0 else 0
+        last = (int(keep) or None) if np.ndim(keep) == 0 else None
         out = self.model(input_ids, attention_mask, hidden_states_to_keep=last, **decoder_arguments)
         x = out.last_hidden_state if np.ndim(keep) == 0 else _kept(out.last_hidden_state, keep)
         fresh = decoder_arguments.get("past_key_values") is None
-        whole = last == 0 and np.ndim(keep) == 0
+        whole = last is None and np.ndim(keep) == 0
         logits = self.logits(x, "length" if fresh and whole else None)
         loss = None
         if labels is not None:
@@ -281,7 +281,7 @@ def _kept(x: Float[Array, "B T D"], keep: Any) -> Float[Array, "B kept D"]:
             f"logits_to_keep is {keep.dtype}{list(keep.shape)}; "
             f"expected a number, or integers of shape [kept] or [{batch}, kept]"
         )
-    if known(keep):
+    if is_concrete(keep):
         values = np.asarray(keep)
         outside = values[(values < -length) | (values >= length)]
         if outside.size:
@@ -313,7 +313,7 @@ def _checked_labels(labels: Any, shape: tuple[int, ...], classes: int) -> Array:
         raise UserError(
             f"labels is {labels.dtype}{list(labels.shape)}; expected integers of shape {list(shape)}"
         )
-    if known(labels):
+    if is_concrete(labels):
         values = np.asarray(labels)
         wrong = ((values < 0) | (values >= classes)) & (values != IGNORE_INDEX)
         if wrong.any():

@@ -1,4 +1,4 @@
-"""The layers of a decoder one after another: a list for inference, a scanned stack for training."""
+"""Runs the layers of a decoder: a list for inference, a scanned stack for training."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,27 +12,25 @@ from jaxtyping import Array
 
 from phi3_jax.cache.cache import KVCache, Vectors
 from phi3_jax.errors import UserError
-from phi3_jax.model.decoder_layer import Phi3DecoderLayer
 from phi3_jax.model.masks import CausalMask
 
 Model = TypeVar("Model", bound=Any)
 Policy = Callable[..., bool]
-Run = tuple[list[Array], list[Array], list[tuple[Vectors, Vectors]]]
-"""Each layer's output (of a stack only the last one's), attention weights, keys and values."""
+LayerOutputs = tuple[list[Array], list[Array], list[tuple[Vectors, Vectors]]]
+"""Each layer's output (only the last one's for stacked layers), attention weights, keys and values."""
 
 
 class StackedLayers(nnx.Module):
-    """All layers as one whose parameters have a leading axis, the layers.
+    """All layers as one, whose parameters have a leading axis of layers.
 
-    A scan compiles its body once, which is what training needs; it copies what lies in a cache, so that
-    inference runs on a list.
+    A scan compiles its body once, as training needs. It copies the cache, so inference uses a list.
     """
 
-    def __init__(self, layers: list[Phi3DecoderLayer]):
+    def __init__(self, layers: list[Any]):
         self.count = len(layers)
         self.layer = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
-    def unstack(self) -> list[Phi3DecoderLayer]:
+    def unstack(self) -> list[Any]:
         return [jax.tree.map(itemgetter(index), self.layer) for index in range(self.count)]
 
     def __len__(self) -> int:
@@ -40,18 +38,18 @@ class StackedLayers(nnx.Module):
 
 
 def run_layers(
-    layers: nnx.List[Phi3DecoderLayer] | StackedLayers,
+    layers: nnx.List[Any] | StackedLayers,
     x: Array,
     tables: tuple[Array, Array],
     mask: CausalMask | Array,
     cache: KVCache | None,
     *,
-    keep: int,
+    keep: int | None,
     output_attentions: bool,
     key: Array | None,
     remat_policy: Policy | None,
-) -> Run:
-    """Runs `x` through all layers, the last of them at the last `keep` positions only (0: at all)."""
+) -> LayerOutputs:
+    """Runs `x` through all layers; the last one computes its last `keep` positions only (None: all)."""
     run: Callable[..., Any] = _run_layer
     if remat_policy is not None:
         run = jax.checkpoint(run, policy=remat_policy, static_argnums=(5, 6))
@@ -61,18 +59,18 @@ def run_layers(
                 "stacked layers are for training: no cache, no attentions; unstack the model first"
             )
         return [_scan(layers, run, x, tables, mask, key)], [], []
-    fresh = isinstance(mask, CausalMask) and mask.fresh
+    prefill = isinstance(mask, CausalMask) and mask.prefill
     hidden_states, attentions, present = [], [], []
     for index, layer in enumerate(layers):
-        last = index == len(layers) - 1
-        past = None if cache is None else cache.layer(index, fresh)
-        x, weights, pair = run(
-            layer, x, tables, mask, past, keep if last else 0, output_attentions, _layer_key(key, index)
+        past = None if cache is None else cache.layer(index, prefill)
+        own_keep = keep if index == len(layers) - 1 else None
+        x, weights, vectors = run(
+            layer, x, tables, mask, past, own_keep, output_attentions, _layer_key(key, index)
         )
         hidden_states.append(x)
         if output_attentions:
             attentions.append(weights)
-        present.append(pair)
+        present.append(vectors)
     return hidden_states, attentions, present
 
 
@@ -84,9 +82,9 @@ def _scan(
     mask: CausalMask | Array,
     key: Array | None,
 ) -> Array:
-    def body(x: Array, item: tuple[Array, Phi3DecoderLayer]) -> tuple[Array, None]:
+    def body(x: Array, item: tuple[Array, Any]) -> tuple[Array, None]:
         index, layer = item
-        return run(layer, x, tables, mask, None, 0, False, _layer_key(key, index))[0], None
+        return run(layer, x, tables, mask, None, None, False, _layer_key(key, index))[0], None
 
     return jax.lax.scan(body, x, (jnp.arange(layers.count), layers.layer))[0]
 
@@ -96,22 +94,13 @@ def _layer_key(key: Array | None, index: Array | int) -> Array | None:
 
 
 @partial(jax.jit, static_argnums=(5, 6))
-def _run_layer(
-    layer: Phi3DecoderLayer,
-    x: Array,
-    tables: tuple[Array, Array],
-    mask: CausalMask | Array,
-    past: Any,
-    keep: int,
-    output_attentions: bool,
-    key: Array | None,
-) -> tuple[Array, Array | None, tuple[Vectors, Vectors] | None]:
-    """One layer, as a function that JAX traces once for all layers; XLA inlines it again."""
-    return layer(x, tables, mask, past, keep, output_attentions, key)
+def _run_layer(layer: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs one layer; under `jit`, JAX traces it once for all layers, and XLA inlines it."""
+    return layer(*arguments)
 
 
 def stack_layers(model: Model) -> Model:
-    """The same model with its layers stacked, for training; the given one stays as it is."""
+    """Returns the model with its layers stacked, for training; the given one is not changed."""
     model = jax.tree.map(lambda leaf: leaf, model)
     if isinstance(model.decoder.layers, StackedLayers):
         return model
@@ -120,7 +109,7 @@ def stack_layers(model: Model) -> Model:
 
 
 def unstack_layers(model: Model) -> Model:
-    """The same model with its layers in a list again."""
+    """Returns the model with its layers in a list."""
     model = jax.tree.map(lambda leaf: leaf, model)
     if isinstance(model.decoder.layers, StackedLayers):
         model.decoder.layers = nnx.List(model.decoder.layers.unstack())

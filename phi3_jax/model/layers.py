@@ -109,6 +109,11 @@ def _contract_backward(axes: int, dtype: jnp.dtype, operands: Any, gradient: Arr
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
+def last_positions(x: Float[Array, "B T ..."], count: int | None) -> Float[Array, "B kept ..."]:
+    """Returns the last `count` positions, or all if it is None."""
+    return x if count is None else x[:, -count:]
+
+
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
     """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate); no key, no dropout."""
     if key is None or rate == 0.0:

@@ -11,8 +11,7 @@ from jaxtyping import Array
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
-from phi3_jax.model.attention import IMPLEMENTATIONS
-from phi3_jax.model.decoder_layer import Phi3Attention
+from phi3_jax.model.kernels.dispatch import IMPLEMENTATIONS
 from phi3_jax.model.layers import Embedding, normal
 from phi3_jax.model.loading import load_model
 from phi3_jax.model.saving import save_model
@@ -94,9 +93,9 @@ class Phi3PreTrainedModel(nnx.Module):
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(map(repr, IMPLEMENTATIONS))
             raise UserError(f"attn_implementation={implementation!r} is not known; use one of {known}")
-        for module in nnx.iter_modules(self):
-            if isinstance(module[1], Phi3Attention):
-                module[1].implementation = implementation
+        for _, module in nnx.iter_modules(self):
+            if hasattr(module, "attn_implementation"):
+                module.attn_implementation = implementation
 
     def get_input_embeddings(self) -> Embedding:
         return self.decoder.embed_tokens

@@ -57,5 +57,5 @@ def test_what_such_a_cache_cannot_do() -> None:
     model = Phi3ForCausalLM(small_config())
     ids = np.full((1, 3), 7)
     cache = KVCache.below([filled(model, ids, 8), filled(model, ids, 16)])
-    with pytest.raises(ValueError, match="rows differ in slots has no attentions to give"):
+    with pytest.raises(ValueError, match="rows of different sizes gives no attentions"):
         model(np.full((2, 1), 7), past_key_values=cache, output_attentions=True)

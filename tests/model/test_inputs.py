@@ -118,7 +118,7 @@ def test_errors_with_a_cache(model):
     cache = run(model, input_ids=IDS, past_key_values=model.init_cache(2, 8)).past_key_values
     for shape in ((2, 2), (2, 9), (3, 6)):
         with pytest.raises(
-            ValueError, match=r"attention_mask has shape .* or with the cached tokens in front"
+            ValueError, match=r"attention_mask has shape .* or with the cached tokens before them"
         ):
             model(IDS, np.ones(shape), past_key_values=cache)
     with pytest.raises(ValueError, match=r"expected \(2, 1 or 4, 3, 8\), the last being the cache's slots"):

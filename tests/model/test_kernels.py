@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.model.attention import attention
 from phi3_jax.model.kernels import cached, cudnn, splash
-from phi3_jax.model.kernels.live import live_attention
+from phi3_jax.model.kernels.blockwise import blockwise_attention
 from phi3_jax.model.kernels.xla import xla_attention
 from phi3_jax.model.masks import CausalMask
 
@@ -58,7 +58,7 @@ def _fresh(padding: str, batch: int, length: int, window: int | None) -> CausalM
         key_slots=slots,
         key_mask=_tokens(padding, batch, length),
         window=window,
-        fresh=True,
+        prefill=True,
     )
 
 
@@ -379,7 +379,7 @@ class TestLive:
         query, key, value = _arrays(1, 300, 2048, HEADS["gqa"], 64)
         mask = _cache("none", 1, 2048, 1500, 300, 100)
         dead = (np.arange(2048) < 1024) | (np.arange(2048) >= 1536)
-        run = jax.jit(partial(live_attention, scale=SCALE))
+        run = jax.jit(partial(blockwise_attention, scale=SCALE))
         out = run(query, key, value, mask).out
         poisoned = run(query, *(np.where(dead[:, None], jnp.nan, x) for x in (key, value)), mask).out
         np.testing.assert_array_equal(poisoned, out)
@@ -390,7 +390,7 @@ class TestLive:
         some = dataclasses.replace(mask, key_mask=mask.key_mask & [[True], [False]])
         self._compare(arrays, some)
         none = dataclasses.replace(mask, key_mask=mask.key_mask & False)
-        attended = jax.jit(partial(live_attention, scale=SCALE))(*arrays, none)
+        attended = jax.jit(partial(blockwise_attention, scale=SCALE))(*arrays, none)
         assert (attended.out == 0).all()
         assert (attended.lse == np.finfo(np.float32).min).all()
 
@@ -412,7 +412,7 @@ class TestLive:
 
     @staticmethod
     def _compare(arrays: list, mask: CausalMask, rtol: float = 1e-5) -> None:
-        run = jax.jit(partial(live_attention, scale=SCALE))
+        run = jax.jit(partial(blockwise_attention, scale=SCALE))
         expected = jax.jit(partial(xla_attention, scale=SCALE, output_lse=True))(*arrays, mask.dense())
         attended = run(*arrays, mask)
         _assert_seen_equal(attended.out.astype(jnp.float32), expected.out.astype(jnp.float32), mask, rtol)

@@ -144,7 +144,7 @@ def test_a_first_prefill_fills_slots_divided_otherwise(spare):
     mesh = make_mesh("data=2,context=4")
     new = jnp.asarray(np.random.default_rng(5).normal(size=(2, 4, 32, 12)), jnp.float32)
     cache = KVCache.create(small_config(**GROUPED), 2, 32 + spare, jnp.float32, mesh=mesh)
-    keys, _ = jax.jit(lambda layer: layer.write(new, new, mesh))(cache.layer(0, fresh=True))
+    keys, _ = jax.jit(lambda layer: layer.write(new, new, mesh))(cache.layer(0, prefill=True))
     assert keys.sharding.is_equivalent_to(cache.keys[0].sharding, 4)
     np.testing.assert_array_equal(keys[:, :, :32], new)
     np.testing.assert_array_equal(keys[:, :, 32:], 0)

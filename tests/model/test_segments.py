@@ -20,8 +20,8 @@ from reference import (
 )
 
 from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.model.arguments import check, locate
 from phi3_jax.model.attention import attention
-from phi3_jax.model.inputs import check, locate
 from phi3_jax.model.kernels import cudnn
 from phi3_jax.model.layer_stack import stack_layers
 from phi3_jax.model.masks import CausalMask
@@ -262,14 +262,14 @@ def test_positions_restart_where_a_segment_begins():
     segments = np.array([[7, 7, 7, 2, 2, -1, -1, 0, 0], [0, 5, 5, 5, 5, 0, 1, 1, 2]])
     mask = np.ones((2, 9), int)
     mask[1, 3] = 0
-    new = check(small_config(), ids, None, mask, None, None, segments)
-    where = locate(new, None)
+    new = check(small_config(), None, ids, attention_mask=mask, segment_ids=segments)
+    where = locate(new, None, small_config())
     tokens = (mask != 0) & (segments != 0)
     expected = np.array([[0, 1, 2, 0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 2, 0, 0, 1, 0]])
     np.testing.assert_array_equal(np.asarray(where.position_ids)[tokens], expected[tokens])
-    np.testing.assert_array_equal(where.segments, np.where(tokens, segments, 0))
+    np.testing.assert_array_equal(where.mask.key_segments, np.where(tokens, segments, 0))
     np.testing.assert_array_equal(where.key_mask, tokens)
-    np.testing.assert_array_equal(where.tokens, [3, 3])
+    np.testing.assert_array_equal(where.rope_length, [3, 3])
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -277,7 +277,7 @@ def test_who_sees_anything(window):
     _, segments = packed()
     slots = np.arange(LENGTH)[None]
     mask = CausalMask(slots.repeat(4, 0), slots, segments != 0, window, True, segments, segments)
-    np.testing.assert_array_equal(mask.sighted(), mask.dense()[:, 0].any(axis=2))
+    np.testing.assert_array_equal(mask.has_visible_key(), mask.dense()[:, 0].any(axis=2))
     last = mask.last_queries(5)
     np.testing.assert_array_equal(last.dense(), mask.dense()[:, :, -5:])
 
@@ -313,7 +313,7 @@ def test_every_head_hands_them_on(kind):
             r"segment_ids is int32\[2, 7\]; expected integers of shape",
         ),
         ({"segment_ids": np.ones((2, 8))}, r"segment_ids is float\d+\[2, 8\]; expected integers"),
-        ({"attention_mask": np.ones((2, 1, 8, 8), bool)}, "so does a 4-D attention_mask; give one of them"),
+        ({"attention_mask": np.ones((2, 1, 8, 8), bool)}, "both say who sees whom; give one of them"),
         ({"use_cache": True}, "segment_ids go without a cache"),
         ({"past_key_values": 16}, "segment_ids go without a cache"),
     ],

@@ -1,4 +1,4 @@
-"""Attention in plain JAX: for every platform, mask and dtype, and the measure of the other kernels."""
+"""Attention in plain JAX, for every platform, mask and dtype; the other kernels are compared with it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,28 +12,24 @@ from jaxtyping import Array, Bool, Float, Key
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.model.layers import dropout, pad_single_row
 from phi3_jax.model.masks import CausalMask
+from phi3_jax.sizes import ceil_div
 
 QUERY_BLOCK = 128
-"""Queries attended at a time, so that scores take QUERY_BLOCK x S a head: what CPU caches can hold."""
+"""Queries attended at a time: their scores, QUERY_BLOCK x S a head, fit into CPU caches."""
 
 HEADS_BLOCK_BYTES = 4 << 20
-"""What the int8 keys that a CPU widens at a time may take in float32: again what its caches hold."""
+"""Bytes in float32 of the int8 keys that a CPU widens at a time: these fit into its caches too."""
 
 
 class Attended(NamedTuple):
-    """What attention gives."""
+    """The result of attention."""
 
     out: Float[Array, "B T K G H"]
     weights: Float[Array, "B N T S"] | None
     """The probabilities of all N = K * G heads."""
     lse: Float[Array, "B N T"] | None
-    """The logarithm of the scores' summed exponentials, by which parts of the keys are put together; about
-    the least float32 where nothing is visible."""
-
-
-class _Wanted(NamedTuple):
-    weights: bool
-    lse: bool
+    """The log-sum-exp of the scores, which combines results over parts of the keys; about the least float32
+    where no key is visible."""
 
 
 def xla_attention(
@@ -54,7 +50,7 @@ def xla_attention(
         query: grouped by the key/value head that each query head reads.
         key: keys, head-major: a decode step then reads each head's keys in one run.
         value: values, likewise.
-        mask: who sees whom; an array is True where a query sees a key, or numbers added to the scores.
+        mask: which query sees which key; an array is True where it does, or numbers added to the scores.
         scale: factor on the scores.
         dropout_rate: dropout on the probabilities, applied when `dropout_key` is given.
         dropout_key: randomness for dropout.
@@ -62,28 +58,42 @@ def xla_attention(
         output_lse: also return the scores' log-sum-exp.
     """
     length = query.shape[1]
-    wanted = _Wanted(output_weights, output_lse)
+    options: Any = {
+        "scale": scale,
+        "dropout_rate": dropout_rate,
+        "output_weights": output_weights,
+        "output_lse": output_lse,
+    }
+    # XLA widens int8 inside the matrix product on TPU and GPU. On CPU it does so in memory, for some heads at
+    # a time then.
+    widens = isinstance(key, QuantizedVectors)
+
+    def attend_block(index: Array | None, queries: Array, visible: CausalMask | Array) -> Attended:
+        own_key = dropout_key
+        if index is not None and dropout_key is not None:
+            own_key = jax.random.fold_in(dropout_key, index)
+        whole: Callable[..., Attended] = partial(_attend, **options, dropout_key=own_key)
+        arrays = queries, key, value, visible.dense() if isinstance(visible, CausalMask) else visible
+        if not widens:
+            return whole(*arrays)
+        by_heads = partial(_attend_by_heads, **options, dropout_key=own_key)
+        return jax.lax.platform_dependent(*arrays, cpu=by_heads, default=whole)
+
     if output_weights or length <= QUERY_BLOCK:
-        return _attend_at_once(query, key, value, mask, scale, dropout_rate, dropout_key, wanted)
-
-    @jax.checkpoint
-    def attend_block(index: Array, queries: Array, visible: CausalMask | Array) -> Attended:
-        block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return _attend_at_once(queries, key, value, visible, scale, dropout_rate, block_key, wanted)
-
-    return by_query_blocks(attend_block, query, mask, QUERY_BLOCK)
+        return attend_block(None, query, mask)
+    return by_query_blocks(jax.checkpoint(attend_block), query, mask, QUERY_BLOCK)
 
 
 def by_query_blocks(
     attend: Callable[[Array, Array, Any], Attended], query: Array, mask: CausalMask | Array, size: int
 ) -> Attended:
-    """Attention of `size` queries at a time, by `attend(number of the block, queries, mask)`; no weights."""
+    """Attention of `size` queries at a time, by `attend(block index, queries, mask)`; without weights."""
     length = query.shape[1]
-    blocks = -(-length // size)
+    blocks = ceil_div(length, size)
     padding = blocks * size - length
 
     def split(x: Array, axis: int) -> Array:
-        """Cuts `axis` into blocks, the last filled up with its last query, and puts the blocks in front."""
+        """Splits `axis` into blocks, which move to the front; the last is padded with its last query."""
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, padding)
         x = jnp.pad(x, widths, mode="edge")
@@ -113,51 +123,24 @@ def by_query_blocks(
     return Attended(out, None, lse)
 
 
-def _attend_at_once(
-    query: Array,
-    key: Array | QuantizedVectors,
-    value: Array | QuantizedVectors,
-    mask: CausalMask | Array,
-    scale: float,
-    dropout_rate: float,
-    dropout_key: Array | None,
-    wanted: _Wanted,
-) -> Attended:
-    """Attention of a block of queries; on CPU some heads at a time if keys and values are int8.
-
-    XLA widens int8 inside the matrix product on TPU and GPU, and in memory on CPU.
-    """
-    mask = mask.dense() if isinstance(mask, CausalMask) else mask
-    if isinstance(key, Array):
-        return _attend(query, key, value, mask, scale, dropout_rate, dropout_key, wanted)
-    settings: Any = {
-        "scale": scale,
-        "dropout_rate": dropout_rate,
-        "dropout_key": dropout_key,
-        "wanted": wanted,
-    }
-    by_heads, at_once = partial(_attend_by_heads, **settings), partial(_attend, **settings)
-    return jax.lax.platform_dependent(query, key, value, mask, cpu=by_heads, default=at_once)
-
-
 def _attend_by_heads(
     query: Array,
     key: QuantizedVectors,
     value: QuantizedVectors,
     mask: Array,
-    scale: float,
-    dropout_rate: float,
+    *,
     dropout_key: Array | None,
-    wanted: _Wanted,
+    **options: Any,
 ) -> Attended:
+    """Attends some heads at a time, which limits how much of the int8 keys and values is widened."""
     batch, length, kv_heads, groups, width = query.shape
     fitting = max(HEADS_BLOCK_BYTES // (4 * key.shape[2] * width), 1)
     heads = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= fitting)
     blocks = batch * kv_heads // heads
-    dtype = jnp.float32 if length == 1 else query.dtype  # for a single query the faster product
+    dtype = jnp.float32 if length == 1 else query.dtype  # the faster product for a single query
     queries = query.astype(dtype).swapaxes(1, 2).reshape(blocks, heads, length, groups, width)
     masks = mask if mask.shape[1] == 1 else mask.reshape(blocks, heads * groups, *mask.shape[2:])
-    # Blocks are cut inside the loop: XLA copies the whole cache to split it beside an axis of length 1.
+    # Blocks are sliced inside the loop: XLA copies the whole cache to split it beside an axis of length 1.
     key, value = jax.tree.map(lambda x: x.reshape(batch * kv_heads, *x.shape[2:]), (key, value))
 
     def attend_block(block: tuple[Array, Array]) -> Attended:
@@ -168,7 +151,7 @@ def _attend_by_heads(
         visible = masks[index * len(masks) // blocks][None]
         block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         queries = queries.swapaxes(0, 1)[None]
-        return _attend(queries, keys, values, visible, scale, dropout_rate, block_key, wanted)
+        return _attend(queries, keys, values, visible, dropout_key=block_key, **options)
 
     out, weights, lse = jax.lax.map(attend_block, (jnp.arange(blocks), queries))
     out = out.reshape(batch, -1, length, heads, groups, width).swapaxes(1, 2).reshape(query.shape)
@@ -184,34 +167,36 @@ def _attend(
     key: Array | QuantizedVectors,
     value: Array | QuantizedVectors,
     mask: Array,
+    *,
     scale: float,
     dropout_rate: float,
     dropout_key: Array | None,
-    wanted: _Wanted,
+    output_weights: bool,
+    output_lse: bool,
 ) -> Attended:
     batch, length, kv_heads, groups, width = query.shape
     rows = groups * length
     key, key_scale = _split(key)
     value, value_scale = _split(value)
-    # A decode step reads a float32 cache as it is; with more queries, casting it first pays.
+    # A decode step reads a float32 cache unchanged; for more queries, casting it first is faster.
     dtype = jnp.promote_types(query.dtype, key.dtype) if length == 1 else query.dtype
     key, value = key.astype(dtype), value.astype(dtype)
     folded = query.astype(dtype).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width)
     products = jax.lax.platform_dependent(
-        pad_single_row(folded), key, cpu=_keys_in_front if length == 1 else _products, default=_products
+        pad_single_row(folded), key, cpu=_scores_keys_first if length == 1 else _scores, default=_scores
     )
     scores = products[:, :, :rows]
     if key_scale is not None:
         scores = scores * key_scale
     scores = scores.reshape(batch, kv_heads * groups, length, -1) * scale  # [B, N, T, S]
     if mask.dtype == jnp.bool:
-        # Finite and added, as in the reference: a query that sees nothing attends everywhere alike instead of
-        # giving NaN, and has the reference's gradient.
+        # Finite and added, as in the reference: a query without a visible key attends to all keys equally
+        # instead of giving NaN, and has the reference's gradient.
         mask = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
     scores = scores + mask.astype(jnp.float32)
     probabilities = jax.nn.softmax(scores, axis=-1)
     weights = probabilities.astype(query.dtype)
-    # Where a scale is still to come, rounding waits for the product.
+    # Where a scale follows, rounding waits for the product.
     folded = dropout(weights if value_scale is None else probabilities, dropout_rate, dropout_key)
     folded = folded.reshape(batch, kv_heads, rows, -1)
     if value_scale is not None:
@@ -221,24 +206,29 @@ def _attend(
     out = out[:, :, :rows].reshape(batch, kv_heads, groups, length, width).astype(query.dtype)
     return Attended(
         out.transpose(0, 3, 1, 2, 4),
-        weights if wanted.weights else None,
-        jax.nn.logsumexp(scores, axis=-1) if wanted.lse else None,
+        weights if output_weights else None,
+        jax.nn.logsumexp(scores, axis=-1) if output_lse else None,
     )
 
 
-def _products(query: Float[Array, "B K R H"], key: Float[Array, "B K S H"]) -> Float[Array, "B K R S"]:
+def _scores(query: Float[Array, "B K R H"], key: Float[Array, "B K S H"]) -> Float[Array, "B K R S"]:
     return jnp.einsum("BKRH,BKSH->BKRS", query, key, preferred_element_type=jnp.float32)
 
 
-def _keys_in_front(query: Float[Array, "B K R H"], key: Float[Array, "B K S H"]) -> Float[Array, "B K R S"]:
-    """The same for few queries on CPU: as the second operand the keys would be packed anew, for half a step's
-    time. Without the barrier XLA turns the product around again."""
+def _scores_keys_first(
+    query: Float[Array, "B K R H"], key: Float[Array, "B K S H"]
+) -> Float[Array, "B K R S"]:
+    """Returns the same scores, faster for few queries on CPU.
+
+    As the second operand, the keys would be packed again, which takes half of a step's time. Without the
+    barrier XLA turns the product around.
+    """
     products = jnp.einsum("BKSH,BKRH->BKSR", key, query, preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(products).swapaxes(2, 3)
 
 
 def _split(vectors: Array | QuantizedVectors) -> tuple[Array, Array | None]:
-    """The numbers to multiply with, and the factor [B, K, 1, S] on the products, if there is one."""
+    """Returns the numbers to multiply, and the factor [B, K, 1, S] on the products, if any."""
     if isinstance(vectors, Array):
         return vectors, None
     return vectors.values, vectors.scale[:, :, None].astype(jnp.float32)

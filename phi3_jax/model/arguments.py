@@ -1,4 +1,4 @@
-"""What the caller hands a forward: checked, brought to one form, and located among the cache's slots."""
+"""The arguments of a forward: checked, in one form, and located among the cache's slots."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,60 +11,70 @@ from jaxtyping import Array, Bool, Float, Int
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
+from phi3_jax.model.masks import CausalMask
 
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Checked arguments of a forward."""
+    """The checked arguments of a forward."""
 
     input_ids: Int[Array, "B T"] | None
     inputs_embeds: Float[Array, "B T D"] | None
     mask: Bool[Array, "B _"] | None
-    """Over the new tokens or over the cached and the new ones."""
+    """True for tokens, over the new positions or over the cached and the new ones."""
     mask_4d: Array | None
     position_ids: Int[Array, "B T"] | None
     segment_ids: Int[Array, "B T"] | None
     batch_size: int
     length: int
 
+    def refuse_segments(self) -> None:
+        """Raises a UserError if there are segments, which go without a cache."""
+        if self.segment_ids is not None:
+            raise UserError(
+                "segment_ids go without a cache, whose slots are one example's: leave out past_key_values "
+                "and use_cache, and give each example a row of its own to continue it"
+            )
+
 
 @dataclass(frozen=True)
 class Location:
-    """Where new tokens stand in their rows."""
+    """The positions of new tokens in their rows, and the keys that they may see."""
 
-    slots: Int[Array, "B T"]
-    key_slots: Int[Array, "#B S"]
-    key_mask: Bool[Array, "B S"]
-    """Keys that are tokens, the new ones included."""
+    mask: CausalMask | Array
     position_ids: Int[Array, "B T"]
+    rope_length: Int[Array, " B"]
+    """The length by which each row's rope frequencies are chosen."""
+    key_mask: Bool[Array, "B S"]
+    """True for keys that are tokens, the new ones included."""
     tokens: Int[Array, " B"]
-    """Tokens of each row so far, by position: the greatest position of a token plus one."""
-    counted: Int[Array, " B"]
     """Tokens of each row so far, counted along the mask."""
-    segments: Int[Array, "B T"] | None
-    """The example that each token belongs to; 0: padding."""
+
+    @property
+    def prefill(self) -> bool:
+        """Whether the new tokens see only each other, by the causal mask."""
+        return isinstance(self.mask, CausalMask) and self.mask.prefill
 
 
-def roomy(length: int) -> int:
-    """Slots for a cache that nobody sized: at least 128 more than `length`, in steps of 128."""
-    return -(-(length + 128) // 128) * 128
-
-
-def known(x: Any) -> bool:
-    """Whether the values of `x` can be looked at, as they cannot under `jit`."""
+def is_concrete(x: Any) -> bool:
+    """Whether `x` has values that can be read, which under `jit` it has not."""
     return x is not None and not isinstance(x, jax.core.Tracer)
 
 
 def check(
     config: Phi3Config,
-    input_ids: Any,
-    inputs_embeds: Any,
-    attention_mask: Any,
-    position_ids: Any,
     cache: KVCache | None,
-    segment_ids: Any,
+    input_ids: Any = None,
+    inputs_embeds: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    segment_ids: Any = None,
 ) -> NewTokens:
-    """Brings the arguments to one form or says which of them is wrong; values only where they are known."""
+    """Returns the arguments in one form; values are checked only where they are concrete.
+
+    Raises:
+        UserError: an argument has the wrong shape or dtype, or contradicts another one.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise UserError("give exactly one of input_ids and inputs_embeds")
     if inputs_embeds is not None:
@@ -82,29 +92,28 @@ def check(
         raise UserError(f"nothing to compute: the batch has {batch} rows of {length} tokens")
     if position_ids is not None:
         position_ids = jnp.asarray(position_ids)
-        integers = jnp.issubdtype(position_ids.dtype, jnp.integer)
-        if position_ids.shape not in ((batch, length), (1, length)) or not integers:
-            raise UserError(
-                f"position_ids is {position_ids.dtype}{list(position_ids.shape)}; "
-                f"expected integers of shape {[batch, length]}"
-            )
+        _check_integers("position_ids", position_ids, (batch, length), ((batch, length), (1, length)))
         position_ids = jnp.broadcast_to(position_ids.astype(jnp.int32), (batch, length))
     if cache is not None:
         _check_cache(config, cache, batch, length)
     mask, mask_4d = _check_mask(config, attention_mask, batch, length, cache)
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
-        if segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise UserError(
-                f"segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}; "
-                f"expected integers of shape {[batch, length]}"
-            )
+        _check_integers("segment_ids", segment_ids, (batch, length))
         if mask_4d is not None:
-            raise UserError(
-                "segment_ids say who sees whom, and so does a 4-D attention_mask; give one of them"
-            )
+            raise UserError("segment_ids and a 4-D attention_mask both say who sees whom; give one of them")
         segment_ids = segment_ids.astype(jnp.int32)
-    return NewTokens(input_ids, inputs_embeds, mask, mask_4d, position_ids, segment_ids, batch, length)
+    new = NewTokens(input_ids, inputs_embeds, mask, mask_4d, position_ids, segment_ids, batch, length)
+    if cache is not None:
+        new.refuse_segments()
+    return new
+
+
+def _check_integers(
+    name: str, x: Array, expected: tuple[int, ...], shapes: tuple[tuple[int, ...], ...] = ()
+) -> None:
+    if x.shape not in (shapes or (expected,)) or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise UserError(f"{name} is {x.dtype}{list(x.shape)}; expected integers of shape {list(expected)}")
 
 
 def _check_ids(config: Phi3Config, input_ids: Any) -> Array:
@@ -115,13 +124,13 @@ def _check_ids(config: Phi3Config, input_ids: Any) -> Array:
             f"input_ids is {input_ids.dtype}{list(input_ids.shape)}; "
             "expected integers of shape [batch, length]"
         )
-    if known(input_ids) and input_ids.size:
+    if is_concrete(input_ids) and input_ids.size:
         values = np.asarray(input_ids)
         outside = (values < 0) | (values >= config.vocab_size)
         if outside.any():
-            row, column = np.argwhere(outside)[0]
+            row, position = np.argwhere(outside)[0]
             raise UserError(
-                f"input_ids[{row}, {column}] = {values[row, column]} is outside the vocabulary of "
+                f"input_ids[{row}, {position}] = {values[row, position]} is outside the vocabulary of "
                 f"{config.vocab_size} tokens; is this the tokenizer of another model?"
             )
     return jnp.asarray(input_ids, jnp.int32)
@@ -147,7 +156,7 @@ def _check_cache(config: Phi3Config, cache: KVCache, batch: int, length: int) ->
                 f"{cache.max_length - cache.window + 1} at once, or make it with a larger chunk"
             )
         return
-    used = cache.get_seq_length() if known(cache.length) else 0
+    used = cache.get_seq_length() if is_concrete(cache.length) else 0
     if used + length > cache.max_length:
         raise UserError(
             f"the cache has {cache.max_length} slots a row: {used} are used and {length} more tokens do not "
@@ -159,6 +168,7 @@ def _check_cache(config: Phi3Config, cache: KVCache, batch: int, length: int) ->
 def _check_mask(
     config: Phi3Config, attention_mask: Any, batch: int, length: int, cache: KVCache | None
 ) -> tuple[Array | None, Array | None]:
+    """Returns the mask of tokens and the 4-D mask, one of which is None."""
     if attention_mask is None:
         return None, None
     mask = jnp.asarray(attention_mask)
@@ -179,9 +189,9 @@ def _check_mask(
         mask = mask if jnp.issubdtype(mask.dtype, jnp.floating) else mask.astype(bool)
         return None, jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
     if mask.ndim != 2 or mask.shape[0] != batch or not length <= mask.shape[1] <= keys:
-        past = "" if cache is None else ", or with the cached tokens in front"
+        past = "" if cache is None else ", or with the cached tokens before them"
         raise UserError(f"attention_mask has shape {mask.shape}; expected {(batch, length)}{past}")
-    if mask.shape[1] > length and cache is not None and known(cache.length):
+    if mask.shape[1] > length and cache is not None and is_concrete(cache.length):
         used = cache.get_seq_length()
         if mask.shape[1] not in (used + length, cache.max_length):
             raise UserError(
@@ -191,8 +201,12 @@ def _check_mask(
     return mask.astype(bool), None
 
 
-def locate(new: NewTokens, cache: KVCache | None) -> Location:
-    """Slots, visible keys and positions of the new tokens."""
+def locate(new: NewTokens, cache: KVCache | None, config: Phi3Config, rope_length: Any = None) -> Location:
+    """Returns the mask, the positions and the rope lengths of the new tokens.
+
+    Raises:
+        UserError: `rope_length` has the wrong shape.
+    """
     batch, length = new.batch_size, new.length
     is_token = jnp.ones((batch, length), bool) if new.mask is None else new.mask
     if new.segment_ids is not None:
@@ -204,30 +218,42 @@ def locate(new: NewTokens, cache: KVCache | None) -> Location:
     else:
         start, past = cache.length, cache.tokens
         key_slots = cache.slots(start + length)
-        if is_token.shape[1] > length:  # the cached tokens in front
+        if is_token.shape[1] > length:  # the mask covers the cached tokens too
             key_mask = jnp.pad(is_token, ((0, 0), (0, cache.max_length - is_token.shape[1])))
             past = jnp.sum(key_mask & (key_slots < start[:, None]), axis=1, dtype=jnp.int32)
             is_token = jnp.take_along_axis(key_mask, start[:, None] + offsets, axis=1)
         else:
-            index = key_slots - start[:, None]  # [B, S], of the new token at each place
-            brought = jnp.take_along_axis(is_token, jnp.clip(index, 0, length - 1), axis=1)
-            key_mask = jnp.where((index >= 0) & (index < length), brought, cache.mask)
-    counted = past[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32)
-    position_ids, segments = new.position_ids, None
-    if position_ids is None:
-        position_ids = jnp.maximum(counted - 1, 0)
-        if new.segment_ids is not None:
-            begins = jnp.diff(new.segment_ids, axis=1, prepend=0) != 0
-            before = jax.lax.cummax(jnp.where(begins, counted - is_token, 0), axis=1)  # in other segments
-            position_ids = jnp.maximum(position_ids - before, 0)
-    if new.segment_ids is not None:
-        segments = jnp.where(is_token, new.segment_ids, 0)
+            index = key_slots - start[:, None]  # [B, S], of the new token in each slot
+            new_mask = jnp.take_along_axis(is_token, jnp.clip(index, 0, length - 1), axis=1)
+            key_mask = jnp.where((index >= 0) & (index < length), new_mask, cache.mask)
+    counts = past[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32)
+    position_ids = _positions(new, counts, is_token) if new.position_ids is None else new.position_ids
+    mask: CausalMask | Array | None = new.mask_4d
+    if mask is None:
+        segments = None if new.segment_ids is None else jnp.where(is_token, new.segment_ids, 0)
+        slots = start[:, None] + offsets
+        window, prefill = config.sliding_window, cache is None
+        mask = CausalMask(slots, key_slots, key_mask, window, prefill, segments, segments)
+    if rope_length is None:
+        rope_length = jnp.max(jnp.where(is_token, position_ids + 1, 0), axis=1)
+        rope_length = rope_length if cache is None else jnp.maximum(rope_length, cache.rope_length)
+    rope_length = jnp.asarray(rope_length, jnp.int32)
+    if rope_length.shape not in ((), (1,), (batch,)):
+        raise UserError(f"rope_length has shape {rope_length.shape}; expected a number or [{batch}]")
     return Location(
-        slots=start[:, None] + offsets,
-        key_slots=key_slots,
-        key_mask=key_mask,
+        mask=mask,
         position_ids=position_ids,
-        tokens=jnp.max(jnp.where(is_token, position_ids + 1, 0), axis=1),
-        counted=counted[:, -1],
-        segments=segments,
+        rope_length=jnp.broadcast_to(rope_length, (batch,)),
+        key_mask=key_mask,
+        tokens=counts[:, -1],
     )
+
+
+def _positions(new: NewTokens, counts: Int[Array, "B T"], is_token: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns positions counted along the mask; they restart at 0 in each segment."""
+    position_ids = jnp.maximum(counts - 1, 0)
+    if new.segment_ids is None:
+        return position_ids
+    starts = jnp.diff(new.segment_ids, axis=1, prepend=0) != 0
+    in_others = jax.lax.cummax(jnp.where(starts, counts - is_token, 0), axis=1)
+    return jnp.maximum(position_ids - in_others, 0)
