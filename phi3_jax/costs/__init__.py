@@ -1,1 +1,1 @@
-"""What a step of a model costs, counted from shapes, and what chips can do; nothing is compiled here."""
+"""Counts from shapes what a step of a model costs, and lists what chips can do; nothing is compiled here."""

@@ -1,7 +1,6 @@
-"""Accelerators: what one holds, computes and moves, and under which names several of them come.
+"""Accelerators: what one of them holds, computes and moves, and the topologies that several of them form.
 
-A "chip" is what JAX counts as one device. That is a whole chip, but for TPU7x, where it is one of the two
-halves.
+A "chip" is what JAX counts as one device: a whole chip, except on TPU7x, where it is one of two halves.
 """
 
 import difflib
@@ -18,23 +17,23 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One device. Rates are the data sheet's peaks, which nothing reaches: their times are lower bounds."""
+    """One device. Rates are peaks from the data sheet, which no program reaches: they give lower bounds."""
 
     name: str
     title: str
     hbm_bytes: int
-    """What a program can use."""
+    """The memory that a program can use."""
     flops_per_s: float
-    """Dense bfloat16, multiplications and additions counted apart."""
+    """Dense bfloat16; a multiplication and an addition count as two."""
     hbm_bytes_per_s: float
     link_bytes_per_s: float
-    """One way over one link (ICI), or over all of them together (NVLink, PCIe)."""
+    """One way, over one link (ICI) or over all links together (NVLink, PCIe)."""
     shapes: tuple[str, ...] = ()
-    """The slices that there are, "4x4"; empty: a node of up to `node` devices."""
+    """The shapes of its slices, such as "4x4"; empty for a GPU, which comes in nodes of up to `node`."""
     node: int = 0
     devices_per_chip: int = 1
     options: tuple[tuple[str, str], ...] = ()
-    """What JAX's `get_topology_desc` needs besides the name."""
+    """The arguments that JAX's `get_topology_desc` needs besides the name."""
 
     @property
     def is_tpu(self) -> bool:
@@ -42,22 +41,22 @@ class Chip:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every topology of this chip."""
+        """The names of this chip's topologies."""
         if self.is_tpu:
             return tuple(f"{self.name}:{shape}" for shape in self.shapes)
         return (self.name, *(f"{self.name}:{count}" for count in (2, 4, self.node)))
 
 
-# Slices that Google Cloud offers (cloud.google.com/tpu/docs/v5e, v6e, v4, v5p, tpu7x); 1x1x1, which it does
-# not offer, is for planning a single chip.
+# The slices that Google Cloud offers (cloud.google.com/tpu/docs/v5e, v6e, v4, v5p, tpu7x), and 1x1x1 for
+# planning a single chip.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")
 _SOLID = (*_SMALL, "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 
-# FLOP/s, HBM and ICI: the same pages. They give ICI both ways and for all links together: v5e 400 GB/s over 4
-# links, v6e 800 over 4, v4 600 over 6 (2,400 Gbit/s one way), v5p 1,200 over 6, tpu7x 1,200 over 6; here it
-# is one way over one. HBM: "available HBM" in libtpu's word (0.0.42, 0.0.52) that a
-# program is too big.
+# FLOP/s, HBM bandwidth and ICI are from the same pages. They give ICI both ways over all links: v5e 400 GB/s
+# over 4 links, v6e 800 over 4, v4 600 over 6 (2,400 Gbit/s one way), v5p 1,200 over 6, tpu7x 1,200 over 6.
+# The numbers here are for one link, one way. HBM bytes are the "available HBM" in libtpu's error (0.0.42 and
+# 0.0.52) for a program that is too big.
 _TPUS = (
     Chip(
         "v4",
@@ -75,9 +74,9 @@ _TPUS = (
     Chip("tpu7x", "TPU7x", int(94.74 * GIB), 2307e12 / 2, 7380e9 / 2, 100e9 / 2, _SOLID, devices_per_chip=2),
 )
 
-# NVIDIA's data sheets, SXM where there is a choice: dense bfloat16 (half of what is advertised "with
-# sparsity"), HBM bandwidth, NVLink one way (half of the advertised total; L4: PCIe 4 x16). HBM: the total
-# that nvidia-smi shows.
+# From NVIDIA's data sheets, SXM where there is a choice: dense bfloat16 (half of the advertised rate "with
+# sparsity"), HBM bandwidth, NVLink one way (half of the advertised total; L4: PCIe 4 x16). HBM bytes are the
+# total that nvidia-smi shows.
 _GPUS = (
     Chip("a100-40gb", "NVIDIA A100 40 GB", 40960 * 2**20, 312e12, 1555e9, 300e9, node=8),
     Chip("a100-80gb", "NVIDIA A100 80 GB", 81920 * 2**20, 312e12, 2039e9, 300e9, node=8),
@@ -92,23 +91,23 @@ CHIPS = {chip.name: chip for chip in (*_TPUS, *_GPUS)}
 
 @dataclass(frozen=True)
 class Topology:
-    """Several chips and how they are linked."""
+    """Several linked chips."""
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
-    """Chips along each dimension of the torus; of GPUs, (how many,)."""
+    """Chips along each dimension of the torus; for GPUs, their number."""
 
     @property
     def devices(self) -> int:
-        """How many JAX sees, and a mesh has places."""
+        """The number of devices that JAX sees, which is the size of a mesh."""
         return math.prod(self.shape) * self.chip.devices_per_chip
 
     @property
     def links(self) -> int:
-        """Links at each chip that lead to another: two along a dimension, one where that has but two chips.
+        """The links of each chip: two along each dimension, one along a dimension of two chips.
 
-        Without wrap-around the outermost chips have fewer; a bound may take the best case.
+        Without wrap-around the outermost chips have fewer; this bound takes the best case.
         """
         if not self.chip.is_tpu:
             return int(self.devices > 1)
@@ -117,17 +116,16 @@ class Topology:
     @property
     def link_bytes_per_s(self) -> float:
         """One way, over all links of a chip at once."""
-        # The halves of a TPU7x chip, alone together, have their own connection, which counts as one link
-        # here.
+        # The two halves of a single TPU7x chip have a connection of their own, which counts as one link.
         links = max(self.links, 1) if self.devices > 1 else 0
         return links * self.chip.link_bytes_per_s
 
 
 def topology(name: str) -> Topology:
-    """The chips that a name such as "v5e:4x4", "h100:8" or "h100" stands for.
+    """Returns the topology of a name such as "v5e:4x4", "h100:8" or "h100".
 
     Raises:
-        ValueError: there is no such topology; the text lists those that there are.
+        UserError: there is no such topology; the message lists the ones that exist.
     """
     kind, _, size = name.strip().lower().partition(":")
     chip = CHIPS.get(kind)
@@ -159,10 +157,10 @@ DEVICE_KINDS = {
     "TPU7x": "tpu7x",
     "NVIDIA H100 80GB HBM3": "h100",
 }
-"""JAX's names of devices whose peak is known."""
+"""JAX's names of the devices whose peak is known."""
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """What JAX's devices, all of one kind, can compute in a second at best; None: it is not known."""
+    """Returns the peak FLOP/s of JAX's devices, all of one kind together; None if it is not known."""
     chip = DEVICE_KINDS.get(devices[0].device_kind)
     return None if chip is None else len(devices) * topology(chip).chip.flops_per_s

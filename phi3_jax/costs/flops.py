@@ -1,4 +1,4 @@
-"""Operations of one step, from shapes: matrix products and attention, two for each multiply-and-add."""
+"""Counts the operations of one step from shapes: matrix products and attention, two a multiply-and-add."""
 
 from dataclasses import dataclass
 
@@ -8,49 +8,50 @@ from phi3_jax.costs.work import Work
 
 
 def attention_pairs(config: Phi3Config, queries: int, keys: int, *, causal: bool = True) -> int:
-    """Query-key pairs of one row and head: `queries` last ones of `keys` positions.
+    """Returns the query-key pairs of one row and head; the queries are the last of `keys` positions.
 
-    causal: those that the mask lets through, key <= query and within the window; else all of them, which is
-    what an attention without a block-skipping kernel computes.
+    With `causal` only visible pairs count: key <= query, within the window. Without it all pairs count, which
+    is what an attention without a block-skipping kernel computes.
     """
     if not causal:
         return queries * keys
     window = config.sliding_window or keys
-    first = keys - queries + 1  # keys that the first query sees, without a window
-    growing = max(0, min(keys, window) - first + 1)  # queries that see fewer keys than the window, or just it
+    first = keys - queries + 1  # the keys that the first query sees, without a window
+    growing = max(0, min(keys, window) - first + 1)  # the queries that see no more keys than the window has
     growing = min(growing, queries)
     return growing * (2 * first + growing - 1) // 2 + (queries - growing) * min(keys, window)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one step, over all chips."""
+    """The operations of one step, over all chips."""
 
     layers: int
     """Products with the layers' weights, adapters included."""
     attention: int
-    """Scores, and their product with the values; pairs that the mask lets through."""
+    """Scores, and their product with the values, over visible pairs."""
     head: int
     recomputed: int
-    """What remat does a second time."""
+    """The operations that remat repeats."""
 
     @property
     def model(self) -> int:
-        """What the task needs, whatever the implementation: the basis of model FLOPs utilisation."""
+        """The operations that the task itself needs: the basis of model FLOPs utilisation."""
         return self.layers + self.attention + self.head
 
     @property
     def hardware(self) -> int:
-        """What is computed."""
+        """The operations that are computed."""
         return self.model + self.recomputed
 
 
 def step_flops(work: Work, *, causal: bool = True) -> Flops:
-    """Forward: 2 x tokens x weight size for each product, 4 x head_dim for each pair and query head.
+    """Counts the operations of one step.
 
-    Backward: twice the forward, for the gradients of inputs and of weights; attention too has four products
-    there for two. Under LoRA the frozen weights need the first only: once the forward. Remat "full" computes
-    every layer again, "dots" attention only, whose products are not those of weights.
+    Forward: 2 x tokens x weight size for each product, 4 x head_dim for each pair and query head. Backward:
+    twice the forward, for the gradients of inputs and of weights; attention has four products there instead
+    of two. Under LoRA frozen weights need only the gradients of inputs, once the forward. Remat "full"
+    computes every layer again; "dots" computes only attention again, whose products involve no weights.
     """
     config, tokens = work.config, work.tokens
     projections = 2 * tokens * sum(p.size for p in layer_projections(config))

@@ -1,4 +1,4 @@
-"""What is planned, and the step that does it."""
+"""The work that is planned, and the step that does it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,18 +15,18 @@ TASKS: tuple[Task, ...] = get_args(Task)
 
 Remat = Literal["full", "dots", "none"]
 REMAT: tuple[Remat, ...] = get_args(Remat)
-"""What a training step keeps for its backward pass: layers' inputs; all matrix products too; everything."""
+"""In its backward pass a training step computes layers again, all but matrix products again, or nothing."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step of a task, whatever chips it runs on.
+    """One step of a task, independent of the chips that it runs on.
 
     finetune: forward, backward and Adam's update over [batch, seq] tokens. prefill: [batch, seq] prompt
-    tokens into an empty cache, logits at the last position. decode: one token a row with `seq` slots of
-    cache, full.
+    tokens into an empty cache, with logits at the last position. decode: one token a row, with a full cache
+    of `seq` slots.
     """
 
     config: Phi3Config
@@ -34,13 +34,13 @@ class Work:
     batch: int
     seq: int
     dtype: str = "bfloat16"
-    """Of parameters and activations."""
+    """The dtype of parameters and activations."""
     cache_dtype: str | None = None
-    """Of keys and values in the cache; None: `dtype`."""
+    """The dtype of keys and values in the cache; None means `dtype`."""
     optimizer_dtype: str = "float32"
-    """Of what is trained, between steps, and of Adam's two moments."""
+    """The dtype of trained parameters between steps, and of Adam's two moments."""
     lora: int | None = None
-    """Rank of the adapters on every projection of every layer, which are then all that is trained."""
+    """The rank of adapters on every projection of every layer; only they are trained."""
     remat: Remat = "full"
 
     def __post_init__(self) -> None:
@@ -55,18 +55,20 @@ class Work:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.lora is not None and (self.task != "finetune" or self.lora < 1):
-            raise UserError(f"lora={self.lora} is a rank, 1 or more, for the task finetune")
+            raise UserError(
+                f"lora={self.lora} must be a rank of at least 1, and is for the task finetune only"
+            )
         if self.seq > self.config.context_length:
-            raise UserError(f"seq={self.seq} is beyond the model's context of {self.config.context_length}")
+            raise UserError(f"seq={self.seq} exceeds the model's context of {self.config.context_length}")
 
     @property
     def tokens(self) -> int:
-        """New tokens that one step computes, over all rows."""
+        """The new tokens of one step, over all rows."""
         return self.batch * (1 if self.task == "decode" else self.seq)
 
     @property
     def item_bytes(self) -> int:
-        """Of one parameter or activation."""
+        """The bytes of one parameter or activation."""
         return ITEM_BYTES[self.dtype]
 
     @property
@@ -80,14 +82,14 @@ class Work:
 
 @dataclass(frozen=True)
 class AbstractStep:
-    """A step that can be lowered without any data."""
+    """A step that can be lowered without data."""
 
     function: jax.stages.Wrapped
-    """From `jax.jit`, with donation and output shardings."""
+    """The result of `jax.jit`, with donation and output shardings."""
     arguments: tuple[Any, ...]
-    """Pytrees of `jax.ShapeDtypeStruct` with a `NamedSharding` each."""
+    """Pytrees of `jax.ShapeDtypeStruct`, each with a `NamedSharding`."""
     parts: dict[str, Any] = field(default_factory=dict)
-    """Those of the arguments, or outputs, that are "parameters", "optimizer", "cache" or "batch"."""
+    """The arguments or outputs that are "parameters", "optimizer", "cache" or "batch"."""
 
 
 BuildStep = Callable[[Work, Mesh], AbstractStep]

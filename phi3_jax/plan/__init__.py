@@ -1,4 +1,4 @@
-"""Does a step fit on chips that are not here, what does it move, and how fast can it be at most."""
+"""Plans a step on absent chips: whether it fits, what it moves and how fast it can be at most."""
 
 from phi3_jax.costs.chips import CHIPS, Chip, Topology, topology
 from phi3_jax.costs.work import AbstractStep, Task, Work

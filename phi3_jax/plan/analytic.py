@@ -1,8 +1,8 @@
-"""Bytes held, read and sent by one chip in one step, from shapes alone: for chips that nothing can be
-compiled for, and for choosing among meshes before anything is.
+"""Counts from shapes the bytes that one chip holds, reads and sends in one step.
 
-What is held of parameters, optimizer and cache is exact. What is read and sent is what the task cannot do
-without. Temporaries are an estimate.
+This serves chips that nothing can be compiled for, and the choice among meshes before compilation. The bytes
+of parameters, optimizer and cache are exact. Traffic is the least that the task needs. Temporaries are an
+estimate.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ from phi3_jax.costs import shapes
 from phi3_jax.costs.flops import Flops, step_flops
 from phi3_jax.costs.work import Work
 from phi3_jax.plan.collectives import traffic
+from phi3_jax.sizes import ceil_div
 
 _ID_ARRAYS = {"finetune": 3, "prefill": 2, "decode": 1}
-"""Of the batch: ids, mask, labels."""
+"""The number of arrays in a batch: ids, mask, labels."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,15 @@ class Analytic:
     """One step of a task on one mesh; bytes are one chip's."""
 
     parameters: int
-    """Of the model, over all chips."""
+    """The model's parameters, adapters included, over all chips."""
     trained_parameters: int
     flops: Flops
-    """Over all chips."""
     parameter_bytes: int
     optimizer_bytes: int
     cache_bytes: int
     batch_bytes: int
     temporary_bytes: int
-    """An estimate: saved activations, one layer's work, logits, gradients, a gathered layer."""
+    """An estimate: saved activations, one layer's intermediates, logits, gradients, a gathered layer."""
     hbm_traffic_bytes: float
     link_bytes: float
 
@@ -42,8 +42,8 @@ class Analytic:
 
 
 @dataclass(frozen=True)
-class _Chip:
-    """What one chip has to do with, on one mesh."""
+class _Share:
+    """One chip's share of the work on one mesh."""
 
     work: Work
     mesh: Mapping[str, int]
@@ -53,16 +53,16 @@ class _Chip:
 
     @property
     def rows(self) -> int:
-        return -(-self.work.batch // (self.axis("data") * self.axis("fsdp")))
+        return ceil_div(self.work.batch, self.axis("data") * self.axis("fsdp"))
 
     @property
     def tokens(self) -> int:
-        length = 1 if self.work.task == "decode" else -(-self.work.seq // self.axis("context"))
+        length = 1 if self.work.task == "decode" else ceil_div(self.work.seq, self.axis("context"))
         return self.rows * length
 
     @property
     def adapters(self) -> int:
-        """Numbers in the adapters that lie here."""
+        """The numbers of the adapters on this chip."""
         return self.adapters_on(self.mesh)
 
     def adapters_on(self, mesh: Mapping[str, int]) -> int:
@@ -71,12 +71,12 @@ class _Chip:
 
     @property
     def weights(self) -> int:
-        """Numbers of the model that lie here."""
+        """The numbers of the model on this chip."""
         return sum(p.shard_size(self.mesh) for p in shapes.parameters(self.work.config))
 
     @property
     def used_weights(self) -> int:
-        """Numbers that a product here needs: gathered over fsdp, still divided over tensor; no embeddings."""
+        """The numbers that products on this chip need: gathered over fsdp, divided over tensor."""
         config = self.work.config
         head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
         products = [p for p in shapes.parameters(config) if p.input_axes or p.name == head]
@@ -84,27 +84,27 @@ class _Chip:
 
     @property
     def gathered(self) -> dict[str, int]:
-        """The mesh as a product sees it."""
+        """The mesh that weights are divided over while a product uses them."""
         return {**self.mesh, "fsdp": 1}
 
     @property
     def trained(self) -> int:
-        """Numbers with a gradient that lie here."""
+        """The numbers on this chip that have a gradient."""
         if self.work.task != "finetune":
             return 0
         return self.weights if self.work.lora is None else self.adapters
 
     def cache_bytes(self, slots: int) -> int:
-        """Keys and values of `slots` positions a row; int8 has a float32 scale a vector."""
+        """Returns the bytes of keys and values in `slots` slots a row; int8 has a float32 scale a vector."""
         config, work = self.work.config, self.work
         vector = config.head_dim * work.cache_item_bytes + (4 if work.cache_dtype == "int8" else 0)
         vectors = 2 * config.num_hidden_layers * self.rows * config.num_key_value_heads // self.axis("tensor")
-        return vectors * vector * -(-slots // self.axis("context"))
+        return vectors * vector * ceil_div(slots, self.axis("context"))
 
 
 def analyse(work: Work, mesh: Mapping[str, int]) -> Analytic:
-    """What one step means for each chip of `mesh`, {"data": 2, "tensor": 4}; axes not named have size 1."""
-    chip = _Chip(work, mesh)
+    """Counts one step on each chip of `mesh`, {"data": 2, "tensor": 4}; axes not named have size 1."""
+    chip = _Share(work, mesh)
     config, item = work.config, work.item_bytes
     adapters = 0 if work.lora is None else shapes.lora_parameters(config, work.lora)
     base = sum(p.size for p in shapes.parameters(config))
@@ -118,15 +118,15 @@ def analyse(work: Work, mesh: Mapping[str, int]) -> Analytic:
         + chip.trained * work.optimizer_item_bytes,
         optimizer_bytes=2 * chip.trained * work.optimizer_item_bytes,
         cache_bytes=0 if work.task == "finetune" else chip.cache_bytes(work.seq),
-        batch_bytes=_ID_ARRAYS[work.task] * chip.rows * -(-length // chip.axis("context")) * 4,
+        batch_bytes=_ID_ARRAYS[work.task] * chip.rows * ceil_div(length, chip.axis("context")) * 4,
         temporary_bytes=_temporary_bytes(chip),
         hbm_traffic_bytes=_hbm_traffic(chip),
         link_bytes=_link_bytes(chip),
     )
 
 
-def _layer_width(chip: _Chip) -> float:
-    """Numbers that one token makes in one layer: the inputs and outputs of its four products."""
+def _layer_width(chip: _Share) -> float:
+    """Returns the activations of one token in one layer: the inputs and outputs of its four products."""
     config, tensor = chip.work.config, chip.axis("tensor")
     divided = sum(
         size
@@ -136,11 +136,13 @@ def _layer_width(chip: _Chip) -> float:
     return 4 * config.hidden_size + divided / tensor
 
 
-def _temporary_bytes(chip: _Chip) -> int:
-    """Finetune: each layer's input (remat "full"), or all that a layer makes ("none", about half of it
-    "dots"); one layer at work forward and backward; logits and their gradient in float32; what is trained in
-    the computation's dtype, and its gradients. Else one layer at work and the logits. With fsdp, one layer's
-    gathered weights, twice: one in use, the next on its way.
+def _temporary_bytes(chip: _Share) -> int:
+    """Estimates the temporaries.
+
+    finetune: each layer's input (remat "full"), all its activations ("none") or about half of them ("dots");
+    one layer's activations forward and backward; logits and their gradient in float32; the trained parameters
+    in the dtype of the computation, and their gradients. Other tasks: one layer's activations and the logits.
+    fsdp adds the gathered weights of two layers: one in use, the next on its way.
     """
     work, config, item = chip.work, chip.work.config, chip.work.item_bytes
     vocab = config.vocab_size / chip.axis("tensor")
@@ -154,11 +156,13 @@ def _temporary_bytes(chip: _Chip) -> int:
     return round(config.num_hidden_layers * share + 2 * layer + logits + trained + gathered)
 
 
-def _hbm_traffic(chip: _Chip) -> float:
-    """Each use of the weights reads them once: forward, remat's second forward, and the inputs' gradients;
-    weights that fsdp gathers are also written once a use. Activations: what a layer makes is written and read
-    once a pass. Adam writes and reads the gradients, and reads and writes what is trained and both moments.
-    Decode reads the cache that the window sees.
+def _hbm_traffic(chip: _Share) -> float:
+    """Counts the bytes read from and written to HBM.
+
+    Each use of the weights reads them once: forward, remat's second forward, and the inputs' gradients.
+    Weights that fsdp gathers are also written once a use. A layer's activations are written and read once a
+    pass. Adam writes and reads the gradients, and reads and writes the trained parameters and both moments.
+    Decode reads the cache within the window.
     """
     work, config, item = chip.work, chip.work.config, chip.work.item_bytes
     passes = 1
@@ -178,11 +182,13 @@ def _hbm_traffic(chip: _Chip) -> float:
     return moved + 2 * scored * config.vocab_size / chip.axis("tensor") * 4
 
 
-def _link_bytes(chip: _Chip) -> float:
-    """tensor: two all-reduces of [tokens, hidden] a layer, forward, again under remat "full", and backward;
+def _link_bytes(chip: _Share) -> float:
+    """Counts the bytes that a chip sends.
+
+    tensor: two all-reduces of [tokens, hidden] a layer, forward, again under remat "full", and backward;
     outside of training the logits are gathered. fsdp: weights are gathered forward and backward, gradients
-    scattered. data: gradients all-reduced. context: keys and values of all positions gathered a layer,
-    forward, and their gradients scattered.
+    are scattered. data: gradients are all-reduced. context: each layer gathers the keys and values of all
+    positions in its forward pass, and scatters their gradients.
     """
     work, config, item = chip.work, chip.work.config, chip.work.item_bytes
     layers, training = config.num_hidden_layers, work.task == "finetune"

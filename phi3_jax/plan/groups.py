@@ -1,4 +1,4 @@
-"""Who talks to whom in a collective: HLO's replica groups, read and matched with the axes of the mesh."""
+"""Reads HLO's replica groups, the devices that take part in a collective, and matches them with mesh axes."""
 
 import itertools
 import re
@@ -17,34 +17,37 @@ def _numbers(text: str) -> list[int]:
 
 
 def replica_groups(attributes: str, devices: int) -> Groups | None:
-    """The groups that an instruction's attributes name, in any of their four spellings; None: none can be
-    read.
+    """Returns the groups in an instruction's attributes, or None if there are none that can be read.
 
-    `{{0,1},{2,3}}`; `[2,4]<=[4,2]T(1,0)`: 2 groups of 4 of the transposed [4, 2] array of ids;
-    `mesh['a'=2,'b'=4] {'b'}`: along axis b; `{}`: all devices together.
+    The spellings are `{{0,1},{2,3}}`; `[2,4]<=[4,2]T(1,0)`, 2 groups of 4 of the transposed [4, 2] array of
+    ids; `mesh['a'=2,'b'=4] {'b'}`, along axis b; and `{}`, all devices together.
     """
-    if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})?\}", attributes):
-        return [_numbers(group) for group in re.findall(r"\{([\d, ]*)\}", found[1] or "")] or [
+    if match := re.search(r"replica_groups=\{(\{[\d,{} ]*\})?\}", attributes):
+        return [_numbers(group) for group in re.findall(r"\{([\d, ]*)\}", match[1] or "")] or [
             list(range(devices))
         ]
-    if found := re.search(rf"replica_groups={_IOTA}", attributes):
-        groups, _, _ = shape = found.groups()
+    if match := re.search(rf"replica_groups={_IOTA}", attributes):
+        groups, _, _ = shape = match.groups()
         return _iota(*shape).reshape(_numbers(groups)).tolist()
-    if found := re.search(
+    if match := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes
     ):
-        return _along_axes(*found.groups())
+        return _groups_along_axes(*match.groups())
     return None
 
 
 def _iota(groups: str, reshaped: str, transposed: str | None) -> np.ndarray:
-    """OpenXLA's `IotaTileAssignment`."""
+    """Returns the device ids of OpenXLA's `IotaTileAssignment`."""
     ids = np.arange(np.prod(_numbers(reshaped))).reshape(_numbers(reshaped))
     return ids.transpose(_numbers(transposed)) if transposed else ids
 
 
-def _along_axes(mesh: str, order: str | None, chosen: str) -> Groups | None:
-    """OpenXLA's `Mesh` and `AxisRef`: `'a'` is a whole axis, `'a':(2)4` its 4 parts behind a factor of 2."""
+def _groups_along_axes(mesh: str, order: str | None, chosen: str) -> Groups | None:
+    """Reads OpenXLA's `Mesh` and `AxisRef`: `'a'` is a whole axis, `'a':(2)4` its factor of 4 after one of 2.
+
+    Each axis of the mesh is split into the factors that the references name, so that a group is the devices
+    along some of the split dimensions.
+    """
     sizes = {name.strip("'"): int(size) for name, size in (axis.split("=") for axis in mesh.split(","))}
     ids = np.arange(np.prod(list(sizes.values())))
     if order:
@@ -53,37 +56,37 @@ def _along_axes(mesh: str, order: str | None, chosen: str) -> Groups | None:
         ).reshape(-1)
         if ids.size != np.prod(list(sizes.values())):
             return None
-    wanted = [found.groups() for found in _AXIS.finditer(chosen)]
+    references = [match.groups() for match in _AXIS.finditer(chosen)]
     shape: list[int] = []
-    places: dict[tuple[str, int], int] = {}
+    dims: dict[tuple[str, int], int] = {}
     for name, size in sizes.items():
         cuts = {1, size}
-        for axis, before, part in wanted:
+        for axis, before, part in references:
             if axis == name and before is not None:
                 cuts |= {int(before), int(before) * int(part)}
         for low, high in itertools.pairwise(sorted(cuts)):
             if high % low:
                 return None
-            places[name, low] = len(shape)
+            dims[name, low] = len(shape)
             shape.append(high // low)
     grouped: list[int] = []
-    for axis, before, part in wanted:
+    for axis, before, part in references:
         end = sizes.get(axis, 0) if before is None else int(before) * int(part)
         start = 1 if before is None else int(before)
-        grouped += [place for (name, low), place in places.items() if name == axis and start <= low < end]
-    others = [place for place in range(len(shape)) if place not in grouped]
-    members = int(np.prod([shape[place] for place in grouped]))
+        grouped += [dim for (name, low), dim in dims.items() if name == axis and start <= low < end]
+    others = [dim for dim in range(len(shape)) if dim not in grouped]
+    members = int(np.prod([shape[dim] for dim in grouped]))
     return ids.reshape(shape).transpose(others + grouped).reshape(-1, members).tolist()
 
 
 def permuted_pairs(attributes: str) -> Groups:
-    """The [source, target] pairs of a collective-permute."""
-    found = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", attributes)
-    return [_numbers(pair) for pair in re.findall(r"\{([\d, ]*)\}", found[1])] if found else []
+    """Returns the [source, target] pairs of a collective-permute."""
+    match = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", attributes)
+    return [_numbers(pair) for pair in re.findall(r"\{([\d, ]*)\}", match[1])] if match else []
 
 
 def mesh_axes(groups: Iterable[Iterable[int]], mesh: Mapping[str, int]) -> tuple[str, ...] | None:
-    """The mesh axes along which these groups lie; None: they are not all devices along some axes."""
+    """Returns the mesh axes whose devices these groups are; None if there are no such axes."""
     sizes = list(mesh.values())
     ids = np.arange(np.prod(sizes)).reshape(sizes)
     wanted = {frozenset(group) for group in groups}
@@ -101,7 +104,7 @@ def mesh_axes(groups: Iterable[Iterable[int]], mesh: Mapping[str, int]) -> tuple
 
 
 def pair_axes(pairs: Groups, mesh: Mapping[str, int]) -> tuple[str, ...] | None:
-    """The mesh axes in which sources and targets differ."""
+    """Returns the mesh axes in which sources and targets differ."""
     sizes = list(mesh.values())
     if not pairs or max(map(max, pairs)) >= np.prod(sizes):
         return None

@@ -1,13 +1,15 @@
-"""Reads compiled HLO text: computations, who calls whom, and how often each runs.
+"""Reads compiled HLO text: computations, which of them call which, and how often each runs.
 
-No library reads it in Python: jaxlib's own module has instructions without their attributes, and the protocol
-buffer's definition comes with TensorFlow. Unknown opcodes and attributes are kept as text and do no harm.
+No library reads it in Python: jaxlib's module has instructions without their attributes, and the definition
+of the protocol buffer comes with TensorFlow. Unknown opcodes and attributes are kept as text.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from phi3_jax.sizes import ceil_div
 
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
@@ -20,7 +22,7 @@ _CALLED = re.compile(
 )
 _KNOWN_TRIPS = re.compile(r'"known_trip_count"\s*:\s*\{\s*"n"\s*:\s*"?(\d+)')
 
-# What passes a number on unchanged.
+# Opcodes that pass a number on unchanged.
 _TRANSPARENT = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
 
 
@@ -33,33 +35,33 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     inside: str
-    """What stood in the parentheses: a constant's value, a parameter's number."""
+    """The text in the parentheses: a constant's value, a parameter's number."""
     attributes: str
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=value`, without the braces around it."""
-        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
-        return None if found is None else found[1].strip("{}")
+        """Returns the value of `name=value`, without the braces around it."""
+        match = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
+        return None if match is None else match[1].strip("{}")
 
     @property
     def called(self) -> list[tuple[str, str]]:
-        """("body", "region_1") for each computation that runs within this instruction."""
+        """A pair such as ("body", "region_1") for each computation that runs within this instruction."""
         pairs = []
-        for found in _CALLED.finditer(self.attributes):
-            names = _NAME.findall(found["many"]) if found["many"] is not None else [found["one"]]
-            pairs += [(found["how"], name) for name in names]
+        for match in _CALLED.finditer(self.attributes):
+            names = _NAME.findall(match["many"]) if match["many"] is not None else [match["one"]]
+            pairs += [(match["how"], name) for name in names]
         return pairs
 
     @property
     def op_name(self) -> str:
-        """Where in the user's program it came from."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
-        return found[1] if found else ""
+        """The operation of the user's program that it comes from."""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return match[1] if match else ""
 
 
 @dataclass
 class Computation:
-    """Instructions by name, in order."""
+    """A sequence of instructions, by name."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -69,12 +71,12 @@ class Computation:
         return any(f'custom_call_target="{target}"' in i.attributes for i in self.instructions.values())
 
 
-class Run(NamedTuple):
-    """A computation where it is called."""
+class Call(NamedTuple):
+    """One call of a computation."""
 
     computation: Computation
     times: int
-    """In one execution of the program."""
+    """How often it runs in one execution of the program."""
     certain: bool
     caller: Instruction | None
 
@@ -86,19 +88,19 @@ class Module:
     computations: dict[str, Computation]
     entry: str
 
-    def runs(self) -> Iterator[Run]:
-        """Each computation each time that it is called, from the entry downwards.
+    def calls(self) -> Iterator[Call]:
+        """Yields every call of every computation, from the entry downwards.
 
-        A loop's body runs as often as the loop's trip count; where that cannot be read it counts once and is
-        uncertain. Each branch of a conditional counts as if it were always taken.
+        A loop's body runs as often as the loop's trip count; where that cannot be read, the body counts once
+        and is uncertain. Each branch of a conditional counts as if it were always taken.
         """
         if self.entry in self.computations:
-            yield from self._runs(self.computations[self.entry], 1, True, None)
+            yield from self._calls(self.computations[self.entry], 1, True, None)
 
-    def _runs(
+    def _calls(
         self, computation: Computation, times: int, certain: bool, caller: Instruction | None
-    ) -> Iterator[Run]:
-        yield Run(computation, times, certain, caller)
+    ) -> Iterator[Call]:
+        yield Call(computation, times, certain, caller)
         for instruction in computation.instructions.values():
             trips: int | None = 1
             if instruction.opcode == "while":
@@ -107,12 +109,15 @@ class Module:
                 if how != "condition" and name in self.computations:
                     count = times * (1 if trips is None else trips)
                     certain_here = certain and trips is not None
-                    yield from self._runs(self.computations[name], count, certain_here, instruction)
+                    yield from self._calls(self.computations[name], count, certain_here, instruction)
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often the body of `loop` runs: the compiler's note, or a counter compared with a constant."""
-        if noted := _KNOWN_TRIPS.search(loop.attributes):
-            return int(noted[1])
+        """Returns how often the body of `loop` runs; None if that cannot be read.
+
+        It is the compiler's note, or follows from a counter that is compared with a constant.
+        """
+        if match := _KNOWN_TRIPS.search(loop.attributes):
+            return int(match[1])
         called = dict(loop.called)
         condition, body = (
             self.computations.get(called.get("condition", "")),
@@ -122,19 +127,19 @@ class Module:
             return None
         compare = condition.instructions[condition.root]
         if compare.opcode == "fusion":
-            compare = self._unwrapped(compare)
+            compare = self._unwrap(compare)
         if compare.opcode != "compare":
             return None
         direction = compare.attribute("direction") or ""
         sides = [_counter_or_number(condition, name) for name in compare.operands[:2]]
-        values = [self._start(computation, loop, body, side) for side in sides]
+        values = [self._initial_value(computation, loop, side) for side in sides]
         steps = [0 if side[0] is None else _step(body, side[0]) for side in sides]
         if None in values or None in steps:
             return None
-        return _count(direction, values, steps)  # type: ignore[arg-type]  # None is excluded above
+        return _trips(direction, values, steps)  # type: ignore[arg-type]  # None is excluded above
 
-    def _unwrapped(self, fusion: Instruction) -> Instruction:
-        """A fusion of nothing but its root, as if that had the fusion's operands."""
+    def _unwrap(self, fusion: Instruction) -> Instruction:
+        """Returns the root of a fusion that contains nothing else, with the fusion's operands."""
         inner = self.computations.get(dict(fusion.called).get("calls", ""))
         if inner is None:
             return fusion
@@ -145,14 +150,10 @@ class Module:
         operands = tuple(fusion.operands[parameters[name]] for name in root.operands)
         return Instruction(root.name, root.shape, root.opcode, operands, root.inside, root.attributes)
 
-    def _start(
-        self,
-        computation: Computation,
-        loop: Instruction,
-        body: Computation,
-        side: tuple[int | None, int | None],
+    def _initial_value(
+        self, computation: Computation, loop: Instruction, side: tuple[int | None, int | None]
     ) -> int | None:
-        """One side of the comparison before the first trip."""
+        """Returns one side of the comparison before the first trip."""
         index, number = side
         if index is None:
             return number
@@ -163,7 +164,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module that `compiled.as_text()` prints."""
+    """Parses the text that `compiled.as_text()` prints."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in _whole_lines(text):
@@ -181,7 +182,7 @@ def parse(text: str) -> Module:
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """Lines, those joined that belong together: a Pallas kernel's metadata brings line breaks of its own."""
+    """Yields the lines, with each instruction on one: the metadata of Pallas kernels contains line breaks."""
     whole = ""
     for line in text.splitlines():
         if _INSTRUCTION.match(whole) and line.rstrip() != "}" and not _INSTRUCTION.match(line):
@@ -193,7 +194,7 @@ def _whole_lines(text: str) -> Iterator[str]:
 
 
 def _instruction(line: str) -> tuple[Instruction, bool] | None:
-    """The instruction on this line, and whether it is the root; None: something else stands there."""
+    """Returns the instruction on this line and whether it is the root; None if there is no instruction."""
     head = _INSTRUCTION.match(line)
     if head is None:
         return None
@@ -210,7 +211,7 @@ def _instruction(line: str) -> tuple[Instruction, bool] | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Returns the index at which the parenthesis that opens at `start` closes."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
@@ -220,25 +221,25 @@ def _closing(text: str, start: int) -> int:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an array, or of all arrays of a tuple, without the padding of its layout."""
+    """Returns the bytes of an array, or of all arrays of a tuple, without the padding of its layout."""
     return sum(_array_bytes(kind, sizes) for kind, sizes in _ARRAY.findall(shape))
 
 
 def _array_bytes(kind: str, sizes: str) -> int:
-    bits = 8 if kind == "pred" else int(found[0]) if (found := re.findall(r"\d+", kind)) else 0
+    bits = 8 if kind == "pred" else int(width[0]) if (width := re.findall(r"\d+", kind)) else 0
     elements = 1
     for size in filter(None, sizes.split(",")):
         elements *= int(re.sub(r"\D", "", size) or 0)
-    return -(-bits * elements // 8)
+    return ceil_div(bits * elements, 8)
 
 
 def element_types(shape: str) -> list[str]:
-    """Of the arrays in a shape, each once."""
+    """Returns the element types of the arrays in a shape, each once."""
     return list(dict.fromkeys(kind for kind, _ in _ARRAY.findall(shape)))
 
 
 def _number(computation: Computation, name: str) -> int | None:
-    """The integer constant that a value is, behind copies."""
+    """Returns the integer constant that a value is, perhaps through copies; None if it is something else."""
     for _ in range(len(computation.instructions)):
         instruction = computation.instructions.get(name)
         if instruction is None:
@@ -252,7 +253,7 @@ def _number(computation: Computation, name: str) -> int | None:
 
 
 def _counter_or_number(computation: Computation, name: str) -> tuple[int | None, int | None]:
-    """(i, None) for the loop's i-th carried value, (None, n) for a constant."""
+    """Returns (i, None) for the loop's i-th carried value, (None, n) for a constant, else (None, None)."""
     if (number := _number(computation, name)) is not None:
         return None, number
     while (instruction := computation.instructions.get(name)) is not None:
@@ -265,7 +266,7 @@ def _counter_or_number(computation: Computation, name: str) -> tuple[int | None,
 
 
 def _step(body: Computation, index: int) -> int | None:
-    """What one trip adds to the carried value `index`; 0: it stays."""
+    """Returns what one trip adds to the carried value `index`; None if that cannot be read."""
     root = body.instructions.get(body.root)
     if root is None or root.opcode != "tuple" or index >= len(root.operands):
         return None
@@ -283,8 +284,8 @@ def _step(body: Computation, index: int) -> int | None:
     return first[1] if instruction.opcode == "add" and second == (index, None) else None
 
 
-def _count(direction: str, values: list[int], steps: list[int]) -> int | None:
-    """Trips until `values[0] <direction> values[1]` is false, each side moving by its step a trip."""
+def _trips(direction: str, values: list[int], steps: list[int]) -> int | None:
+    """Returns the trips until `values[0] <direction> values[1]` is false; each side moves by its step."""
     distance, speed = values[1] - values[0], steps[0] - steps[1]
     if direction in ("GT", "GE"):
         distance, speed = -distance, -speed
@@ -294,4 +295,4 @@ def _count(direction: str, values: list[int], steps: list[int]) -> int | None:
         distance, speed = abs(distance), abs(speed)
     if direction not in ("LT", "LE", "GT", "GE", "NE") or speed <= 0:
         return None
-    return max(0, -(-distance // speed))
+    return max(0, ceil_div(distance, speed))

@@ -1,4 +1,4 @@
-"""`plan`: one step on chips that need not be here, compiled where that is possible."""
+"""Plans one step on chips that may be absent, and compiles it where that is possible."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from phi3_jax.plan.steps import abstract_step
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step needs, and takes at least, on one mesh; without a `program`, from shapes."""
+    """The memory and the least time of one step on one mesh; without a `program`, from shapes."""
 
     work: Work
     topology: Topology
@@ -28,28 +28,28 @@ class Plan:
     roofline: Roofline
     program: Program | None = None
     refusal: Refusal | None = None
-    """The compiler says that it does not fit."""
+    """Given where the compiler found that the step does not fit."""
     problem: str | None = None
-    """Why the step could not be built on this mesh."""
+    """The reason why the step could not be built on this mesh."""
     part_bytes: dict[str, int] = field(default_factory=dict)
-    """Of the step's arguments, a chip's bytes: parameters, optimizer, cache, batch."""
+    """One chip's bytes of the step's arguments: parameters, optimizer, cache, batch."""
     others: "tuple[Plan, ...]" = ()
-    """The other meshes that were looked at, best first."""
+    """The plans on the other meshes, best first."""
 
     @property
     def compiled(self) -> bool:
-        """The compiler has spoken; otherwise memory is an estimate."""
+        """Whether the compiler decided; otherwise memory is an estimate."""
         return self.program is not None or self.refusal is not None
 
     @property
     def fits(self) -> bool:
         if self.program is not None:
-            return True  # or it would have refused
+            return True  # otherwise the compiler refuses it
         return self.refusal is None and self.problem is None and self.needed_bytes <= self.usable_bytes
 
     @property
     def needed_bytes(self) -> int:
-        """On each chip."""
+        """The bytes that the step needs on each chip."""
         if self.program is not None:
             return self.program.memory.total_bytes
         return self.analytic.total_bytes if self.refusal is None else self.refusal.required_bytes
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def mesh_text(self) -> str:
-        """As `--mesh` takes it."""
+        """The mesh in the form that `--mesh` takes."""
         named = [f"{name}={size}" for name, size in self.mesh.items() if size > 1]
         return ",".join(named) or "data=1"
 
@@ -76,14 +76,14 @@ def plan(
     """Plans one step.
 
     Args:
-        work: what the step does. topology: "v5e:4x4", "h100:8"; for GPUs nothing is compiled. mesh: "fsdp=16"
-        or a mapping; None: the sensible ones are tried, and the best is returned with `others`. compiled:
-        without `mesh`, how many of the meshes that look best are compiled. build: makes the step, in place of
-        the library's own.
+        work: the step's task and sizes.
+        topology: "v5e:4x4" or "h100:8", for example; for GPUs nothing is compiled.
+        mesh: "fsdp=16" or a mapping; None tries all sensible meshes and returns the best, with `others`.
+        compiled: the number of meshes that are compiled, best by shapes first, where `mesh` is None.
+        build: builds the step in place of `abstract_step`.
 
     Raises:
-        ValueError: an unknown topology; a mesh with other than the topology's number of chips, or that does
-        not
+        UserError: the topology is unknown; the mesh does not have the topology's number of chips, or does not
             divide the model; libtpu is missing.
     """
     topology = topology_named(topology) if isinstance(topology, str) else topology
@@ -92,10 +92,8 @@ def plan(
     candidates = [_from_shapes(work, topology, sizes) for sizes in sensible_meshes(work, topology.devices)]
     candidates.sort(key=_rank)
     if topology.chip.is_tpu:
-        candidates = [
-            _attempt(work, topology, one.mesh, build) if place < compiled else one
-            for place, one in enumerate(candidates)
-        ]
+        tried = [_try_plan_on(work, topology, one.mesh, build) for one in candidates[:compiled]]
+        candidates = tried + candidates[compiled:]
     best, *others = sorted(candidates, key=_rank)
     if best.problem is not None:
         raise UserError(best.problem)
@@ -103,10 +101,10 @@ def plan(
 
 
 def _rank(one: Plan) -> tuple[bool, bool, bool, float, float]:
-    """What fits before what does not, then compiled before estimated, then the bound, then overlap."""
+    """Returns the sort key: what fits first, compiled before estimated, then by bound, then by its terms."""
     bound = one.roofline
-    overlapping = bound.compute_seconds + bound.hbm_seconds + bound.link_seconds
-    return one.problem is not None, not one.fits, not one.compiled, bound.step_seconds, overlapping
+    total = bound.compute_seconds + bound.hbm_seconds + bound.link_seconds
+    return one.problem is not None, not one.fits, not one.compiled, bound.step_seconds, total
 
 
 def _sizes(mesh: str | Mapping[str, int], topology: Topology) -> dict[str, int]:
@@ -117,7 +115,7 @@ def _sizes(mesh: str | Mapping[str, int], topology: Topology) -> dict[str, int]:
     if prod(sizes.values()) != topology.devices:
         text = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"mesh {text!r} has {prod(sizes.values())} places, {topology.name} {topology.devices}; "
+            f"mesh {text!r} needs {prod(sizes.values())} devices and {topology.name} has {topology.devices}; "
             f"the sizes must multiply to {topology.devices}, as in fsdp={topology.devices}"
         )
     return {name: sizes.get(name, 1) for name in AXES}
@@ -128,10 +126,10 @@ def _from_shapes(work: Work, topology: Topology, sizes: dict[str, int]) -> Plan:
     return Plan(work, topology, sizes, analytic, roofline(work, topology, analytic))
 
 
-def _attempt(work: Work, topology: Topology, sizes: dict[str, int], build: BuildStep | None) -> Plan:
+def _try_plan_on(work: Work, topology: Topology, sizes: dict[str, int], build: BuildStep | None) -> Plan:
     try:
         return _plan_on(work, topology, sizes, build)
-    except ValueError as error:
+    except UserError as error:
         return replace(_from_shapes(work, topology, sizes), problem=str(error))
 
 

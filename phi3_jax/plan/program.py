@@ -1,4 +1,4 @@
-"""Compiles an abstract step, and reads what the compiler says of it: memory, operations, collectives."""
+"""Compiles an abstract step and reads its memory, operations and collectives from the compiler."""
 
 import re
 import time
@@ -15,7 +15,7 @@ from phi3_jax.plan.collectives import Collective, collectives
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
-# libtpu's two ways to say it; both give sizes in powers of 1,024.
+# The two messages of libtpu; both give sizes in powers of 1,024.
 _TOO_BIG = (
     re.compile(rf"total memory required for [\w ]+\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
     re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
@@ -24,18 +24,18 @@ _TOO_BIG = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip's HBM, with the padding of its layouts, as the compiler plans them."""
+    """One chip's HBM as the compiler plans it, with the padding of layouts."""
 
     argument_bytes: int
     output_bytes: int
     alias_bytes: int
-    """Of the outputs, what lies where a donated argument lay."""
+    """The part of the outputs that takes the place of donated arguments."""
     temporary_bytes: int
     code_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        # Not the compiler's "peak memory", which counts the on-chip vector memory too.
+        # The compiler's own "peak memory" includes the on-chip vector memory.
         kept = self.argument_bytes + self.output_bytes - self.alias_bytes
         return kept + self.temporary_bytes + self.code_bytes
 
@@ -47,25 +47,25 @@ class Program:
     memory: Memory
     collectives: tuple[Collective, ...]
     compiler_flops: float | None
-    """One chip's, as the compiler counts: a loop's body perhaps once, and nothing within Pallas kernels."""
+    """One chip's operations as the compiler counts them, perhaps a loop's body once, Pallas kernels never."""
     compiler_bytes: float | None
-    """Bytes that instructions read and write, of any memory, with the same reservations."""
+    """The bytes that instructions read and write in any memory, counted the same way."""
     compile_seconds: float
 
     @property
     def link_bytes(self) -> float:
-        """What a chip sends in one step, at least."""
+        """The least that a chip sends in one step."""
         return sum(c.count * c.traffic_bytes for c in self.collectives)
 
     @property
     def waiting_link_bytes(self) -> float:
-        """Of `link_bytes`, what it sends while computation waits."""
+        """The part of `link_bytes` that is sent while computation waits."""
         return sum(c.count * c.traffic_bytes for c in self.collectives if not c.asynchronous)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """The compiler's word that a step does not fit."""
+    """The compiler's refusal of a step that does not fit."""
 
     required_bytes: int
     available_bytes: int
@@ -74,7 +74,7 @@ class Refusal:
 
 
 def compile_step(step: AbstractStep, mesh: Mapping[str, int]) -> Program | Refusal:
-    """Compiles for the chips that the step's arguments lie on; nothing runs."""
+    """Compiles the step for the chips of its arguments' shardings; nothing runs."""
     begin = time.perf_counter()
     try:
         with without_compilation_cache():
@@ -88,14 +88,14 @@ def compile_step(step: AbstractStep, mesh: Mapping[str, int]) -> Program | Refus
 
 
 def read_program(compiled: Any, mesh: Mapping[str, int], compile_seconds: float) -> Program:
-    """What a `jax.stages.Compiled` says of itself."""
-    found = compiled.memory_analysis()
+    """Reads the analyses and the text of a `jax.stages.Compiled`."""
+    analysis = compiled.memory_analysis()
     memory = Memory(
-        argument_bytes=found.argument_size_in_bytes,
-        output_bytes=found.output_size_in_bytes,
-        alias_bytes=found.alias_size_in_bytes,
-        temporary_bytes=found.temp_size_in_bytes,
-        code_bytes=found.generated_code_size_in_bytes,
+        argument_bytes=analysis.argument_size_in_bytes,
+        output_bytes=analysis.output_size_in_bytes,
+        alias_bytes=analysis.alias_size_in_bytes,
+        temporary_bytes=analysis.temp_size_in_bytes,
+        code_bytes=analysis.generated_code_size_in_bytes,
     )
     cost = compiled.cost_analysis() or {}
     return Program(
@@ -108,16 +108,16 @@ def read_program(compiled: Any, mesh: Mapping[str, int], compile_seconds: float)
 
 
 def parse_refusal(message: str, compile_seconds: float = 0.0) -> Refusal | None:
-    """What XLA's RESOURCE_EXHAUSTED says of HBM; None: the message is about something else."""
+    """Parses XLA's RESOURCE_EXHAUSTED; returns None where the message is not about HBM."""
     for pattern in _TOO_BIG if "RESOURCE_EXHAUSTED" in message else ():
-        if found := pattern.search(message):
-            required, available = (float(n) * _UNITS[u] for n, u in (found.groups()[:2], found.groups()[2:]))
+        if match := pattern.search(message):
+            required, available = (float(n) * _UNITS[u] for n, u in (match.groups()[:2], match.groups()[2:]))
             return Refusal(round(required), round(available), compile_seconds, message.splitlines()[0])
     return None
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """What one chip holds of the arrays in `tree`, by their shardings and without padding."""
+    """Returns how many bytes of the arrays in `tree` one chip holds, by their shardings, without padding."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)

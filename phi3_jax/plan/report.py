@@ -1,4 +1,4 @@
-"""A plan as tables for people and as a dict for programs; both say the same."""
+"""Shows a plan as tables for people and as a dict for programs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,49 +8,21 @@ from rich.table import Table
 
 from phi3_jax.plan.collectives import Collective
 from phi3_jax.plan.planning import Plan
+from phi3_jax.plan.roofline import Roofline
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON's types; a key ends in its unit, and bytes and FLOPs are of one chip unless the key
-    says total.
+    """Returns the plan as JSON's types.
 
-    work: what was asked. topology: the chips, their rates, and HBM that a program can use. mesh: axis ->
-    size. fits, memory: `source` "compiler" or "shapes" (an estimate); `parts_bytes` -> `needed_bytes` against
-    `usable_bytes`, `free_bytes` below 0 if it does not fit. flops, roofline: bounds; `limited_by` compute,
-    HBM or links. compiler: what XLA counts, null where nothing was compiled. collectives: one entry for those
-    alike, null likewise. others: the other meshes, best first, each {mesh, fits, compiled, needed_bytes,
-    step_seconds, limited_by, tokens_per_second, problem}.
+    A key ends in its unit; bytes and FLOPs are of one chip unless the key ends in "total". `memory.source` is
+    "compiler", or "shapes" for an estimate; its `parts_bytes` add up to `needed_bytes`, and `free_bytes` is
+    negative where the step does not fit. `compiler` and `collectives` are null where nothing was compiled;
+    equal collectives share one entry. `others` has the other meshes, best first.
     """
-    work, chip, analytic, bound, program = (
-        plan.work,
-        plan.topology.chip,
-        plan.analytic,
-        plan.roofline,
-        plan.program,
-    )
+    program = plan.program
     return {
-        "work": {
-            "model_parameters_total": analytic.parameters,
-            "trained_parameters_total": analytic.trained_parameters,
-            "layers": work.config.num_hidden_layers,
-            "task": work.task,
-            "batch_rows": work.batch,
-            "seq_tokens": work.seq,
-            "dtype": work.dtype,
-            "cache_dtype": work.cache_dtype or work.dtype,
-            "optimizer_dtype": work.optimizer_dtype,
-            "lora_rank": work.lora,
-            "remat": work.remat,
-        },
-        "topology": {
-            "name": plan.topology.name,
-            "chip": chip.title,
-            "devices": plan.topology.devices,
-            "usable_hbm_bytes": chip.hbm_bytes,
-            "peak_flops_per_second": chip.flops_per_s,
-            "hbm_bytes_per_second": chip.hbm_bytes_per_s,
-            "link_bytes_per_second": plan.topology.link_bytes_per_s,
-        },
+        "work": _work(plan),
+        "topology": _topology(plan),
         "mesh": dict(plan.mesh),
         "fits": plan.fits,
         "problem": plan.problem,
@@ -61,30 +33,13 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             "usable_bytes": plan.usable_bytes,
             "free_bytes": plan.usable_bytes - plan.needed_bytes,
         },
-        "flops": {
-            "model_total": analytic.flops.model,
-            "hardware_total": analytic.flops.hardware,
-            "recomputed_total": analytic.flops.recomputed,
-            "attention_total": analytic.flops.attention,
-            "hardware_per_chip": analytic.flops.hardware / plan.topology.devices,
-        },
+        "flops": _flops(plan),
         "traffic": {
-            "hbm_bytes": analytic.hbm_traffic_bytes,
-            "link_bytes": analytic.link_bytes if program is None else program.link_bytes,
+            "hbm_bytes": plan.analytic.hbm_traffic_bytes,
+            "link_bytes": _link_bytes(plan),
             "waiting_link_bytes": None if program is None else program.waiting_link_bytes,
         },
-        "roofline": {
-            "step_seconds": bound.step_seconds,
-            "limited_by": bound.limited_by,
-            "compute_seconds": bound.compute_seconds,
-            "hbm_seconds": bound.hbm_seconds,
-            "link_seconds": bound.link_seconds,
-            "waiting_link_seconds": bound.waiting_link_seconds,
-            "intensity_flops_per_byte": bound.intensity,
-            "ridge_flops_per_byte": bound.ridge,
-            "tokens_per_second": bound.tokens_per_second,
-            "model_flops_share": bound.flops_share,
-        },
+        "roofline": _roofline(plan.roofline),
         "compiler": None
         if program is None
         else {
@@ -93,7 +48,63 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             "accessed_bytes": program.compiler_bytes,
         },
         "collectives": None if program is None else [_collective(one) for one in program.collectives],
-        "others": [_summary(other) for other in plan.others],
+        "others": [_short(other) for other in plan.others],
+    }
+
+
+def _work(plan: Plan) -> dict[str, Any]:
+    work = plan.work
+    return {
+        "model_parameters_total": plan.analytic.parameters,
+        "trained_parameters_total": plan.analytic.trained_parameters,
+        "layers": work.config.num_hidden_layers,
+        "task": work.task,
+        "batch_rows": work.batch,
+        "seq_tokens": work.seq,
+        "dtype": work.dtype,
+        "cache_dtype": work.cache_dtype or work.dtype,
+        "optimizer_dtype": work.optimizer_dtype,
+        "lora_rank": work.lora,
+        "remat": work.remat,
+    }
+
+
+def _topology(plan: Plan) -> dict[str, Any]:
+    topology, chip = plan.topology, plan.topology.chip
+    return {
+        "name": topology.name,
+        "chip": chip.title,
+        "devices": topology.devices,
+        "usable_hbm_bytes": chip.hbm_bytes,
+        "peak_flops_per_second": chip.flops_per_s,
+        "hbm_bytes_per_second": chip.hbm_bytes_per_s,
+        "link_bytes_per_second": topology.link_bytes_per_s,
+    }
+
+
+def _flops(plan: Plan) -> dict[str, Any]:
+    flops = plan.analytic.flops
+    return {
+        "model_total": flops.model,
+        "hardware_total": flops.hardware,
+        "recomputed_total": flops.recomputed,
+        "attention_total": flops.attention,
+        "hardware_per_chip": flops.hardware / plan.topology.devices,
+    }
+
+
+def _roofline(bound: Roofline) -> dict[str, Any]:
+    return {
+        "step_seconds": bound.step_seconds,
+        "limited_by": bound.limited_by,
+        "compute_seconds": bound.compute_seconds,
+        "hbm_seconds": bound.hbm_seconds,
+        "link_seconds": bound.link_seconds,
+        "waiting_link_seconds": bound.waiting_link_seconds,
+        "intensity_flops_per_byte": bound.intensity,
+        "ridge_flops_per_byte": bound.ridge,
+        "tokens_per_second": bound.tokens_per_second,
+        "model_flops_share": bound.flops_share,
     }
 
 
@@ -112,7 +123,7 @@ def _collective(one: Collective) -> dict[str, Any]:
     }
 
 
-def _summary(plan: Plan) -> dict[str, Any]:
+def _short(plan: Plan) -> dict[str, Any]:
     return {
         "mesh": dict(plan.mesh),
         "fits": plan.fits,
@@ -126,7 +137,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
 
 
 def _parts(plan: Plan) -> Iterator[tuple[str, int]]:
-    """One chip's bytes by what they are for; those of a compiled program add up to all that it needs."""
+    """Yields one chip's bytes by purpose; those of a compiled program add up to all that it needs."""
     analytic, program = plan.analytic, plan.program
     shapes = {
         "parameters": analytic.parameter_bytes,
@@ -137,7 +148,7 @@ def _parts(plan: Plan) -> Iterator[tuple[str, int]]:
     known = {name: size for name, size in (plan.part_bytes or shapes).items() if size}
     yield from known.items()
     if program is None:
-        # Of a refused program only the sum is known; what the arguments leave of it are temporaries.
+        # Only the sum is known of a refused program; what the arguments leave of it are temporaries.
         rest = plan.needed_bytes - sum(known.values()) if plan.refusal else analytic.temporary_bytes
         yield "temporaries", max(0, rest)
         return
@@ -195,13 +206,12 @@ def _memory_table(plan: Plan) -> Table:
 
 def _bound_table(plan: Plan) -> Table:
     bound, analytic = plan.roofline, plan.analytic
-    link_bytes = analytic.link_bytes if plan.program is None else plan.program.link_bytes
     table = _table("Least time of a step", "what", "one chip's", "ms", "% of bound")
     flops = analytic.flops.hardware / plan.topology.devices
     rows = (
         ("arithmetic", f"{flops / 1e12:,.3f} TFLOP", bound.compute_seconds),
         ("HBM", f"{analytic.hbm_traffic_bytes / 1e9:,.3f} GB", bound.hbm_seconds),
-        ("links", f"{link_bytes / 1e9:,.3f} GB", bound.link_seconds),
+        ("links", f"{_link_bytes(plan) / 1e9:,.3f} GB", bound.link_seconds),
     )
     for name, amount, seconds in rows:
         table.add_row(name, amount, _ms(seconds), f"{100 * bound.share(seconds):.1f}")
@@ -237,26 +247,27 @@ def _mesh_table(plan: Plan) -> Table:
         fits = "-" if one.problem else "yes" if one.fits else "no"
         numbers = (_gib(one.needed_bytes), _ms(one.roofline.step_seconds), one.roofline.limited_by)
         tokens = f"{one.roofline.tokens_per_second:,.0f}"
-        compiled = one.problem or (f"{one.program.compile_seconds:.0f} s" if one.program else _compiled(one))
+        seconds = f"{one.program.compile_seconds:.0f} s" if one.program else None
+        compiled = one.problem or seconds or ("refused" if one.refusal else "no")
         table.add_row(one.mesh_text, fits, *numbers, tokens, compiled)
     return table
 
 
-def _compiled(plan: Plan) -> str:
-    return "refused" if plan.refusal else "no"
+def _link_bytes(plan: Plan) -> float:
+    return plan.analytic.link_bytes if plan.program is None else plan.program.link_bytes
 
 
 def _notes(plan: Plan) -> Iterator[str]:
     if plan.program is not None:
         yield f"Compiled in {plan.program.compile_seconds:.1f} s."
         if any(not one.certain for one in plan.program.collectives):
-            yield "+: in a loop whose trip count could not be read; counted once."
+            yield "+: in a loop whose trip count could not be read, and counted once."
     if plan.refusal is not None:
         yield f"The compiler refused after {plan.refusal.compile_seconds:.1f} s: {plan.refusal.message}"
     if not plan.compiled:
         yield "Not compiled: parameters, optimizer and cache are exact, temporaries and traffic estimates."
     if plan.topology.chip.devices_per_chip > 1:
-        yield f"A chip is here one of the {plan.topology.chip.devices_per_chip} devices that JAX sees of it."
+        yield f"Numbers of a chip are those of one of its {plan.topology.chip.devices_per_chip} JAX devices."
 
 
 def _bytes(size: float) -> str:

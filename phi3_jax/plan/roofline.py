@@ -1,4 +1,4 @@
-"""The least time that a step can take: that of the busiest of arithmetic, memory and links."""
+"""The least time that a step can take, which is that of its busiest resource: arithmetic, memory or links."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,14 +17,14 @@ class Roofline:
     hbm_seconds: float
     link_seconds: float
     waiting_link_seconds: float | None
-    """Of `link_seconds`, what the compiled program spends with computation waiting; None: not compiled."""
+    """The part of `link_seconds` during which computation waits; None where nothing was compiled."""
     intensity: float
-    """FLOPs for each byte moved between HBM and the chip."""
+    """The FLOPs for each byte moved between HBM and the chip."""
     ridge: float
     """The intensity at which the chip's arithmetic and memory are both busy."""
     tokens: int
     flops_share: float
-    """Model FLOPs utilisation, could the bound be reached: recomputation does not count as use."""
+    """The model FLOPs utilisation at the bound, without recomputation."""
 
     @property
     def step_seconds(self) -> float:
@@ -38,16 +38,16 @@ class Roofline:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all chips."""
+        """The rate of all chips together."""
         return self.tokens / self.step_seconds
 
     def share(self, seconds: float) -> float:
-        """Of the bound."""
+        """Returns these seconds as a share of the bound."""
         return seconds / self.step_seconds
 
 
 def roofline(work: Work, topology: Topology, analytic: Analytic, program: Program | None = None) -> Roofline:
-    """Arithmetic and memory from shapes, evenly over the chips; links from the compiled program, if any."""
+    """Bounds a step: arithmetic and memory from shapes, links from the compiled program if there is one."""
     chip, count = topology.chip, topology.devices
     flops = analytic.flops.hardware / count
     link_bytes = analytic.link_bytes if program is None else program.link_bytes

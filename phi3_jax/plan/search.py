@@ -1,4 +1,4 @@
-"""Meshes worth a look, for a task and a number of chips."""
+"""Finds the sensible meshes for a task and a number of chips."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,32 +7,32 @@ from phi3_jax.costs.work import Work
 from phi3_jax.errors import UserError
 
 COMPILED = 4
-"""How many of the meshes that look best from shapes are compiled."""
+"""The number of meshes that are compiled by default, best by shapes first."""
 
 LONG = 16_384
-"""Tokens a row from which it is worth while to divide a sequence."""
+"""The tokens a row from which a sequence is worth dividing."""
 
 
 def sensible_meshes(work: Work, devices: int) -> list[dict[str, int]]:
-    """Every mesh of `devices` chips over which model, batch and sequence divide.
+    """Returns every mesh of `devices` chips over which model, batch and sequence divide.
 
-    Data, fsdp and tensor as they divide; context for long sequences outside of decode.
+    The axis context is for long sequences outside of decode.
 
     Raises:
-        ValueError: there is none; the text says what would have to divide.
+        UserError: there is none; the message says what must divide.
     """
-    found = [mesh for mesh in _meshes(devices) if not obstacles(work, mesh)]
-    if not found:
+    meshes = [mesh for mesh in _meshes(devices) if not obstacles(work, mesh)]
+    if not meshes:
         tensor = [t for t in _divisors(devices) if not obstacles(work, {"data": 1, "tensor": t})]
         raise UserError(
             f"no mesh of {devices} devices suits a batch of {work.batch}: tensor can be "
             f"{', '.join(map(str, tensor))}, and data x fsdp must divide the batch; try --batch {devices}"
         )
-    return found
+    return meshes
 
 
 def obstacles(work: Work, mesh: dict[str, int]) -> list[str]:
-    """What does not divide over `mesh`; empty: everything does."""
+    """Returns the names of sizes that do not divide over `mesh`."""
     config = work.config
     data, fsdp, tensor, context = (mesh.get(name, 1) for name in ("data", "fsdp", "tensor", "context"))
     sizes = [
@@ -43,10 +43,10 @@ def obstacles(work: Work, mesh: dict[str, int]) -> list[str]:
         ("batch", work.batch, data * fsdp),
         ("seq", work.seq, context),
     ]
-    found = [name for name, size, parts in sizes if size % parts]
+    names = [name for name, size, parts in sizes if size % parts]
     if context > 1 and (work.task == "decode" or work.seq < LONG):
-        found.append("context")
-    return found
+        names.append("context")
+    return names
 
 
 def _divisors(number: int) -> list[int]:

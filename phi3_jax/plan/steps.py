@@ -1,4 +1,4 @@
-"""The steps that are planned: those that users run, with shapes in place of numbers."""
+"""Builds the steps that are planned, the ones that users run, with shapes in place of arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from phi3_jax.trainer import Trainer
 
 
 def abstract_step(work: Work, mesh: Mesh) -> AbstractStep:
-    """The step of `work` on `mesh`, ready to be lowered.
+    """Builds the step of `work` on `mesh`, ready to be lowered.
 
     Raises:
-        ValueError: sizes that the mesh does not divide; the text names those that it would.
+        UserError: the mesh does not divide a size; the message names the sizes that it divides.
     """
     return {"finetune": _finetune, "prefill": _prefill, "decode": _decode}[work.task](work, mesh)
 
@@ -50,7 +50,7 @@ def _finetune(work: Work, mesh: Mesh) -> AbstractStep:
 def _prefill(work: Work, mesh: Mesh) -> AbstractStep:
     if work.cache_dtype not in (None, work.dtype):
         raise UserError(
-            f"cache_dtype={work.cache_dtype} is for decode: a first prefill keeps what it computed"
+            f"cache_dtype={work.cache_dtype} is for decode; prefill keeps keys and values in --dtype"
         )
     model = abstract_model(Phi3ForCausalLM, work.config, dtype=work.dtype, mesh=mesh)
 
@@ -85,5 +85,4 @@ def _decode(work: Work, mesh: Mesh) -> AbstractStep:
 
 
 def _ids(batch: int, length: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    where = sharding(mesh, ("batch", "length"))
-    return jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=where)
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding(mesh, ("batch", "length")))

@@ -1,4 +1,4 @@
-"""What tests of plans share."""
+"""Fixtures of the tests of plans."""
 
 import os
 
@@ -9,14 +9,14 @@ from phi3_jax.config.model_config import Phi3Config
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_libtpu() -> None:
-    """As the command does, but for the platform, which other tests may already use."""
+    """Sets what the command sets, except for the platform, which other tests may already use."""
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 @pytest.fixture
 def small() -> Phi3Config:
-    """Grouped heads, no window, sizes all different."""
+    """A config with grouped heads, no window and sizes that all differ."""
     return Phi3Config(
         vocab_size=192,
         hidden_size=64,

@@ -1,4 +1,4 @@
-"""Figures from shapes, against the real modules and against what XLA counts in a small one."""
+"""Compares counts from shapes with the modules and with XLA's counts of a small model."""
 
 from math import prod
 
@@ -12,13 +12,14 @@ from phi3_jax import Phi3Config, Phi3ForCausalLM
 from phi3_jax.costs.flops import attention_pairs, step_flops
 from phi3_jax.costs.shapes import lora_parameters, parameters
 from phi3_jax.costs.work import Work
+from phi3_jax.errors import UserError
 from phi3_jax.parallel.sharding import AXES, spec
 from phi3_jax.plan.analytic import analyse
 
 
 @pytest.mark.parametrize("name", Phi3Config.presets())
-def test_parameters_are_those_of_the_modules(name: str) -> None:
-    """Two layers of each preset: the modules' count, and the layers' share times the preset's layers."""
+def test_parameters_of_several_layers_match_the_modules(name: str) -> None:
+    """Parameters are counted in one layer and multiplied; here two layers are built."""
     config = Phi3Config.preset(name).replace(num_hidden_layers=2)
     model = nnx.eval_shape(lambda: Phi3ForCausalLM(config, rngs=0, dtype=jnp.bfloat16))
     expected = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -29,13 +30,13 @@ def test_parameters_are_those_of_the_modules(name: str) -> None:
     ("name", "billions"),
     [("phi-3-mini-4k-instruct", 3.821), ("phi-3-medium-4k-instruct", 13.960), ("phi-4-mini-instruct", 3.836)],
 )
-def test_known_sizes(name: str, billions: float) -> None:
-    """The numbers on the models' cards: 3.8 B, 14 B, 3.8 B."""
+def test_parameters_match_the_model_cards(name: str, billions: float) -> None:
+    """The cards say 3.8 B, 14 B and 3.8 B."""
     assert sum(p.size for p in parameters(Phi3Config.preset(name))) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
 def held_bytes(config: Phi3Config, sizes: dict[str, int]) -> int:
-    """What one chip holds of the modules' parameters, by their logical axes and the library's table."""
+    """Returns one chip's bytes of the modules' parameters, by their logical axes and the library's table."""
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     model = nnx.eval_shape(lambda: Phi3ForCausalLM(config, rngs=0, dtype=jnp.bfloat16))
     variables = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable))
@@ -45,13 +46,13 @@ def held_bytes(config: Phi3Config, sizes: dict[str, int]) -> int:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 4, 1, 2), (2, 2, 1, 2), (1, 1, 4, 2)])
-def test_shards_are_those_that_the_model_has(small: Phi3Config, sizes: tuple[int, ...], tied: bool) -> None:
+def test_shards_match_the_modules(small: Phi3Config, sizes: tuple[int, ...], tied: bool) -> None:
     config, mesh = small.replace(tie_word_embeddings=tied), dict(zip(AXES, sizes, strict=True))
     assert analyse(Work(config, "prefill", 8, 64), mesh).parameter_bytes == held_bytes(config, mesh)
 
 
-def test_held_bytes_by_hand(small: Phi3Config) -> None:
-    """Adam's moments and the cache over fsdp=2, tensor=2, and LoRA's adapters."""
+def test_held_bytes_match_counts_by_hand(small: Phi3Config) -> None:
+    """Adam's moments, the cache and LoRA's adapters, over fsdp=2, tensor=2."""
     mesh = {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
     full = analyse(Work(small, "finetune", 4, 32), mesh)
     assert full.parameter_bytes == 2 * held_bytes(small, mesh)  # float32 between steps
@@ -67,14 +68,16 @@ def test_held_bytes_by_hand(small: Phi3Config) -> None:
     assert lora_parameters(small, 8) == adapters
     lora = analyse(Work(small, "finetune", 4, 32, lora=8), mesh)
     assert lora.trained_parameters == adapters
-    # fsdp=2 divides what has the hidden size, tensor=2 what has heads or the feed-forward size: all halves.
+    # fsdp=2 divides the hidden size, tensor=2 heads and the feed-forward size, so all adapters are halved.
     assert lora.optimizer_bytes == 2 * adapters // 2 * 4
     assert lora.parameter_bytes == held_bytes(small, mesh) + adapters // 2 * 4
 
 
 @pytest.mark.parametrize("window", [None, 5, 24])
 @pytest.mark.parametrize(("queries", "keys"), [(24, 24), (1, 24), (6, 24), (3, 4)])
-def test_pairs_are_those_of_the_mask(small: Phi3Config, window: int | None, queries: int, keys: int) -> None:
+def test_attention_pairs_match_the_mask(
+    small: Phi3Config, window: int | None, queries: int, keys: int
+) -> None:
     config = small.replace(sliding_window=window)
     positions = range(keys - queries, keys)
     counted = sum(k <= q and (window is None or k > q - window) for q in positions for k in range(keys))
@@ -84,7 +87,7 @@ def test_pairs_are_those_of_the_mask(small: Phi3Config, window: int | None, quer
 
 @pytest.fixture(scope="module")
 def wide() -> Phi3Config:
-    """Wide enough that matrix products are nearly all there is to do."""
+    """A config wide enough that nearly all operations are matrix products."""
     return Phi3Config(
         vocab_size=1024,
         hidden_size=512,
@@ -99,9 +102,9 @@ def wide() -> Phi3Config:
     )
 
 
-def test_forward_flops_are_what_xla_counts(wide: Phi3Config) -> None:
-    """Logits at every position. XLA's attention computes all pairs, so they are counted all; with more tokens
-    it works in blocks, in a loop whose body XLA counts once.
+def test_forward_flops_match_xla(wide: Phi3Config) -> None:
+    """XLA's attention computes all pairs, so all pairs count. With more tokens it works in blocks, in a loop
+    whose body XLA counts once.
     """
     work = Work(wide, "finetune", 4, 128)
     model = nnx.eval_shape(lambda: Phi3ForCausalLM(wide, rngs=0, dtype=jnp.float32))
@@ -112,8 +115,8 @@ def test_forward_flops_are_what_xla_counts(wide: Phi3Config) -> None:
     assert lowered.cost_analysis()["flops"] == pytest.approx(expected, rel=0.01)
 
 
-def test_training_flops_are_what_xla_counts(wide: Phi3Config) -> None:
-    """The gradient of the loss without remat: three times the forward."""
+def test_training_flops_match_xla(wide: Phi3Config) -> None:
+    """The gradient of the loss without remat costs three times the forward."""
     work = Work(wide, "finetune", 4, 128, remat="none")
     model = nnx.eval_shape(lambda: Phi3ForCausalLM(wide, rngs=0, dtype=jnp.float32))
     ids = jax.ShapeDtypeStruct((4, 128), jnp.int32)
@@ -122,7 +125,7 @@ def test_training_flops_are_what_xla_counts(wide: Phi3Config) -> None:
     assert flops == pytest.approx(step_flops(work, causal=False).hardware, rel=0.01)
 
 
-def test_flops_of_tasks(small: Phi3Config) -> None:
+def test_flops_of_tasks_are_multiples_of_the_forward(small: Phi3Config) -> None:
     full = step_flops(Work(small, "finetune", 4, 32))
     forward = step_flops(Work(small, "prefill", 4, 32))
     assert full.layers == 3 * forward.layers
@@ -137,8 +140,8 @@ def test_flops_of_tasks(small: Phi3Config) -> None:
     assert lora.layers == 2 * forward.layers + 3 * 2 * 4 * 32 * lora_parameters(small, 8)
 
 
-def test_links(small: Phi3Config) -> None:
-    """By hand: each parameter gathered twice and its gradient scattered; two all-reduces a layer and pass."""
+def test_link_bytes_match_counts_by_hand(small: Phi3Config) -> None:
+    """Each parameter is gathered twice and its gradient scattered; a layer has two all-reduces a pass."""
     work = Work(small, "finetune", 4, 32)
     one = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
     assert analyse(work, one).link_bytes == 0
@@ -160,7 +163,7 @@ def test_decode_reads_weights_and_the_visible_cache(small: Phi3Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"task": "train"}, "finetune, prefill, decode"),
         ({"remat": "some"}, "full, dots, none"),
@@ -171,7 +174,9 @@ def test_decode_reads_weights_and_the_visible_cache(small: Phi3Config) -> None:
         ({"task": "decode", "lora": 8}, "finetune"),
     ],
 )
-def test_what_cannot_be_planned(small: Phi3Config, changes: dict[str, object], words: str) -> None:
+def test_rejects_work_that_cannot_be_planned(
+    small: Phi3Config, changes: dict[str, object], message: str
+) -> None:
     arguments = {"task": "finetune", "batch": 1, "seq": 16} | changes
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=message):
         Work(small, **arguments)  # type: ignore[arg-type]

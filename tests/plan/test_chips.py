@@ -1,4 +1,4 @@
-"""Names of topologies, and what libtpu says of those that can be compiled for."""
+"""Tests names of topologies, and compares TPU slices with libtpu."""
 
 import sys
 
@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from toy_step import needs_libtpu
 
+from phi3_jax.errors import UserError
 from phi3_jax.plan import CHIPS, AbstractStep, topology
 from phi3_jax.plan.absent import absent_devices
 from phi3_jax.plan.program import Refusal, compile_step, parse_refusal
@@ -26,14 +27,14 @@ from phi3_jax.plan.program import Refusal, compile_step, parse_refusal
         ("h100:8", 8, 1),
     ],
 )
-def test_names(name: str, devices: int, links: int) -> None:
-    found = topology(name)
-    assert (found.devices, found.links) == (devices, links)
-    assert found.name == name.lower() + ("" if ":" in name else ":1")
+def test_topology_of_a_name(name: str, devices: int, links: int) -> None:
+    chips = topology(name)
+    assert (chips.devices, chips.links) == (devices, links)
+    assert chips.name == name.lower() + ("" if ":" in name else ":1")
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "names"),
     [
         ("v5e:3x3", ["v5e:2x4", "v5e:16x16"]),
         ("v5e", ["v5e:1x1"]),
@@ -44,30 +45,30 @@ def test_names(name: str, devices: int, links: int) -> None:
         ("h100:x", ["h100:1 to h100:8"]),
     ],
 )
-def test_wrong_names_list_the_right_ones(name: str, words: list[str]) -> None:
-    with pytest.raises(ValueError, match="topology") as error:
+def test_rejects_unknown_names_and_lists_known_ones(name: str, names: list[str]) -> None:
+    with pytest.raises(UserError, match="topology") as error:
         topology(name)
-    assert all(word in str(error.value) for word in words)
+    assert all(name in str(error.value) for name in names)
 
 
-def test_every_listed_name_is_one() -> None:
+def test_every_listed_name_is_a_topology() -> None:
     for chip in CHIPS.values():
         for name in chip.names:
             assert topology(name).chip is chip
 
 
-def test_link_rates() -> None:
-    """All links of a chip, one way: Google's pages give 400 GB/s both ways for v5e, and 1,200 for v5p."""
+def test_link_rates_match_the_data_sheets() -> None:
+    """Google's pages give rates both ways over all links: 400 GB/s for v5e, 1,200 for v5p."""
     assert topology("v5e:16x16").link_bytes_per_s == 200e9
     assert topology("v5p:4x4x4").link_bytes_per_s == 600e9
     assert topology("tpu7x:4x4x4").link_bytes_per_s == 300e9  # of one of a chip's two devices
     assert topology("v5e:1x1").link_bytes_per_s == 0
 
 
-def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_libtpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(ValueError, match=r"pip install 'phi3-jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install 'phi3-jax\[tpu\]'"):
         absent_devices(topology("v5e:2x2"))
 
 
@@ -76,27 +77,27 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.Monke
     "name", sorted(name for chip in CHIPS.values() if chip.is_tpu for name in chip.names)
 )
 def test_libtpu_knows_every_slice(name: str) -> None:
-    found = topology(name)
-    if found.devices > 512:
+    chips = topology(name)
+    if chips.devices > 512:
         pytest.skip("a large pod")
-    assert len(absent_devices(found)) == found.devices
+    assert len(absent_devices(chips)) == chips.devices
 
 
 @needs_libtpu
 @pytest.mark.parametrize("name", [chip.names[1] for chip in CHIPS.values() if chip.is_tpu])
-def test_usable_memory_is_what_libtpu_says(name: str) -> None:
-    """Something too big is refused, and the refusal names what there is."""
-    found = topology(name)
-    sharding = SingleDeviceSharding(absent_devices(found)[0])
-    rows = found.chip.hbm_bytes // 2**20
+def test_usable_memory_matches_libtpu(name: str) -> None:
+    """libtpu refuses a program that is too big and names the available memory."""
+    chips = topology(name)
+    sharding = SingleDeviceSharding(absent_devices(chips)[0])
+    rows = chips.chip.hbm_bytes // 2**20
     x = jax.ShapeDtypeStruct((rows, 2**20), jnp.int8, sharding=sharding)
     refusal = compile_step(AbstractStep(jax.jit(lambda x: x + 1), (x,)), {})
     assert isinstance(refusal, Refusal)
-    assert refusal.available_bytes == pytest.approx(found.chip.hbm_bytes, rel=1e-3)
-    assert refusal.required_bytes > 1.9 * found.chip.hbm_bytes
+    assert refusal.available_bytes == pytest.approx(chips.chip.hbm_bytes, rel=1e-3)
+    assert refusal.required_bytes > 1.9 * chips.chip.hbm_bytes
 
 
-def test_refusals_are_read() -> None:
+def test_parses_refusals() -> None:
     first = parse_refusal(
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required "
         "for HLO temporaries (24.00G) exceeds available HBM (15.75G). HLO module: jit_f.\nmore"

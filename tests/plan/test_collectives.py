@@ -1,4 +1,4 @@
-"""Collectives: their traffic, their forms in TPU programs, and those of a program compiled for v5e."""
+"""Tests collectives: their traffic, their forms in TPU programs, and a program compiled for v5e."""
 
 import pytest
 from toy_step import FFN, HIDDEN, LAYERS, needs_libtpu, toy_step
@@ -12,7 +12,7 @@ MESH = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("all-gather", 300),  # of the result of 400, three quarters
+        ("all-gather", 300),  # three quarters of the result of 400
         ("all-reduce", 150),
         ("reduce-scatter", 75),
         ("all-to-all", 75),
@@ -36,7 +36,7 @@ def only(text: str) -> Collective:
     return one
 
 
-def test_a_plain_all_reduce_of_several_arrays() -> None:
+def test_reads_an_all_reduce_of_several_arrays() -> None:
     one = only(
         program(
             "  %b = f32[4]{0} constant({1, 2, 3, 4})\n"
@@ -56,7 +56,7 @@ def test_a_plain_all_reduce_of_several_arrays() -> None:
     assert one.source == "backward bf,df->bd/dot_general"
 
 
-def test_start_and_done_are_one() -> None:
+def test_a_start_and_its_done_are_one_collective() -> None:
     one = only(
         program(
             "  %s = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) all-gather-start(%a), replica_groups={{0,1,2,3}}\n"
@@ -71,7 +71,7 @@ def test_start_and_done_are_one() -> None:
     )
 
 
-def test_async_start_wraps_a_computation() -> None:
+def test_reads_a_collective_within_async_start() -> None:
     wrapped = (
         "%wrapped (p: bf16[8,16]) -> bf16[2,16] {\n  %p = bf16[8,16]{1,0} parameter(0)\n"
         "  ROOT %rs = bf16[2,16]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, to_apply=%sum\n}"
@@ -90,7 +90,7 @@ def test_async_start_wraps_a_computation() -> None:
 
 
 def test_an_asynchronous_collective_fusion_counts_once() -> None:
-    """TPU: the start, the fusions that carry on with it, and the end hold the same instruction."""
+    """On TPU the fusions that start, continue and end a collective contain the same instruction."""
 
     def part(name: str, target: str) -> str:
         return (
@@ -112,7 +112,7 @@ def test_an_asynchronous_collective_fusion_counts_once() -> None:
     assert (one.kind, one.count, one.payload_bytes, one.asynchronous) == ("all-gather", 1, 1024, True)
 
 
-def test_a_reduce_and_its_slice_are_a_reduce_scatter() -> None:
+def test_an_all_reduce_and_its_slice_are_a_reduce_scatter() -> None:
     fused = (
         "%all-reduce-scatter.1 (p: bf16[8,16]) -> bf16[2,16] {\n  %p = bf16[8,16]{1,0} parameter(0)\n"
         "  %r = bf16[8,16]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%sum\n"
@@ -127,7 +127,7 @@ def test_a_reduce_and_its_slice_are_a_reduce_scatter() -> None:
     assert (one.kind, one.traffic_bytes, one.source) == ("reduce-scatter", 192, "jit(f)/psum")
 
 
-def test_permutes_and_unknown_groups() -> None:
+def test_reads_permutes_and_groups_that_follow_no_axis() -> None:
     text = program(
         "  %p = bf16[8,16]{1,0} collective-permute(%a), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}\n"
         "  ROOT %r = bf16[8,16]{1,0} all-reduce(%p), replica_groups={{0,1},{2},{3}}, to_apply=%sum"
@@ -138,33 +138,37 @@ def test_permutes_and_unknown_groups() -> None:
 
 
 @needs_libtpu
-def test_fsdp_compiled_for_v5e(small) -> None:  # type: ignore[no-untyped-def]
-    """Each layer's weights are gathered forward and backward, their gradients reduced, all along fsdp."""
+def test_fsdp_gathers_weights_and_reduces_gradients_on_v5e(small) -> None:  # type: ignore[no-untyped-def]
+    """Each layer's weights are gathered forward and backward, and their gradients reduced, along fsdp."""
     work = Work(small, "finetune", batch=64, seq=16)
-    made = plan(work, "v5e:2x2", "fsdp=4", build=toy_step)
-    assert made.program is not None
-    found = made.program.collectives
-    gathered = [c for c in found if c.kind == "all-gather"]
+    planned = plan(work, "v5e:2x2", "fsdp=4", build=toy_step)
+    program = planned.program
+    assert program is not None
+    gathered = [c for c in program.collectives if c.kind == "all-gather"]
     weight = HIDDEN * FFN * 2
     assert {c.payload_bytes for c in gathered} == {weight}
     assert sum(c.count for c in gathered) == 2 * 2 * LAYERS
     assert any(c.asynchronous for c in gathered)
-    reduced = [c for c in found if c.kind in ("all-reduce", "reduce-scatter") and c.payload_bytes > 1000]
+    reduced = [
+        c
+        for c in program.collectives
+        if c.kind in ("all-reduce", "reduce-scatter") and c.payload_bytes > 1000
+    ]
     assert sum(c.count * c.payload_bytes for c in reduced) == pytest.approx(2 * LAYERS * weight, rel=0.1)
-    assert {c.axes for c in found} == {("fsdp",)}
-    assert all(c.certain for c in found)
-    assert made.program.link_bytes > made.program.waiting_link_bytes > 0
+    assert {c.axes for c in program.collectives} == {("fsdp",)}
+    assert all(c.certain for c in program.collectives)
+    assert program.link_bytes > program.waiting_link_bytes > 0
 
 
 @needs_libtpu
-def test_axes_compiled_for_v5e(small) -> None:  # type: ignore[no-untyped-def]
-    """Three axes at once: activations are reduced along tensor, gradients along data."""
-    made = plan(Work(small, "finetune", 64, 16), "v5e:2x4", "data=2,fsdp=2,tensor=2", build=toy_step)
-    assert made.program is not None
-    along = {c.axes for c in made.program.collectives}
+def test_collectives_follow_their_axes_on_v5e(small) -> None:  # type: ignore[no-untyped-def]
+    """With three axes, activations are reduced along tensor and gradients along data."""
+    planned = plan(Work(small, "finetune", 64, 16), "v5e:2x4", "data=2,fsdp=2,tensor=2", build=toy_step)
+    assert planned.program is not None
+    along = {c.axes for c in planned.program.collectives}
     assert {("fsdp",), ("tensor",), ("data",)} <= along
     assert None not in along
-    activations = [c for c in made.program.collectives if c.axes == ("tensor",)]
+    activations = [c for c in planned.program.collectives if c.axes == ("tensor",)]
     assert {c.kind for c in activations} == {"all-reduce"}
     assert {c.payload_bytes for c in activations} == {64 * 16 // 4 * HIDDEN * 2}
     assert sum(c.count for c in activations) == 2 * LAYERS

@@ -1,4 +1,4 @@
-"""Replica groups in all spellings, and the mesh axes that they are."""
+"""Tests the spellings of replica groups, and their mesh axes."""
 
 import itertools
 
@@ -28,28 +28,28 @@ MESH = {"data": 2, "fsdp": 2, "context": 1, "tensor": 3}
         ("to_apply=%add", None),
     ],
 )
-def test_spellings(text: str, expected: list[list[int]] | None) -> None:
+def test_reads_every_spelling_of_groups(text: str, expected: list[list[int]] | None) -> None:
     assert groups.replica_groups(text, 8) == expected
 
 
 @pytest.mark.parametrize(
     "axes", [c for n in range(4) for c in itertools.combinations(("data", "fsdp", "tensor"), n)]
 )
-def test_groups_along_axes_are_recognised(axes: tuple[str, ...]) -> None:
+def test_finds_the_axes_of_groups(axes: tuple[str, ...]) -> None:
     ids = np.arange(12).reshape(2, 2, 1, 3)
-    places = [list(MESH).index(axis) for axis in axes]
-    others = [place for place in range(4) if place not in places]
+    dims = [list(MESH).index(axis) for axis in axes]
+    others = [dim for dim in range(4) if dim not in dims]
     members = int(np.prod([MESH[axis] for axis in axes]))
-    rows = ids.transpose(others + places).reshape(-1, members).tolist()
+    rows = ids.transpose(others + dims).reshape(-1, members).tolist()
     assert groups.mesh_axes(rows, MESH) == axes
 
 
-def test_other_groups_are_not() -> None:
+def test_other_groups_follow_no_axes() -> None:
     assert groups.mesh_axes([[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]], MESH) is None
     assert groups.mesh_axes([[0, 1, 2]], MESH) is None
 
 
-def test_permuted_pairs() -> None:
+def test_reads_permuted_pairs_and_their_axes() -> None:
     pairs = groups.permuted_pairs("source_target_pairs={{0,3},{3,0}}, x={1}")
     assert pairs == [[0, 3], [3, 0]]
     assert groups.pair_axes(pairs, MESH) == ("fsdp",)

@@ -1,4 +1,4 @@
-"""HLO text: instructions, loops and what they multiply. The snippets are written by hand in XLA's syntax."""
+"""Tests the parser of HLO on text written by hand in XLA's syntax: instructions, loops, trip counts."""
 
 import jax
 import jax.numpy as jnp
@@ -52,17 +52,17 @@ ENTRY %main (a: f32[4]) -> (f32[4]) {
 LOOPS = LOOPS.replace("NOTE", 'backend_config={"known_trip_count":{"n":"5"}}')
 
 
-def test_nested_loops_multiply() -> None:
-    """The outer count is noted, the inner one runs i = 1, 3, 5 below 7."""
-    times = {run.computation.name: run.times for run in hlo.parse(LOOPS).runs()}
+def test_trip_counts_of_nested_loops_multiply() -> None:
+    """The outer count is the compiler's note; the inner loop runs for i = 1, 3, 5 below 7."""
+    times = {call.computation.name: call.times for call in hlo.parse(LOOPS).calls()}
     assert times == {"main": 1, "outer_body": 5, "inner_body": 15}
-    assert all(run.certain for run in hlo.parse(LOOPS).runs())
+    assert all(call.certain for call in hlo.parse(LOOPS).calls())
 
 
-def test_an_unreadable_loop_counts_once_and_says_so() -> None:
+def test_an_unreadable_loop_counts_once_and_is_uncertain() -> None:
     text = LOOPS.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
-    runs = {run.computation.name: (run.times, run.certain) for run in hlo.parse(text).runs()}
-    assert runs == {"main": (1, True), "outer_body": (1, False), "inner_body": (3, False)}
+    calls = {call.computation.name: (call.times, call.certain) for call in hlo.parse(text).calls()}
+    assert calls == {"main": (1, True), "outer_body": (1, False), "inner_body": (3, False)}
 
 
 @pytest.mark.parametrize(
@@ -78,19 +78,19 @@ def test_an_unreadable_loop_counts_once_and_says_so() -> None:
         ("EQ", 7, "add", None),
     ],
 )
-def test_trip_counts(direction: str, limit: int, step: str, expected: int | None) -> None:
+def test_trip_count_of_a_counter(direction: str, limit: int, step: str, expected: int | None) -> None:
     text = LOOPS.replace("direction=LT", f"direction={direction}").replace(
         "constant(7)", f"constant({limit})"
     )
     module = hlo.parse(text.replace("add(%i", f"{step}(%i"))
     outer = module.computations["outer_body"]
-    if expected == 0 and direction == "GT":  # it moves away from the limit; no count is claimed
+    if expected == 0 and direction == "GT":  # it moves away from the limit, so there is no count
         expected = None
     assert module.trip_count(outer, outer.instructions["w"]) == expected
 
 
-def test_a_limit_carried_through_the_loop_is_found() -> None:
-    """XLA hoists constants out of loops: the limit is then a carried value that never changes."""
+def test_finds_a_limit_that_the_loop_carries() -> None:
+    """XLA hoists constants out of loops; the limit is then a carried value that never changes."""
     text = LOOPS.replace(
         "(s32[], f32[4]{0}) tuple(%start, %z)", "(s32[], f32[4]{0}, s32[]) tuple(%start, %z, %n)"
     )
@@ -103,14 +103,14 @@ def test_a_limit_carried_through_the_loop_is_found() -> None:
     assert module.trip_count(outer, outer.instructions["w"]) == 4
 
 
-def test_lines_that_are_no_instructions_are_passed_over() -> None:
+def test_skips_lines_that_are_not_instructions() -> None:
     text = LOOPS.replace("  %two =", "  // a remark\n  %odd = token[] after-all()\n  garbage = (((\n  %two =")
     assert hlo.parse(text).computations["inner_body"].instructions["odd"].opcode == "after-all"
-    assert {run.computation.name: run.times for run in hlo.parse(text).runs()}["inner_body"] == 15
+    assert {call.computation.name: call.times for call in hlo.parse(text).calls()}["inner_body"] == 15
 
 
-def test_an_instruction_may_take_several_lines() -> None:
-    """Those of Pallas kernels do; a line of theirs can begin with a brace."""
+def test_reads_an_instruction_of_several_lines() -> None:
+    """Pallas kernels have such instructions, and one of their lines can begin with a brace."""
     kernel = (
         '  %k = f32[4]{0} custom-call(%x), frontend_attributes={kernel_metadata={\n"block": 512\n}}, '
         'metadata={op_name="kernel"}\n  %two ='
@@ -118,7 +118,7 @@ def test_an_instruction_may_take_several_lines() -> None:
     module = hlo.parse(LOOPS.replace("  %two =", kernel))
     body = module.computations["inner_body"]
     assert (body.instructions["k"].op_name, body.root) == ("kernel", "t")
-    assert {run.computation.name: run.times for run in module.runs()}["inner_body"] == 15
+    assert {call.computation.name: call.times for call in module.calls()}["inner_body"] == 15
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_bytes_of_shapes(shape: str, expected: int) -> None:
     assert hlo.shape_bytes(shape) == expected
 
 
-def test_loops_of_a_program_compiled_here() -> None:
-    """A scan of 6 in a scan of 4, as this version of XLA writes it for CPU."""
+def test_reads_nested_scans_compiled_for_cpu() -> None:
+    """The program is a scan of 6 steps in a scan of 4, as the installed XLA writes it."""
 
     def inner(x: jax.Array, _: None) -> tuple[jax.Array, None]:
         return jnp.tanh(x @ x), None
@@ -145,6 +145,6 @@ def test_loops_of_a_program_compiled_here() -> None:
         return jax.lax.scan(inner, x, length=6)[0] + 1, None
 
     compiled = jax.jit(lambda x: jax.lax.scan(outer, x, length=4)[0]).lower(jnp.ones((32, 32))).compile()
-    runs = list(hlo.parse(compiled.as_text()).runs())
-    assert max(run.times for run in runs) == 24
-    assert all(run.certain for run in runs)
+    calls = list(hlo.parse(compiled.as_text()).calls())
+    assert max(call.times for call in calls) == 24
+    assert all(call.certain for call in calls)

@@ -1,4 +1,4 @@
-"""Plans as a whole: what fits, bounds, the search for a mesh, the report."""
+"""Tests whole plans: memory, bounds, the search for a mesh, the report."""
 
 import io
 import json
@@ -11,6 +11,7 @@ from rich.console import Console
 from toy_step import FFN, HIDDEN, LAYERS, needs_libtpu, toy_step
 
 from phi3_jax import Phi3Config
+from phi3_jax.errors import UserError
 from phi3_jax.plan import AbstractStep, Plan, Work, plan, render, to_dict, topology
 from phi3_jax.plan.analytic import analyse
 from phi3_jax.plan.collectives import Collective
@@ -23,9 +24,9 @@ MINI = Phi3Config.preset("phi-3-mini-4k-instruct")
 MEDIUM = Phi3Config.preset("phi-3-medium-4k-instruct")
 
 
-def printed(made: Plan) -> str:
+def rendered(planned: Plan) -> str:
     out = io.StringIO()
-    render(made, Console(file=out, width=160))
+    render(planned, Console(file=out, width=160))
     return out.getvalue()
 
 
@@ -37,8 +38,8 @@ def program(*, asynchronous: bool = True, temporary_bytes: int = 1000) -> Progra
     return Program(memory, (gather,), 1e9, 2e9, 12.5)
 
 
-def test_roofline_by_hand() -> None:
-    """Decode of mini at batch 1 on one h100 reads 7.4 GB of weights at 3.35 TB/s; nothing else counts."""
+def test_roofline_matches_a_bound_by_hand() -> None:
+    """A decode step of mini at batch 1 on one h100 reads 7.4 GB of weights at 3.35 TB/s, and little else."""
     work = Work(MINI, "decode", 1, 1)
     analytic = analyse(work, ONE)
     bound = roofline(work, topology("h100"), analytic)
@@ -52,7 +53,7 @@ def test_roofline_by_hand() -> None:
 
 
 def test_training_is_limited_by_compute() -> None:
-    """6 FLOPs a parameter and token, and 2 more for remat: at most three quarters of the peak are useful."""
+    """A parameter and token take 6 FLOPs, and 2 more for remat, so three quarters of the peak are useful."""
     work = Work(MINI, "finetune", 16, 4096)
     bound = roofline(work, topology("h100:8"), analyse(work, {**ONE, "fsdp": 8}))
     assert bound.limited_by == "compute"
@@ -61,7 +62,7 @@ def test_training_is_limited_by_compute() -> None:
     assert roofline(without, topology("h100:8"), analyse(without, {**ONE, "fsdp": 8})).flops_share == 1
 
 
-def test_links_come_from_the_program() -> None:
+def test_link_seconds_follow_from_the_program() -> None:
     work, chips = Work(MINI, "decode", 8, 4096), topology("v5e:2x4")
     analytic = analyse(work, {**ONE, "fsdp": 8})
     bound = roofline(work, chips, analytic, program())
@@ -74,54 +75,54 @@ def test_links_come_from_the_program() -> None:
     )
 
 
-def test_memory_of_a_program() -> None:
+def test_total_memory_of_a_program_counts_aliases_once() -> None:
     assert program().memory.total_bytes == 5000 + 500 + 1000 + 100
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8, 16, 32])
 @pytest.mark.parametrize("task", ["finetune", "decode"])
-def test_meshes_of_the_search_divide(devices: int, task: str) -> None:
+def test_meshes_of_the_search_divide_the_work(devices: int, task: str) -> None:
     meshes = sensible_meshes(Work(MEDIUM, task, 32, 4096), devices)  # type: ignore[arg-type]
     assert meshes
     for mesh in meshes:
         assert mesh["data"] * mesh["fsdp"] * mesh["context"] * mesh["tensor"] == devices
-        assert mesh["tensor"] in (1, 2)  # of 10 key/value heads
+        assert mesh["tensor"] in (1, 2)  # there are 10 key/value heads
         assert 32 % (mesh["data"] * mesh["fsdp"]) == 0
         assert mesh["context"] == 1
 
 
-def test_obstacles() -> None:
+def test_obstacles_name_the_sizes_that_do_not_divide() -> None:
     assert obstacles(Work(MEDIUM, "decode", 3, 4096), {**ONE, "tensor": 4, "data": 2}) == [
         "num_key_value_heads",
         "batch",
     ]
     long = Work(Phi3Config.preset("phi-3.5-mini-instruct"), "prefill", 1, 131072)
     assert any(mesh["context"] == 16 for mesh in sensible_meshes(long, 16))
-    with pytest.raises(ValueError, match=r"tensor can be 1, 2, and data x fsdp must divide the batch"):
+    with pytest.raises(UserError, match=r"tensor can be 1, 2, and data x fsdp must divide the batch"):
         sensible_meshes(Work(MEDIUM, "decode", 1, 4096), 8)
 
 
 def test_gpus_are_planned_from_shapes() -> None:
-    made = plan(Work(MINI, "finetune", 16, 4096), "h100:8")
-    assert made.program is None
-    assert not made.compiled
-    assert made.fits
-    assert len(made.others) >= 5
-    assert [one.fits for one in made.others] == sorted((one.fits for one in made.others), reverse=True)
-    assert "Not compiled" in printed(made)
+    planned = plan(Work(MINI, "finetune", 16, 4096), "h100:8")
+    assert planned.program is None
+    assert not planned.compiled
+    assert planned.fits
+    assert len(planned.others) >= 5
+    assert [one.fits for one in planned.others] == sorted((one.fits for one in planned.others), reverse=True)
+    assert "Not compiled" in rendered(planned)
     assert not plan(Work(MEDIUM, "finetune", 16, 4096), "l4", "data=1").fits
 
 
-def test_mesh_and_chips_must_agree() -> None:
+def test_rejects_a_mesh_of_another_number_of_chips() -> None:
     work = Work(MINI, "decode", 8, 128)
-    with pytest.raises(ValueError, match=r"8 places, h100:4 4; .* multiply to 4, as in fsdp=4"):
+    with pytest.raises(UserError, match=r"needs 8 devices and h100:4 has 4; .* multiply to 4, as in fsdp=4"):
         plan(work, "h100:4", "fsdp=4,tensor=2")
     assert plan(work, "h100:4", "fsdp=-1,tensor=2").mesh == {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
-    with pytest.raises(ValueError, match="axis"):
+    with pytest.raises(UserError, match="axis"):
         plan(work, "h100:4", "model=4")
 
 
-def made_by_hand(**changes: object) -> Plan:
+def plan_by_hand(**changes: object) -> Plan:
     work, chips = Work(MINI, "decode", 8, 4096), topology("v5e:2x4")
     mesh = {**ONE, "tensor": 8}
     analytic = analyse(work, mesh)
@@ -134,12 +135,12 @@ def made_by_hand(**changes: object) -> Plan:
     return Plan(work, chips, mesh, analytic, **values)  # type: ignore[arg-type]
 
 
-def test_json_says_what_the_table_says() -> None:
-    made = made_by_hand(others=(made_by_hand(problem="no such step"),))
-    told = to_dict(made)
-    assert json.loads(json.dumps(told)) == told
-    assert told["fits"]
-    memory = told["memory"]
+def test_json_and_tables_agree() -> None:
+    planned = plan_by_hand(others=(plan_by_hand(problem="no such step"),))
+    report = to_dict(planned)
+    assert json.loads(json.dumps(report)) == report
+    assert report["fits"]
+    memory = report["memory"]
     assert memory["parts_bytes"] == {
         "parameters": 4000,
         "cache": 700,
@@ -150,43 +151,43 @@ def test_json_says_what_the_table_says() -> None:
     assert memory["needed_bytes"] == 6600
     assert memory["usable_bytes"] == int(15.75 * 2**30)
     assert memory["free_bytes"] == int(15.75 * 2**30) - 6600
-    (gather,) = told["collectives"]
+    (gather,) = report["collectives"]
     assert (gather["count_per_step"], gather["traffic_bytes_per_step"]) == (64, 64 * 9e8)
-    assert told["compiler"]["seconds"] == 12.5
-    assert told["others"][0]["problem"] == "no such step"
-    text = printed(made)
-    for word in ("fits", "all-gather", "fsdp", "64+", "no such step", "Compiled in 12.5 s", "counted once"):
-        assert word in text
+    assert report["compiler"]["seconds"] == 12.5
+    assert report["others"][0]["problem"] == "no such step"
+    text = rendered(planned)
+    for words in ("fits", "all-gather", "fsdp", "64+", "no such step", "Compiled in 12.5 s", "counted once"):
+        assert words in text
 
 
-def test_a_refusal_is_a_result() -> None:
+def test_a_refusal_is_a_plan() -> None:
     refusal = Refusal(24 * 2**30, int(15.75 * 2**30), 3.0, "RESOURCE_EXHAUSTED: too big")
-    made = made_by_hand(program=None, refusal=refusal)
-    assert not made.fits
-    assert made.compiled
-    told = to_dict(made)
-    assert told["memory"]["free_bytes"] == -8.25 * 2**30
-    assert told["memory"]["source"] == "compiler"
-    assert told["collectives"] is None
-    assert "does not fit, by 8.25 GiB a chip" in printed(made)
+    planned = plan_by_hand(program=None, refusal=refusal)
+    assert not planned.fits
+    assert planned.compiled
+    report = to_dict(planned)
+    assert report["memory"]["free_bytes"] == -8.25 * 2**30
+    assert report["memory"]["source"] == "compiler"
+    assert report["collectives"] is None
+    assert "does not fit, by 8.25 GiB a chip" in rendered(planned)
 
 
 @needs_libtpu
-def test_a_step_compiled_for_v5e(small: Phi3Config) -> None:
-    """Donated weights are no new outputs; the parts are what the shardings say."""
-    made = plan(Work(small, "finetune", 64, 16), "v5e:2x2", "fsdp=4", build=toy_step)
-    assert made.fits
-    assert made.program is not None
-    assert made.part_bytes == {
+def test_memory_of_a_step_compiled_for_v5e(small: Phi3Config) -> None:
+    """Donated weights are no new outputs, and the parts follow from the shardings."""
+    planned = plan(Work(small, "finetune", 64, 16), "v5e:2x2", "fsdp=4", build=toy_step)
+    assert planned.fits
+    assert planned.program is not None
+    assert planned.part_bytes == {
         "parameters": 2 * LAYERS * HIDDEN * FFN * 2 // 4,
         "batch": 64 * 16 // 4 * HIDDEN * 2,
     }
-    memory = made.program.memory
-    assert memory.alias_bytes == made.part_bytes["parameters"]
-    assert memory.argument_bytes == sum(made.part_bytes.values())
-    assert memory.total_bytes < sum(made.part_bytes.values()) + 2**28
-    assert to_dict(made)["memory"]["source"] == "compiler"
-    assert "all-gather" in printed(made)
+    memory = planned.program.memory
+    assert memory.alias_bytes == planned.part_bytes["parameters"]
+    assert memory.argument_bytes == sum(planned.part_bytes.values())
+    assert memory.total_bytes < sum(planned.part_bytes.values()) + 2**28
+    assert to_dict(planned)["memory"]["source"] == "compiler"
+    assert "all-gather" in rendered(planned)
 
 
 @needs_libtpu
@@ -202,42 +203,42 @@ def test_compiling_again_reads_no_compilation_cache(small: Phi3Config) -> None:
 
 
 @needs_libtpu
-def test_what_is_too_big_for_v5e_is_refused_and_reported(small: Phi3Config) -> None:
-    made = plan(Work(small, "finetune", 2**17, 128), "v5e:1x1", "data=1", build=toy_step)
-    assert made.refusal is not None
-    assert not made.fits
-    assert made.needed_bytes > made.usable_bytes
-    assert "does not fit, by" in printed(made)
+def test_a_step_that_is_too_big_for_v5e_is_refused(small: Phi3Config) -> None:
+    planned = plan(Work(small, "finetune", 2**17, 128), "v5e:1x1", "data=1", build=toy_step)
+    assert planned.refusal is not None
+    assert not planned.fits
+    assert planned.needed_bytes > planned.usable_bytes
+    assert "does not fit, by" in rendered(planned)
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_the_search_compiles_the_best_and_ranks(small: Phi3Config) -> None:
-    """Of the meshes of four chips three are tried; one that the step refuses comes last, with the reason."""
+def test_the_search_compiles_the_best_meshes_and_ranks_all(small: Phi3Config) -> None:
+    """Three meshes of four chips are compiled; a mesh that the step rejects comes last, with the reason."""
     tried = []
 
     def build(work: Work, mesh: Mesh) -> AbstractStep:
         tried.append(mesh)
         if len(tried) == 1:
-            raise ValueError("not on this mesh")
+            raise UserError("not on this mesh")
         return toy_step(work, mesh)
 
-    made = plan(Work(small, "finetune", 64, 16), "v5e:2x2", compiled=3, build=build)
-    assert made.program is not None
-    everything = (made, *made.others)
+    planned = plan(Work(small, "finetune", 64, 16), "v5e:2x2", compiled=3, build=build)
+    assert planned.program is not None
+    everything = (planned, *planned.others)
     assert [one.problem for one in everything[:-1]] == [None] * (len(everything) - 1)
     assert everything[-1].problem == "not on this mesh"
     assert [one.program is not None for one in everything[:3]] == [True, True, False]
     compiled = [one.roofline.step_seconds for one in everything if one.program is not None]
     assert compiled == sorted(compiled)
-    assert "Meshes, best first" in printed(made)
+    assert "Meshes, best first" in rendered(planned)
 
 
-def test_errors_of_the_step_reach_the_user(small: Phi3Config) -> None:
+def test_an_error_of_the_step_reaches_the_caller(small: Phi3Config) -> None:
     pytest.importorskip("libtpu")
 
     def build(work: Work, mesh: Mesh) -> AbstractStep:
-        raise ValueError("num_key_value_heads=2 does not divide over tensor=4")
+        raise UserError("num_key_value_heads=2 does not divide over tensor=4")
 
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(UserError, match="does not divide"):
         plan(Work(small, "finetune", 64, 16), "v5e:2x2", "tensor=4", build=build)

@@ -1,4 +1,4 @@
-"""The project's own steps, compiled for TPUs that are not here: what they move and what they keep."""
+"""Tests the collectives and the memory of the library's own steps, compiled for absent TPUs."""
 
 import math
 
@@ -13,13 +13,13 @@ pytest.importorskip("libtpu", reason="the compiler for TPUs (extra: tpu) is not 
 
 def compiled(name, layers, topology, mesh, **work) -> Program:
     config = Phi3Config.preset(name).replace(num_hidden_layers=layers)
-    made = plan(Work(config, **work), topology, mesh)
-    assert isinstance(made.program, Program)
-    return made.program
+    program = plan(Work(config, **work), topology, mesh).program
+    assert isinstance(program, Program)
+    return program
 
 
-def moved(program, least=0):
-    """(kind, axes) -> how often, of the collectives that bring at least so many bytes."""
+def counts_of_collectives(program, least=0):
+    """Returns how often each (kind, axes) runs, for collectives of at least `least` bytes."""
     counts = {}
     for one in program.collectives:
         assert one.certain
@@ -28,21 +28,21 @@ def moved(program, least=0):
     return counts
 
 
-def test_a_decode_step_moves_two_sums_a_layer_and_the_logits():
+def test_a_decode_step_has_two_all_reduces_a_layer_and_gathers_the_logits():
     program = compiled("phi-3-mini-4k-instruct", 3, "v5e:2x4", "tensor=8", task="decode", batch=8, seq=4096)
-    assert moved(program) == {("all-reduce", ("tensor",)): 6, ("all-gather", ("tensor",)): 1}
+    assert counts_of_collectives(program) == {("all-reduce", ("tensor",)): 6, ("all-gather", ("tensor",)): 1}
     assert program.memory.temporary_bytes < 0.05 * program.memory.argument_bytes
 
 
 @pytest.mark.slow
-def test_a_tied_embedding_costs_one_more_sum():
+def test_a_tied_embedding_takes_one_more_all_reduce():
     program = compiled("phi-4-mini-instruct", 2, "v5e:2x4", "tensor=8", task="decode", batch=8, seq=4096)
-    assert moved(program)["all-reduce", ("tensor",)] == 5
+    assert counts_of_collectives(program)["all-reduce", ("tensor",)] == 5
 
 
 @pytest.mark.slow
-def test_a_long_prefill_keeps_nothing_of_tokens_times_tokens():
-    """Twice the tokens take twice the temporaries; with a T x T mask, a byte each, it would be 2.3 times."""
+def test_temporaries_of_a_long_prefill_grow_with_its_length():
+    """Twice the tokens take twice the temporaries; with a T x T mask of bytes it would be 2.3 times."""
 
     def temporaries(length):
         program = compiled(
@@ -60,9 +60,9 @@ def test_context_parallelism_gathers_keys_and_values_once_a_layer():
     program = compiled(
         "phi-3.5-mini-instruct", 2, "v5e:2x4", "context=8", task="prefill", batch=1, seq=length
     )
-    keys = length * 3072 * 2  # bytes of one layer's keys, or values
-    # The last layer has a single query: its keys stay where they are, and what was found in them is summed.
-    assert moved(program, keys) == {("all-gather", ("context",)): 2}
+    keys = length * 3072 * 2  # bytes of one layer's keys or values
+    # The last layer has a single query: its keys stay in place, and the partial results are summed.
+    assert counts_of_collectives(program, keys) == {("all-gather", ("context",)): 2}
     assert program.memory.temporary_bytes < length * length
 
 
@@ -81,7 +81,7 @@ def test_a_training_step_gathers_each_parameter_once_forward_and_once_backward()
             if one.payload_bytes // 2 in (2 * mlp * hidden, mlp * hidden):
                 assert one.asynchronous
     assert gathered == dict.fromkeys(weights, 2 * layers)
-    # Nothing of a parameter's size is summed whole on every chip.
+    # No all-reduce has the size of a parameter.
     summed = [one for one in program.collectives if one.kind == "all-reduce"]
     assert all(one.payload_bytes < math.prod((hidden, 16)) for one in summed)
     permuted = [one for one in program.collectives if one.kind == "collective-permute"]
@@ -89,7 +89,7 @@ def test_a_training_step_gathers_each_parameter_once_forward_and_once_backward()
 
 
 @pytest.mark.slow
-def test_adapters_fit_where_all_parameters_would_not():
+def test_adapters_take_less_memory_than_all_parameters():
     work = {"task": "finetune", "batch": 8, "seq": 1024}
     lora = compiled("phi-3-mini-4k-instruct", 2, "v5e:2x4", "fsdp=8", lora=16, **work)
     full = compiled("phi-3-mini-4k-instruct", 2, "v5e:2x4", "fsdp=8", **work)

@@ -1,4 +1,4 @@
-"""Which programs JAX compiles."""
+"""Records the programs that JAX compiles."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ import jax
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The programs that are compiled within the block."""
-    made: list[str] = []
+    """Yields a list to which each program that is compiled within the block adds an entry."""
+    compiled: list[str] = []
 
     def note(event: str, seconds: float, **_: Any) -> None:
         if "backend_compile" in event:
-            made.append(event)
+            compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        yield made
+        yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(note)

@@ -1,4 +1,4 @@
-"""Small runs: a tiny base model and rows that it can learn."""
+"""Small fine-tuning runs: a tiny base model and rows that it can learn."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,10 @@ def write_base(folder: Path, **changes) -> Path:
 
 
 def write_rows(path: Path, count: int = 48, task: str = "sequence-classification", start: int = 0) -> Path:
-    """Texts of one to seven words, whose first word tells all."""
+    """Writes texts of one to seven words; the first word decides the label."""
     lines = []
     for number in range(start, start + count):
-        words = [WORDS[(number * 7 + place * place) % 6] for place in range(1 + number % 7)]
+        words = [WORDS[(number * 7 + index * index) % 6] for index in range(1 + number % 7)]
         if task == "sequence-classification":
             row = {"text": " ".join(words), "label": "ab"[WORDS.index(words[0]) % 2]}
         elif task == "token-classification":
@@ -54,12 +54,12 @@ def run(folder: Path, base: Path, **changes):
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    """Of each step, to the last bit."""
+    """Returns each step's number and its exact loss."""
     lines = (folder / "run" / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]
 
 
 def files(folder: Path) -> set[str]:
-    """Everything in a run's directory but the inside of checkpoints and logs."""
+    """Returns the names of the files and folders in a run's directory."""
     return {path.name for path in (folder / "run").iterdir()}

@@ -1,4 +1,4 @@
-"""A stand-in for the model's steps: an MLP over a stack of layers, divided over fsdp and tensor."""
+"""A stand-in for the model's steps: an MLP with stacked layers, divided over fsdp and tensor."""
 
 import importlib.util
 
@@ -17,7 +17,7 @@ LAYERS, HIDDEN, FFN = 5, 1024, 2048
 
 
 def toy_step(work: Work, mesh: Mesh) -> AbstractStep:
-    """A training step whose batch is `work.batch` rows of vectors; seq counts the rows' repetitions."""
+    """Builds a training step on `work.batch * work.seq` vectors."""
 
     def struct(*shape: int, spec: tuple[object, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
