@@ -97,7 +97,7 @@ def prepare(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Re
             logger.warning(
                 "transformers has no %s rope for Phi-3, and will not load what is trained", rope_type
             )
-    data = distributed.together(lambda: load_data(settings, tokenizer, config))
+    data = distributed.run_everywhere(lambda: load_data(settings, tokenizer, config))
     pad = next(
         (i for i in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
     )

@@ -8,7 +8,7 @@ from phi3_jax.checkpoint import open_checkpoint, resolve
 from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import parse_rope
-from phi3_jax.parallel.distributed import together
+from phi3_jax.parallel.distributed import run_everywhere
 from phi3_jax.parallel.messages import tell
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.cache_folder import keep_compiled_programs
@@ -32,7 +32,7 @@ def load_pipeline(
         config = None if rope is None else config_with(path, rope)
         return Pipeline.load(path, dtype=dtype, mesh=mesh, config=config)
 
-    return together(load)
+    return run_everywhere(load)
 
 
 def config_with(path: Path, rope: str) -> Phi3Config:

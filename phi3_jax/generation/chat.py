@@ -19,7 +19,7 @@ from phi3_jax.generation.generate import Call
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import common_prefix_length
 from phi3_jax.generation.stream import one_answer
-from phi3_jax.parallel.distributed import agreed
+from phi3_jax.parallel.distributed import from_primary_on
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 Message = dict[str, str]
@@ -182,7 +182,7 @@ class ChatSession:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the messages as JSON, whole or not at all; of several processes, process 0 does."""
-        agreed(self.compiled.mesh, lambda: self._write(Path(path)))
+        from_primary_on(self.compiled.mesh, lambda: self._write(Path(path)))
 
     def _write(self, target: Path) -> None:
         content = json.dumps({"messages": self.messages}, indent=2, ensure_ascii=False) + "\n"
@@ -199,7 +199,7 @@ class ChatSession:
         """
         file = Path(path)
         try:
-            text = agreed(self.compiled.mesh, lambda: file.read_text(encoding="utf-8"))
+            text = from_primary_on(self.compiled.mesh, lambda: file.read_text(encoding="utf-8"))
             messages = _checked(json.loads(text))
         except ValueError as error:  # JSON's and Unicode's are of this kind
             raise UserError(f"{file} is not a saved conversation: {error}") from error

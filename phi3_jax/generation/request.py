@@ -25,7 +25,7 @@ from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, StepSettings
 from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
-from phi3_jax.parallel.distributed import agreed
+from phi3_jax.parallel.distributed import from_primary_on
 from phi3_jax.parallel.sharding import shards
 
 STEPS = 16
@@ -296,7 +296,7 @@ class GenerationRequest:
         key = None
         if chosen.do_sample:
             if self.seed is None:
-                self.seed = agreed(self.compiled.mesh, lambda: secrets.randbits(32))
+                self.seed = from_primary_on(self.compiled.mesh, lambda: secrets.randbits(32))
             key = jax.random.key(self.seed)
         return StepSettings(
             before_host=self.before_host,
@@ -325,7 +325,7 @@ class GenerationRequest:
 
     def stopped(self, tails: Sequence[Any]) -> Bool[np.ndarray, " R"]:
         """Which rows the host's criteria end, given their new tokens; asked in process 0 only."""
-        return agreed(self.compiled.mesh, lambda: self.criteria(self.with_prompts(tails), None))
+        return from_primary_on(self.compiled.mesh, lambda: self.criteria(self.with_prompts(tails), None))
 
     def recorder(self, engine: DecodingEngine, origins: Int[np.ndarray, " L"]) -> Recorder:
         lanes = origins[: self.rows]

@@ -1,4 +1,4 @@
-"""Several processes that run the same program: starting them, and letting process 0 decide and write."""
+"""Starts several processes that run the same program, and lets process 0 decide and write."""
 
 import os
 import pickle
@@ -16,29 +16,29 @@ from phi3_jax.errors import UserError
 T = TypeVar("T")
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-"""Of a run that no scheduler started. The first is JAX's own, the others are read here."""
+"""Variables for processes that no scheduler started. JAX reads the first, `start` the others."""
 
 SHUTDOWN_SECONDS = 60
-"""How long a process that is done waits for the others; if one of them hangs, all end after that."""
+"""How long a finished process waits for the others; if one of them hangs, all end after that."""
 
 SHORT = 256
-"""Bytes of what is sent at once: all but long texts fit, so that one program sends nearly everything."""
+"""Bytes of a message: all but long texts fit, so that one program sends nearly everything."""
 
 
 def start(timeout: int = 300, *, preemption: bool = False) -> None:
-    """Joins the processes of the cluster that this one runs in, before anything else is asked of JAX.
+    """Joins the other processes of this process's cluster; call it before JAX is used.
 
-    Cloud TPU, GKE (xpk too), SLURM, Open MPI and Kubernetes are known to JAX by what they set; elsewhere
-    give every process JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    JAX recognises Cloud TPU, GKE (xpk too), SLURM, Open MPI and Kubernetes by their variables. Elsewhere give
+    every process JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
         timeout: seconds to wait for the others.
-        preemption: a SIGTERM in any process does not end it, but is noticed by all of them at the same step
-            (`multihost_utils.reached_preemption_sync_point`), for a run that saves itself first.
+        preemption: a SIGTERM in one process does not end it; all processes notice it at the same step
+            (`multihost_utils.reached_preemption_sync_point`) and can save their state first.
 
     Raises:
-        ValueError: there is no cluster, or the variables are wrong.
-        ConnectionError: processes are missing, or JAX has begun to compute already.
+        UserError: there is no cluster, or the variables are wrong.
+        ConnectionError: processes are missing, or JAX has already started to compute.
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     count, process = _number(given, VARIABLES[1]), _number(given, VARIABLES[2])
@@ -51,21 +51,21 @@ def start(timeout: int = 300, *, preemption: bool = False) -> None:
         jax.distributed.initialize(
             num_processes=count,
             process_id=process,
-            # Without this, what SLURM or the like says of devices is applied to a run that is not theirs.
+            # Otherwise SLURM's or Open MPI's variables would choose the devices of a run that is not theirs.
             cluster_detection_method="deactivate" if len(given) == len(VARIABLES) else None,
             initialization_timeout=timeout,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except ValueError as error:
-        found = " and ".join(given) or "none of them"
+        names = " and ".join(given) or "none of them"
         raise UserError(
             f"no cluster was found ({error}): expected Cloud TPU, GKE, SLURM or Open MPI, or the variables "
-            f"{', '.join(VARIABLES)} ({found} given)"
+            f"{', '.join(VARIABLES)} ({names} given)"
         ) from error
     except RuntimeError as error:
         first = str(error).splitlines()[0]
         raise ConnectionError(f"cannot join the other processes: {first}") from error
-    broadcast(None)  # Gloo connects with the first message, and does not wait long for a process that is busy
+    broadcast(None)  # Gloo connects with the first message, and does not wait long for a busy process
 
 
 def _number(given: dict[str, str], name: str) -> int | None:
@@ -76,28 +76,29 @@ def _number(given: dict[str, str], name: str) -> int | None:
 
 
 def process_index() -> int:
-    """This process's number; 0 where there is one only, without waking JAX's devices."""
+    """Returns the number of this process: 0 if it is the only one, without initialising JAX's devices."""
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def process_count() -> int:
+    """Returns the number of processes, without initialising JAX's devices if there is one."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_primary() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Returns whether this is the process that prints and writes."""
     return process_index() == 0
 
 
 def spans_processes(mesh: Mesh | None) -> bool:
-    """Whether what is computed on `mesh` takes several processes, which must then do the same."""
+    """Returns whether `mesh` has devices of several processes, which must all run the same programs."""
     return mesh is not None and mesh.is_multi_process
 
 
 def from_primary(work: Callable[[], T]) -> T:
-    """What `work` gives in process 0, which alone does it; an error there is raised in every process.
+    """Runs `work` in process 0 alone and returns its result, or raises its error, in every process.
 
-    Every process must come here. What is given must pickle.
+    Every process must call this. The result must pickle.
     """
     if process_count() == 1:
         return work()
@@ -109,7 +110,7 @@ def from_primary(work: Callable[[], T]) -> T:
         return value
     try:
         value = work()
-        pickle.dumps(value)  # while the others can still hear of it
+        pickle.dumps(value)  # an error must come before the broadcast
     except BaseException as error:  # Ctrl-C as well: the others wait
         broadcast((None, portable(error)))
         raise
@@ -117,13 +118,13 @@ def from_primary(work: Callable[[], T]) -> T:
     return value
 
 
-def agreed(mesh: Mesh | None, work: Callable[[], T]) -> T:
-    """`from_primary` where `mesh` takes several processes; elsewhere each does its own work."""
+def from_primary_on(mesh: Mesh | None, work: Callable[[], T]) -> T:
+    """Runs `work` as `from_primary` does if `mesh` spans processes; otherwise in this process."""
     return from_primary(work) if spans_processes(mesh) else work()
 
 
-def together(work: Callable[[], T]) -> T:
-    """What `work` gives here, once every process has done its own; an error in one is raised in all.
+def run_everywhere(work: Callable[[], T]) -> T:
+    """Runs `work` in every process; returns this one's result, or raises the first error in all.
 
     `work` must not wait for other processes itself.
     """
@@ -131,14 +132,14 @@ def together(work: Callable[[], T]) -> T:
         return work()
     own: BaseException | None = None
     try:
-        made = work()
+        result = work()
     except BaseException as error:
         own = error
     flags = np.zeros(process_count(), np.uint8)
     flags[process_index()] = own is not None
     failed = np.flatnonzero(_sum(flags))
     if not failed.size:
-        return made
+        return result
     theirs = broadcast(own and portable(own), source=int(failed[0]))
     if own is not None:
         raise own
@@ -147,7 +148,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def broadcast(value: Any, source: int = 0) -> Any:
-    """The value of process `source`, in every process; small ones take one message, long ones two."""
+    """Returns the value of process `source` in every process, by one message or, if it is long, two."""
     own = process_index() == source
     data = pickle.dumps(value) if own else b""
     head = np.zeros(SHORT, np.uint8)
@@ -158,18 +159,18 @@ def broadcast(value: Any, source: int = 0) -> Any:
     length = int.from_bytes(head[:8].tobytes(), "little")
     if length <= SHORT - 8:
         return pickle.loads(head[8 : 8 + length].tobytes())
-    # In powers of two, so that few programs are compiled.
+    # Powers of two, so that few programs are compiled.
     body = np.zeros(1 << (length - 1).bit_length(), np.uint8)
-    body[: len(data)] = np.frombuffer(data, np.uint8)  # nothing, in the other processes
+    body[: len(data)] = np.frombuffer(data, np.uint8)  # empty in the other processes
     body = _sum(body)
     return pickle.loads(body[:length].tobytes())
 
 
 def _sum(own: np.ndarray) -> np.ndarray:
-    """The sum of the processes' arrays, which have one shape and type.
+    """Returns the sum of the processes' arrays, which have the same shape and type.
 
-    It waits for all devices of this process, where the functions of `multihost_utils` wait for one: a device
-    that still connects to the others when their processes end would keep this process from ending.
+    It waits for all devices of this process; the functions of `multihost_utils` wait for one. A device that
+    is still connecting when the other processes end would keep this process from ending.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.reshape(devices, (process_count(), -1)), ("process", "device"))
@@ -183,7 +184,7 @@ def _sum_of_rows(rows: jax.Array) -> jax.Array:
 
 
 def portable(error: BaseException) -> BaseException:
-    """The error, or its text where it cannot go to another process."""
+    """Returns the error, or one with its text if it cannot be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

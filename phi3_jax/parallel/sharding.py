@@ -1,4 +1,4 @@
-"""Meshes, and the one table that says which mesh axis divides what."""
+"""Meshes, and the table of the mesh axes that divide each logical axis."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,12 @@ from jaxtyping import Array
 from phi3_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
-"""The mesh axes, the one with the most traffic last, where devices are nearest to each other."""
+"""The mesh axes; the one with the most traffic is last, where devices are nearest to each other."""
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Parameters.
     "vocab": "tensor",
-    "tokens": None,  # rows of an embedding that is not the head too: looked up without traffic
+    "tokens": None,  # rows of an embedding that is not also the head: looked up without traffic
     "embed": "fsdp",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -35,7 +35,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "slots": "context",
     "hidden": None,
 }
-"""Logical axis -> the mesh axes that divide it. What is not divided lies whole on every device."""
+"""Logical axis -> the mesh axes that divide it. Every device holds all of an axis that is not divided."""
 
 FIELDS = {
     "vocab": "vocab_size",
@@ -46,20 +46,20 @@ FIELDS = {
     "length": "the sequence length",
     "slots": "the cache's max_length",
 }
-"""What users call the logical axes that a mesh divides."""
+"""The names in messages of the logical axes that a mesh divides."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"fsdp=8,tensor=2"` as a dict; at most one size may be -1: all devices that are left.
+    """Returns `"fsdp=8,tensor=2"` as a dict; one size may be -1, for all remaining devices.
 
     Raises:
-        ValueError: an unknown axis, an axis twice, a size that is not a number.
+        UserError: an axis is unknown or is given twice, or a size is not a number.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, size = (word.strip() for word in part.partition("="))
         if name not in AXES or name in sizes:
-            problem = "comes twice" if name in sizes else "is not a mesh axis"
+            problem = "is given twice" if name in sizes else "is not a mesh axis"
             raise UserError(
                 f"mesh {text!r}: {name!r} {problem}; use {', '.join(AXES)}, as in fsdp=8,tensor=2"
             )
@@ -68,21 +68,21 @@ def parse_mesh(text: str) -> dict[str, int]:
         except ValueError:
             raise UserError(f"mesh {text!r}: {name}={size!r} is not a number of devices") from None
         if sizes[name] < 1 and sizes[name] != -1:
-            raise UserError(f"mesh {text!r}: {name}={size} must be positive, or -1 for all that are left")
+            raise UserError(f"mesh {text!r}: {name}={size} must be positive, or -1 for all remaining devices")
     if list(sizes.values()).count(-1) > 1:
-        raise UserError(f"mesh {text!r}: only one axis can have all devices that are left")
+        raise UserError(f"mesh {text!r}: only one axis can have all remaining devices")
     return sizes
 
 
 def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with all four axes; those not named have size 1.
+    """Returns a mesh with all four axes; those not named have size 1.
 
     Args:
-        sizes: `"fsdp=8,tensor=2"` or a mapping; `-1` takes all devices that are left.
+        sizes: `"fsdp=8,tensor=2"` or a mapping; `-1` takes all remaining devices.
         devices: default: all devices of all processes.
 
     Raises:
-        ValueError: sizes that cannot be read, or whose product is not the number of devices.
+        UserError: the sizes cannot be read, or their product is not the number of devices.
     """
     sizes = parse_mesh(sizes) if isinstance(sizes, str) else parse_mesh(_text(sizes))
     devices = jax.devices() if devices is None else list(devices)
@@ -92,7 +92,7 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = No
         sizes = {name: count // named if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != count:
         raise UserError(
-            f"mesh {_text(sizes)!r} has {math.prod(sizes.values())} places and there are {count} devices; "
+            f"mesh {_text(sizes)!r} needs {math.prod(sizes.values())} devices and there are {count}; "
             f"the sizes must multiply to {count}, as in fsdp={count}"
         )
     shape = tuple(sizes.get(name, 1) for name in AXES)
@@ -104,21 +104,22 @@ def _text(sizes: Mapping[str, int]) -> str:
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """The mesh axes that divide an array with these logical axes."""
+    """Returns the mesh axes that divide an array with these logical axes."""
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None], ndim: int | None = None) -> NamedSharding:
-    """How an array with these logical axes lies on `mesh`.
+    """Returns the sharding on `mesh` of an array with these logical axes.
 
-    With more dimensions than axes (`ndim`), those in front, such as stacked layers, are not divided.
+    If the array has more dimensions (`ndim`) than axes, the first ones, such as stacked layers, are not
+    divided.
     """
     extra = 0 if ndim is None else ndim - len(axes)
     return NamedSharding(mesh, spec(*(None,) * extra, *axes))
 
 
 def shards(mesh: Mesh | None, axis: str) -> int:
-    """Into how many pieces `mesh` divides the logical axis."""
+    """Returns the number of pieces that `mesh` divides the logical axis into."""
     names = RULES[axis]
     if mesh is None or names is None:
         return 1
@@ -126,14 +127,14 @@ def shards(mesh: Mesh | None, axis: str) -> int:
 
 
 def constrain(x: Array, mesh: Mesh | None, *axes: str | None) -> Array:
-    """`x`, laid out on `mesh` by its logical axes; without a mesh, as it is."""
+    """Constrains the sharding of `x` on `mesh` to its logical axes; without a mesh, `x` is unchanged."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, sharding(mesh, axes))
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
-    """Every array of `tree` whole on every device, where each process can read it."""
+    """Returns `tree` with every array whole on every device, so that each process can read it."""
     if mesh is None:
         return tree
     whole = NamedSharding(mesh, PartitionSpec())
@@ -141,9 +142,9 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def gather(weight: Array, mesh: Mesh | None, axes: Sequence[str | None]) -> Array:
-    """A parameter as a computation needs it: whole along what `fsdp` divides, still divided by `tensor`.
+    """Gathers a parameter for a computation along the axis that `fsdp` divides; `tensor` still divides it.
 
-    Its gradient is scattered again at once, rather than summed whole on every device.
+    Its gradient is scattered at once instead of being summed whole on every device.
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return weight
@@ -168,26 +169,26 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def place(x: Array, mesh: Mesh | None, axes: Sequence[str | None]) -> Array:
-    """A new parameter or cache where it belongs on `mesh`, in a computation or outside."""
+    """Moves a new parameter or cache to its devices of `mesh`, inside a computation or outside."""
     if mesh is None:
         return x
     where = sharding(mesh, axes, np.ndim(x))
     if isinstance(x, jax.core.Tracer):
         return jax.lax.with_sharding_constraint(x, where)
-    # Over several processes device_put would send the whole array around, to see that all have the same.
-    return _placing(where)(x) if mesh.is_multi_process else jax.device_put(x, where)
+    # With several processes device_put would send the whole array around to compare their values.
+    return _place_on(where)(x) if mesh.is_multi_process else jax.device_put(x, where)
 
 
 @lru_cache(maxsize=256)
-def _placing(where: NamedSharding) -> Callable[[Array], Array]:
+def _place_on(where: NamedSharding) -> Callable[[Array], Array]:
     return jax.jit(lambda x: x, out_shardings=where)
 
 
 def check_divides(mesh: Mesh | None, sizes: Mapping[str, int]) -> None:
-    """That `mesh` divides logical axes of these sizes evenly.
+    """Checks that `mesh` divides logical axes of these sizes evenly.
 
     Raises:
-        ValueError: it does not; the text names what each mesh axis could be.
+        UserError: it does not; the message has the sizes that each mesh axis could have.
     """
     if mesh is None:
         return
@@ -200,8 +201,8 @@ def check_divides(mesh: Mesh | None, sizes: Mapping[str, int]) -> None:
             f"{n}={mesh.shape[n]}" for n in ((names,) if isinstance(names, str) else names or ())
         )
         if isinstance(names, str):
-            together = reduce(math.gcd, (s for a, s in sizes.items() if RULES[a] == names))
-            fitting = [n for n in range(1, together + 1) if together % n == 0]
+            common = reduce(math.gcd, (s for a, s in sizes.items() if RULES[a] == names))
+            fitting = [n for n in range(1, common + 1) if common % n == 0]
             shown = ", ".join(map(str, fitting[:12])) + (", ..." if len(fitting) > 12 else "")
             remedy = f"use {names}={shown}"
         else:

@@ -1,4 +1,4 @@
-"""Joining a cluster that is not there, and the helpers in one process; see `processes/` for several."""
+"""Joining a cluster that does not exist, and the helpers in one process; see `processes/` for several."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ from phi3_jax.parallel import distributed, processes
         (("one:1234", "2", "2"), "JAX_PROCESS_ID=2 is not one of JAX_NUM_PROCESSES=2"),
     ],
 )
-def test_variables_that_cannot_be(
+def test_rejects_wrong_variables(
     monkeypatch: pytest.MonkeyPatch, variables: tuple[str, ...], message: str
 ) -> None:
     for name, value in zip(distributed.VARIABLES, variables, strict=True):
@@ -31,21 +31,21 @@ def test_variables_that_cannot_be(
         distributed.start()
 
 
-def test_alone_everything_is_process_0s() -> None:
+def test_a_single_process_is_process_0() -> None:
     assert distributed.is_primary()
     assert (distributed.process_index(), distributed.process_count()) == (0, 1)
-    assert distributed.from_primary(lambda: 3) == distributed.together(lambda: 3) == 3
+    assert distributed.from_primary(lambda: 3) == distributed.run_everywhere(lambda: 3) == 3
     with pytest.raises(OSError, match="gone"):
         distributed.from_primary(lambda: open("gone"))  # noqa: SIM115
 
 
 def test_a_message_waits_for_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process must not end while one of its devices still connects to another process."""
-    done: list[int] = []
+    finished: list[int] = []
 
     def slowly(row: np.ndarray, device: np.ndarray) -> np.ndarray:
         time.sleep(0.1 * bool(device))
-        done.append(int(device))
+        finished.append(int(device))
         return np.asarray(row)
 
     def sum_of_rows(rows: jax.Array) -> jax.Array:
@@ -59,20 +59,20 @@ def test_a_message_waits_for_every_device(monkeypatch: pytest.MonkeyPatch) -> No
     )
     monkeypatch.setattr(distributed, "_sum_of_rows", each)
     assert distributed.broadcast("word") == "word"
-    assert sorted(done) == [0, 1]
+    assert sorted(finished) == [0, 1]
 
 
-def test_errors_that_do_not_pickle_travel_as_text() -> None:
-    class OfOurs(Exception):  # noqa: N818
+def test_errors_that_do_not_pickle_are_sent_as_text() -> None:
+    class LocalError(Exception):
         pass
 
-    assert repr(distributed.portable(OfOurs("lost"))) == "RuntimeError('OfOurs: lost')"
+    assert repr(distributed.portable(LocalError("lost"))) == "RuntimeError('LocalError: lost')"
     error = FileNotFoundError(2, "No such file", "name")
     assert distributed.portable(error) is error
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2,speed=2", "fsdp=two", "fsdp=0"])
-def test_a_mesh_that_is_none_is_told_before_anyone_is_waited_for(
+def test_rejects_a_wrong_mesh_before_it_waits_for_processes(
     monkeypatch: pytest.MonkeyPatch, mesh: str
 ) -> None:
     def wait(*_: Any) -> None:
@@ -83,7 +83,7 @@ def test_a_mesh_that_is_none_is_told_before_anyone_is_waited_for(
         processes.prepare(mesh, distributed=True)
 
 
-def test_without_a_cluster_the_command_says_so() -> None:
+def test_command_reports_that_there_is_no_cluster() -> None:
     command = [
         sys.executable,
         "-c",

@@ -1,4 +1,4 @@
-"""Meshes by name, the table, and what does not divide."""
+"""Meshes from text, the table of axes, and sizes that do not divide."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from phi3_jax.parallel.sharding import (
 )
 
 
-def test_a_mesh_is_made_from_its_name():
+def test_makes_a_mesh_from_text():
     mesh = make_mesh("fsdp=4, tensor=2")
     assert mesh.axis_names == AXES
     assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
@@ -34,16 +34,16 @@ def test_a_mesh_is_made_from_its_name():
     ("text", "words"),
     [
         ("model=8", "'model' is not a mesh axis; use data, fsdp, context, tensor"),
-        ("fsdp=4,fsdp=2", "'fsdp' comes twice"),
+        ("fsdp=4,fsdp=2", "'fsdp' is given twice"),
         ("fsdp", "fsdp='' is not a number"),
         ("fsdp=two", "fsdp='two' is not a number"),
         ("fsdp=0", "fsdp=0 must be positive"),
         ("fsdp=-1,tensor=-1", "only one axis"),
-        ("fsdp=3", "has 3 places and there are 8 devices; the sizes must multiply to 8"),
+        ("fsdp=3", "needs 3 devices and there are 8; the sizes must multiply to 8"),
         ("tensor=3,fsdp=-1", "must multiply to 8"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_an_error(text, words):
+def test_rejects_a_wrong_mesh(text, words):
     with pytest.raises(ValueError, match="mesh") as error:
         make_mesh(text)
     assert words in str(error.value)
@@ -54,14 +54,14 @@ def test_parse_mesh():
     assert parse_mesh("") == {}
 
 
-def test_the_table_names_mesh_axes_alone():
+def test_rules_name_only_mesh_axes():
     for axis, names in RULES.items():
         names = (names,) if isinstance(names, str) else names or ()
         assert set(names) <= set(AXES)
         assert axis in FIELDS or not names
 
 
-def test_every_parameter_names_axes_of_the_table():
+def test_every_parameter_has_axes_of_the_rules():
     model = abstract_model(
         Phi3ForCausalLM, Phi3Config.preset("phi-4-mini-instruct"), mesh=make_mesh("fsdp=8")
     )
@@ -85,14 +85,14 @@ def test_every_parameter_names_axes_of_the_table():
         ),
     ],
 )
-def test_sizes_that_do_not_divide_are_named_before_anything_is_allocated(preset, mesh, words, monkeypatch):
-    monkeypatch.setattr(jax.random, "normal", None)  # what the first parameter would be drawn with
+def test_rejects_sizes_that_do_not_divide_before_it_allocates(preset, mesh, words, monkeypatch):
+    monkeypatch.setattr(jax.random, "normal", None)  # the first parameter would be drawn with it
     with pytest.raises(ValueError, match="does not divide") as error:
         Phi3ForCausalLM(Phi3Config.preset(preset), mesh=make_mesh(mesh))
     assert words in str(error.value)
 
 
-def test_what_would_divide_holds_for_all_sizes_on_the_axis():
+def test_suggests_sizes_that_divide_every_dimension_on_the_axis():
     mesh = make_mesh("tensor=8")
     sizes = {"kv_heads": 12, "vocab": 90, "embed": 7}
     with pytest.raises(ValueError, match="does not divide") as error:
@@ -107,7 +107,7 @@ def test_what_would_divide_holds_for_all_sizes_on_the_axis():
         check_divides(make_mesh("data=2,fsdp=4"), {"batch": 6})
 
 
-def test_a_batch_and_a_length_that_do_not_divide(small_model):
+def test_rejects_a_batch_and_a_length_that_do_not_divide(small_model):
     model = small_model("fsdp=4,context=2")
     with pytest.raises(ValueError, match="the batch=3 does not divide over data=1 x fsdp=4"):
         model(np.ones((3, 8), int))
@@ -126,7 +126,7 @@ def small_model():
     return lambda mesh: Phi3Model(config, mesh=make_mesh(mesh))
 
 
-def test_new_parameters_and_caches_lie_divided(small_model):
+def test_new_parameters_and_caches_are_divided(small_model):
     model = small_model("fsdp=2,context=2,tensor=2")
     layer = model.layers[0]
     assert layer.self_attn.qkv_proj.weight[...].sharding.spec == spec("kv_heads", "qkv", "head_dim", "embed")
@@ -144,7 +144,7 @@ def test_stacked_layers_are_not_divided():
 
 
 def test_the_gradient_of_a_gathered_parameter_is_scattered():
-    """No device keeps the whole gradient: the sum comes out divided as the parameter is."""
+    """No device keeps the whole gradient: the sum is divided as the parameter is."""
     mesh = make_mesh("fsdp=8")
     weight = jax.device_put(jnp.ones((16, 24)), sharding(mesh, ("mlp", "embed")))
     x = jax.device_put(jnp.arange(8.0 * 24).reshape(8, 24), sharding(mesh, ("batch", "hidden")))
@@ -154,8 +154,10 @@ def test_the_gradient_of_a_gathered_parameter_is_scattered():
         return jnp.sum(jnp.square(y))
 
     gradient = jax.jit(jax.grad(loss))
-    made = gradient(weight, x)
-    assert made.addressable_shards[0].data.shape == (16, 3)
-    np.testing.assert_allclose(made, jax.grad(lambda w: jnp.sum(jnp.square(x @ w.T)))(jnp.ones((16, 24))))
+    scattered = gradient(weight, x)
+    assert scattered.addressable_shards[0].data.shape == (16, 3)
+    np.testing.assert_allclose(
+        scattered, jax.grad(lambda w: jnp.sum(jnp.square(x @ w.T)))(jnp.ones((16, 24)))
+    )
     text = gradient.lower(weight, x).compile().as_text()
     assert text.count(" all-gather(") == 1

@@ -1,4 +1,4 @@
-"""Tests of several processes are slow, and told apart: beside other tests their connections time out."""
+"""Marks tests of several processes: they are slow, and their connections time out beside other tests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Two processes with two CPU devices each, on this machine; none outlives the call."""
+"""Runs two processes with two CPU devices each on this machine; none outlives the call."""
 
 import os
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 GRACE = 100
-"""Seconds that a process may go on after the other has failed, which JAX ends by itself at some time."""
+"""Seconds that a process may run after the other has failed; JAX itself ends it some time later."""
 
 
 class Ended(NamedTuple):
@@ -22,7 +22,7 @@ class Ended(NamedTuple):
 
 
 def free_port() -> int:
-    """One that nobody is given meanwhile, as those that the system chooses may be."""
+    """Returns a free port below the range that the system gives to others."""
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
         with socket.socket() as tried:
@@ -43,12 +43,12 @@ def run_pair(
     environment: dict[str, str] | None = None,
     watch: Callable[[Sequence["subprocess.Popen[bytes]"]], None] | None = None,
 ) -> list[Ended]:
-    """`python FIRST` and `python SECOND` as processes 0 and 1, of which the first has the `stdin`.
+    """Runs `python FIRST` and `python SECOND` as processes 0 and 1; the first gets `stdin`.
 
-    `watch` is called with both, again and again while they run.
+    `watch` is called with both repeatedly while they run.
 
     Raises:
-        AssertionError: they have not ended after `timeout` seconds.
+        AssertionError: a process has not ended after `timeout` seconds.
     """
     both = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
@@ -64,13 +64,13 @@ def run_pair(
     try:
         for number, arguments in enumerate((first, second)):
             with (
-                (logs / "stdin").open() if number == 0 else open(os.devnull) as given,
+                (logs / "stdin").open() if number == 0 else open(os.devnull) as input_,
                 (logs / f"{number}.out").open("w") as out,
                 (logs / f"{number}.err").open("w") as err,
             ):
                 environ = inherited | both | {"JAX_PROCESS_ID": str(number)} | (environment or {})
                 command = [sys.executable, *map(str, arguments)]
-                processes.append(subprocess.Popen(command, stdin=given, stdout=out, stderr=err, env=environ))
+                processes.append(subprocess.Popen(command, stdin=input_, stdout=out, stderr=err, env=environ))
         end = time.monotonic() + timeout
         while None in (codes := [process.poll() for process in processes]) and time.monotonic() < end:
             if any(codes):
@@ -80,7 +80,7 @@ def run_pair(
             time.sleep(0.1)
         if None in codes:
             for process in processes:
-                process.send_signal(signal.SIGABRT)  # which makes them tell where they are
+                process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks
             time.sleep(5)
     finally:
         for process in processes:
@@ -92,6 +92,6 @@ def run_pair(
     ]
     for number, (code, one) in enumerate(zip(codes, ended, strict=True)):
         assert code is not None, (
-            f"process {number} of codes {codes} had not ended; its last words: {one.err[-6000:]}"
+            f"process {number} of codes {codes} had not ended; the end of its errors: {one.err[-6000:]}"
         )
     return ended

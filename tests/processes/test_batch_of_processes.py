@@ -1,4 +1,4 @@
-"""`phi3-jax batch` in two processes: lines divided, answers put together."""
+"""`phi3-jax batch` in two processes: it divides the lines and combines the answers."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ COMMAND = ("-c", "from phi3_jax.cli import main; main()", "batch")
 
 
 def answers(path: Path) -> dict[int, str]:
-    found = [json.loads(line) for line in path.read_bytes().splitlines()]
-    assert len({line["id"] for line in found}) == len(found)
-    return {line["id"]: line.get("text", "error") for line in found}
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert len({line["id"] for line in lines}) == len(lines)
+    return {line["id"]: line.get("text", "error") for line in lines}
 
 
-def test_lines_are_divided_and_answers_put_together(tmp_path: Path) -> None:
+def test_divides_lines_and_combines_answers(tmp_path: Path) -> None:
     model, source = tmp_path / "model", tmp_path / "in.jsonl"
     model.mkdir()
     write_checkpoint(model)

@@ -43,7 +43,7 @@ def run_both(
     ],
     ids=["sequence", "tokens-lora", "packed"],
 )
-def test_two_processes_train_what_one_trains(
+def test_two_processes_match_one(
     base: Path, tmp_path: Path, mesh: str, task: str, changes: dict[str, Any]
 ) -> None:
     write_rows(tmp_path / "train.jsonl", 64, task)
@@ -69,9 +69,9 @@ def test_two_processes_train_what_one_trains(
         assert np.linalg.norm(mine[name] - other[name]) <= 1e-4 * np.linalg.norm(other[name]), name
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_sigterm_in_one_process_saves_in_both_and_the_same_command_goes_on(
-    base: Path, tmp_path: Path, told: int
+@pytest.mark.parametrize("receiver", [0, 1])
+def test_sigterm_in_one_process_saves_in_both_and_the_same_command_resumes(
+    base: Path, tmp_path: Path, receiver: int
 ) -> None:
     write_rows(tmp_path / "train.jsonl", 64)
     changes = {"max_steps": 40, "eval_steps": 20}
@@ -82,8 +82,8 @@ def test_sigterm_in_one_process_saves_in_both_and_the_same_command_goes_on(
 
     def end_one(processes: Any) -> None:
         if not sent and log.exists() and log.stat().st_size:
-            os.kill(processes[told].pid, signal.SIGTERM)
-            sent.append(told)
+            os.kill(processes[receiver].pid, signal.SIGTERM)
+            sent.append(receiver)
 
     ended = run_both(base, tmp_path, cut, "fsdp=4", watch=end_one, **changes)
     assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended

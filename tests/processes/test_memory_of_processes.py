@@ -1,4 +1,4 @@
-"""Two processes that load a divided model: neither holds, even for a moment, much more than its own part."""
+"""Two processes that load a divided model: neither ever holds much more than its own part."""
 
 import json
 import math
@@ -21,9 +21,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MEASURE = """
 import json, sys
 import jax
-import phi3_jax.checkpoint  # or the peak would count its modules, too
-from phi3_jax import Phi3ForCausalLM, distributed
-from phi3_jax.sharding import make_mesh
+import phi3_jax.checkpoint  # otherwise the peak would count its modules
+from phi3_jax import Phi3ForCausalLM
+from phi3_jax.parallel import distributed
+from phi3_jax.parallel.sharding import make_mesh
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -42,7 +43,7 @@ print(json.dumps([peak, share, whole]))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 MB of bfloat16 with more in the layers than in the embedding, as models have it."""
+    """A checkpoint of 600 MB in bfloat16 with more in the layers than in the embedding."""
     folder = tmp_path_factory.mktemp("large")
     config = small_config(
         vocab_size=16_000,

@@ -1,4 +1,4 @@
-"""What two processes with two CPU devices each compute together, compared with what one device makes of it.
+"""Checks that two processes with two CPU devices each compute together what one device computes.
 
 Run by `test_two_processes.py` in both processes: `worker.py FOLDER CHECK ...` writes each check's error, or
 null, into FOLDER/{process}.json.
@@ -24,7 +24,7 @@ from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3Tokeniz
 from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.generation import CompiledModel, stream_text, stream_tokens
 from phi3_jax.generation.chat import ChatSession
-from phi3_jax.model import saving as save
+from phi3_jax.model import saving
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import make_mesh
 
@@ -41,13 +41,13 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 
 @cache
 def model(mesh: str | None, folder: Path = PLAIN) -> Any:
-    """The checkpoint over all devices, or whole on one of this process's."""
+    """Returns the checkpoint over all devices, or whole on one device of this process."""
     return Phi3ForCausalLM.from_pretrained(folder, mesh=mesh and make_mesh(mesh))
 
 
 @cache
 def prompts(rows: int = 3, length: int = 11) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths, padded on the left."""
+    """Returns rows of different lengths, padded on the left."""
     ids = np.random.default_rng(5).integers(4, 280, (rows, length))
     mask = np.ones_like(ids)
     for row in range(rows):
@@ -56,7 +56,7 @@ def prompts(rows: int = 3, length: int = 11) -> tuple[np.ndarray, np.ndarray]:
 
 
 def same(mesh: str, folder: Path = PLAIN, **options: Any) -> Any:
-    """That generate gives what it gives on one device; the outcome on the mesh."""
+    """Checks that generate gives the same tokens on the mesh as on one device; returns the mesh's output."""
     options = {"max_new_tokens": 9, "do_sample": False} | options
     ours = [model(where, folder).generate(*prompts(), **options) for where in (mesh, None)]
     sequences = [np.asarray(getattr(one, "sequences", one)) for one in ours]
@@ -65,7 +65,7 @@ def same(mesh: str, folder: Path = PLAIN, **options: Any) -> Any:
 
 
 @check
-def every_process_has_its_part_of_the_parameters() -> None:
+def every_process_has_its_shard_of_the_parameters() -> None:
     for mesh in MESHES:
         for ours, whole in zip(jax.tree.leaves(model(mesh)), jax.tree.leaves(model(None)), strict=True):
             assert len(ours.sharding.device_set) == 4
@@ -78,7 +78,7 @@ def every_process_has_its_part_of_the_parameters() -> None:
 
 
 @check
-def logits_are_those_of_one_device() -> None:
+def logits_match_one_device() -> None:
     ids, mask = (np.resize(x, (4, 8)) for x in prompts())
     forward = jax.jit(lambda model, ids, mask: model(ids, mask).logits)
     expected = np.asarray(forward(model(None), ids, mask))
@@ -140,14 +140,14 @@ def int8_cache() -> None:
 
 
 @check
-def sliding_cache_goes_on() -> None:
+def sliding_cache_slides() -> None:
     options = {"cache_implementation": "sliding_window", "max_new_tokens": 20}
     same("data=2,tensor=2", SLIDING, **options)
     same("fsdp=4", SLIDING, **options)
 
 
 @check
-def goes_on_from_a_returned_cache() -> None:
+def resumes_from_a_returned_cache() -> None:
     for mesh in MESHES:
         first = same(mesh, return_dict_in_generate=True)
         ids = np.asarray(first.sequences)
@@ -183,26 +183,26 @@ def processors_and_criteria_on_the_host() -> None:
     same("data=2,tensor=2", logits_processor=[forbid])
     same("fsdp=4", logits_processor=[forbid], num_beams=2)
 
-    asked = []
+    calls = []
 
     def long_enough(ids: np.ndarray, scores: Any) -> bool:
-        asked.append(ids.shape)
+        calls.append(ids.shape)
         return ids.shape[1] >= 11 + 4
 
     options = {"max_new_tokens": 30, "do_sample": False, "stopping_criteria": [long_enough]}
-    made = model("fsdp=2,tensor=2").generate(*prompts(), **options)
-    assert made.shape == (3, 15)
-    assert bool(asked) == distributed.is_primary()
+    out = model("fsdp=2,tensor=2").generate(*prompts(), **options)
+    assert out.shape == (3, 15)
+    assert bool(calls) == distributed.is_primary()
     options |= {"num_beams": 2}
     assert model("fsdp=2,tensor=2").generate(*prompts(), **options).shape == (3, 15)
 
 
 @check
-def time_is_up_when_process_0_says_so() -> None:
+def process_0_decides_when_time_is_up() -> None:
     limit = 1e-9 if distributed.is_primary() else 1e9
     ids, _ = prompts()
-    made = model("fsdp=4").generate(ids, max_new_tokens=30, do_sample=False, max_time=limit)
-    assert made.shape == (3, 12)
+    out = model("fsdp=4").generate(ids, max_new_tokens=30, do_sample=False, max_time=limit)
+    assert out.shape == (3, 12)
 
 
 @check
@@ -230,7 +230,7 @@ def chat_sessions() -> None:
     file = FOLDER / "conversation.json"
     sessions[0].save(file)
     assert json.loads(file.read_text())["messages"] == sessions[1].messages
-    mine = file if distributed.is_primary() else FOLDER / "absent.json"  # the others need not have it
+    mine = file if distributed.is_primary() else FOLDER / "absent.json"  # only process 0 needs it
     sessions[0].reset()
     sessions[0].load(mine)
     assert sessions[0].messages == sessions[1].messages
@@ -238,19 +238,19 @@ def chat_sessions() -> None:
 
 
 @check
-def saved_is_what_was_loaded() -> None:
+def saves_what_it_loaded() -> None:
     for mesh in MESHES:
         target = FOLDER / "saved" / mesh
         model(mesh).save_pretrained(target, max_shard_size="100KB")
         distributed.from_primary(lambda target=target: assert_same_files(target, FOLDER / "expected"))
 
 
-def assert_same_files(found: Path, expected: Path) -> None:
+def assert_same_files(folder: Path, expected: Path) -> None:
     files = sorted(path.name for path in expected.iterdir())
-    assert sorted(path.name for path in found.iterdir()) == files
+    assert sorted(path.name for path in folder.iterdir()) == files
     for name in files:
-        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
-    assert not [path.name for path in found.parent.iterdir() if path.name.startswith(".")]
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    assert not [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
 @check
@@ -265,19 +265,21 @@ def errors_of_process_0_reach_all() -> None:
 
     for process in (0, 1):
         with pytest.raises(FileNotFoundError) as error:
-            distributed.together(partial(fail, process))
+            distributed.run_everywhere(partial(fail, process))
         assert error.value.filename == "a" * 400
-    assert distributed.together(lambda: 7 + distributed.process_index()) == 7 + distributed.process_index()
+    assert (
+        distributed.run_everywhere(lambda: 7 + distributed.process_index()) == 7 + distributed.process_index()
+    )
 
 
 @check
-def a_disk_that_fills_up_while_writing() -> None:
+def reports_a_full_disk() -> None:
     def full(source: Any, *_: Any) -> None:
         source.read(source.names()[0])
         raise OSError(28, "No space left on device")
 
     with (
-        unittest.mock.patch.object(save, "write_tensors", full),
+        unittest.mock.patch.object(saving, "write_tensors", full),
         pytest.raises(CheckpointError, match="no space left"),
     ):
         model("fsdp=4").save_pretrained(FOLDER / "full")
@@ -295,7 +297,7 @@ def a_new_head_is_divided() -> None:
 
 
 @check
-def sizes_that_do_not_divide_are_an_error_before_anything_is_read() -> None:
+def rejects_sizes_that_do_not_divide_before_it_reads() -> None:
     with pytest.raises(ValueError, match="num_key_value_heads=2 does not divide over tensor=4"):
         Phi3ForCausalLM.from_pretrained(PLAIN, mesh=make_mesh("tensor=4"))
 

@@ -1,4 +1,4 @@
-"""Memory that the process keeps: pages that the kernel maps anew are counted, not time."""
+"""Memory that the process keeps: the tests count pages that the kernel maps again, not time."""
 
 import os
 import subprocess
@@ -12,19 +12,19 @@ from phi3_jax.runs import allocator
 PROGRAM = """
 import resource, sys
 if sys.argv[1] == "keep":
-    from phi3_jax.allocator import keep_freed_memory
+    from phi3_jax.runs.allocator import keep_freed_memory
     keep_freed_memory()
 import jax, jax.numpy as jnp
 
 @jax.jit
 def work(x):
-    y = jax.lax.sort(jnp.broadcast_to(x, (3, x.size)) * 2.0, dimension=1)  # 24 MB that go again
+    y = jax.lax.sort(jnp.broadcast_to(x, (3, x.size)) * 2.0, dimension=1)  # 24 MB that are freed afterwards
     return y[:, ::4096].sum()
 
 x = jnp.arange(2.0 ** 21)
 for turn in range(24):
     work(x).block_until_ready()
-    if turn == 15:  # memory is laid out by then
+    if turn == 15:  # memory is allocated by then
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -32,7 +32,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def pages(*, keep: bool) -> int:
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM, "keep" if keep else "give"]
+    command = [sys.executable, "-c", PROGRAM, "keep" if keep else "free"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
@@ -40,19 +40,19 @@ def pages(*, keep: bool) -> int:
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="for glibc alone")
-def test_a_program_that_runs_again_finds_its_memory_there() -> None:
-    given_back = pages(keep=False)
-    if given_back < 4000:
-        pytest.skip(f"this C library keeps memory by itself: {given_back} pages in eight runs")
-    assert pages(keep=True) < given_back / 10
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only for glibc")
+def test_a_program_that_runs_again_reuses_its_memory() -> None:
+    freed = pages(keep=False)
+    if freed < 4000:
+        pytest.skip(f"this C library keeps memory by itself: {freed} pages in eight runs")
+    assert pages(keep=True) < freed / 10
 
 
 @pytest.mark.parametrize(
     ("platforms", "libtpu", "kept"),
     [("cpu", True, True), ("tpu,cpu", False, False), (None, True, False), (None, False, True)],
 )
-def test_not_where_there_may_be_an_accelerator(
+def test_does_nothing_if_there_may_be_an_accelerator(
     platforms: str | None, libtpu: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if platforms is None:

@@ -1,4 +1,4 @@
-"""Which platforms a command lets JAX look for, on machines of several kinds."""
+"""The platforms that a command lets JAX look for, on machines of several kinds."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ from phi3_jax.runs import platforms
         (True, [], [], "", ""),
     ],
 )
-def test_an_absent_tpu_is_passed_over(
+def test_skips_an_absent_tpu(
     libtpu: bool,
     devices: list[str],
     plugins: list[str],
@@ -50,7 +50,7 @@ def test_an_absent_tpu_is_passed_over(
     assert os.environ.get("JAX_PLATFORMS") == expected
 
 
-def test_platforms_that_a_program_has_chosen_remain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_platforms_that_a_program_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     jax = SimpleNamespace(config=SimpleNamespace(jax_platforms="tpu"))
     monkeypatch.setitem(sys.modules, "jax", jax)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from phi3_jax.batch.record import Record
-from phi3_jax.batch.summary import Summary
 from phi3_jax.classification.output import PartialOutput, Standing
 from phi3_jax.runs.journal import Journal
 from phi3_jax.runs.resume import RunFile
@@ -76,15 +75,15 @@ def test_resumes_files_of_earlier_versions(tmp_path: Path) -> None:
 
     output = tmp_path / "answers.jsonl"
     output.write_text("{}\n")
-    summary = Summary(1, 1, 0, 0, 1.0, 2, 2, 3, 4, 5, 6.0, None)
+    summary = {"done": 1, "errors": 0}
     state: dict[str, Any] = {"asked": asked, "processes": 2}
     record = tmp_path / "answers.jsonl.run.json"
     record.write_text(json.dumps(state, indent=2))
     assert Record(output, asked_now, 2).open(False) is None
     with pytest.raises(ValueError, match="processes: 2 -> 1"):
         Record(output, asked_now, 1).open(False)
-    record.write_text(json.dumps(state | {"finished": vars(summary)}))
-    assert Record(output, asked_now, 1).open(False) == vars(summary)
+    record.write_text(json.dumps(state | {"finished": summary}))
+    assert Record(output, asked_now, 1).open(False) == summary
 
     (tmp_path / "rows.csv.partial").write_bytes(b"12345")
     about = {"asked": asked, "done": {"read": 2, "written": 1, "unusable": 1, "cut": 0, "untagged": 0}}
