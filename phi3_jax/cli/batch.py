@@ -59,7 +59,7 @@ def batch(
     of OpenAI's Batch API. Of several processes each takes its share of the lines, --mesh divides the devices
     of each.
     """
-    where = prepare(mesh, distributed, alone=True)
+    where = prepare(mesh, distributed, own_devices=True)
     if source != "-" and not Path(source).is_file():
         raise FileNotFoundError(f"there is no file {source}")
     said: dict[str, Any] = {

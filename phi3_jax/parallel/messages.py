@@ -1,43 +1,36 @@
-"""Lines for the user on standard error, and how errors end a program."""
+"""Prints lines for the user on standard error, and ends programs."""
 
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from phi3_jax.errors import UserError
 from phi3_jax.runs.platforms import skip_absent_tpu
 
 
-def _distributed() -> Any:
-    """Returns `phi3_jax.parallel.distributed` if a command has imported it; on its own it imports JAX."""
-    return sys.modules.get("phi3_jax.parallel.distributed")
-
-
-def is_primary() -> bool:
-    """Whether this process prints."""
-    module = _distributed()
-    return module is None or module.is_primary()
+def _process_index() -> int:
+    """Returns this process's number, without importing JAX: 0 where nothing has imported it yet."""
+    distributed = sys.modules.get("phi3_jax.parallel.distributed")
+    return 0 if distributed is None else distributed.process_index()
 
 
 def tell(line: str) -> None:
-    """A line for the user beside the output."""
-    if is_primary():
+    """Prints a line for the user beside the output, in process 0 only."""
+    if _process_index() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
 def tell_error(error: BaseException) -> None:
-    """What went wrong, told by process 0 and by the process that it went wrong in."""
-    if (of := getattr(error, "of_process", None)) is not None:
-        tell(f"phi3-jax: {error} (in process {of})" if of else f"phi3-jax: {error}")
+    """Prints an error, in process 0 and in the process where it was raised."""
+    if (origin := getattr(error, "of_process", None)) is not None:
+        tell(f"phi3-jax: {error} (in process {origin})" if origin else f"phi3-jax: {error}")
         return
-    where = ""
-    if not is_primary():
-        where = f" (process {_distributed().process_index()})"
-    print(f"phi3-jax{where}: {error}", file=sys.stderr)
+    process = f" (process {index})" if (index := _process_index()) else ""
+    print(f"phi3-jax{process}: {error}", file=sys.stderr)
 
 
 def run_program(program: Callable[[], object]) -> NoReturn:
-    """Runs a program; an error that the user can mend is one line on standard error, not a traceback."""
+    """Runs a program and exits; errors that the user can mend are one line, others keep their traceback."""
     skip_absent_tpu()
     try:
         program()
