@@ -1,1 +1,1 @@
-"""What long commands share: files that change as a whole, resuming, progress, plots, memory."""
+"""Support for long commands: files replaced as a whole, resuming, progress, plots, memory."""

@@ -1,4 +1,4 @@
-"""What the C library does with memory that a computation gives back."""
+"""Keeps freed memory in the process, by settings of the C library."""
 
 import ctypes
 import importlib.metadata
@@ -9,18 +9,18 @@ import sys
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 M_ARENA_MAX = -8
-"""Parameters of glibc's `mallopt`, from its malloc.h."""
+"""Parameters of glibc's `mallopt`, from malloc.h."""
 
 
 def keep_freed_memory() -> None:
-    """Keeps memory in the process that computations on CPU give back, until the process ends.
+    """Keeps memory that computations on CPU free in the process until it ends.
 
-    XLA allocates what a program needs anew each time it runs; glibc maps it from the kernel, which zeroes it
-    page by page, and unmaps it afterwards: a fifth of the time of a training step. One arena, since the
-    others cannot hold large blocks, and map them all the same.
+    XLA allocates memory each time a program runs; glibc maps it from the kernel, which zeroes every page, and
+    unmaps it afterwards. That is a fifth of the time of a training step. There is one arena, because the
+    others cannot hold large blocks and would map them.
 
-    Does nothing where JAX may find an accelerator, and with other C libraries. To be called before JAX begins
-    to compute, whose threads would take arenas of their own; by commands, not libraries: it is for the whole
+    Does nothing if JAX may find an accelerator, or with other C libraries. Call it before JAX starts to
+    compute, since JAX's threads would create their own arenas, and only in commands: it affects the whole
     process.
     """
     if not sys.platform.startswith("linux") or not _on_cpu():
@@ -33,7 +33,7 @@ def keep_freed_memory() -> None:
 
 
 def _on_cpu() -> bool:
-    """Whether JAX will compute on the CPU, as far as can be told without waking it."""
+    """Returns whether JAX will probably compute on the CPU, without initialising it."""
     if named := os.environ.get("JAX_PLATFORMS"):
         return named == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")

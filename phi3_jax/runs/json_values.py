@@ -1,4 +1,4 @@
-"""What the files of a run are called, and values that JSON has no words for."""
+"""The name of a run's file, and values that JSON cannot express."""
 
 import math
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 RUN = "run.json"
-"""What a run of finetune leaves beside its model: settings, data, and results once it is finished."""
+"""The file beside a fine-tuned model: settings, data, and results once the run is finished."""
 
 
 def json_value(value: Any) -> Any:
-    """The value in JSON's types.
+    """Returns the value in JSON's types.
 
-    NaN and infinities become text that `float` reads back, and objects of other types their `str`.
+    NaN and infinities become text that `float` can read, and objects of other types their `str`.
     """
     if isinstance(value, np.generic):
         value = value.item()

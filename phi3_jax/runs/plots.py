@@ -1,6 +1,7 @@
-"""Figures of a run, drawn without pyplot, so that no state of the process is touched.
+"""Figures of a run, drawn without pyplot, which has global state.
 
-Colours are Okabe and Ito's and one-coloured scales, which people of every colour vision tell apart.
+Colours are those of Okabe and Ito or shades of one colour, which people with any colour vision can tell
+apart.
 """
 
 import math
@@ -21,19 +22,19 @@ from phi3_jax.runs.files import replacing
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6E6E6E"
 
 MOST_CLASSES = 100
-"""That a confusion matrix is drawn for; names of more could not be read."""
+"""The most classes that a confusion matrix is drawn for; with more, the names would be unreadable."""
 
 MOST_OUTPUTS = 9
-"""Of a regression that are drawn, the first ones."""
+"""The most outputs of a regression that are drawn, the first ones."""
 
 DPI = 150
-_NAME = 48  # characters of a class name that are shown
+_NAME = 48  # the most characters of a class name
 
 
 def curves(task: str, log: Sequence[Mapping[str, Any]], metric: str, best_step: int | None) -> Figure:
-    """Loss of training and validation, the metric and the learning rate against the step.
+    """Draws the losses, the metric and the learning rate against the step.
 
-    `log` as of `read_log`; a panel of which it says nothing is left out.
+    `log` has the records that `read_log` returns. Panels without values are left out.
     """
     loss = "Loss (squared error)" if task == "regression" else "Loss (nats)"
     train = _series(log, "train")
@@ -66,7 +67,7 @@ def curves(task: str, log: Sequence[Mapping[str, Any]], metric: str, best_step: 
 
 
 def _series(log: Sequence[Mapping[str, Any]], kind: str) -> dict[str, tuple[list[int], list[float]]]:
-    """By name the steps and values of one kind of record; what is not finite cannot be drawn."""
+    """Returns the steps and finite values of one kind of record, by name."""
     series: dict[str, tuple[list[int], list[float]]] = {}
     for record in log:
         if record["kind"] != kind:
@@ -92,14 +93,14 @@ def _curve(ax: Axes, steps: np.ndarray, values: np.ndarray, kind: str, smooth: b
         )
         return
     ax.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.3)
-    # Each mean is drawn at the middle of its window.
+    # Each mean is drawn in the middle of its window.
     means = np.convolve(values, np.full(window, 1 / window), "valid")
     middles = np.convolve(steps, np.full(window, 1 / window), "valid")
     ax.plot(middles, means, color=BLUE, linewidth=1.8, label=f"train, mean of {window} records")
 
 
 def confusion_matrix(counts: Int[np.ndarray, "C C"], names: Sequence[str], unit: str) -> Figure:
-    """Of each class (row), how many percent were taken for each (column); `unit`: what is counted."""
+    """Draws the percentage of each true class (row) predicted as each class (column); `unit` is counted."""
     size = len(names)
     support = counts.sum(axis=1, keepdims=True)
     percent = 100 * counts / np.maximum(support, 1)
@@ -107,7 +108,7 @@ def confusion_matrix(counts: Int[np.ndarray, "C C"], names: Sequence[str], unit:
     cell, font = (0.62, 10.0) if few else (0.25, 7.0)  # inches and points
     shown = [short(name) for name in names]
     side = max(cell * size, 2.4)
-    # The names and the scale go around it; what is saved is cut to fit.
+    # The names and the scale are outside; saving crops the figure to fit.
     figure = Figure(figsize=(side, side))
     ax = figure.add_axes((0, 0, 1, 1))
     image = ax.imshow(percent, cmap=matplotlib.colormaps["Blues"], vmin=0, vmax=100)
@@ -116,19 +117,19 @@ def confusion_matrix(counts: Int[np.ndarray, "C C"], names: Sequence[str], unit:
         colour = "white" if value > 55 else "black"
         text_size = font if few else 5.5
         ax.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=text_size)
-    places = np.arange(size)
+    ticks = np.arange(size)
     upright = few and 0.1 * max(map(len, shown)) < side / size  # a letter is a tenth of an inch wide
-    ax.set_xticks(places, shown, rotation=0 if upright else 90, fontsize=font, parse_math=False)
-    ax.set_yticks(places, shown, fontsize=font, parse_math=False)
-    ax.set_xticks(places[1:] - 0.5, minor=True)
-    ax.set_yticks(places[1:] - 0.5, minor=True)
+    ax.set_xticks(ticks, shown, rotation=0 if upright else 90, fontsize=font, parse_math=False)
+    ax.set_yticks(ticks, shown, fontsize=font, parse_math=False)
+    ax.set_xticks(ticks[1:] - 0.5, minor=True)
+    ax.set_yticks(ticks[1:] - 0.5, minor=True)
     ax.grid(which="minor", color="#E4E4E4", linewidth=0.5)
     ax.tick_params(which="both", length=0)
     ax.spines[:].set_color("#C0C0C0")
     label_size = 11 if few else 14
     ax.set_xlabel("Predicted class", fontsize=label_size)
     ax.set_ylabel("True class", fontsize=label_size)
-    # Beside the matrix and as high, 0.2 inches wide.
+    # Beside the matrix, with its height, 0.2 inches wide.
     bar = figure.colorbar(image, cax=ax.inset_axes((1 + 0.15 / side, 0, 0.2 / side, 1)))
     bar.set_label(f"{unit} of the true class (%)", fontsize=label_size)
     bar.outline.set_visible(False)
@@ -138,7 +139,7 @@ def confusion_matrix(counts: Int[np.ndarray, "C C"], names: Sequence[str], unit:
 def scatter(
     true: Float[np.ndarray, "B C"], predicted: Float[np.ndarray, "B C"], names: Sequence[str]
 ) -> Figure:
-    """Predicted against true values, a panel for each output of a regression."""
+    """Draws predicted against true values, in one panel for each output of a regression."""
     outputs = min(true.shape[1], MOST_OUTPUTS)
     columns = math.ceil(math.sqrt(outputs))
     rows = math.ceil(outputs / columns)
@@ -164,21 +165,21 @@ def scatter(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG; a file that was there is replaced as a whole."""
+    """Writes a PNG; an existing file is replaced as a whole."""
     with replacing(path) as work, warnings.catch_warnings():
-        # Names in scripts that the font lacks are drawn as boxes; the report has them in full.
+        # Letters that the font lacks are drawn as boxes; the report has the full names.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(work, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
 
 
 def plain(ax: Axes) -> None:
-    """Axes without a box, on a light grid."""
+    """Removes the box around the axes and adds a light grid."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="#E8E8E8", linewidth=0.8)
     ax.set_axisbelow(True)
 
 
 def short(name: str) -> str:
-    """A name in one line, cut where it is long."""
+    """Returns a name in one line, shortened if it is long."""
     name = " ".join(name.split())
     return name if len(name) <= _NAME else name[: _NAME - 1] + "…"

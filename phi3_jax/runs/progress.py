@@ -1,4 +1,4 @@
-"""How far the work on a file is: a live bar on a terminal, a plain line now and then anywhere else."""
+"""Progress of the work on a file: a live bar on a terminal, otherwise a line every few seconds."""
 
 import sys
 from contextlib import ExitStack
@@ -8,22 +8,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10
-"""Between two lines where there is no terminal."""
+"""Time between two lines if there is no terminal."""
 
 
 def time_left(seconds: float) -> str:
-    """As `FileProgress.update` tells it."""
+    """Returns the text for the `left` of `FileProgress.update`."""
     whole = round(seconds)
     return f", {whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02} left"
 
 
 class FileProgress:
-    """Shows on standard error what is told, and the share of the file, as a context manager.
+    """Prints a text and the finished share of a file to standard error; a context manager.
 
     Args:
-        total: lines or rows of the input (or what else the work is counted in), by which the share is told;
-            None: not known.
-        show: False prints nothing.
+        total: lines or rows of the input, or other units of work; None: unknown, so that no share is printed.
+        show: whether to print.
     """
 
     def __init__(self, total: int | None, show: bool):
@@ -34,10 +33,10 @@ class FileProgress:
 
     def __enter__(self) -> "FileProgress":
         console = Console(stderr=True)
-        # Not the console's own word: FORCE_COLOR, which many CI systems set, makes it call a file a terminal.
+        # `console.is_terminal` is True for a file if FORCE_COLOR is set, as in many CI systems.
         if self._show and sys.stderr.isatty() and not console.is_dumb_terminal:
             columns = (
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[text]}"),
                 BarColumn(),
                 TimeElapsedColumn(),
                 TextColumn("elapsed,"),
@@ -45,18 +44,18 @@ class FileProgress:
                 TextColumn("left"),
             )
             self._bar = self._stack.enter_context(Progress(*columns, console=console))
-            self._task = self._bar.add_task("", total=self._total, told="")
+            self._task = self._bar.add_task("", total=self._total, text="")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def update(self, told: str, line: float, left: str = "") -> None:
-        """The input is done as far as this line (or row); `left` is told where no bar shows it."""
+    def update(self, text: str, line: float, left: str = "") -> None:
+        """Reports that the input is finished up to this line or row; `left` is printed if there is no bar."""
         if self._total:
-            told += f", {min(1.0, line / self._total):.0%}"
+            text += f", {min(1.0, line / self._total):.0%}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=line, told=told)
+            self._bar.update(self._task, completed=line, text=text)
         elif self._show and monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = monotonic()
-            print(told + left, file=sys.stderr, flush=True)
+            print(text + left, file=sys.stderr, flush=True)
