@@ -1,4 +1,4 @@
-"""Prompts by the million: continuous batching, and files that are gone on with after a kill."""
+"""Answers files of prompts by continuous batching; a killed run can be resumed."""
 
 from phi3_jax.batch.answers import Answer
 from phi3_jax.batch.engine import Engine

@@ -1,4 +1,4 @@
-"""Continuous batching: prompts of any length through slots that are filled again as soon as they are free."""
+"""Continuous batching: prompts of any length run through slots, and each free slot takes the next prompt."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,94 +8,95 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from phi3_jax.batch.options import RowOptions
-from phi3_jax.batch.prefixes import Prefixes
-from phi3_jax.batch.scheduler import Decode, Fill, Job, PoolSize, Scheduler
+from phi3_jax.batch.prefill import BatchRow
+from phi3_jax.batch.prefixes import PrefixFinder
+from phi3_jax.batch.scheduler import Decode, Job, PoolSize, Prefill, Scheduler
 from phi3_jax.batch.slots import Slots
-from phi3_jax.batch.stages import Row
 from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 
 CHUNK = 512
 WIDTHS = (128, 256, CHUNK)
-"""Tokens of one prompt that are computed at a time; the last ones of it may be few."""
+"""The tokens of one prompt that are prefilled at a time; the smaller widths are for the last tokens."""
 
 GROUPS = ((8, 32), (4, 128))
-"""Prompts, and tokens of each, that are computed together: alone, short ones leave the machine half idle."""
+"""(prompts, tokens of each) that are prefilled together; alone, short prompts use the machine badly."""
 
 BUDGET = 4 * CHUNK
-"""Tokens of prompts between two dispatches of those that make tokens."""
+"""The tokens to prefill between two decodes."""
 
 
 T = TypeVar("T")
 
 
 class Prompt(NamedTuple):
-    """What to continue."""
+    """The tokens to continue, and the options of their continuation."""
 
     key: Any
-    """By which the caller knows the answer."""
+    """Identifies the prompt to the caller."""
     ids: Sequence[int]
     max_new_tokens: int
     options: RowOptions = RowOptions()
-    stops: Callable[[Sequence[int]], bool] | None = None
-    """Whether the answer ends behind the last of these tokens of prompt and answer; end tokens apart."""
+    should_stop: Callable[[Sequence[int]], bool] | None = None
+    """Receives all tokens of prompt and answer; True ends the answer. End tokens end it as well."""
 
 
 class Continuation(NamedTuple):
-    """A prompt's answer."""
+    """The tokens that continue a prompt."""
 
     key: Any
     tokens: list[int]
-    """An end token included."""
+    """The new tokens, with the end token if there is one."""
     finish_reason: str
-    """ "stop": an end token, or what `stops` said; "length": `max_new_tokens` are made."""
+    """ "stop": an end token or `should_stop`; "length": `max_new_tokens` were generated."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much of the slots is in use."""
+    """The number of slots that are in use, and the tokens prefilled."""
 
     busy: int
     slots: int
     prompt_tokens: int
-    """That were to be computed so far; those that are shared count once, those computed again twice."""
+    """A shared prefix counts once; tokens that are computed again count again."""
 
 
 @dataclass
-class _Active:
+class _ActivePrompt:
     prompt: Prompt
-    shared: int
+    prefix_length: int
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
-    """By `stops`."""
+    """`should_stop` returned True."""
 
-    def row(self) -> Row:
+    def row(self) -> BatchRow:
         prompt = self.prompt
         ids = [*prompt.ids, *self.tokens]
-        return Row(ids, len(self.tokens), prompt.max_new_tokens, prompt.options, self.shared)
+        return BatchRow(ids, len(self.tokens), prompt.max_new_tokens, prompt.options, self.prefix_length)
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """Adds tokens until the prompt's `stops` says that one is the last."""
-        stops = self.prompt.stops
+    def add(self, tokens: Sequence[int]) -> None:
+        """Adds tokens up to the one after which the answer should stop."""
+        should_stop = self.prompt.should_stop
         for token in tokens:
             self.tokens.append(token)
-            if stops is not None and stops([*self.prompt.ids, *self.tokens]):
+            if should_stop is not None and should_stop([*self.prompt.ids, *self.tokens]):
                 self.stopped = True
                 return
 
 
 class ContinuousBatch:
-    """Prompts in, answers out as they finish, through a fixed set of compiled programs.
+    """Continues prompts with a fixed set of compiled programs and yields them as they finish.
 
     Args:
         compiled: the model.
-        pools: slots by their size.
-        end_tokens: any of which ends an answer.
-        widths: tokens of one prompt that are computed at a time; groups, budget: as `Scheduler` has them.
-        prefixes: finds what prompts share; None computes every prompt by itself.
+        pools: the number and length of slots.
+        end_tokens: each of them ends an answer.
+        widths: the tokens of one prompt that are prefilled at a time.
+        groups, budget: as for `Scheduler`.
+        prefixes: finds shared prefixes; None: every prompt is computed by itself.
 
     Raises:
-        ValueError: pools that cannot be.
+        UserError: the pools are invalid.
     """
 
     def __init__(
@@ -107,48 +108,48 @@ class ContinuousBatch:
         widths: Sequence[int] = WIDTHS,
         groups: Sequence[tuple[int, int]] = GROUPS,
         budget: int = BUDGET,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixFinder | None = None,
     ):
         self._new_scheduler = partial(Scheduler, pools, chunk=max(widths), groups=groups, budget=budget)
         self._scheduler = self._new_scheduler()
         self._prefixes = prefixes
-        self._longest = max(pool.columns for pool in pools)
-        self._on_device = Slots(compiled, pools, groups=groups, widths=widths, end_tokens=end_tokens)
+        self._max_length = max(pool.length for pool in pools)
+        self._slots = Slots(compiled, pools, groups=groups, widths=widths, end_tokens=end_tokens)
         self._pools = range(len(pools))
         self._end_tokens = frozenset(end_tokens)
-        self._slots = sum(pool.slots for pool in pools)
+        self._slot_count = sum(pool.slots for pool in pools)
         self._prompt_tokens = 0
 
     @property
     def load(self) -> Load:
-        """How much of the slots is in use now."""
-        computed = self._prompt_tokens + self._on_device.beginnings.computed
-        return Load(self._scheduler.busy, self._slots, computed)
+        """The current load of the slots."""
+        computed = self._prompt_tokens + self._slots.prefixes.computed_tokens
+        return Load(self._scheduler.busy, self._slot_count, computed)
 
     def run(self, prompts: Iterable[Prompt | T]) -> Iterator[Continuation | T]:
-        """Answers in the order in which they finish; prompts are taken as slots come free.
+        """Yields continuations in the order in which they finish; takes prompts as slots become free.
 
-        Whatever else stands among the prompts is given back when its turn comes. One run at a time; one that
-        is given up leaves the slots free.
+        Objects among the prompts that are not a `Prompt` are yielded unchanged. Only one run is possible at a
+        time; a run that is closed early frees its slots.
 
         Raises:
-            ValueError: a prompt without tokens, or one that no slot holds together with its answer.
+            UserError: a prompt has no tokens, or is too long for every slot.
         """
-        active: dict[int, _Active] = {}
+        active: dict[int, _ActivePrompt] = {}
         try:
             yield from self._run(enumerate(prompts), active)
         finally:
             if active:
                 self._scheduler = self._new_scheduler()
-                self._on_device.retire()
+                self._slots.stop()
 
     def _run(
-        self, coming: Iterator[tuple[int, Prompt | T]], active: dict[int, _Active]
+        self, numbered: Iterator[tuple[int, Prompt | T]], active: dict[int, _ActivePrompt]
     ) -> Iterator[Continuation | T]:
         more = True
         while more or not self._scheduler.idle:
-            while more and self._scheduler.waiting < self._slots:
-                number, prompt = next(coming, (None, None))
+            while more and self._scheduler.waiting < self._slot_count:
+                number, prompt = next(numbered, (None, None))
                 if number is None or prompt is None:
                     more = False
                 elif isinstance(prompt, Prompt):
@@ -156,63 +157,54 @@ class ContinuousBatch:
                 else:
                     yield prompt
             action = self._scheduler.next()
-            if isinstance(action, Fill):
-                rows = [active[job.number].row() for job in action.jobs]
-                self._on_device.fill(
-                    action.pool,
-                    action.slots,
-                    rows,
-                    action.start,
-                    action.width,
-                    together=action.together,
-                    last=action.last,
-                )
+            if isinstance(action, Prefill):
+                self._slots.prefill(action, [active[job.number].row() for job in action.jobs])
             elif isinstance(action, Decode):
                 yield from self._decode(active)
 
-    def _add(self, number: int, prompt: Prompt, active: dict[int, _Active]) -> None:
+    def _add(self, number: int, prompt: Prompt, active: dict[int, _ActivePrompt]) -> None:
         if not len(prompt.ids) or prompt.max_new_tokens < 1:
-            raise UserError(f"prompt {prompt.key!r} has no tokens, or is to have no answer")
-        columns = columns_of(len(prompt.ids), prompt.max_new_tokens)
-        if columns > self._longest:
+            raise UserError(f"prompt {prompt.key!r} has no tokens, or max_new_tokens is below 1")
+        length = slot_length(len(prompt.ids), prompt.max_new_tokens)
+        if length > self._max_length:
             raise UserError(
                 f"prompt {prompt.key!r} has {len(prompt.ids)} tokens and may get {prompt.max_new_tokens}: "
-                f"slots hold {self._longest - 1}"
+                f"slots hold {self._max_length - 1}"
             )
-        shared = 0 if self._prefixes is None else self._prefixes.shared(prompt.ids)
-        self._scheduler.add(Job(number, max(len(prompt.ids) - 1 - shared, 1), columns, shared))
-        active[number] = _Active(prompt, shared)
-        self._prompt_tokens += len(prompt.ids) - shared
+        prefix_length = 0 if self._prefixes is None else self._prefixes.shared_length(prompt.ids)
+        self._scheduler.add(Job(number, max(len(prompt.ids) - 1 - prefix_length, 1), length, prefix_length))
+        active[number] = _ActivePrompt(prompt, prefix_length)
+        self._prompt_tokens += len(prompt.ids) - prefix_length
 
-    def _decode(self, active: dict[int, _Active]) -> Iterator[Continuation]:
-        made = self._on_device.decode()
-        paused: list[int] = []
-        done: list[_Active] = []
+    def _decode(self, active: dict[int, _ActivePrompt]) -> Iterator[Continuation]:
+        decoded = self._slots.decode()
+        to_stop: list[int] = []
+        finished: list[_ActivePrompt] = []
         for pool in self._pools:
-            ended: list[int] = []
+            free: list[int] = []
             for slot, job in self._scheduler.running(pool).items():
-                number, row = self._on_device.number(pool, slot), active[job.number]
-                tokens = made.tokens[:, number]
-                row.take(np.extract(tokens >= 0, tokens).tolist())
-                if row.stopped or made.finished[number]:
-                    ended.append(slot)
-                    done.append(active.pop(job.number))
-                elif made.stale[number]:
-                    row.shared = 0
-                    again = len(row.row().ids) - 1
-                    self._prompt_tokens += again
-                    self._scheduler.fill_again(pool, slot, again)
+                index, prompt = self._slots.index(pool, slot), active[job.number]
+                tokens = decoded.tokens[:, index]
+                prompt.add(np.extract(tokens >= 0, tokens).tolist())
+                if prompt.stopped or decoded.finished[index]:
+                    free.append(slot)
+                    finished.append(active.pop(job.number))
+                elif decoded.needs_recomputation[index]:
+                    prompt.prefix_length = 0
+                    count = len(prompt.row().ids) - 1
+                    self._prompt_tokens += count
+                    self._scheduler.recompute(pool, slot, count)
                 else:
                     continue
-                paused.append(number)
-            self._scheduler.ended(pool, ended)
-        if paused:  # so that the others can go on
-            self._on_device.retire(paused)
-        for row in done:
-            stopped = row.stopped or row.tokens[-1] in self._end_tokens
-            yield Continuation(row.prompt.key, row.tokens, "stop" if stopped else "length")
+                to_stop.append(index)
+            self._scheduler.finish(pool, free)
+        if to_stop:  # a slot that needs recomputation ends every decode at once
+            self._slots.stop(to_stop)
+        for prompt in finished:
+            stopped = prompt.stopped or prompt.tokens[-1] in self._end_tokens
+            yield Continuation(prompt.prompt.key, prompt.tokens, "stop" if stopped else "length")
 
 
-def columns_of(prompt_tokens: int, new_tokens: int) -> int:
-    """That a slot must have: one is written behind an answer's end."""
+def slot_length(prompt_tokens: int, new_tokens: int) -> int:
+    """Returns the slot length of a prompt and its answer; one position after the end is written too."""
     return prompt_tokens + new_tokens + 1

@@ -1,4 +1,4 @@
-"""Requests in, answers out: texts, templates and stops around continuous batching."""
+"""Answers requests: texts, chat templates and stop strings around continuous batching."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,63 +10,60 @@ import jax
 from jinja2 import TemplateError
 
 from phi3_jax.batch.answers import Answer
-from phi3_jax.batch.continuous import Continuation, ContinuousBatch, Load, Prompt, columns_of
+from phi3_jax.batch.continuous import Continuation, ContinuousBatch, Load, Prompt, slot_length
 from phi3_jax.batch.options import RowOptions
-from phi3_jax.batch.prefixes import Prefixes
+from phi3_jax.batch.pools import LENGTH_MULTIPLE, choose_pools
+from phi3_jax.batch.prefixes import PrefixFinder
 from phi3_jax.batch.requests import BadRequestError, Request, parse_object
 from phi3_jax.batch.scheduler import PoolSize
-from phi3_jax.batch.sizes import choose_pools
 from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.memory import token_capacity
 from phi3_jax.generation.stopping import StopStringCriteria
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.parallel.sharding import shards
+from phi3_jax.sizes import round_up
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 SAMPLE = 256
-"""Requests that are looked at before slots are made."""
+"""The number of requests that are read before the slots are chosen."""
 
-SLOTS = {"cpu": 48}
-"""By platform; a CPU has little to gain from more rows in a product, and idle slots cost it time."""
-MOST_SLOTS = 256
-
-
-COLUMNS = 128
-"""Of which the longest slots have a multiple, as kernels like it."""
+CPU_SLOTS, OTHER_SLOTS = 48, 256
+"""The most slots by platform; on a CPU more rows gain little, and idle slots cost time."""
 
 LONGEST_SHARE = 0.25
-"""Of memory, which the longest request may take unless the user says more."""
+"""The share of memory that the longest request may take unless `max_length` is given."""
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What a continuation must know to become an answer."""
+class _PromptKey:
+    """The parts of a request that turn a continuation into an answer."""
 
     request: Request
     prompt_tokens: int
-    stops: tuple[str, ...]
+    stop_strings: tuple[str, ...]
 
 
 class Engine:
     """Answers requests by continuous batching: `for answer in Engine(model, tokenizer).run(requests)`.
 
-    A fixed set of programs is compiled, however many requests come. Each answer is what `generate` gives for
-    its prompt alone, up to the rounding of products of other sizes.
+    A fixed set of programs is compiled, whatever the number of requests. Each answer is that of `generate`
+    for its prompt alone, except for the rounding of matrix products of different sizes.
 
     Args:
-        model, tokenizer: of one checkpoint, such as a `Pipeline` has. On a mesh the slots are divided.
-        max_new_tokens: of requests that do not say.
-        slots: prompts that are answered at a time; default: by memory, at most 48 on CPU and 256 elsewhere.
-        max_length: tokens of prompt and answer together, at most; default: the model's context, or what a
-            quarter of the memory for them holds. Answers end there; longer prompts are refused.
-        options: defaults of what else requests may say: `stop_strings`, `temperature` (0: the likeliest
-            token), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `frequency_penalty`,
-            `presence_penalty`, `min_new_tokens`, `seed`. The checkpoint's generation_config.json says what
-            ends an answer, and nothing else.
+        model, tokenizer: those of one checkpoint, such as a `Pipeline` has. On a mesh the slots are divided.
+        max_new_tokens: the default for requests without their own.
+        slots: the prompts that are answered at a time; default: by memory, at most 48 on CPU and 256
+            elsewhere.
+        max_length: the most tokens of prompt and answer together; default: the model's context, or what a
+            quarter of the memory holds. Answers end there, and longer prompts are rejected.
+        options: the defaults of the other options of requests: `stop_strings`, `temperature` (0: greedy
+            search), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `frequency_penalty`,
+            `presence_penalty`, `min_new_tokens`, `seed`. From the checkpoint's generation_config.json only
+            the end tokens are used.
 
     Raises:
-        ValueError: options that cannot be; a length that the model or the memory has not.
+        UserError: an option is invalid, or the length exceeds the model's context or the memory.
     """
 
     def __init__(
@@ -81,78 +78,73 @@ class Engine:
     ):
         self.compiled = model if isinstance(model, CompiledModel) else CompiledModel(model)
         self.tokenizer = tokenizer
-        self._max_new_tokens = _whole("max_new_tokens", max_new_tokens)
-        stops = options.pop("stop_strings", ())
-        self._stop_strings = (stops,) if isinstance(stops, str) else tuple(stops)
-        self._criteria(self._stop_strings)
+        self._max_new_tokens = _check_count("max_new_tokens", max_new_tokens)
+        self._stop_strings = _as_tuple(options.pop("stop_strings", ()))
+        self._stop_criteria(self._stop_strings)
         if unknown := sorted(options.keys() - RowOptions.__dataclass_fields__.keys()):
             raise UserError(
                 f"there is no option {unknown[0]!r}; use {', '.join(RowOptions.__dataclass_fields__)}"
             )
         self._options = RowOptions.of(options, RowOptions())
-        self._slots = None if slots is None else _whole("slots", slots)
+        self._slots = None if slots is None else _check_count("slots", slots)
         context = self.compiled.model.config.context_length
         if max_length is not None and not 2 <= max_length <= context:
             raise UserError(f"max_length={max_length} must be from 2 to the model's context of {context}")
-        self._room = token_capacity(self.compiled)
-        if max_length is not None and max_length >= self._room:
+        self._capacity = token_capacity(self.compiled)
+        if max_length is not None and max_length >= self._capacity:
             raise UserError(
-                f"max_length={max_length}: memory holds the keys and values of {self._room} tokens; choose a "
-                "smaller one"
+                f"max_length={max_length}: memory holds the keys and values of {self._capacity} tokens; "
+                "choose a smaller one"
             )
-        longest = int(LONGEST_SHARE * self._room)
-        self.max_length = min(context, longest) if max_length is None else max_length
-        self._given_length = max_length
+        self._given_max_length = max_length
+        self.max_length = max_length or min(context, int(LONGEST_SHARE * self._capacity))
         end = self.compiled.model.generation_config.eos_token_id
         self._end_tokens = [] if end is None else [end] if isinstance(end, int) else list(end)
         self._batch: ContinuousBatch | None = None
         self.pools: list[PoolSize] = []
-        """The slots, once the first requests have been seen."""
+        """The slots, which are chosen when the first requests are known."""
 
     @property
     def load(self) -> Load:
-        """How much of the slots is in use."""
+        """The current load of the slots."""
         return Load(0, 0, 0) if self._batch is None else self._batch.load
 
     def run(
         self, requests: Iterable[Request | BadRequestError | Mapping[str, Any]]
     ) -> Iterator[Answer | BadRequestError]:
-        """Answers as they finish; requests are taken as slots come free, but the first 256 at once.
+        """Yields an answer or an error for each request, in the order in which they finish.
+
+        The first 256 requests are read at once, all others as slots become free.
 
         Args:
-            requests: as `read_requests` gives them, or objects like its lines: `{"id": 7, "prompt": "..."}`.
-
-        Yields:
-            For each request its answer, or what is wrong with it.
+            requests: as from `read_requests`, or objects like its lines: `{"id": 7, "prompt": "..."}`.
         """
-        prompts: Iterator[Prompt | BadRequestError] = map(self._prompt, _numbered(requests))
+        prompts: Iterator[Prompt | BadRequestError] = map(self._prompt, _parse_objects(requests))
         first = list(islice(prompts, SAMPLE))
         batch = self._batch_for(
-            [one for one in first if isinstance(one, Prompt)], all_known=len(first) < SAMPLE
+            [prompt for prompt in first if isinstance(prompt, Prompt)], complete=len(first) < SAMPLE
         )
-        for found in batch.run(chain(first, prompts)):
-            yield self._answer(found) if isinstance(found, Continuation) else found
+        for result in batch.run(chain(first, prompts)):
+            yield self._answer(result) if isinstance(result, Continuation) else result
 
-    def _batch_for(self, first: list[Prompt], *, all_known: bool) -> ContinuousBatch:
-        """The slots, made for these requests if there are none that hold them."""
-        needs = [(columns_of(len(one.ids), one.max_new_tokens), one.max_new_tokens) for one in first]
-        columns = self.max_length + 1
-        if all_known and self._given_length is None:
-            columns = max((columns for columns, _ in needs), default=COLUMNS)
-        if self._batch is not None and columns <= self.pools[-1].columns:
+    def _batch_for(self, first: list[Prompt], *, complete: bool) -> ContinuousBatch:
+        """Returns a batch whose slots hold the requests; `complete`: there are only those of `first`."""
+        needs = [(slot_length(len(each.ids), each.max_new_tokens), each.max_new_tokens) for each in first]
+        length = self.max_length + 1
+        if complete and self._given_max_length is None:
+            length = max((need for need, _ in needs), default=LENGTH_MULTIPLE)
+        if self._batch is not None and length <= self.pools[-1].length:
             return self._batch
-        self._batch = None  # its memory is wanted
-        columns = min(-(-columns // COLUMNS) * COLUMNS, self._room)
-        slots = self._slots or SLOTS.get(jax.default_backend(), MOST_SLOTS)
+        self._batch = None  # frees its memory
         self.pools = choose_pools(
             needs,
-            slots=slots,
-            columns=columns,
-            room=self._room,
+            slots=self._slots or default_slots(),
+            length=min(round_up(length, LENGTH_MULTIPLE), self._capacity),
+            capacity=self._capacity,
             multiple=shards(self.compiled.mesh, "batch"),
         )
         self._batch = ContinuousBatch(
-            self.compiled, self.pools, end_tokens=self._end_tokens, prefixes=Prefixes()
+            self.compiled, self.pools, end_tokens=self._end_tokens, prefixes=PrefixFinder()
         )
         return self._batch
 
@@ -160,59 +152,68 @@ class Engine:
         if isinstance(request, BadRequestError):
             return request
 
-        def refused(code: str, error: object) -> BadRequestError:
+        def error(code: str, reason: object) -> BadRequestError:
+            message = f"line {request.line}: {reason}"
             return BadRequestError(
-                request.line,
-                code,
-                f"line {request.line}: {error}",
-                id=request.id,
-                openai=request.openai is not None,
+                request.line, code, message, id=request.id, openai=request.openai is not None
             )
 
-        said = dict(request.options)
+        options = dict(request.options)
         try:
-            most = _whole("max_new_tokens", said.pop("max_new_tokens", self._max_new_tokens))
-            stops = said.pop("stop_strings", self._stop_strings)
-            stops = (stops,) if isinstance(stops, str) else tuple(stops)
-            criteria = self._criteria(stops)
-            options = RowOptions.of(said, self._options)
-        except (ValueError, TypeError) as error:
-            return refused("invalid_option", error)
+            max_new_tokens = _check_count(
+                "max_new_tokens", options.pop("max_new_tokens", self._max_new_tokens)
+            )
+            stop_strings = _as_tuple(options.pop("stop_strings", self._stop_strings))
+            criteria = self._stop_criteria(stop_strings)
+            row_options = RowOptions.of(options, self._options)
+        except (ValueError, TypeError) as exception:
+            return error("invalid_option", exception)
         try:
-            ids = self._encoded(request)
-        except (ValueError, TypeError, TemplateError) as error:
-            return refused("invalid_messages", error)
+            ids = self._encode(request)
+        except (ValueError, TypeError, TemplateError) as exception:
+            return error("invalid_messages", exception)
         if not ids:
-            return refused("invalid_request", "the prompt has no tokens")
+            return error("invalid_request", "the prompt has no tokens")
         if len(ids) >= self.max_length:
-            return refused(
-                "prompt_too_long",
-                f"the prompt has {len(ids)} tokens; with an answer there may be {self.max_length}",
-            )
-        asked = _Asked(request, len(ids), stops)
-        most = min(most, self.max_length - len(ids))
-        return Prompt(asked, ids, most, options, None if criteria is None else criteria.completed)
+            reason = f"the prompt has {len(ids)} tokens; prompt and answer may have {self.max_length}"
+            return error("prompt_too_long", reason)
+        return Prompt(
+            _PromptKey(request, len(ids), stop_strings),
+            ids,
+            min(max_new_tokens, self.max_length - len(ids)),
+            row_options,
+            None if criteria is None else criteria.completed,
+        )
 
-    def _encoded(self, request: Request) -> list[int]:
+    def _encode(self, request: Request) -> list[int]:
         if request.messages is None:
             assert request.prompt is not None
             return self.tokenizer.encode(request.prompt)
         return self.tokenizer.apply_chat_template(request.messages, add_generation_prompt=True)
 
-    def _criteria(self, stops: tuple[str, ...]) -> StopStringCriteria | None:
-        return _criteria(self.tokenizer, stops) if stops else None
+    def _stop_criteria(self, stop_strings: tuple[str, ...]) -> StopStringCriteria | None:
+        return _stop_criteria(self.tokenizer, stop_strings) if stop_strings else None
 
-    def _answer(self, found: Continuation) -> Answer:
-        asked: _Asked = found.key
-        text = self.tokenizer.decode(found.tokens, skip_special_tokens=True)
-        if asked.request.openai is not None:  # that form leaves the text out at which an answer stops
-            text = text[: min((at for stop in asked.stops if (at := text.find(stop)) >= 0), default=None)]
-        return Answer(asked.request, text, found.finish_reason, asked.prompt_tokens, len(found.tokens))
+    def _answer(self, continuation: Continuation) -> Answer:
+        key: _PromptKey = continuation.key
+        text = self.tokenizer.decode(continuation.tokens, skip_special_tokens=True)
+        if key.request.openai is not None:  # in OpenAI's form the text ends before the stop string
+            text = text[
+                : min((at for stop in key.stop_strings if (at := text.find(stop)) >= 0), default=None)
+            ]
+        tokens = len(continuation.tokens)
+        return Answer(key.request, text, continuation.finish_reason, key.prompt_tokens, tokens)
 
 
-def _numbered(
+def default_slots() -> int:
+    """Returns the most slots for the platform."""
+    return CPU_SLOTS if jax.default_backend() == "cpu" else OTHER_SLOTS
+
+
+def _parse_objects(
     requests: Iterable[Request | BadRequestError | Mapping[str, Any]],
 ) -> Iterator[Request | BadRequestError]:
+    """Yields the requests; objects are parsed as the lines of a file are."""
     for number, request in enumerate(requests, start=1):
         if isinstance(request, Request | BadRequestError):
             yield request
@@ -224,11 +225,15 @@ def _numbered(
 
 
 @lru_cache(maxsize=64)
-def _criteria(tokenizer: Phi3Tokenizer, stops: tuple[str, ...]) -> StopStringCriteria:
-    return StopStringCriteria(tokenizer, stops)
+def _stop_criteria(tokenizer: Phi3Tokenizer, stop_strings: tuple[str, ...]) -> StopStringCriteria:
+    return StopStringCriteria(tokenizer, stop_strings)
 
 
-def _whole(name: str, value: Any) -> int:
+def _as_tuple(stop_strings: Any) -> tuple[str, ...]:
+    return (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+
+
+def _check_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name}={value!r} must be a whole number, at least 1")
     return value

@@ -1,4 +1,4 @@
-"""What a line may say about its own answer, as numbers that rows of one program can differ in."""
+"""The generation options of a request, as numbers that can differ between the rows of a batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,15 +14,15 @@ from phi3_jax.errors import UserError
 from phi3_jax.generation import processors as rules
 from phi3_jax.generation import warpers
 from phi3_jax.generation.sequences import Sequences
-
-EVERY_TOKEN = np.iinfo(np.int32).max
+from phi3_jax.sizes import INT32_MAX
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How a row's tokens are chosen; as they stand, every step takes the likeliest one.
+    """The options by which the tokens of a row are chosen; the defaults are those of greedy search.
 
-    Names are GenerationConfig's. A temperature of 0 is greedy search, in which the next three do nothing.
+    The names are those of GenerationConfig. A temperature of 0 is greedy search, which ignores top_k, top_p
+    and min_p.
     """
 
     temperature: float = 0.0
@@ -35,29 +35,29 @@ class RowOptions:
     presence_penalty: float = 0.0
     min_new_tokens: int = 0
     seed: int = 0
-    """Of the draws; the same as `generate`'s for the prompt alone."""
+    """The draws are those of `generate` with this seed and the prompt alone."""
 
     @classmethod
-    def of(cls, said: Mapping[str, Any], default: "RowOptions") -> "RowOptions":
-        """Those that a line said, `default` for the others.
+    def of(cls, options: Mapping[str, Any], defaults: "RowOptions") -> "RowOptions":
+        """Returns the row options among `options`, with `defaults` for those that are missing.
 
         Raises:
-            ValueError: a value that cannot be; the text names it.
+            UserError: a value is invalid; the message names it.
         """
         names = {each.name for each in fields(cls)}
-        values = vars(default) | {name: value for name, value in said.items() if name in names}
+        values = vars(defaults) | {name: value for name, value in options.items() if name in names}
         seed, temperature = values["seed"], values["temperature"]
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise UserError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1")
         checked = {name: value for name, value in values.items() if name != "seed"}
         if temperature == 0 and not isinstance(temperature, bool):
             del checked["temperature"]
-        GenerationConfig(**checked)  # its checks, and its words
+        GenerationConfig(**checked)  # raises the errors
         return cls(**values)
 
     @property
-    def plain(self) -> bool:
-        """Whether the likeliest token is taken, whatever was there before."""
+    def is_plain_greedy(self) -> bool:
+        """Whether every step takes the likeliest token by the model's own scores."""
         return self == RowOptions(seed=self.seed) or (
             self.temperature == 0
             and (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
@@ -68,7 +68,7 @@ class RowOptions:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class GreedyRows(rules.LogitsProcessor):
-    """Leaves the likeliest token alone in some rows, so that a draw can give nothing else."""
+    """Masks all tokens but the likeliest in some rows, so that a draw from them is greedy."""
 
     rows: Bool[Array, "R 1"]
 
@@ -77,29 +77,32 @@ class GreedyRows(rules.LogitsProcessor):
         return jnp.where(self.rows & ~best, -jnp.inf, scores)
 
 
-def processors(options: Sequence[RowOptions], end_tokens: Array) -> rules.LogitsProcessorList:
-    """One chain for all rows, in `generate`'s order; what a row does not ask for changes nothing in it."""
+def row_processors(options: Sequence[RowOptions], end_tokens: Array) -> rules.LogitsProcessorList:
+    """Returns one list of processors for all rows, in `generate`'s order.
 
-    def column(name: str, dtype: Any = np.float32) -> Array:
+    A processor leaves the rows unchanged whose options do not ask for it.
+    """
+
+    def per_row(name: str, dtype: Any = np.float32) -> Array:
         return jnp.asarray(np.array([getattr(each, name) for each in options], dtype)[:, None])
 
-    temperature, top_k = column("temperature"), column("top_k", np.int32)
+    temperature, top_k = per_row("temperature"), per_row("top_k", np.int32)
     greedy = temperature == 0
     chain = (
-        rules.RepetitionPenaltyLogitsProcessor(column("repetition_penalty")),
-        rules.FrequencyPenaltyLogitsProcessor(column("frequency_penalty")),
-        rules.PresencePenaltyLogitsProcessor(column("presence_penalty")),
-        rules.MinNewTokensLengthLogitsProcessor(column("min_new_tokens", np.int32)[:, 0], end_tokens),
+        rules.RepetitionPenaltyLogitsProcessor(per_row("repetition_penalty")),
+        rules.FrequencyPenaltyLogitsProcessor(per_row("frequency_penalty")),
+        rules.PresencePenaltyLogitsProcessor(per_row("presence_penalty")),
+        rules.MinNewTokensLengthLogitsProcessor(per_row("min_new_tokens", np.int32)[:, 0], end_tokens),
         GreedyRows(greedy),
         warpers.TemperatureLogitsWarper(jnp.where(greedy, 1.0, temperature)),
-        warpers.TopKLogitsWarper(jnp.where(top_k == 0, EVERY_TOKEN, top_k)),
-        warpers.TopPLogitsWarper(column("top_p")),
-        warpers.MinPLogitsWarper(column("min_p")),
+        warpers.TopKLogitsWarper(jnp.where(top_k == 0, INT32_MAX, top_k)),
+        warpers.TopPLogitsWarper(per_row("top_p")),
+        warpers.MinPLogitsWarper(per_row("min_p")),
     )
     return rules.LogitsProcessorList(chain)
 
 
-def keys(options: Sequence[RowOptions]) -> Key[Array, " R"]:
-    """A key for each row: that of the only row of a `generate` with its seed."""
+def row_keys(options: Sequence[RowOptions]) -> Key[Array, " R"]:
+    """Returns the random key of each row, which is that of `generate` with its seed and one row."""
     seeds = jnp.asarray(np.array([each.seed for each in options], np.uint32))
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds)

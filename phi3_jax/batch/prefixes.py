@@ -1,4 +1,4 @@
-"""Which beginnings prompts have in common, in plain Python: such a beginning is computed once."""
+"""Finds the prefixes that prompts share, in plain Python; a shared prefix is computed once."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -6,47 +6,43 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-LEAST = 32
-"""Tokens that must be shared; fewer are computed again as fast as they are copied."""
+from phi3_jax.generation.sequences import common_prefix_length
 
-KEPT = 4
-"""Beginnings that are remembered, and as many that are computed; those longest unused go."""
+MIN_LENGTH = 32
+"""The tokens of the shortest shared prefix; fewer are computed again as fast as they are copied."""
+
+CAPACITY = 4
+"""The number of prefixes that are remembered, and that are kept computed."""
 
 RECENT = 16
-"""Prompts that a new one is compared with."""
+"""The number of earlier prompts that a new one is compared with."""
 
 
-class Prefixes:
-    """Watches prompts go by, and says of each how much of it is worth to be computed for others too.
+class PrefixFinder:
+    """Sees all prompts and finds the prefix of each that is worth computing for other prompts too.
 
-    Computing a beginning for all takes no more than computing it for the prompt alone, so one other prompt
-    that shares it is enough.
+    Computing a prefix for all prompts costs no more than computing it for one, so one other prompt that
+    shares it is enough. Of the prefixes found, the most recently used are remembered.
     """
 
-    def __init__(self, *, least: int = LEAST, kept: int = KEPT, recent: int = RECENT):
-        self._least, self._kept = least, kept
+    def __init__(self, *, min_length: int = MIN_LENGTH, capacity: int = CAPACITY, recent: int = RECENT):
+        self._min_length, self._capacity = min_length, capacity
         self._recent: deque[Int[np.ndarray, " n"]] = deque(maxlen=recent)
-        self._known: list[Int[np.ndarray, " n"]] = []
-        """Those that were shared, the last used one last."""
+        self._prefixes: list[Int[np.ndarray, " n"]] = []
+        """The prefixes found; the last used is the last."""
 
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many of a new prompt's first tokens are shared; never the last token, which makes the next."""
-        new = np.asarray(ids, np.int64)[:-1]
-        own = [known for known in self._known if len(known) <= len(new) and _common(known, new) == len(known)]
-        best = max(map(len, own), default=0)
-        common = max((_common(other, new) for other in self._recent), default=0)
-        self._recent.append(new)
-        if common >= best + self._least:
-            own.append(new[:common])
-            best = common
-        # All that are beginnings of this prompt stay young, the short ones for the sake of other prompts.
-        used = {id(known) for known in own}
-        self._known = ([known for known in self._known if id(known) not in used] + own)[-self._kept :]
-        return best
-
-
-def _common(one: Int[np.ndarray, " n"], other: Int[np.ndarray, " m"]) -> int:
-    """Tokens that both begin with."""
-    length = min(len(one), len(other))
-    different = np.flatnonzero(one[:length] != other[:length])
-    return int(different[0]) if different.size else length
+    def shared_length(self, ids: Sequence[int]) -> int:
+        """Returns the length of a new prompt's shared prefix, which never includes the last token."""
+        prompt = np.asarray(ids, np.int64)[:-1]
+        own = [prefix for prefix in self._prefixes if common_prefix_length(prefix, prompt) == len(prefix)]
+        longest = max(map(len, own), default=0)
+        common = max((common_prefix_length(other, prompt) for other in self._recent), default=0)
+        self._recent.append(prompt)
+        if common >= longest + self._min_length:
+            own.append(prompt[:common])
+            longest = common
+        # All prefixes of this prompt count as used, the short ones for other prompts.
+        used = {id(prefix) for prefix in own}
+        unused = [prefix for prefix in self._prefixes if id(prefix) not in used]
+        self._prefixes = (unused + own)[-self._capacity :]
+        return longest

@@ -1,4 +1,4 @@
-"""Slots on the device: prompts are put into them, and make tokens together."""
+"""The slots on the device: prompts are prefilled, copied into slots and decoded together."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,9 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from phi3_jax.batch.options import RowOptions, keys, processors
-from phi3_jax.batch.scheduler import PoolSize
-from phi3_jax.batch.stages import Beginnings, Row, Stage, fitting, no_choice, sequences_of
+from phi3_jax.batch.options import RowOptions, row_keys, row_processors
+from phi3_jax.batch.prefill import (
+    BatchRow,
+    PrefillBuffer,
+    PrefixCache,
+    own_rope,
+    sequences_of,
+    smallest_width,
+)
+from phi3_jax.batch.scheduler import PoolSize, Prefill
 from phi3_jax.cache import KVCache
 from phi3_jax.cache.ragged import RaggedVectors
 from phi3_jax.generation.compiled import CompiledModel
@@ -20,37 +27,38 @@ from phi3_jax.generation.processors import LogitsProcessorList
 from phi3_jax.generation.sampling import loop
 from phi3_jax.generation.state import State, StepSettings
 from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.sizes import round_up
 
 STEPS = 8
-"""Tokens a slot in one dispatch, at most: those behind an answer's end are computed in vain."""
+"""The most tokens of a slot in one dispatch; those after the end of an answer are wasted."""
 
 
 class Decoded(NamedTuple):
-    """What a dispatch has made, on the host."""
+    """The result of one dispatch, on the host."""
 
     tokens: Int[np.ndarray, "steps slots"]
-    """-1 where there is none."""
+    """-1: no token."""
     finished: Bool[np.ndarray, " slots"]
-    stale: Bool[np.ndarray, " slots"]
-    """Slots that must be computed again under longrope's other list before they go on."""
+    needs_recomputation: Bool[np.ndarray, " slots"]
+    """The slots to prefill again with longrope's other factors before they decode further."""
 
 
 class Slots:
-    """The slots of all pools, each with its pool's number of places for tokens; all make tokens together.
+    """The slots of all pools, which decode together.
 
-    All shapes are fixed: whatever prompts come, the same few programs run. A slot is named by its pool and
-    its number there.
+    All shapes are fixed: the same few programs serve all prompts. A slot is identified by its pool and its
+    number in the pool.
 
     Args:
         compiled: the model.
-        pools: a row has at most as many tokens as its slot has columns, but one.
-        groups: (prompts, tokens of each) that are computed together.
-        widths: tokens of a single prompt that are computed at a time; a group's prompts have no more than the
-            largest, those that they share included.
-        end_tokens: any of which ends an answer.
+        pools: the number and length of slots; one position of a slot stays free.
+        groups: (prompts, tokens of each) that are prefilled together.
+        widths: the tokens of one prompt that are prefilled at a time; with its shared prefix, a prompt of a
+            group has no more than the largest.
+        end_tokens: each of them ends an answer.
 
     Raises:
-        ValueError: slots that the mesh does not divide.
+        UserError: the mesh does not divide the slots.
     """
 
     def __init__(
@@ -63,128 +71,119 @@ class Slots:
         end_tokens: Sequence[int],
     ):
         self._compiled, self._widths = compiled, sorted(widths)
-        self._pools = pools
         self._first = [0, *accumulate(pool.slots for pool in pools)]
-        count, columns = self._first[-1], max(pool.columns for pool in pools)
+        """The index of each pool's first slot among all slots."""
+        count, length = self._first[-1], max(pool.length for pool in pools)
         self._state = State(
-            sequences_of([], count, columns),
+            sequences_of([], count, length),
             jnp.ones(count, bool),
-            KVCache.below([compiled.model.init_cache(pool.slots, pool.columns) for pool in pools]),
+            KVCache.below([compiled.model.init_cache(pool.slots, pool.length) for pool in pools]),
         )
         self._end_tokens = jnp.asarray(list(end_tokens), jnp.int32)
-        self._most = np.ones(count, np.int32)
+        self._max_new_tokens = np.ones(count, np.int32)
         self._options = [RowOptions()] * count
         least, chunk = self._widths[0], self._widths[-1]
-        # A chunk that reached over the end would be written before it.
-        self._single = Stage(compiled, 1, -(-columns // least) * least + chunk, columns)
-        self._groups = {width: Stage(compiled, rows, chunk, columns) for rows, width in groups}
-        self.beginnings = Beginnings(compiled, self._single, widths=widths)
-        # Every way from a stage to a slot is compiled now: some are rare.
-        for stage in (self._single, *self._groups.values()):
+        # With less room, a write that starts near the end would be moved back.
+        self._single = PrefillBuffer(compiled, 1, round_up(length, least) + chunk, length)
+        self._groups = {width: PrefillBuffer(compiled, rows, chunk, length) for rows, width in groups}
+        self.prefixes = PrefixCache(compiled, self._single, widths=widths)
+        # Compile every combination of buffer and pool now; some occur rarely.
+        for buffer in (self._single, *self._groups.values()):
             for pool in range(len(pools)):
-                self._place(stage, 0, pool, 0)
-        self.retire()
+                self._copy_row(buffer, 0, pool, 0)
+        self.stop()
 
-    def fill(
-        self,
-        pool: int,
-        slots: Sequence[int],
-        rows: Sequence[Row],
-        start: int,
-        width: int,
-        *,
-        together: bool,
-        last: bool,
-    ) -> None:
-        """Computes the tokens [start, start + width) of rows, counted behind those that each shares.
+    def prefill(self, action: Prefill, rows: Sequence[BatchRow]) -> None:
+        """Computes tokens of `rows`, which are those of the action's jobs, after their shared prefixes.
 
-        Never the last one of a row, which makes the next. A group's rows, `together`, begin and end with one
-        call; with `last` they are in their slots.
+        The last token of a row is left to decoding. The last prefill of a row copies it to its slot.
         """
-        stage = self._groups[width] if together else self._single
-        if start == 0:
-            stage.begin(rows, [self.beginnings.of(row) for row in rows])
-        stage.fill(width if together else fitting(width, self._widths))
-        if not last:
+        buffer = self._groups[action.width] if action.grouped else self._single
+        if action.start == 0:
+            buffer.load(rows, [self.prefixes.blocks(row) for row in rows])
+        buffer.prefill(action.width if action.grouped else smallest_width(action.width, self._widths))
+        if not action.last:
             return
-        for lane, (slot, row) in enumerate(zip(slots, rows, strict=True)):
-            self._place(stage, lane, pool, slot)
-            self._most[self._first[pool] + slot] = row.most
-            self._options[self._first[pool] + slot] = row.options
-
-    def _place(self, stage: Stage, lane: int, pool: int, slot: int) -> None:
-        at = jnp.asarray([lane, slot], jnp.int32)
-        self._state = self._compiled(_place, self._state, stage.state, at, pool=pool, first=self._first[pool])
+        for row_index, (slot, row) in enumerate(zip(action.slots, rows, strict=True)):
+            self._copy_row(buffer, row_index, action.pool, slot)
+            index = self.index(action.pool, slot)
+            self._max_new_tokens[index] = row.max_new_tokens
+            self._options[index] = row.options
 
     def decode(self) -> Decoded:
-        """Some tokens for every slot that has not finished.
+        """Generates some tokens in every slot that is not finished.
 
-        There are two programs: greedy search alone is cheaper where all rows want nothing else.
+        There are two programs: one for greedy search only, which is cheaper, and one for all options.
         """
-        plain = all(each.plain for each in self._options)
+        greedy = all(each.is_plain_greedy for each in self._options)
         settings = StepSettings(
-            before_host=LogitsProcessorList() if plain else processors(self._options, self._end_tokens),
+            before_host=LogitsProcessorList() if greedy else row_processors(self._options, self._end_tokens),
             after_host=LogitsProcessorList(),
             end_tokens=self._end_tokens,
-            max_new_tokens=jnp.asarray(self._most),
-            rope=no_choice(self._first[-1]),
-            key=None if plain else keys(self._options),
+            max_new_tokens=jnp.asarray(self._max_new_tokens),
+            rope=own_rope(self._first[-1]),
+            key=None if greedy else row_keys(self._options),
         )
         self._state, report = self._compiled(
             loop, self._state, settings, STEPS, most=STEPS, outputs=frozenset()
         )
-        done, tokens, finished, stale = jax.device_get(
+        steps, tokens, finished, needs_recomputation = jax.device_get(
             (report.steps, report.tokens, report.finished, report.needs_recomputation)
         )
-        return Decoded(tokens[:done, :, 0], finished, stale)
+        return Decoded(tokens[:steps, :, 0], finished, needs_recomputation)
 
-    def number(self, pool: int, slot: int) -> int:
-        """Which of all slots it is, in what `decode` gives."""
+    def index(self, pool: int, slot: int) -> int:
+        """Returns the index of a slot among all slots, as in `Decoded`."""
         return self._first[pool] + slot
 
-    def retire(self, numbers: Sequence[int] | None = None) -> None:
-        """These slots, or all, make no more tokens until a row is put into them."""
-        chosen = np.full(self._first[-1], numbers is None)
-        chosen[list(numbers or ())] = True
-        for number in np.flatnonzero(chosen):
-            self._options[number] = RowOptions()
-        self._state = self._compiled(_retire, self._state, jnp.asarray(chosen))
+    def stop(self, indices: Sequence[int] | None = None) -> None:
+        """Stops these slots, or all, until a row is copied into them."""
+        stopped = np.full(self._first[-1], indices is None)
+        stopped[list(indices or ())] = True
+        for index in np.flatnonzero(stopped):
+            self._options[index] = RowOptions()
+        self._state = self._compiled(_stop, self._state, jnp.asarray(stopped))
+
+    def _copy_row(self, buffer: PrefillBuffer, row: int, pool: int, slot: int) -> None:
+        at, first = jnp.asarray([row, slot], jnp.int32), self._first[pool]
+        self._state = self._compiled(_copy_row, self._state, buffer.state, at, pool=pool, first=first)
 
 
-def _retire(model: Phi3ForCausalLM, state: State, slots: Bool[Array, " L"]) -> State:
+def _stop(model: Phi3ForCausalLM, state: State, slots: Bool[Array, " B"]) -> State:
     return replace(state, finished=state.finished | slots)
 
 
-def _place(
-    model: Phi3ForCausalLM, state: State, part: State, at: Int[Array, "2"], *, pool: int, first: int
+def _copy_row(
+    model: Phi3ForCausalLM, state: State, source: State, at: Int[Array, "2"], *, pool: int, first: int
 ) -> State:
-    """`state` with a lane of `part` in a slot of a pool, of which the first is the `first` of all.
+    """Copies a row of `source` to a slot of a pool; `at`: row, slot.
 
-    Caches of `part` may have more columns than the pool's, or fewer.
+    The caches of `source` may be longer or shorter than the slot. `first` is the index of the pool's first
+    slot among all slots.
     """
-    lane, slot = at
-    row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, lane, 1), part)
-    cache, new = state.cache, row.cache
+    row_index, slot = at
+    row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row_index, 1), source)
+    cache, row_cache = state.cache, row.cache
 
-    def vectors(old: Any, own: Array) -> RaggedVectors:
-        whole = old.parts[pool]
-        return RaggedVectors(
-            [*old.parts[:pool], _put(whole, own[:, :, : whole.shape[2]], slot), *old.parts[pool + 1 :]]
-        )
+    def write_vectors(ragged: Any, vectors: Array) -> Any:
+        part = ragged.parts[pool]
+        part = _write_row(part, vectors[:, :, : part.shape[2]], slot)
+        return RaggedVectors([*ragged.parts[:pool], part, *ragged.parts[pool + 1 :]])
 
     keys, values = (
-        [vectors(old, own) for old, own in zip(olds, owns, strict=True)]
-        for olds, owns in ((cache.keys, new.keys), (cache.values, new.values))
+        [write_vectors(old, new) for old, new in zip(olds, news, strict=True)]
+        for olds, news in ((cache.keys, row_cache.keys), (cache.values, row_cache.values))
     )
-    columns = cache.mask.shape[1]
-    mask = new.mask[:, :columns]
-    new = replace(new, keys=[], values=[], mask=jnp.pad(mask, ((0, 0), (0, columns - mask.shape[1]))))
-    old = replace(state, cache=replace(cache, keys=[], values=[]))
-    placed = jax.tree.map(lambda x, y: _put(x, y, first + slot), old, replace(row, cache=new))
-    return replace(placed, cache=replace(placed.cache, keys=keys, values=values))
+    length = cache.mask.shape[1]
+    mask = row_cache.mask[:, :length]
+    mask = jnp.pad(mask, ((0, 0), (0, length - mask.shape[1])))
+    row = replace(row, cache=replace(row_cache, keys=[], values=[], mask=mask))
+    state = replace(state, cache=replace(cache, keys=[], values=[]))
+    state = jax.tree.map(lambda x, y: _write_row(x, y, first + slot), state, row)
+    return replace(state, cache=replace(state.cache, keys=keys, values=values))
 
 
-def _put(whole: Array, new: Array, slot: Int[Array, ""]) -> Array:
-    """A row in the first columns of a slot."""
-    at: list[Any] = [slot, *[0] * (whole.ndim - 1)]
-    return jax.lax.dynamic_update_slice(whole, new.astype(whole.dtype), at)
+def _write_row(whole: Array, row: Array, index: Int[Array, ""]) -> Array:
+    """Writes a row, which may be shorter, to the first positions of row `index`."""
+    at: list[Any] = [index, *[0] * (whole.ndim - 1)]
+    return jax.lax.dynamic_update_slice(whole, row.astype(whole.dtype), at)

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from phi3_jax.batch.continuous import ContinuousBatch, Prompt, columns_of
-from phi3_jax.batch.engine import MOST_SLOTS, SLOTS
-from phi3_jax.batch.sizes import choose_pools
+from phi3_jax.batch.continuous import ContinuousBatch, Prompt, slot_length
+from phi3_jax.batch.engine import default_slots
+from phi3_jax.batch.pools import choose_pools
 from phi3_jax.bench.turns import take_turns
 from phi3_jax.generation import CompiledModel
 from phi3_jax.generation.memory import token_capacity
@@ -91,15 +90,15 @@ def _ours(load: Load) -> Any:
     keep_freed_memory()  # as the commands do
     compiled = CompiledModel(Phi3ForCausalLM.from_pretrained(load.model, dtype=load.dtype))
     prompts = load.prompts(compiled.model.config.vocab_size)
-    needs = [(columns_of(len(ids), new), new) for ids, new in prompts]
+    needs = [(slot_length(len(ids), new), new) for ids, new in prompts]
     pools = choose_pools(
         needs,
-        slots=SLOTS.get(jax.default_backend(), MOST_SLOTS),
-        columns=max(columns for columns, _ in needs),
-        room=token_capacity(compiled),
+        slots=default_slots(),
+        length=max(length for length, _ in needs),
+        capacity=token_capacity(compiled),
     )
     batch = ContinuousBatch(compiled, pools, end_tokens=[])
-    how = " + ".join(f"{pool.slots} slots of {pool.columns}" for pool in pools)
+    how = " + ".join(f"{pool.slots} slots of {pool.length}" for pool in pools)
     warm = False
 
     def turn() -> Run:

@@ -1,4 +1,4 @@
-"""Texts in, texts out: what a request says, and what its answer is, against `generate` on it alone."""
+"""The engine's answers, compared with `generate` on each request alone."""
 
 import random
 from collections.abc import Iterator
@@ -40,9 +40,9 @@ def engine_of(pipeline: Pipeline, **options: Any) -> Engine:
 
 def run(engine: Engine, *requests: dict[str, Any]) -> dict[Any, Any]:
     numbered = [{"id": number} | one for number, one in enumerate(requests)]
-    found = list(engine.run(numbered))
-    assert sorted(one.id for one in found) == list(range(len(requests)))
-    return {one.id: one for one in found}
+    answers = list(engine.run(numbered))
+    assert sorted(one.id for one in answers) == list(range(len(requests)))
+    return {one.id: one for one in answers}
 
 
 def alone(pipeline: Pipeline, ids: list[int], **options: Any) -> list[int]:
@@ -51,8 +51,8 @@ def alone(pipeline: Pipeline, ids: list[int], **options: Any) -> list[int]:
     return np.asarray(row)[len(ids) :].tolist()
 
 
-def test_texts_and_conversations(pipeline: Pipeline) -> None:
-    found = run(
+def test_answers_texts_and_conversations(pipeline: Pipeline) -> None:
+    answers = run(
         engine_of(pipeline),
         {"prompt": "Hello there, what is the capital of France?"},
         {"messages": HELLO},
@@ -68,7 +68,7 @@ def test_texts_and_conversations(pipeline: Pipeline) -> None:
     }
     options: dict[int, Any] = {2: {"max_new_tokens": 30}}
     options[3] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "seed": 4}
-    for number, answer in found.items():
+    for number, answer in answers.items():
         tokens = alone(pipeline, ids[number], **options.get(number, {}))
         assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
         assert (answer.prompt_tokens, answer.completion_tokens) == (len(ids[number]), len(tokens))
@@ -94,7 +94,7 @@ def test_stop_strings_end_an_answer(pipeline: Pipeline) -> None:
     assert {own.finish_reason, other.finish_reason, default.finish_reason} == {"stop"}
 
 
-def test_an_end_token_is_no_text(pipeline: Pipeline) -> None:
+def test_text_leaves_the_end_token_out(pipeline: Pipeline) -> None:
     tokens = alone(pipeline, pipeline.tokenizer.encode("Hello"))
     model = pipeline.compiled.model
     before = model.generation_config
@@ -107,8 +107,8 @@ def test_an_end_token_is_no_text(pipeline: Pipeline) -> None:
     assert (answer.completion_tokens, answer.finish_reason) == (end, "stop")
 
 
-def test_what_is_wrong_with_one_request_stops_no_other(pipeline: Pipeline) -> None:
-    bad: list[tuple[dict[str, Any], str, str]] = [
+def test_continues_after_invalid_requests(pipeline: Pipeline) -> None:
+    invalid: list[tuple[dict[str, Any], str, str]] = [
         ({}, "invalid_request", "give either prompt or messages"),
         ({"prompt": "x", "temperature": -1}, "invalid_option", "temperature=-1"),
         ({"prompt": "x", "max_new_tokens": 0}, "invalid_option", "max_new_tokens=0 must be a whole number"),
@@ -122,26 +122,26 @@ def test_what_is_wrong_with_one_request_stops_no_other(pipeline: Pipeline) -> No
         (
             {"prompt": "x" * 300},
             "prompt_too_long",
-            "the prompt has 300 tokens; with an answer there may be 255",
+            "the prompt has 300 tokens; prompt and answer may have 255",
         ),
         ({"prompt": "x", "colour": "red"}, "unknown_option", "there is no option 'colour'"),
     ]
-    found = run(engine_of(pipeline), *(request for request, _, _ in bad), {"prompt": "x"})
-    for number, (_, code, words) in enumerate(bad):
-        error = found[number]
+    answers = run(engine_of(pipeline), *(request for request, _, _ in invalid), {"prompt": "x"})
+    for number, (_, code, message) in enumerate(invalid):
+        error = answers[number]
         assert isinstance(error, BadRequestError)
         assert error.code == code
         assert str(error).startswith(f"line {number + 1}: ")
-        assert words in str(error)
-    assert found[len(bad)].completion_tokens == 9
+        assert message in str(error)
+    assert answers[len(invalid)].completion_tokens == 9
 
 
-def test_an_answer_ends_with_the_room_for_it(pipeline: Pipeline) -> None:
+def test_answers_end_at_max_length(pipeline: Pipeline) -> None:
     (answer,) = run(engine_of(pipeline), {"prompt": "x" * 250, "max_new_tokens": 90}).values()
     assert (answer.prompt_tokens, answer.completion_tokens, answer.finish_reason) == (250, 5, "length")
 
 
-def test_a_template_that_refuses(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_errors_of_the_template(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{{ raise_exception('roles must take turns') }}"
     monkeypatch.setattr(pipeline.tokenizer, "chat_template", template)
     (error,) = run(engine_of(pipeline), {"messages": HELLO}).values()
@@ -149,7 +149,7 @@ def test_a_template_that_refuses(pipeline: Pipeline, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"slots": 0}, "slots=0 must be a whole number"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
@@ -159,52 +159,52 @@ def test_a_template_that_refuses(pipeline: Pipeline, monkeypatch: pytest.MonkeyP
         ({"stop_strings": [""]}, "stop_strings holds an empty text"),
     ],
 )
-def test_engines_that_cannot_be(pipeline: Pipeline, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_rejects_invalid_options(pipeline: Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         engine_of(pipeline, **options)
 
 
-def test_memory_bounds_the_length(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_limits_the_length(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "token_capacity", lambda compiled: 300)
     with pytest.raises(ValueError, match="max_length=400: memory holds the keys and values of 300 tokens"):
         engine_of(pipeline, max_length=400)
     engine = engine_of(pipeline, max_length=None, slots=7)
     assert engine.max_length == 75
     run(engine, *[{"prompt": "x" * 50}] * 20)
-    assert sum(pool.slots * pool.columns for pool in engine.pools) <= 300
+    assert sum(pool.slots * pool.length for pool in engine.pools) <= 300
 
 
-def test_requests_are_taken_as_slots_come_free(pipeline: Pipeline) -> None:
+def test_takes_requests_as_slots_become_free(pipeline: Pipeline) -> None:
     taken = 0
 
-    def coming() -> Iterator[dict[str, Any]]:
+    def take() -> Iterator[dict[str, Any]]:
         nonlocal taken
         for number in range(600):
             taken = number
             yield {"id": number, "prompt": "x", "max_new_tokens": 1}
 
     engine = engine_of(pipeline)
-    for done, _ in enumerate(engine.run(coming())):
+    for done, _ in enumerate(engine.run(take())):
         assert taken <= max(module.SAMPLE, done + 9)
     assert taken == 599
 
 
-def test_one_engine_for_several_runs(pipeline: Pipeline) -> None:
+def test_one_engine_serves_several_runs(pipeline: Pipeline) -> None:
     engine = engine_of(pipeline, max_length=None)
     short = run(engine, {"prompt": "Hello"})[0].text
-    assert engine.pools[-1].columns == 128
+    assert engine.pools[-1].length == 128
     long = {"prompt": "Hello" * 30, "max_new_tokens": 3}
     assert run(engine, long)[0].prompt_tokens == len(pipeline.tokenizer.encode("Hello" * 30))
     assert list(engine.run([])) == []
-    given_up = engine.run([{"id": n, "prompt": "Hello"} for n in range(20)])
-    next(given_up)
-    given_up.close()
+    closed_early = engine.run([{"id": n, "prompt": "Hello"} for n in range(20)])
+    next(closed_early)
+    closed_early.close()
     assert engine.load.busy == 0
     assert run(engine, *[{"prompt": "Hello"}] * 5)[3].text == short
 
 
 @pytest.mark.slow
-def test_an_engine_on_a_mesh(pipeline: Pipeline) -> None:
+def test_answers_on_a_mesh(pipeline: Pipeline) -> None:
     draws = random.Random(2)
     requests = [{"prompt": "abcdefgh"[: draws.randrange(1, 9)] * draws.randrange(1, 20)} for _ in range(12)]
     system = {"role": "system", "content": "Speak of rain, and of nothing else. " * 2}
@@ -213,16 +213,16 @@ def test_an_engine_on_a_mesh(pipeline: Pipeline) -> None:
     divided = engine_of(
         Pipeline(type(pipeline.compiled)(on_mesh(pipeline.compiled.model, mesh)), pipeline.tokenizer)
     )
-    found, expected = run(divided, *requests), run(engine_of(pipeline), *requests)
-    assert {key: one.text for key, one in found.items()} == {key: one.text for key, one in expected.items()}
+    answers, expected = run(divided, *requests), run(engine_of(pipeline), *requests)
+    assert {key: one.text for key, one in answers.items()} == {key: one.text for key, one in expected.items()}
     assert divided.pools[0].slots == 2
-    assert divided.load.prompt_tokens < sum(one.prompt_tokens for one in found.values()) - 50  # shared
+    assert divided.load.prompt_tokens < sum(one.prompt_tokens for one in answers.values()) - 50  # shared
 
 
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_three_hundred_mixed_prompts(tmp_path: Path) -> None:
-    """Of 1 to 2,000 tokens, for any number of slots; some cross longrope's switch, some begin behind it."""
+    """Prompts have 1 to 2,000 tokens, before, across and after longrope's switch; any number of slots."""
     write_checkpoint(
         tmp_path,
         original_max_position_embeddings=1024,
@@ -245,14 +245,16 @@ def test_three_hundred_mixed_prompts(tmp_path: Path) -> None:
         crossed += len(ids) <= 1024 < len(ids) + len(tokens)
     assert crossed > 10
     for slots in (1, 7, 48):
-        found = run(Engine(pipeline.compiled, pipeline.tokenizer, slots=slots), *requests)
-        assert [(found[number].text, found[number].completion_tokens) for number in range(300)] == expected
+        answers = run(Engine(pipeline.compiled, pipeline.tokenizer, slots=slots), *requests)
+        assert [
+            (answers[number].text, answers[number].completion_tokens) for number in range(300)
+        ] == expected
 
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_three_thousand_prompts_run_through_the_programs_of_three_hundred(pipeline: Pipeline) -> None:
-    """Of all lengths, alone and behind system prompts of all lengths, greedy and drawn."""
+def test_three_thousand_prompts_reuse_the_programs_of_three_hundred(pipeline: Pipeline) -> None:
+    """Prompts of all lengths, with and without system prompts, greedy and sampled."""
     draws = random.Random(5)
     systems = ["".join(draws.choices("abc .", k=draws.randrange(30, 1500))) for _ in range(40)]
 
@@ -269,6 +271,6 @@ def test_three_thousand_prompts_run_through_the_programs_of_three_hundred(pipeli
     engine = engine_of(pipeline, slots=24, max_length=2047)
     run(engine, *[request() for _ in range(300)])
     with compilations() as counted:
-        found = run(engine, *[request() for _ in range(3000)])
+        answers = run(engine, *[request() for _ in range(3000)])
     assert counted == []
-    assert all(isinstance(one, Answer) for one in found.values())
+    assert all(isinstance(one, Answer) for one in answers.values())
