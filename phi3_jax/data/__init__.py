@@ -1,1 +1,1 @@
-"""From files of examples to batches of arrays, for fine-tuning and evaluation."""
+"""Turns files of examples into batches of arrays, for fine-tuning and evaluation."""

@@ -1,4 +1,4 @@
-"""Which examples stand in which step: widths that make little padding, and epochs cut into batches."""
+"""Assigns examples to steps: batch widths with little padding, and a plan of the batches of each epoch."""
 
 import threading
 from collections.abc import Sequence
@@ -7,24 +7,27 @@ import numpy as np
 from jaxtyping import Int
 
 from phi3_jax.errors import UserError
+from phi3_jax.sizes import ceil_div
 
 
 class BatchPlan:
-    """Steps over all epochs, each a batch of `rows` examples as long as its width or shorter.
+    """The examples of every step of every epoch.
 
-    It depends on the arguments alone, not on how many processes there are, and any step can be asked for.
-    An epoch is a permutation in which each example moves to the narrowest width that holds it; what fills no
-    batch of its width begins one of the next wider, and only the widest may lack rows. Then the batches are
-    shuffled. Without `shuffle` every epoch runs once through the examples, longest first.
+    Each step is a batch of `rows` examples that are no longer than its width. The plan depends only on its
+    arguments, not on the number of processes, and its steps can be read in any order.
+
+    An epoch shuffles the examples and sorts them into the narrowest widths that hold them. Examples that do
+    not fill a batch of their width start one of the next wider; only the widest may have empty rows. Then
+    the batches are shuffled. Without `shuffle`, every epoch has the examples in order, longest first.
 
     Args:
-        lengths: tokens of each example.
-        rows: of every batch, over all processes.
-        widths: that batches may have, in tokens.
-        seed: of the permutations, together with the number of the epoch.
+        lengths: number of tokens of each example.
+        rows: rows of a batch, over all processes.
+        widths: widths that batches may have, in tokens.
+        seed: seeds the shuffles, together with the number of the epoch.
 
     Raises:
-        ValueError: there are no examples, or some are longer than the last width.
+        UserError: there are no examples, or some are longer than the widest width.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class BatchPlan:
         self.widths = tuple(sorted(widths))
         _check(lengths, rows, self.widths)
         self._lengths = lengths
-        # Of 16 bits, which numpy sorts several times faster than wider ones.
+        # NumPy sorts 16-bit integers several times faster than wider ones.
         self._buckets = np.searchsorted(self.widths, lengths).astype(np.int16)
         self._shuffle = shuffle
         self._seed = seed
@@ -50,10 +53,10 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._lengths) // self.rows)
+        return ceil_div(len(self._lengths), self.rows)
 
     def step(self, number: int) -> tuple[int, Int[np.ndarray, "B"]]:
-        """Width and examples of a step counted over all epochs; -1 stands for a row without an example."""
+        """Returns the width and the examples of a step, counted over all epochs; -1 is an empty row."""
         if number < 0:
             raise IndexError(f"step {number} does not exist; steps are counted from 0")
         epoch, within = divmod(number, self.steps_per_epoch)
@@ -61,15 +64,15 @@ class BatchPlan:
         return self.widths[buckets[within]], indices[within]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Width's number and examples of every step; the last two epochs asked for are kept."""
-        with self._lock:  # threads that make batches ahead may all come to a new epoch at once
+        """Returns the bucket and the examples of every step; keeps the two epochs that were computed last."""
+        with self._lock:  # several loader threads may reach a new epoch at once
             if epoch not in self._epochs:
                 while len(self._epochs) > 1:
                     del self._epochs[next(iter(self._epochs))]
-                self._epochs[epoch] = self._cut(epoch)
+                self._epochs[epoch] = self._plan_epoch(epoch)
             return self._epochs[epoch]
 
-    def _cut(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._shuffle:
             order = permutation(len(self._lengths), self._seed, epoch)
             order = order[np.argsort(self._buckets[order], kind="stable")]
@@ -79,8 +82,8 @@ class BatchPlan:
         indices.flat[: len(order)] = order
         buckets = np.where(indices < 0, 0, self._buckets[indices]).max(axis=1)
         if self._shuffle:
-            turn = permutation(len(indices), self._seed, epoch, 1)
-            indices, buckets = indices[turn], buckets[turn]
+            order = permutation(len(indices), self._seed, epoch, 1)
+            indices, buckets = indices[order], buckets[order]
         indices.flags.writeable = False
         return buckets, indices
 
@@ -99,9 +102,9 @@ def _check(lengths: np.ndarray, rows: int, widths: tuple[int, ...]) -> None:
 
 
 def permutation(count: int, *seed: int) -> Int[np.ndarray, "count"]:
-    """The numbers below `count` in an order that only the seed decides, whatever numpy's version.
+    """Returns the numbers below `count`, shuffled the same way by every version of NumPy.
 
-    numpy promises that its bit generators never change, but not so its shuffles.
+    NumPy guarantees that its bit generators do not change, but not its shuffles.
     """
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
@@ -109,16 +112,17 @@ def permutation(count: int, *seed: int) -> Int[np.ndarray, "count"]:
 def bucket_widths(
     lengths: Int[np.ndarray, "examples"], *, most: int = 8, multiple: int = 8
 ) -> tuple[int, ...]:
-    """The `most` multiples of `multiple`, or fewer, with the least padding when each example takes the
-    narrowest that holds it; the last holds the longest.
+    """Returns up to `most` widths, all multiples of `multiple`, that need the least padding.
+
+    Each example takes the narrowest width that holds it; the last holds the longest example.
     """
     if not len(lengths):
         raise UserError("there are no examples to choose widths for")
-    # Only multiples that some example needs: any other could be the next narrower one of these.
+    # Candidates are the lengths rounded up: a width between two of them would only add padding.
     needed, counts = np.unique(-(-np.asarray(lengths, np.int64) // multiple), return_counts=True)
     ends = needed * multiple
     before = np.concatenate([[0], np.cumsum(counts)])
-    # tokens[j]: of the examples that the first j candidates hold, with as many widths as rounds so far.
+    # tokens[j]: padded tokens of the examples up to candidate j, with one more width in every round.
     tokens = np.full(len(ends) + 1, np.inf)
     tokens[0] = 0
     rounds = []

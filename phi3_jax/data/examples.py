@@ -1,4 +1,4 @@
-"""The tokenised set in flat arrays, compact enough for a thousand million tokens."""
+"""Tokenised examples in flat arrays, compact enough for a billion tokens."""
 
 import hashlib
 from array import array
@@ -17,49 +17,50 @@ from phi3_jax.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Token ids, labels and origins of examples; a subset shares the flat arrays of the whole.
+    """Token ids, labels and places of examples; a subset shares the flat arrays of all examples.
 
-    The arrays are read-only, and so are the views of them that the methods give.
+    The arrays, and the views of them that the methods return, are read-only.
     """
 
     starts: Int[np.ndarray, "examples"]
-    """Where each example begins in the flat arrays."""
+    """Start of each example in the flat arrays."""
     lengths: Int[np.ndarray, "examples"]
-    """Tokens of each example, int32."""
+    """Number of tokens of each example, int32."""
     labels: Shaped[np.ndarray, "examples ..."] | None
-    """Of whole examples: a class, int32 [n], or numbers, float32 [n, C]; otherwise None."""
+    """Labels of whole examples: classes, int32 [n], or numbers, float32 [n, C]; otherwise None."""
     truncated: Bool[np.ndarray, "examples"]
-    """Examples that lost tokens to the longest length."""
-    origins: "tuple[Place, ...]"
-    """The first place of each file."""
+    """Whether an example lost tokens to the maximum length."""
+    origins: tuple[Place, ...]
+    """A place in each file."""
     origin_numbers: Int[np.ndarray, "examples"]
+    """Index into `origins` of each example."""
     lines: Int[np.ndarray, "examples"]
     flat_input_ids: Int[np.ndarray, "tokens"]
     flat_labels: Int[np.ndarray, "tokens"] | None
     flat_firsts: Bool[np.ndarray, "tokens"] | None
 
     @classmethod
-    def gather(cls, examples: "Iterable[Example]") -> "Examples":
-        """Collects examples one by one, so that they need not be in memory as Python objects together.
+    def gather(cls, examples: Iterable[Example]) -> "Examples":
+        """Collects examples one by one, so that only one at a time is a Python object.
 
         Raises:
-            ValueError: an example without tokens, or with labels of another kind or size than those before.
+            UserError: an example has no tokens, or its labels differ in kind or size from those before.
         """
-        growing = _Growing()
+        builder = _Builder()
         for example in examples:
-            growing.add(example)
-        return growing.done()
+            builder.add(example)
+        return builder.build()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of what `row` gives."""
+        """The keys of `row`."""
         return ("input_ids",) if self.flat_labels is None else ("input_ids", "labels")
 
     def row(self, index: int) -> dict[str, Int[np.ndarray, "T"]]:
-        """What a batch holds for every token of an example."""
+        """Returns the values of an example that have one element per token."""
         if self.flat_labels is None:
             return {"input_ids": self.input_ids(index)}
         return {"input_ids": self.input_ids(index), "labels": self.token_labels(index)}
@@ -68,50 +69,53 @@ class Examples:
         return self.flat_input_ids[self._span(index)]
 
     def token_labels(self, index: int) -> Int[np.ndarray, "T"]:
-        """The label of each token, -100 where it has none.
+        """Returns the label of each token, -100 for none.
 
         Raises:
-            ValueError: labels are of whole examples, or there are none.
+            UserError: the tokens are not labelled.
         """
         if self.flat_labels is None:
-            raise UserError(f"{self.place(index)} has no labels of tokens")
+            raise UserError(f"{self.place(index)} has no labels for its tokens")
         return self.flat_labels[self._span(index)]
 
     def firsts(self, index: int) -> Bool[np.ndarray, "T"] | None:
-        """Which tokens begin a word, where examples are made of words."""
+        """Returns which tokens are the first of a word, if the examples consist of words."""
         return None if self.flat_firsts is None else self.flat_firsts[self._span(index)]
 
     def place(self, index: int) -> str:
-        """File and line that the example comes from."""
+        """Returns the file and line of the example."""
         return str(self.origins[self.origin_numbers[index]]._replace(line=int(self.lines[index])))
 
     def subset(self, indices: Int[np.ndarray, "chosen"]) -> "Examples":
-        """These examples in this order."""
+        """Returns these examples in this order."""
         chosen = np.asarray(indices)
         return replace(
             self,
-            starts=_fixed(self.starts[chosen]),
-            lengths=_fixed(self.lengths[chosen]),
-            labels=None if self.labels is None else _fixed(self.labels[chosen]),
-            truncated=_fixed(self.truncated[chosen]),
-            origin_numbers=_fixed(self.origin_numbers[chosen]),
-            lines=_fixed(self.lines[chosen]),
+            starts=_read_only(self.starts[chosen]),
+            lengths=_read_only(self.lengths[chosen]),
+            labels=None if self.labels is None else _read_only(self.labels[chosen]),
+            truncated=_read_only(self.truncated[chosen]),
+            origin_numbers=_read_only(self.origin_numbers[chosen]),
+            lines=_read_only(self.lines[chosen]),
         )
 
     def split(self, fraction: float, seed: int) -> "tuple[Examples, Examples]":
-        """Training and validation examples, each in the order they had here.
+        """Returns training and validation examples, both in their original order.
 
-        All examples made of one row of a file stay together. Where they have one class, validation takes the
-        same share of each class as far as whole numbers allow, and leaves at least one of each to train on.
+        All examples of one row of a file stay together. If each example has one class, the validation
+        examples have the same proportions of classes as far as whole numbers allow, and at least one example
+        of each class remains for training.
 
         Args:
-            fraction: of the rows, for validation; at least one is taken.
+            fraction: the fraction of the rows for validation; at least one row is taken.
 
         Raises:
-            ValueError: a fraction outside 0 to 1, or too few rows to take any away.
+            UserError: the fraction is not between 0 and 1, or there are too few rows.
         """
         if not 0 < fraction < 1:
-            raise UserError(f"fraction={fraction} of the rows for validation; expected between 0 and 1")
+            raise UserError(
+                f"fraction={fraction} of the rows for validation; expected a number between 0 and 1"
+            )
         places = self.origin_numbers * (np.max(self.lines, initial=0) + 1) + self.lines
         _, first, row_of = np.unique(places, return_index=True, return_inverse=True)
         rows = len(first)
@@ -122,21 +126,22 @@ class Examples:
         spare = int(np.sum(counts - 1))
         if not spare:
             raise UserError(
-                f"none of {rows} rows can be set aside for validation without taking the last of its class; "
-                "add rows, or give a validation file"
+                f"none of {rows} rows can be used for validation, as each is the last of its class; add "
+                "rows, or give a validation file"
             )
-        taken = _shares(counts, fraction, min(max(1, round(fraction * rows)), spare))
+        taken = _class_counts(counts, fraction, min(max(1, round(fraction * rows)), spare))
         shuffled = permutation(rows, seed)
         by_class = shuffled[np.argsort(classes[shuffled], kind="stable")]
         rank = np.arange(rows) - np.repeat(np.cumsum(counts) - counts, counts)
-        aside = np.zeros(rows, bool)
-        aside[by_class] = rank < np.repeat(taken, counts)
-        return self.subset(np.flatnonzero(~aside[row_of])), self.subset(np.flatnonzero(aside[row_of]))
+        validation = np.zeros(rows, bool)
+        validation[by_class] = rank < np.repeat(taken, counts)
+        chosen = validation[row_of]
+        return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
 
     def fingerprint(self) -> str:
-        """A digest of tokens and labels in their order, by which a resumed run knows its data again.
+        """Returns a digest of the tokens and labels in their order, so that a resumed run can check its data.
 
-        Files and lines do not count: data may move.
+        Files and lines do not change it: data may move.
         """
         digest = hashlib.blake2b(digest_size=16)
         flats = [self.flat_input_ids, self.flat_labels, self.flat_firsts]
@@ -149,7 +154,7 @@ class Examples:
         gaps = np.flatnonzero(self.starts[1:] != stops[:-1]) + 1
         for flat in flats:
             if flat is not None and len(self):
-                # Neighbours are read at once: nearly everything is, but for a shuffled subset.
+                # Consecutive examples are digested together, which is nearly all of them unless shuffled.
                 for first, last in zip([0, *gaps], [*(gaps - 1), len(self) - 1], strict=True):
                     digest.update(flat[self.starts[first] : stops[last]].data)
         return digest.hexdigest()
@@ -159,8 +164,8 @@ class Examples:
         return slice(start, start + self.lengths[index])
 
 
-class _Growing:
-    """Arrays that grow by a share of their size, as examples come."""
+class _Builder:
+    """Collects examples in arrays that grow by a fraction of their size."""
 
     def __init__(self) -> None:
         self.lengths, self.input_ids, self.token_labels = array("i"), array("i"), array("i")
@@ -170,7 +175,7 @@ class _Growing:
         self.origin_numbers, self.lines = array("i"), array("q")
         self.form: tuple[str, int, bool] | None = None
 
-    def add(self, example: "Example") -> None:
+    def add(self, example: Example) -> None:
         ids, labels, firsts, place = example.input_ids, example.labels, example.firsts, example.place
         if not ids:
             raise UserError(f"{place} has no tokens; remove it")
@@ -178,7 +183,7 @@ class _Growing:
         form = kind, size, firsts is not None
         self.form = self.form or form
         if form != self.form:
-            raise UserError(f"{place} has {_words(form)}; the examples before it have {_words(self.form)}")
+            raise UserError(f"{place} has {_describe(form)}; earlier examples have {_describe(self.form)}")
         if not isinstance(labels, list):
             self.classes.extend([] if labels is None else [labels])
         elif kind == "numbers":
@@ -187,7 +192,7 @@ class _Growing:
             _check_size(place, "labels", labels, ids)
             self.token_labels.extend(cast("list[int]", labels))
         if firsts is not None:
-            _check_size(place, "marks of a word's first token", firsts, ids)
+            _check_size(place, "marks for first tokens of words", firsts, ids)
             self.firsts.extend(firsts)
         self.input_ids.fromlist(ids)
         self.lengths.append(len(ids))
@@ -196,30 +201,30 @@ class _Growing:
         self.origin_numbers.append(number)
         self.lines.append(place.line)
 
-    def done(self) -> Examples:
-        kind, size, words = self.form or ("none", 0, False)
-        lengths = _fixed(np.asarray(self.lengths))
+    def build(self) -> Examples:
+        kind, size, of_words = self.form or ("none", 0, False)
+        lengths = _read_only(np.asarray(self.lengths))
         labels = None
         if kind == "class":
-            labels = _fixed(np.asarray(self.classes))
+            labels = _read_only(np.asarray(self.classes))
         elif kind == "numbers":
-            labels = _fixed(np.asarray(self.numbers).reshape(-1, size))
+            labels = _read_only(np.asarray(self.numbers).reshape(-1, size))
         return Examples(
-            starts=_fixed(np.cumsum(lengths, dtype=np.int64) - lengths),
+            starts=_read_only(np.cumsum(lengths, dtype=np.int64) - lengths),
             lengths=lengths,
             labels=labels,
-            truncated=_fixed(np.asarray(self.truncated).view(bool)),
+            truncated=_read_only(np.asarray(self.truncated).view(bool)),
             origins=tuple(place for _, place in self.origins.values()),
-            origin_numbers=_fixed(np.asarray(self.origin_numbers)),
-            lines=_fixed(np.asarray(self.lines)),
-            flat_input_ids=_fixed(np.asarray(self.input_ids)),
-            flat_labels=_fixed(np.asarray(self.token_labels)) if kind == "tokens" else None,
-            flat_firsts=_fixed(np.asarray(self.firsts).view(bool)) if words else None,
+            origin_numbers=_read_only(np.asarray(self.origin_numbers)),
+            lines=_read_only(np.asarray(self.lines)),
+            flat_input_ids=_read_only(np.asarray(self.input_ids)),
+            flat_labels=_read_only(np.asarray(self.token_labels)) if kind == "tokens" else None,
+            flat_firsts=_read_only(np.asarray(self.firsts).view(bool)) if of_words else None,
         )
 
 
 def _kind(labels: int | list[float] | list[int] | None) -> tuple[str, int]:
-    """What labels are of, and how many numbers a whole example has."""
+    """Returns what has labels, and how many numbers label a whole example."""
     if labels is None:
         return "none", 0
     if not isinstance(labels, list):
@@ -229,10 +234,10 @@ def _kind(labels: int | list[float] | list[int] | None) -> tuple[str, int]:
     return "tokens", 0
 
 
-def _words(form: tuple[str, int, bool]) -> str:
-    kind, size, words = form
-    labels = {"none": "no labels", "class": "one class", "tokens": "labels of tokens"}
-    return labels.get(kind, f"{size} numbers as labels") + (" and marked words" if words else "")
+def _describe(form: tuple[str, int, bool]) -> str:
+    kind, size, of_words = form
+    labels = {"none": "no labels", "class": "one class", "tokens": "labels for tokens"}
+    return labels.get(kind, f"{size} numbers as labels") + (" and marked words" if of_words else "")
 
 
 def _check_size(place: object, what: str, values: Sequence[float], ids: list[int]) -> None:
@@ -240,9 +245,10 @@ def _check_size(place: object, what: str, values: Sequence[float], ids: list[int
         raise UserError(f"{place} has {len(values)} {what}; expected one for each of its {len(ids)} tokens")
 
 
-def _shares(counts: np.ndarray, fraction: float, total: int) -> np.ndarray:
-    """How many of each class to take, `total` together: its fraction rounded down, then one more to those
-    that lost most by it; at least one of each is left.
+def _class_counts(counts: np.ndarray, fraction: float, total: int) -> np.ndarray:
+    """Divides `total` over the classes: their fractions rounded down, then one more where most was lost.
+
+    At least one of each class is left.
     """
     exact = counts * fraction
     taken = np.floor(exact).astype(int)
@@ -253,6 +259,6 @@ def _shares(counts: np.ndarray, fraction: float, total: int) -> np.ndarray:
     return taken
 
 
-def _fixed(values: np.ndarray) -> np.ndarray:
+def _read_only(values: np.ndarray) -> np.ndarray:
     values.flags.writeable = False
     return values

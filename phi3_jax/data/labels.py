@@ -1,4 +1,4 @@
-"""The names of classes, and the number that each one has."""
+"""The names of classes and their ids."""
 
 import difflib
 import re
@@ -16,10 +16,10 @@ _ENTITY = ("B-", "I-")
 
 @dataclass(frozen=True)
 class Labels:
-    """A label set, in the order of its numbers 0, 1, 2, ...
+    """The names of classes, in the order of their ids 0, 1, 2, ...
 
     Raises:
-        ValueError: no names, or one of them twice.
+        UserError: there are no names, or a name occurs twice.
     """
 
     names: tuple[str, ...]
@@ -29,20 +29,20 @@ class Labels:
             raise UserError("a label set needs at least one name")
         if len(self._ids) < len(self.names):
             twice = next(name for name in self.names if self.names.count(name) > 1)
-            raise UserError(f"the label {twice!r} is there twice; give every class a name of its own")
+            raise UserError(f"the label {twice!r} occurs twice; give every class its own name")
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> "Labels":
-        """Every name once: whole numbers by value, others by the alphabet, and "O" before BIO tags."""
-        found = set(names)
-        if all(_INTEGER.fullmatch(name) for name in found):
-            return cls(tuple(sorted(found, key=lambda name: (int(name), name))))
-        tags = any(name.startswith(_ENTITY) for name in found)
-        return cls(tuple(sorted(found, key=lambda name: (not tags or name != "O", name))))
+        """Sorts names, each once: whole numbers by value, others alphabetically, and "O" before BIO tags."""
+        unique = set(names)
+        if all(_INTEGER.fullmatch(name) for name in unique):
+            return cls(tuple(sorted(unique, key=lambda name: (int(name), name))))
+        tags = any(name.startswith(_ENTITY) for name in unique)
+        return cls(tuple(sorted(unique, key=lambda name: (not tags or name != "O", name))))
 
     @classmethod
     def from_config(cls, config: Phi3Config) -> "Labels":
-        """The label set that a model was trained with."""
+        """Returns the labels that a model was trained with."""
         return cls(tuple(config.id2label.values()))
 
     def __len__(self) -> int:
@@ -53,31 +53,27 @@ class Labels:
         return {name: index for index, name in enumerate(self.names)}
 
     def id(self, name: str) -> int:
-        """The number of a label.
+        """Returns the id of a label.
 
         Raises:
-            ValueError: there is no such label.
+            UserError: there is no such label.
         """
         if name not in self._ids:
             near = difflib.get_close_matches(name, self.names, n=3) or list(self.names[:5])
             more = ", ..." if len(near) < len(self) else ""
             raise UserError(
-                f"label {name!r} is not among the {len(self)} known: {', '.join(map(repr, near))}{more}"
+                f"label {name!r} is not one of the {len(self)} labels: {', '.join(map(repr, near))}{more}"
             )
         return self._ids[name]
 
-    def to_config(self) -> dict[str, Any]:
-        """Fields of `Phi3Config`, which makes `label2id` of them itself."""
-        return {"id2label": dict(enumerate(self.names)), "num_labels": len(self)}
-
 
 def label_name(value: Any) -> str:
-    """A label as files hold it, text or whole number, as text.
+    """Returns the name of a label that is text or a whole number in a file.
 
     Raises:
-        ValueError: it is missing, empty, or neither.
+        UserError: it is missing, empty, or of another type.
     """
-    if isinstance(value, float) and value.is_integer():  # a column with gaps makes floats of whole numbers
+    if isinstance(value, float) and value.is_integer():  # a column with gaps has floats for whole numbers
         value = int(value)
     if not isinstance(value, (str, int)):
         raise UserError(

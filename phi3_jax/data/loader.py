@@ -1,4 +1,4 @@
-"""Batches of arrays made ahead by threads, in the order of a plan; a state tells where to go on."""
+"""Threads that make batches of arrays ahead, in the order of a plan; loading can resume from a state."""
 
 import sys
 from collections.abc import Iterator
@@ -14,47 +14,47 @@ from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
 
 PADDING = {"labels": IGNORE_INDEX, "position_ids": 0, "segment_ids": 0}
-"""What stands where no token is, but for `input_ids`."""
+"""The value of padding positions, except in `input_ids`."""
 
 
-class Rows(Protocol):
-    """What batches are made of: `Examples` or `PackedExamples`."""
+class BatchSource(Protocol):
+    """The rows that batches are made of: `Examples` or `PackedExamples`."""
 
     @property
     def labels(self) -> Shaped[np.ndarray, "examples ..."] | None:
-        """Of whole rows, where those are what is labelled."""
+        """Labels of whole rows, if there are any."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of what `row` gives."""
+        """The keys of `row`."""
 
     def row(self, index: int) -> dict[str, Int[np.ndarray, "T"]]:
-        """What a batch holds for every token of a row."""
+        """Returns the values of a row that have one element per token."""
 
     def place(self, index: int) -> str:
-        """Where a row comes from, for a message."""
+        """Returns the place of a row, for messages."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's examples, padded on the right to the step's width.
+    """The examples of one step, padded on the right to the step's width.
 
-    A row without an example is all padding: its mask is 0 throughout and its labels are -100; those of whole
-    examples come with `weights`, 1 for an example and 0 for none.
+    A row without an example is all padding: its mask is 0 and its labels are -100. Labels of whole examples
+    come with `weights`, 1 for an example and 0 for none.
     """
 
     step: int
     width: int
     arrays: dict[str, Shaped[np.ndarray, "B ..."]]
-    """What the model takes, of this process's rows."""
+    """The model's inputs, for the rows of this process."""
     indices: Int[np.ndarray, "rows"]
-    """The examples of the whole batch, -1 for a row without one."""
+    """The examples of the whole batch, -1 for a row without an example."""
 
 
 class Loader(Iterator[Batch]):
-    """Batches in order, made ahead while they are waited for; `load` makes one.
+    """Yields batches in order, which its threads make ahead; `load` returns one.
 
-    Its threads end with the last batch, an error, `close`, or when nothing refers to the loader any more.
+    The threads end after the last batch, after an error, on `close`, and when the loader is garbage.
     """
 
     def __init__(self, batches: Any, stop: int):
@@ -68,29 +68,29 @@ class Loader(Iterator[Batch]):
         try:
             return next(self._batches)
         except BaseException:
-            # Grain has let go of the batch that failed without counting it, so nothing right could follow.
+            # Grain drops the batch that failed without counting it, so the next ones would be wrong.
             self.close()
             raise
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch comes from, of grain's own form; JSON can hold it."""
+        """Returns the position of the next batch, as JSON values in grain's format."""
         return self._batches.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where a loader with the same plan stood.
+        """Resumes from the state of a loader with the same plan.
 
         Raises:
-            IndexError: the state lies behind the last batch.
+            IndexError: the state is after the last batch.
         """
         self._batches.set_state(state)
 
     def close(self) -> None:
-        """Ends the threads, each after the batch in its hands; no more batches come."""
+        """Ends each thread after its current batch; the loader yields no more batches."""
         self._batches.close()
 
 
 def load(
-    examples: Rows,
+    examples: BatchSource,
     plan: BatchPlan,
     *,
     pad_token_id: int,
@@ -100,20 +100,20 @@ def load(
     threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
-    """The batches of a plan from step `start` up to `stop`, which is not among them.
+    """Loads the batches of a plan from step `start` up to, but not including, `stop`.
 
     Args:
         stop: default: never.
         local_rows: the rows of each batch that this process makes; default: all.
-        threads: that make batches; 0: they are made when they are asked for.
-        prefetch: batches made ahead.
+        threads: threads that make batches; 0 makes each batch on demand.
+        prefetch: number of batches to make ahead.
     """
     stop = sys.maxsize if stop is None else stop
     if not 0 <= start <= stop:
         raise UserError(f"batches from step {start} to {stop}; expected 0 <= start <= stop")
-    maker = _Maker(examples, plan, pad_token_id, local_rows)
+    maker = _BatchMaker(examples, plan, pad_token_id, local_rows)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    # The source counts from 0 whatever `start` is, so that a state means the same step to every loader.
+    # The source counts from 0, not from `start`, so that a state means the same step to every loader.
     batches = iter(grain.MapDataset.source(range(stop)).map(maker).to_iter_dataset(options))
     loader = Loader(batches, stop)
     loader.set_state({"next_index": start})
@@ -121,10 +121,10 @@ def load(
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _BatchMaker:
     """Makes the batch of a step; threads call it."""
 
-    examples: Rows
+    examples: BatchSource
     plan: BatchPlan
     pad_token_id: int
     local_rows: Int[np.ndarray, "B"] | None
@@ -132,13 +132,13 @@ class _Maker:
     def __call__(self, step: int) -> Batch:
         width, indices = self.plan.step(step)
         own = indices if self.local_rows is None else indices[self.local_rows]
-        arrays = self._tokens(step, width, own)
+        arrays = self._pad_rows(step, width, own)
         if self.examples.labels is not None:
             arrays |= _whole_labels(self.examples.labels, own)
         return Batch(step, width, arrays, indices)
 
-    def _tokens(self, step: int, width: int, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """What there is for every token, padded, and the mask of tokens."""
+    def _pad_rows(self, step: int, width: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the values per token, padded, and the attention mask."""
         padding = PADDING | {"input_ids": self.pad_token_id}
         shape = len(indices), width
         arrays = {name: np.full(shape, padding[name], np.int32) for name in self.examples.columns}

@@ -1,4 +1,4 @@
-"""Several short examples in one row, for causal language models."""
+"""Packs several short examples into one row, for causal language models."""
 
 import hashlib
 from itertools import chain
@@ -14,13 +14,15 @@ from phi3_jax.model.losses import IGNORE_INDEX
 def pack(
     lengths: Int[np.ndarray, "examples"], width: int, *, groups: Int[np.ndarray, "examples"] | None = None
 ) -> list[Int[np.ndarray, "packed"]]:
-    """The examples of each row of `width` tokens, with few rows: best fit, the longest example first.
+    """Packs examples into few rows of `width` tokens; returns the examples of each row.
+
+    Best fit decreasing: the longest example first, each into the row with the least sufficient space.
 
     Args:
-        groups: examples of different groups never share a row.
+        groups: the group of each example; examples of different groups never share a row.
 
     Raises:
-        ValueError: an example longer than `width`, or without tokens.
+        UserError: an example is longer than `width`, or has no tokens.
     """
     lengths = np.asarray(lengths)
     wrong = np.count_nonzero((lengths > width) | (lengths < 1))
@@ -41,12 +43,12 @@ def _pack(lengths: np.ndarray, members: np.ndarray, width: int) -> list[np.ndarr
     borders = np.flatnonzero(np.diff(lengths[members])) + 1
     rows: list[list[np.ndarray]] = []
     rows_by_space: dict[int, list[int]] = {}
-    # Bit n is set where some row has n tokens left, so the tightest fit is the lowest bit from a length up.
+    # Bit n is set if some row has space for n tokens, so the best fit is the lowest bit from the length up.
     spaces = 0
     for same in np.split(members, borders) if len(members) else []:
         length = int(lengths[same[0]])
-        placed = 0
-        while placed < len(same):
+        done = 0
+        while done < len(same):
             fitting = spaces >> length
             if fitting:
                 space = length + (fitting & -fitting).bit_length() - 1
@@ -56,10 +58,10 @@ def _pack(lengths: np.ndarray, members: np.ndarray, width: int) -> list[np.ndarr
             else:
                 space, row = width, len(rows)
                 rows.append([])
-            # A row that took one of this length is now the tightest for the next, until it is full.
-            count = min(space // length, len(same) - placed)
-            rows[row].append(same[placed : placed + count])
-            placed += count
+            # This row now is the best fit for the next examples of this length too, until it is full.
+            count = min(space // length, len(same) - done)
+            rows[row].append(same[done : done + count])
+            done += count
             space -= count * length
             rows_by_space.setdefault(space, []).append(row)
             spaces |= 1 << space
@@ -67,38 +69,38 @@ def _pack(lengths: np.ndarray, members: np.ndarray, width: int) -> list[np.ndarr
 
 
 class PackedExamples:
-    """Rows of several examples; what an example sees and predicts is as if it stood alone.
+    """Rows of several examples; each example attends and predicts as if it were alone.
 
     Args:
-        examples: with labels of tokens.
+        examples: examples with labels for tokens.
         rows: the examples of each row, from `pack`.
 
     Raises:
-        ValueError: examples without labels of tokens.
+        UserError: the examples have no labels for tokens.
     """
 
     labels = None
-    """Rows have no labels but those of their tokens."""
+    """Only tokens have labels."""
     columns = ("input_ids", "labels", "position_ids", "segment_ids")
 
     def __init__(self, examples: Examples, rows: list[Int[np.ndarray, "packed"]]):
         if examples.flat_labels is None:
             raise UserError(
-                "the examples have no labels of tokens; pack those of causal language models only"
+                "the examples have no labels for tokens; pack only examples of causal language models"
             )
         self.examples = examples
         self.rows = rows
         self.lengths = np.array([examples.lengths[row].sum() for row in rows], np.int32)
-        """Tokens of each row."""
+        """Number of tokens of each row."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def row(self, index: int) -> dict[str, Int[np.ndarray, "T"]]:
-        """What a batch holds for every token: positions from 0 in each example, segments counted from 1.
+        """Returns the values of a row per token: positions from 0 in each example, segments from 1.
 
-        The loss compares a token's label with what is predicted from the token before, which for the first of
-        an example belongs to another one: it has no label.
+        The first token of an example has no label: the token before it, which would predict it, belongs to
+        another example.
         """
         members = self.rows[index]
         lengths = self.examples.lengths[members]
@@ -113,12 +115,12 @@ class PackedExamples:
         }
 
     def place(self, index: int) -> str:
-        """Where the row's first example comes from, and how many others there are."""
+        """Returns the place of the row's first example, and the number of others."""
         first, *others = self.rows[index]
         return self.examples.place(first) + (f" and {len(others)} packed with it" if others else "")
 
     def fingerprint(self) -> str:
-        """A digest of the examples and how they are packed."""
+        """Returns a digest of the examples and their packing."""
         digest = hashlib.blake2b(self.examples.fingerprint().encode(), digest_size=16)
         for row in self.rows:
             digest.update(np.array([len(row), *row], np.int64).tobytes())

@@ -1,4 +1,4 @@
-"""What is learnt from a row: a class of the text, a class of each word, or the text itself."""
+"""Tasks that turn rows into examples: classes of texts, classes of words, or the next token."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,22 +25,22 @@ class Example:
 
     input_ids: list[int]
     labels: int | list[float] | list[int] | None
-    """A class; a number for each class or output; a class or id for each token (-100: not counted)."""
+    """A class; a number for each class or output; a class or id for each token (-100: ignored)."""
     place: Place
     firsts: list[bool] | None = None
-    """Marks the first token of each word."""
+    """Whether each token is the first of a word."""
     truncated: bool = False
-    """Whether tokens of the row are in no example."""
+    """Whether the maximum length cut tokens off."""
 
 
 @dataclass(frozen=True)
 class SequenceClassification:
-    """A class, several classes or numbers for a text or a pair of texts.
+    """Predicts a class, several classes or numbers for a text or a pair of texts.
 
     Args:
-        label: a column; or several, which hold 0 or 1 for the class they are named after, or a number each
-            (regression). None: rows are not labelled.
-        label_separator: stands between the labels of a text in a column of several; no text means no label.
+        label: a column, or several columns: each has 0 or 1 for the class of its name, or a number for
+            regression. None if rows are not labelled.
+        label_separator: separates the labels in one column of several labels; an empty text has no label.
     """
 
     text: str = "text"
@@ -56,7 +56,7 @@ class SequenceClassification:
             raise UserError(f"problem_type={self.problem_type!r}; use one of {', '.join(map(repr, known))}")
         if self.problem_type == "single_label_classification" and isinstance(self.label, tuple):
             raise UserError(
-                f"label={self.label!r} names several columns, and single_label_classification has one; use "
+                f"label={self.label!r} names several columns, but single_label_classification takes one; use "
                 "multi_label_classification for columns of 0 and 1"
             )
 
@@ -70,12 +70,12 @@ class SequenceClassification:
         return (self.label,) if isinstance(self.label, str) else self.label or ()
 
     def label_set(self, rows: Iterable[Row]) -> Labels:
-        """The classes in the rows; the columns' names where each output has a column.
+        """Returns the classes of the rows, or the names of the columns if each output has one.
 
-        Bad rows are passed over, for `encode` to name.
+        Bad rows are skipped; `encode` raises their errors.
 
         Raises:
-            ValueError: no labels, or a single class, which leaves nothing to learn.
+            UserError: there are no labels, or there is only one class.
         """
         if self.label is None:
             raise UserError("label=None, so there are no classes; name the column that holds them")
@@ -83,14 +83,14 @@ class SequenceClassification:
             return Labels(self._label_columns)
         labels = _label_set(rows, self._names)
         if self.problem_type == "single_label_classification" and len(labels) == 1:
-            raise UserError(f"all rows have the label {labels.names[0]!r}; expected two classes or more")
+            raise UserError(f"all rows have the label {labels.names[0]!r}; expected at least two classes")
         return labels
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
-        """One example, with the ids that `tokenizer(text, text_pair, truncation=True)` gives.
+        """Returns one example, with the ids of `tokenizer(text, text_pair, truncation=True)`.
 
         Raises:
-            BadRowError: no text, or a label that is missing, unknown or no number.
+            BadRowError: there is no text, or the label is missing, unknown or not a number.
         """
         text = _text(row, self.text)
         if not text.strip():
@@ -119,7 +119,7 @@ class SequenceClassification:
         return [float(index in chosen) for index in range(len(labels))]
 
     def _names(self, row: Row) -> list[str]:
-        """The names of a row's classes."""
+        """Returns the names of a row's classes."""
         (column,) = self._label_columns
         value = _value(row, column)
         if self.problem_type == "multi_label_classification":
@@ -131,17 +131,17 @@ class SequenceClassification:
 
 @dataclass(frozen=True)
 class TokenClassification:
-    """A class for each word of a text.
+    """Predicts a class for each word of a text.
 
-    Words are encoded one by one, as transformers does with `is_split_into_words`. To a byte-level vocabulary
-    a word alone is one at a text's beginning or within a longer word; `prefix_space` gives every word but the
-    first the space that it has in running text, which the model knows it by. Without it the ids are those of
-    transformers (as they are either way for vocabularies that mark beginnings of words by themselves). A word
-    without any token becomes the unk token, so that every word has a prediction.
+    Words are encoded one by one, as transformers does with `is_split_into_words`. A byte-level vocabulary has
+    other tokens for a word without a space before it. So `prefix_space` adds the space of running text to
+    every word but the first. Without it, the ids are those of transformers; vocabularies that mark the start
+    of words themselves give these ids either way. A word without tokens becomes the unk token, so that every
+    word has a prediction.
 
     Args:
-        labels: None: rows are not labelled.
-        label_all_pieces: labels every token of a word (I-X behind a first B-X), and not only the first.
+        labels: None if rows are not labelled.
+        label_all_pieces: labels every token of a word (I-X after a first B-X), not only the first.
     """
 
     words: str = "words"
@@ -156,45 +156,48 @@ class TokenClassification:
         return (self.words, *filter(None, [self.labels]))
 
     def label_set(self, rows: Iterable[Row]) -> Labels:
-        """The tags in the rows. Bad rows are passed over, for `encode` to name.
+        """Returns the tags of the rows. Bad rows are skipped; `encode` raises their errors.
 
         Raises:
-            ValueError: no labels.
+            UserError: there are no labels.
         """
         if self.labels is None:
             raise UserError("labels=None, so there are no tags; name the column that holds them")
         return _label_set(rows, self._all_names)
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
-        """One example. `firsts` marks the tokens that speak for their words.
+        """Returns one example, whose `firsts` are the tokens that predict their words' classes.
 
         Raises:
-            BadRowError: no words, an empty one, not a label for each, an unknown label.
+            BadRowError: there are no words, a word is empty, there is not one label for each word, or a label
+                is unknown.
         """
         words = self._words(row)
         names = None if self.labels is None else self._names(row, words)
         pieces = self._pieces(row, words, tokenizer)
-        firsts = [place == 0 for piece in pieces for place in range(len(piece))]
+        firsts = [position == 0 for piece in pieces for position in range(len(piece))]
         targets: list[int] = []
         if names is not None:
             for piece, name in zip(pieces, names, strict=True):
-                inside = _label_id(row, labels, _continued(name)) if self.label_all_pieces else IGNORE_INDEX
+                inside = _label_id(row, labels, _inside(name)) if self.label_all_pieces else IGNORE_INDEX
                 targets += [_label_id(row, labels, name), *[inside] * (len(piece) - 1)]
-        before, after = _surroundings(tokenizer)
-        room = self.max_length - len(before) - len(after)
-        if room < 1:
+        before, after = _special_ids(tokenizer)
+        space = self.max_length - len(before) - len(after)
+        if space < 1:
             least = len(before) + len(after) + 1
-            raise UserError(f"max_length={self.max_length} leaves no room for words; use {least} or more")
+            raise UserError(f"max_length={self.max_length} leaves no space for words; use {least} or more")
         count = len(firsts)
-        kept = slice(0, room) if tokenizer.truncation_side == "right" else slice(max(count - room, 0), count)
+        kept = (
+            slice(0, space) if tokenizer.truncation_side == "right" else slice(max(count - space, 0), count)
+        )
         ids = [token for piece in pieces for token in piece]
         return [
             Example(
                 [*before, *ids[kept], *after],
-                None if names is None else _padded(targets[kept], IGNORE_INDEX, before, after),
+                None if names is None else _surround(targets[kept], IGNORE_INDEX, before, after),
                 row.place,
-                firsts=_padded(firsts[kept], False, before, after),
-                truncated=count > room,
+                firsts=_surround(firsts[kept], False, before, after),
+                truncated=count > space,
             )
         ]
 
@@ -215,12 +218,12 @@ class TokenClassification:
         return names
 
     def _all_names(self, row: Row) -> list[str]:
-        """A row's names, and those that label the other pieces of its words."""
+        """Returns a row's tags, and the tags of the other pieces of its words."""
         names = self._names(row, self._words(row))
-        return names + [_continued(name) for name in names] if self.label_all_pieces else names
+        return names + [_inside(name) for name in names] if self.label_all_pieces else names
 
     def _pieces(self, row: Row, words: Sequence[str], tokenizer: Phi3Tokenizer) -> list[list[int]]:
-        space = " " if self.prefix_space and not _marks_beginnings(tokenizer) else ""
+        space = " " if self.prefix_space and not _marks_word_starts(tokenizer) else ""
         try:
             pieces = [
                 tokenizer.encode(space + word if index else word, add_special_tokens=False)
@@ -238,12 +241,12 @@ class TokenClassification:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """The next token, of raw texts or of the assistant's turns in conversations.
+    """Predicts the next token of raw texts, or of the assistant's answers in conversations.
 
     Args:
-        messages: column of conversations, which the tokenizer's chat template writes; or None.
-        text: column of raw texts, where `messages` is None.
-        max_length: conversations are cut off behind it; texts go on in the next example.
+        messages: column of conversations, which the tokenizer's chat template formats; or None.
+        text: column of raw texts, if `messages` is None.
+        max_length: truncates conversations; texts continue in the next example.
     """
 
     messages: str | None = None
@@ -252,7 +255,7 @@ class CausalLM:
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise UserError(f"max_length={self.max_length}; the next token needs at least 2")
+            raise UserError(f"max_length={self.max_length}; predicting the next token needs at least 2")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -260,16 +263,16 @@ class CausalLM:
         return (self.text if self.messages is None else self.messages,)
 
     def label_set(self, rows: Iterable[Row]) -> None:
-        """None: the vocabulary is what there is."""
+        """Returns None: the classes are the vocabulary."""
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels | None = None) -> list[Example]:
-        """The example of a conversation, or those of a text; labels are ids, not shifted.
+        """Returns the example of a conversation, or the examples of a text; labels are ids, not shifted.
 
-        A text's examples share a token where one ends and the next begins, so that every token but the text's
-        first is predicted once. Its end is the eos token.
+        A text ends with the eos token. The last token of an example is the first of the next, so that every
+        token but the text's first is predicted once.
 
         Raises:
-            BadRowError: no text, no answer of the assistant's, or a template that failed.
+            BadRowError: there is no text or no answer of the assistant, or the chat template fails.
         """
         if self.messages is not None:
             messages = _list(row, self.messages)
@@ -279,9 +282,8 @@ class CausalLM:
                 raise BadRowError(row.place, str(error)) from error
             return [Example(ids, targets, row.place, truncated=truncated)]
         ids = self._text_ids(row, tokenizer)
-        parts = [
-            ids[begin : begin + self.max_length] for begin in range(0, len(ids) - 1, self.max_length - 1)
-        ]
+        starts = range(0, len(ids) - 1, self.max_length - 1)
+        parts = [ids[start : start + self.max_length] for start in starts]
         return [Example(part, part, row.place) for part in parts]
 
     def _text_ids(self, row: Row, tokenizer: Phi3Tokenizer) -> list[int]:
@@ -307,10 +309,10 @@ Task = SequenceClassification | TokenClassification | CausalLM
 def encode_rows(
     task: Task, rows: Iterable[Row], tokenizer: Phi3Tokenizer, labels: Any, *, bad: BadRows
 ) -> Iterator[Example]:
-    """The examples of all rows, as they are asked for; `labels` is what `task.label_set` found.
+    """Yields the examples of all rows; `labels` is the result of `task.label_set`.
 
     Raises:
-        BadRowError: the first bad row, unless `bad` skips them.
+        BadRowError: a row is bad, and `bad` does not skip it.
     """
     for row in rows:
         try:
@@ -323,8 +325,8 @@ def encode_rows(
 
 def _value(row: Row, column: str) -> Any:
     if column not in row.values:
-        there = ", ".join(map(repr, row.values)) or "none"
-        raise BadRowError(row.place, f"there is no column {column!r}; the columns are {there}")
+        names = ", ".join(map(repr, row.values)) or "none"
+        raise BadRowError(row.place, f"there is no column {column!r}; the columns are {names}")
     return row.values[column]
 
 
@@ -349,7 +351,7 @@ def _number(row: Row, column: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= _FLOAT32_MAX:
-        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected a number that float32 holds")
+        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected a finite float32 number")
     return number
 
 
@@ -366,48 +368,48 @@ def _label_names(row: Row, column: str, values: Any) -> list[str]:
         raise BadRowError(row.place, f"{column!r} is {values!r:.40}; expected a list of labels")
     try:
         return [label_name(value) for value in values]
-    except ValueError as error:
+    except UserError as error:
         raise BadRowError(row.place, f"{column!r}: {error}") from error
 
 
 def _label_id(row: Row, labels: Labels, name: str) -> int:
     try:
         return labels.id(name)
-    except ValueError as error:
+    except UserError as error:
         raise BadRowError(row.place, str(error)) from error
 
 
 def _label_set(rows: Iterable[Row], names_of: Callable[[Row], list[str]]) -> Labels:
-    """The names that the rows have, faults in them set aside unless nothing else is there."""
-    found: set[str] = set()
+    """Collects the labels of all good rows; raises the first bad row's error if there are none."""
+    names: set[str] = set()
     fault = None
     for row in rows:
         try:
-            found.update(names_of(row))
+            names.update(names_of(row))
         except BadRowError as error:
             fault = fault or error
-    if not found:
-        raise fault or ValueError("the rows have no labels; expected at least one")
-    return Labels.from_names(found)
+    if not names:
+        raise fault or UserError("the rows have no labels; expected at least one")
+    return Labels.from_names(names)
 
 
-def _continued(name: str) -> str:
-    """The tag of what follows within an entity."""
+def _inside(name: str) -> str:
+    """Returns the tag that continues an entity."""
     return "I-" + name[2:] if name.startswith("B-") else name
 
 
-def _marks_beginnings(tokenizer: Phi3Tokenizer) -> bool:
-    """Whether a word by itself has the ids that it has behind a space."""
+def _marks_word_starts(tokenizer: Phi3Tokenizer) -> bool:
+    """Whether a word alone has the same ids as a word after a space."""
     alone = tokenizer.encode("a", add_special_tokens=False)
     return tokenizer.encode("a a", add_special_tokens=False) == alone * 2
 
 
-def _surroundings(tokenizer: Phi3Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens before and behind a text."""
+def _special_ids(tokenizer: Phi3Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the ids that the tokenizer adds before and after a text."""
     alone, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     at = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
     return whole[:at], whole[at + len(alone) :]
 
 
-def _padded(values: list[Any], fill: Any, before: Sequence[int], after: Sequence[int]) -> list[Any]:
+def _surround(values: list[Any], fill: Any, before: Sequence[int], after: Sequence[int]) -> list[Any]:
     return [fill] * len(before) + values + [fill] * len(after)

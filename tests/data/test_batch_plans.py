@@ -1,4 +1,4 @@
-"""Every example once an epoch, in a width that holds it, whoever asks; and widths that pad least."""
+"""An epoch has every example once, in a width that holds it; widths need the least padding."""
 
 import itertools
 import time
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from phi3_jax.data.batches import BatchPlan, bucket_widths, permutation
+from phi3_jax.sizes import ceil_div, round_up
 
 
 def lengths_of(seed: int, most: int = 300) -> np.ndarray:
@@ -28,22 +29,22 @@ def epoch_of(plan: BatchPlan, epoch: int) -> list[tuple[int, list[int]]]:
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("seed", range(40))
-def test_every_example_stands_once_in_an_epoch_in_a_width_that_holds_it(seed: int, shuffle: bool) -> None:
+def test_an_epoch_has_every_example_once_in_a_width_that_holds_it(seed: int, shuffle: bool) -> None:
     plan, lengths = plan_of(seed, shuffle)
-    assert plan.steps_per_epoch == -(-len(lengths) // plan.rows)
+    assert plan.steps_per_epoch == ceil_div(len(lengths), plan.rows)
     for epoch in (0, 1, 5):
         steps = epoch_of(plan, epoch)
         assert all(len(indices) == plan.rows for _, indices in steps)
-        there = [[i for i in indices if i >= 0] for _, indices in steps]
-        assert sorted(itertools.chain(*there)) == list(range(len(lengths)))
-        assert sum(len(row) < plan.rows for row in there) == (len(lengths) % plan.rows != 0)
-        for (width, _), row in zip(steps, there, strict=True):
-            # The narrowest width that holds the longest: rows that were moved on alone are not widened.
+        rows = [[i for i in indices if i >= 0] for _, indices in steps]
+        assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
+        assert sum(len(row) < plan.rows for row in rows) == (len(lengths) % plan.rows != 0)
+        for (width, _), row in zip(steps, rows, strict=True):
+            # The width fits the longest example, also in a batch of only narrower ones.
             assert width == min(w for w in plan.widths if w >= lengths[row].max())
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_only_batches_on_a_border_hold_examples_of_a_narrower_width(seed: int) -> None:
+def test_at_most_one_batch_per_border_mixes_widths(seed: int) -> None:
     plan, lengths = plan_of(seed)
     mixed = 0
     for width, indices in epoch_of(plan, 0):
@@ -53,7 +54,7 @@ def test_only_batches_on_a_border_hold_examples_of_a_narrower_width(seed: int) -
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_steps_are_the_same_whatever_was_asked_before(seed: int) -> None:
+def test_steps_do_not_depend_on_the_order_of_calls(seed: int) -> None:
     plan, lengths = plan_of(seed)
     steps = [epoch_of(plan, epoch) for epoch in range(4)]
     flat = list(itertools.chain(*steps))
@@ -63,59 +64,59 @@ def test_steps_are_the_same_whatever_was_asked_before(seed: int) -> None:
         assert (width, indices.tolist()) == flat[number]
 
 
-def test_epochs_and_seeds_differ_and_an_evaluation_does_not() -> None:
+def test_only_shuffled_epochs_differ() -> None:
     lengths = lengths_of(3)
     widths = bucket_widths(lengths, most=3)
     plans = [BatchPlan(lengths, rows=4, widths=widths, shuffle=True, seed=seed) for seed in (0, 1)]
     epochs = [epoch_of(plan, epoch) for plan in plans for epoch in (0, 1)]
     assert all(a != b for a, b in itertools.combinations(epochs, 2))
-    # Who stands beside whom changes too, not only the order of the batches.
-    together = [{frozenset(row) for _, row in epoch} for epoch in epochs]
-    assert all(a != b for a, b in itertools.combinations(together, 2))
+    # The batches have other examples, and not only another order.
+    batches = [{frozenset(row) for _, row in epoch} for epoch in epochs]
+    assert all(a != b for a, b in itertools.combinations(batches, 2))
     evaluation = BatchPlan(lengths, rows=4, widths=widths, shuffle=False)
     assert epoch_of(evaluation, 0) == epoch_of(evaluation, 7)
     order = [lengths[i] for _, row in epoch_of(evaluation, 0) for i in row if i >= 0]
     assert order == sorted(lengths, reverse=True)
 
 
-def test_batches_of_all_widths_are_shuffled() -> None:
+def test_shuffles_batches_of_all_widths() -> None:
     lengths = np.repeat([8, 16, 24, 32], 100)
     plan = BatchPlan(lengths, rows=4, widths=(8, 16, 24, 32), shuffle=True)
     widths = [width for width, _ in epoch_of(plan, 0)]
     assert sorted(widths) == [8] * 25 + [16] * 25 + [24] * 25 + [32] * 25
     assert np.count_nonzero(np.diff(widths)) > 50
-    alike = BatchPlan(np.full(39, 8), rows=4, widths=(8,), shuffle=True)
-    partial = {[row.count(-1) for _, row in epoch_of(alike, epoch)].index(1) for epoch in range(20)}
+    one_width = BatchPlan(np.full(39, 8), rows=4, widths=(8,), shuffle=True)
+    partial = {[row.count(-1) for _, row in epoch_of(one_width, epoch)].index(1) for epoch in range(20)}
     assert len(partial) > 3
 
 
-def test_threads_that_come_to_an_epoch_together_get_the_same() -> None:
+def test_threads_share_a_new_epoch() -> None:
     plan, _ = plan_of(8)
-    cut, epochs = plan._cut, []
+    plan_epoch, epochs = plan._plan_epoch, []
 
-    def slow_cut(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def slow(epoch: int) -> tuple[np.ndarray, np.ndarray]:
         epochs.append(epoch)
         time.sleep(0.05)
-        return cut(epoch)
+        return plan_epoch(epoch)
 
-    plan._cut = slow_cut  # type: ignore[method-assign]
+    plan._plan_epoch = slow  # type: ignore[method-assign]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(plan.step, range(8)))
     assert epochs == [0]
-    plan._cut = cut  # type: ignore[method-assign]
+    plan._plan_epoch = plan_epoch  # type: ignore[method-assign]
     numbers = list(range(plan.steps_per_epoch * 3)) * 4
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda number: plan.step(number)[1].tolist(), numbers))
-    assert answers == [plan.step(number)[1].tolist() for number in numbers]
+        steps = list(pool.map(lambda number: plan.step(number)[1].tolist(), numbers))
+    assert steps == [plan.step(number)[1].tolist() for number in numbers]
     assert len(plan._epochs) == 2
 
 
-def test_a_plan_is_not_for_writing() -> None:
+def test_steps_are_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
         plan_of(1)[0].step(0)[1][0] = 3
 
 
-def test_what_makes_no_plan_is_told() -> None:
+def test_rejects_arguments_without_a_plan() -> None:
     with pytest.raises(
         ValueError, match=r"2 of 3 examples are longer than the widest batch, 16 tokens .* 40"
     ):
@@ -128,7 +129,7 @@ def test_what_makes_no_plan_is_told() -> None:
         plan_of(1)[0].step(-1)
 
 
-def test_a_permutation_is_the_one_that_every_release_gives() -> None:
+def test_a_permutation_never_changes() -> None:
     assert permutation(8, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
     assert sorted(permutation(1000, 1, 2)) == list(range(1000))
     assert permutation(50, 1, 2).tolist() != permutation(50, 2, 1).tolist()
@@ -147,7 +148,7 @@ def test_no_other_widths_pad_less(seed: int) -> None:
     assert len(widths) <= most
     assert list(widths) == sorted(set(widths))
     assert all(w % multiple == 0 for w in widths)
-    last = -(-lengths.max() // multiple) * multiple
+    last = round_up(int(lengths.max()), multiple)
     assert widths[-1] == last
     candidates = np.unique(-(-lengths // multiple) * multiple)[:-1]
     best = min(
@@ -158,16 +159,16 @@ def test_no_other_widths_pad_less(seed: int) -> None:
     assert padded(lengths, widths) == best
 
 
-def test_widths_of_no_examples_are_refused() -> None:
+def test_rejects_widths_of_no_examples() -> None:
     with pytest.raises(ValueError, match="no examples"):
         bucket_widths(np.array([], int))
 
 
 @pytest.mark.slow
-def test_a_million_examples_are_planned_at_once() -> None:
+def test_plans_a_million_examples_in_seconds() -> None:
     lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1.5, 1_000_000).astype(int) + 1, 131072)
-    begin = time.process_time()
+    start = time.process_time()
     widths = bucket_widths(lengths)
     plan = BatchPlan(lengths, rows=64, widths=widths, shuffle=True)
     plan.step(plan.steps_per_epoch)
-    assert time.process_time() - begin < 10
+    assert time.process_time() - start < 10

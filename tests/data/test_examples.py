@@ -1,4 +1,4 @@
-"""The flat arrays hold what was gathered; splits share every class; a fingerprint knows its contents."""
+"""Examples return what was gathered, split each class alike, and have a fingerprint of their contents."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -64,7 +64,7 @@ def check_holds(gathered: Examples, expected: list[Example]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "class", "numbers", "tokens"])
-def test_what_was_gathered_is_held(kind: str) -> None:
+def test_returns_the_gathered_examples(kind: str) -> None:
     examples = labelled(kind)
 
     def one_by_one() -> Iterator[Example]:
@@ -82,7 +82,7 @@ def test_what_was_gathered_is_held(kind: str) -> None:
         assert (gathered.labels.dtype, gathered.labels.shape) == (np.float32, (60, 4))
 
 
-def test_a_subset_shares_the_flat_arrays_and_nobody_writes_them() -> None:
+def test_a_subset_shares_the_read_only_flat_arrays() -> None:
     gathered = Examples.gather(labelled("tokens"))
     subset = gathered.subset(np.array([7, 2]))
     assert np.shares_memory(subset.input_ids(0), gathered.flat_input_ids)
@@ -92,7 +92,7 @@ def test_a_subset_shares_the_flat_arrays_and_nobody_writes_them() -> None:
         gathered.token_labels(0)[0] = 1
 
 
-def test_nothing_gathered_is_a_set_of_none() -> None:
+def test_gathers_no_examples() -> None:
     gathered = Examples.gather([])
     assert len(gathered) == 0
     assert gathered.fingerprint() == Examples.gather([]).fingerprint()
@@ -105,24 +105,27 @@ ONE = example([1, 2], 0)
     ("second", "message"),
     [
         (example([], 0, line=2), r"train.csv, line 2 has no tokens"),
-        (example([1], [0.5], line=2), r"train.csv, line 2 has 1 numbers as labels; .* have one class"),
+        (
+            example([1], [0.5], line=2),
+            r"train.csv, line 2 has 1 numbers as labels; earlier examples have one class",
+        ),
         (example([1], None, line=2), r"train.csv, line 2 has no labels; .* have one class"),
         (example([1], 0, line=2, firsts=[True]), r"one class and marked words; .* have one class"),
     ],
 )
-def test_an_example_unlike_those_before_is_named(second: Example, message: str) -> None:
+def test_names_an_example_of_another_form(second: Example, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Examples.gather([ONE, second])
 
 
-def test_labels_of_another_size_are_named() -> None:
+def test_names_labels_of_another_size() -> None:
     with pytest.raises(ValueError, match=r"line 1 has 3 labels; expected one for each of its 2 tokens"):
         Examples.gather([example([1, 2], [0, 1, 2])])
     with pytest.raises(ValueError, match=r"line 1 has 1 marks .* one for each of its 2 tokens"):
         Examples.gather([example([1, 2], [0, 1], firsts=[True])])
-    with pytest.raises(ValueError, match=r"has 3 numbers as labels; the examples before it have 2 numbers"):
+    with pytest.raises(ValueError, match=r"has 3 numbers as labels; earlier examples have 2 numbers"):
         Examples.gather([example([1], [0.0, 1.0]), example([1], [0.0, 1.0, 1.0])])
-    with pytest.raises(ValueError, match=r"train.csv, line 1 has no labels of tokens"):
+    with pytest.raises(ValueError, match=r"train.csv, line 1 has no labels for its tokens"):
         Examples.gather([ONE, example([4], 1)]).token_labels(1)
 
 
@@ -146,7 +149,7 @@ def test_a_split_is_disjoint_ordered_and_repeatable(kind: str, fraction: float) 
         assert lines(whole.split(fraction, 4)[1]) != lines(validation)
 
 
-def test_a_split_takes_the_same_share_of_every_class() -> None:
+def test_a_split_takes_the_same_fraction_of_every_class() -> None:
     counts = {0: 1000, 1: 100, 2: 9, 3: 1}
     labels = np.repeat(list(counts), list(counts.values()))
     np.random.default_rng(0).shuffle(labels)
@@ -162,7 +165,7 @@ def test_a_split_takes_the_same_share_of_every_class() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_splits_of_any_classes_have_their_size_and_leave_one_of_each(seed: int) -> None:
+def test_splits_leave_one_of_each_class(seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, rng.integers(1, 30), rng.integers(30, 200))
     whole = Examples.gather(example([1], int(x), line=i) for i, x in enumerate(labels))
@@ -174,7 +177,7 @@ def test_splits_of_any_classes_have_their_size_and_leave_one_of_each(seed: int) 
     assert set(train.labels.tolist()) == set(kinds.tolist())
 
 
-def test_what_was_made_of_one_row_stays_together() -> None:
+def test_a_split_keeps_the_examples_of_a_row_together() -> None:
     parts = [
         Example([1], [1], Place(file, line))
         for file in ("a.txt", "b.txt")
@@ -190,26 +193,26 @@ def test_what_was_made_of_one_row_stays_together() -> None:
     assert of_files[0] != of_files[1]  # lines of one number in two files are two rows
 
 
-def test_a_split_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="none of 2 rows can be set aside"):
+def test_rejects_an_impossible_split() -> None:
+    with pytest.raises(ValueError, match="none of 2 rows can be used for validation"):
         Examples.gather([ONE, example([1], 1, line=2)]).split(0.5, 0)
-    with pytest.raises(ValueError, match="none of 1 rows can be set aside"):
+    with pytest.raises(ValueError, match="none of 1 rows can be used for validation"):
         Examples.gather([example([1]), example([2])]).split(0.5, 0)
-    with pytest.raises(ValueError, match="none of 0 rows can be set aside"):
+    with pytest.raises(ValueError, match="none of 0 rows can be used for validation"):
         Examples.gather([]).split(0.5, 0)
     for fraction in (0.0, 1.0, 1.5):
-        with pytest.raises(ValueError, match=f"fraction={fraction} .* expected between 0 and 1"):
+        with pytest.raises(ValueError, match=f"fraction={fraction} .* expected a number between 0 and 1"):
             Examples.gather([ONE, ONE]).split(fraction, 0)
 
 
 @pytest.mark.parametrize("kind", ["none", "class", "numbers", "tokens"])
-def test_a_fingerprint_is_of_the_contents_and_their_order(kind: str) -> None:
+def test_a_fingerprint_depends_on_the_contents_and_their_order(kind: str) -> None:
     examples = labelled(kind)
     whole = Examples.gather(examples)
     assert whole.fingerprint() == Examples.gather(examples).fingerprint()
     moved = [replace(x, place=Place("elsewhere.csv", 1)) for x in examples]
     assert Examples.gather(moved).fingerprint() == whole.fingerprint()
-    # A subset is read from the flat arrays in pieces, and is the same as if it had been gathered.
+    # A subset reads the flat arrays in pieces, and equals one that was gathered in this order.
     order = np.random.default_rng(1).permutation(60)[:40]
     order[10:20] = np.arange(10, 20)
     subset = whole.subset(order)
@@ -234,7 +237,7 @@ def test_a_fingerprint_is_of_the_contents_and_their_order(kind: str) -> None:
     assert len(others) == size
 
 
-def test_a_fingerprint_tells_where_examples_end() -> None:
+def test_a_fingerprint_depends_on_where_examples_end() -> None:
     together = Examples.gather([example([1, 2]), example([3])])
     apart = Examples.gather([example([1]), example([2, 3])])
     assert together.fingerprint() != apart.fingerprint()

@@ -1,4 +1,4 @@
-"""Batches in the plan's order with what the plan says in them; resumed, shared out, and let go."""
+"""Loading batches: their contents and order, resuming, several processes, and the end of threads."""
 
 import gc
 import itertools
@@ -23,7 +23,7 @@ PAD = 31999
 def examples_of(kind: str, count: int = 23, seed: int = 0) -> Examples:
     rng = np.random.default_rng(seed)
 
-    def made(i: int) -> Example:
+    def example(i: int) -> Example:
         length = int(rng.integers(1, 40))
         labels: dict[str, Any] = {
             "none": None,
@@ -33,7 +33,7 @@ def examples_of(kind: str, count: int = 23, seed: int = 0) -> Examples:
         }
         return Example(rng.integers(0, 1000, length).tolist(), labels[kind], Place("train.csv", i + 1))
 
-    return Examples.gather(made(i) for i in range(count))
+    return Examples.gather(example(i) for i in range(count))
 
 
 def plan_of(examples: Examples | PackedExamples, rows: int = 4, shuffle: bool = True) -> BatchPlan:
@@ -59,7 +59,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def check_batch(batch: Batch, examples: Examples | PackedExamples, plan: BatchPlan) -> None:
-    """What stands in every place, token by token."""
+    """Compares a batch with the plan, token by token."""
     width, indices = plan.step(batch.step)
     assert batch.width == width
     assert batch.indices.tolist() == indices.tolist()
@@ -78,7 +78,7 @@ def check_batch(batch: Batch, examples: Examples | PackedExamples, plan: BatchPl
 
 @pytest.mark.parametrize("kind", ["none", "class", "numbers", "tokens", "packed"])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_batches_hold_what_the_plan_says(kind: str, shuffle: bool) -> None:
+def test_batches_follow_the_plan(kind: str, shuffle: bool) -> None:
     examples = packed_of() if kind == "packed" else examples_of(kind)
     plan = plan_of(examples, shuffle=shuffle)
     stop = plan.steps_per_epoch * 2 + 1
@@ -101,7 +101,7 @@ def test_batches_hold_what_the_plan_says(kind: str, shuffle: bool) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_it_goes_on_from_every_state(threads: int) -> None:
+def test_resumes_from_every_state(threads: int) -> None:
     examples = examples_of("class")
     plan = plan_of(examples)
     stop = plan.steps_per_epoch * 2 + 1
@@ -112,28 +112,28 @@ def test_it_goes_on_from_every_state(threads: int) -> None:
     whole = list(loader())
     for taken in range(stop + 1):
         first = loader()
-        begun = list(itertools.islice(first, taken))
+        batches = list(itertools.islice(first, taken))
         state = json.loads(json.dumps(first.get_state()))
         first.close()
-        # Another process resumes, whose own beginning no longer counts, before or after it has begun.
+        # Another loader resumes, whatever its own start is, before or after its first batch.
         second = loader(start=min(2, stop))
         if taken % 2:
             next(second)
         second.set_state(state)
         rest = list(second)
-        assert all(map(same, [*begun, *rest], whole)), taken
-        assert len(begun) + len(rest) == len(whole)
+        assert all(map(same, [*batches, *rest], whole)), taken
+        assert len(batches) + len(rest) == len(whole)
         assert all(map(same, loader(start=taken), whole[taken:])), taken
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 6])
 @pytest.mark.parametrize("kind", ["class", "packed"])
-def test_processes_together_make_the_whole_batch(kind: str, processes: int) -> None:
+def test_processes_make_their_rows_of_the_batch(kind: str, processes: int) -> None:
     examples = packed_of(60) if kind == "packed" else examples_of(kind)
     plan = plan_of(examples, rows=6)
     stop = plan.steps_per_epoch
     whole = list(load(examples, plan, pad_token_id=PAD, stop=stop))
-    # Rows of the processes as a mesh may have them: not one after the other.
+    # A mesh may give a process rows that are not consecutive.
     shares = [np.arange(6)[process::processes][::-1] for process in range(processes)]
     parts = [
         list(load(examples, plan_of(examples, rows=6), pad_token_id=PAD, stop=stop, local_rows=share))
@@ -149,7 +149,7 @@ def test_processes_together_make_the_whole_batch(kind: str, processes: int) -> N
                 assert np.array_equal(array, batch.arrays[name][share])
 
 
-def test_without_a_stop_it_goes_on() -> None:
+def test_never_stops_by_default() -> None:
     examples = examples_of("none")
     plan = plan_of(examples)
     far = plan.steps_per_epoch * 1_000_000
@@ -165,7 +165,7 @@ def waiting_threads() -> list[str]:
 
 
 def check_no_thread_is_left() -> None:
-    """A thread ends a moment after it was told to."""
+    """Waits, as a thread ends shortly after the request."""
     deadline = time.monotonic() + 5
     while waiting_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -173,7 +173,7 @@ def check_no_thread_is_left() -> None:
 
 
 class Failing:
-    """Examples of which one cannot be read."""
+    """Examples, one of which cannot be read."""
 
     labels = None
     columns = ("input_ids",)
@@ -192,7 +192,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_an_error_in_a_thread_says_where(threads: int) -> None:
+def test_an_error_in_a_thread_names_the_row(threads: int) -> None:
     examples = examples_of("none")
     plan = plan_of(examples)
     step = next(i for i in range(plan.steps_per_epoch) if 7 in plan.step(i)[1])
@@ -204,7 +204,7 @@ def test_an_error_in_a_thread_says_where(threads: int) -> None:
     with pytest.raises(RuntimeError, match=message) as caught:
         next(loader)
     assert isinstance(caught.value.__cause__, OSError)
-    # The batch that failed is still the next one, and no other comes in its place.
+    # The batch that failed is still the next one, and is not skipped.
     assert loader.get_state()["next_index"] == step
     with pytest.raises(ValueError, match="closed"):
         next(loader)
@@ -212,32 +212,32 @@ def test_an_error_in_a_thread_says_where(threads: int) -> None:
     check_no_thread_is_left()
 
 
-def test_no_thread_is_left() -> None:
+def test_leaves_no_thread() -> None:
     examples = examples_of("none")
     plan = plan_of(examples)
 
-    def begun(**options: Any) -> Any:
+    def started(**options: Any) -> Any:
         loader = load(examples, plan, pad_token_id=PAD, **options)
         next(loader)
         return loader
 
     check_no_thread_is_left()
-    gc.disable()  # so that nothing but the last reference ends them
+    gc.disable()  # so that only the last reference ends them
     try:
-        closed = begun()
+        closed = started()
         assert waiting_threads()
         closed.close()
         closed.close()
         check_no_thread_is_left()
 
-        ended = begun(stop=3)
+        ended = started(stop=3)
         assert waiting_threads()
         assert len(list(ended)) == 2
         assert next(ended, None) is None
         assert ended.get_state()["next_index"] == 3
         check_no_thread_is_left()
 
-        dropped = begun()
+        dropped = started()
         assert waiting_threads()
         del dropped
         check_no_thread_is_left()
@@ -245,29 +245,29 @@ def test_no_thread_is_left() -> None:
         gc.enable()
 
 
-def test_batches_are_made_ahead() -> None:
+def test_makes_batches_ahead() -> None:
     examples = examples_of("none")
     plan = plan_of(examples)
     loader = load(examples, plan, pad_token_id=PAD, prefetch=3)
-    asked: list[int] = []
+    steps: list[int] = []
     step = plan.step
-    plan.step = lambda number: (asked.append(number), step(number))[1]  # type: ignore[method-assign]
+    plan.step = lambda number: (steps.append(number), step(number))[1]  # type: ignore[method-assign]
     next(loader)
     deadline = time.monotonic() + 5
-    while len(asked) < 4 and time.monotonic() < deadline:
+    while len(steps) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert sorted(asked) == [0, 1, 2, 3]
+    assert sorted(steps) == [0, 1, 2, 3]
     loader.close()
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3)])
-def test_no_batches_between_such_steps(start: int, stop: int) -> None:
+def test_rejects_a_bad_range_of_steps(start: int, stop: int) -> None:
     examples = examples_of("none")
     with pytest.raises(ValueError, match=f"batches from step {start} to {stop}"):
         load(examples, plan_of(examples), pad_token_id=PAD, start=start, stop=stop)
 
 
-def test_a_state_behind_the_end_is_refused() -> None:
+def test_rejects_a_state_after_the_end() -> None:
     examples = examples_of("none")
     loader = load(examples, plan_of(examples), pad_token_id=PAD, stop=3)
     with pytest.raises(IndexError, match="out of range"):

@@ -1,4 +1,4 @@
-"""Packed rows: full, never too long, each example as if it stood alone."""
+"""Packed rows are full and never too long, and keep their examples apart."""
 
 import time
 
@@ -17,20 +17,20 @@ def check_packing(rows: list[np.ndarray], lengths: np.ndarray, width: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_every_example_is_in_one_row_that_holds_it(seed: int) -> None:
+def test_packs_every_example_once(seed: int) -> None:
     rng = np.random.default_rng(seed)
     width = int(rng.integers(1, 100))
     lengths = rng.integers(1, width + 1, rng.integers(1, 200))
     rows = pack(lengths, width)
     check_packing(rows, lengths, width)
-    # No two rows could have been one: the longest-first rules leave at most one less than half full.
+    # No two rows fit into one, so at most one row is less than half full.
     assert sum(lengths[row].sum() * 2 <= width for row in rows) <= 1
     assert [row.tolist() for row in pack(lengths, width)] == [row.tolist() for row in rows]
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_each_example_goes_where_it_fits_tightest(seed: int) -> None:
-    """The same totals as best fit decreasing done example by example."""
+def test_packs_by_best_fit_decreasing(seed: int) -> None:
+    """Compares the lengths of rows with best fit decreasing, example by example."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 41, 150)
     totals: list[int] = []
@@ -45,7 +45,7 @@ def test_each_example_goes_where_it_fits_tightest(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("mean", "width"), [(4.5, 2048), (5.5, 2048), (6.0, 4096), (7.0, 8192)])
-def test_rows_of_realistic_lengths_are_full(mean: float, width: int) -> None:
+def test_fills_rows_of_realistic_lengths(mean: float, width: int) -> None:
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(mean, 0.8, 5000).astype(int) + 1, width)
     rows = pack(lengths, width)
@@ -54,7 +54,7 @@ def test_rows_of_realistic_lengths_are_full(mean: float, width: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_groups_share_no_row(seed: int) -> None:
+def test_groups_never_share_a_row(seed: int) -> None:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 30, 100)
     groups = (lengths > 12).astype(int)
@@ -64,7 +64,7 @@ def test_groups_share_no_row(seed: int) -> None:
     assert any(len(np.unique(groups[row])) == 2 for row in pack(lengths, 64))
 
 
-def test_what_cannot_be_packed_is_told() -> None:
+def test_rejects_lengths_that_cannot_be_packed() -> None:
     with pytest.raises(ValueError, match=r"1 of 3 examples .* rows of 8 tokens \(lengths are 2 to 9\)"):
         pack(np.array([2, 9, 8]), 8)
     with pytest.raises(ValueError, match=r"1 of 2 examples .* expected 1 to 8 tokens"):
@@ -79,7 +79,7 @@ def examples_of(tokens: list[list[int]], labels: list[list[int]] | None = None) 
     )
 
 
-def test_a_row_is_its_examples_one_after_the_other() -> None:
+def test_a_row_concatenates_its_examples() -> None:
     examples = examples_of([[5, 6, 7], [8], [9, 10]], [[5, -100, 7], [8], [9, 10]])
     packed = PackedExamples(examples, [np.array([0, 2]), np.array([1])])
     assert (len(packed), packed.lengths.tolist()) == (2, [5, 1])
@@ -98,12 +98,12 @@ def test_a_row_is_its_examples_one_after_the_other() -> None:
     assert examples.token_labels(0).tolist() == [5, -100, 7]
 
 
-def test_rows_are_packed_of_token_labels_only() -> None:
-    with pytest.raises(ValueError, match="no labels of tokens"):
+def test_rejects_examples_without_token_labels() -> None:
+    with pytest.raises(ValueError, match="no labels for tokens"):
         PackedExamples(examples_of([[1]]), [np.array([0])])
 
 
-def test_a_fingerprint_knows_tokens_and_packing() -> None:
+def test_a_fingerprint_depends_on_tokens_and_packing() -> None:
     examples = examples_of([[5, 6, 7], [8], [9, 10]], [[5, 6, 7], [8], [9, 10]])
     other = examples_of([[5, 6, 7], [8], [9, 11]], [[5, 6, 7], [8], [9, 10]])
     packings = ([[0, 2], [1]], [[2, 0], [1]], [[0], [2, 1]])
@@ -118,14 +118,14 @@ def test_a_fingerprint_knows_tokens_and_packing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [4096, 131072])
-def test_a_million_examples_are_packed_in_seconds(width: int) -> None:
+def test_packs_a_million_examples_in_seconds(width: int) -> None:
     rng = np.random.default_rng(0)
     for lengths in (
         rng.integers(1, width + 1, 1_000_000),
         np.minimum(rng.lognormal(6, 1.5, 1_000_000).astype(int) + 1, width),
     ):
-        begin = time.process_time()
+        start = time.process_time()
         rows = pack(lengths, width)
-        assert time.process_time() - begin < 10
+        assert time.process_time() - start < 10
         check_packing(rows, lengths, width)
         assert lengths.sum() / (len(rows) * width) >= 0.95

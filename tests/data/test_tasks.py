@@ -1,4 +1,4 @@
-"""Rows to examples: ids are those of transformers, labels stand where they should, faults have a place."""
+"""Encoding rows: ids and labels match transformers, and errors name the row."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -38,7 +38,7 @@ def row(**values: Any) -> Row:
 
 
 def write_tokenizer(folder: Path, *, surrounded: bool) -> Path:
-    """A byte-level vocabulary; `surrounded` texts have <s> in front and </s> behind."""
+    """Writes a byte-level tokenizer; a `surrounded` one puts texts between <s> and </s>."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def only(examples: list[Example]) -> Example:
 @pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("max_length", [9, 40, 512])
-def test_ids_of_texts_are_those_of_transformers(folder: Path, pair: bool, side: str, max_length: int) -> None:
+def test_matches_transformers_on_texts(folder: Path, pair: bool, side: str, max_length: int) -> None:
     theirs = TheirTokenizer(folder.name, folder, truncation_side=side)
     ours = Phi3Tokenizer.from_pretrained(folder, truncation_side=side)
     task = SequenceClassification("a", "b" if pair else None, label=None, max_length=max_length)
@@ -99,7 +99,7 @@ def test_ids_of_texts_are_those_of_transformers(folder: Path, pair: bool, side: 
         assert (example.labels, example.firsts) == (None, None)
 
 
-def test_one_label(plain: Phi3Tokenizer) -> None:
+def test_encodes_one_label(plain: Phi3Tokenizer) -> None:
     task = SequenceClassification(label="kind")
     rows = [
         row(text="a", kind=10),
@@ -113,12 +113,12 @@ def test_one_label(plain: Phi3Tokenizer) -> None:
     with pytest.raises(BadRowError, match=r"^rows\.csv, line 7: 'kind': label is missing"):
         task.encode(rows[3], plain, labels)
     with pytest.raises(
-        BadRowError, match=r"^rows\.csv, line 7: label '11' is not among the 2 known: '9', '10'"
+        BadRowError, match=r"^rows\.csv, line 7: label '11' is not one of the 2 labels: '9', '10'"
     ):
         task.encode(row(text="a", kind=11), plain, labels)
 
 
-def test_several_labels(plain: Phi3Tokenizer) -> None:
+def test_encodes_several_labels(plain: Phi3Tokenizer) -> None:
     task = SequenceClassification(
         label="tags", problem_type="multi_label_classification", label_separator=";"
     )
@@ -129,14 +129,14 @@ def test_several_labels(plain: Phi3Tokenizer) -> None:
     assert found == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     for tags, fault in (
         ("news;;old", "label is empty"),
-        ("olds", "'olds' is not among"),
+        ("olds", "'olds' is not one of"),
         (3, "expected a list"),
     ):
         with pytest.raises(BadRowError, match=fault):
             task.encode(row(text="a", tags=tags), plain, labels)
 
 
-def test_a_column_for_each_label(plain: Phi3Tokenizer) -> None:
+def test_encodes_a_column_for_each_label(plain: Phi3Tokenizer) -> None:
     task = SequenceClassification(label=("old", "new"), problem_type="multi_label_classification")
     labels = task.label_set([])
     assert labels.names == ("old", "new")
@@ -149,7 +149,7 @@ def test_a_column_for_each_label(plain: Phi3Tokenizer) -> None:
         task.encode(row(text="a", old=1), plain, labels)
 
 
-def test_numbers(plain: Phi3Tokenizer) -> None:
+def test_encodes_numbers(plain: Phi3Tokenizer) -> None:
     one = SequenceClassification(label="score", problem_type="regression")
     assert one.label_set([]).names == ("score",)
     assert only(one.encode(row(text="a", score="-2.5e1"), plain, Labels(("score",)))).labels == [-25.0]
@@ -158,7 +158,7 @@ def test_numbers(plain: Phi3Tokenizer) -> None:
     assert labels.names == ("score", "age")
     assert only(two.encode(row(text="a", score=1, age=" 2 "), plain, labels)).labels == [1.0, 2.0]
     for value in ("nan", "inf", float("nan"), 1e300, 10**400, "", "many", None, True, [1.0]):
-        with pytest.raises(BadRowError, match=r"'age' is .*expected a number that float32 holds"):
+        with pytest.raises(BadRowError, match=r"'age' is .*expected a finite float32 number"):
             two.encode(row(text="a", score=1, age=value), plain, labels)
 
 
@@ -172,13 +172,13 @@ def test_numbers(plain: Phi3Tokenizer) -> None:
         ({"sentence": "a", "label": 1}, "there is no column 'text'; the columns are 'sentence', 'label'"),
     ],
 )
-def test_texts_that_are_none(plain: Phi3Tokenizer, values: dict[str, Any], fault: str) -> None:
+def test_rejects_rows_without_text(plain: Phi3Tokenizer, values: dict[str, Any], fault: str) -> None:
     for task in (SequenceClassification(label=None), CausalLM()):
         with pytest.raises(BadRowError, match=rf"^rows\.csv, line 7: .*{fault}"):
             task.encode(Row(values, PLACE), plain, Labels(("x",)))
 
 
-def test_label_sets_of_nothing() -> None:
+def test_rejects_rows_without_labels() -> None:
     with pytest.raises(ValueError, match="the rows have no labels"):
         SequenceClassification().label_set([])
     with pytest.raises(ValueError, match="all rows have the label 'a'"):
@@ -192,7 +192,7 @@ def test_label_sets_of_nothing() -> None:
     assert CausalLM().label_set([]) is None  # type: ignore[func-returns-value]
 
 
-def test_settings_that_contradict() -> None:
+def test_rejects_contradicting_arguments() -> None:
     with pytest.raises(ValueError, match="problem_type='binary'; use one of 'single_label_classification'"):
         SequenceClassification(problem_type="binary")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="names several columns"):
@@ -201,7 +201,7 @@ def test_settings_that_contradict() -> None:
         CausalLM(max_length=1)
 
 
-def test_columns() -> None:
+def test_names_the_required_columns() -> None:
     assert SequenceClassification("a", "b", ("c", "d"), "regression").columns == ("a", "b", "c", "d")
     assert SequenceClassification(label=None).columns == ("text",)
     assert TokenClassification().columns == ("words", "labels")
@@ -235,7 +235,7 @@ def check_words(task: TokenClassification, folder: Path, side: str) -> None:
     example = only(task.encode(sentence(), ours, labels))
     assert example.input_ids == encoding["input_ids"]
     assert example.truncated == (len(whole["input_ids"]) > task.max_length)
-    if side == "right":  # cut at the left, the first piece that is left may be a later one of its word
+    if side == "right":  # on the left, truncation may remove the first piece of a word
         assert example.firsts == expected_firsts(word_ids)
     assert isinstance(example.labels, list)
     for first, label, word in zip(example.firsts or [], example.labels, word_ids, strict=True):
@@ -248,21 +248,21 @@ def check_words(task: TokenClassification, folder: Path, side: str) -> None:
 
 @pytest.mark.parametrize("all_pieces", [False, True])
 @pytest.mark.parametrize(("side", "max_length"), [("right", 512), ("right", 14), ("left", 14)])
-def test_words_as_transformers_has_them(folder: Path, all_pieces: bool, side: str, max_length: int) -> None:
+def test_matches_transformers_on_words(folder: Path, all_pieces: bool, side: str, max_length: int) -> None:
     task = TokenClassification(label_all_pieces=all_pieces, prefix_space=False, max_length=max_length)
     check_words(task, folder, side)
 
 
 @pytest.mark.parametrize("name", ["phi-3", "phi-3-mini"])
-def test_words_of_phi_3_as_transformers_has_them(shared_data: Callable[..., Path], name: str) -> None:
-    # Its words begin with a mark of their own, and are not given a space besides.
+def test_matches_transformers_on_words_of_phi_3(shared_data: Callable[..., Path], name: str) -> None:
+    # Its vocabulary marks the start of words, so no space is added.
     for prefix_space in (False, True):
         check_words(
             TokenClassification(prefix_space=prefix_space), shared_data("phi3-tokenizer", name), "right"
         )
 
 
-def test_words_with_the_space_of_running_text(folder: Path) -> None:
+def test_adds_the_space_of_running_text(folder: Path) -> None:
     tokenizer = Phi3Tokenizer.from_pretrained(folder)
     words = SENTENCES[0].split()
     example = only(TokenClassification(labels=None).encode(sentence(words), tokenizer, Labels(("x",))))
@@ -271,7 +271,7 @@ def test_words_with_the_space_of_running_text(folder: Path) -> None:
     assert sum(example.firsts or []) == len(words)
 
 
-def test_every_piece_continues_its_entity(plain: Phi3Tokenizer) -> None:
+def test_labels_all_pieces_of_a_word(plain: Phi3Tokenizer) -> None:
     task = TokenClassification(label_all_pieces=True)
     rows = [sentence(["Zürich"], ["B-city"])]
     labels = task.label_set(rows)
@@ -292,16 +292,16 @@ def test_every_piece_continues_its_entity(plain: Phi3Tokenizer) -> None:
         ("a b", ["O", "O"], "'words' is 'a b'; expected a list"),
         (["a"], "O", "'labels' is 'O'; expected a list of labels"),
         (["a"], [None], "'labels': label is missing"),
-        (["a"], ["B-x"], "label 'B-x' is not among"),
+        (["a"], ["B-x"], "label 'B-x' is not one of"),
         (["\ud800"], ["O"], "half a surrogate pair"),
     ],
 )
-def test_sentences_that_are_none(plain: Phi3Tokenizer, words: Any, labels: Any, fault: str) -> None:
+def test_rejects_bad_sentences(plain: Phi3Tokenizer, words: Any, labels: Any, fault: str) -> None:
     with pytest.raises(BadRowError, match=rf"^rows\.csv, line 7: {fault}|line 7: .*{fault}"):
         TokenClassification().encode(sentence(words, labels), plain, Labels(("O",)))
 
 
-def test_a_word_without_tokens_is_unknown(tmp_path: Path) -> None:
+def test_a_word_without_tokens_becomes_unk(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(write_tokenizer(tmp_path, surrounded=False) / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Replace("\u200b", "")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -317,12 +317,12 @@ def test_a_word_without_tokens_is_unknown(tmp_path: Path) -> None:
         task.encode(sentence(["\u200b"], ["O"]), Phi3Tokenizer.from_pretrained(tmp_path), Labels(("O",)))
 
 
-def test_no_room_for_words(folder: Path) -> None:
+def test_rejects_lengths_without_space_for_words(folder: Path) -> None:
     tokenizer = Phi3Tokenizer.from_pretrained(folder)
     least = len(tokenizer.encode("a"))
     assert TokenClassification(max_length=least).encode(sentence(), tokenizer, Labels(tuple(set(TAGS))))
     with pytest.raises(
-        ValueError, match=f"max_length={least - 1} leaves no room for words; use {least} or more"
+        ValueError, match=f"max_length={least - 1} leaves no space for words; use {least} or more"
     ):
         TokenClassification(max_length=least - 1).encode(sentence(), tokenizer, Labels(tuple(set(TAGS))))
 
@@ -330,7 +330,7 @@ def test_no_room_for_words(folder: Path) -> None:
 # Causal language models
 
 TURNS = "{% for m in messages %}"
-# What transformers counts stands between `generation` and `endgeneration`.
+# transformers labels the text between `generation` and `endgeneration`.
 TEMPLATES = {
     "end of turn": TURNS
     + "{% if m.role == 'assistant' %}{{ '<|assistant|>\n' }}{% generation %}{{ m.content + '<|end|>' }}"
@@ -350,7 +350,7 @@ TEMPLATES = {
     + "{% if m.role == 'assistant' %}{{ 'Bot:' }}{% generation %}{{ ' ' + m.content + '\n\n' }}"
     + "{% endgeneration %}{% else %}{{ m.role + ': ' + m.content + '\n\n' }}{% endif %}{% endfor %}"
     + "{% if add_generation_prompt %}{{ 'Bot:' }}{% endif %}",
-    # The space of the prompt becomes a part of the answer's first token.
+    # The last space of the prompt is a part of the answer's first token.
     "tokens across the border": TURNS
     + "{% if m.role == 'assistant' %}{{ 'Bot: ' }}{% generation %}{{ m.content + '\n' }}"
     + "{% endgeneration %}{% else %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
@@ -378,7 +378,7 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize("template", list(TEMPLATES))
-def test_answers_are_counted_as_transformers_marks_them(folder: Path, template: str) -> None:
+def test_matches_transformers_on_labels_of_answers(folder: Path, template: str) -> None:
     theirs = TheirTokenizer(folder.name, folder)
     ours = Phi3Tokenizer.from_pretrained(folder)
     ours.chat_template = TEMPLATES[template]
@@ -389,34 +389,36 @@ def test_answers_are_counted_as_transformers_marks_them(folder: Path, template: 
     }
     answers = theirs.ask("apply_chat_template", CONVERSATIONS, **options)
     for messages, whole in zip(CONVERSATIONS, answers, strict=True):
-        marked = [
-            token if counted else -100
-            for token, counted in zip(whole["input_ids"], whole["assistant_masks"], strict=True)
+        expected = [
+            token if labelled else -100
+            for token, labelled in zip(whole["input_ids"], whole["assistant_masks"], strict=True)
         ]
         example = only(CausalLM(messages="m").encode(row(m=messages), ours))
         assert example.input_ids == whole["input_ids"]
-        assert example.labels == marked
+        assert example.labels == expected
         assert not example.truncated
 
 
-def counted_texts(example: Example, tokenizer: Phi3Tokenizer) -> list[str]:
+def labelled_texts(example: Example, tokenizer: Phi3Tokenizer) -> list[str]:
     assert isinstance(example.labels, list)
     runs = groupby(example.labels, lambda label: label == -100)
     return [tokenizer.decode(list(run)) for ignored, run in runs if not ignored]
 
 
 @pytest.mark.parametrize("name", ["phi-3", "phi-3-mini"])
-def test_answers_of_phi_3s_own_templates(shared_data: Callable[..., Path], name: str) -> None:
+def test_labels_answers_of_phi_3_templates(shared_data: Callable[..., Path], name: str) -> None:
     tokenizer = Phi3Tokenizer.from_pretrained(shared_data("phi3-tokenizer", name))
     messages = say("Is it late?", "It isn't.", "Sure?", "Yes, I am.")
     example = only(CausalLM(messages="m").encode(row(m=messages), tokenizer))
     assert example.input_ids == tokenizer.apply_chat_template(messages)
-    first, second = counted_texts(example, tokenizer)
+    first, second = labelled_texts(example, tokenizer)
     assert first.strip() == "It isn't.<|end|>"
     assert second.strip() == "Yes, I am.<|end|>" + ("<|endoftext|>" if name == "phi-3-mini" else "")
 
 
-def test_published_templates(shared_data: Callable[..., Path], plain: Phi3Tokenizer) -> None:
+def test_labels_answers_of_published_templates(
+    shared_data: Callable[..., Path], plain: Phi3Tokenizer
+) -> None:
     files = sorted(shared_data("phi3-configs").glob("*/chat_template*.txt"))
     assert files
     messages = say("Is it late?", "It isn't.", "Sure?", "Yes, I am.", system=True)
@@ -424,21 +426,23 @@ def test_published_templates(shared_data: Callable[..., Path], plain: Phi3Tokeni
         plain.chat_template = file.read_text(encoding="utf-8")
         example = only(CausalLM(messages="m").encode(row(m=messages), plain))
         ends = ("<|end|>", "<|im_end|>", "<|end|></s>", "<|end|>\n</s>")
-        first, second = counted_texts(example, plain)
+        first, second = labelled_texts(example, plain)
         assert first in {f"It isn't.{end}" for end in ends[:2]}, file
         assert second in {f"Yes, I am.{end}" for end in ends}, file
 
 
-def test_long_conversations_are_cut_at_the_right(plain: Phi3Tokenizer) -> None:
+def test_truncates_long_conversations_on_the_right(plain: Phi3Tokenizer) -> None:
     plain.chat_template = TEMPLATES["end of turn"]
     messages = say("Is it late?", "It isn't.", "Sure?", "Yes, I am.")
     whole = only(CausalLM(messages="m").encode(row(m=messages), plain))
     assert isinstance(whole.labels, list)
-    begin = next(at for at, label in enumerate(whole.labels) if label != -100)
+    start = next(at for at, label in enumerate(whole.labels) if label != -100)
     for max_length in range(2, len(whole.input_ids) + 2):
         task = CausalLM(messages="m", max_length=max_length)
-        if max_length <= begin:
-            with pytest.raises(BadRowError, match=rf"begins within max_length={max_length}; it has"):
+        if max_length <= start:
+            with pytest.raises(
+                BadRowError, match=rf"starts within max_length={max_length}; the conversation has"
+            ):
                 task.encode(row(m=messages), plain)
             continue
         example = only(task.encode(row(m=messages), plain))
@@ -450,14 +454,14 @@ def test_long_conversations_are_cut_at_the_right(plain: Phi3Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [
-        (say("Hello?"), "messages have no answer of the assistant's"),
-        ([{"role": "assistant", "content": "Hi."}], "messages have no answer of the assistant's"),
+        (say("Hello?"), "messages have no answer of the assistant"),
+        ([{"role": "assistant", "content": "Hi."}], "messages have no answer of the assistant"),
         ([], "messages is empty"),
         ([{"content": "Hi."}], r"messages\[0\] has no role"),
         ("Hello?", "'m' is 'Hello\\?'; expected a list"),
     ],
 )
-def test_conversations_that_are_none(plain: Phi3Tokenizer, messages: Any, fault: str) -> None:
+def test_rejects_bad_conversations(plain: Phi3Tokenizer, messages: Any, fault: str) -> None:
     plain.chat_template = TEMPLATES["end of turn"]
     with pytest.raises(BadRowError, match=rf"^rows\.csv, line 7: {fault}"):
         CausalLM(messages="m").encode(row(m=messages), plain)
@@ -468,7 +472,7 @@ def test_conversations_that_are_none(plain: Phi3Tokenizer, messages: Any, fault:
     [
         (
             "{{ messages|length }}" + TEMPLATES["end of turn"],
-            r"prompt for messages\[1\] is not the beginning",
+            r"prompt for messages\[1\] is not a prefix",
         ),
         (
             TURNS + "{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}"
@@ -480,7 +484,7 @@ def test_conversations_that_are_none(plain: Phi3Tokenizer, messages: Any, fault:
         (None, "no chat template"),
     ],
 )
-def test_templates_that_answers_cannot_be_told_from(
+def test_rejects_templates_that_hide_the_answers(
     plain: Phi3Tokenizer, template: str | None, fault: str
 ) -> None:
     plain.chat_template = template
@@ -489,7 +493,7 @@ def test_templates_that_answers_cannot_be_told_from(
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 7, 1024])
-def test_long_texts_go_on_in_the_next_example(folder: Path, max_length: int) -> None:
+def test_long_texts_continue_in_the_next_example(folder: Path, max_length: int) -> None:
     tokenizer = Phi3Tokenizer.from_pretrained(folder)
     for text in [*SENTENCES, "The", "The old"]:
         examples = CausalLM(max_length=max_length).encode(row(text=text), tokenizer)
@@ -506,7 +510,7 @@ def test_long_texts_go_on_in_the_next_example(folder: Path, max_length: int) -> 
                 assert following.input_ids[0] == example.input_ids[-1]
 
 
-def test_a_text_that_nothing_predicts(tmp_path: Path) -> None:
+def test_rejects_a_text_of_one_token(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, surrounded=False)
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -514,20 +518,20 @@ def test_a_text_that_nothing_predicts(tmp_path: Path) -> None:
         CausalLM().encode(row(text="a"), Phi3Tokenizer.from_pretrained(tmp_path))
 
 
-def test_rows_to_examples(plain: Phi3Tokenizer) -> None:
-    def encoded(task: Task, rows: Iterable[Row], bad: BadRows) -> list[Example]:
+def test_encodes_rows_and_skips_bad_ones(plain: Phi3Tokenizer) -> None:
+    def encode(task: Task, rows: Iterable[Row], bad: BadRows) -> list[Example]:
         return list(encode_rows(task, rows, plain, labels, bad=bad))
 
     task = SequenceClassification()
     rows = [Row({"text": f"text {n}", "label": label}, Place("f", n)) for n, label in enumerate("abxba", 1)]
     labels = task.label_set([r for r in rows if r.values["label"] != "x"])
     bad = BadRows(skip=True)
-    examples = encoded(task, rows, bad)
+    examples = encode(task, rows, bad)
     assert [example.place.line for example in examples] == [1, 2, 4, 5]
     assert [example.labels for example in examples] == [0, 1, 1, 0]
     assert bad.count == 1
     with pytest.raises(BadRowError, match="f, line 3: label 'x'"):
-        encoded(task, rows, BadRows(skip=False))
-    parts = encoded(CausalLM(max_length=3), rows, bad)
+        encode(task, rows, BadRows(skip=False))
+    parts = encode(CausalLM(max_length=3), rows, bad)
     assert [part.place.line for part in parts] == sorted(part.place.line for part in parts)
     assert len(parts) > len(rows)
