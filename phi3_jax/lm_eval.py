@@ -63,9 +63,10 @@ class Phi3JaxLM(TemplateLM):
         if unknown := sorted(unused.keys() - {"device", "max_batch_size"}):
             raise UserError(f"phi3_jax takes no {', '.join(unknown)} in model_args")
         path: Path = default_model() if pretrained is None else resolve(pretrained)
-        config = None if rope is None else parse_rope(rope).config_to_save(open_checkpoint(path)[1])
+        checkpoint = open_checkpoint(path)
+        config = None if rope is None else parse_rope(rope).config_to_save(checkpoint.config)
         where = None if mesh is None else make_mesh(mesh.replace(";", ","))
-        pipeline = Pipeline.load(path, dtype=dtype, mesh=where, config=config)
+        pipeline = Pipeline.load(checkpoint, dtype=dtype, mesh=where, config=config)
         self._pipeline, self.tokenizer = pipeline, pipeline.tokenizer
         self._name = str(pretrained or path)
         self._scorer = Scorer(pipeline.compiled)

@@ -1,19 +1,17 @@
 """A checkpoint made ready to answer: model, tokenizer and end tokens from one path."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from phi3_jax.checkpoint import CheckpointError
-from phi3_jax.checkpoint.gguf import GGUFSource
+from phi3_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_model
-from phi3_jax.tokenizer import JsonBackend, Phi3Tokenizer
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 TURN_ENDS = ("<|end|>", "<|im_end|>", "<|endoftext|>")
 """Tokens that end an answer in the family, for checkpoints without a generation_config.json."""
@@ -28,7 +26,12 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, path: Path, *, dtype: Any, mesh: Mesh | None = None, config: Phi3Config | None = None
+        cls,
+        path: Path | Checkpoint,
+        *,
+        dtype: Any,
+        mesh: Mesh | None = None,
+        config: Phi3Config | None = None,
     ) -> "Pipeline":
         """Loads a directory in Hugging Face's layout or a GGUF file; `config` in place of its own.
 
@@ -37,35 +40,18 @@ class Pipeline:
         Raises:
             CheckpointError: the model cannot be loaded, or it comes without a tokenizer.
         """
-        tokenizer = load_tokenizer(path)
-        model = load_model(Phi3ForCausalLM, path, dtype=dtype, mesh=mesh, config=config)
+        checkpoint = open_checkpoint(path)
+        tokenizer = checkpoint.source.tokenizer()
+        model = load_model(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh, config=config)
         if len(tokenizer) > model.config.vocab_size:
             raise CheckpointError(
-                f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}; "
-                "they belong to different models"
+                f"{checkpoint.source.path}: the tokenizer has {len(tokenizer)} tokens and the model "
+                f"{model.config.vocab_size}; they belong to different models"
             )
         told = model.generation_config
         if told.eos_token_id is None or told.extra.get("_from_model_config"):
             model.generation_config = told.replace(eos_token_id=end_tokens(model, tokenizer))
         return cls(CompiledModel(model), tokenizer)
-
-
-def load_tokenizer(path: Path) -> Phi3Tokenizer:
-    """The tokenizer of a directory in Hugging Face's layout or of a GGUF file.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if path.suffix == ".gguf":
-        files = GGUFSource(path).tokenizer_files()
-        if "tokenizer.json" not in files:
-            raise CheckpointError(f"{path} holds no tokenizer")
-        backend = JsonBackend(json.dumps(files["tokenizer.json"]))
-        return Phi3Tokenizer(backend, _object(files.get("tokenizer_config.json")))
-    try:
-        return Phi3Tokenizer.from_pretrained(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def end_tokens(model: Phi3ForCausalLM, tokenizer: Phi3Tokenizer) -> list[int]:
@@ -74,8 +60,3 @@ def end_tokens(model: Phi3ForCausalLM, tokenizer: Phi3Tokenizer) -> list[int]:
     unknown = tokenizer.unk_token_id
     found = {token for token in named if token is not None and token != unknown}
     return sorted({*model.config.eos_token_ids, *found})
-
-
-def _object(content: Any) -> dict[str, Any]:
-    parsed = json.loads(content) if isinstance(content, str) else content
-    return dict(parsed or {})

@@ -1,11 +1,12 @@
-"""Checkpoint formats: safetensors and GGUF, their names and layouts, the Hub, conversion; no model."""
+"""Checkpoint formats: safetensors and GGUF, their names and layouts, the Hub, conversion. Builds no model."""
 
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.hub import resolve
-from phi3_jax.checkpoint.opening import open_checkpoint
+from phi3_jax.checkpoint.opening import Checkpoint, open_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
     "TensorSource",
     "convert_checkpoint",

@@ -1,18 +1,29 @@
-"""The tokenizer in a GGUF file's metadata: its vocabulary, and the rules that its name stands for."""
+"""Builds the tokenizer of a GGUF file from its vocabulary and the name of its splitting rules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from phi3_jax.checkpoint.source import CheckpointError
 
 Metadata = Callable[..., Any]
-"""Gives the value of a metadata key, or None (or the default given) where the file lacks it."""
+"""Returns the value of a metadata key, or None (or the given default) where the file lacks it."""
+
+
+class TokenType(IntEnum):
+    """The values of tokenizer.ggml.token_type."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -24,7 +35,7 @@ _GPT4O_SPLIT = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> the pattern that cuts text into words. phi-4 is "dbrx", phi-4-mini "gpt-4o".
+# By tokenizer.ggml.pre, the pattern that cuts text into words. phi-4 is "dbrx", phi-4-mini "gpt-4o".
 SPLITS = {
     "llama-bpe": _LLAMA3_SPLIT,
     "llama3": _LLAMA3_SPLIT,
@@ -34,13 +45,13 @@ SPLITS = {
 }
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _END_TOKENS = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
-# Of Phi-3's SentencePiece tokens, those that leave the white space to their right alone.
+# The only special tokens of Phi-3's SentencePiece model that keep the white space after them.
 _PHI3_KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer.ggml.* keys of a file, by what they mean."""
+    """A GGUF file's vocabulary: the meanings of its tokenizer.ggml.* keys."""
 
     path: Path
     model: str  # "gpt2": byte-level BPE; "llama": SentencePiece
@@ -58,7 +69,11 @@ class Vocabulary:
 
     @classmethod
     def of(cls, path: Path, metadata: Metadata) -> "Vocabulary | None":
-        """The vocabulary of the file at `path`; None if it has none. Raises CheckpointError."""
+        """Returns the vocabulary of the file at `path`, or None if it has none.
+
+        Raises:
+            CheckpointError: its kind is not supported, or its parts do not fit together.
+        """
 
         def get(key: str, default: Any = None) -> Any:
             return metadata(f"tokenizer.ggml.{key}", default)
@@ -92,17 +107,17 @@ class Vocabulary:
             scores=get("scores"),
             merges=get("merges"),
             special={name: tokens[i] for name, i in found.items() if i is not None},
-            # llama.cpp's defaults where a file does not say.
+            # The defaults are llama.cpp's.
             add_bos=get("add_bos_token", model == "llama" or pre in _LLAMA3_NAMES),
             add_eos=get("add_eos_token", False),
             space_prefix=get("add_space_prefix", True),
-            # A GGUF cannot say which tokens swallow white space; llama.cpp too goes by the model.
+            # No key says which tokens remove the white space after them; llama.cpp too decides by the model.
             right_strip=model == "llama" and metadata("general.architecture") == "phi3",
             chat_template=metadata("tokenizer.chat_template"),
         )
 
     def added_tokens(self) -> dict[int, AddedToken]:
-        """Control, unknown and user-defined tokens, found in the text as they stand, before any splitting."""
+        """Returns the tokens that are cut out of a text before any splitting, by id."""
         kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
         ids = self._vocab()
         return {
@@ -117,7 +132,7 @@ class Vocabulary:
         }
 
     def tokenizer(self) -> Tokenizer:
-        """The `tokenizers` tokenizer that gives llama.cpp's ids."""
+        """Builds the `tokenizers` tokenizer that gives llama.cpp's ids."""
         tokenizer = self._byte_level() if self.model == "gpt2" else self._sentencepiece()
         for token in self.added_tokens().values():
             (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
@@ -133,7 +148,7 @@ class Vocabulary:
         return tokenizer
 
     def tokenizer_config(self, context: int) -> dict[str, Any]:
-        """tokenizer_config.json as transformers reads it."""
+        """Returns the contents of tokenizer_config.json as transformers reads it."""
         fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -153,7 +168,7 @@ class Vocabulary:
         return config
 
     def end_tokens(self) -> list[int]:
-        """Ids of the tokens with which this model's chat template closes a turn."""
+        """Returns the ids of the tokens with which this model's chat template ends a turn."""
         template = self.chat_template or ""
         kinds = (TokenType.CONTROL, TokenType.USER_DEFINED)
         return [
@@ -163,7 +178,7 @@ class Vocabulary:
         ]
 
     def _vocab(self) -> dict[str, int]:
-        """Token -> id without the unused tail that pads an embedding; of equal tokens the first counts."""
+        """Returns each token's id, without the unused tokens at the end; of equal tokens the first counts."""
         last = max((i for i, kind in enumerate(self.types) if kind != TokenType.UNUSED), default=-1)
         vocab: dict[str, int] = {}
         for i, token in enumerate(self.tokens[: last + 1]):
@@ -195,7 +210,7 @@ class Vocabulary:
                 f"{self.path}: tokenizer.ggml.pre {self.pre!r} is not supported; supported: {known}. "
                 "Take tokenizer.json from the original model instead"
             )
-        # Llama 3 takes a word that is in the vocabulary whole, whatever its merges say.
+        # Llama 3 never splits a word that is in the vocabulary, whatever its merges are.
         tokenizer = self._bpe(merges, ignore_merges=self.pre in _LLAMA3_NAMES)
         tokenizer.pre_tokenizer = splitter
         tokenizer.decoder = decoders.ByteLevel()
@@ -228,7 +243,7 @@ class Vocabulary:
         return tokenizer
 
     def _merges_by_score(self) -> list[tuple[str, str]]:
-        """SentencePiece joins the pair whose piece scores best: every piece's splits, best piece first."""
+        """Returns every split of every piece, best piece first: the order in which SentencePiece merges."""
         if self.scores is None:
             raise CheckpointError(f"{self.path}: the metadata lacks 'tokenizer.ggml.scores'")
         pieces = {
@@ -246,7 +261,10 @@ class Vocabulary:
 
 
 def generation_config(metadata: Metadata, vocabulary: Vocabulary | None) -> dict[str, Any]:
-    """generation_config.json: every id that ends a turn, for the config's eos alone often never comes."""
+    """Returns the contents of generation_config.json with every id that ends a turn.
+
+    Many models never generate the eos token of the config.
+    """
     keys = ("eos", "eot", "eom")
     ends = [metadata(f"tokenizer.ggml.{key}_token_id") for key in keys]
     ends += vocabulary.end_tokens() if vocabulary else []

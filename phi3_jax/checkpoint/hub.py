@@ -1,19 +1,9 @@
-"""From a model's name to its path: a local directory, a .gguf file, or a repository on the Hub."""
+"""Finds a model by its name: a local directory, a .gguf file, or a repository on the Hub."""
 
 import errno
 import os
 import re
 from pathlib import Path
-
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from phi3_jax.checkpoint.source import CheckpointError
 
@@ -33,10 +23,13 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local directory or .gguf file of a model, fetched from the Hub first where the name is `org/name`.
+    """Returns the local directory or .gguf file of a model; fetches a model called `org/name` from the Hub.
 
     Cache, endpoint, token and offline mode are huggingface_hub's own (HF_HOME, HF_ENDPOINT, HF_TOKEN,
-    HF_HUB_OFFLINE). Raises CheckpointError.
+    HF_HUB_OFFLINE).
+
+    Raises:
+        CheckpointError: there is no such model, or it cannot be fetched.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -58,7 +51,9 @@ def _fetch(
     cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool,
 ) -> Path:
-    what = name if revision is None else f"{name} at revision {revision}"
+    from huggingface_hub import errors, snapshot_download  # not needed for local models
+
+    model = name if revision is None else f"{name} at revision {revision}"
     try:
         folder = Path(
             snapshot_download(
@@ -70,60 +65,65 @@ def _fetch(
                 allow_patterns=list(WANTED_FILES),
             )
         )
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated: accept its conditions on its page on the Hub, then {_TOKEN}"
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name} is no directory here and no repository on the Hub, or a private one: "
-            f"check the spelling, or {_TOKEN}"
+            f"{name} is neither a local directory nor a public repository on the Hub: check the spelling, "
+            f"or {_TOKEN}"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{name} has no revision {revision!r}; leave it out for the latest") from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(_not_here(what, error, local_files_only)) from error
-    except HFValidationError as error:
+    except errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(_cache_miss_message(model, error, local_files_only)) from error
+    except errors.HFValidationError as error:
         raise CheckpointError(
-            f"{name} is no directory here and no name the Hub could have: {error}"
+            f"{name} is neither a local directory nor a valid name on the Hub: {error}"
         ) from error
     except Exception as error:
         # Network errors come from whichever HTTP library this version of huggingface_hub is built on.
-        raise CheckpointError(_failed(what, error)) from error
+        raise CheckpointError(_failure_message(model, error)) from error
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{what} holds no config.json: it is not a model in Hugging Face's layout")
+        raise CheckpointError(f"{model} holds no config.json: it is not a model in Hugging Face's layout")
     return folder
 
 
-def _not_here(what: str, error: Exception, local_files_only: bool) -> str:
-    get_it = f"on a machine with a network run `hf download {what.split()[0]}` and copy the cache (HF_HOME)"
+def _cache_miss_message(model: str, error: Exception, local_files_only: bool) -> str:
+    from huggingface_hub import constants
+
+    advice = f"on a machine with a network run `hf download {model.split()[0]}` and copy the cache (HF_HOME)"
     cause: BaseException | None = error
     while cause is not None:
         if (status := _status(cause)) is not None:
             return (
-                f"{what} is not complete in the cache, and the Hub answered with status {status}; try again"
+                f"{model} is not complete in the cache, and the Hub answered with status {status}; try again"
             )
         cause = cause.__cause__
     if local_files_only or constants.HF_HUB_OFFLINE:
-        return f"{what} is not complete in the cache and this run is offline: go online once, or {get_it}"
+        return f"{model} is not complete in the cache and this run is offline: go online once, or {advice}"
     return (
-        f"{what} is no directory here and not complete in the cache, and the Hub cannot be reached; "
-        f"check the network (HF_ENDPOINT, HTTPS_PROXY), or {get_it}"
+        f"{model} is neither a local directory nor complete in the cache, and the Hub cannot be reached; "
+        f"check the network (HF_ENDPOINT, HTTPS_PROXY), or {advice}"
     )
 
 
-def _failed(what: str, error: Exception) -> str:
+def _failure_message(model: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left for {what}; make room, or move the cache with HF_HOME"
+        return f"no space left for {model}; make room, or move the cache with HF_HOME"
     if (status := _status(error)) in (401, 403):
-        return f"the Hub refuses {what} (status {status}): the token is wrong, or lacks the right to read it"
+        return f"the Hub refuses {model} (status {status}): the token is wrong, or lacks the right to read it"
     if status is not None:
-        return f"the Hub answered with status {status} for {what}; try again"
+        return f"the Hub answered with status {status} for {model}; try again"
     return (
-        f"{what} could not be fetched ({type(error).__name__}: {error}); run again, what is complete is kept"
+        f"{model} could not be fetched ({type(error).__name__}: {error}); run again, complete files are kept"
     )
 
 
 def _status(error: BaseException) -> int | None:
+    """Returns the HTTP status of an error of the Hub."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
     return getattr(response, "status_code", None)

@@ -1,4 +1,4 @@
-"""A checkpoint under another config: the same weights, which take no room a second time."""
+"""Gives a checkpoint another config, without a second copy of its weights."""
 
 import errno
 import os
@@ -6,17 +6,18 @@ import shutil
 from pathlib import Path
 
 from phi3_jax.checkpoint.atomic import atomic_directory
-from phi3_jax.checkpoint.convert import convert_checkpoint, files_beside_weights
+from phi3_jax.checkpoint.companions import copy_companions
+from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.safetensors import INDEX
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.model_config import Phi3Config
 
 
 def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) -> None:
-    """Writes the checkpoint to another directory, with `config` for its own; whole or not at all.
+    """Writes the checkpoint with another config to another directory, whole or not at all.
 
-    The weights of a directory are linked to where the file system can, else copied; a GGUF file is converted.
-    Nothing here changes a weights file in place, so that neither checkpoint feels what becomes of the other.
+    The weights of a directory are hard links where the file system can, else copies; a GGUF file is
+    converted. Links are safe: no function of ours changes a weights file in place.
 
     Raises:
         CheckpointError: the source is not a checkpoint, or the destination cannot be written.
@@ -27,8 +28,7 @@ def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) 
         convert_checkpoint(source, destination, config=config)
         return
     with atomic_directory(destination) as work:
-        for path in files_beside_weights(source):
-            shutil.copyfile(path, work / path.name)
+        copy_companions(source, work)
         for pattern in ("*.safetensors", INDEX):
             for path in source.glob(pattern):
                 _link(path.resolve(), work / path.name)  # the Hub's cache has symbolic links

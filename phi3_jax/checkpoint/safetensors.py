@@ -1,10 +1,11 @@
-"""Safetensors in and out: single files and shards with an index."""
+"""Reads and writes safetensors: single files, and shards with an index."""
 
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,18 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from phi3_jax.checkpoint.companions import copy_companions
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
+from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.errors import UserError
+from phi3_jax.runs.text import read_json
+from phi3_jax.sizes import round_up
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BLOCK = 1 << 23
-"""Bytes read at once of rows whose columns are cut."""
+"""Bytes to read at once where only some columns of the rows are kept."""
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -33,7 +39,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 class _Stored(NamedTuple):
-    """Where a tensor's bytes begin, and what they are."""
+    """The position of a tensor's bytes in a file, and their meaning."""
 
     path: Path
     offset: int
@@ -47,18 +53,27 @@ class _Stored(NamedTuple):
 
 
 class SafetensorsSource:
-    """The safetensors of a directory in Hugging Face's layout. Headers are read and checked at once.
+    """The safetensors of a directory in Hugging Face's layout; each file's header is read once, at the start.
 
     Raises:
-        CheckpointError: no safetensors, a shard that the index names but that is missing, a truncated or
-            foreign file, an index that disagrees with its shards, tensors that are not floating point.
+        CheckpointError: there are no safetensors, a shard that the index names is missing, a file is
+            truncated or foreign, the index disagrees with its shards, tensors are not floating point.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = Path(directory)
+        self.path = Path(directory)
         self._stored: dict[str, _Stored] = {}
         for path, expected in self._files():
-            self._read_header(path, expected)
+            header = _read_header(path)
+            if expected is not None and (absent := sorted(expected.difference(header))):
+                raise CheckpointError(f"{path} lacks {some(absent)}, which {INDEX} places there")
+            for name, (offset, dtype, shape) in header.items():
+                if expected is not None and name not in expected:
+                    continue
+                if dtype not in _DTYPES:
+                    known = ", ".join(_DTYPES)
+                    raise CheckpointError(f"{path}: {name} has dtype {dtype}; expected one of {known}")
+                self._stored[name] = _Stored(path, offset, shape, _DTYPES[dtype])
 
     def names(self) -> Sequence[str]:
         return list(self._stored)
@@ -74,7 +89,7 @@ class SafetensorsSource:
         return self.read_part(name, [slice(0, height)], slice(0, width)).reshape(self.shape(name))
 
     def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
-        # Read, not mapped: the pages of a mapped file would stand in memory beside the copy.
+        # Read, not mapped: the pages of a mapped file would stay in memory beside the copy.
         stored = self._stored[name]
         _, width = stored.matrix
         whole = columns == slice(0, width)
@@ -98,65 +113,71 @@ class SafetensorsSource:
                     at += len(part)
         return kept
 
+    def generation_config(self) -> GenerationConfig | None:
+        try:
+            return GenerationConfig.from_pretrained(self.path)
+        except FileNotFoundError:
+            return None
+
+    def tokenizer(self) -> Phi3Tokenizer:
+        try:
+            return Phi3Tokenizer.from_pretrained(self.path)
+        except FileNotFoundError as error:
+            raise CheckpointError(str(error)) from error
+
+    def write_companions(self, directory: Path) -> None:
+        copy_companions(self.path, directory)
+
     def _files(self) -> list[tuple[Path, set[str] | None]]:
-        """The files to read and, where an index says so, the tensors expected in each."""
-        index = self.directory / INDEX
-        if (self.directory / SINGLE).is_file():
-            return [(self.directory / SINGLE, None)]
+        """Returns the files to read, each with the tensors that an index expects in it."""
+        index = self.path / INDEX
+        if (self.path / SINGLE).is_file():
+            return [(self.path / SINGLE, None)]
         if not index.is_file():
-            found = sorted(p.name for p in self.directory.iterdir()) if self.directory.is_dir() else []
+            found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
             raise CheckpointError(
-                f"{self.directory} is not a checkpoint: it has neither {SINGLE} nor {INDEX}, "
+                f"{self.path} is not a checkpoint: it has neither {SINGLE} nor {INDEX}, "
                 f"only {some(found) if found else 'nothing'}. Pickled weights (.bin, .pth) are not read; "
                 "save them as safetensors with transformers first"
             )
         shards: dict[str, set[str]] = {}
         for tensor, shard in _weight_map(index).items():
             shards.setdefault(shard, set()).add(tensor)
-        if absent := [name for name in sorted(shards) if not (self.directory / name).is_file()]:
-            raise CheckpointError(
-                f"{self.directory} lacks {some(absent)}, which {INDEX} names; copy it again"
-            )
-        return [(self.directory / name, shards[name]) for name in sorted(shards)]
+        if absent := [name for name in sorted(shards) if not (self.path / name).is_file()]:
+            raise CheckpointError(f"{self.path} lacks {some(absent)}, which {INDEX} names; copy it again")
+        return [(self.path / name, shards[name]) for name in sorted(shards)]
 
-    def _read_header(self, path: Path, expected: set[str] | None) -> None:
-        """Takes the tensors that the index places in this shard; without an index, all that it holds."""
-        try:
-            with safe_open(path, framework="np"):
-                pass  # the library checks the header, and the file's size against it
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}; "
-                "fetch it again"
-            ) from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        if expected is not None and (absent := sorted(expected.difference(header))):
-            raise CheckpointError(f"{path} lacks {some(absent)}, which {INDEX} places there")
-        for name, entry in header.items():
-            if expected is not None and name not in expected:
-                continue
-            if entry["dtype"] not in _DTYPES:
-                raise CheckpointError(
-                    f"{path}: {name} has dtype {entry['dtype']}; expected one of {', '.join(_DTYPES)}"
-                )
-            offset = 8 + length + entry["data_offsets"][0]
-            self._stored[name] = _Stored(path, offset, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+
+def _read_header(path: Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
+    """Returns the offset, the dtype's name and the shape of each tensor in a file."""
+    try:
+        with safe_open(path, framework="np") as file:  # checks the header, and the file's size against it
+            names = file.offset_keys()
+            tensors = [file.get_slice(name) for name in names]
+            headers = [(tensor.get_dtype(), tuple(tensor.get_shape())) for tensor in tensors]
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}; "
+            "fetch it again"
+        ) from error
+    # The library does not tell the offsets. The tensors have no gaps between them and end with the file.
+    sizes = [math.prod(shape) * _bits(dtype) // 8 for dtype, shape in headers]
+    offsets = accumulate(sizes, initial=path.stat().st_size - sum(sizes))
+    return {name: (start, *header) for name, start, header in zip(names, offsets, headers, strict=False)}
+
+
+def _bits(dtype: str) -> int:
+    """Returns the size that a dtype's name contains: 16 of BF16, 8 of F8_E4M3."""
+    return 8 if dtype == "BOOL" else int(re.findall(r"\d+", dtype)[0])
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Returns the file of each tensor as the index gives it."""
     try:
-        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"{index} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{index} is not valid JSON: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} has no weight_map") from error
+        content = read_json(index)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    mapping = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(mapping, dict) or not mapping:
         raise CheckpointError(f"{index} has no weight_map that gives each tensor its file")
     for tensor, file in mapping.items():
@@ -166,7 +187,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a plain number."""
+    """Returns the bytes of "5GB", "500MB", "2GiB" or a plain number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = match and _UNITS.get(match[2].upper())
     if not match or not unit or (number := int(float(match[1]) * unit)) < 1:
@@ -195,7 +216,7 @@ class _Cast:
 
 
 def cast(source: TensorSource, dtype: np.dtype | None) -> TensorSource:
-    """`source` with every tensor in `dtype`; None leaves them."""
+    """Returns `source` with every tensor in `dtype`; None leaves them as they are."""
     return source if dtype is None else _Cast(source, dtype)
 
 
@@ -219,7 +240,7 @@ def write_tensors(source: TensorSource, directory: Path, max_shard_size: int | s
 def write_file(source: TensorSource, names: Iterable[str], path: Path) -> None:
     """Writes one safetensors file, tensor by tensor; the library's own writer wants all of them in memory.
 
-    The format: the header's length in 8 bytes, the header in JSON, padded to 8 bytes, then the data. The
+    The format is the header's length in 8 bytes, the header in JSON, padded to 8 bytes, then the data. The
     widest dtypes come first, so that every tensor is aligned.
     """
     names = sorted(names, key=lambda name: -source.dtype(name).itemsize)
@@ -233,11 +254,11 @@ def write_file(source: TensorSource, names: Iterable[str], path: Path) -> None:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text = text.ljust(round_up(len(text), 8))
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            # Without a name, which would keep it until the next one is read.
+            # Not held in a variable, which would keep it in memory while the next one is read.
             file.write(
                 np.ascontiguousarray(source.read(name), dtype=source.dtype(name))
                 .reshape(-1)
@@ -265,7 +286,11 @@ def _shards(source: TensorSource, limit: int) -> Iterator[list[str]]:
 
 
 def parameter_dtype(dtype: Any) -> np.dtype:
-    """The dtype that the user names, if parameters can have it. Raises ValueError."""
+    """Returns the dtype that the user names.
+
+    Raises:
+        UserError: parameters cannot have it.
+    """
     try:
         kind = np.dtype(jnp.dtype(dtype))
     except TypeError:
@@ -277,7 +302,7 @@ def parameter_dtype(dtype: Any) -> np.dtype:
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first few of many names."""
+    """Returns a text with the first few of many names."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,11 +1,14 @@
-"""What a checkpoint is to the rest of the package: named tensors, read one at a time."""
+"""The interface of a checkpoint on disk: named tensors, read one at a time, and the files beside them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.errors import UserError
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 
 class TensorSource(Protocol):
@@ -15,32 +18,57 @@ class TensorSource(Protocol):
     """
 
     def names(self) -> Sequence[str]:
-        """Every tensor's name, in file order."""
+        """Returns every tensor's name, in file order."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape as Hugging Face stores it."""
+        """Returns the tensor's shape as Hugging Face stores it."""
         ...
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that `read` returns; bfloat16 is ml_dtypes.bfloat16."""
+        """Returns the dtype of what `read` returns; bfloat16 is ml_dtypes.bfloat16."""
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, read from disk now and kept by nobody else."""
+        """Reads the tensor from disk; the source keeps no copy."""
         ...
 
 
 class CheckpointSource(TensorSource, Protocol):
     """A checkpoint on disk, whose tensors may be read in parts."""
 
-    def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
-        """These runs of a tensor's rows, one below the other, cut to these columns [rows, columns].
+    @property
+    def path(self) -> Path:
+        """The directory or the GGUF file."""
+        ...
 
-        A tensor of one dimension has one column. May be a view of what it was cut from.
+    def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
+        """Returns these runs of a tensor's rows, concatenated and cut to these columns [rows, columns].
+
+        A tensor of one dimension has one column. The result may be a view of a larger array.
         """
+        ...
+
+    def generation_config(self) -> GenerationConfig | None:
+        """Returns the checkpoint's generation settings, or None if it has none.
+
+        Raises:
+            UserError: they are broken.
+        """
+        ...
+
+    def tokenizer(self) -> Phi3Tokenizer:
+        """Returns the checkpoint's tokenizer.
+
+        Raises:
+            CheckpointError: it has none. UserError: it is broken.
+        """
+        ...
+
+    def write_companions(self, directory: Path) -> None:
+        """Writes the checkpoint's files other than weights and config.json, above all its tokenizer's."""
         ...
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the text says what is wrong with it and what to do."""
+    """A checkpoint that cannot be used; the message says what is wrong with it and what to do."""

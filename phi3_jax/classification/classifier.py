@@ -103,14 +103,15 @@ class Classifier:
             UserError: the checkpoint is not a classifier, or is broken.
         """
         path = resolve(name_or_path)
-        source, config = open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
+        config = checkpoint.config
         head = Head.from_checkpoint(path, config)
-        if not {"score.weight", "classifier.weight"} & set(source.names()):
+        if not {"score.weight", "classifier.weight"} & set(checkpoint.source.names()):
             raise CheckpointError(f"{path} has no score.weight, so it was never trained to classify")
         tokenizer = Phi3Tokenizer.from_pretrained(path)
         ids = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad = next(token for token in ids if token is not None)
-        model = load_model(head.model, path, dtype=dtype, mesh=mesh, pad_token_id=pad)
+        model = load_model(head.model, checkpoint, dtype=dtype, mesh=mesh, pad_token_id=pad)
         return cls(model, tokenizer, task=task_of_model(path, config, head, **columns), batch_size=batch_size)
 
     def predict(self, items: Iterable[Text], *, all_scores: bool = False) -> list[dict[str, Any]]:

@@ -28,17 +28,16 @@ def load_pipeline(
     keep_compiled_programs(cache_dir)
 
     def load() -> Pipeline:
-        path = model_path(model, cache_dir)
-        config = None if rope is None else config_with(path, rope)
-        return Pipeline.load(path, dtype=dtype, mesh=mesh, config=config)
+        checkpoint = open_checkpoint(model_path(model, cache_dir))
+        config = None if rope is None else parse_rope(rope).config_to_save(checkpoint.config)
+        return Pipeline.load(checkpoint, dtype=dtype, mesh=mesh, config=config)
 
     return run_everywhere(load)
 
 
 def config_with(path: Path, rope: str) -> Phi3Config:
     """A checkpoint's config with the rope that `--rope` names."""
-    argument = parse_rope(rope)
-    return argument.config_to_save(open_checkpoint(path)[1])
+    return parse_rope(rope).config_to_save(open_checkpoint(path).config)
 
 
 def model_path(model: str | None, cache_dir: Path | None) -> Path:

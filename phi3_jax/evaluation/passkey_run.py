@@ -27,7 +27,7 @@ from phi3_jax.generation.memory import token_bytes, token_capacity
 from phi3_jax.generation.prompts import cache_length, padded_length
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
-from phi3_jax.pipeline import Pipeline, load_tokenizer
+from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.journal import Journal
 from phi3_jax.runs.progress import FileProgress, time_left
 
@@ -131,9 +131,10 @@ def measure_passkeys(
     for name, values in (("rope", [each.name for each in ropes]), ("length", lengths), ("depth", depths)):
         if twice := next((value for value in values if list(values).count(value) > 1), None):
             raise UserError(f"{name} {twice} is given twice; give it once")
-    _, config = open_checkpoint(model)
+    checkpoint = open_checkpoint(model)
+    config = checkpoint.config
     frequencies = Ropes(config, ropes)
-    tokenizer = load_tokenizer(model)
+    tokenizer = checkpoint.source.tokenizer()
     content = None if text is None else read_text(text)
     prompts = PasskeyPrompts(
         tokenizer,
@@ -165,10 +166,10 @@ def measure_passkeys(
         if before < total:
             longest = config.replace(max_position_embeddings=max(*lengths, config.max_position_embeddings))
             planned = CompiledModel(
-                load_abstract(Phi3ForCausalLM, model, dtype=dtype, mesh=mesh, config=longest)
+                load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh, config=longest)
             )
             rows = _rows(journal, planned, lengths, prompts.answer_tokens, batch_size)
-            pipeline = Pipeline.load(model, dtype=dtype, mesh=mesh, config=longest)
+            pipeline = Pipeline.load(checkpoint, dtype=dtype, mesh=mesh, config=longest)
             runner = _Runner(pipeline, prompts, frequencies)
             batches = list(_batches([rope.name for rope in ropes], lengths, depths, trials, rows))
             _run(batches, rows, runner, journal, show)

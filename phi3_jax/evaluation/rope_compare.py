@@ -25,7 +25,7 @@ from phi3_jax.evaluation.scorer import Scorer, frequencies_for, frequencies_key
 from phi3_jax.evaluation.texts import first_tokens, read_text
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
-from phi3_jax.pipeline import Pipeline, load_tokenizer
+from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.journal import Journal
 from phi3_jax.runs.progress import FileProgress
 
@@ -125,11 +125,11 @@ def compare_ropes(
     """
     began = monotonic()
     lengths = sorted(set(lengths))
-    _, config = open_checkpoint(model)
-    ropes = _ropes(arguments, config)
+    checkpoint = open_checkpoint(model)
+    ropes = _ropes(arguments, checkpoint.config)
     content = read_text(text)
     max_tokens = max_tokens or lengths[-1]
-    tokens = first_tokens(load_tokenizer(model), content, skip_tokens + max_tokens)[skip_tokens:]
+    tokens = first_tokens(checkpoint.source.tokenizer(), content, skip_tokens + max_tokens)[skip_tokens:]
     _check_length(text, len(tokens), lengths, max_tokens, skip_tokens)
     plan = {length: windows(len(tokens), length, min(stride or length // 2, length)) for length in lengths}
     asked = {
@@ -150,8 +150,8 @@ def compare_ropes(
         forward = 0.0
         if missing:
             longest = max(window.end - window.begin for _, window in missing)
-            Scorer(load_abstract(Phi3ForCausalLM, model, dtype=dtype, mesh=mesh)).check_memory(longest)
-            scorer = Scorer(Pipeline.load(model, dtype=dtype, mesh=mesh).compiled)
+            Scorer(load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh)).check_memory(longest)
+            scorer = Scorer(Pipeline.load(checkpoint, dtype=dtype, mesh=mesh).compiled)
             forward = _measure(scorer, tokens, missing, journal, compiling, show=show)
         known = _measured(journal)
         return Comparison(
@@ -160,7 +160,7 @@ def compare_ropes(
             [_cell(rope, length, found, known) for rope in ropes for length, found in plan.items()],
             asked | {"text": str(text), "stride": stride, "max_tokens": max_tokens},
             len(tokens),
-            config,
+            checkpoint.config,
             {"forward": forward, "compile": compiling.seconds, "all": monotonic() - began},
         )
 

@@ -33,7 +33,7 @@ from phi3_jax.evaluation.scorer import Scorer, frequencies_for
 from phi3_jax.evaluation.texts import read_text
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
-from phi3_jax.pipeline import Pipeline, load_tokenizer
+from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.journal import Journal
 from phi3_jax.runs.progress import FileProgress, time_left
 
@@ -108,7 +108,8 @@ def search_ropes(
     Raises:
         ValueError: what was asked cannot be done, before any work.
     """
-    _, config = open_checkpoint(model)
+    checkpoint = open_checkpoint(model)
+    config = checkpoint.config
     target = Target(trained_length(config), length)
     known = _known(config, target)
     space = Space(
@@ -118,7 +119,7 @@ def search_ropes(
     )
     search = RopeSearch(space, evolution, known)
     content = read_text(text)
-    parts = _windows(load_tokenizer(model).encode(content), text, length, windows, skip_tokens)
+    parts = _windows(checkpoint.source.tokenizer().encode(content), text, length, windows, skip_tokens)
     asked = {
         "model": str(model.resolve()),
         "model_files": fingerprint(model),
@@ -137,11 +138,11 @@ def search_ropes(
         _tell_again(search, journal)
         before = len(search.scored)
         if search.waiting:
-            planned = Scorer(load_abstract(Phi3ForCausalLM, model, dtype=dtype, mesh=mesh))
+            planned = Scorer(load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh))
             most = min(evolution.population, ROWS_ON_CPU if planned.compiled.on_cpu else ROWS)
             rows = batch_size or journal.decide("batch_size", lambda: _rows(planned, length, most))
             planned.check_memory(length, rows)
-            scorer = Scorer(Pipeline.load(model, dtype=dtype, mesh=mesh).compiled)
+            scorer = Scorer(Pipeline.load(checkpoint, dtype=dtype, mesh=mesh).compiled)
             run(search, journal, _measure(scorer, parts, config, rows), rows, show=show)
         config = stretched(config, target, search.best(initial_tokens=0).individual)
         write_results(output, search, {"text": str(text), **asked}, model, config)

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import psutil
 
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.protocol import CausalLM
@@ -49,4 +48,6 @@ def _free(device: jax.Device) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
+    import psutil
+
     return psutil.virtual_memory().available

@@ -41,12 +41,12 @@ class _AdapterSource(SafetensorsSource):
     """The tensors of a directory of adapters."""
 
     def _files(self) -> list[tuple[Path, set[str] | None]]:
-        if not (self.directory / WEIGHTS).is_file():
+        if not (self.path / WEIGHTS).is_file():
             raise CheckpointError(
-                f"{self.directory} has no {WEIGHTS}. Pickled adapters (.bin) are not read; save them as "
+                f"{self.path} has no {WEIGHTS}. Pickled adapters (.bin) are not read; save them as "
                 "safetensors with PEFT first"
             )
-        return [(self.directory / WEIGHTS, None)]
+        return [(self.path / WEIGHTS, None)]
 
 
 def save_adapters(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, Sharding
 
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.layout import ignorable, layout_of
-from phi3_jax.checkpoint.opening import open_checkpoint, read_generation_config
+from phi3_jax.checkpoint.opening import Checkpoint, open_checkpoint, read_generation_config
 from phi3_jax.checkpoint.parts import put_parameter
 from phi3_jax.checkpoint.safetensors import parameter_dtype, some
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
@@ -34,7 +34,7 @@ FRESH = ("score.weight", "score.bias")
 
 def load_model(
     cls: type[Model],
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | Checkpoint,
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
@@ -56,7 +56,7 @@ def load_model(
 
     Args:
         cls: the class to build; a causal language model loads into a classifier too, with a new `score`.
-        name_or_path: a directory in Hugging Face's layout, a GGUF file, or a name on the Hub.
+        name_or_path: a directory in Hugging Face's layout, a GGUF file, a name on the Hub; or a `Checkpoint`.
         dtype: of the parameters: float32, bfloat16 or float16; None or "auto": as the embedding is stored.
         mesh: to divide the model over, of `phi3_jax.make_mesh`; default: the whole of it on one device.
         attn_implementation: as in `set_attn_implementation`; default: by the platform.
@@ -75,10 +75,16 @@ def load_model(
             the mesh does not divide.
     """
     kind = _wanted_dtype(dtype)
-    path = resolve(
-        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
-    source, own_config = open_checkpoint(path)
+    if not isinstance(name_or_path, Checkpoint):
+        name_or_path = resolve(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    source, own_config = open_checkpoint(name_or_path)
+    path = source.path
     config = (config or own_config).replace(**config_changes)
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
     build: Callable[..., Model] = cls
@@ -103,13 +109,13 @@ def load_model(
     ]
     model = nnx.merge(graph, nnx.from_flat_state(leaves))
     if isinstance(model, GenerationMixin):
-        model.generation_config = read_generation_config(source, path, config)
+        model.generation_config = read_generation_config(source, config)
     return model
 
 
 def load_abstract(
     cls: type[Model],
-    path: Path,
+    path: Path | Checkpoint,
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,

@@ -243,7 +243,7 @@ def test_index_naming_a_tensor_that_its_shard_lacks(sharded: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not valid JSON"),
-        ("\xff", "is not valid JSON"),
+        ("\xff", "is not valid UTF-8"),
         ("[]", "has no weight_map"),
         ("{}", "has no weight_map"),
         ('{"weight_map": {}}', "has no weight_map"),

@@ -515,7 +515,7 @@ def test_metadata_that_does_not_fit(tmp_path: Path, extra: dict[str, object], me
         GGUFSource(write_gguf(tmp_path / "a.gguf", "llama", stored_layout(weights(fused=False)), extra=extra))
 
 
-def test_other_architectures_are_refused(tmp_path: Path) -> None:
+def test_rejects_other_architectures(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", "qwen2", {"x": np.ones((2, 32), np.float32)})
     with pytest.raises(
         CheckpointError, match=r"architecture 'qwen2' is not supported; supported: llama, phi3"

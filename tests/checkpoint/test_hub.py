@@ -1,4 +1,4 @@
-"""Names to paths, against a small server on this machine that speaks the part of the Hub's API in use."""
+"""Models are found by name, on a small local server with the part of the Hub's API that is used."""
 
 import hashlib
 import http.server
@@ -29,7 +29,7 @@ SERVED = ("org/tiny", "org/private", "org/empty")
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """org/tiny is open, org/private needs the token "good", org/gated refuses all; others do not exist."""
+    """A hub: org/tiny is open, org/private needs the token "good", org/gated refuses everyone."""
 
     requests: list[str]
 
@@ -85,7 +85,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 
 class Server:
-    """The hub above on a free port of this machine, until it is stopped."""
+    """Serves the hub above on a free local port until it is stopped."""
 
     def __init__(self) -> None:
         self.handler = type("Hub", (_Hub,), {"requests": []})
@@ -108,11 +108,7 @@ def server() -> Iterator[Server]:
 
 
 SCRIPT = """
-import json, sys, types
-import phi3_jax
-package = types.ModuleType("phi3_jax.checkpoint")  # without what it imports, which takes a second
-package.__path__ = [phi3_jax.__path__[0] + "/checkpoint"]
-sys.modules[package.__name__] = package
+import json, sys
 from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.source import CheckpointError
 for name, options in json.load(sys.stdin):
@@ -124,7 +120,7 @@ for name, options in json.load(sys.stdin):
 
 
 def run(url: str, home: Path, *calls: tuple[str, dict[str, Any]], **variables: str) -> list[dict[str, str]]:
-    """Resolve these names in a fresh process: huggingface_hub reads its variables when it is imported."""
+    """Resolves names in a new process, since huggingface_hub reads its variables when it is imported."""
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -146,7 +142,7 @@ def run(url: str, home: Path, *calls: tuple[str, dict[str, Any]], **variables: s
 
 def test_fetched_once_then_offline(server: Server, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    # The same name, from the network, then without it in each of the three ways there are.
+    # The same name from the network, and then in the three ways of being offline.
     (fetched,) = run(server.url, home, ("org/tiny", {}))
     folder = Path(fetched["path"])
     wanted = {name: FILES[name] for name in FILES if name not in ("pytorch_model.bin", "README.md")}
@@ -172,11 +168,11 @@ def test_fetched_once_then_offline(server: Server, tmp_path: Path) -> None:
     server.stop()
     again, absent = run(server.url, home, ("org/tiny", {}), ("org/private", {}))
     assert again == fetched
-    assert "org/private is no directory here and not complete in the cache" in absent["error"]
+    assert "org/private is neither a local directory nor complete in the cache" in absent["error"]
     assert "the Hub cannot be reached" in absent["error"]
 
 
-def test_refusals_say_what_to_do(server: Server, tmp_path: Path) -> None:
+def test_errors_give_advice(server: Server, tmp_path: Path) -> None:
     calls: list[tuple[str, dict[str, Any]]] = [
         ("org/unknown", {}),
         ("org/gated", {}),
@@ -190,7 +186,7 @@ def test_refusals_say_what_to_do(server: Server, tmp_path: Path) -> None:
     ]
     answers = run(server.url, tmp_path / "home", *calls)
     unknown, gated, private, opened, revision, pinned, empty, invalid, broken = answers
-    assert "org/unknown is no directory here and no repository on the Hub" in unknown["error"]
+    assert "org/unknown is neither a local directory nor a public repository on the Hub" in unknown["error"]
     assert "org/gated is gated: accept its conditions" in gated["error"]
     assert "HF_TOKEN" in gated["error"]
     assert "pass a token" in private["error"]
@@ -198,7 +194,7 @@ def test_refusals_say_what_to_do(server: Server, tmp_path: Path) -> None:
     assert "org/tiny has no revision 'v9'" in revision["error"]
     assert Path(pinned["path"]).name == COMMIT
     assert "org/empty holds no config.json" in empty["error"]
-    assert "no name the Hub could have" in invalid["error"]
+    assert "nor a valid name on the Hub" in invalid["error"]
     assert "answered with status 500" in broken["error"]
 
 
@@ -207,7 +203,7 @@ def test_token_from_the_environment(server: Server, tmp_path: Path) -> None:
     assert (Path(answer["path"]) / "config.json").is_file()
 
 
-def test_local_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_returns_local_paths_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("org/tiny").mkdir(parents=True)
     assert resolve("org/tiny") == Path("org/tiny")
@@ -232,14 +228,16 @@ def test_local_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.M
         Path("org/tiny"),
     ],
 )
-def test_paths_that_do_not_exist(name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network: none of these is taken for a name on the Hub."""
+def test_rejects_paths_that_do_not_exist(
+    name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no network: none of these is treated as a name on the Hub."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist; give a directory"):
         resolve(name)
 
 
-def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+def test_rejects_a_file_that_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"neither a model's directory nor a \.gguf file"):
         resolve(tmp_path / "notes.txt")
