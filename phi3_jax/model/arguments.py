@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
+from phi3_jax.model.losses import IGNORE_INDEX, problem_type
 from phi3_jax.model.masks import CausalMask
 
 
@@ -257,3 +258,73 @@ def _positions(new: NewTokens, counts: Int[Array, "B T"], is_token: Bool[Array, 
     starts = jnp.diff(new.segment_ids, axis=1, prepend=0) != 0
     in_others = jax.lax.cummax(jnp.where(starts, counts - is_token, 0), axis=1)
     return jnp.maximum(position_ids - in_others, 0)
+
+
+def batch_shape(input_ids: Any, decoder_arguments: dict[str, Any]) -> tuple[int, int]:
+    """Returns the batch size and the length of a forward's arguments."""
+    x: Any = decoder_arguments.get("inputs_embeds") if input_ids is None else input_ids
+    shape = np.shape(x)
+    if len(shape) < 2:
+        raise UserError(f"input_ids has shape {list(shape)}; expected [batch, length]")
+    return shape[0], shape[1]
+
+
+def select_positions(x: Float[Array, "B T D"], positions: Any) -> Float[Array, "B kept D"]:
+    """Returns `x` at the positions of a `logits_to_keep` that is an array, [kept] or [B, kept].
+
+    Raises:
+        UserError: `positions` has the wrong shape or dtype, or names a position that does not exist.
+    """
+    positions = positions if isinstance(positions, jax.Array) else np.asarray(positions)
+    batch, length, _ = x.shape
+    fits = positions.ndim <= 2 and positions.shape[:-1] in ((), (batch,))
+    if not fits or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise UserError(
+            f"logits_to_keep is {positions.dtype}{list(positions.shape)}; "
+            f"expected a number, or integers of shape [kept] or [{batch}, kept]"
+        )
+    if is_concrete(positions):
+        values = np.asarray(positions)
+        outside = values[(values < -length) | (values >= length)]
+        if outside.size:
+            raise UserError(f"logits_to_keep names position {outside[0]} of {length} tokens")
+    return x[:, positions] if positions.ndim == 1 else x[jnp.arange(batch)[:, None], positions]
+
+
+def check_labels(labels: Any, shape: tuple[int, ...], classes: int) -> Array:
+    """Returns integer labels of this shape, each a class or -100.
+
+    Raises:
+        UserError: the labels have another shape or dtype, or one is no class.
+    """
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    _check_integers("labels", labels, shape)
+    if is_concrete(labels):
+        values = np.asarray(labels)
+        wrong = ((values < 0) | (values >= classes)) & (values != IGNORE_INDEX)
+        if wrong.any():
+            where = tuple(int(i) for i in np.argwhere(wrong)[0])
+            raise UserError(
+                f"labels[{', '.join(map(str, where))}] = {values[where]}; expected 0 to {classes - 1}, "
+                f"or {IGNORE_INDEX} for what does not count"
+            )
+    return jnp.asarray(labels, jnp.int32)
+
+
+def check_sequence_labels(labels: Any, config: Phi3Config, batch: int) -> Array:
+    """Returns the labels of rows in the form that the problem type needs.
+
+    Raises:
+        UserError: they do not fit the problem type and the number of labels.
+    """
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    problem, classes = problem_type(config, labels), config.num_labels
+    if problem == "single_label_classification":
+        return check_labels(labels.reshape(-1) if labels.size == batch else labels, (batch,), classes)
+    fits = labels.size == batch if classes == 1 else labels.shape == (batch, classes)
+    if not fits:
+        raise UserError(
+            f"labels has shape {list(labels.shape)}; {problem} with num_labels={classes} "
+            f"needs {list((batch, classes) if classes > 1 else (batch,))}"
+        )
+    return jnp.asarray(labels)
