@@ -77,7 +77,7 @@ class Slots:
         self._state = State(
             sequences_of([], count, length),
             jnp.ones(count, bool),
-            KVCache.below([compiled.model.init_cache(pool.slots, pool.length) for pool in pools]),
+            KVCache.concatenate([compiled.model.init_cache(pool.slots, pool.length) for pool in pools]),
         )
         self._end_tokens = jnp.asarray(list(end_tokens), jnp.int32)
         self._max_new_tokens = np.ones(count, np.int32)

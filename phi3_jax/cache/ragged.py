@@ -1,4 +1,4 @@
-"""Vectors of rows that have different numbers of slots."""
+"""Keys or values of rows that have different numbers of slots."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from jaxtyping import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RaggedVectors:
-    """A layer's keys or values in parts, one below the other: the rows of each have as many slots.
+    """A layer's keys or values in parts whose rows are concatenated; all rows of a part have as many slots.
 
-    One step then reads the weights once for all rows, and of each row no more slots than it has.
+    A step then reads the weights once for all rows, and no more slots of a row than it has.
     """
 
     parts: list[Array]
-    """Each [B, K, S, H], with B and S of its own."""
+    """Arrays [B, K, S, H], each with its own B and S."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """All rows, and the slots of the longest."""
+        """[all rows, K, slots of the longest row, H]."""
         rows = sum(part.shape[0] for part in self.parts)
         _, heads, _, width = self.parts[0].shape
         return rows, heads, max(part.shape[2] for part in self.parts), width
@@ -32,7 +32,7 @@ class RaggedVectors:
         return self.parts[0].dtype
 
     def rows(self) -> Iterator[slice]:
-        """Which rows are in each part."""
+        """Yields the rows of each part."""
         counts = [part.shape[0] for part in self.parts]
         ends = list(accumulate(counts))
         return (slice(end - count, end) for count, end in zip(counts, ends, strict=True))

@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, Num
 
-from phi3_jax.cache.cache import KVCache, LayerCache, Vectors
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.cache.layer_cache import LayerCache, Vectors
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.model.arguments import check, locate
 from phi3_jax.model.attention import attention

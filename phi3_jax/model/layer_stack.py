@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from phi3_jax.cache.cache import KVCache, Vectors
+from phi3_jax.cache.cache import KVCache
+from phi3_jax.cache.layer_cache import Vectors
 from phi3_jax.errors import UserError
 from phi3_jax.model.masks import CausalMask
 

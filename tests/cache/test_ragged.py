@@ -37,7 +37,9 @@ def test_a_step_is_that_of_each_alone(name: str, mesh: str | None) -> None:
         model = on_mesh(model, make_mesh(mesh, jax.devices()[:4]))
     draws = np.random.default_rng(0)
     prompts = [draws.integers(4, 96, (2, 9)), draws.integers(4, 96, (4, 20))]
-    whole = KVCache.below([filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)])
+    whole = KVCache.concatenate(
+        [filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)]
+    )
     apart = [filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)]
     for _ in range(2):
         token = draws.integers(4, 96, (6, 1))
@@ -56,6 +58,6 @@ def test_a_step_is_that_of_each_alone(name: str, mesh: str | None) -> None:
 def test_what_such_a_cache_cannot_do() -> None:
     model = Phi3ForCausalLM(small_config())
     ids = np.full((1, 3), 7)
-    cache = KVCache.below([filled(model, ids, 8), filled(model, ids, 16)])
+    cache = KVCache.concatenate([filled(model, ids, 8), filled(model, ids, 16)])
     with pytest.raises(ValueError, match="rows of different sizes gives no attentions"):
         model(np.full((2, 1), 7), past_key_values=cache, output_attentions=True)

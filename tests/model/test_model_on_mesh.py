@@ -229,7 +229,7 @@ def test_gradients_through_the_caches_kernel():
 def test_a_checkpoint_is_loaded_with_an_implementation(tmp_path):
     Phi3ForCausalLM(small_config()).save_pretrained(tmp_path)
     model = Phi3ForCausalLM.from_pretrained(tmp_path, attn_implementation="pallas")
-    assert {layer.self_attn.implementation for layer in model.model.layers} == {"pallas"}
+    assert {layer.self_attn.attn_implementation for layer in model.model.layers} == {"pallas"}
     with pytest.raises(ValueError, match="attn_implementation='eager' is not known"):
         Phi3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
 
