@@ -125,7 +125,7 @@ def fill_slots(
         return constrain(jnp.pad(new, [(0, 0), (0, 0), (0, spare), *[(0, 0)] * (new.ndim - 3)]), mesh, *axes)
 
     def shift(part: Array) -> Array:
-        """Returns a device's slots: its own, without those of earlier devices, and the next device's first."""
+        """Returns a device's slots: its own without those of earlier devices, and the next device's first."""
         following = [(device, device - 1) for device in range(1, pieces)]
         next_slots = jax.lax.ppermute(part[:, :, :spare], "context", following)  # zeros for the last device
         start = jax.lax.axis_index("context") * (spare // pieces)
