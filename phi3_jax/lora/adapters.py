@@ -21,9 +21,9 @@ Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 
 
 class LoRA(nnx.Module):
-    """What an adapter adds to a projection: `scaling * B(A(x))`, where B starts at zero.
+    """An adapter of a projection, which adds `scaling * B(A(x))`; B starts at zero.
 
-    `a` is [rank, *inputs], `b` [*outputs, rank], both float32, divided over the projection's mesh as it is.
+    `a` is [rank, *inputs] and `b` is [*outputs, rank], both float32 and sharded like the projection.
     """
 
     def __init__(self, base: Linear, *, rank: int, alpha: float, rslora: bool, rngs: nnx.Rngs):
@@ -38,11 +38,11 @@ class LoRA(nnx.Module):
 
     @property
     def scaling(self) -> float:
-        """alpha / rank; rank-stabilised (Kalajdzievski 2023), alpha / sqrt(rank)."""
+        """alpha / rank; if rank-stabilised (Kalajdzievski 2023), alpha / sqrt(rank)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """[..., *inputs] -> [..., *outputs] in float32."""
+        """Maps [..., *inputs] to [..., *outputs] in float32."""
         a = gather(self.a[...], self.mesh, self.a.axes).astype(x.dtype)
         b = gather(self.b[...], self.mesh, self.b.axes).astype(x.dtype)
         lead = x.ndim - a.ndim + 1
@@ -55,7 +55,7 @@ class LoRA(nnx.Module):
         )
 
     def weight(self) -> Float[Array, "..."]:
-        """The same as one weight [*outputs, *inputs], float32."""
+        """Returns the adapter as one weight [*outputs, *inputs], float32."""
         a, b = self.a[...], self.b[...]
         return self.scaling * jax.lax.dot_general(b, a, (((b.ndim - 1,), (0,)), ((), ())))
 
@@ -69,14 +69,15 @@ def add_lora(
     rslora: bool = False,
     rngs: nnx.Rngs | int = 0,
 ) -> Model:
-    """A model with adapters of this rank on the named projections of every layer; B is zero at first.
+    """Returns a model with adapters of this rank on the named projections of every layer.
 
-    Their parameters are `nnx.LoRAParam`s, so that `Trainer(wrt=nnx.LoRAParam)` trains them alone. `alpha`
-    defaults to twice the rank; what they add is scaled by alpha / rank, with `rslora` by alpha / sqrt(rank).
-    The given model stays as it is and shares its weights.
+    Their parameters are `nnx.LoRAParam`s, so that `Trainer(wrt=nnx.LoRAParam)` trains only them. `alpha`
+    defaults to twice the rank; it scales the adapters by alpha / rank, or by alpha / sqrt(rank) with
+    `rslora`. The given model does not change, and both share their weights.
 
     Raises:
-        ValueError: a rank below 1, an unknown target, stacked layers, adapters there already.
+        UserError: the rank is below 1, a target is unknown, or the model's layers are stacked or already have
+            adapters.
     """
     if rank < 1:
         raise UserError(f"rank={rank} must be at least 1")
@@ -87,14 +88,14 @@ def add_lora(
     model = jax.tree.map(lambda leaf: leaf, model)
     for name, linear in projections(model):
         if linear.adapter is not None:
-            raise UserError("the model has adapters already; merge them first (merge_lora)")
+            raise UserError("the model already has adapters; merge them first (merge_lora)")
         if name.rpartition(".")[2] in targets:
             linear.adapter = LoRA(linear, rank=rank, alpha=alpha, rslora=rslora, rngs=rngs)
     return model
 
 
 def merge_lora(model: Model) -> Model:
-    """A plain model that computes the same as this one with its adapters, but for rounding."""
+    """Returns a model without adapters that computes the same, except for rounding."""
     model = jax.tree.map(lambda leaf: leaf, model)
     for _, linear in projections(model):
         if linear.adapter is not None:
@@ -107,10 +108,10 @@ def merge_lora(model: Model) -> Model:
 
 
 def projections(model: Phi3PreTrainedModel) -> Iterator[tuple[str, Linear]]:
-    """The projections of all layers under the names that they have in a checkpoint.
+    """Yields the projections of all layers, with their names in a checkpoint.
 
     Raises:
-        ValueError: stacked layers.
+        UserError: the layers are stacked.
     """
     if not isinstance(model.decoder.layers, nnx.List):
         raise UserError("the model's layers are stacked; unstack them first (unstack_layers)")

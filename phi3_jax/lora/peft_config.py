@@ -1,6 +1,5 @@
-"""`adapter_config.json`, in which PEFT says what adapters there are."""
+"""`adapter_config.json`, PEFT's description of adapters."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.errors import UserError
 from phi3_jax.lora.adapters import TARGETS
 from phi3_jax.model import (
     Phi3ForCausalLM,
@@ -18,6 +18,7 @@ from phi3_jax.model import (
     Phi3PreTrainedModel,
 )
 from phi3_jax.model.layers import Linear
+from phi3_jax.runs.text import read_json
 
 TASK_TYPES: dict[type[Phi3PreTrainedModel], str] = {
     Phi3ForCausalLM: "CAUSAL_LM",
@@ -42,7 +43,7 @@ _READ = {
     "bias",
     "init_lora_weights",
 }
-_OF_NO_CONSEQUENCE = {
+_IGNORED = {
     "auto_mapping",
     "base_model_name_or_path",
     "ensure_weight_tying",
@@ -55,10 +56,10 @@ _OF_NO_CONSEQUENCE = {
     "qalora_group_size",
     "revision",
 }
-"""Fields that change nothing here. Any other one that is set asks for something that is not done here."""
+"""Fields that change nothing here. Any other field that is set is not supported."""
 
-_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the base model's weights alone."""
+_KEEP_BASE_WEIGHTS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that do not change the base model's weights."""
 
 
 def _task_type(model: Phi3PreTrainedModel) -> str:
@@ -67,13 +68,13 @@ def _task_type(model: Phi3PreTrainedModel) -> str:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an `adapter_config.json` says, checked by `read_adapter_config`."""
+    """The fields of an `adapter_config.json`, which `read_adapter_config` has checked."""
 
     fields: dict[str, Any]
     path: Path
 
     def targets(self, name: str) -> bool:
-        """Whether the projection of this name is adapted, by PEFT's rules."""
+        """Whether the projection of this name has an adapter, by PEFT's rules."""
         excluded, targets = self.fields.get("exclude_modules"), self.fields["target_modules"]
         if (excluded and self._names(excluded, name)) or self.saves(name):
             return False
@@ -106,59 +107,59 @@ class AdapterConfig:
                 return value
         return self.fields[otherwise]
 
-    def _names(self, what: str | list[str], name: str) -> bool:
-        if isinstance(what, str):
-            return self._matches(what, name)
-        return any(name == one or name.endswith(f".{one}") for one in what)
+    def _names(self, modules: str | list[str], name: str) -> bool:
+        if isinstance(modules, str):
+            return self._matches(modules, name)
+        return any(name == module or name.endswith(f".{module}") for module in modules)
 
     def _matches(self, pattern: str, name: str) -> bool:
         try:
             return re.fullmatch(pattern, name) is not None
         except re.error as error:
-            raise CheckpointError(f"{self.path}: {pattern!r} is no regular expression: {error}") from error
+            raise CheckpointError(f"{self.path}: {pattern!r} is not a regular expression: {error}") from error
 
 
 def read_adapter_config(path: Path, model: Phi3PreTrainedModel) -> AdapterConfig:
-    """The `adapter_config.json` at `path`, of adapters that this model can have.
+    """Reads the `adapter_config.json` at `path`, and checks that this model supports its adapters.
 
     Raises:
-        CheckpointError: it is absent or broken, of another model class, or asks for what is not done here.
+        CheckpointError: it is missing or broken, is for another model class, or has unsupported fields.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; expected a directory that PEFT wrote") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
         kind = fields.get("peft_type") if isinstance(fields, dict) else fields
-        raise CheckpointError(f"{path}: peft_type={kind!r} is not read; expected 'LORA'")
+        raise CheckpointError(f"{path}: peft_type={kind!r} is not supported; expected 'LORA'")
     task, own = fields.get("task_type"), _task_type(model)
     if task not in (None, own):
-        right = next((cls.__name__ for cls, known in TASK_TYPES.items() if known == task), "no class here")
+        other = next((cls.__name__ for cls, kind in TASK_TYPES.items() if kind == task), "no class here")
         raise CheckpointError(
-            f"{path}: task_type={task!r} is that of {right}, and {type(model).__name__} has {own!r}; "
+            f"{path}: task_type={task!r} belongs to {other}, and {type(model).__name__} has {own!r}; "
             "load the adapters into the class that they were trained with"
         )
-    asked = {key for key, value in fields.items() if value not in (None, False, {}, [], "")}
-    if unknown := sorted(asked - _READ - _OF_NO_CONSEQUENCE):
+    used = {key for key, value in fields.items() if value not in (None, False, {}, [], "")}
+    if unknown := sorted(used - _READ - _IGNORED):
         shown = ", ".join(f"{key}={fields[key]!r}" for key in unknown)
-        raise CheckpointError(f"{path} asks for {shown}, which is not done here; merge it with PEFT first")
+        raise CheckpointError(f"{path} has {shown}, which is not supported; merge the adapters with PEFT")
     if fields.get("bias", "none") != "none":
         raise CheckpointError(
-            f"{path}: bias={fields['bias']!r}: Phi-3's projections have none; expected 'none'"
+            f"{path}: bias={fields['bias']!r}, but Phi-3's projections have no biases; expected 'none'"
         )
-    if (start := fields.get("init_lora_weights", True)) not in _PLAIN_STARTS:
+    if (init := fields.get("init_lora_weights", True)) not in _KEEP_BASE_WEIGHTS:
         raise CheckpointError(
-            f"{path}: init_lora_weights={start!r} has changed the base model's weights; convert the adapters "
+            f"{path}: init_lora_weights={init!r} has changed the base model's weights; convert the adapters "
             "with PEFT (path_initial_model_for_weight_conversion)"
         )
-    _check_kinds(path, fields)
+    _check_types(path, fields)
     return AdapterConfig(fields, path)
 
 
-def _check_kinds(path: Path, fields: dict[str, Any]) -> None:
-    """That numbers are numbers and names are names."""
+def _check_types(path: Path, fields: dict[str, Any]) -> None:
+    """Checks the types of the fields that are read."""
 
     def number(value: Any, kinds: type[int] | type[float]) -> bool:
         return isinstance(value, int | kinds) and not isinstance(value, bool) and value > 0
@@ -191,10 +192,10 @@ def adapter_fields(
     base_model: str,
     modules_to_save: Collection[str],
 ) -> dict[str, Any]:
-    """What `adapter_config.json` says of the model's adapters."""
+    """Returns the fields of `adapter_config.json` for the model's adapters."""
     layers = model.config.num_hidden_layers
     counts = Counter(name.rpartition(".")[2] for name in adapted)
-    everywhere = all(count == layers for count in counts.values())
+    in_all_layers = all(count == layers for count in counts.values())
     ranks = {name: linear.adapter.rank for name, linear in adapted.items()}
     alphas = {name: linear.adapter.alpha for name, linear in adapted.items()}
     rank, alpha = (Counter(numbers.values()).most_common(1)[0][0] for numbers in (ranks, alphas))
@@ -209,7 +210,7 @@ def adapter_fields(
         "rank_pattern": {name: other for name, other in ranks.items() if other != rank},
         "alpha_pattern": {name: other for name, other in alphas.items() if other != alpha},
         "use_rslora": next(iter(adapted.values())).adapter.rslora,
-        "target_modules": [name for name in TARGETS if name in counts] if everywhere else list(adapted),
+        "target_modules": [name for name in TARGETS if name in counts] if in_all_layers else list(adapted),
         "modules_to_save": list(modules_to_save) or None,
         "bias": "none",
         "init_lora_weights": True,
