@@ -1,7 +1,7 @@
-"""`phi3-jax bench-finetune`: a recipe of `phi3-jax finetune` in transformers, with PyTorch, side by side.
+"""`phi3-jax bench-finetune`: a recipe of `phi3-jax finetune` here and in transformers, side by side.
 
-Both begin with the same parameters, take the same batches at the same learning rates, and are scored by the
-same functions; what differs is who computes.
+Both sides start with the same parameters, take the same batches at the same learning rates, and are scored by
+the same functions.
 """
 
 import json
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,58 +26,55 @@ from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Loader, load
 from phi3_jax.errors import UserError
 from phi3_jax.runs.allocator import keep_freed_memory
-from phi3_jax.runs.files import replacing
+from phi3_jax.runs.files import write_text
 from phi3_jax.runs.json_values import json_value
 
-from .evaluate import Evaluator
-from .finetune import Standing
+from .bench_torch import TransformersTraining
+from .evaluate import EvaluationState, Evaluator
 from .progress import Progress
 from .recipe import Recipe, make_trainer, new_model, prepare, with_adapters
 from .settings import Settings
 
-if TYPE_CHECKING:
-    from .bench_torch import Theirs
-
 logger = logging.getLogger(__name__)
 
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""How far losses may lie apart, relative to those above 1, if both sides do the same."""
+"""How far the losses of two equal sides may differ: relative for losses above 1, else absolute."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a turn does: the run's first steps, again and again, without dropout, so that losses compare."""
+class TurnOptions:
+    """The options of a turn: it takes the run's first steps, without dropout, so that losses compare."""
 
     settings: Settings
     steps: int
     cache_dir: Path | None
 
 
-class Turn(NamedTuple):
-    """What came of one turn."""
+class TurnResult(NamedTuple):
+    """The result of one turn."""
 
     seconds: float
     losses: list[float]
 
 
 def run_turns(settings: Settings, *, steps: int, rounds: int, cache_dir: Path | None) -> None:
-    """Measures and prints a table; see the command's help for the arguments.
+    """Measures both sides and prints a table; the command's help describes the arguments.
 
     Raises:
-        ValueError: as `finetune`; a setting that has no counterpart in transformers.
+        UserError: as in `finetune`, or a setting has no counterpart in transformers.
     """
-    check(settings)
-    work = Work(settings.model_copy(update={"dropout": False}), steps, cache_dir)
-    sides: Any = {"phi3-jax": (_ours, work), "transformers": (_theirs, work)}
+    check_comparable(settings)
+    options = TurnOptions(settings.model_copy(update={"dropout": False}), steps, cache_dir)
+    sides: Any = {"phi3-jax": (_ours, options), "transformers": (_theirs, options)}
     results: Any = take_turns(sides, rounds)
-    _print_turns(results, work)
+    _print_turns(results, options)
 
 
-def check(settings: Settings) -> None:
-    """Whether transformers can do what the settings say.
+def check_comparable(settings: Settings) -> None:
+    """Checks that every setting has a counterpart in transformers.
 
     Raises:
-        ValueError: it can not.
+        UserError: one has none.
     """
     if settings.optim != "adamw":
         raise UserError(f"optim={settings.optim} is not compared with transformers; use adamw")
@@ -85,46 +82,44 @@ def check(settings: Settings) -> None:
         raise UserError("remat=dots has no counterpart in transformers; use full or none")
 
 
-def _ours(work: Work) -> Callable[[], Turn]:
-    """Turns of this package."""
+def _ours(options: TurnOptions) -> Callable[[], TurnResult]:
+    """Returns a function that takes a turn of this package."""
     keep_freed_memory()  # as the command does
-    recipe = prepare(work.settings, None, work.cache_dir)
-    model = with_adapters(new_model(recipe, None), work.settings)
+    recipe = prepare(options.settings, None, options.cache_dir)
+    model = with_adapters(new_model(recipe, None), options.settings)
     trainer = make_trainer(recipe, model, None)
     state = trainer.start(model)
-    batches = _first_batches(recipe, work.steps)
+    batches = _first_batches(recipe, options.steps)
 
-    def turn() -> Turn:
+    def turn() -> TurnResult:
         nonlocal state
         began = time.perf_counter()
         losses = []
         for arrays in batches:
             state, metrics = trainer.step(state, arrays)
             losses.append(metrics.loss)
-        found = [float(loss) for loss in losses]
+        numbers = [float(loss) for loss in losses]
         jax.block_until_ready(state)
-        return Turn(time.perf_counter() - began, found)
+        return TurnResult(time.perf_counter() - began, numbers)
 
     return turn
 
 
-def _theirs(work: Work) -> Callable[[], Turn]:
-    """Turns of transformers."""
-    from .bench_torch import Theirs
-
-    recipe = prepare(work.settings, None, work.cache_dir)
-    side = Theirs(recipe)
-    batches = _first_batches(recipe, work.steps)
+def _theirs(options: TurnOptions) -> Callable[[], TurnResult]:
+    """Returns a function that takes a turn of transformers."""
+    recipe = prepare(options.settings, None, options.cache_dir)
+    training = TransformersTraining(recipe)
+    batches = _first_batches(recipe, options.steps)
     done = 0
 
-    def turn() -> Turn:
+    def turn() -> TurnResult:
         nonlocal done
         began = time.perf_counter()
         losses = []
         for arrays in batches:
-            losses.append(side.step(arrays, float(recipe.schedule(done))))
+            losses.append(training.step(arrays, float(recipe.schedule(done))))
             done += 1
-        return Turn(time.perf_counter() - began, losses)
+        return TurnResult(time.perf_counter() - began, losses)
 
     return turn
 
@@ -134,18 +129,18 @@ def _first_batches(recipe: Recipe, steps: int) -> list[Any]:
         return [batch.arrays for batch in batches]
 
 
-def _print_turns(results: Mapping[str, list[Turn]], work: Work) -> None:
-    settings, turns = work.settings, list(zip(*results.values(), strict=True))
+def _print_turns(results: Mapping[str, list[TurnResult]], options: TurnOptions) -> None:
+    settings, turns = options.settings, list(zip(*results.values(), strict=True))
     title = f"{settings.task}, {settings.trained}, {settings.dtype}, {settings.train_batch_size} rows"
-    table = Table("", *results, "ratio", title=f"{title}, {work.steps} steps, median of {len(turns)}")
-    each = [statistics.median(turn.seconds for turn in side) / work.steps for side in results.values()]
+    table = Table("", *results, "ratio", title=f"{title}, {options.steps} steps, median of {len(turns)}")
+    each = [statistics.median(turn.seconds for turn in side) / options.steps for side in results.values()]
     ratio = statistics.median(other.seconds / mine.seconds for mine, other in turns)
     table.add_row("seconds a step", *(f"{seconds:.3f}" for seconds in each), f"{ratio:.2f}")
     for label, number in (("first loss", 0), ("last loss", -1)):
         losses = (side[number].losses[number] for side in results.values())
         table.add_row(label, *(f"{loss:.4f}" for loss in losses), "")
     Console().print(table)
-    # Of the first turn: rounding is fed back at every step, so that the sides drift apart.
+    # Only the first turn: every step feeds rounding errors back, so that the sides drift apart.
     mine, other = (np.asarray(side[0].losses) for side in results.values())
     most = float(np.max(np.abs(mine - other) / np.maximum(1.0, np.abs(other))))
     print(f"losses of the first {mine.size} steps differ by {most:.1e} at most")
@@ -158,13 +153,13 @@ def _print_turns(results: Mapping[str, list[Turn]], work: Work) -> None:
 
 @dataclass(frozen=True)
 class WholeRun:
-    """What came of training in transformers."""
+    """The result of training in transformers."""
 
     metrics: dict[str, dict[str, float]]
-    """Of the best parameters, by split."""
+    """The metrics of the best parameters, by split."""
     best_step: int
     validation: dict[int, dict[str, float]]
-    """By step."""
+    """The metrics of the validation data, by step."""
     seconds_per_step: float
     """The median."""
     training_seconds: float
@@ -173,103 +168,90 @@ class WholeRun:
 
 
 def run_whole(settings: Settings, *, output: Path | None, cache_dir: Path | None) -> WholeRun:
-    """Trains the whole recipe in transformers, prints what came of it, and writes that to `output` as JSON.
+    """Trains the whole recipe in transformers, prints the result, and writes it to `output` as JSON.
 
     Raises:
-        ValueError: as `finetune`; a setting that has no counterpart in transformers.
-        OSError: a file that cannot be read or written.
+        UserError: as in `finetune`, or a setting has no counterpart in transformers.
+        OSError: a file cannot be read or written.
     """
-    check(settings)
+    check_comparable(settings)
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no directory {output.parent}; make it first")
-    from .bench_torch import Theirs
-
     began = time.perf_counter()
     recipe = prepare(settings, None, cache_dir)
-    side = Theirs(recipe)
+    training = TransformersTraining(recipe)
     print(f"{settings.task} in transformers, {settings.dtype}, {recipe.total_steps} steps", flush=True)
-    training: list[float] = []
-    evaluation: list[float] = []
-    best_step, validation = _train(recipe, side, training, evaluation)
+    step_seconds: list[float] = []
+    evaluation_seconds: list[float] = []
+    best_step, validation = _train(recipe, training, step_seconds, evaluation_seconds)
     metrics = {"validation": validation[best_step]}
     if recipe.data.test is not None:
-        score = _evaluator(recipe, "test", recipe.data.test)
-        with _timed(evaluation):
-            metrics["test"], _ = score(side)
+        evaluate = _evaluator(recipe, "test", recipe.data.test)
+        with _timed(evaluation_seconds):
+            metrics["test"], _ = evaluate(training)
     result = WholeRun(
         metrics=metrics,
         best_step=best_step,
         validation=validation,
-        seconds_per_step=statistics.median(training),
-        training_seconds=sum(training),
-        evaluation_seconds=sum(evaluation),
+        seconds_per_step=statistics.median(step_seconds),
+        training_seconds=sum(step_seconds),
+        evaluation_seconds=sum(evaluation_seconds),
         total_seconds=time.perf_counter() - began,
     )
     _print_whole(result, recipe)
     if output is not None:
-        told = {"settings": settings.model_dump(mode="json")} | vars(result)
-        with replacing(output) as work:
-            work.write_text(json.dumps(json_value(told), indent=2) + "\n", encoding="utf-8")
+        summary = {"settings": settings.model_dump(mode="json")} | vars(result)
+        write_text(output, json.dumps(json_value(summary), indent=2) + "\n")
     return result
 
 
 def _train(
-    recipe: Recipe, side: "Theirs", training: list[float], evaluation: list[float]
+    recipe: Recipe,
+    training: TransformersTraining,
+    step_seconds: list[float],
+    evaluation_seconds: list[float],
 ) -> tuple[int, dict[int, dict[str, float]]]:
-    """All steps, after which `side` has the best parameters: the step of these, and validations by step.
+    """Takes all steps and restores the best parameters; returns their step, and validation metrics by step.
 
     Appends the seconds of each step and of each evaluation.
     """
     settings, total = recipe.settings, recipe.total_steps
     validate = _evaluator(recipe, "validation", recipe.data.validation)
     evaluate_every = settings.eval_steps or recipe.plan.steps_per_epoch
-    patience = settings.early_stopping_patience
-    standing, best = Standing(), side.trained()
+    state, best = EvaluationState(), training.trained()
     validation: dict[int, dict[str, float]] = {}
     with Progress(total, 0, show=True) as progress, _batches(recipe, total) as batches:
         for batch in batches:
             step, rate = batch.step + 1, float(recipe.schedule(batch.step))
-            with _timed(training):
-                loss = side.step(batch.arrays, rate)
+            with _timed(step_seconds):
+                loss = training.step(batch.arrays, rate)
             if not math.isfinite(loss):
                 raise UserError(f"step {step} has the loss {loss}; try a smaller learning_rate")
-            seen = {"loss": loss, "learning_rate": rate, "seconds_per_step": statistics.median(training)}
-            progress.update(step, seen)
+            median = statistics.median(step_seconds)
+            progress.update(step, {"loss": loss, "learning_rate": rate, "seconds_per_step": median})
             if step % evaluate_every and step != total:
                 continue
-            with _timed(evaluation):
-                validation[step], _ = validate(side)
+            with _timed(evaluation_seconds):
+                validation[step], _ = validate(training)
             progress.say(f"step {step}, validation: {_listed(validation[step])}")
-            standing = standing.after(step, validation[step][recipe.metric], recipe.sign)
-            if standing.best_step == step:
-                best = side.trained()
-            if patience is not None and standing.worse >= patience:
+            state = state.with_score(step, validation[step][recipe.metric], recipe.sign)
+            if state.best_step == step:
+                best = training.trained()
+            if state.patience_is_over(settings.early_stopping_patience):
                 break
-    side.restore(best)
-    assert standing.best_step is not None
-    return standing.best_step, validation
+    training.restore(best)
+    assert state.best_step is not None
+    return state.best_step, validation
 
 
 def _evaluator(recipe: Recipe, split: str, examples: Examples) -> Evaluator:
-    """Scores `Theirs` as `finetune` scores a state of ours."""
-    from .bench_torch import Theirs
-
-    return Evaluator(
-        Theirs.score,
-        examples,
-        kind=recipe.kind,
-        split=split,
-        labels=recipe.data.labels,
-        pad_token_id=recipe.pad_token_id,
-        rows=recipe.settings.eval_batch_size,
-        most=recipe.settings.max_buckets,
-        mesh=None,
-    )
+    """Returns what scores a `TransformersTraining` as `finetune` scores a state of this package."""
+    return Evaluator(TransformersTraining.score, examples, recipe, split=split, mesh=None)
 
 
 @contextmanager
 def _batches(recipe: Recipe, stop: int) -> Iterator[Loader]:
-    """The run's batches up to step `stop`, in order."""
+    """Yields a loader of the run's batches before step `stop`."""
     batches = load(recipe.data.train, recipe.plan, pad_token_id=recipe.pad_token_id, stop=stop)
     try:
         yield batches
@@ -279,7 +261,7 @@ def _batches(recipe: Recipe, stop: int) -> Iterator[Loader]:
 
 @contextmanager
 def _timed(seconds: list[float]) -> Iterator[None]:
-    """Appends how long the block takes."""
+    """Appends the seconds that the block takes."""
     began = time.perf_counter()
     yield
     seconds.append(time.perf_counter() - began)

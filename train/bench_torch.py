@@ -1,16 +1,16 @@
-"""A recipe of `phi3-jax finetune` as users of transformers would run it: its model, PEFT, PyTorch."""
+"""A recipe of `phi3-jax finetune` as users of transformers would run it.
+
+PyTorch and transformers are optional, so only the functions that need them import them.
+"""
 
 import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-import torch
-import transformers
-from torch.nn import functional
 
 from phi3_jax.lora import save_adapters
 from phi3_jax.model.losses import IGNORE_INDEX
@@ -26,19 +26,25 @@ CLASSES = {
     "token-classification": "AutoModelForTokenClassification",
     "causal-lm": "AutoModelForCausalLM",
 }
-"""Of transformers, by task."""
+"""The classes of transformers, by task."""
+
+Tensor: TypeAlias = Any
+"""A torch.Tensor."""
+Tensors: TypeAlias = dict[str, Tensor]
 
 DROPOUT_RATES = ("attention_dropout", "resid_pdrop", "embd_pdrop", "classifier_dropout")
 
 
-class Theirs:
-    """The recipe with transformers' model, PEFT's adapters and PyTorch's AdamW.
+class TransformersTraining:
+    """The training of a recipe with transformers' model, PEFT's adapters and PyTorch's AdamW.
 
-    As users of it train: parameters in float32 between steps, autocast to bfloat16 within them where that is
-    the dtype; what is frozen is stored in that dtype.
+    As usual there, trained parameters are float32, and a step computes under autocast to bfloat16 if that is
+    the dtype; frozen parameters are stored in the dtype.
     """
 
     def __init__(self, recipe: Recipe):
+        import torch
+
         settings = recipe.settings
         torch.manual_seed(settings.seed)
         self._kind, self._settings = recipe.kind, settings
@@ -60,18 +66,20 @@ class Theirs:
         )
 
     def step(self, arrays: Mapping[str, np.ndarray], learning_rate: float) -> float:
-        """Updates the parameters; the batch's loss before that."""
+        """Updates the parameters; returns the batch's loss before the update."""
+        import torch
+
         rows = self._tensors(arrays)
         count = self._count(rows["labels"], self._objective)
         parts = self._settings.gradient_accumulation_steps
         self._model.train()
         loss = 0.0
         for part in range(parts):
-            few = {name: x[part::parts] for name, x in rows.items()}
-            if not len(few["input_ids"]):
+            some = {name: x[part::parts] for name, x in rows.items()}
+            if not len(some["input_ids"]):
                 continue
-            logits, labels = self._forward(few)
-            value = self._sum(logits, labels, self._objective) / count
+            logits, labels = self._forward(some)
+            value = self._loss_sum(logits, labels, self._objective) / count
             value.backward()
             loss += value.item()
         if self._settings.max_grad_norm is not None:
@@ -83,49 +91,57 @@ class Theirs:
         return loss
 
     def score(self, arrays: Mapping[str, np.ndarray]) -> tuple[float, float, tuple[np.ndarray, ...]]:
-        """The sum of a batch's losses, its divisor, and what `Evaluator` measures of each row."""
+        """Returns the sum of a batch's losses, the count that divides it, and arrays of the rows."""
+        import torch
+
         rows, plain = self._tensors(arrays), Objective()
         self._model.eval()
         with torch.no_grad():
             logits, labels = self._forward(rows)
-            losses = self._sum(logits, labels, plain).item(), self._count(rows["labels"], plain)
-        said: tuple[np.ndarray, ...] = ()
+            losses = self._loss_sum(logits, labels, plain).item(), self._count(rows["labels"], plain)
+        outputs: tuple[np.ndarray, ...] = ()
         if self._kind in SEQUENCE_TASKS:
-            said = (logits.cpu().numpy(),)
+            outputs = (logits.cpu().numpy(),)
         elif self._kind == "token-classification":
             best = logits.softmax(-1).max(-1)
-            said = best.indices.cpu().numpy(), best.values.cpu().numpy()
-        return *losses, said
+            outputs = best.indices.cpu().numpy(), best.values.cpu().numpy()
+        return *losses, outputs
 
-    def trained(self) -> dict[str, torch.Tensor]:
-        """A copy of the parameters that are trained."""
+    def trained(self) -> Tensors:
+        """Returns a copy of the trained parameters."""
         return {name: x.detach().clone() for name, x in self._trained.items()}
 
-    def restore(self, trained: dict[str, torch.Tensor]) -> None:
-        """Takes up what `trained` gave."""
+    def restore(self, trained: Tensors) -> None:
+        """Restores the parameters that `trained` returned."""
         for name, x in self._trained.items():
             x.data.copy_(trained[name])
 
-    def _tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """A batch as PyTorch takes it: without rows that stand for no example, since its shapes may vary."""
+    def _tensors(self, arrays: Mapping[str, np.ndarray]) -> Tensors:
+        """Returns a batch as PyTorch takes it: without padding rows, because its shapes may vary."""
+        import torch
+
         real = arrays["attention_mask"].any(axis=1)
-        # Examples that share a row are told apart by their positions, and only where no mask is given.
+        # transformers separates the examples of a packed row by their positions, but only without a mask.
         unused = {"weights", "segment_ids"} | ({"attention_mask"} if "segment_ids" in arrays else set())
         tensors = {name: torch.from_numpy(x[real]) for name, x in arrays.items() if name not in unused}
         return {
             name: (x if x.is_floating_point() else x.long()).to(self._device) for name, x in tensors.items()
         }
 
-    def _forward(self, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits in float32, and the labels that stand beside them."""
+    def _forward(self, rows: Tensors) -> tuple[Tensor, Tensor]:
+        """Returns the logits in float32, and their labels."""
+        import torch
+
         inputs = {name: x for name, x in rows.items() if name != "labels"}
         with torch.autocast(self._device, torch.bfloat16, enabled=self._settings.dtype == "bfloat16"):
             logits = self._model(**inputs, use_cache=False).logits.float()
         labels = rows["labels"]
         return (logits[:, :-1], labels[:, 1:]) if self._kind == "causal-lm" else (logits, labels)
 
-    def _sum(self, logits: torch.Tensor, labels: torch.Tensor, objective: Objective) -> torch.Tensor:
-        """The sum of the losses, as the problem's loss function of PyTorch has it."""
+    def _loss_sum(self, logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+        """Returns the sum of the losses, from PyTorch's loss function for the problem."""
+        from torch.nn import functional
+
         weights, smoothing = self._weights(objective), objective.label_smoothing
         if self._kind == "regression":
             return functional.mse_loss(logits, labels.reshape(logits.shape), reduction="sum")
@@ -141,8 +157,8 @@ class Theirs:
             reduction="sum",
         )
 
-    def _count(self, labels: torch.Tensor, objective: Objective) -> float:
-        """What the sum is divided by: labels that count, by their weights."""
+    def _count(self, labels: Tensor, objective: Objective) -> float:
+        """Returns what divides the sum of the losses: the labels that count, by their weights."""
         if labels.is_floating_point():
             return float(labels.numel())
         labels = labels[:, 1:] if self._kind == "causal-lm" else labels
@@ -150,13 +166,18 @@ class Theirs:
         weights = self._weights(objective)
         return float(counted.numel() if weights is None else weights[counted].sum()) or 1.0
 
-    def _weights(self, objective: Objective) -> torch.Tensor | None:
+    def _weights(self, objective: Objective) -> Tensor | None:
+        import torch
+
         weights = objective.class_weights
         return None if weights is None else torch.tensor(weights, device=self._device)
 
 
 def _model(recipe: Recipe) -> Any:
-    """transformers' model with the parameters that ours has before the first step."""
+    """Returns transformers' model with the parameters that ours has before the first step."""
+    import torch
+    import transformers
+
     settings = recipe.settings
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="phi3-jax-bench-") as scratch:
@@ -173,14 +194,14 @@ def _model(recipe: Recipe) -> Any:
                 setattr(config, rate, 0.0)
         kind = getattr(transformers, CLASSES[settings.task])
         model = kind.from_pretrained(base, config=config, dtype=dtype)
-        # Without a setting, what `finetune` does on this platform.
+        # Without a setting, as `finetune` does on this platform.
         if (settings.remat or ("none" if jax.default_backend() == "cpu" else "full")) == "full":
             model.activation_checkpointing_enable()
         if settings.trained == "lora":
             from peft import PeftModel
 
             with warnings.catch_warnings():
-                # PEFT asks by a name that transformers has a newer one for.
+                # PEFT uses an old name of transformers.
                 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
                 model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The state of a run on disk: Orbax checkpoints, written while training goes on."""
+"""A run's state on disk: Orbax checkpoints, written while training continues."""
 
 import logging
 import shutil
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """What a checkpoint gives back."""
+class RestoredCheckpoint:
+    """The contents of a checkpoint."""
 
     step: int
     state: TrainState
@@ -32,15 +32,15 @@ class Resumed:
 
 
 class Checkpoints:
-    """Checkpoints of a run, of which the last two and the best stay.
+    """The checkpoints of a run; the last two and the best are kept.
 
-    They hold what training changes: trained parameters, optimizer, step; frozen parameters are the base
-    model's. Each has a checksum of its numbers, as the format has none. Over several processes each writes
-    what its devices hold, and all call the same methods.
+    They hold what training changes: trained parameters, optimizer and step. Frozen parameters are the base
+    model's. Each checkpoint has a checksum of its numbers, because the format has none. With several
+    processes each writes what its devices hold, and all call the same methods.
 
     Args:
-        directory: made if absent; what killed processes left in it is removed.
-        greater_is_better: of the score that checkpoints are saved with.
+        directory: made if it does not exist; leftovers of killed processes in it are removed.
+        greater_is_better: whether a greater score is better.
     """
 
     def __init__(self, directory: Path, *, greater_is_better: bool):
@@ -50,13 +50,13 @@ class Checkpoints:
             return metrics["score"]
 
         def rank(metrics: Any) -> Any:
-            """Of equal scores the first is the best, as the run's own record has it; Orbax keeps the last."""
+            """Ranks the first of equal scores highest, as `EvaluationState` does; Orbax takes the last."""
             step = metrics.get("step", 0)
             return metrics["score"], -step if greater_is_better else step
 
         best = policies.BestN(get_metric_fn=rank, n=1, reverse=not greater_is_better)
         options = ocp.CheckpointManagerOptions(
-            best_fn=score,  # without it scores are not written, nor read again
+            best_fn=score,  # without it Orbax neither writes nor reads scores
             best_mode="max" if greater_is_better else "min",
             cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
@@ -67,10 +67,10 @@ class Checkpoints:
             raise CheckpointError(f"{directory} cannot be written: {error.strerror or error}") from error
 
     def save(self, step: int, state: TrainState, about: dict[str, Any], score: float) -> None:
-        """Begins to write a checkpoint; returns when its numbers are copied, so that training may go on.
+        """Starts to write a checkpoint; returns when its numbers are copied, so that training can continue.
 
         Raises:
-            CheckpointError: this or the one before could not be written; those before are as they were.
+            CheckpointError: this checkpoint or the one before could not be written; earlier ones are intact.
         """
         changing = _changing(state)
         about = {**about, "checksum": int(_checksum(changing))}
@@ -86,10 +86,10 @@ class Checkpoints:
             raise self._not_written(step, error) from error
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
+        """Waits until everything is on disk.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: a checkpoint could not be written.
         """
         try:
             self._manager.wait_until_finished()
@@ -97,66 +97,66 @@ class Checkpoints:
             raise self._not_written(None, error) from error
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there, ascending."""
+        """Returns the steps of the checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, step: int, state: TrainState) -> Resumed:
-        """The state at `step`; frozen parameters, shapes and places are taken from `state`.
+    def restore(self, step: int, state: TrainState) -> RestoredCheckpoint:
+        """Returns the checkpoint of `step`; frozen parameters, shapes and shardings come from `state`.
 
         Raises:
             CheckpointError: the checkpoint is damaged.
         """
-        where = jax.tree.map(_abstract, _changing(state))
+        shapes = jax.tree.map(_abstract, _changing(state))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)  # Orbax leaves files for the collector
-                made = self._manager.restore(
+                warnings.simplefilter(
+                    "ignore", ResourceWarning
+                )  # Orbax leaves files to the garbage collector
+                restored = self._manager.restore(
                     step,
                     args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(where), about=ocp.args.JsonRestore()
+                        state=ocp.args.StandardRestore(shapes), about=ocp.args.JsonRestore()
                     ),
                 )
-            about = made["about"]
-            if int(_checksum(made["state"])) != about["checksum"]:
+            changing, about = restored["state"], restored["about"]
+            if int(_checksum(changing)) != about["checksum"]:
                 raise UserError("its numbers are not those that were saved")
-        except Exception as error:  # whatever a damaged file makes the libraries raise
+        except Exception as error:  # the libraries raise many types for a damaged file
             reason = str(error).strip().splitlines()
             raise CheckpointError(
                 f"{self.directory / str(step)} cannot be read: {reason[0][:200] if reason else error!r}"
             ) from error
-        changed = made["state"]
-        return Resumed(
-            step, TrainState(changed["trained"], state.frozen, changed["optimizer"], changed["step"]), about
-        )
+        whole = TrainState(changing["trained"], state.frozen, changing["optimizer"], changing["step"])
+        return RestoredCheckpoint(step, whole, about)
 
-    def restore_last(self, state: TrainState) -> Resumed | None:
-        """The last checkpoint that can be read; damaged ones after it are deleted, with a warning.
+    def restore_last(self, state: TrainState) -> RestoredCheckpoint | None:
+        """Returns the last checkpoint that can be read, or None without any; deletes damaged ones after it.
 
         Raises:
-            CheckpointError: there are checkpoints and none can be read.
+            CheckpointError: there are checkpoints, and none can be read.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
-                resumed = self.restore(step, state)
+                restored = self.restore(step, state)
             except CheckpointError as error:
                 if step == steps[0]:
                     raise
-                logger.warning("%s; going on from the checkpoint before it", error)
+                logger.warning("%s; resuming from the checkpoint before it", error)
                 continue
             for damaged in (later for later in steps if later > step):
                 self._manager.delete(damaged)
-            return resumed
+            return restored
         return None
 
     def keep(self, best: int | None) -> None:
-        """Deletes all but the last two and the best; a process killed while it deleted leaves more."""
+        """Deletes all checkpoints but the last two and the best, which a killed process may not have done."""
         for step in self.steps()[:-2]:
             if step != best:
                 self._manager.delete(step)
 
     def close(self) -> None:
-        """Waits for what is being written, whatever comes of it, and ends the threads."""
+        """Waits for unfinished writing, even if it fails, and ends the threads."""
         self._manager.close()
 
     def _not_written(self, step: int | None, error: Exception) -> CheckpointError:
@@ -166,16 +166,16 @@ class Checkpoints:
         )
         reason = "there is no space left on the disk" if full else texts[0].strip().splitlines()[0][:200]
         name = self.directory if step is None else self.directory / str(step)
-        return CheckpointError(f"{name} cannot be written: {reason}; the checkpoint before it is as it was")
+        return CheckpointError(f"{name} cannot be written: {reason}; the checkpoint before it is intact")
 
 
-def remove(directory: Path) -> None:
-    """Deletes the checkpoints of a run that begins anew."""
+def remove_checkpoints(directory: Path) -> None:
+    """Deletes the checkpoints of an earlier run."""
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def _changing(state: TrainState) -> dict[str, Any]:
-    # Plain containers, whose names the files then have, and not those of libraries' classes.
+    # Plain containers: the files take their names from these, not from the classes of libraries.
     return {"trained": state.trained, "optimizer": state.optimizer, "step": state.step}
 
 
@@ -185,7 +185,7 @@ def _abstract(x: Array) -> jax.ShapeDtypeStruct:
 
 @jax.jit
 def _checksum(tree: Any) -> UInt32[Array, ""]:
-    """Changes with any bit of any number, and with two numbers that change places."""
+    """Returns a number that depends on every bit, and on the order of the numbers."""
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
         bits = jax.lax.bitcast_convert_type(leaf, np.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(

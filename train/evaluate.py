@@ -1,6 +1,7 @@
-"""Scores a state on examples: the loss and metrics of the task, and what was predicted of each row."""
+"""Scoring a state on examples: the loss, the metrics of the task, and the prediction for each row."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,7 +11,6 @@ from jax.sharding import Mesh
 
 from phi3_jax.data.batches import BatchPlan, bucket_widths
 from phi3_jax.data.examples import Examples
-from phi3_jax.data.labels import Labels
 from phi3_jax.data.loader import load
 from phi3_jax.parallel.sharding import replicate
 from phi3_jax.trainer.batches import local_rows, to_devices, width_multiple
@@ -19,112 +19,126 @@ from phi3_jax.trainer.step import Trainer, TrainState
 
 from .metrics import SEQUENCE_TASKS, language_metrics, predict, sequence_metrics, token_metrics
 from .predictions import Predictions
+from .recipe import Recipe
 
 Score = Callable[[Any, Any], tuple[Any, Any, tuple[Any, ...]]]
+"""From a state and a batch to the sum of the losses, the count that divides it, and arrays of the rows."""
+
+
+@dataclass(frozen=True)
+class EvaluationState:
+    """The best of a run's evaluations so far."""
+
+    best_step: int | None = None
+    best_score: float | None = None
+    worse: int = 0
+    """How many evaluations came after the best one."""
+
+    def with_score(self, step: int, score: float, sign: int) -> "EvaluationState":
+        """Returns the state after one more evaluation; `sign` is 1 if greater scores are better, else -1."""
+        better = self.best_score is None or sign * score > sign * self.best_score
+        return EvaluationState(step, score) if better else replace(self, worse=self.worse + 1)
+
+    def patience_is_over(self, patience: int | None) -> bool:
+        """Returns whether `patience` evaluations came after the best one."""
+        return patience is not None and self.worse >= patience
 
 
 class Evaluator:
     """Scores one split, the same way each time it is called.
 
     Args:
-        score: of a state and a batch: the sum of the losses, its divisor, and what the task measures of each
-            row (`scorer`).
-        kind: the task, or the problem type of sequence classification: a key of `METRICS`.
-        split: its name.
-        labels: of classes; None for a language model.
-        rows: of a batch, over all devices.
-        most: row widths, each compiled once.
+        score: scores a batch (`scorer`).
+        examples: of the split.
+        recipe: of the run.
+        split: the name of the split.
+        mesh: the devices that share the batches.
     """
 
-    def __init__(
-        self,
-        score: Score,
-        examples: Examples,
-        *,
-        kind: str,
-        split: str,
-        labels: Labels | None,
-        pad_token_id: int,
-        rows: int,
-        most: int,
-        mesh: Mesh | None,
-    ):
-        self.kind, self.split, self._labels = kind, split, labels
-        self._examples, self._pad_token_id, self._mesh = examples, pad_token_id, mesh
+    def __init__(self, score: Score, examples: Examples, recipe: Recipe, *, split: str, mesh: Mesh | None):
+        self._score, self._examples, self._recipe = score, examples, recipe
+        self._split, self._mesh = split, mesh
+        rows, most = recipe.settings.eval_batch_size, recipe.settings.max_buckets
         widths = bucket_widths(examples.lengths, most=most, multiple=width_multiple(mesh))
         self._plan = BatchPlan(examples.lengths, rows=rows, widths=widths, shuffle=False)
-        self._own = local_rows(rows, mesh)
-        self._score = score
+        self._own_rows = local_rows(rows, mesh)
 
     def __call__(self, state: Any) -> tuple[dict[str, float], Predictions | None]:
-        """Metrics by name, "loss" among them; and predictions, in the order of the examples."""
+        """Returns metrics by name, "loss" among them, and predictions in the order of the examples."""
         total = count = 0.0
-        found: list[Any] = [None] * len(self._examples)
+        results: list[Any] = [None] * len(self._examples)
         batches = load(
             self._examples,
             self._plan,
-            pad_token_id=self._pad_token_id,
+            pad_token_id=self._recipe.pad_token_id,
             stop=self._plan.steps_per_epoch,
-            local_rows=self._own,
+            local_rows=self._own_rows,
         )
         try:
             for batch in batches:
-                arrays = to_devices(batch.arrays, self._plan.rows, self._mesh, self._own)
-                loss, counted, said = jax.device_get(self._score(state, arrays))
+                arrays = to_devices(batch.arrays, self._plan.rows, self._mesh, self._own_rows)
+                loss, counted, outputs = jax.device_get(self._score(state, arrays))
                 total, count = total + float(loss), count + float(counted)
                 for row, index in enumerate(batch.indices):
                     if index >= 0:
-                        found[index] = [part[row] for part in said]
+                        results[index] = [output[row] for output in outputs]
         finally:
             batches.close()
-        return self._measure(total, count, found)
+        return self._measure(total, count, results)
 
     def _measure(
-        self, total: float, count: float, found: list[Any]
+        self, total: float, count: float, results: list[Any]
     ) -> tuple[dict[str, float], Predictions | None]:
-        if self.kind == "causal-lm":
+        kind = self._recipe.kind
+        if kind == "causal-lm":
             return language_metrics(total, int(count)), None
         places = [self._examples.place(index) for index in range(len(self._examples))]
         loss = {"loss": total / max(count, 1.0)}
-        if self.kind in SEQUENCE_TASKS:
-            logits = np.stack([row[0] for row in found])
+        if kind in SEQUENCE_TASKS:
+            logits = np.stack([row[0] for row in results])
             labels = self._examples.labels
             assert labels is not None
-            predicted, scores = predict(self.kind, logits)
-            metrics = sequence_metrics(self.kind, logits, labels)
-            return loss | metrics, Predictions(self.split, labels, predicted, scores, places)
-        assert self._labels is not None
-        names = self._labels.names
+            predicted, scores = predict(kind, logits)
+            metrics = sequence_metrics(kind, logits, labels)
+            return loss | metrics, Predictions(self._split, labels, predicted, scores, places)
+        true, tags, confidences = self._word_tags(results)
+        metrics = token_metrics(true, tags)
+        return loss | metrics, Predictions(self._split, true, tags, confidences, places)
+
+    def _word_tags(self, results: list[Any]) -> tuple[list[list[str]], list[list[str]], list[np.ndarray]]:
+        """Returns the true tags, the predicted ones and their probabilities: the words of each sentence."""
+        labels = self._recipe.data.labels
+        assert labels is not None
         true: list[list[str]] = []
         tags: list[list[str]] = []
-        sure: list[np.ndarray] = []
-        for index, (ids, probabilities) in enumerate(found):
+        confidences: list[np.ndarray] = []
+        for index, (ids, probabilities) in enumerate(results):
             first = self._examples.firsts(index)
             assert first is not None
-            where = np.flatnonzero(first)
-            true.append(_named(self._examples.token_labels(index)[where], names))
-            tags.append(_named(ids[where], names))
-            sure.append(probabilities[where])
-        return loss | token_metrics(true, tags), Predictions(self.split, true, tags, sure, places)
+            positions = np.flatnonzero(first)
+            true.append(_names(self._examples.token_labels(index)[positions], labels.names))
+            tags.append(_names(ids[positions], labels.names))
+            confidences.append(probabilities[positions])
+        return true, tags, confidences
 
 
 def scorer(trainer: Trainer, kind: str, mesh: Mesh | None) -> Score:
-    """What an `Evaluator` needs for states of `trainer`."""
+    """Returns the function that scores states of `trainer` for an `Evaluator`."""
     objective = Objective()
 
     def score(state: TrainState, batch: Batch) -> Any:
         model = trainer.computing(state)
         logits = model(**model_inputs(batch)).logits.astype(jnp.float32)
         losses = objective.loss_sum_of_logits(model, logits, batch), objective.count(model, batch)
-        said: tuple[Any, ...] = ()
+        outputs: tuple[Any, ...] = ()
         if kind in SEQUENCE_TASKS:
-            said = (logits,)
+            outputs = (logits,)
         elif kind == "token-classification":
-            said = jnp.argmax(logits, axis=-1), jnp.max(jax.nn.softmax(logits), axis=-1)
-        return replicate((*losses, said), mesh)
+            outputs = jnp.argmax(logits, axis=-1), jnp.max(jax.nn.softmax(logits), axis=-1)
+        return replicate((*losses, outputs), mesh)
 
     return jax.jit(score)
 
 
-def _named(ids: np.ndarray, names: Sequence[str]) -> list[str]:
+def _names(ids: np.ndarray, names: Sequence[str]) -> list[str]:
     return [names[each] for each in ids]

@@ -1,336 +1,250 @@
 """A fine-tuning run from the first file to the report, to be read from top to bottom."""
 
-import json
 import logging
 import math
-import shlex
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Batch, load
 from phi3_jax.errors import UserError
-from phi3_jax.lora import merge_lora, save_adapters
-from phi3_jax.model.saving import save_model
 from phi3_jax.parallel import distributed
-from phi3_jax.runs.files import remove_leftovers, replacing
-from phi3_jax.runs.json_values import RUN
-from phi3_jax.runs.resume import differences
-from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.trainer.batches import local_rows, to_devices
-from phi3_jax.trainer.step import Metrics, TrainState
+from phi3_jax.trainer.step import Metrics
 
-from .checkpoints import Checkpoints, remove
-from .evaluate import Evaluator, scorer
+from .checkpoints import Checkpoints
+from .evaluate import EvaluationState, Evaluator, scorer
 from .interrupts import Interrupts
-from .logs import RunLog, read_log
+from .logs import RunLog
 from .predictions import Predictions
 from .progress import Progress
-from .recipe import make_trainer, new_model, prepare, with_adapters
-from .report import Results, write_report
-from .settings import FREE, Settings
-from .sources import Data
+from .recipe import Recipe, make_trainer, new_model, prepare, with_adapters
+from .report import Results
+from .run_directory import CHECKPOINTS, RunDirectory
+from .settings import Settings
 from .speed import Speed
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, LOG, ADAPTER = "checkpoints", "log.jsonl", "adapter"
-"""What a run's directory holds beside the model, the report and `RUN`."""
-
 
 class NotFiniteError(UserError):
-    """The loss or the gradients are infinite or no number."""
+    """The loss or the gradient norm is infinite or NaN."""
 
 
 class InterruptedRunError(Exception):
-    """The run was told to end, and has saved itself."""
+    """A signal ended the run, which has saved its state."""
 
     def __init__(self, step: int, signal: int):
         super().__init__(
-            f"interrupted behind step {step}, which is saved; the same command goes on from there"
+            f"interrupted after step {step}, which is saved; the same command resumes the run from there"
         )
         self.signal = signal
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How the evaluations went so far."""
-
-    best_step: int | None = None
-    best_score: float | None = None
-    worse: int = 0
-    """Evaluations since the best."""
-
-    def after(self, step: int, score: float, sign: int) -> "Standing":
-        better = self.best_score is None or sign * score > sign * self.best_score
-        return Standing(step, score) if better else replace(self, worse=self.worse + 1)
 
 
 def finetune(
     settings: Settings, *, mesh: Mesh | None = None, cache_dir: Path | None = None, show: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Trains, evaluates, saves; goes on where an earlier run with the same settings was cut off.
+    """Trains, evaluates and saves; resumes an interrupted run with the same settings.
 
     Several processes all call this, with the same settings.
 
     Args:
-        settings: what to do.
-        mesh: to divide the model and the batches over.
-        cache_dir: of the default model.
-        show: a progress bar on standard error, in process 0.
+        settings: of the run.
+        mesh: the devices that share the model and the batches.
+        cache_dir: the folder of the default model.
+        show: whether process 0 shows a progress bar on standard error.
 
     Returns:
-        Metrics of the parameters that were kept, by split.
+        Metrics of the parameters that are kept, by split.
 
     Raises:
-        ValueError: settings or data that cannot be, a loss that is not finite.
-        OSError: files that cannot be read or written; `CheckpointError` for models and checkpoints.
+        UserError: settings or data do not fit, or the loss is not finite.
+        OSError: a file cannot be read or written; `CheckpointError` for models and checkpoints.
         InterruptedRunError: SIGTERM or Ctrl-C came; the state is saved.
     """
-    show = show and distributed.is_primary()
     recipe = prepare(settings, mesh, cache_dir)
-    tokenizer, data, plan, schedule = recipe.tokenizer, recipe.data, recipe.plan, recipe.schedule
-    metric, sign, total = recipe.metric, recipe.sign, recipe.total_steps
-    epoch = plan.steps_per_epoch
-    evaluate_every = settings.eval_steps or epoch
-    save_every = settings.save_steps or evaluate_every
-
-    # The run's directory, and whether this goes on with what is there.
-    directory = settings.output_dir
-    about = {
-        "settings": settings.model_dump(mode="json"),
-        "data": data.fingerprint(),
-        "steps": total,
-        "base": recipe.config.to_dict(),
-    }
-    finished = distributed.from_primary(lambda: _open(directory, about, settings.overwrite_output_dir))
+    directory = RunDirectory(recipe)
+    finished = distributed.from_primary(directory.open)
     if finished is not None:
-        logger.warning("%s is finished; nothing is left to do", directory)
+        logger.warning("%s is finished; nothing is left to do", directory.path)
         return finished
-
-    # The model and its step.
-    model = with_adapters(new_model(recipe, mesh), settings)
-    trainer = make_trainer(recipe, model, mesh)
-    state = trainer.start(model)
-    speed = Speed(model.config, settings, mesh)
-    del model
-
-    score = scorer(trainer, recipe.kind, mesh)
-
-    def evaluator(split: str, examples: Any) -> Evaluator:
-        return Evaluator(
-            score,
-            examples,
-            kind=recipe.kind,
-            split=split,
-            labels=data.labels,
-            pad_token_id=recipe.pad_token_id,
-            rows=settings.eval_batch_size,
-            most=settings.max_buckets,
-            mesh=mesh,
-        )
-
-    # Training.
-    validate = evaluator("validation", data.validation)
     with ExitStack() as stack:
-        checkpoints = Checkpoints(directory / CHECKPOINTS, greater_is_better=sign > 0)
-        stack.callback(checkpoints.close)
-        resumed = checkpoints.restore_last(state)
-        start, standing = 0, Standing()
-        if resumed is not None:
-            start, state, standing = resumed.step, resumed.state, Standing(**resumed.about["standing"])
-            logger.warning("going on from step %d of %d", start, total)
-        own = local_rows(settings.train_batch_size, mesh)
-        batches = load(
-            data.train, plan, pad_token_id=recipe.pad_token_id, start=start, stop=total, local_rows=own
-        )
-        stack.callback(batches.close)
-        if resumed is not None:
-            batches.set_state(resumed.about["loader"])
-        key = jax.random.key(settings.seed) if settings.dropout else None
-        log = None
-        if distributed.is_primary():
-            log = stack.enter_context(RunLog(directory, resume_at=start))
-        pending: tuple[Batch, Metrics] | None = None
-        worst = -sign * sys.float_info.max
-        # On CPU a step is done when it has been sent, so that nothing would run beside the looking.
-        ahead = jax.default_backend() != "cpu"
-        with Progress(total, start, show) as progress, Interrupts() as interrupts:
-
-            def settle() -> None:
-                """Looks at the last step's numbers, while the next one may be running already."""
-                nonlocal pending
-                if pending is None:
-                    return
-                batch, metrics = pending
-                pending = None
-                loss, norm = float(metrics.loss), float(metrics.gradient_norm)
-                rate = float(schedule(batch.step))
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise NotFiniteError(_not_finite(loss, norm, rate, batch, data, epoch))
-                tokens = int(data.train.lengths[batch.indices[batch.indices >= 0]].sum())
-                seen = speed.after(tokens, batch.width * settings.train_batch_size, batch.width)
-                values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate} | seen
-                step = batch.step + 1
-                if log is not None and (step % settings.logging_steps == 0 or step == total):
-                    log.record("train", step, {name: x for name, x in values.items() if x is not None})
-                progress.update(step, values)
-
-            def save(step: int, score: float) -> None:
-                told = {"standing": asdict(standing), "loader": batches.get_state()}
-                checkpoints.save(step, state, told, score)
-
-            stopped = _patience_is_over(settings, standing)
-            step = start
-            while step < total and not stopped:
-                batch = next(batches)
-                arrays = to_devices(batch.arrays, settings.train_batch_size, mesh, own)
-                state, metrics = trainer.step(state, arrays, key)
-                if ahead:
-                    settle()
-                pending = batch, metrics
-                if not ahead:
-                    settle()
-                step = batch.step + 1
-                interrupted = interrupts.at(step)
-                if step % evaluate_every == 0 or step == total:
-                    settle()
-                    found, _ = validate(state)
-                    if log is not None:
-                        log.record("validation", step, found)
-                    progress.update(step, {metric: found[metric], "validation_loss": found["loss"]})
-                    standing = standing.after(step, found[metric], sign)
-                    stopped = _patience_is_over(settings, standing)
-                    save(step, found[metric])
-                    speed.pause()
-                elif interrupted or step % save_every == 0:
-                    settle()
-                    save(step, worst)
-                if interrupted:
-                    checkpoints.wait()
-                    assert interrupts.received is not None
-                    raise InterruptedRunError(step, interrupts.received)
-            checkpoints.wait()
-            checkpoints.keep(standing.best_step)
-
-        # The best parameters, their scores, and the files for users.
-        state = _best(checkpoints, standing, step, state)
-        found, predictions = validate(state)
-        results = {"validation": found}
-        if data.test is not None:
-            results["test"], predictions = evaluator("test", data.test)(state)
-            if log is not None:
-                log.record("test", standing.best_step or step, results["test"])
-        _export(trainer.model(state), tokenizer, settings, recipe.base)
-        _report(settings, recipe.kind, metric, data, standing, results, predictions)
-        distributed.from_primary(lambda: _write(directory, about | {"finished": results}))
+        run = FinetuneRun(recipe, mesh)
+        run.open(directory.path, stack)
+        run.train(show and distributed.is_primary())
+        run.restore_best()
+        results, predictions = run.evaluate()
+        directory.export(run.model())
+        directory.report(Results(results, recipe.metric, run.evaluation.best_step, predictions))
+        distributed.from_primary(lambda: directory.finish(results))
     return results
 
 
-def _patience_is_over(settings: Settings, standing: Standing) -> bool:
-    patience = settings.early_stopping_patience
-    return patience is not None and standing.worse >= patience
+class FinetuneRun:
+    """A run's parameters, its step, and its best evaluation."""
 
+    def __init__(self, recipe: Recipe, mesh: Mesh | None):
+        self._recipe, self._settings, self._mesh = recipe, recipe.settings, mesh
+        model = with_adapters(new_model(recipe, mesh), self._settings)
+        self._trainer = make_trainer(recipe, model, mesh)
+        self._state = self._trainer.start(model)
+        self._speed = Speed(model.config, self._settings, mesh)
+        self._score = scorer(self._trainer, recipe.kind, mesh)
+        self._validate = self._evaluator("validation", recipe.data.validation)
+        self._evaluate_every = self._settings.eval_steps or recipe.plan.steps_per_epoch
+        self._save_every = self._settings.save_steps or self._evaluate_every
+        self._dropout_key = jax.random.key(self._settings.seed) if self._settings.dropout else None
+        self._own_rows = local_rows(self._settings.train_batch_size, mesh)
+        # On CPU a step is done when it has been sent: nothing would run while its numbers are recorded.
+        self._records_later = jax.default_backend() != "cpu"
+        self._unrecorded: tuple[Batch, Metrics] | None = None
+        self.step = 0
+        """How many steps are done."""
+        self.evaluation = EvaluationState()
 
-def _open(directory: Path, about: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Makes the run's directory, or finds that it holds this very run; its results, if that is finished.
-
-    Raises:
-        ValueError: there is something else; a run with other settings or data is told apart by each.
-    """
-    if overwrite:
-        (directory / RUN).unlink(missing_ok=True)
-    if not (directory / RUN).exists():
-        if (directory / "config.json").exists() and not overwrite:
-            raise UserError(
-                f"{directory} holds a model that is no run of finetune; choose another --output-dir, or give "
-                "--overwrite-output-dir"
-            )
-        remove(directory / CHECKPOINTS)  # of a run that is forgotten
-        directory.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(directory)
-        _write(directory, about)
-        return None
-    try:
-        before = json.loads((directory / RUN).read_text(encoding="utf-8"))
-        changed = differences(before["settings"], about["settings"], free=FREE)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / RUN} is broken ({error}); give --overwrite-output-dir") from error
-    if not changed and before.get("data") != about["data"]:
-        changed = ["the data are not the same"]
-    if not changed and before.get("base") != about["base"]:
-        changed = ["the base model is not the same"]
-    if changed:
-        raise UserError(
-            f"{directory} holds a run with other settings, which cannot go on with these: "
-            f"{'; '.join(changed)}. Choose another --output-dir, or give --overwrite-output-dir to begin anew"
+    def open(self, directory: Path, stack: ExitStack) -> None:
+        """Opens checkpoints, batches and the log, which `stack` closes; restores the last checkpoint."""
+        recipe = self._recipe
+        self._checkpoints = Checkpoints(directory / CHECKPOINTS, greater_is_better=recipe.sign > 0)
+        stack.callback(self._checkpoints.close)
+        restored = self._checkpoints.restore_last(self._state)
+        if restored is not None:
+            self.step, self._state = restored.step, restored.state
+            self.evaluation = EvaluationState(**restored.about["standing"])
+            logger.warning("resuming after step %d of %d", self.step, recipe.total_steps)
+        self._batches = load(
+            recipe.data.train,
+            recipe.plan,
+            pad_token_id=recipe.pad_token_id,
+            start=self.step,
+            stop=recipe.total_steps,
+            local_rows=self._own_rows,
         )
-    remove_leftovers(directory)
-    return before.get("finished")
+        stack.callback(self._batches.close)
+        if restored is not None:
+            self._batches.set_state(restored.about["loader"])
+        self._log = None
+        if distributed.is_primary():
+            self._log = stack.enter_context(RunLog(directory, resume_at=self.step))
+
+    def train(self, show: bool) -> None:
+        """Takes all steps, or fewer if evaluations stop getting better; evaluates and saves in between.
+
+        Raises:
+            NotFiniteError: the loss or the gradient norm is not finite.
+            InterruptedRunError: a signal came; the state is saved.
+        """
+        total = self._recipe.total_steps
+        with Progress(total, self.step, show) as self._progress, Interrupts() as interrupts:
+            while self.step < total and not self._patience_is_over():
+                self._take_step()
+                interrupted = interrupts.at(self.step)
+                if self.step % self._evaluate_every == 0 or self.step == total:
+                    self._record_step()
+                    self._validate_and_save()
+                elif interrupted or self.step % self._save_every == 0:
+                    self._record_step()
+                    self._save(-self._recipe.sign * sys.float_info.max)
+                if interrupted:
+                    self._checkpoints.wait()
+                    assert interrupts.received is not None
+                    raise InterruptedRunError(self.step, interrupts.received)
+            self._checkpoints.wait()
+            self._checkpoints.keep(self.evaluation.best_step)
+
+    def _patience_is_over(self) -> bool:
+        return self.evaluation.patience_is_over(self._settings.early_stopping_patience)
+
+    def _take_step(self) -> None:
+        batch = next(self._batches)
+        arrays = to_devices(batch.arrays, self._settings.train_batch_size, self._mesh, self._own_rows)
+        self._state, metrics = self._trainer.step(self._state, arrays, self._dropout_key)
+        if self._records_later:
+            self._record_step()  # the one before, while this one runs
+        self._unrecorded = batch, metrics
+        if not self._records_later:
+            self._record_step()
+        self.step = batch.step + 1
+
+    def _record_step(self) -> None:
+        """Checks, logs and shows the numbers of the last step, unless that is done."""
+        if self._unrecorded is None:
+            return
+        (batch, metrics), self._unrecorded = self._unrecorded, None
+        recipe, settings = self._recipe, self._settings
+        loss, norm = float(metrics.loss), float(metrics.gradient_norm)
+        rate = float(recipe.schedule(batch.step))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NotFiniteError(_not_finite_message(loss, norm, rate, batch, recipe))
+        tokens = int(recipe.data.train.lengths[batch.indices[batch.indices >= 0]].sum())
+        speed = self._speed.after_step(tokens, settings.train_batch_size, batch.width)
+        values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate} | speed
+        step = batch.step + 1
+        if step % settings.logging_steps == 0 or step == recipe.total_steps:
+            self._record("train", step, {name: x for name, x in values.items() if x is not None})
+        self._progress.update(step, values)
+
+    def _record(
+        self, kind: Literal["train", "validation", "test"], step: int, values: dict[str, float]
+    ) -> None:
+        if self._log is not None:
+            self._log.record(kind, step, values)
+
+    def _validate_and_save(self) -> None:
+        metrics, _ = self._validate(self._state)
+        metric = self._recipe.metric
+        score = metrics[metric]
+        self._record("validation", self.step, metrics)
+        self._progress.update(self.step, {metric: score, "validation_loss": metrics["loss"]})
+        self.evaluation = self.evaluation.with_score(self.step, score, self._recipe.sign)
+        self._save(score)
+        self._speed.pause()
+
+    def _save(self, score: float) -> None:
+        about = {"standing": asdict(self.evaluation), "loader": self._batches.get_state()}
+        self._checkpoints.save(self.step, self._state, about, score)
+
+    def restore_best(self) -> None:
+        """Restores the parameters with the best score; keeps the last ones if they cannot be read."""
+        best = self.evaluation.best_step
+        if best is None or best == self.step:
+            return
+        try:
+            self._state = self._checkpoints.restore(best, self._state).state
+        except CheckpointError as error:
+            logger.warning("%s; the last parameters are kept instead of the best", error)
+
+    def evaluate(self) -> tuple[dict[str, dict[str, float]], Predictions | None]:
+        """Returns the metrics of every split, and the predictions of the last one."""
+        metrics, predictions = self._validate(self._state)
+        results = {"validation": metrics}
+        test = self._recipe.data.test
+        if test is not None:
+            results["test"], predictions = self._evaluator("test", test)(self._state)
+            self._record("test", self.evaluation.best_step or self.step, results["test"])
+        return results, predictions
+
+    def model(self) -> Any:
+        """Returns the trained model."""
+        return self._trainer.model(self._state)
+
+    def _evaluator(self, split: str, examples: Examples) -> Evaluator:
+        return Evaluator(self._score, examples, self._recipe, split=split, mesh=self._mesh)
 
 
-def _write(directory: Path, about: dict[str, Any]) -> None:
-    with replacing(directory / RUN) as work:
-        work.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def _not_finite(loss: float, norm: float, rate: float, batch: Batch, data: Data, epoch: int) -> str:
-    rows = [data.train.place(int(index)) for index in batch.indices if index >= 0]
+def _not_finite_message(loss: float, norm: float, rate: float, batch: Batch, recipe: Recipe) -> str:
+    rows = [recipe.data.train.place(int(index)) for index in batch.indices if index >= 0]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+    epoch = batch.step // recipe.plan.steps_per_epoch + 1
     return (
-        f"step {batch.step + 1} (epoch {batch.step // epoch + 1}) has the loss {loss} and the gradient norm "
+        f"step {batch.step + 1} (epoch {epoch}) has the loss {loss} and the gradient norm "
         f"{norm} at learning rate {rate:.3g}; its batch is {', '.join(rows[:3])}{more}. Nothing was saved "
         "since; try a smaller learning_rate, a longer warm-up, a smaller max_grad_norm or dtype float32"
-    )
-
-
-def _best(checkpoints: Checkpoints, standing: Standing, step: int, state: TrainState) -> TrainState:
-    best = standing.best_step
-    if best is None or best == step:
-        return state
-    try:
-        return checkpoints.restore(best, state).state
-    except CheckpointError as error:
-        logger.warning("%s; the last parameters are kept instead of the best", error)
-        return state
-
-
-def _export(model: Any, tokenizer: Phi3Tokenizer, settings: Settings, base: Path) -> None:
-    """The model as transformers reads it, tokenizer included; adapters also by themselves."""
-    directory = settings.output_dir
-    if settings.trained == "lora":
-        save_adapters(model, directory / ADAPTER, base_model=settings.model or str(base))
-        model = merge_lora(model)
-    dtype = jnp.dtype(settings.dtype)
-    save_model(jax.tree.map(lambda x: x.astype(dtype), model), directory)
-    if distributed.is_primary():
-        tokenizer.save_pretrained(directory)
-
-
-def _report(
-    settings: Settings,
-    kind: str,
-    metric: str,
-    data: Data,
-    standing: Standing,
-    results: dict[str, dict[str, float]],
-    predictions: Predictions | None,
-) -> None:
-    if not distributed.is_primary():
-        return
-    write_report(
-        settings.output_dir,
-        task=kind,
-        settings={"command": shlex.join(["phi3-jax", *sys.argv[1:]])} | settings.model_dump(mode="json"),
-        data=data.counts,
-        log=read_log(settings.output_dir / LOG),
-        results=Results(results, metric, standing.best_step, predictions),
-        names=() if data.labels is None else data.labels.names,
     )

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during a run: it ends behind the step, saved, and not within it."""
+"""SIGTERM and Ctrl-C during a run: it ends after a step, with its state saved."""
 
 import signal
 from types import FrameType
@@ -8,10 +8,10 @@ from jax.experimental import multihost_utils
 
 
 class Interrupts:
-    """Notices that the run shall end; used in `with`. A second Ctrl-C ends it at once.
+    """Notes the signals that end a run; used in `with`. A second Ctrl-C ends it at once.
 
-    Of several processes one is told first, which JAX's preemption service then agrees on with all (see
-    `phi3_jax.parallel.distributed.start`).
+    With several processes, JAX's preemption service notes the signal, and all processes agree on the step
+    (see `phi3_jax.parallel.distributed.start`).
     """
 
     def __init__(self) -> None:
@@ -19,15 +19,15 @@ class Interrupts:
         """The signal's number."""
 
     def __enter__(self) -> "Interrupts":
-        self._before = {number: signal.signal(number, self._note) for number in self._signals()}
+        self._handlers = {number: signal.signal(number, self._note) for number in self._signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def at(self, step: int) -> bool:
-        """Whether the run shall end behind `step`; all processes ask, and hear the same."""
+        """Returns whether the run ends after `step`; all processes call this and get the same answer."""
         if jax.process_count() > 1:
             if multihost_utils.reached_preemption_sync_point(step):
                 self.received = signal.SIGTERM
@@ -37,7 +37,7 @@ class Interrupts:
 
     @staticmethod
     def _signals() -> tuple[signal.Signals, ...]:
-        # With several processes SIGTERM is the service's, and Ctrl-C ends all.
+        # With several processes the service handles SIGTERM, and Ctrl-C ends all of them.
         return () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""The record of a run: a line of JSON for each report, and the same scalars for TensorBoard."""
+"""The log of a run: a line of JSON for each record, and the same scalars for TensorBoard."""
 
 import json
 import time
@@ -19,14 +19,14 @@ TENSORBOARD = "tensorboard"
 
 
 class RunLog:
-    """Writes `log.jsonl` and `tensorboard/` of a run's directory; for the process that writes, and no other.
+    """Writes `log.jsonl` and `tensorboard/` in a run's directory; only one process does.
 
-    Every record is on its way to the disk when `record` returns, so that a killed run has told all it did.
-    Resumed at a step, the log goes on behind it: what was written of later steps, and a last line that is
-    torn, is dropped. From step 0 an older log is replaced.
+    Every record is handed to the system when `record` returns, so that a killed run loses none. A log that is
+    resumed at a step continues after it: records of later steps and an incomplete last line are dropped. From
+    step 0 an older log is replaced.
 
     Raises:
-        ValueError: a line before the last is broken; the text names the file and the line.
+        UserError: a line before the last is broken; the message names the file and the line.
     """
 
     def __init__(self, directory: Path, *, resume_at: int) -> None:
@@ -43,7 +43,7 @@ class RunLog:
     def record(
         self, kind: Literal["train", "validation", "test"], step: int, values: Mapping[str, float]
     ) -> None:
-        """Adds a line {"kind", "step", **values}, and to TensorBoard kind/name for each value."""
+        """Adds a line {"kind", "step", **values}, and a scalar kind/name to TensorBoard for each value."""
         numbers = {name: json_value(float(value)) for name, value in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **numbers}, allow_nan=False) + "\n")
         self._file.flush()
@@ -61,10 +61,10 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a `log.jsonl`, whose values are floats again; a torn last line is left out.
+    """Returns the records of a `log.jsonl`, without an incomplete last line; their values are floats.
 
     Raises:
-        ValueError: a line before the last is broken; the text names the file and the line.
+        UserError: a line before the last is broken; the message names the file and the line.
     """
     return [
         {name: value if name in ("kind", "step") else float(value) for name, value in record.items()}
@@ -78,21 +78,21 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise UserError("it is no object with a step")
+                raise UserError("it is not an object with a step")
         except ValueError as error:
             if number == len(lines):
                 return
             raise UserError(
-                f"{path}, line {number} is no record of a run: {error}; repair or remove the line"
+                f"{path}, line {number} is not a record of a run: {error}; repair or remove the line"
             ) from error
         yield line, record
 
 
 class _EventFile:
-    """Scalars as TensorBoard reads them.
+    """The scalars as TensorBoard reads them.
 
-    Written at once, and not by the library's `SummaryWriter`: that holds events back for two minutes, which a
-    killed run loses although its checkpoint is younger, and names two files of one second the same.
+    The library's `SummaryWriter` holds events back for two minutes, which a killed run loses although its
+    checkpoint is younger, and gives two files of one second the same name; this class writes at once.
     """
 
     def __init__(self, directory: Path, resume_at: int) -> None:
@@ -104,7 +104,7 @@ class _EventFile:
         self._writer = RecordWriter(str(directory / f"events.out.tfevents.{time.time_ns()}"))
         self._write(Event(file_version="brain.Event:2"))
         if resume_at:
-            # Hides what older files say of this step and later ones.
+            # Hides the scalars that older files have for later steps.
             self._write(Event(step=resume_at + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
-"""What is measured for each task; the counting is scikit-learn's, SciPy's and seqeval's.
+"""The metrics of each task, computed by scikit-learn, SciPy and seqeval.
 
-A task is here "causal-lm", "token-classification" or, for sequence classification, its problem type.
+A task here is "causal-lm", "token-classification" or, for sequence classification, the problem type.
 """
 
 import math
@@ -33,7 +33,7 @@ _SCHEME_TAGS = ("O", "B", "I", "E", "S")
 
 
 class ClassScores(NamedTuple):
-    """Of one class or one type of entity; `support` is how many there truly are."""
+    """The scores of one class or one type of entity; `support` is its count among the labels."""
 
     name: str
     precision: float
@@ -43,10 +43,10 @@ class ClassScores(NamedTuple):
 
 
 def direction(task: str, name: str) -> int:
-    """1 if a greater value of this metric is better, -1 if a smaller one is.
+    """Returns 1 if a greater value of this metric is better, -1 if a smaller one is.
 
     Raises:
-        ValueError: the task or the metric is unknown; the text lists those there are.
+        UserError: the task or the metric is unknown; the message lists the known ones.
     """
     if task not in METRICS:
         raise UserError(f"task={task!r} has no metrics; use {', '.join(METRICS)}")
@@ -58,13 +58,13 @@ def direction(task: str, name: str) -> int:
 def predict(
     problem_type: str, logits: Float[np.ndarray, "B C"]
 ) -> tuple[np.ndarray, Float[np.ndarray, "..."] | None]:
-    """What a classifier says, and its probability of being right by its own account.
+    """Returns a classifier's predictions and the probabilities that it gives them.
 
     single_label_classification: class ids [B] and probabilities [B]; multi_label_classification: 0 or 1
     [B, C] and probabilities [B, C]; regression: the logits and None.
 
     Raises:
-        ValueError: an unknown problem type.
+        UserError: the problem type is unknown.
     """
     logits = np.asarray(logits, np.float64)
     if problem_type == "single_label_classification":
@@ -79,18 +79,20 @@ def predict(
 def sequence_metrics(
     problem_type: str, logits: Float[np.ndarray, "B C"], labels: np.ndarray
 ) -> dict[str, float]:
-    """Metrics of sequence classification, without the loss.
+    """Returns the metrics of sequence classification, without the loss.
 
-    F1 is 0 where it would be 0 / 0. With one label a row, the macro average is over classes that occur, in
-    labels or predictions; with several, over all. Correlations are the mean over outputs; one that is not
-    defined (a constant side, fewer than two rows) counts as 0. Regression with predictions that are not
-    finite is NaN throughout.
+    F1 is 0 where it would be 0 / 0. With one label for each row, the macro average is over the classes that
+    occur in labels or predictions; with several, over all classes. Correlations are means over the outputs;
+    one that is not defined (a constant side, fewer than two rows) counts as 0. If a regression's predictions
+    are not finite, all its metrics are NaN.
 
     Args:
+        problem_type: of the classifier.
+        logits: of each row.
         labels: class ids [B]; 0 or 1 [B, C]; or targets, [B, C] or [B] with one output.
 
     Raises:
-        ValueError: an unknown problem type.
+        UserError: the problem type is unknown.
     """
     predicted, _ = predict(problem_type, logits)
     if problem_type == "regression":
@@ -100,7 +102,7 @@ def sequence_metrics(
         f1 = sklearn_metrics.f1_score(labels, predicted, average=average, zero_division=0)
         values[f"{average}_f1"] = float(f1)
     if problem_type == "single_label_classification":
-        with _one_class_will_do():
+        with _allowing_one_class():
             values["matthews"] = float(sklearn_metrics.matthews_corrcoef(labels, predicted))
     return values
 
@@ -108,12 +110,12 @@ def sequence_metrics(
 def _regression(predicted: Float[np.ndarray, "B C"], true: Float[np.ndarray, "B C"]) -> dict[str, float]:
     if not np.isfinite(predicted).all():
         return dict.fromkeys(("mse", "mae", "pearson", "spearman"), math.nan)
-    columns = list(zip(predicted.T, true.T, strict=True))
+    outputs = list(zip(predicted.T, true.T, strict=True))
     return {
         "mse": float(sklearn_metrics.mean_squared_error(true, predicted)),
         "mae": float(sklearn_metrics.mean_absolute_error(true, predicted)),
-        "pearson": float(np.mean([_correlation(stats.pearsonr, *both) for both in columns])),
-        "spearman": float(np.mean([_correlation(stats.spearmanr, *both) for both in columns])),
+        "pearson": float(np.mean([_correlation(stats.pearsonr, *both) for both in outputs])),
+        "spearman": float(np.mean([_correlation(stats.spearmanr, *both) for both in outputs])),
     }
 
 
@@ -123,15 +125,15 @@ def _correlation(
     if len(true) < 2:
         return 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # a constant side, which 0 stands for
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of a constant side: the result is 0
         value = float(function(predicted, true).statistic)
     return 0.0 if math.isnan(value) else value
 
 
 def token_metrics(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of whole entities as conlleval counts them, and accuracy of tags.
+    """Returns precision, recall and F1 of whole entities as conlleval counts them, and accuracy of tags.
 
-    A tag outside the schemes (no O, no prefix B-, I-, E- or S-) is an entity of one word.
+    A tag outside the schemes (neither O nor with a prefix B-, I-, E- or S-) is an entity of one word.
     """
     true, predicted = _in_scheme(true), _in_scheme(predicted)
     precision, recall, f1, _ = sequence_labeling.precision_recall_fscore_support(
@@ -146,17 +148,17 @@ def token_metrics(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
 
 
 def _in_scheme(sentences: Sequence[Sequence[str]]) -> list[list[str]]:
-    def known(tag: str) -> bool:
+    def fits(tag: str) -> bool:
         return tag in _SCHEME_TAGS or tag.startswith(_SCHEME_PREFIXES)
 
-    return [[tag if known(tag) else f"S-{tag}" for tag in tags] for tags in sentences]
+    return [[tag if fits(tag) else f"S-{tag}" for tag in tags] for tags in sentences]
 
 
 def language_metrics(total_loss: float, tokens: int) -> dict[str, float]:
-    """Loss a token and perplexity, from the summed loss of `tokens` predicted tokens.
+    """Returns the loss of a token and the perplexity, from the summed loss of `tokens` predicted tokens.
 
     Raises:
-        ValueError: no token was predicted.
+        UserError: no token was predicted.
     """
     if tokens <= 0:
         raise UserError(f"tokens={tokens} were predicted; a loss needs at least one label that counts")
@@ -168,7 +170,7 @@ def language_metrics(total_loss: float, tokens: int) -> dict[str, float]:
 def classification_table(
     labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]
 ) -> list[ClassScores]:
-    """Scores of every class, in the order of `names`; class ids [B], or 0 or 1 [B, C]."""
+    """Returns the scores of every class, in the order of `names`, from class ids [B] or 0 and 1 [B, C]."""
     scores = sklearn_metrics.precision_recall_fscore_support(
         labels, predicted, labels=range(len(names)), average=None, zero_division=0
     )
@@ -176,7 +178,7 @@ def classification_table(
 
 
 def entity_table(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> list[ClassScores]:
-    """Scores of every type of entity that occurs, counted as in `token_metrics`; by name."""
+    """Returns the scores of every type of entity that occurs, by name, counted as in `token_metrics`."""
     true, predicted = _in_scheme(true), _in_scheme(predicted)
     names = {name for tags in (*true, *predicted) for name, *_ in sequence_labeling.get_entities(tags)}
     scores = sequence_labeling.precision_recall_fscore_support(true, predicted, average=None, zero_division=0)
@@ -193,13 +195,13 @@ def _table(names: Sequence[str], scores: Sequence[np.ndarray]) -> list[ClassScor
 def confusion(
     labels: Int[np.ndarray, "B"], predicted: Int[np.ndarray, "B"], names: Sequence[str]
 ) -> Int[np.ndarray, "C C"]:
-    """How often each class (row) was taken for each (column)."""
-    with _one_class_will_do():
+    """Returns how often each class (row) was predicted as each class (column)."""
+    with _allowing_one_class():
         return sklearn_metrics.confusion_matrix(labels, predicted, labels=range(len(names)))
 
 
 @contextmanager
-def _one_class_will_do() -> Iterator[None]:
+def _allowing_one_class() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A single label was found")
         yield

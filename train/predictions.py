@@ -1,4 +1,4 @@
-"""What a model said of each row, and where it was wrong."""
+"""A model's predictions, and its errors among them."""
 
 import heapq
 import math
@@ -9,29 +9,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-TOLD = 10
-"""Mistakes, and pairs of classes taken for each other, that are listed."""
+LISTED = 10
+"""How many errors, and how many confusions, a report lists."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of the rows of one split, by their task.
+    """Labels and predictions for the rows of one split.
 
-    single_label_classification: class ids [B]; multi_label_classification: 0 or 1 [B, C]; regression:
-    values [B, C] or [B]; token-classification: a list of tags for each sentence.
+    Their form depends on the task. single_label_classification: class ids [B]; multi_label_classification:
+    0 or 1 [B, C]; regression: values [B, C] or [B]; token-classification: a list of tags for each sentence.
     """
 
     split: str
     labels: Any
     predicted: Any
     scores: Any
-    """How sure the model was, 0 to 1, for each label; None for a regression."""
+    """The model's confidence in each prediction, 0 to 1; None for a regression."""
     places: Sequence[str] | None = None
-    """Where each row was read."""
+    """The file and line that each row was read from."""
 
 
 class Mistake(NamedTuple):
-    """`score`: how sure the model was; of a regression, how far off."""
+    """A wrong prediction; `score` is the model's confidence or, for a regression, the error."""
 
     place: str
     true: str
@@ -40,7 +40,7 @@ class Mistake(NamedTuple):
 
 
 class ConfusedPair(NamedTuple):
-    """`share`: of all that truly are of the class `true`."""
+    """A class that was predicted for another one; `share` is the part of the class `true`."""
 
     true: str
     predicted: str
@@ -49,15 +49,15 @@ class ConfusedPair(NamedTuple):
 
 
 def mistakes(task: str, rows: Predictions, names: Sequence[str]) -> list[Mistake]:
-    """The mistakes that the model was surest of; of a regression, the greatest errors."""
+    """Returns the most confident errors; for a regression, the greatest ones."""
     worst = heapq.nlargest(
-        TOLD, _wrong(task, rows), key=lambda spot: math.inf if math.isnan(spot[0]) else spot[0]
+        LISTED, _wrong(task, rows), key=lambda error: math.inf if math.isnan(error[0]) else error[0]
     )
     return [
         Mistake(
             _place(task, rows, row, column, names),
-            _told(task, rows.labels, row, column, names),
-            _told(task, rows.predicted, row, column, names),
+            _text(task, rows.labels, row, column, names),
+            _text(task, rows.predicted, row, column, names),
             score,
         )
         for score, row, column in worst
@@ -65,7 +65,7 @@ def mistakes(task: str, rows: Predictions, names: Sequence[str]) -> list[Mistake
 
 
 def _wrong(task: str, rows: Predictions) -> Iterator[tuple[float, int, int]]:
-    """Score, row and column of every label that was missed."""
+    """Yields score, row and column of every wrong prediction."""
     if task == "token-classification":
         sentences = zip(rows.labels, rows.predicted, rows.scores, strict=True)
         for row, sentence in enumerate(sentences):
@@ -80,7 +80,7 @@ def _wrong(task: str, rows: Predictions) -> Iterator[tuple[float, int, int]]:
 
 
 def columns(values: Any) -> np.ndarray:
-    """The values as [B, C], where one a row may be [B]."""
+    """Returns values of shape [B] or [B, C] as [B, C]."""
     values = np.asarray(values)
     return values[:, None] if values.ndim == 1 else values
 
@@ -92,7 +92,7 @@ def _place(task: str, rows: Predictions, row: int, column: int, names: Sequence[
     return f"{place}, {names[column]}" if task == "regression" and len(names) > 1 else place
 
 
-def _told(task: str, values: Any, row: int, column: int, names: Sequence[str]) -> str:
+def _text(task: str, values: Any, row: int, column: int, names: Sequence[str]) -> str:
     if task == "token-classification":
         return values[row][column]
     value = columns(values)[row, column]
@@ -104,7 +104,7 @@ def _told(task: str, values: Any, row: int, column: int, names: Sequence[str]) -
 
 
 def class_ids(task: str, tags: Any, names: Sequence[str]) -> Int[np.ndarray, "n"]:
-    """Labels or predictions of one class each as ids, those of words one sentence after the other."""
+    """Returns labels or predictions of one class as ids; the words of all sentences are concatenated."""
     if task != "token-classification":
         return np.asarray(tags)
     ids = {name: number for number, name in enumerate(names)}
@@ -112,7 +112,7 @@ def class_ids(task: str, tags: Any, names: Sequence[str]) -> Int[np.ndarray, "n"
 
 
 def confused_pairs(counts: Int[np.ndarray, "C C"], names: Sequence[str]) -> list[ConfusedPair]:
-    """The pairs of classes taken for each other most often, from a confusion matrix."""
+    """Returns the most frequent confusions of a confusion matrix."""
     wrong = counts - np.diag(np.diag(counts))
     support = counts.sum(axis=1)
     pairs = [
@@ -124,4 +124,4 @@ def confused_pairs(counts: Int[np.ndarray, "C C"], names: Sequence[str]) -> list
         )
         for true, predicted in zip(*np.nonzero(wrong), strict=True)
     ]
-    return heapq.nlargest(TOLD, pairs, key=lambda pair: pair.times)
+    return heapq.nlargest(LISTED, pairs, key=lambda pair: pair.times)

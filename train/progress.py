@@ -1,4 +1,4 @@
-"""How far a run is: a live bar on a terminal, a plain line now and then anywhere else."""
+"""The progress of a run: a live bar on a terminal, a plain line now and then anywhere else."""
 
 import sys
 from collections.abc import Mapping
@@ -13,23 +13,23 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_SECONDS = 10
-"""Between two lines where there is no terminal."""
+"""The time between two lines where there is no terminal."""
 
 
 class Progress:
-    """Shows steps, loss, metrics, speed and time on standard error, as a context manager.
+    """Shows steps, loss, metrics, speed and time on standard error; used in `with`.
 
     Args:
         total_steps: of the whole run.
-        start: steps that were done before, where a run is resumed.
-        show: False prints nothing, as in processes other than the first.
+        start: the steps that a resumed run has done before.
+        show: False prints nothing, for processes other than the first.
     """
 
     def __init__(self, total_steps: int, start: int, show: bool) -> None:
         self._total, self._step, self._show = total_steps, start, show
         self._values: dict[str, float] = {}
         self._began = self._printed = monotonic()
-        # Of the first and the last update: before the first, the program was compiled.
+        # Step and time of the first and the last update; the time before the first went into compiling.
         self._first: tuple[int, float] | None = None
         self._last = (start, self._began)
         self._printed_step: int | None = None
@@ -38,7 +38,7 @@ class Progress:
         self._stack = ExitStack()
 
     def __enter__(self) -> "Progress":
-        # Not the console's own word: FORCE_COLOR, which many CI systems set, makes it call a file a terminal.
+        # The console's own answer is wrong where FORCE_COLOR is set: it then takes a file for a terminal.
         if self._show and sys.stderr.isatty() and not self._console.is_dumb_terminal:
             self._live = self._stack.enter_context(Live(console=self._console, get_renderable=self._render))
         return self
@@ -49,12 +49,12 @@ class Progress:
         self._stack.close()
 
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
-        """`step` steps are done. Values stay until newer ones come; None is one that is not known.
+        """Shows that `step` steps are done; values stay until newer ones come, None changes nothing.
 
         tokens_per_second, flops_per_second and mfu (0 to 1) are shown with their units, others by name.
         """
         self._step = step
-        # A new dict, since the bar's thread may be reading the old one.
+        # A new dict, because the bar's thread may be reading the old one.
         self._values = self._values | {name: value for name, value in values.items() if value is not None}
         self._last = (step, monotonic())
         self._first = self._first or self._last
@@ -91,7 +91,7 @@ class Progress:
         if step == first_step:
             return elapsed
         left = (at - first_at) / (step - first_step) * (self._total - step)
-        # The estimate runs down between updates.
+        # The estimate counts down between updates.
         return f"{elapsed}, {_clock(max(0.0, left - (monotonic() - at)))} left"
 
     def _numbers(self) -> list[str]:
@@ -102,7 +102,7 @@ class Progress:
         }
         values = self._values
         named = [f"{name} {value:.4g}" for name, value in values.items() if name not in units]
-        return named + [form(values[name]) for name, form in units.items() if name in values]
+        return named + [text(values[name]) for name, text in units.items() if name in values]
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a run is made of, before its first step: rows, steps, the model and what trains it."""
+"""The parts of a run before its first step: examples, steps, model and trainer."""
 
 import logging
 import math
@@ -57,13 +57,13 @@ BEST_BY = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run learns from and which steps it takes, before there is a model."""
+    """The examples of a run and its steps, before there is a model."""
 
     settings: Settings
     base: Path
     tokenizer: Phi3Tokenizer
     config: Phi3Config
-    """Of the base model, with the rope that the settings say."""
+    """The base model's config, with the rope of the settings."""
     data: Data
     pad_token_id: int
     plan: BatchPlan
@@ -72,20 +72,19 @@ class Recipe:
     kind: str
     """The task, or the problem type of sequence classification."""
     metric: str
-    """Chooses the best parameters."""
+    """The metric that chooses the best parameters."""
     sign: int
-    """1 if a greater value of it is better, -1 if a smaller one is."""
+    """1 if a greater value of the metric is better, -1 if a smaller one is."""
 
 
 def prepare(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Recipe:
-    """Reads the rows and decides the steps; arguments and errors as of `finetune`."""
+    """Reads the examples and plans the steps; arguments and errors are those of `finetune`."""
     kind = settings.problem_type if settings.task == "sequence-classification" else settings.task
     metric = settings.metric_for_best_model or BEST_BY[kind]
     sign = direction(kind, metric)
     check_rows(settings.train_batch_size, settings.gradient_accumulation_steps, mesh, "train_batch_size")
     check_rows(settings.eval_batch_size, 1, mesh, "eval_batch_size")
 
-    # What is learned from.
     path = distributed.from_primary(
         lambda: default_model(cache_dir) if settings.model is None else resolve(settings.model)
     )
@@ -93,16 +92,17 @@ def prepare(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Re
     _, config = open_checkpoint(path)
     if settings.rope is not None:
         config = as_longrope(parse_rope(settings.rope).config_to_save(config))
-        if (rope_type := config.rope_parameters["rope_type"]) not in ("default", "longrope"):
+        saved = config.rope_scaling.to_dict(config.rope_base)
+        if saved is not None and saved.get("type") != "longrope":
             logger.warning(
-                "transformers has no %s rope for Phi-3, and will not load what is trained", rope_type
+                "transformers has no %s rope for Phi-3, and will not load the trained model",
+                config.rope_scaling.rope_type,
             )
     data = distributed.run_everywhere(lambda: load_data(settings, tokenizer, config))
     pad = next(
         (i for i in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
     )
 
-    # Which steps there are.
     widths = (
         (settings.max_length,)
         if settings.packing
@@ -122,7 +122,7 @@ def prepare(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Re
 
 
 def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
-    """The base model with the task's head, as it is before the first step."""
+    """Returns the base model with the task's head, as it is before the first step."""
     settings, labels = recipe.settings, recipe.data.labels
     changes: dict[str, Any] = {"pad_token_id": recipe.pad_token_id}
     if labels is not None:
@@ -142,7 +142,7 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
 
 
 def with_adapters(model: Phi3PreTrainedModel, settings: Settings) -> Phi3PreTrainedModel:
-    """The model with new adapters where the settings ask for them."""
+    """Returns the model, with new adapters if the settings train adapters."""
     if settings.trained != "lora":
         return model
     return add_lora(
@@ -155,7 +155,7 @@ def with_adapters(model: Phi3PreTrainedModel, settings: Settings) -> Phi3PreTrai
 
 
 def make_trainer(recipe: Recipe, model: Phi3PreTrainedModel, mesh: Mesh | None) -> Trainer:
-    """The step that the settings describe."""
+    """Returns the trainer that the settings describe."""
     settings = recipe.settings
     head = nnx.PathContains("score")
     wrt: Any = nnx.Param

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from phi3_jax.runs import plots
-from phi3_jax.runs.files import replacing
+from phi3_jax.runs.files import write_text
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.runs.tables import markdown_table
 
@@ -30,21 +30,21 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Results:
-    """What a run came to."""
+    """The results of a run."""
 
     metrics: Mapping[str, Mapping[str, float]]
-    """Split -> metric -> value, of the parameters that were kept."""
+    """Split -> metric -> value, for the parameters that were kept."""
     metric: str
-    """That chose them, on the validation data."""
+    """The metric of the validation data that chose the parameters."""
     best_step: int | None
-    """Whose parameters they are; None: those of the last step."""
+    """The step of the parameters; None: the last one."""
     predictions: Predictions | None = None
-    """Of the split that the tables are about; None for a language model."""
+    """Those that the tables are about; None for a language model."""
 
 
 @dataclass(frozen=True)
 class _Findings:
-    """What is counted from the predictions; tables are empty where the task has none."""
+    """The tables of the predictions, empty if the task has none."""
 
     classes: list[ClassScores]
     confused: list[ConfusedPair]
@@ -63,14 +63,16 @@ def write_report(
 ) -> None:
     """Writes report.md, metrics.json, curves.png and confusion.png or, for a regression, scatter.png.
 
-    Each file is replaced as a whole; a figure of an earlier report that this one has not is removed.
+    Each file is replaced as a whole; figures of an earlier report that this one lacks are removed.
 
     Args:
-        task: of `METRICS`.
-        settings: what was asked, the command included.
-        data: what was counted, such as "train rows".
-        log: as of `read_log`.
-        names: of classes, tags or outputs, by id; none for a language model, and a regression can do without.
+        directory: of the run.
+        task: a key of `METRICS`.
+        settings: of the run, with its command.
+        data: counts, such as "train rows".
+        log: from `read_log`.
+        results: of the run.
+        names: of classes, tags or outputs, by id; a language model has none, and a regression needs none.
     """
     directory.mkdir(parents=True, exist_ok=True)
     findings, figures = _examine(task, results.predictions, names)
@@ -80,7 +82,7 @@ def write_report(
             plots.save(figures[name], directory / name)
         else:
             (directory / name).unlink(missing_ok=True)
-    told = {
+    summary = {
         "task": task,
         "metric": results.metric,
         "best_step": results.best_step,
@@ -92,18 +94,16 @@ def write_report(
         "data": data,
         "settings": settings,
     }
-    with replacing(directory / "metrics.json") as work:
-        text = json.dumps(json_value(told), indent=2, ensure_ascii=False, allow_nan=False)
-        work.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(json_value(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(directory / "metrics.json", text + "\n")
     lines = _lines(task, settings, data, log, results, findings, list(figures))
-    with replacing(directory / "report.md") as work:
-        work.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(directory / "report.md", "\n".join(lines) + "\n")
 
 
 def _examine(
     task: str, rows: Predictions | None, names: Sequence[str]
 ) -> tuple[_Findings, dict[str, Figure]]:
-    """What the predictions show, in tables and in figures by their files' names."""
+    """Returns the tables of the predictions, and the figures by the names of their files."""
     if rows is None:
         return _Findings([], [], []), {}
     if task == "regression":
@@ -115,7 +115,7 @@ def _examine(
     if task == "multi_label_classification":
         return _Findings(classification_table(rows.labels, rows.predicted, names), [], wrong), {}
     tokens = task == "token-classification"
-    labels, predicted = (class_ids(task, of, names) for of in (rows.labels, rows.predicted))
+    labels, predicted = (class_ids(task, tags, names) for tags in (rows.labels, rows.predicted))
     counts = confusion(labels, predicted, names)
     figures = {}
     if len(names) <= plots.MOST_CLASSES:
@@ -157,7 +157,7 @@ def _lines(
     measured = dict.fromkeys(name for values in results.metrics.values() for name in values)
     yield from markdown_table(
         ("metric", *results.metrics),
-        [(name, *(_number(of.get(name)) for of in results.metrics.values())) for name in measured],
+        [(name, *(_number(split.get(name)) for split in results.metrics.values())) for name in measured],
     )
     yield "\n![Loss, metric and learning rate against the step](curves.png)"
     if results.predictions is not None:
@@ -177,8 +177,8 @@ def _lines(
 
 def _findings(task: str, split: str, findings: _Findings, figures: Sequence[str]) -> Iterator[str]:
     if findings.classes:
-        what = "Entities" if task == "token-classification" else "Classes"
-        yield f"\n## {what} of the {split} data, worst first\n"
+        title = "Entities" if task == "token-classification" else "Classes"
+        yield f"\n## {title} of the {split} data, worst first\n"
         worst_first = sorted(findings.classes, key=lambda scores: scores.f1)
         yield from markdown_table(
             ("name", "precision", "recall", "F1", "support"),
@@ -189,7 +189,7 @@ def _findings(task: str, split: str, findings: _Findings, figures: Sequence[str]
     if SCATTER in figures:
         yield "\n![Predicted against true values](scatter.png)"
     if findings.confused:
-        yield f"\n## Most often taken for each other in the {split} data\n"
+        yield f"\n## Most frequent confusions in the {split} data\n"
         yield from markdown_table(
             ("true", "predicted", "count", "share of the true class"),
             [
@@ -198,12 +198,12 @@ def _findings(task: str, split: str, findings: _Findings, figures: Sequence[str]
             ],
         )
     if findings.mistakes:
-        far = task == "regression"
-        yield f"\n## {'Greatest errors' if far else 'Surest mistakes'} in the {split} data\n"
+        regression = task == "regression"
+        yield f"\n## {'Greatest' if regression else 'Most confident'} errors in the {split} data\n"
         yield from markdown_table(
-            ("place", "true", "predicted", "error" if far else "confidence"),
+            ("place", "true", "predicted", "error" if regression else "confidence"),
             [
-                (*one[:3], _number(one.score) if far else f"{100 * one.score:.1f}%")
+                (*one[:3], _number(one.score) if regression else f"{100 * one.score:.1f}%")
                 for one in findings.mistakes
             ],
         )

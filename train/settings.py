@@ -1,4 +1,4 @@
-"""The settings of a run: one flat list, with the names of transformers' TrainingArguments."""
+"""The settings of a run: one flat list, named as in transformers' TrainingArguments."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -13,21 +13,21 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 
 
 class Settings(BaseModel):
-    """What `phi3-jax finetune` does. Each field is a key of the YAML file and an option of the command."""
+    """The settings of `phi3-jax finetune`. Each field is a key of the YAML file and an option."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: TaskName = Field("sequence-classification", description="What is learned.")
+    task: TaskName = Field("sequence-classification", description="What the model learns.")
     model: str | None = Field(
         None, description="A directory, a .gguf file or a hub name; default: SmolLM2-135M-Instruct."
     )
     rope: str | None = Field(
         None,
-        description="A scaling in place of the model's, saved with it: linear:factor=4, yarn:factor=4, "
-        "longrope:@factors.json and so on.",
+        description="Replaces the model's rope scaling, and is saved with it: linear:factor=4, "
+        "yarn:factor=4, longrope:@factors.json and so on.",
     )
-    output_dir: Path = Field(Path("runs/demo"), description="Takes the model, checkpoints, logs and report.")
-    overwrite_output_dir: bool = Field(False, description="Begin anew where a run is there already.")
+    output_dir: Path = Field(Path("runs/demo"), description="For the model, checkpoints, logs and report.")
+    overwrite_output_dir: bool = Field(False, description="Start over where a run already exists.")
 
     train_file: str | None = Field(
         None,
@@ -36,45 +36,45 @@ class Settings(BaseModel):
     validation_file: str | None = Field(None, description="Default: a part of the training rows.")
     test_file: str | None = Field(None, description="Scored at the end.")
     file_format: Literal["csv", "tsv", "jsonl", "parquet", "conll"] | None = Field(
-        None, description="Of the files; default: by their names."
+        None, description="Format of the files; default: by their names."
     )
     dataset: str | None = Field(None, description="A name in `datasets`, in place of files.")
     dataset_splits: dict[Literal["train", "validation", "test"], str] = Field(
         {"train": "train"}, description="The data set's names of the splits to use."
     )
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Of the training rows, if no file is.")
-    skip_bad_rows: bool = Field(False, description="Count rows that are wrong instead of stopping.")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the training rows.")
+    skip_bad_rows: bool = Field(False, description="Count invalid rows instead of stopping.")
 
-    text_column: str = Field("text", description="Of sequence classification and raw text.")
+    text_column: str = Field("text", description="For sequence classification and raw text.")
     text_pair_column: str | None = Field(None, description="A second text.")
     label_column: str | list[str] = Field("label", description="Several: numbers, or 0 and 1 for each label.")
-    words_column: str = Field("words", description="Of token classification.")
-    tags_column: str = Field("labels", description="Of token classification: a label for each word.")
+    words_column: str = Field("words", description="For token classification.")
+    tags_column: str = Field("labels", description="For token classification: a label for each word.")
     messages_column: str | None = Field(
         None, description="Conversations, for chat; default: raw text, but for the generated data."
     )
     problem_type: ProblemType = Field(
-        "single_label_classification", description="Of sequence classification."
+        "single_label_classification", description="For sequence classification."
     )
-    label_separator: str = Field("|", description="Between several labels of a row.")
+    label_separator: str = Field("|", description="Separates several labels of a row.")
     label_all_pieces: bool = Field(False, description="Label every piece of a word, not just its first.")
     max_length: int = Field(512, ge=2, description="Tokens of an example; longer ones are cut.")
     packing: bool = Field(False, description="Several examples in one row of max_length tokens (causal-lm).")
 
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of what is computed.")
-    trained: Literal["full", "lora", "head"] = Field("full", description="Which parameters are.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of parameters and activations.")
+    trained: Literal["full", "lora", "head"] = Field("full", description="Which parameters are trained.")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float | None = Field(None, description="Default: twice the rank.")
     lora_targets: list[str] = Field(
         ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], description="Projections with adapters."
     )
     remat: Literal["full", "dots", "none"] | None = Field(
-        None, description="What a layer keeps for the backward pass; default: none on CPU, full elsewhere."
+        None, description="What is computed again in the backward pass; default: none on CPU, full elsewhere."
     )
     dropout: bool = Field(True, description="Apply the dropout rates that the model's config has.")
 
     num_train_epochs: float = Field(3.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="In place of num_train_epochs.")
+    max_steps: int | None = Field(None, ge=1, description="Replaces num_train_epochs.")
     train_batch_size: int = Field(32, ge=1, description="Rows of a step, over all devices and micro-batches.")
     eval_batch_size: int = Field(64, ge=1)
     gradient_accumulation_steps: int = Field(
@@ -86,14 +86,14 @@ class Settings(BaseModel):
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps.")
-    weight_decay: float = Field(0.01, ge=0, description="Not of norms and biases.")
+    weight_decay: float = Field(0.01, ge=0, description="Not applied to norms and biases.")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: dict[str, float] | Literal["balanced"] | None = Field(
-        None, description="By label; balanced: the rarer, the more."
+        None, description="By label; balanced: rarer classes count more."
     )
     seed: int = 0
 
@@ -115,7 +115,7 @@ class Settings(BaseModel):
         if self.packing and self.task != "causal-lm":
             raise UserError(f"packing is for causal-lm, not for {self.task}")
         if self.trained == "head" and self.task == "causal-lm":
-            raise UserError("trained=head is for classification: a language model's head is no new one")
+            raise UserError("trained=head is for classification: a language model's head is not new")
         if self.dataset is not None and self.train_file is not None:
             raise UserError("give dataset or train_file, not both")
         if self.train_file is None and (self.validation_file or self.test_file):
@@ -126,15 +126,15 @@ class Settings(BaseModel):
 
     @property
     def generated(self) -> bool:
-        """Whether the rows are the package's own."""
+        """Whether the rows are the package's generated ones."""
         return self.train_file is None and self.dataset is None
 
     @classmethod
     def read(cls, path: Path | None, overrides: dict[str, Any]) -> "Settings":
-        """The settings of a YAML file, those of the command line before them.
+        """Returns the settings of a YAML file; `overrides`, from the command line, take precedence.
 
         Raises:
-            ValueError: the file is no YAML mapping, or a setting is unknown or wrong; all faults are named.
+            UserError: the file is not a YAML mapping, or settings are unknown or wrong; it names them all.
         """
         given: Any = {}
         if path is not None:
@@ -151,7 +151,7 @@ class Settings(BaseModel):
         try:
             return cls(**{str(name): value for name, value in given.items()} | overrides)
         except ValidationError as error:
-            faults = "; ".join(_fault(one) for one in error.errors())
+            faults = "; ".join(map(_fault, error.errors()))
             raise UserError(f"{path or 'settings'}: {faults}") from None
 
 
@@ -164,4 +164,4 @@ def _fault(error: Any) -> str:
 
 
 FREE = frozenset({"overwrite_output_dir", "output_dir", "logging_steps"})
-"""Settings that may change between a run's beginning and its resumption: no number depends on them."""
+"""Settings that may change when a run is resumed: no result depends on them."""

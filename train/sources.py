@@ -1,10 +1,12 @@
-"""The examples of a run: rows of files, data sets or the package's own, tokenised and divided."""
+"""The examples of a run: rows of files, of data sets or generated ones, tokenised and split."""
 
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config.model_config import Phi3Config
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned from and scored on."""
+    """The examples that a run trains on and is scored on."""
 
     task: Task
     labels: Labels | None
@@ -33,18 +35,18 @@ class Data:
     validation: Examples
     test: Examples | None
     counts: dict[str, int]
-    """For the report."""
+    """How many examples of each kind there are, for the report."""
     class_weights: tuple[float, ...] | None
 
     def fingerprint(self) -> str:
-        """Of everything, so that a resumed run can tell that its data changed."""
+        """Returns a digest of all examples, by which a resumed run notices that its data changed."""
         return "-".join(
             part.fingerprint()[:16] for part in (self.train, self.validation, self.test) if part is not None
         )
 
 
 def make_task(settings: Settings) -> Task:
-    """The task that the settings name."""
+    """Returns the task that the settings name."""
     if settings.task == "sequence-classification":
         label = settings.label_column
         return SequenceClassification(
@@ -67,10 +69,10 @@ def make_task(settings: Settings) -> Task:
 
 
 def load_data(settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config) -> Data:
-    """Reads, tokenises and divides the rows.
+    """Reads, tokenises and splits the rows.
 
     Raises:
-        ValueError, OSError: files that are absent or broken, bad rows, no label that can be learned.
+        UserError, OSError: files are missing or broken, rows are bad, or there is no label to learn.
     """
     task = make_task(settings)
     bad = BadRows(settings.skip_bad_rows)
@@ -78,19 +80,18 @@ def load_data(settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config) 
     counts: dict[str, int] = {}
 
     def examples(split: str) -> Examples:
-        found = Examples.gather(
-            encode_rows(task, _rows(settings, split, task, bad), tokenizer, labels, bad=bad)
-        )
-        if not len(found):
+        rows = _rows(settings, split, task, bad)
+        gathered = Examples.gather(encode_rows(task, rows, tokenizer, labels, bad=bad))
+        if not len(gathered):
             raise UserError(f"the {split} rows hold no example")
-        counts[f"{split} examples"] = len(found)
-        if cut := int(np.count_nonzero(found.truncated)):
+        counts[f"{split} examples"] = len(gathered)
+        if cut := int(np.count_nonzero(gathered.truncated)):
             counts[f"{split} examples cut"] = cut
             logger.warning(
                 "%d of %d %s examples are longer than max_length=%d tokens and were cut",
-                *(cut, len(found), split, settings.max_length),
+                *(cut, len(gathered), split, settings.max_length),
             )
-        return found
+        return gathered
 
     train: Examples | PackedExamples = examples("train")
     assert isinstance(train, Examples)
@@ -105,14 +106,32 @@ def load_data(settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config) 
         logger.warning("%d bad rows were skipped; the first: %s", bad.count, "; ".join(bad.first))
     weights = _class_weights(settings, labels, train)
     if settings.packing:
-        # A row is turned by one of longrope's lists; short examples beside a long one would get its list.
-        switch = (
-            config.original_max_position_embeddings if config.rope_scaling.rope_type == "longrope" else None
-        )
-        groups = None if switch is None else (train.lengths > switch).astype(np.int8)
-        train = PackedExamples(train, pack(train.lengths, settings.max_length, groups=groups))
+        train = _pack(train, settings.max_length, config)
         counts["train rows, packed"] = len(train)
     return Data(task, labels, train, validation, test, counts, weights)
+
+
+def _pack(train: Examples, width: int, config: Phi3Config) -> PackedExamples:
+    """Packs examples into rows of `width` tokens.
+
+    The rope frequencies of a row follow from its longest example, so all its examples must have the same.
+
+    Raises:
+        UserError: the frequencies change with the length other than between two lists.
+    """
+    rope, base = config.rope_scaling, config.rope_base
+    switch = rope.switches_at(base)
+    if switch is not None:
+        groups = (train.lengths > switch).astype(np.int8)
+        return PackedExamples(train, pack(train.lengths, width, groups=groups))
+    by_length = rope.frequencies(base, jnp.array([1, width]))
+    if any(isinstance(x, jax.Array) and not np.array_equal(x[0], x[1]) for x in by_length):
+        raise UserError(
+            f"packing=True needs the same rope frequencies for all examples of a row, and those of "
+            f"{rope.rope_type!r} change with the length up to max_length={width}; set packing to false, or a "
+            "smaller max_length"
+        )
+    return PackedExamples(train, pack(train.lengths, width))
 
 
 def _has(settings: Settings, split: str) -> bool:
@@ -131,22 +150,22 @@ def _rows(settings: Settings, split: Any, task: Task, bad: BadRows) -> Iterable[
 
 
 def _class_weights(settings: Settings, labels: Labels | None, train: Examples) -> tuple[float, ...] | None:
-    """By class id: as given, or, balanced, examples / (classes x examples of the class)."""
-    asked = settings.class_weights
-    if asked is None:
+    """Returns the weights by class id: the given ones, or examples / (classes x examples of the class)."""
+    weights = settings.class_weights
+    if weights is None:
         return None
     if labels is None or settings.problem_type == "regression":
         raise UserError("class_weights are for classes, and there are none here")
-    if isinstance(asked, dict):
-        if set(asked) != set(labels.names):
-            odd = sorted(set(asked) ^ set(labels.names))
+    if isinstance(weights, dict):
+        if set(weights) != set(labels.names):
+            odd = sorted(set(weights) ^ set(labels.names))
             raise UserError(
                 f"class_weights must name each label once; {', '.join(map(repr, odd[:5]))} differ"
             )
-        return tuple(asked[name] for name in labels.names)
+        return tuple(weights[name] for name in labels.names)
     if settings.task == "token-classification":
-        each = np.concatenate([train.token_labels(index) for index in range(len(train))])
-        counts = np.bincount(each[each != IGNORE_INDEX], minlength=len(labels))
+        tags = np.concatenate([train.token_labels(index) for index in range(len(train))])
+        counts = np.bincount(tags[tags != IGNORE_INDEX], minlength=len(labels))
     elif settings.problem_type == "multi_label_classification":
         raise UserError("class_weights=balanced is for a single label a row; give a weight for each label")
     else:

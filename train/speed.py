@@ -1,4 +1,4 @@
-"""How fast a run is: tokens, operations, and what share of the chips' peak they are."""
+"""The speed of a run: tokens, operations, and their share of the chips' peak."""
 
 import time
 
@@ -14,7 +14,7 @@ from .settings import Settings
 
 
 class Speed:
-    """Measures from one step to the next."""
+    """Measures the time from one step to the next."""
 
     def __init__(self, config: Phi3Config, settings: Settings, mesh: Mesh | None):
         self._config, self._settings = config, settings
@@ -22,22 +22,24 @@ class Speed:
         self._last: float | None = None
 
     def pause(self) -> None:
-        """What came since the last step was something else."""
+        """Leaves out the time until the next step, which went into other work."""
         self._last = None
 
-    def after(self, tokens: int, padded: int, width: int) -> dict[str, float | None]:
-        """Of a step that is done: tokens a second without padding, operations of the model with it.
+    def after_step(self, tokens: int, rows: int, width: int) -> dict[str, float | None]:
+        """Returns the speed of a step that is done; nothing for the first one.
+
+        Tokens a second are without padding, the model's operations with it.
 
         Args:
-            tokens: that the step learned from.
-            padded: places for tokens.
-            width: of a row.
+            tokens: of the step's examples.
+            rows: of the batch.
+            width: tokens of a row, padding included.
         """
         now, last = time.perf_counter(), self._last
         self._last = now
         if last is None or now <= last:
             return {}
-        rate = self._flops(padded // width, width) / (now - last)
+        rate = self._flops(rows, width) / (now - last)
         return {
             "tokens_per_second": tokens / (now - last),
             "flops_per_second": rate,

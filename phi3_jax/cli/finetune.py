@@ -1,17 +1,13 @@
 """`phi3-jax finetune`: a YAML file and, before it, options of the same names."""
 
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from phi3_jax.cli import common, options
+from phi3_jax.cli import options
 from phi3_jax.cli.settings import read_settings, with_settings
-from phi3_jax.parallel.messages import tell
-from phi3_jax.parallel.processes import prepare
-from phi3_jax.train.finetune import InterruptedRunError
-from phi3_jax.train.finetune import finetune as run_finetune
+from phi3_jax.train.program import run_settings
 
 app = typer.Typer()
 
@@ -25,24 +21,11 @@ def _finetune(
     cache_dir: options.CacheDir = None,
     **given: Any,
 ) -> None:
-    """Train a classifier, a tagger or a language model; go on where the same command was cut off.
+    """Train a classifier, a tagger or a language model; the same command resumes an interrupted run.
 
     Without a file of rows it learns generated commands, as a demonstration.
     """
-    settings = read_settings(config, given)
-    where = prepare(mesh, distributed, preemption=True)
-    common.keep_compiled_programs(cache_dir)
-    try:
-        results = run_finetune(settings, mesh=where, cache_dir=cache_dir)
-    except InterruptedRunError as error:
-        tell(f"phi3-jax: {error}")
-        raise typer.Exit(128 + signal.Signals(error.signal)) from None
-    for split, metrics in results.items():
-        print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    print(
-        f"{settings.output_dir}: model, tokenizer, report.md, metrics.json, curves.png, log.jsonl, "
-        "tensorboard"
-    )
+    run_settings(read_settings(config, given), mesh=mesh, distributed=distributed, cache_dir=cache_dir)
 
 
 finetune = app.command()(with_settings("finetune", _finetune))

@@ -87,7 +87,7 @@ def test_sigterm_in_one_process_saves_in_both_and_the_same_command_resumes(
 
     ended = run_both(base, tmp_path, cut, "fsdp=4", watch=end_one, **changes)
     assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended
-    assert "which is saved; the same command goes on from there" in ended[0].err
+    assert "which is saved; the same command resumes the run from there" in ended[0].err
     assert 0 < len(losses(cut)) < 40
     ended = run_both(base, tmp_path, cut, "fsdp=4", **changes)
     assert [one.code for one in ended] == [0, 0], ended

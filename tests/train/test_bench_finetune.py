@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from answers import stored
 from phi3_jax.train import bench as bench_finetune
-from phi3_jax.train.bench import Turn, Work
+from phi3_jax.train.bench import TurnOptions, TurnResult
 from phi3_jax.train.finetune import finetune
 from phi3_jax.train.recipe import prepare
 from phi3_jax.train.settings import Settings
@@ -72,7 +72,7 @@ class Run:
     """A few steps of training, which an answer knows by the settings that differ between tests."""
 
     def __init__(self, settings: Settings, changes: dict[str, Any]):
-        self.work, self.answer_key = Work(settings, steps=3, cache_dir=None), changes
+        self.work, self.answer_key = TurnOptions(settings, steps=3, cache_dir=None), changes
 
 
 @stored
@@ -197,15 +197,15 @@ def test_sides_take_turns(model: Path, rows: Path, capsys: pytest.CaptureFixture
     assert re.search(r"losses of the first 2 steps differ by (\d|[\d.]+)e-0[5-9] at most", printed), printed
 
 
-def turns(*losses: list[float], seconds: float) -> list[Turn]:
-    return [Turn(seconds * (1 + number), each) for number, each in enumerate(losses)]
+def turns(*losses: list[float], seconds: float) -> list[TurnResult]:
+    return [TurnResult(seconds * (1 + number), each) for number, each in enumerate(losses)]
 
 
 @pytest.mark.parametrize(("other", "alike"), [(5.0004, True), (5.0006, False), (np.nan, False)])
 def test_losses_that_differ_are_told(
     other: float, alike: bool, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    work = Work(Settings(dtype="float32"), steps=2, cache_dir=None)
+    work = TurnOptions(Settings(dtype="float32"), steps=2, cache_dir=None)
     later = [6.0, 6.0], [6.0, 4.0]
     mine, theirs = turns([0.5, 5.0], *later, seconds=1), turns([0.5, other], [7.0, 7.0], later[1], seconds=3)
     results = {"mine": mine, "other": theirs}

@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(checkpoints, run, dam
     with caplog.at_level(logging.WARNING):
         resumed = checkpoints.restore_last(fresh)
     assert "2 cannot be read" in caplog.text
-    assert "going on from the checkpoint before it" in caplog.text
+    assert "resuming from the checkpoint before it" in caplog.text
     assert resumed.step == 1
     assert resumed.about["told"] == 1
     assert same(resumed.state, state)
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, run):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(
-            CheckpointError, match=r"cannot be written: .*; the checkpoint before it is as it"
+            CheckpointError, match=r"cannot be written: .*; the checkpoint before it is intact"
         ):
             write(2)
     finally:

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave, how they go on, and how they end when something is wrong."""
+"""Whole runs of a tiny model: their files, resuming, and errors."""
 
 import json
 import logging
@@ -30,8 +30,8 @@ REFERENCES = {
     "token-classification": "Phi3ForTokenClassification",
     "causal-lm": "Phi3ForCausalLM",
 }
-RESULT = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-TOLD = {"run.json", "log.jsonl", "tensorboard", "report.md", "metrics.json", "curves.png", "checkpoints"}
+MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+WRITTEN = {"run.json", "log.jsonl", "tensorboard", "report.md", "metrics.json", "curves.png", "checkpoints"}
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +46,27 @@ def folder(tmp_path):
 
 
 def learn(folder, base, task):
-    """Twelve steps of a task: the loss of the test rows, and these rows."""
+    """Takes twelve steps; returns the loss of the test rows, and these rows."""
     write_rows(folder / "train.jsonl", task=task)
     write_rows(folder / "test.jsonl", 12, task=task, start=100)
     chat = {"messages_column": "messages"} if task == "causal-lm" else {}
     results = run(folder, base, task=task, max_steps=12, test_file=str(folder / "test.jsonl"), **chat)
     figures = set() if task == "causal-lm" else {"confusion.png"}
     generation = {"generation_config.json"} if task == "causal-lm" else set()
-    assert files(folder) == RESULT | TOLD | figures | generation
+    assert files(folder) == MODEL | WRITTEN | figures | generation
     curve = losses(folder)
     assert [step for step, _ in curve] == list(range(1, 13))
     assert np.mean([loss for _, loss in curve[-4:]]) < np.mean([loss for _, loss in curve[:4]])
     assert set(results) == {"validation", "test"}
-    told = json.loads((folder / "run" / "metrics.json").read_text())
-    assert told["metrics"]["test"]["loss"] == pytest.approx(results["test"]["loss"])
+    summary = json.loads((folder / "run" / "metrics.json").read_text())
+    assert summary["metrics"]["test"]["loss"] == pytest.approx(results["test"]["loss"])
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     return results["test"]["loss"], rows
 
 
-def test_the_result_has_the_loss_that_the_run_told(folder, base):
-    """All rows in one batch, the loss written out."""
-    told, rows = learn(folder, base, "sequence-classification")
+def test_the_saved_model_has_the_reported_loss(folder, base):
+    """Computes the loss from the logits of all rows in one batch."""
+    reported, rows = learn(folder, base, "sequence-classification")
     model = Phi3ForSequenceClassification.from_pretrained(folder / "run")
     tokenizer = Phi3Tokenizer.from_pretrained(folder / "run")
     texts = [tokenizer.encode(row["text"]) for row in rows]
@@ -76,7 +76,7 @@ def test_the_result_has_the_loss_that_the_run_told(folder, base):
     logits = np.asarray(outputs(model, input_ids=ids, attention_mask=ids != 0).logits, np.float64)
     labels = [model.config.label2id[row["label"]] for row in rows]
     chosen = logits[np.arange(len(rows)), labels]
-    np.testing.assert_allclose(np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen), told, rtol=1e-5)
+    np.testing.assert_allclose(np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen), reported, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_the_result_has_the_loss_that_the_run_told(folder, base):
         *(pytest.param(each, marks=pytest.mark.slow) for each in list(REFERENCES)[1:]),
     ],
 )
-def test_the_result_is_transformers_own(folder, base, task):
+def test_transformers_loads_the_saved_model_with_the_reported_loss(folder, base, task):
     import torch
     import transformers
 
-    told, rows = learn(folder, base, task)
+    reported, rows = learn(folder, base, task)
     theirs = getattr(transformers, REFERENCES[task]).from_pretrained(folder / "run", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "run")
     total = count = 0
@@ -119,11 +119,11 @@ def test_the_result_is_transformers_own(folder, base, task):
         with torch.no_grad():
             total += theirs(ids, labels=labels).loss.item() * number
         count += number
-    np.testing.assert_allclose(total / count, told, rtol=1e-5)
+    np.testing.assert_allclose(total / count, reported, rtol=1e-5)
 
 
 def interrupted_after(monkeypatch, step):
-    """The run gets SIGTERM while it takes this step."""
+    """Sends SIGTERM to the run in this step."""
 
     def at(self, now):
         if now == step:
@@ -134,8 +134,8 @@ def interrupted_after(monkeypatch, step):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_end_saves_and_goes_on(folder, base, monkeypatch):
-    """With dropout, micro-batches and widths; wherever it ended, losses are the same to the last bit."""
+def test_an_interrupted_run_saves_and_resumes(folder, base, monkeypatch):
+    """With dropout, micro-batches and widths, the losses are the same to the last bit."""
     options = {"task": "token-classification", "max_buckets": 2, "gradient_accumulation_steps": 2}
     write_rows(folder / "train.jsonl", task="token-classification")
     run(folder, base, **options)
@@ -144,7 +144,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(folder, base, monkeypatch):
     for step in (1, 4):
         with monkeypatch.context() as patch:
             interrupted_after(patch, step)
-            with pytest.raises(InterruptedRunError, match=f"interrupted behind step {step}, which is saved"):
+            with pytest.raises(InterruptedRunError, match=f"interrupted after step {step}, which is saved"):
                 run(folder, base, **options)
     assert len(losses(folder / "again")) == 4
     run(folder, base, **options)
@@ -152,14 +152,14 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on(folder, base, monkeypatch):
     assert (folder / "again" / "run" / "model.safetensors").read_bytes() == weights
 
 
-def test_what_killed_processes_left_half_done_goes(folder, base, monkeypatch):
+def test_removes_temporary_files_of_killed_processes(folder, base, monkeypatch):
     with monkeypatch.context() as patch:
         interrupted_after(patch, 1)
         with pytest.raises(InterruptedRunError):
             run(folder, base, max_steps=2)
     with replacing(folder / "run" / "curves.png") as work:
         work.touch()
-        os.link(work, work.with_name(work.name.replace(str(os.getpid()), "1")))  # as if killed before the end
+        os.link(work, work.with_name(work.name.replace(str(os.getpid()), "1")))  # as if killed
     (folder / "run" / "curves.png").unlink()
     (folder / "run" / ".run.abcdefgh.replaced").mkdir()
     (folder / "run" / ".mine").touch()
@@ -168,7 +168,7 @@ def test_what_killed_processes_left_half_done_goes(folder, base, monkeypatch):
     assert [path.name for path in (folder / "run").glob(".*")] == [".mine"]
 
 
-def test_a_finished_run_does_nothing(folder, base, caplog):
+def test_a_finished_run_changes_nothing(folder, base, caplog):
     results = run(folder, base, max_steps=2)
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").iterdir()}
     with caplog.at_level(logging.WARNING):
@@ -177,9 +177,9 @@ def test_a_finished_run_does_nothing(folder, base, caplog):
     assert {path: path.stat().st_mtime_ns for path in (folder / "run").iterdir()} == before
 
 
-def test_another_run_is_not_gone_on_with(folder, base):
+def test_rejects_a_directory_with_another_run(folder, base):
     run(folder, base, max_steps=2)
-    with pytest.raises(ValueError, match=r"go on with these: learning_rate: 0\.003 -> 0\.1; seed: 0 -> 1\. "):
+    with pytest.raises(ValueError, match=r"resumed: learning_rate: 0\.003 -> 0\.1; seed: 0 -> 1\. "):
         run(folder, base, max_steps=2, learning_rate=0.1, seed=1)
     write_rows(folder / "train.jsonl", 40)
     with pytest.raises(ValueError, match="the data are not the same"):
@@ -191,13 +191,13 @@ def test_another_run_is_not_gone_on_with(folder, base):
         run(folder, base, max_steps=2)
 
 
-def test_a_model_is_not_written_over(folder, base):
-    with pytest.raises(ValueError, match="holds a model that is no run of finetune"):
+def test_does_not_overwrite_a_model(folder, base):
+    with pytest.raises(ValueError, match="holds a model that no run of finetune wrote"):
         run(folder, base, output_dir=base)
 
 
-def test_numbers_that_are_none_stop_the_run(folder, base):
-    """The text names step, learning rate and rows; the checkpoint before it stays."""
+def test_losses_that_are_not_finite_stop_the_run(folder, base):
+    """The message names step, learning rate and rows; the checkpoint before it stays."""
     with pytest.raises(NotFiniteError) as caught:
         run(folder, base, learning_rate=1e30, max_grad_norm=None, warmup_ratio=0.0, save_steps=1)
     text = str(caught.value)
@@ -207,8 +207,8 @@ def test_numbers_that_are_none_stop_the_run(folder, base):
     assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["1"]
 
 
-def test_the_best_parameters_are_kept(folder, base):
-    """A rate that grows wild: the first evaluation is the best, and its parameters are the result."""
+def test_keeps_the_best_parameters(folder, base):
+    """The rate is so high that an early evaluation is the best."""
     wild = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "warmup_ratio": 0.5, "eval_steps": 1}
     results = run(folder, base, metric_for_best_model="loss", max_steps=8, **wild)
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
@@ -220,7 +220,7 @@ def test_the_best_parameters_are_kept(folder, base):
 
 
 @pytest.mark.slow
-def test_patience_ends_a_run(folder, base):
+def test_stops_when_patience_is_over(folder, base):
     wild = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "eval_steps": 1}
     run(folder, base, metric_for_best_model="loss", max_steps=40, early_stopping_patience=2, **wild)
     steps = [step for step, _ in losses(folder)]
@@ -229,7 +229,7 @@ def test_patience_ends_a_run(folder, base):
 
 
 def changed_weights(folder, base):
-    """The names of the base model's weights that a run has changed."""
+    """Returns the names of the base model's weights that a run changed."""
     before, after = (load_file(each / "model.safetensors") for each in (base, folder / "run"))
     shared = before.keys() & after.keys()
     assert shared == before.keys() - {"lm_head.weight"}
@@ -239,7 +239,7 @@ def changed_weights(folder, base):
 ADAPTERS = {"trained": "lora", "lora_rank": 2, "lora_targets": ["qkv_proj"], "learning_rate": 0.02}
 
 
-def test_adapters_are_trained_alone_and_saved_beside_the_merged_model(folder, base):
+def test_trains_only_adapters_and_saves_them_beside_the_merged_model(folder, base):
     run(folder, base, **ADAPTERS)
     expected = {f"model.layers.{layer}.self_attn.qkv_proj.weight" for layer in range(2)}
     assert changed_weights(folder, base) == expected
@@ -251,10 +251,10 @@ def test_adapters_are_trained_alone_and_saved_beside_the_merged_model(folder, ba
     assert distance(logits, merged_logits) <= 1e-5
 
 
-# peft asks transformers for a name that is going away.
+# PEFT uses a deprecated name of transformers.
 @pytest.mark.live
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_come_in_pefts_form(folder, base):
+def test_peft_loads_the_adapters(folder, base):
     import torch
     import transformers
     from peft import PeftModel
@@ -268,13 +268,13 @@ def test_adapters_come_in_pefts_form(folder, base):
 
 
 @pytest.mark.slow
-def test_the_head_alone(folder, base):
+def test_trains_only_the_head(folder, base):
     run(folder, base, trained="head", max_steps=3)
     assert changed_weights(folder, base) == set()
 
 
-def test_packed_rows_are_the_same_loss(folder, base):
-    """All examples in one batch, packed or not: the first step's loss is the same."""
+def test_packed_rows_have_the_same_loss(folder, base):
+    """The first step's batch has all examples, packed or not."""
     write_rows(folder / "train.jsonl", task="causal-lm", count=10)
     write_rows(folder / "validation.jsonl", task="causal-lm", count=4)
     options = {"task": "causal-lm", "messages_column": "messages", "max_steps": 1, "max_length": 128}
@@ -286,7 +286,7 @@ def test_packed_rows_are_the_same_loss(folder, base):
 
 
 @pytest.mark.slow
-def test_on_a_mesh_the_run_is_the_same(folder, tmp_path_factory):
+def test_a_run_on_a_mesh_has_the_same_losses(folder, tmp_path_factory):
     base = write_base(
         tmp_path_factory.mktemp("mesh") / "model", num_attention_heads=8, num_key_value_heads=4, head_dim=8
     )
@@ -308,19 +308,19 @@ def test_on_a_mesh_the_run_is_the_same(folder, tmp_path_factory):
         ({"class_weights": {"a": 1.0}}, "class_weights must name each label once; 'b'"),
     ],
 )
-def test_settings_that_do_not_fit_the_data(folder, base, changes, words):
+def test_rejects_settings_that_do_not_fit_the_data(folder, base, changes, words):
     with pytest.raises((ValueError, OSError), match=words):
         run(folder, base, **changes)
 
 
-def test_a_label_that_training_has_not(folder, base):
+def test_rejects_a_validation_label_that_training_lacks(folder, base):
     validation = folder / "validation.jsonl"
     validation.write_text('{"text": "rain", "label": "never seen"}\n')
     with pytest.raises(BadRowError, match=r"validation\.jsonl, line 1: .*'never seen'"):
         run(folder, base, validation_file=str(validation))
 
 
-def test_bad_rows_are_named_or_counted(folder, base, caplog):
+def test_names_or_counts_bad_rows(folder, base, caplog):
     lines = (folder / "train.jsonl").read_text().splitlines()
     lines[4] = '{"text": "rain", "label'
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
@@ -333,13 +333,13 @@ def test_bad_rows_are_named_or_counted(folder, base, caplog):
 
 
 @pytest.mark.slow
-def test_weights_of_classes_come_from_their_counts(folder, base):
+def test_balances_class_weights_by_their_counts(folder, base):
     run(folder, base, class_weights="balanced", label_smoothing=0.1, max_steps=1)
     assert len(losses(folder)) == 1
 
 
 @pytest.mark.slow
-def test_a_damaged_best_checkpoint_is_told(folder, base, monkeypatch, caplog):
+def test_warns_of_a_damaged_best_checkpoint(folder, base, monkeypatch, caplog):
     def restore(self, step, state):
         raise CheckpointError(f"{step} cannot be read: it is damaged")
 
@@ -350,7 +350,7 @@ def test_a_damaged_best_checkpoint_is_told(folder, base, monkeypatch, caplog):
     assert "the last parameters are kept instead of the best" in caplog.text
 
 
-def test_rows_that_the_mesh_does_not_divide(folder, base):
+def test_rejects_batches_that_the_mesh_does_not_divide(folder, base):
     with pytest.raises(ValueError, match=r"train_batch_size=6 does not divide over 8 .*; use 8, say"):
         finetune(
             settings_of(folder, base, train_batch_size=6), mesh=make_mesh("data=8", jax.devices()), show=False

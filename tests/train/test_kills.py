@@ -85,9 +85,9 @@ def test_sigterm_saves_first(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, error
-    assert "which is saved; the same command goes on from there" in error
+    assert "which is saved; the same command resumes the run from there" in error
     process = begin(base, tmp_path, tmp_path / "ended")
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
-    assert "going on from step" in error
+    assert "resuming after step" in error
     assert [step for step, _ in losses(tmp_path / "ended")] == list(range(1, 61))

@@ -114,7 +114,7 @@ def test_a_broken_line_before_the_last_is_an_error(tmp_path: Path, broken: bytes
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*lines[:2], broken, *lines[3:]]) + b"\n")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"log\.jsonl, line 3 is no record of a run: .*; repair or remove"):
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 3 is not a record of a run: .*; repair"):
         RunLog(tmp_path, resume_at=4)
     with pytest.raises(ValueError, match="line 3"):
         read_log(path)

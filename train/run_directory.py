@@ -1,0 +1,124 @@
+"""The directory of a run: `run.json`, which says what the run does, and the files for users."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from phi3_jax.errors import UserError
+from phi3_jax.lora import merge_lora, save_adapters
+from phi3_jax.model.saving import save_model
+from phi3_jax.parallel import distributed
+from phi3_jax.runs.files import remove_leftovers
+from phi3_jax.runs.json_values import RUN
+from phi3_jax.runs.resume import RunFile
+
+from .checkpoints import remove_checkpoints
+from .logs import LOG, read_log
+from .recipe import Recipe
+from .report import Results, write_report
+from .settings import FREE
+
+CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
+"""Folders of checkpoints and, beside the merged model, of adapters."""
+
+Metrics = dict[str, dict[str, float]]
+"""Metrics by split and name."""
+
+
+class RunDirectory:
+    """The directory that a recipe's run writes."""
+
+    def __init__(self, recipe: Recipe):
+        settings = recipe.settings
+        self.path = settings.output_dir
+        self._recipe = recipe
+        self._state: dict[str, Any] = {
+            "data": recipe.data.fingerprint(),
+            "steps": recipe.total_steps,
+            "base": recipe.config.to_dict(),
+        }
+        self._file = RunFile(
+            self.path / RUN,
+            self.path,
+            settings.model_dump(mode="json"),
+            key="settings",
+            free=FREE,
+            advice="choose another --output-dir, or give --overwrite-output-dir to start over",
+        )
+
+    def open(self) -> Metrics | None:
+        """Makes the directory, or checks that it holds this very run; returns the results of a finished one.
+
+        Raises:
+            UserError: the directory holds something else, or a run with other settings or data.
+        """
+        overwrite = self._recipe.settings.overwrite_output_dir
+        if overwrite:
+            self._file.path.unlink(missing_ok=True)
+        if self._file.path.exists():
+            results = self._file.read(self._check_data)
+            remove_leftovers(self.path)
+            return results
+        if (self.path / "config.json").exists() and not overwrite:
+            raise UserError(
+                f"{self.path} holds a model that no run of finetune wrote; choose another --output-dir, or "
+                "give --overwrite-output-dir"
+            )
+        remove_checkpoints(self.path / CHECKPOINTS)
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        self._file.write(**self._state)
+        return None
+
+    def _check_data(self, before: dict[str, Any]) -> Metrics | None:
+        for name, words in {"data": "the data are", "base": "the base model is"}.items():
+            if before.get(name) != self._state[name]:
+                raise self._file.mismatch(f"{words} not the same")
+        return before.get("finished")
+
+    def finish(self, results: Metrics) -> None:
+        """Writes that the run is finished, and its results."""
+        self._file.write(**self._state, finished=results)
+
+    def export(self, model: Any) -> None:
+        """Writes the model as transformers reads it, with its tokenizer; adapters also by themselves.
+
+        All processes call this.
+        """
+        settings = self._recipe.settings
+        if settings.trained == "lora":
+            base = settings.model or str(self._recipe.base)
+            save_adapters(model, self.path / ADAPTER, base_model=base)
+            model = merge_lora(model)
+        dtype = jnp.dtype(settings.dtype)
+        save_model(jax.tree.map(lambda x: x.astype(dtype), model), self.path)
+        if distributed.is_primary():
+            self._recipe.tokenizer.save_pretrained(self.path)
+
+    def report(self, results: Results) -> None:
+        """Writes the report; only process 0 does."""
+        if not distributed.is_primary():
+            return
+        recipe = self._recipe
+        labels = recipe.data.labels
+        write_report(
+            self.path,
+            task=recipe.kind,
+            settings={"command": _command()} | recipe.settings.model_dump(mode="json"),
+            data=recipe.data.counts,
+            log=read_log(self.path / LOG),
+            results=results,
+            names=() if labels is None else labels.names,
+        )
+
+
+def _command() -> str:
+    """Returns the command that started this process."""
+    program = ["phi3-jax"]
+    if Path(sys.argv[0]).name == "__main__.py":
+        program = ["python", "-m", "phi3_jax.train"]
+    return shlex.join([*program, *sys.argv[1:]])
