@@ -1,1 +1,1 @@
-"""Measures generation side by side with transformers."""
+"""Benchmarks of generation, side by side with transformers."""

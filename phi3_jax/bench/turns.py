@@ -1,42 +1,58 @@
-"""Two sides measured in turns.
+"""Measures the sides of a comparison in turns.
 
-Each side runs in a process of its own and they take turns, so that neither's idle threads slow the other and
-both see the same noise; ratios are taken turn by turn.
+Each side runs in a process of its own, and the processes take turns: idle threads of one do not slow down the
+other, and noise affects both alike. Ratios are computed turn by turn.
 """
 
+import importlib.util
 import multiprocessing
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 PAUSE = 0.5
-"""Seconds before a turn, in which the other side's OpenMP threads stop spinning."""
+"""The seconds before a turn, in which the OpenMP threads of the other sides stop spinning."""
 
 Turn = Callable[[], Any]
-"""One measurement; the first warms up."""
-Sides = dict[str, tuple[Callable[[Any], Turn], Any]]
-"""What makes ready to measure, and what it is given."""
+"""One measurement; the first call warms up."""
+
+MakeTurn = Callable[[Any], Turn]
+"""Loads everything that a side needs for the given options, and returns its turn."""
+
+Sides = dict[str, tuple[MakeTurn, Any]]
+"""The names of the sides, each with its `MakeTurn` and options."""
+
+
+def with_transformers(ours: MakeTurn, theirs: MakeTurn, options: Any) -> Sides:
+    """Returns a side for this package and, if PyTorch and transformers are installed, one for them."""
+    sides: Sides = {"phi3-jax": (ours, options)}
+    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        sides["transformers"] = (theirs, options)
+    return sides
 
 
 def take_turns(sides: Sides, rounds: int) -> dict[str, list[Any]]:
-    """What each turn of each side gave, every side in a process of its own, one after another."""
+    """Returns the results of each side's turns; every side runs in a process of its own."""
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
     results: dict[str, list[Any]] = {name: [] for name in sides}
     try:
-        for name, (side, work) in sides.items():
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, side, work), daemon=True)
+        for name, (make_turn, options) in sides.items():
+            connection, worker_connection = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(worker_connection, make_turn, options), daemon=True
+            )
             process.start()
-            there.close()
-            workers[name] = (process, here)
-            _ask(name, here)  # loaded, compiled and warm before the next one starts
+            worker_connection.close()
+            workers[name] = (process, connection)
+            _receive(name, connection)  # loaded, compiled and warmed up before the next one starts
         for _ in range(rounds):
             for name, (_, connection) in workers.items():
                 time.sleep(PAUSE)
                 connection.send("run")
-                results[name].append(_ask(name, connection))
+                results[name].append(_receive(name, connection))
     finally:
         for process, connection in workers.values():
             connection.close()
@@ -46,8 +62,8 @@ def take_turns(sides: Sides, rounds: int) -> dict[str, list[Any]]:
 
 
 def take_turns_here(sides: Sides, rounds: int) -> dict[str, list[Any]]:
-    """In this process, which is one of several: they cannot each have others."""
-    turns = {name: side(work) for name, (side, work) in sides.items()}
+    """Like `take_turns`, but in this process, for runs of several processes."""
+    turns = {name: make_turn(options) for name, (make_turn, options) in sides.items()}
     for turn in turns.values():
         turn()
     results: dict[str, list[Any]] = {name: [] for name in sides}
@@ -57,20 +73,25 @@ def take_turns_here(sides: Sides, rounds: int) -> dict[str, list[Any]]:
     return results
 
 
-def _ask(name: str, connection: Connection) -> Any:
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Returns the median of the ratios of the turns' seconds; above 1, ours is faster."""
+    return f"{statistics.median(other / mine for mine, other in zip(ours, theirs, strict=True)):.2f}"
+
+
+def _receive(name: str, connection: Connection) -> Any:
     try:
-        answer = connection.recv()
+        result = connection.recv()
     except EOFError:
         raise RuntimeError(f"the process that measures {name} died; is there enough memory?") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-def _serve(connection: Connection, side: Callable[[Any], Turn], work: Any) -> None:
-    """In a worker: gets ready, runs once to warm up, then once for each message."""
+def _serve(connection: Connection, make_turn: MakeTurn, options: Any) -> None:
+    """Runs in the worker process: a first turn to warm up, then one turn for each message."""
     try:
-        turn = side(work)
+        turn = make_turn(options)
         turn()
         connection.send("ready")
         while True:
@@ -78,5 +99,5 @@ def _serve(connection: Connection, side: Callable[[Any], Turn], work: Any) -> No
             connection.send(turn())
     except EOFError:
         return
-    except Exception as error:  # handed to the parent, which raises it
+    except Exception as error:  # the parent process raises it
         connection.send(error)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from phi3_jax.bench.generate import run_bench
+from phi3_jax.bench.run import run_bench
 from phi3_jax.cli import common, options
 from phi3_jax.parallel.processes import prepare
 

@@ -1,6 +1,7 @@
-"""`phi3-jax bench`: what it counts, what it asks, and small runs of both kinds of comparison."""
+"""`phi3-jax bench`: bytes, prompts and tables, and small runs of both comparisons."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +13,64 @@ from small_checkpoint import PROMPT, write_checkpoint
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.bench import batch as bench_batch
 from phi3_jax.bench import generate as bench
-from phi3_jax.bench import turns
+from phi3_jax.bench import run, turns
 
 
 def run_bench(model: Path, **changes: Any) -> None:
-    settings: dict[str, Any] = {
+    options: dict[str, Any] = {
         "layers": None,
         "prompt": None,
         "prompt_lookup": None,
         "cache_dir": None,
         "requests": None,
     }
-    settings |= {"prompt_tokens": 8, "new_tokens": 3, "batch": 1, "rounds": 2, "dtype": "float32"}
-    bench.run_bench(str(model), **settings | changes)
+    options |= {"prompt_tokens": 8, "new_tokens": 3, "batch": 1, "rounds": 2, "dtype": "float32"}
+    run.run_bench(str(model), **options | changes)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bytes_a_step_are_those_of_the_weights_and_the_cache(dtype: str) -> None:
-    config = small_config(head_dim=20)
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", False), ("bfloat16", True)])
+def test_bytes_per_step_are_those_of_the_weights_and_the_cache(dtype: str, tied: bool) -> None:
+    config = small_config(head_dim=20, tie_word_embeddings=tied)
     model = Phi3ForCausalLM(config, dtype=dtype)
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    looked_up = config.vocab_size * config.hidden_size  # of the embedding a step reads a row
-    width = model.dtype.itemsize
-    weights = (model.num_parameters() - norms - looked_up) * width
+    embedding = 0 if tied else config.vocab_size * config.hidden_size  # a step reads only a few rows
+    weights = (model.num_parameters() - embedding) * model.dtype.itemsize
     cache = model.init_cache(2, 10 + 4 // 2, dtype)
     cached = sum(slots.nbytes for slots in (*cache.keys, *cache.values))
-    work = bench.Work(Path(), dtype, batch=2, prompt_tokens=99, new_tokens=4)
-    assert bench._bytes_a_step(config, work, prompt_tokens=10) == weights + cached
+    options = bench.BenchOptions(Path(), dtype, batch=2, prompt_tokens=99, new_tokens=4)
+    assert bench.bytes_per_step(config, options, prompt_tokens=10) == weights + cached
 
 
-def test_random_prompts_and_those_of_a_file(tmp_path: Path) -> None:
+def test_prompts_are_random_or_of_a_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    work = bench.Work(tmp_path, "float32", batch=2, prompt_tokens=10, new_tokens=4)
-    ids = work.ids(300)
+    options = bench.BenchOptions(tmp_path, "float32", batch=2, prompt_tokens=10, new_tokens=4)
+    ids = options.ids(300)
     assert ids.shape == (2, 10)
     assert ids.min() >= 4
     assert ids.max() < 300
-    np.testing.assert_array_equal(ids, work.ids(300))
+    np.testing.assert_array_equal(ids, options.ids(300))
 
     text = tmp_path / "question.txt"
     text.write_text(PROMPT)
-    asked = bench.Work(tmp_path, "float32", batch=2, prompt_tokens=10, new_tokens=4, prompt=text).ids(300)
+    ids = replace(options, prompt=text).ids(300)
     tokenizer = Phi3Tokenizer.from_pretrained(tmp_path)
-    assert [tokenizer.decode(row) for row in asked] == 2 * [f"<|user|>{PROMPT}<|end|><|assistant|>"]
+    assert [tokenizer.decode(row) for row in ids] == 2 * [f"<|user|>{PROMPT}<|end|><|assistant|>"]
 
 
-@pytest.mark.parametrize(("theirs", "told"), [(5, "5 steps"), (9, "5 and 9 steps")])
-def test_the_table_tells_steps_of_both_sides(
-    theirs: int, told: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("theirs", "steps"), [(5, "5 steps"), (9, "5 and 9 steps")])
+def test_table_shows_the_steps_of_both_sides(
+    theirs: int, steps: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = {"lookup of 3": [bench.Times(1.0, 2.0, 5)], "plain": [bench.Times(1.0, 2.0, theirs)]}
-    work = bench.Work(Path(), "float32", batch=1, prompt_tokens=8, new_tokens=9)
-    bench._print_table("small", results, work, small_config())
-    assert f"prompt, {told}, median of 1" in " ".join(capsys.readouterr().out.split())
+    options = bench.BenchOptions(Path(), "float32", batch=1, prompt_tokens=8, new_tokens=9)
+    bench.print_table("small", results, options, small_config())
+    assert f"prompt, {steps}, median of 1" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("lookup", [None, 2])
-def test_a_turn_of_ours(tmp_path: Path, lookup: int | None) -> None:
+def test_measures_our_turns(tmp_path: Path, lookup: int | None) -> None:
     write_checkpoint(tmp_path)
     options = () if lookup is None else (("prompt_lookup_num_tokens", lookup),)
-    turn = bench._ours(bench.Work(tmp_path, "float32", 1, 10, 5, options=options))
+    turn = bench._ours(bench.BenchOptions(tmp_path, "float32", 1, 10, 5, generate_options=options))
     times = [turn(), turn()]
     assert all(run.prefill > 0 and run.decode > 0 and run.steps == 5 for run in times)
 
@@ -88,7 +87,9 @@ def test_both_sides_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_drafts_against_none_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compares_prompt_lookup_with_plain_decoding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_checkpoint(tmp_path)
     (tmp_path / "question.txt").write_text(PROMPT)
     run_bench(tmp_path, prompt=tmp_path / "question.txt", prompt_lookup=2)
@@ -99,14 +100,14 @@ def test_drafts_against_none_on_a_text(tmp_path: Path, capsys: pytest.CaptureFix
     assert re.search(r"decode, tokens/s\W+[\d,.]+\W+[\d,.]+\W+\d+\.\d\d\b", table), table
 
 
-def test_layers_are_of_presets_only(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cuts a preset"):
+def test_rejects_layers_of_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs a preset"):
         run_bench(tmp_path, layers=2)
 
 
 @pytest.fixture
 def bench_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
-    """The table of 20 prompts and answers of a few tokens, made in this process."""
+    """Returns a function that measures 20 short prompts in this process and returns the table."""
     monkeypatch.setattr(bench_batch, "LONGEST_PROMPT", 20)
     monkeypatch.setattr(bench_batch, "LONGEST_ANSWER", 8)
     monkeypatch.setattr(bench_batch, "take_turns", turns.take_turns_here)
@@ -120,41 +121,41 @@ def bench_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
 
 
 def totals(folder: Path) -> str:
-    load = bench_batch.Load(folder, "float32", 20)
-    prompts, answers = map(sum, zip(*load.lengths(), strict=True))
+    options = bench_batch.BatchBenchOptions(folder, "float32", 20)
+    prompts, answers = map(sum, zip(*options.lengths(), strict=True))
     return f"20 prompts of {prompts:,} tokens, {answers:,} tokens"
 
 
-def test_requests(bench_requests: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many tokens are answered as asked, beside transformers or alone."""
-    monkeypatch.setattr(bench_batch.importlib.util, "find_spec", lambda name: None)
+def test_measures_continuous_batching(
+    bench_requests: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns.importlib.util, "find_spec", lambda name: None)
     table = bench_requests()
     assert totals(tmp_path) in table
     assert re.search(r"phi3-jax \d+ slots of \d+ ", table)
-    with pytest.raises(ValueError, match="has prompts of its own"):
+    with pytest.raises(ValueError, match="has its own prompts"):
         run_bench(tmp_path, requests=20, prompt_lookup=3)
 
 
 @pytest.mark.live
-def test_requests_against_static_batches(bench_requests: Any, tmp_path: Path) -> None:
+def test_compares_continuous_with_static_batches(bench_requests: Any, tmp_path: Path) -> None:
     table = bench_requests()
     assert totals(tmp_path) in table
     assert re.search(r"transformers .*sorted,", table)
 
 
 @pytest.mark.live
-def test_a_static_batch_ends_with_its_longest_answer(tmp_path: Path) -> None:
-    import torch
+def test_static_batch_ends_with_its_longest_answer(tmp_path: Path) -> None:
     import transformers
 
     Phi3ForCausalLM(small_config(max_position_embeddings=64)).save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     model.generation_config.eos_token_id = None
-    found = []
+    sequences = []
 
     def generate(*arguments: Any, **options: Any) -> Any:
-        found.append(type(model).generate(model, *arguments, **options))
+        sequences.append(type(model).generate(model, *arguments, **options))
 
     model.generate = generate
-    bench_batch._generate(torch, transformers, model, [([5, 6, 7], 4), ([8], 2)])
-    assert found[0].shape == (2, 7)
+    bench_batch.generate_static_batch(model, [([5, 6, 7], 4), ([8], 2)])
+    assert sequences[0].shape == (2, 7)

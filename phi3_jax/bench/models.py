@@ -1,0 +1,29 @@
+"""Loads the models of both sides of a comparison."""
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from phi3_jax.generation import CompiledModel
+from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.runs.allocator import keep_freed_memory
+
+
+def load_ours(path: Path, dtype: str, mesh: Mesh | None = None) -> CompiledModel:
+    """Returns this package's model, with memory settings as in the commands."""
+    keep_freed_memory()
+    return CompiledModel(Phi3ForCausalLM.from_pretrained(path, dtype=dtype, mesh=mesh))
+
+
+def load_theirs(path: Path, dtype: str, *, end_tokens: bool) -> Any:
+    """Returns transformers' model, on the GPU if there is one; `end_tokens`: they end an answer."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    if not end_tokens:
+        model.generation_config.eos_token_id = None
+    return model.cuda() if torch.cuda.is_available() else model

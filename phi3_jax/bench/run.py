@@ -1,0 +1,65 @@
+"""Runs `phi3-jax bench`: finds or writes the checkpoint, measures and prints a table."""
+
+import tempfile
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from phi3_jax.bench.batch import BatchBenchOptions, run_batch_bench
+from phi3_jax.bench.generate import BenchOptions, run_generate_bench
+from phi3_jax.checkpoint import resolve
+from phi3_jax.checkpoint.default_model import default_model
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
+from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.parallel.distributed import process_count
+
+
+def run_bench(
+    model: str | None,
+    *,
+    layers: int | None,
+    prompt: Path | None,
+    prompt_lookup: int | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    requests: int | None,
+    rounds: int,
+    dtype: str,
+    mesh: Mesh | None = None,
+    cache_dir: Path | None,
+) -> None:
+    """Measures and prints a table; the command's help explains the arguments.
+
+    Raises:
+        UserError: `layers` with a checkpoint, a preset in several processes, or `requests` with a mesh or
+            a prompt.
+    """
+    if requests is not None and (mesh is not None or prompt is not None or prompt_lookup is not None):
+        raise UserError("--requests has its own prompts, on one device; leave out --mesh and --prompt")
+    if process_count() > 1 and model in Phi3Config.presets():
+        raise UserError(f"{model} is a preset; for several processes give a checkpoint that all can read")
+    with tempfile.TemporaryDirectory(prefix="phi3-jax-bench-") as scratch:
+        path = _checkpoint(model, layers, dtype, Path(scratch) / "model", cache_dir)
+        label = model or path.name
+        if requests is not None:
+            run_batch_bench(BatchBenchOptions(path, dtype, requests), label, rounds)
+            return
+        axes = () if mesh is None else tuple(mesh.shape.items())
+        options = BenchOptions(path, dtype, batch, prompt_tokens, new_tokens, prompt, mesh=axes)
+        run_generate_bench(options, label, rounds, prompt_lookup)
+
+
+def _checkpoint(
+    model: str | None, layers: int | None, dtype: str, scratch: Path, cache_dir: Path | None
+) -> Path:
+    """Returns the path of a checkpoint; for a preset, one with random weights is written to `scratch`."""
+    if model in Phi3Config.presets():
+        config = Phi3Config.preset(model)
+        config = config if layers is None else config.replace(num_hidden_layers=layers)
+        Phi3ForCausalLM(config, dtype=dtype).save_pretrained(scratch)
+        return scratch
+    if layers is not None:
+        raise UserError(f"--layers needs a preset; {model or 'the default model'} is a checkpoint")
+    return default_model(cache_dir) if model is None else resolve(model)
