@@ -376,6 +376,11 @@ class RopeScaling:
     def _traits(self) -> _Traits:
         return _TRAITS.get(self.rope_type, _Traits())
 
+    @property
+    def has_two_lists(self) -> bool:
+        """Whether the type has one list of frequencies for short rows and another one for long rows."""
+        return self._traits.two_lists
+
     def context(self, base: RopeBase) -> int:
         """Returns the longest row in tokens."""
         context = self._traits.context

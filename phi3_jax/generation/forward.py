@@ -1,4 +1,4 @@
-"""From a state to the scores of its next tokens: the model, guidance, the logits processors."""
+"""One step from a state to the scores of the next tokens: model, guidance and logits processors."""
 
 from typing import Any
 
@@ -12,29 +12,29 @@ from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, State, StepSettings
 
 Records = dict[str, Any]
-"""What a step keeps for the user: scores, logits, attentions, hidden_states; each only if asked for."""
+"""The outputs of a step that the user wants: scores, logits, attentions, hidden_states."""
 
 
 def feed(
     model: CausalLM,
     state: State,
     rope: RopeChoice,
-    count: Int[Array, " L"],
+    count: Int[Array, " B"],
     width: int,
     **arguments: Any,
 ) -> tuple[Any, State]:
-    """Runs the next `count` <= `width` columns of each lane through the model and into its cache."""
-    columns = state.cache.length[:, None] + jnp.arange(width)  # [L, width]
-    ids = jnp.take_along_axis(state.sequences.ids, columns, axis=1, mode="clip")
-    mask = jnp.take_along_axis(state.sequences.mask, columns, axis=1, mode="clip")
-    fed = mask & (jnp.arange(width) < count[:, None])
-    positions = jnp.maximum(state.cache.tokens[:, None] + jnp.cumsum(fed, axis=1) - 1, 0)
+    """Runs the next `count` <= `width` slots of each row through the model and into its cache."""
+    slots = state.cache.length[:, None] + jnp.arange(width)  # [B, width]
+    ids = jnp.take_along_axis(state.sequences.ids, slots, axis=1, mode="clip")
+    mask = jnp.take_along_axis(state.sequences.mask, slots, axis=1, mode="clip")
+    mask &= jnp.arange(width) < count[:, None]
+    positions = jnp.maximum(state.cache.tokens[:, None] + jnp.cumsum(mask, axis=1) - 1, 0)
     out = model(
         ids,
-        fed,
+        mask,
         past_key_values=state.cache,
         rope_length=rope.length(state.sequences.tokens),
-        **rope.given(positions),
+        **rope.model_arguments(positions),
         **arguments,
     )
     assert out.past_key_values is not None
@@ -45,11 +45,10 @@ def feed(
 def fill(
     model: CausalLM, state: State, rope: RopeChoice, *, width: int, outputs: frozenset[str]
 ) -> tuple[State, Records]:
-    """Feeds up to `width` columns of each lane, all but its last: no logits."""
+    """Feeds up to `width` slots of each row, never its last one; computes no logits."""
     count = jnp.clip(state.pending - 1, 0, width)
-    wanted = {f"output_{name}": True for name in outputs & {"attentions", "hidden_states"}}
-    out, state = feed(model, state, rope, count, width, logits_to_keep=1, **wanted)
-    return state, kept(out, outputs)
+    out, state = feed(model, state, rope, count, width, logits_to_keep=1, **output_flags(outputs))
+    return state, select_outputs(out, outputs)
 
 
 def next_logits(
@@ -60,44 +59,47 @@ def next_logits(
     width: int,
     aligned: bool,
     outputs: frozenset[str],
-) -> tuple[Float[Array, "L V"], State, Records]:
-    """Feeds all that each lane lacks, at most `width` columns, and gives the logits behind the last one.
+) -> tuple[Float[Array, "B V"], State, Records]:
+    """Feeds all pending slots of each row, at most `width`, and returns the logits after the last one.
 
-    `aligned` says that no lane lacks fewer than `width` columns, so that the last stand side by side.
+    `aligned` promises that every row has at least `width` pending slots, so that all end at the same index.
     """
     count = state.pending
     keep = 1 if aligned else jnp.maximum(count - 1, 0)[:, None]
-    wanted = {f"output_{name}": True for name in outputs & {"attentions", "hidden_states"}}
-    out, state = feed(model, state, rope, count, width, logits_to_keep=keep, **wanted)
-    return out.logits[:, 0], state, kept(out, outputs)
+    out, state = feed(model, state, rope, count, width, logits_to_keep=keep, **output_flags(outputs))
+    return out.logits[:, 0], state, select_outputs(out, outputs)
 
 
-def kept(out: Any, outputs: frozenset[str]) -> Records:
-    """The model's own outputs that were asked for."""
+def output_flags(outputs: frozenset[str]) -> dict[str, bool]:
+    """Returns the arguments that make the model return its own `outputs`."""
+    return {f"output_{name}": True for name in outputs & {"attentions", "hidden_states"}}
+
+
+def select_outputs(out: Any, outputs: frozenset[str]) -> Records:
+    """Returns those of `outputs` that the model itself computes."""
     return {name: getattr(out, name) for name in sorted(outputs & {"attentions", "hidden_states"})}
 
 
 def process(
-    logits: Float[Array, "L V"], sequences: Sequences, settings: StepSettings, *, normalize: bool = False
+    logits: Float[Array, "B V"], sequences: Sequences, settings: StepSettings, *, normalize: bool = False
 ) -> Float[Array, "R V"]:
-    """Guidance and the first logits processors; on log-probabilities if `normalize`, as for beams."""
+    """Applies guidance and the first logits processors; to log-probabilities if `normalize`, as for beams."""
     scores = jax.nn.log_softmax(logits, axis=-1) if normalize else logits
     if settings.guidance_scale is not None:
         conditional, unconditional = jnp.split(jax.nn.log_softmax(logits, axis=-1), 2)
         scores = settings.guidance_scale * (conditional - unconditional) + unconditional
-    rows = scores.shape[0]
-    return settings.before_host(jax.tree.map(lambda x: x[:rows], sequences), scores)
+    return settings.before_host(sequences.first(scores.shape[0]), scores)
 
 
-def needs_recomputation(config: Phi3Config, state: State, rope: RopeChoice) -> Bool[Array, " L"]:
-    """Lanes whose cache was computed under another rope list than their next column asks for."""
+def needs_recomputation(config: Phi3Config, state: State, rope: RopeChoice) -> Bool[Array, " B"]:
+    """Returns which rows have a cache whose rope frequencies do not fit their next token."""
     return ~state.finished & frequencies_change(config, rope, state.cache.rope_length, state.sequences.tokens)
 
 
 def frequencies_change(
-    config: Phi3Config, rope: RopeChoice, computed: Int[Array, " L"], tokens: Int[Array, " L"]
-) -> Bool[Array, " L"]:
-    """Lanes that ask for another rope list with so many tokens than for the length that was computed with."""
+    config: Phi3Config, rope: RopeChoice, computed: Int[Array, " B"], tokens: Int[Array, " B"]
+) -> Bool[Array, " B"]:
+    """Returns which rows have other rope frequencies at `tokens` tokens than at the length `computed`."""
     if rope.inv_freq is not None:
         return jnp.zeros(tokens.shape, bool)
     return config.rope_scaling.needs_recomputation(config.rope_base, computed, rope.length(tokens))

@@ -41,7 +41,7 @@ class Call:
         streamer = request.streamer
         try:
             if streamer is not None:
-                streamer.put(np.repeat(request.ids, request.times, axis=0))
+                streamer.put(np.repeat(request.ids, request.copies, axis=0))
             for tokens in self._mode.run():
                 if streamer is not None:
                     streamer.put(np.where(tokens == NO_TOKEN, request.config.pad_token_id or 0, tokens))

@@ -1,9 +1,8 @@
-"""Logits processors that run on the host: transformers' kind, called with NumPy arrays after every step."""
+"""Logits processors that run on the host: transformers' kind, called with NumPy arrays at every step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -14,44 +13,44 @@ from phi3_jax.generation.sequences import Sequences
 
 
 class HostProcessors:
-    """The part of a chain that cannot be compiled, as one function of sequences and scores.
+    """Runs the part of a chain that cannot be compiled, as one function of sequences and scores.
 
     Args:
         processors: those on the host and those between them.
-        rows: how many rows are real; the rest fill the batch up.
-        laid_out: gives the rows as transformers lays them.
+        rows: the number of rows without padding rows.
+        full_ids: returns the rows as transformers has them.
     """
 
     def __init__(
         self,
         processors: Sequence[Any],
         rows: int,
-        laid_out: Callable[[Sequences], Int[np.ndarray, "R length"]],
+        full_ids: Callable[[Sequences], Int[np.ndarray, "R length"]],
     ):
-        self._processors, self._rows, self._laid_out = processors, rows, laid_out
+        self._processors, self._rows, self._full_ids = processors, rows, full_ids
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        ids = self._laid_out(sequences)
+        ids = self._full_ids(sequences)
         for processor in self._processors:
             if isinstance(processor, LogitsProcessor):
-                scores = processor(rows_of(sequences, len(scores)), scores)
+                scores = processor(sequences.first(len(scores)), scores)
                 continue
-            own = np.array(scores)[: self._rows]
-            answer = np.asarray(processor(ids, own), np.float32)
-            if answer.shape != own.shape:
+            old = np.array(scores)[: self._rows]
+            new = np.asarray(processor(ids, old), np.float32)
+            if new.shape != old.shape:
                 name = getattr(processor, "__name__", type(processor).__name__)
                 raise UserError(
-                    f"logits processor {name} gave scores of shape {answer.shape}; expected {own.shape}"
+                    f"logits processor {name} returned scores of shape {new.shape}; expected {old.shape}"
                 )
-            scores = jnp.asarray(scores).at[: self._rows].set(answer)
+            scores = jnp.asarray(scores).at[: self._rows].set(new)
         return scores
 
 
 class PrefixConstraint:
-    """`prefix_allowed_tokens_fn(row of the batch, its ids)`, asked for every row at every step.
+    """Calls `prefix_allowed_tokens_fn(row of the batch, its ids)` for every row at every step.
 
-    Where a whole group of beams has no allowed token with a finite score, the allowed ones are forced, as in
-    the reference.
+    Where no beam of a prompt has an allowed token with a finite score, the allowed ones are forced, as in the
+    reference.
     """
 
     def __init__(self, allowed: Callable[[int, np.ndarray], Any], num_beams: int):
@@ -68,20 +67,15 @@ class PrefixConstraint:
                 )
             mask[row, tokens] = 0
         allowed = scores + mask
-        lost = np.isneginf(allowed.max(axis=1)).reshape(-1, self._num_beams).all(axis=1)
-        return np.where(np.repeat(lost, self._num_beams)[:, None], mask, allowed)
-
-
-def rows_of(sequences: Sequences, rows: int) -> Sequences:
-    """The first `rows`: those that make tokens."""
-    return jax.tree.map(lambda x: x[:rows], sequences)
+        stuck = np.isneginf(allowed.max(axis=1)).reshape(-1, self._num_beams).all(axis=1)
+        return np.where(np.repeat(stuck, self._num_beams)[:, None], mask, allowed)
 
 
 def split_at_host(
     processors: Sequence[Any],
 ) -> tuple[LogitsProcessorList, Sequence[Any], LogitsProcessorList]:
-    """The processors before, between and after those that run on the host."""
-    host = [index for index, one in enumerate(processors) if not isinstance(one, LogitsProcessor)]
+    """Splits a chain before the first processor that runs on the host and after the last one."""
+    host = [index for index, each in enumerate(processors) if not isinstance(each, LogitsProcessor)]
     if not host:
         return LogitsProcessorList(processors), (), LogitsProcessorList()
     first, last = host[0], host[-1] + 1

@@ -1,7 +1,6 @@
-"""Greedy search and sampling from the host's side, with drafts or without."""
+"""Greedy search and sampling as the host drives them, with drafts or without."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from phi3_jax.generation.compiled import CompiledModel
-from phi3_jax.generation.engine import DecodingEngine, Dispatch, GeneratedTokens
+from phi3_jax.generation.engine import DecodingEngine, Dispatch, StepResult
 from phi3_jax.generation.outputs import GenerateDecoderOnlyOutput
 from phi3_jax.generation.request import STEPS, GenerationRequest
 from phi3_jax.generation.sampling import loop
@@ -19,7 +18,7 @@ from phi3_jax.generation.state import NO_TOKEN
 
 
 class OneByOne:
-    """Every row grows by itself. `run` makes the tokens, `result` is what the user gets."""
+    """Generates every row on its own; `run` generates the tokens, `result` returns the user's output."""
 
     def __init__(self, request: GenerationRequest):
         self.request = request
@@ -28,51 +27,52 @@ class OneByOne:
         """Rows that the host's criteria have ended."""
 
     def run(self) -> Iterator[Int[np.ndarray, " R"]]:
-        """Each step's tokens as they come, NO_TOKEN in rows without one."""
+        """Yields each step's tokens as they come, NO_TOKEN in rows without one."""
         request = self.request
-        engine = request.engine(spare=request.drafted and request.drafted + 1)
+        engine = request.engine(spare=request.draft_tokens and request.draft_tokens + 1)
         logits = engine.prefill()
-        origins = engine.repeat(request.times)
+        origins = engine.repeat(request.copies)
         self.recorder = request.recorder(engine, origins)
         try:
-            made = engine.choose(logits[origins], {})
-            yield from self._accept(engine, made)
-            dispatches = iter(()) if made.finished.all() else self._dispatches(engine)
-            for made in dispatches:
-                yield from self._accept(engine, made)
-        except GeneratorExit:  # the reader has lost interest, and may go on from here all the same
+            result = engine.choose(logits[origins], {})
+            yield from self._accept(engine, result)
+            results = iter(()) if result.finished.all() else self._results(engine)
+            for result in results:
+                yield from self._accept(engine, result)
+        except GeneratorExit:  # a reader that stops early may still continue from the cache
             self._keep_cache(engine, origins)
             raise
         self._keep_cache(engine, origins)
 
-    def _keep_cache(self, engine: DecodingEngine, origins: Int[np.ndarray, " L"]) -> None:
-        """The cache of each row's accepted tokens but the last, for the result."""
+    def _keep_cache(self, engine: DecodingEngine, origins: Int[np.ndarray, " B"]) -> None:
+        """Keeps the cache of each row's accepted tokens but the last, for the output."""
         request = self.request
         if request.config.return_dict_in_generate:
             new = np.array([len(tokens) for tokens in self.tokens])
             used = engine.layout.length[origins[: request.rows]] + new - 1
             self.cache = engine.state.cache.take(jnp.arange(request.rows)).rewind(jnp.asarray(used))
 
-    def _dispatches(self, engine: DecodingEngine) -> Iterator[GeneratedTokens]:
+    def _results(self, engine: DecodingEngine) -> Iterator[StepResult]:
         request = self.request
         ahead = not request.criteria
         if request.on_host is not None:
             return engine.steps_with_host()
         if request.assistant_model is not None:
-            return self._with_assistant(engine, ahead)
-        return engine.steps(self._looking_up(engine) if request.drafted else self._plain(engine), ahead=ahead)
+            return self._assisted_steps(engine, ahead)
+        dispatch = self._dispatch_lookup(engine) if request.draft_tokens else self._dispatch(engine)
+        return engine.steps(dispatch, ahead=ahead)
 
-    def _plain(self, engine: DecodingEngine) -> Dispatch:
+    def _dispatch(self, engine: DecodingEngine) -> Dispatch:
         request = self.request
 
         def send(state: Any) -> Any:
             return engine.compiled(
-                loop, state, engine.settings, request.each, most=STEPS, outputs=request.outputs
+                loop, state, engine.settings, request.steps_per_dispatch, most=STEPS, outputs=request.outputs
             )
 
         return send
 
-    def _looking_up(self, engine: DecodingEngine) -> Dispatch:
+    def _dispatch_lookup(self, engine: DecodingEngine) -> Dispatch:
         request = self.request
 
         def send(state: Any) -> Any:
@@ -80,21 +80,21 @@ class OneByOne:
                 lookup_loop,
                 state,
                 engine.settings,
-                request.each,
+                request.steps_per_dispatch,
                 most=STEPS,
-                tokens=request.drafted,
+                tokens=request.draft_tokens,
                 max_ngram=request.config.max_matching_ngram_size,
                 outputs=request.outputs,
             )
 
         return send
 
-    def _with_assistant(self, engine: DecodingEngine, ahead: bool) -> Iterator[GeneratedTokens]:
-        """Steps in which a second model drafts; its cache goes along with the model's."""
+    def _assisted_steps(self, engine: DecodingEngine, ahead: bool) -> Iterator[StepResult]:
+        """Runs steps in which a second model drafts; its cache travels with the model's state."""
         request = self.request
         assistant = request.assistant(engine)
         assistant.fill_up()
-        assistant.repeat(request.times)
+        assistant.repeat(request.copies)
         both = CompiledModel((engine.compiled.model, request.assistant_model))
         confidence = jnp.float32(request.config.assistant_confidence_threshold)
 
@@ -103,41 +103,41 @@ class OneByOne:
                 assisted_loop,
                 pair,
                 engine.settings,
-                request.each,
+                request.steps_per_dispatch,
                 assistant.settings,
                 confidence,
                 most=STEPS,
-                tokens=request.drafted,
+                tokens=request.draft_tokens,
                 outputs=request.outputs,
             )
 
-        def refill(stale: Bool[np.ndarray, " L2"]) -> None:
-            ours, theirs = np.split(stale, 2)
-            if ours.any():
-                engine.refill(ours)
-            if theirs.any():
+        def recompute(outdated: Bool[np.ndarray, " B2"]) -> None:
+            of_model, of_assistant = np.split(outdated, 2)
+            if of_model.any():
+                engine.recompute(of_model)
+            if of_assistant.any():
                 pair: AssistedState = engine.state
-                assistant.state = replace(pair.lanes, cache=pair.assistant)
-                assistant.refill(theirs)
-                engine.state = AssistedState(pair.lanes, assistant.state.cache)
+                assistant.state = pair.assistant_state
+                assistant.recompute(of_assistant)
+                engine.state = AssistedState(pair.state, assistant.state.cache)
 
         engine.state = AssistedState(engine.state, assistant.state.cache)
-        yield from engine.steps(send, ahead=ahead, refill=refill)
+        yield from engine.steps(send, ahead=ahead, recompute=recompute)
 
-    def _accept(self, engine: DecodingEngine, made: GeneratedTokens) -> Iterator[Int[np.ndarray, " R"]]:
-        """Takes over a dispatch's tokens, up to where the host's criteria stop a row."""
+    def _accept(self, engine: DecodingEngine, result: StepResult) -> Iterator[Int[np.ndarray, " R"]]:
+        """Takes the tokens of a dispatch, up to where the host's criteria stop a row."""
         request = self.request
-        self.recorder.add(made)
+        self.recorder.add(result)
         before = self.stopped.copy()
-        for tokens in np.moveaxis(made.tokens[:, : request.rows], 2, 1).reshape(-1, request.rows):
-            making = (tokens != NO_TOKEN) & ~self.stopped
-            if not making.any():
+        for tokens in np.moveaxis(result.tokens[:, : request.rows], 2, 1).reshape(-1, request.rows):
+            accepted = (tokens != NO_TOKEN) & ~self.stopped
+            if not accepted.any():
                 continue
-            for row in np.flatnonzero(making):
+            for row in np.flatnonzero(accepted):
                 self.tokens[row].append(int(tokens[row]))
             if request.criteria:
-                self.stopped |= request.stopped(self.tokens) & making
-            yield np.where(making, tokens, NO_TOKEN)
+                self.stopped |= request.stopped(self.tokens) & accepted
+            yield np.where(accepted, tokens, NO_TOKEN)
         if (self.stopped != before).any():
             new = np.zeros(engine.rows, np.int32)
             new[: request.rows] = [len(tokens) for tokens in self.tokens]
@@ -146,7 +146,7 @@ class OneByOne:
             engine.truncate(new, finished)
 
     def result(self) -> Any:
-        """Ids [R, length], or with `return_dict_in_generate` everything that was asked for."""
+        """Returns ids [R, length], or the whole output with `return_dict_in_generate`."""
         request = self.request
         sequences = jax.device_put(request.with_prompts(self.tokens))  # asarray compiles for each shape
         if not request.config.return_dict_in_generate:

@@ -1,7 +1,8 @@
-"""What generate returns, under transformers' names, put together from what the steps recorded."""
+"""The results of generate, under transformers' names, assembled from the records of the steps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.cache.cache import KVCache
-from phi3_jax.generation.engine import GeneratedTokens
+from phi3_jax.generation.engine import StepResult
 from phi3_jax.generation.forward import Records
 from phi3_jax.generation.prompts import PromptLayout
 from phi3_jax.generation.state import NO_TOKEN
@@ -17,9 +18,9 @@ from phi3_jax.generation.state import NO_TOKEN
 
 @dataclass(frozen=True)
 class GenerateDecoderOnlyOutput:
-    """Of greedy search, sampling and assisted generation; R rows are B * num_return_sequences.
+    """The result of greedy search, sampling or assisted generation for R = B * num_return_sequences rows.
 
-    A tuple has an entry for each new token; in rows that have ended its values mean nothing.
+    A tuple has an entry for each new token; its values mean nothing in rows that have ended.
     """
 
     sequences: Int[Array, "R length"]
@@ -27,15 +28,15 @@ class GenerateDecoderOnlyOutput:
     """Logits after the logits processors."""
     logits: tuple[Float[Array, "R V"], ...] | None = None
     attentions: tuple[tuple[Float[Array, "R N queries keys"], ...], ...] | None = None
-    """For each new token, for each layer; the first entry is of the prompt, 0 at its padding."""
+    """For each new token, for each layer; the first entry is the prompt's, 0 at its padding."""
     hidden_states: tuple[tuple[Float[Array, "R queries D"], ...], ...] | None = None
     past_key_values: KVCache | None = None
-    """Holds each row's tokens but the last; hand it back with `sequences` and more tokens to go on."""
+    """Holds each row's tokens but the last; to continue, pass it with `sequences` and more tokens."""
 
 
 @dataclass(frozen=True)
 class GenerateBeamDecoderOnlyOutput:
-    """Of beam search; R rows are B * num_return_sequences, steps have B * num_beams."""
+    """The result of beam search for R = B * num_return_sequences rows; steps have B * num_beams beams."""
 
     sequences: Int[Array, "R length"]
     sequences_scores: Float[Array, " R"] | None = None
@@ -43,19 +44,26 @@ class GenerateBeamDecoderOnlyOutput:
     """Log-probabilities of each step after the logits processors."""
     logits: tuple[Float[Array, "beams V"], ...] | None = None
     beam_indices: Int[Array, "R new"] | None = None
-    """The running beam that each token came from; -1 behind the end."""
+    """The running beam that each token came from; -1 after the end."""
     attentions: tuple[tuple[Float[Array, "beams N queries keys"], ...], ...] | None = None
     hidden_states: tuple[tuple[Float[Array, "beams queries D"], ...], ...] | None = None
     past_key_values: KVCache | None = None
-    """Of the returned sequences."""
+    """The cache of the returned sequences."""
+
+
+class Source(NamedTuple):
+    """The dispatched step that computed a token, and the token's position in it."""
+
+    step: int
+    position: int
 
 
 class Recorder:
-    """Collects what the steps recorded and gives it out token by token.
+    """Collects the records of the steps and returns them token by token.
 
     Args:
-        layout: where the prompts stand.
-        lanes: the lane of the layout that each row's prompt has.
+        layout: the slots of the prompts.
+        prompts: the prompt in the layout that each row continues.
         mask: the user's mask of each row [R, T].
         prefill: the records of the prompts' chunks.
     """
@@ -63,108 +71,115 @@ class Recorder:
     def __init__(
         self,
         layout: PromptLayout,
-        lanes: Int[np.ndarray, " R"],
+        prompts: Int[np.ndarray, " R"],
         mask: Bool[np.ndarray, "R T"],
         prefill: list[Records],
     ):
-        self._layout, self._lanes, self._mask = layout, lanes, mask
+        self._layout, self._prompts, self._mask = layout, prompts, mask
         self._prefill = jax.device_get(prefill)
         self._tokens: list[np.ndarray] = []
         self._steps: list[Records] = []
 
-    def add(self, made: GeneratedTokens) -> None:
-        """One dispatch's."""
-        records = jax.device_get(made.records)
-        for step, tokens in enumerate(made.tokens):
+    def add(self, result: StepResult) -> None:
+        """Adds the records of one dispatch."""
+        records = jax.device_get(result.records)
+        for step, tokens in enumerate(result.tokens):
             self._tokens.append(tokens)
             self._steps.append(jax.tree.map(lambda x, step=step: x[step], records))
 
     def collect(self, outputs: frozenset[str], new: int | None = None) -> dict[str, Any]:
-        """A tuple with an entry for each of the first `new` tokens (default: all) for each output."""
-        places = self._places()[:new]
+        """Returns for each output a tuple with an entry for each of the first `new` tokens (default: all)."""
+        sources = self._sources()[:new]
         collected: dict[str, Any] = {
-            name: tuple(jnp.asarray(self._stacked(name, place)) for place in places)
+            name: tuple(jnp.asarray(self._stack(name, of_rows)) for of_rows in sources)
             for name in outputs & {"scores", "logits"}
         }
         if "hidden_states" in outputs:
-            collected["hidden_states"] = self._per_layer("hidden_states", places, self._hidden_state)
+            collected["hidden_states"] = self._per_layer("hidden_states", sources, self._hidden_state)
         if "attentions" in outputs:
-            collected["attentions"] = self._per_layer("attentions", places, self._attention)
+            collected["attentions"] = self._per_layer("attentions", sources, self._attention)
         return collected
 
-    def _stacked(self, name: str, where: list[tuple[int, int]]) -> np.ndarray:
-        """What every row has at its step and place."""
-        return np.stack([self._steps[step][name][row, at] for row, (step, at) in enumerate(where)])
+    def _stack(self, name: str, sources: list[Source]) -> np.ndarray:
+        """Stacks the records of every row's source."""
+        return np.stack(
+            [self._steps[source.step][name][row, source.position] for row, source in enumerate(sources)]
+        )
 
-    def _places(self) -> list[list[tuple[int, int]]]:
-        """Each new token's step and place in it, in every row; in a row without the token, another row's."""
-        rows: list[list[tuple[int, int]]] = [[] for _ in self._lanes]
+    def _sources(self) -> list[list[Source]]:
+        """Returns each new token's source in every row; in a row without the token, another row's."""
+        of_rows: list[list[Source]] = [[] for _ in self._prompts]
         for step, tokens in enumerate(self._tokens):
-            for row, places in enumerate(rows):
-                places += [(step, int(at)) for at in np.flatnonzero(tokens[row] != NO_TOKEN)]
-        longest = max(rows, key=len)
+            for row, sources in enumerate(of_rows):
+                sources += [Source(step, int(index)) for index in np.flatnonzero(tokens[row] != NO_TOKEN)]
+        longest = max(of_rows, key=len)
         return [
-            [places[token] if token < len(places) else longest[token] for places in rows]
+            [sources[token] if token < len(sources) else longest[token] for sources in of_rows]
             for token in range(len(longest))
         ]
 
-    def _per_layer(self, name: str, places: list[list[tuple[int, int]]], one: Any) -> tuple[Any, ...]:
-        """For each new token a tuple over layers, the first being the prompt's."""
+    def _per_layer(
+        self, name: str, sources: list[list[Source]], record: Callable[[int, int, int, Source], np.ndarray]
+    ) -> tuple[Any, ...]:
+        """Returns for each new token a tuple over layers; the first token's is the prompt's."""
         layers = len(self._prefill[0][name])
         return tuple(
             tuple(
-                jnp.asarray(np.stack([one(layer, token, row, *place) for row, place in enumerate(where)]))
+                jnp.asarray(
+                    np.stack([record(layer, token, row, source) for row, source in enumerate(of_rows)])
+                )
                 for layer in range(layers)
             )
-            for token, where in enumerate(places)
+            for token, of_rows in enumerate(sources)
         )
 
-    def _hidden_state(self, layer: int, token: int, row: int, step: int, at: int) -> np.ndarray:
+    def _hidden_state(self, layer: int, token: int, row: int, source: Source) -> np.ndarray:
         if token:
-            return self._steps[step]["hidden_states"][layer][row, at : at + 1]
-        columns, found = self._prompt(row, "hidden_states", layer)
-        out = np.zeros((self._mask.shape[1], found[0].shape[-1]), found[0].dtype)
-        out[columns] = np.stack(found)
+            states = self._steps[source.step]["hidden_states"][layer][row]
+            return states[source.position : source.position + 1]
+        positions, records = self._prompt_records(row, "hidden_states", layer)
+        out = np.zeros((self._mask.shape[1], records[0].shape[-1]), records[0].dtype)
+        out[positions] = np.stack(records)
         return out[self._first_query :]
 
-    def _attention(self, layer: int, token: int, row: int, step: int, at: int) -> np.ndarray:
-        slots = self._layout.columns[self._lanes[row]]
+    def _attention(self, layer: int, token: int, row: int, source: Source) -> np.ndarray:
+        slots = self._layout.slots[self._prompts[row]]
         prompt = np.flatnonzero(self._mask[row])
-        if token:
-            behind = self._layout.length[self._lanes[row]] + np.arange(token)
-            seen = self._steps[step]["attentions"][layer][row][:, at]  # [N, S]
-            out = np.zeros((seen.shape[0], 1, self._mask.shape[1] + token), seen.dtype)
-            columns = np.append(prompt, self._mask.shape[1] + np.arange(token))
-            out[:, 0, columns] = seen[:, np.append(slots, behind)]
-            return out
-        columns, found = self._prompt(row, "attentions", layer)
         width = self._mask.shape[1]
-        out = np.zeros((found[0].shape[0], width, width), found[0].dtype)
-        for column, weights in zip(columns, found, strict=True):
-            out[:, column, prompt] = weights[:, slots]
+        if token:
+            new_slots = self._layout.length[self._prompts[row]] + np.arange(token)
+            weights = self._steps[source.step]["attentions"][layer][row][:, source.position]  # [N, S]
+            out = np.zeros((weights.shape[0], 1, width + token), weights.dtype)
+            keys = np.append(prompt, width + np.arange(token))
+            out[:, 0, keys] = weights[:, np.append(slots, new_slots)]
+            return out
+        positions, weights_of = self._prompt_records(row, "attentions", layer)
+        out = np.zeros((weights_of[0].shape[0], width, width), weights_of[0].dtype)
+        for position, weights in zip(positions, weights_of, strict=True):
+            out[:, position, prompt] = weights[:, slots]
         return out[:, self._first_query :]
 
     @property
     def _first_query(self) -> int:
-        """The first of the user's columns that some row's cache did not hold at the start."""
+        """The first index of the user's input that was not in some row's cache at the start."""
         firsts = []
-        for row, lane in enumerate(self._lanes):
-            fed = self._layout.columns[lane] >= self._layout.cached[lane]
-            firsts.append(np.flatnonzero(self._mask[row])[fed][0] if self._layout.cached[lane] else 0)
+        for row, prompt in enumerate(self._prompts):
+            computed = self._layout.slots[prompt] >= self._layout.cached[prompt]
+            firsts.append(np.flatnonzero(self._mask[row])[computed][0] if self._layout.cached[prompt] else 0)
         return int(min(firsts))
 
-    def _prompt(self, row: int, name: str, layer: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The user's columns of a row's prompt that were computed, and what was recorded at each."""
-        lane = self._lanes[row]
-        slots = self._layout.columns[lane]
-        computed = slots >= self._layout.cached[lane]
-        found: dict[int, np.ndarray] = {}
-        start, length = int(self._layout.cached[lane]), int(self._layout.length[lane])
+    def _prompt_records(self, row: int, name: str, layer: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Returns the indices of a row's input that were computed, and the record of each."""
+        prompt = self._prompts[row]
+        slots = self._layout.slots[prompt]
+        computed = slots >= self._layout.cached[prompt]
+        record_of: dict[int, np.ndarray] = {}
+        start, length = int(self._layout.cached[prompt]), int(self._layout.length[prompt])
         for chunk, records in enumerate(self._prefill):
-            of_lane = records[name][layer][lane]
-            of_lane = of_lane.swapaxes(0, 1) if name == "attentions" else of_lane  # queries first
+            values = records[name][layer][prompt]
+            values = values.swapaxes(0, 1) if name == "attentions" else values  # queries first
             last = chunk == len(self._prefill) - 1
-            count = length - start if last else min(max(length - start - 1, 0), len(of_lane))
-            found |= {start + at: of_lane[at] for at in range(count)}
+            count = length - start if last else min(max(length - start - 1, 0), len(values))
+            record_of |= {start + index: values[index] for index in range(count)}
             start += count
-        return np.flatnonzero(self._mask[row])[computed], [found[slot] for slot in slots[computed]]
+        return np.flatnonzero(self._mask[row])[computed], [record_of[slot] for slot in slots[computed]]

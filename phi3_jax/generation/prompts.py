@@ -1,4 +1,4 @@
-"""Prompts of any length and padding brought into a few sizes: lanes of columns, padded on the left."""
+"""Brings prompts of any length and padding into a few sizes, padded on the left."""
 
 import copy
 from collections.abc import Sequence
@@ -10,52 +10,53 @@ from jaxtyping import Bool, Int
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
+from phi3_jax.sizes import round_up
 
 PREFILL_CHUNK = 512
-"""Prompt columns computed at a time, so that a prompt's activations are bounded."""
+"""Prompt slots computed at a time, which bounds the memory of activations."""
 
 
 def padded_length(length: int) -> int:
-    """Columns for `length` tokens: a power of two from 16 up to 128, above a multiple of 128.
+    """Returns the slots for `length` tokens: a power of two from 16 to 128, above that a multiple of 128.
 
-    So the last of a prompt's chunks has one of a few widths, and the others are whole.
+    So the last chunk of a prompt has one of a few widths, and the others are full.
     """
     if length > 128:
-        return -(-length // 128) * 128
+        return round_up(length, 128)
     return max(16, 1 << (length - 1).bit_length())
 
 
 def cache_length(slots: int) -> int:
-    """The cache size for `slots`: in steps of 128 up to 1,024, above in eighths of the next power of two."""
+    """Returns the cache size for `slots`: up to 1,024 in steps of 128, then of eighths of a power of two."""
     step = max(128, 1 << max((slots - 1).bit_length() - 3, 0))
-    return -(-slots // step) * step
+    return round_up(slots, step)
 
 
 def padded_rows(rows: int, shards: int = 1) -> int:
-    """The batch size for `rows`: a power of two up to 8, above a multiple of 8; of `shards` too."""
-    padded = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
-    return -(-padded // shards) * shards
+    """Returns the batch size for `rows`: a power of two up to 8, then a multiple of 8; always of `shards`."""
+    padded = 1 << (rows - 1).bit_length() if rows <= 8 else round_up(rows, 8)
+    return round_up(padded, shards)
 
 
-def recomputation_chunk(columns: int) -> int:
-    """The largest power of two up to a chunk that divides `columns`."""
-    return min(columns & -columns, 1 << (PREFILL_CHUNK.bit_length() - 1))
+def recomputation_chunk(slots: int) -> int:
+    """Returns the largest power of two, at most a prefill chunk, that divides `slots`."""
+    return min(slots & -slots, 1 << (PREFILL_CHUNK.bit_length() - 1))
 
 
-def checked_prompts(
+def check_prompts(
     config: Phi3Config,
     input_ids: Any,
     attention_mask: Any,
     pad_token_id: int | None,
     end_tokens: Sequence[int],
 ) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Token ids and mask as arrays of [B, T].
+    """Returns token ids and mask as arrays [B, T].
 
-    Without a mask, padding is told by its id, as in the reference: unless it is also an end token.
+    Without a mask, `pad_token_id` marks padding unless it is also an end token, as in the reference.
 
     Raises:
-        ValueError: not integers of two dimensions, ids outside the vocabulary, a mask of another shape, a row
-            without a token, or one that fills the context.
+        UserError: the ids are not integers of two dimensions or outside the vocabulary, the mask has another
+            shape, or a row has no token or fills the context.
     """
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
@@ -65,8 +66,8 @@ def checked_prompts(
     if ids.shape[0] == 0 or ids.shape[1] == 0:
         raise UserError(f"input_ids has shape {list(ids.shape)}: there is nothing to continue")
     if attention_mask is None:
-        told = pad_token_id is not None and pad_token_id not in end_tokens
-        mask = ids != pad_token_id if told else np.ones(ids.shape, bool)
+        has_padding = pad_token_id is not None and pad_token_id not in end_tokens
+        mask = ids != pad_token_id if has_padding else np.ones(ids.shape, bool)
     else:
         mask = np.asarray(attention_mask)
         if mask.shape != ids.shape:
@@ -95,53 +96,86 @@ def checked_prompts(
     return ids.astype(np.int32), mask
 
 
+def check_frequencies(
+    inv_freq: Any, scaling: Any, batch: int, pairs: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Returns the user's rope frequencies and attention scaling for each of `batch` rows.
+
+    Raises:
+        UserError: a shape does not fit `batch` rows or `pairs` pairs of rotary dims.
+    """
+    if inv_freq is not None:
+        inv_freq = np.asarray(inv_freq, np.float32)
+        fits = inv_freq.ndim in (1, 2, 3) and inv_freq.shape[-1] == pairs
+        if not fits or (inv_freq.ndim > 1 and inv_freq.shape[0] not in (1, batch)):
+            raise UserError(
+                f"inv_freq has shape {list(inv_freq.shape)}; expected [{pairs}], [{batch}, {pairs}] or, "
+                f"by position, [{batch}, positions, {pairs}]"
+            )
+        inv_freq = np.atleast_2d(inv_freq)
+        inv_freq = np.broadcast_to(inv_freq, (batch, *inv_freq.shape[1:]))
+    if scaling is not None:
+        scaling = np.asarray(scaling, np.float32)
+        if scaling.shape not in ((), (1,), (batch,)):
+            raise UserError(
+                f"attention_scaling has shape {list(scaling.shape)}; expected a number or [{batch}]"
+            )
+        scaling = np.broadcast_to(scaling, (batch,))
+    return inv_freq, scaling
+
+
 class PromptLayout:
-    """Where each lane's tokens stand: its columns, padded on the left or behind what a cache holds.
+    """Assigns slots to the tokens of each row: padded on the left, or after those that a cache holds.
 
     Attributes:
-        ids: int32 [L, P]; mask: [L, P], True where a token stands.
-        length: columns used [L]; cached: those that the cache holds already [L].
-        columns: for each lane, the columns of its tokens in order.
+        ids: int32 [B, slots]; mask: [B, slots], True where a slot holds a token.
+        length: used slots [B]; cached: those of them that the cache already holds [B].
+        slots: for each row, the slots of its tokens in order.
+        pending: the largest number of slots of a row that the cache does not hold.
+        aligned: whether all rows end at the same slot.
     """
 
     def __init__(self, rows: Sequence[Int[np.ndarray, " n"]], cache: KVCache | None = None):
-        """`rows` are each lane's tokens, none for a dummy; `cache` holds the beginning of the first."""
-        lanes = len(rows)
+        """`rows` are each row's tokens, none for a padding row; `cache` holds a prefix of the first rows."""
+        count = len(rows)
         self.aligned = cache is None
-        self.cached = np.zeros(lanes, np.int32)
+        self.cached = np.zeros(count, np.int32)
         if cache is None:
             width = padded_length(max(map(len, rows)))
-            self.columns = [np.arange(width - len(row), width) for row in rows]
+            self.slots = [np.arange(width - len(row), width) for row in rows]
         else:
-            self.columns = [np.arange(len(row)) for row in rows]
-            for lane, slots in enumerate(_cached_columns(cache)):
-                known = min(
-                    len(slots), len(rows[lane]) - 1
-                )  # the last is fed again: its logits are not cached
-                used = int(np.asarray(cache.length)[lane]) if known == len(slots) else int(slots[known])
-                self.cached[lane] = used
-                self.columns[lane] = np.append(slots[:known], used + np.arange(len(rows[lane]) - known))
-            width = max(int(columns[-1]) + 1 for columns in self.columns if len(columns))
-        self.ids = np.zeros((lanes, width), np.int32)
-        self.mask = np.zeros((lanes, width), bool)
-        self.length = np.full(lanes, width, np.int32)
-        for lane, (row, columns) in enumerate(zip(rows, self.columns, strict=True)):
-            self.ids[lane, columns] = row
-            self.mask[lane, columns] = True
-            self.length[lane] = columns[-1] + 1 if len(columns) else width
-        real = self.mask.any(axis=1)
-        self.pending = int((self.length - self.cached)[real].max())
+            self.slots = [np.arange(len(row)) for row in rows]
+            for row, cached_slots in enumerate(_cached_slots(cache)):
+                # The last token is fed again because its logits are not cached.
+                reused = min(len(cached_slots), len(rows[row]) - 1)
+                whole = reused == len(cached_slots)
+                used = int(np.asarray(cache.length)[row]) if whole else int(cached_slots[reused])
+                self.cached[row] = used
+                self.slots[row] = np.append(cached_slots[:reused], used + np.arange(len(rows[row]) - reused))
+            width = max(int(slots[-1]) + 1 for slots in self.slots if len(slots))
+        self.ids = np.zeros((count, width), np.int32)
+        self.mask = np.zeros((count, width), bool)
+        self.length = np.full(count, width, np.int32)
+        for row, (tokens, slots) in enumerate(zip(rows, self.slots, strict=True)):
+            self.ids[row, slots] = tokens
+            self.mask[row, slots] = True
+            self.length[row] = slots[-1] + 1 if len(slots) else width
+        self.pending = self._most_pending()
+
+    def _most_pending(self) -> int:
+        has_tokens = self.mask.any(axis=1)
+        return int((self.length - self.cached)[has_tokens].max())
 
     def uncached(self) -> "PromptLayout":
-        """The same columns, none of them in a cache."""
+        """Returns the same slots, none of them cached."""
         layout = copy.copy(self)
         layout.cached = np.zeros_like(self.cached)
-        layout.pending = int(self.length[self.mask.any(axis=1)].max())
+        layout.pending = layout._most_pending()
         return layout
 
 
-def _cached_columns(cache: KVCache) -> list[Int[np.ndarray, " n"]]:
-    """The columns of the tokens that each row of a cache holds, in order."""
+def _cached_slots(cache: KVCache) -> list[Int[np.ndarray, " n"]]:
+    """Returns the slots of the tokens that each row of a cache holds, in order."""
     length, tokens, mask = (np.asarray(x) for x in (cache.length, cache.tokens, cache.mask))
     if mask.shape[1] >= length.max() and (mask.sum(axis=1) == tokens).all():
         return [np.flatnonzero(row[:used]) for row, used in zip(mask, length, strict=True)]

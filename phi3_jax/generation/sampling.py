@@ -1,4 +1,4 @@
-"""Greedy search and sampling: choosing a token, and the loop on the device around it."""
+"""Greedy search and sampling: the choice of a token, and the loop on the device around it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,24 +14,24 @@ from phi3_jax.generation.state import NO_TOKEN, State, StepSettings, append
 
 
 class Report(NamedTuple):
-    """What a dispatch tells the host."""
+    """The result of one dispatch, for the host."""
 
     tokens: Int[Array, "steps R n"]
-    """Tokens made in each step, NO_TOKEN where there is none; n is 1 without an assistant."""
+    """The tokens of each step, NO_TOKEN where there is none; n is 1 without drafts."""
     steps: Int[Array, ""]
     finished: Bool[Array, " R"]
-    needs_recomputation: Bool[Array, " L"]
-    """Lanes to be computed again under the other rope list before they go on."""
+    needs_recomputation: Bool[Array, " B"]
+    """Rows whose cache must be computed again, under other rope frequencies, before their next token."""
     records: Records
-    """Of each step, stacked."""
+    """The records of all steps, stacked."""
 
 
 def choose(
     scores: Float[Array, "R V"], new: Int[Array, " R"], key: Key[Array, "..."] | None
 ) -> Int[Array, " R"]:
-    """The most likely token of each row or, with a key, one drawn from the distribution.
+    """Returns the most likely token of each row or, with a key, one drawn from the distribution.
 
-    A draw depends on the key, the row and how many tokens the row has made: not on the batch around it.
+    A draw depends on the key, the row and its number of generated tokens, not on the rest of the batch.
     """
     if key is None:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -40,23 +40,23 @@ def choose(
 
 
 def row_keys(key: Key[Array, "..."], new: Int[Array, " R"]) -> Key[Array, " R"]:
-    """A key for each row's next token, from one for all or one for each."""
+    """Returns a key for each row's next token, from one for all or one for each."""
     if key.ndim:
         return jax.vmap(jax.random.fold_in)(key, new)
     rows = jnp.arange(new.shape[0])
-    return jax.vmap(lambda row, made: jax.random.fold_in(jax.random.fold_in(key, row), made))(rows, new)
+    return jax.vmap(lambda row, count: jax.random.fold_in(jax.random.fold_in(key, row), count))(rows, new)
 
 
 def select(
     scores: Float[Array, "R V"], state: State, settings: StepSettings
 ) -> tuple[State, Int[Array, " R"], Float[Array, "R V"]]:
-    """The last logits processors, a token for each row, and the state with it."""
+    """Applies the last logits processors, chooses a token for each row and appends it."""
     rows = scores.shape[0]
-    sequences = jax.tree.map(lambda x: x[:rows], state.sequences)
+    sequences = state.sequences.first(rows)
     scores = settings.after_host(sequences, scores)
     tokens = choose(scores, sequences.new, settings.key)
-    made = jnp.where(state.finished[:rows], NO_TOKEN, tokens)
-    return append(state, tokens[:, None], jnp.ones_like(tokens), settings), made, scores
+    report = jnp.where(state.finished[:rows], NO_TOKEN, tokens)
+    return append(state, tokens[:, None], jnp.ones_like(tokens), settings), report, scores
 
 
 def loop(
@@ -68,10 +68,9 @@ def loop(
     most: int,
     outputs: frozenset[str],
 ) -> tuple[State, Report]:
-    """Up to `steps` <= `most` tokens for each row, without the host.
+    """Generates up to `steps` <= `most` tokens for each row without the host.
 
-    Ends early when every row has ended, a row must be computed again under another rope list, or the columns
-    are full.
+    Returns early when every row has ended, a row needs recomputation, or the slots are full.
     """
 
     def step(state: State) -> tuple[State, Int[Array, "R 1"], Records]:
@@ -80,10 +79,17 @@ def loop(
         )
         scores = process(logits, state.sequences, settings)
         state, tokens, scores = select(scores, state, settings)
-        own = {"logits": logits[: scores.shape[0], None], "scores": scores[:, None]}
-        return state, tokens[:, None], records | {name: own[name] for name in sorted(outputs & own.keys())}
+        return state, tokens[:, None], records | score_records(logits, scores, outputs)
 
     return run_steps(step, model.config, state, settings, steps, most)
+
+
+def score_records(
+    logits: Float[Array, "B V"], scores: Float[Array, "R V"], outputs: frozenset[str]
+) -> Records:
+    """Returns a step's logits and scores [R, 1, V], as far as `outputs` names them."""
+    own = {"logits": logits[: scores.shape[0], None], "scores": scores[:, None]}
+    return {name: own[name] for name in sorted(outputs & own.keys())}
 
 
 def run_steps(
@@ -93,14 +99,14 @@ def run_steps(
     settings: StepSettings,
     steps: Int[Array, ""] | int,
     most: int,
-    stale: Callable[[Any], Bool[Array, " L"]] | None = None,
+    outdated: Callable[[Any], Bool[Array, " B"]] | None = None,
 ) -> tuple[Any, Report]:
-    """`step` again and again in a `while_loop`, what it gives stacked in a report.
+    """Repeats `step` in a `while_loop` and stacks its results in a report.
 
-    `stale` tells which lanes must be computed again under another rope list; default: those of the model.
+    `outdated` returns the rows that need recomputation; default: those of the model.
     """
-    stale = stale or (lambda state: needs_recomputation(config, state, settings.rope))
-    columns = state.sequences.ids.shape[1]
+    outdated = outdated or (lambda state: needs_recomputation(config, state, settings.rope))
+    slots = state.sequences.ids.shape[1]
     _, tokens_of_step, records_of_step = jax.eval_shape(step, state)
     rows, width = tokens_of_step.shape
     stacked = (
@@ -108,11 +114,11 @@ def run_steps(
         jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), records_of_step),
     )
 
-    def go_on(carry: Any) -> Bool[Array, ""]:
-        done, state, refill, _ = carry
-        # A lane that has ended is written behind its end too, so it counts as well.
-        room = jnp.max(state.sequences.length) + width <= columns
-        return (done < steps) & room & ~jnp.all(state.finished) & ~jnp.any(refill)
+    def continues(carry: Any) -> Bool[Array, ""]:
+        done, state, recompute, _ = carry
+        # A step writes past the end of finished rows too, so they count as well.
+        room = jnp.max(state.sequences.length) + width <= slots
+        return (done < steps) & room & ~jnp.all(state.finished) & ~jnp.any(recompute)
 
     def body(carry: Any) -> Any:
         done, state, _, stacked = carry
@@ -122,8 +128,8 @@ def run_steps(
             return jax.lax.dynamic_update_index_in_dim(all_steps, one, done, 0)
 
         stacked = jax.tree.map(put, stacked, (tokens, records))
-        return done + 1, state, stale(state), stacked
+        return done + 1, state, outdated(state), stacked
 
-    carry = (jnp.int32(0), state, stale(state), stacked)
-    done, state, refill, (tokens, records) = jax.lax.while_loop(go_on, body, carry)
-    return state, Report(tokens, done, state.finished[:rows], refill, records)
+    carry = (jnp.int32(0), state, outdated(state), stacked)
+    done, state, recompute, (tokens, records) = jax.lax.while_loop(continues, body, carry)
+    return state, Report(tokens, done, state.finished[:rows], recompute, records)

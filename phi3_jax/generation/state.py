@@ -1,4 +1,4 @@
-"""What the loops carry (sequences, who has ended, cache), and what they are told once for all steps."""
+"""The state of a decoding loop, and the settings that hold for all of its steps."""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,53 +13,53 @@ from phi3_jax.generation.processors import LogitsProcessorList
 from phi3_jax.generation.sequences import Sequences
 
 NO_TOKEN = -1
-"""In reports, where a row made no token."""
+"""Stands in a report where a row generated no token."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """The loop's state, one lane for each row that runs through the model.
+    """The state of a decoding loop for B rows: those that generate tokens, padding and unconditional rows.
 
-    A lane's cache holds its columns [0, cache.length); columns [cache.length, sequences.length) are fed next:
-    the prompt's at first, then only the latest token. With guidance the second half of the lanes are the
-    unconditional twins of the first.
+    A row's cache has the keys and values of its slots [0, cache.length). Slots [cache.length,
+    sequences.length) are fed next: at first the prompt's, then only the latest token. With guidance the
+    second half are the unconditional rows of the first half.
     """
 
     sequences: Sequences
-    finished: Bool[Array, " L"]
+    finished: Bool[Array, " B"]
     cache: KVCache
 
     @property
-    def pending(self) -> Int[Array, " L"]:
-        """Columns that the cache lacks; 0 for lanes that have finished."""
+    def pending(self) -> Int[Array, " B"]:
+        """The number of slots of each row that the cache does not have yet; 0 for finished rows."""
         return jnp.where(self.finished, 0, self.sequences.length - self.cache.length)
 
-    def take(self, lanes: Int[Array, " n"]) -> "State":
-        """Those lanes, in that order."""
-        sequences = jax.tree.map(lambda x: x[lanes], self.sequences)
-        return State(sequences, self.finished[lanes], self.cache.take(lanes))
+    def take(self, rows: Int[Array, " n"]) -> "State":
+        """Returns these rows in this order."""
+        sequences = jax.tree.map(lambda x: x[rows], self.sequences)
+        return State(sequences, self.finished[rows], self.cache.take(rows))
 
     def with_cache(self, cache: KVCache) -> "State":
         return replace(self, cache=cache)
 
-    def widen(self, columns: int) -> "State":
-        """The same with room for `columns` columns."""
-        extra = ((0, 0), (0, columns - self.sequences.ids.shape[1]))
+    def resize(self, slots: int) -> "State":
+        """Returns the same state with more slots a row."""
+        extra = ((0, 0), (0, slots - self.sequences.ids.shape[1]))
         sequences = replace(
             self.sequences, ids=jnp.pad(self.sequences.ids, extra), mask=jnp.pad(self.sequences.mask, extra)
         )
-        cache = self.cache if self.cache.window is not None else self.cache.resize(columns)
+        cache = self.cache if self.cache.window is not None else self.cache.resize(slots)
         return State(sequences, self.finished, cache)
 
-    def truncate(self, new: Int[Array, " L"], finished: Bool[Array, " L"]) -> "State":
-        """Each lane with its first `new` tokens only, and those marked `finished` that are to stop."""
+    def truncate(self, new: Int[Array, " B"], finished: Bool[Array, " B"]) -> "State":
+        """Keeps each row's first `new` generated tokens and ends the rows in `finished`."""
         excess = jnp.maximum(self.sequences.new - new, 0)
         length = self.sequences.length - excess
-        columns = jnp.arange(self.sequences.ids.shape[1])
+        slots = jnp.arange(self.sequences.ids.shape[1])
         sequences = replace(
             self.sequences,
-            mask=self.sequences.mask & (columns < length[:, None]),
+            mask=self.sequences.mask & (slots < length[:, None]),
             length=length,
             new=self.sequences.new - excess,
         )
@@ -68,73 +68,67 @@ class State:
 
 
 class RopeChoice(NamedTuple):
-    """How the rope list of a lane follows from its tokens; or the frequencies themselves."""
+    """Chooses the rope frequencies of each row: by its length within limits, or given ones."""
 
-    least: Int[Array, " L"]
+    least: Int[Array, " B"]
     most: Int[Array, ""]
-    inv_freq: Float[Array, "L P"] | Float[Array, "L S P"] | None = None
-    """In place of the config's: of each lane, or of each of its positions (the last one's from there on)."""
-    attention_scaling: Float[Array, " L"] | None = None
+    inv_freq: Float[Array, "B P"] | Float[Array, "B S P"] | None = None
+    """Replaces the config's frequencies for each row, or each of its positions (the last holds beyond)."""
+    attention_scaling: Float[Array, " B"] | None = None
 
-    def length(self, tokens: Int[Array, " L"]) -> Int[Array, " L"]:
-        """The length for which the list is chosen when a lane has `tokens` tokens."""
+    def length(self, tokens: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Returns the length that chooses the frequencies of a row of `tokens` tokens."""
         return jnp.minimum(jnp.maximum(tokens, self.least), self.most)
 
-    def take(self, lanes: Int[Array | np.ndarray, " n"]) -> "RopeChoice":
-        """Of those lanes, in that order."""
-        given = (None if x is None else x[lanes] for x in (self.inv_freq, self.attention_scaling))
-        return RopeChoice(self.least[lanes], self.most, *given)
+    def take(self, rows: Int[Array | np.ndarray, " n"]) -> "RopeChoice":
+        """Returns the choice for these rows in this order."""
+        replacements = (None if x is None else x[rows] for x in (self.inv_freq, self.attention_scaling))
+        return RopeChoice(self.least[rows], self.most, *replacements)
 
-    def given(self, positions: Int[Array, "L T"]) -> dict[str, Any]:
-        """What the model is told of frequencies, for tokens at these positions."""
+    def model_arguments(self, positions: Int[Array, "B T"]) -> dict[str, Any]:
+        """Returns the model's arguments that replace its config's rope for tokens at `positions`."""
         inv_freq = self.inv_freq
         if inv_freq is not None and inv_freq.ndim == 3:
             inv_freq = jnp.take_along_axis(inv_freq, positions[:, :, None], axis=1, mode="clip")
-        told = {"inv_freq": inv_freq, "attention_scaling": self.attention_scaling}
-        return {name: value for name, value in told.items() if value is not None}
+        arguments = {"inv_freq": inv_freq, "attention_scaling": self.attention_scaling}
+        return {name: value for name, value in arguments.items() if value is not None}
 
 
 class StepSettings(NamedTuple):
-    """What does not change from step to step; all of it data, so that new values compile nothing."""
+    """Settings that hold for all steps; they are data, so new values compile nothing."""
 
     before_host: LogitsProcessorList
-    """Logits processors ahead of those that run on the host (all of them where none does)."""
+    """Logits processors before those that run on the host; all of them if none does."""
     after_host: LogitsProcessorList
-    """Logits processors behind those that run on the host."""
     end_tokens: Int[Array, " E"]
     max_new_tokens: Int[Array, ""]
-    rope: "RopeChoice"
+    rope: RopeChoice
     key: Key[Array, "..."] | None
-    """For sampling, one for all rows or one for each; None takes the most likely token."""
+    """One for all rows or one for each; None takes the most likely token."""
     guidance_scale: Float[Array, ""] | None = None
 
 
-def append(
-    state: State,
-    tokens: Int[Array, "R n"],
-    count: Int[Array, " R"],
-    settings: StepSettings,
-) -> State:
-    """Each row with the first `count` of its `tokens` behind it; rows end after an end token or at the limit.
+def append(state: State, tokens: Int[Array, "R n"], count: Int[Array, " R"], settings: StepSettings) -> State:
+    """Appends the first `count` of `tokens` to each row; a row ends after an end token or at its limit.
 
-    What follows an end token must not be counted by the caller. Finished rows stay as they are.
+    The caller counts no token after an end token. Finished rows stay as they are.
     """
-    sequences, lanes = state.sequences, state.finished.shape[0]
-    tokens = jnp.resize(tokens, (lanes, tokens.shape[1]))  # twins under guidance get the same tokens
-    count = jnp.where(state.finished, 0, jnp.resize(count, (lanes,)))
-    offset = jnp.arange(sequences.ids.shape[1]) - sequences.length[:, None]  # [L, S]
-    fresh = (offset >= 0) & (offset < count[:, None])
-    placed = jnp.take_along_axis(tokens, jnp.clip(offset, 0, tokens.shape[1] - 1), axis=1)
+    sequences, rows = state.sequences, state.finished.shape[0]
+    tokens = jnp.resize(tokens, (rows, tokens.shape[1]))  # unconditional rows get the same tokens
+    count = jnp.where(state.finished, 0, jnp.resize(count, (rows,)))
+    offset = jnp.arange(sequences.ids.shape[1]) - sequences.length[:, None]  # [B, S]
+    is_new = (offset >= 0) & (offset < count[:, None])
+    new_ids = jnp.take_along_axis(tokens, jnp.clip(offset, 0, tokens.shape[1] - 1), axis=1)
     new = sequences.new + count
-    counted = jnp.arange(tokens.shape[1]) < count[:, None]
-    ended = jnp.any(jnp.isin(tokens, settings.end_tokens) & counted, axis=1)
+    counts = jnp.arange(tokens.shape[1]) < count[:, None]
+    ends = jnp.any(jnp.isin(tokens, settings.end_tokens) & counts, axis=1)
     return State(
         Sequences(
-            ids=jnp.where(fresh, placed, sequences.ids),
-            mask=sequences.mask | fresh,
+            ids=jnp.where(is_new, new_ids, sequences.ids),
+            mask=sequences.mask | is_new,
             length=sequences.length + count,
             new=new,
         ),
-        state.finished | ended | (new >= settings.max_new_tokens),
+        state.finished | ends | (new >= settings.max_new_tokens),
         state.cache,
     )

@@ -59,7 +59,7 @@ def one_answer(model: CausalLM | CompiledModel, prompt: Sequence[int], **options
     options.setdefault("attention_mask", np.ones((1, len(prompt)), np.int32))  # there is no padding
     call = Call(compiled, [list(prompt)], step_by_step=True, **options)
     chosen = call.request.config
-    if call.request.times > 1:
+    if call.request.copies > 1:
         raise UserError(
             f"num_beams={chosen.num_beams} and num_return_sequences={chosen.num_return_sequences} "
             "cannot be streamed: give 1 for both"

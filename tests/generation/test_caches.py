@@ -255,7 +255,7 @@ def test_caches_grow(plain: Twins, monkeypatch: pytest.MonkeyPatch, mode: str) -
     else:
         expected = alone(plain, *SHORT, 300)
         assert_varied(expected)
-    monkeypatch.setattr(engine_module, "ROOM", 20)
+    monkeypatch.setattr(engine_module, "INITIAL_ROOM", 20)
     out = plain.ours(*SHORT, max_new_tokens=300, return_dict_in_generate=True, **options)
     assert out.past_key_values.max_length >= 320
     np.testing.assert_array_equal(np.asarray(out.sequences)[:, SHORT[0].shape[1] :], expected)
@@ -264,7 +264,7 @@ def test_caches_grow(plain: Twins, monkeypatch: pytest.MonkeyPatch, mode: str) -
 
 
 def test_growth_stops_where_the_answer_does(plain: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "ROOM", 20)
+    monkeypatch.setattr(engine_module, "INITIAL_ROOM", 20)
     end = int(alone(plain, *prompts((20,), seed=24), 5)[0, 4])
     out = plain.ours(
         *prompts((20,), seed=24), max_new_tokens=400, eos_token_id=[end], return_dict_in_generate=True
@@ -286,7 +286,7 @@ def test_growth_across_the_rope_lists(
     twins_of: Callable[..., Twins], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that change to the long list in a cache that grows around the same time."""
-    monkeypatch.setattr(engine_module, "ROOM", 20)
+    monkeypatch.setattr(engine_module, "INITIAL_ROOM", 20)
     changes = longrope() | {"original_max_position_embeddings": 126}
     twins = twins_of(**changes)
     ids, mask = prompts((60, 40, 62), seed=28)

@@ -275,6 +275,22 @@ def test_int8_cache(twins_of: Callable[..., Twins]) -> None:
 
 
 @pytest.fixture(scope="module")
+def early_yarn(crossing: Twins) -> Phi3ForCausalLM:
+    """The model as an early Phi-3, whose "yarn" has the same two lists; its attention factor is longrope's."""
+    rope = {"type": "yarn", "short_factor": SHORT, "long_factor": LONG}
+    attention_factor = float(
+        crossing.config.rope_scaling.frequencies(crossing.config.rope_base, np.ones(1))[1]
+    )
+    model = Phi3ForCausalLM(
+        crossing.config.replace(rope_scaling=rope | {"attention_factor": attention_factor}), rngs=0
+    )
+    assert model.config.rope_scaling.rope_type == "phi3-yarn"
+    model.model.embed_tokens, model.model.norm = crossing.model.model.embed_tokens, crossing.model.model.norm
+    model.model.layers, model.lm_head = crossing.model.model.layers, crossing.model.lm_head
+    return model
+
+
+@pytest.fixture(scope="module")
 def one_list(crossing: Twins, twins_of: Callable[..., Twins]) -> Callable[[str], Twins]:
     """`one_list("long")`: the pair with a reference of the same weights that has this list alone."""
 
@@ -287,16 +303,24 @@ def one_list(crossing: Twins, twins_of: Callable[..., Twins]) -> Callable[[str],
     return make
 
 
+@pytest.fixture(scope="module", params=["longrope", "early yarn"])
+def two_lists(request: pytest.FixtureRequest, crossing: Twins, early_yarn: Phi3ForCausalLM) -> Twins:
+    """The pair, with our model under either name of the rope type."""
+    twins = copy.copy(crossing)
+    twins.model = crossing.model if request.param == "longrope" else early_yarn
+    return twins
+
+
 @pytest.mark.parametrize("rope_list", ["long", "short"])
-def test_one_list_from_the_start(crossing: Twins, one_list: Callable[[str], Twins], rope_list: str) -> None:
-    new = answers(crossing, *BATCH, COUNT, rope_list=rope_list)
+def test_one_list_from_the_start(two_lists: Twins, one_list: Callable[[str], Twins], rope_list: str) -> None:
+    new = answers(two_lists, *BATCH, COUNT, rope_list=rope_list)
     np.testing.assert_array_equal(new, alone(one_list(rope_list), *BATCH, COUNT))
 
 
-def test_the_list_of_the_planned_length(crossing: Twins, one_list: Callable[[str], Twins]) -> None:
-    """Rows of up to six tokens end at `ORIGINAL` or before; which list counts is each row's own matter."""
+def test_the_list_of_the_planned_length(two_lists: Twins, one_list: Callable[[str], Twins]) -> None:
+    """Each row's planned length chooses its list: rows of up to six tokens end at `ORIGINAL` or before."""
     ids, mask = prompts((5, 6, 7, 16), seed=7)
-    new = answers(crossing, ids, mask, 10, rope_list="planned")
+    new = answers(two_lists, ids, mask, 10, rope_list="planned")
     short, long = (alone(one_list(name), ids, mask, 10) for name in ("short", "long"))
     assert (short != long).any(axis=1).all()
     np.testing.assert_array_equal(new, np.concatenate([short[:2], long[2:]]))

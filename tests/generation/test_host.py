@@ -333,5 +333,5 @@ def test_bad_models_and_caches(shallow: Twins) -> None:
     past = shallow.ours(GOOD, None, max_new_tokens=3, return_dict_in_generate=True).past_key_values
     with pytest.raises(ValueError, match="past_key_values has 2 rows and input_ids 1"):
         shallow.ours(np.full((1, 9), 5), None, past_key_values=past)
-    with pytest.raises(ValueError, match="no unconditional side"):
+    with pytest.raises(ValueError, match="no unconditional rows"):
         shallow.ours(np.full((2, 9), 5), None, past_key_values=past, guidance_scale=2.0)

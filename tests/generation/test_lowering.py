@@ -1,4 +1,4 @@
-"""The loops on the device lower for platforms that are not here."""
+"""Tests that the device loops lower for platforms that this machine does not have."""
 
 from typing import Any
 
@@ -13,16 +13,15 @@ from phi3_jax.generation.request import GenerationRequest
 
 MODEL = Phi3ForCausalLM(small_config(**longrope(), num_hidden_layers=1), dtype="bfloat16")
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1}
-BEAM_RULES = beam.Rules(early_stopping=False, ends=1)
+BEAM_RULES = beam.BeamRules(early_stopping=False, end_tokens=1)
 
 
 def loops(model: Any, state: Any, settings: Any) -> Any:
-    """Every loop on the same state, as one function."""
+    """Runs every loop on the same state."""
     none: frozenset[str] = frozenset()
-    dummies = state.finished
-    lanes = np.repeat(np.arange(len(dummies)), 2)
-    search = beam.start(state.take(lanes), 2, 8, dummies)
-    of_beams = settings._replace(rope=settings.rope.take(lanes))
+    rows = np.repeat(np.arange(len(state.finished)), 2)
+    search = beam.start(state.take(rows), 2, 8, state.finished)
+    of_beams = settings._replace(rope=settings.rope.take(rows))
     pair = speculative.AssistedState(state, state.cache)
     return (
         sampling.loop(model, state, settings, 4, most=4, outputs=frozenset({"scores"})),
