@@ -270,8 +270,8 @@ class GenerationConfig:
         checks.check_vocabulary(said, config.vocab_size)
         if said.get("rope_list", "switch") != "switch" and not config.rope_scaling.has_two_lists:
             raise UserError(
-                f"rope_list={said['rope_list']!r} chooses between the two lists of a rope type such as "
-                f"longrope, and the rope type of this model is {config.rope_scaling.rope_type!r}; leave it out"
+                f"rope_list={said['rope_list']!r} chooses between a rope type's two lists (as of longrope), "
+                f"and the rope type of this model is {config.rope_scaling.rope_type!r}; leave it out"
             )
         values |= _lengths((call, own), model, prompt_length, config.context_length)
         values |= _special_tokens(values, config, batch_size)

@@ -276,7 +276,7 @@ def test_int8_cache(twins_of: Callable[..., Twins]) -> None:
 
 @pytest.fixture(scope="module")
 def early_yarn(crossing: Twins) -> Phi3ForCausalLM:
-    """The model as an early Phi-3, whose "yarn" has the same two lists; its attention factor is longrope's."""
+    """The model as an early Phi-3: "yarn" with the same two lists, and longrope's attention factor."""
     rope = {"type": "yarn", "short_factor": SHORT, "long_factor": LONG}
     attention_factor = float(
         crossing.config.rope_scaling.frequencies(crossing.config.rope_base, np.ones(1))[1]
