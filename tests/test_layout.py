@@ -1,4 +1,4 @@
-"""The house: imports run downwards, and what is installed is complete."""
+"""Imports run downwards, and the installed package is complete."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ CHECK = "from importlinter.cli import lint_imports_command; lint_imports_command
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A folder with the package as a wheel lays it out: `train` inside."""
+    """Returns a folder with the package as a wheel arranges it, with `train` inside."""
     package = tmp_path / "phi3_jax"
     package.mkdir()
     for path in [*(ROOT / "phi3_jax").iterdir(), ROOT / "train"]:
@@ -34,26 +34,26 @@ def check_imports(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_imports_run_downwards(installed: Path) -> None:
-    done = check_imports(installed)
-    assert done.returncode == 0, done.stdout
+    result = check_imports(installed)
+    assert result.returncode == 0, result.stdout
 
 
 def test_rejects_an_upward_import_within_a_function(installed: Path) -> None:
-    room = installed / "phi3_jax" / "runs"
+    package = installed / "phi3_jax" / "runs"
     files = list((ROOT / "phi3_jax" / "runs").glob("*.py"))
-    room.unlink()
-    room.mkdir()
+    package.unlink()
+    package.mkdir()
     for path in files:
-        (room / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    with (room / "files.py").open("a", encoding="utf-8") as file:
+        (package / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    with (package / "files.py").open("a", encoding="utf-8") as file:
         file.write("\n\ndef upward():\n    from phi3_jax.model import Phi3Model\n    return Phi3Model\n")
-    done = check_imports(installed)
-    assert done.returncode == 1
-    assert "phi3_jax.runs is not allowed to import phi3_jax.model" in done.stdout
+    result = check_imports(installed)
+    assert result.returncode == 1
+    assert "phi3_jax.runs is not allowed to import phi3_jax.model" in result.stdout
 
 
-def test_every_package_is_installed() -> None:
+def test_installs_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {path.parent for path in (ROOT / "phi3_jax").rglob("__init__.py")}
-    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"phi3_jax.train"}
-    assert set(settings["packages"]) == found
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"phi3_jax.train"}
+    assert set(settings["packages"]) == packages

@@ -1,4 +1,4 @@
-"""The README's Python examples, run as they stand on a tiny model, and some on the real one."""
+"""Runs the Python examples of the README unchanged on a tiny model, and some on the real one."""
 
 import json
 import re
@@ -21,11 +21,11 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 class Example(NamedTuple):
     code: str
     printed: str
-    """What README says it prints; empty where it says nothing."""
+    """The output that README shows; empty if it shows none."""
 
 
 def examples() -> list[Example]:
-    """The blocks of Python, and the indented lines right after each that prints."""
+    """Returns the blocks of Python, and the indented lines after each block that prints."""
     found = re.findall(r"^```python\n(.*?)^```\n(?:\n((?: {4}[^\n]*\n)+))?", README, re.MULTILINE | re.DOTALL)
     return [
         Example(code, re.sub(r"^ {4}", "", printed, flags=re.MULTILINE) if "print(" in code else "")
@@ -34,7 +34,7 @@ def examples() -> list[Example]:
 
 
 EXAMPLES = examples()
-ANSWERED = [number for number, example in enumerate(EXAMPLES) if example.printed]
+PRINTING = [number for number, example in enumerate(EXAMPLES) if example.printed]
 
 
 def run(number: int, names: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def run(number: int, names: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose tokens are bytes."""
+    """Writes a tiny model whose tokens are bytes."""
     folder = tmp_path_factory.mktemp("model")
     alphabet = {token: i for i, token in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that the examples take for granted, and a folder for what they write."""
+    """Returns the names that the examples assume, and runs them in a temporary folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("phi3_jax.config.rope_scaling.ROPE_TYPES", dict(ROPE_TYPES))
     return {
@@ -76,24 +76,24 @@ def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 
 
 FORMS = {
-    r"\((\d+), \d+, \d+\)": r"\(\1, \\d+, \\d+\)",  # as many rows
-    r"(['\"]).*\1": r"(?:'.*'|\".*\")",  # a text's repr
-    r"(\d+)  ?\D.*": r"\1 .*",  # an answer's id and the answer
-    r"(?:\d+\.\d{3} ?)+": None,  # as many numbers, to as many places
+    r"\((\d+), \d+, \d+\)": r"\(\1, \\d+, \\d+\)",  # the same number of rows
+    r"(['\"]).*\1": r"(?:'.*'|\".*\")",  # the repr of a text
+    r"(\d+)  ?\D.*": r"\1 .*",  # the id of an answer, and the answer
+    r"(?:\d+\.\d{3} ?)+": None,  # the same number of numbers and digits
 }
 
 
 def form(line: str) -> str:
-    """A pattern of lines that another model prints in place of this line of README."""
-    for given, other in FORMS.items():
-        if match := re.fullmatch(given, line):
-            return match.expand(other) if other else " ".join([r"\d+\.\d{3}"] * len(line.split()))
+    """Returns a pattern for the line that another model prints instead of this line of README."""
+    for shown, pattern in FORMS.items():
+        if match := re.fullmatch(shown, line):
+            return match.expand(pattern) if pattern else " ".join([r"\d+\.\d{3}"] * len(line.split()))
     raise AssertionError(f"add a form for the line {line!r}")
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example(number: int, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Runs, and prints as many things of the same kind as README shows."""
+def test_runs_example(number: int, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The example runs, and prints the same number of things of the same kind as README shows."""
     run(number, names)
     printed = capsys.readouterr().out
     if expected := EXAMPLES[number].printed:
@@ -112,8 +112,8 @@ def example_with(text: str) -> int:
     return number
 
 
-def test_no_example_is_passed_over() -> None:
-    """Python in README stands in blocks that are run here."""
+def test_finds_every_example() -> None:
+    """All Python of the README is in blocks that these tests run."""
     openings = re.findall(r"^ *[`~]{3,} *(\S*)", README, re.MULTILINE)[::2]
     assert openings == ["python"] * len(EXAMPLES)
     assert not re.findall(r"^ {4}(?:>>> |from \S+ import |import )", README, re.MULTILINE)
@@ -121,21 +121,21 @@ def test_no_example_is_passed_over() -> None:
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_real_answers(
+def test_real_model_prints_what_readme_shows(
     shared_data: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """SmolLM2 answers what README shows; losses to the last place but one."""
+    """SmolLM2 gives the answers of README; losses match to the second last digit."""
     try:
         path = default_model()
     except CheckpointError as error:
-        pytest.skip(f"the default model cannot be had: {error}")
+        pytest.skip(f"the default model is not available: {error}")
     monkeypatch.chdir(tmp_path)
     text = shared_data("long_text", "war_and_peace.txt").read_text(encoding="utf-8")[:8000]
     names: dict[str, Any] = {"path": path, "text": text, "np": np}
-    for number in ANSWERED:
+    for number in PRINTING:
         run(number, names)
         printed, expected = capsys.readouterr().out, EXAMPLES[number].printed
         if re.fullmatch(r"[\d. \n]+", expected):

@@ -1,22 +1,27 @@
 """Tasks that turn rows into examples: classes of texts, classes of words, or the next token."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from phi3_jax.data.chat_examples import encode_chat
-from phi3_jax.data.labels import Labels, label_name
+from phi3_jax.data.columns import (
+    collect_labels,
+    label_id,
+    label_names,
+    read_list,
+    read_number,
+    read_text,
+    read_value,
+    read_zero_or_one,
+)
+from phi3_jax.data.labels import Labels
 from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
 from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class SequenceClassification:
             raise UserError("label=None, so there are no classes; name the column that holds them")
         if self.problem_type == "regression" or isinstance(self.label, tuple):
             return Labels(self._label_columns)
-        labels = _label_set(rows, self._names)
+        labels = collect_labels(rows, self._names)
         if self.problem_type == "single_label_classification" and len(labels) == 1:
             raise UserError(f"all rows have the label {labels.names[0]!r}; expected at least two classes")
         return labels
@@ -92,10 +97,8 @@ class SequenceClassification:
         Raises:
             BadRowError: there is no text, or the label is missing, unknown or not a number.
         """
-        text = _text(row, self.text)
-        if not text.strip():
-            raise BadRowError(row.place, f"{self.text!r} is empty")
-        pair = None if self.text_pair is None else _text(row, self.text_pair)
+        text = read_text(row, self.text)
+        pair = None if self.text_pair is None else read_text(row, self.text_pair, may_be_empty=True)
         target = None if self.label is None else self._target(row, labels)
         try:
             ids = tokenizer(text, pair, padding=False).input_ids[0]
@@ -110,10 +113,10 @@ class SequenceClassification:
 
     def _target(self, row: Row, labels: Labels) -> int | list[float]:
         if self.problem_type == "regression":
-            return [_number(row, column) for column in self._label_columns]
+            return [read_number(row, column) for column in self._label_columns]
         if isinstance(self.label, tuple):
-            return [_zero_or_one(row, column) for column in self.label]
-        chosen = [_label_id(row, labels, name) for name in self._names(row)]
+            return [read_zero_or_one(row, column) for column in self.label]
+        chosen = [label_id(row, labels, name) for name in self._names(row)]
         if self.problem_type == "single_label_classification":
             return chosen[0]
         return [float(index in chosen) for index in range(len(labels))]
@@ -121,12 +124,12 @@ class SequenceClassification:
     def _names(self, row: Row) -> list[str]:
         """Returns the names of a row's classes."""
         (column,) = self._label_columns
-        value = _value(row, column)
+        value = read_value(row, column)
         if self.problem_type == "multi_label_classification":
             if isinstance(value, str):
                 value = value.split(self.label_separator) if value.strip() else []
-            return _label_names(row, column, value)
-        return _label_names(row, column, [value])
+            return label_names(row, column, value)
+        return label_names(row, column, [value])
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class TokenClassification:
         """
         if self.labels is None:
             raise UserError("labels=None, so there are no tags; name the column that holds them")
-        return _label_set(rows, self._all_names)
+        return collect_labels(rows, self._all_names)
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
         """Returns one example, whose `firsts` are the tokens that predict their words' classes.
@@ -179,8 +182,8 @@ class TokenClassification:
         targets: list[int] = []
         if names is not None:
             for piece, name in zip(pieces, names, strict=True):
-                inside = _label_id(row, labels, _inside(name)) if self.label_all_pieces else IGNORE_INDEX
-                targets += [_label_id(row, labels, name), *[inside] * (len(piece) - 1)]
+                inside = label_id(row, labels, _inside(name)) if self.label_all_pieces else IGNORE_INDEX
+                targets += [label_id(row, labels, name), *[inside] * (len(piece) - 1)]
         before, after = _special_ids(tokenizer)
         space = self.max_length - len(before) - len(after)
         if space < 1:
@@ -202,7 +205,7 @@ class TokenClassification:
         ]
 
     def _words(self, row: Row) -> list[str]:
-        words = _list(row, self.words)
+        words = read_list(row, self.words)
         if not words:
             raise BadRowError(row.place, f"{self.words!r} is empty")
         for index, word in enumerate(words):
@@ -212,7 +215,7 @@ class TokenClassification:
 
     def _names(self, row: Row, words: Sequence[str]) -> list[str]:
         assert self.labels is not None
-        names = _label_names(row, self.labels, _value(row, self.labels))
+        names = label_names(row, self.labels, read_value(row, self.labels))
         if len(names) != len(words):
             raise BadRowError(row.place, f"{len(words)} words and {len(names)} labels; expected one for each")
         return names
@@ -275,7 +278,7 @@ class CausalLM:
             BadRowError: there is no text or no answer of the assistant, or the chat template fails.
         """
         if self.messages is not None:
-            messages = _list(row, self.messages)
+            messages = read_list(row, self.messages)
             try:
                 ids, targets, truncated = encode_chat(messages, tokenizer, self.max_length)
             except ValueError as error:
@@ -287,9 +290,7 @@ class CausalLM:
         return [Example(part, part, row.place) for part in parts]
 
     def _text_ids(self, row: Row, tokenizer: Phi3Tokenizer) -> list[int]:
-        text = _text(row, self.text)
-        if not text.strip():
-            raise BadRowError(row.place, f"{self.text!r} is empty")
+        text = read_text(row, self.text)
         try:
             ids = tokenizer.encode(text)
         except ValueError as error:
@@ -321,76 +322,6 @@ def encode_rows(
             bad(error)
         else:
             yield from examples
-
-
-def _value(row: Row, column: str) -> Any:
-    if column not in row.values:
-        names = ", ".join(map(repr, row.values)) or "none"
-        raise BadRowError(row.place, f"there is no column {column!r}; the columns are {names}")
-    return row.values[column]
-
-
-def _text(row: Row, column: str) -> str:
-    value = _value(row, column)
-    if not isinstance(value, str):
-        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected text")
-    return value
-
-
-def _list(row: Row, column: str) -> list[Any]:
-    value = _value(row, column)
-    if not isinstance(value, list):
-        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected a list")
-    return value
-
-
-def _number(row: Row, column: str) -> float:
-    value = _value(row, column)
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= _FLOAT32_MAX:
-        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected a finite float32 number")
-    return number
-
-
-def _zero_or_one(row: Row, column: str) -> float:
-    value = row.values.get(column)
-    number = float(value) if isinstance(value, bool) else _number(row, column)
-    if number not in (0, 1):
-        raise BadRowError(row.place, f"{column!r} is {value!r}; expected 0 or 1")
-    return number
-
-
-def _label_names(row: Row, column: str, values: Any) -> list[str]:
-    if not isinstance(values, list):
-        raise BadRowError(row.place, f"{column!r} is {values!r:.40}; expected a list of labels")
-    try:
-        return [label_name(value) for value in values]
-    except UserError as error:
-        raise BadRowError(row.place, f"{column!r}: {error}") from error
-
-
-def _label_id(row: Row, labels: Labels, name: str) -> int:
-    try:
-        return labels.id(name)
-    except UserError as error:
-        raise BadRowError(row.place, str(error)) from error
-
-
-def _label_set(rows: Iterable[Row], names_of: Callable[[Row], list[str]]) -> Labels:
-    """Collects the labels of all good rows; raises the first bad row's error if there are none."""
-    names: set[str] = set()
-    fault = None
-    for row in rows:
-        try:
-            names.update(names_of(row))
-        except BadRowError as error:
-            fault = fault or error
-    if not names:
-        raise fault or UserError("the rows have no labels; expected at least one")
-    return Labels.from_names(names)
 
 
 def _inside(name: str) -> str:

@@ -1,0 +1,86 @@
+"""Reads the columns of a row; errors name the row and the column."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from phi3_jax.data.labels import Labels, label_name
+from phi3_jax.data.rows import BadRowError, Row
+from phi3_jax.errors import UserError
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def read_value(row: Row, column: str) -> Any:
+    if column not in row.values:
+        names = ", ".join(map(repr, row.values)) or "none"
+        raise BadRowError(row.place, f"there is no column {column!r}; the columns are {names}")
+    return row.values[column]
+
+
+def read_text(row: Row, column: str, *, may_be_empty: bool = False) -> str:
+    value = read_value(row, column)
+    if not isinstance(value, str):
+        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected text")
+    if not (may_be_empty or value.strip()):
+        raise BadRowError(row.place, f"{column!r} is empty")
+    return value
+
+
+def read_list(row: Row, column: str) -> list[Any]:
+    value = read_value(row, column)
+    if not isinstance(value, list):
+        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected a list")
+    return value
+
+
+def read_number(row: Row, column: str) -> float:
+    value = read_value(row, column)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= _FLOAT32_MAX:
+        raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected a finite float32 number")
+    return number
+
+
+def read_zero_or_one(row: Row, column: str) -> float:
+    value = row.values.get(column)
+    number = float(value) if isinstance(value, bool) else read_number(row, column)
+    if number not in (0, 1):
+        raise BadRowError(row.place, f"{column!r} is {value!r}; expected 0 or 1")
+    return number
+
+
+def label_names(row: Row, column: str, values: Any) -> list[str]:
+    """Returns the names of the labels that a column has."""
+    if not isinstance(values, list):
+        raise BadRowError(row.place, f"{column!r} is {values!r:.40}; expected a list of labels")
+    try:
+        return [label_name(value) for value in values]
+    except UserError as error:
+        raise BadRowError(row.place, f"{column!r}: {error}") from error
+
+
+def label_id(row: Row, labels: Labels, name: str) -> int:
+    try:
+        return labels.id(name)
+    except UserError as error:
+        raise BadRowError(row.place, str(error)) from error
+
+
+def collect_labels(rows: Iterable[Row], names_of: Callable[[Row], list[str]]) -> Labels:
+    """Collects the labels of all good rows; raises the first bad row's error if there are none."""
+    names: set[str] = set()
+    fault = None
+    for row in rows:
+        try:
+            names.update(names_of(row))
+        except BadRowError as error:
+            fault = fault or error
+    if not names:
+        raise fault or UserError("the rows have no labels; expected at least one")
+    return Labels.from_names(names)
