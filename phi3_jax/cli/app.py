@@ -1,4 +1,4 @@
-"""The command `phi3-jax`: its sub-commands, and how errors end it."""
+"""The command `phi3-jax` and the list of its sub-commands."""
 
 import logging
 from typing import Annotated, NoReturn
@@ -15,18 +15,19 @@ COMMANDS = {
     "convert": "Rewrite a checkpoint as safetensors with config and tokenizer.",
     "finetune": "Train a classifier, a tagger or a language model.",
     "classify": "Label the rows of a file with a fine-tuned model.",
-    "evaluate": "Perplexity and bits per byte of a text.",
+    "evaluate": "Measure the perplexity and the bits per byte of a text.",
     "rope": "Measure, compare and search rope scalings.",
-    "plan": "Tell whether a model fits on chips, and how fast a step can be.",
+    "plan": "Compile a step for absent TPUs: does it fit, what moves, how fast at most?",
     "bench": "Measure generate, side by side with transformers.",
     "bench-finetune": "Measure training steps, side by side with transformers.",
 }
-"""Each command's line in `phi3-jax --help`; the command itself is in the module of its name."""
+"""Each command's line in `phi3-jax --help`, which is the first sentence of its own help.
+
+A command is `app` in the module of its name."""
 
 app = typer.Typer(
     name="phi3-jax",
     cls=lazy_group(COMMANDS),
-    help="The Phi-3 family in JAX: generate, chat, fine-tune, convert, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -9,7 +9,7 @@ from phi3_jax.bench.run import run_bench
 from phi3_jax.cli import common, options
 from phi3_jax.parallel.processes import prepare
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -18,28 +18,33 @@ def bench(
         str | None,
         typer.Option(help="A directory, or a preset's name for random weights; default: the default model."),
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Of a preset: this many layers only.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Use only this many layers of a preset.")] = None,
     prompt: Annotated[
         Path | None, typer.Option(help="A text file to answer; default: random tokens.", dir_okay=False)
     ] = None,
     prompt_lookup: Annotated[
-        int | None, typer.Option(min=1, help="Compare drafts of so many tokens from the text with none.")
+        int | None,
+        typer.Option(min=1, help="Compare drafts of this many tokens, copied from the text, with none."),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompt.")] = 256,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens after the first.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="The length of the random prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=2, help="The new tokens after the first.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="The rows of the batch.")] = 1,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, help="Instead: so many prompts of all lengths, as batch answers them."),
+        typer.Option(min=1, help="Measure batch instead, on this many prompts of all lengths."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements, ours and theirs in turn.")] = 5,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="The number of measurements; the two sides take turns.")
+    ] = 5,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Measure generate, side by side with transformers where it is installed and no mesh is given."""
+    """Measure generate, side by side with transformers.
 
+    transformers takes part where it is installed and no mesh is given.
+    """
     where = prepare(mesh, distributed)
     common.keep_compiled_programs(cache_dir)
     run_bench(

@@ -7,7 +7,7 @@ from phi3_jax.cli.conversation import converse
 from phi3_jax.generation.chat import ChatSession
 from phi3_jax.parallel.processes import prepare
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -28,7 +28,10 @@ def chat(
     distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Hold a conversation: a message a line, from the terminal or standard input; /help lists commands."""
+    """Hold a conversation.
+
+    Each line of the terminal or of standard input is a message; /help lists the commands.
+    """
     settings = options.generation_options(
         temperature=temperature,
         top_k=top_k,

@@ -6,43 +6,48 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from phi3_jax.classification import classify_file
+from phi3_jax.classification import ClassificationSummary, classify_file
 from phi3_jax.cli import common, options
 from phi3_jax.data.rows import BadRowError
 from phi3_jax.errors import UserError
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def classify(
-    model: Annotated[str, Option(help="What finetune made, or any classifier: a directory or a hub name.")],
+    model: Annotated[
+        str, Option(help="The output of finetune, or any classifier: a directory or a hub name.")
+    ],
     source: Annotated[
-        Path, Option("--input", help="CSV, TSV, JSONL, Parquet or CoNLL, by its suffix.", dir_okay=False)
+        Path,
+        Option("--input", help="A CSV, TSV, JSONL, Parquet or CoNLL file, by its suffix.", dir_okay=False),
     ],
     output: Annotated[Path, Option(help="A .csv, .tsv or .jsonl file.", dir_okay=False)],
     text_column: Annotated[str | None, Option(help="Default: as in training, or text.")] = None,
     text_pair_column: Annotated[str | None, Option(help="Default: as in training, or none.")] = None,
     words_column: Annotated[str | None, Option(help="Default: as in training, or words.")] = None,
     max_length: Annotated[
-        int | None, Option(min=2, help="Tokens of a row; default: as in training, or 512.")
+        int | None, Option(min=2, help="The most tokens of a row; default: as in training, or 512.")
     ] = None,
     all_scores: Annotated[bool, Option("--all-scores", help="Add every class's probability.")] = False,
     skip_bad_rows: Annotated[
-        bool, Option("--skip-bad-rows", help="Leave rows out that are wrong, and count them.")
+        bool, Option("--skip-bad-rows", help="Leave bad rows out, and count them.")
     ] = False,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace the output, or a part of it that something else began.")
+        bool, Option("--overwrite", help="Replace an existing output; start over if it cannot be resumed.")
     ] = False,
-    batch_size: Annotated[int, Option(min=1, help="Rows.")] = 64,
+    batch_size: Annotated[int, Option(min=1, help="The rows of a batch.")] = 64,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Label the rows of a file with a fine-tuned model; go on where the same command was cut off."""
+    """Label the rows of a file with a fine-tuned model.
 
+    The same command resumes an interrupted run.
+    """
     where = prepare(mesh, False)
     common.keep_compiled_programs(cache_dir)
     try:
@@ -63,9 +68,13 @@ def classify(
         )
     except BadRowError as error:
         raise UserError(
-            f"{error}. The same command with --skip-bad-rows leaves such rows out, and goes on with what is "
-            "done"
+            f"{error}. The same command with --skip-bad-rows leaves such rows out and resumes after the last "
+            "finished row"
         ) from error
+    _print_statistics(done, output)
+
+
+def _print_statistics(done: ClassificationSummary, output: Path) -> None:
     if done.bad_rows:
         tell(f"{done.bad_rows} bad rows were left out; among them: {'; '.join(done.faults)}")
     if done.cut:

@@ -1,4 +1,4 @@
-"""What several commands do before their own work: find the model, load it, keep compiled programs."""
+"""Finds and loads the model of a command, and keeps compiled programs."""
 
 from pathlib import Path
 
@@ -21,9 +21,9 @@ def load_pipeline(
     mesh: Mesh | None = None,
     rope: str | None = None,
 ) -> Pipeline:
-    """The checkpoint that `--model` names, ready to answer; of several processes all have it, or none.
+    """Loads the checkpoint that `--model` names, with the rope that `--rope` names if there is one.
 
-    `rope`: in place of its own, as `parse_rope` takes it.
+    An error in one process is raised in all of them.
     """
     keep_compiled_programs(cache_dir)
 
@@ -36,10 +36,10 @@ def load_pipeline(
 
 
 def config_with(path: Path, rope: str) -> Phi3Config:
-    """A checkpoint's config with the rope that `--rope` names."""
+    """Returns a checkpoint's config with the rope that `--rope` names."""
     return parse_rope(rope).config_to_save(open_checkpoint(path).config)
 
 
 def model_path(model: str | None, cache_dir: Path | None) -> Path:
-    """Where the checkpoint lies that `--model` names, fetched if need be."""
+    """Returns the path of the checkpoint that `--model` names, after fetching it if necessary."""
     return default_model(cache_dir, progress=tell) if model is None else resolve(model)

@@ -1,4 +1,4 @@
-"""A conversation in a terminal or a pipe: a line in, an answer out, commands behind a slash."""
+"""A conversation in a terminal or a pipe, where each line is a message, or a command with a slash."""
 
 import logging
 import sys
@@ -16,23 +16,24 @@ logger = logging.getLogger(__name__)
 
 HELP = """\
 /reset        start a new conversation; the system message stays
-/system TEXT  tell the model this before everything else; without TEXT, nothing
-/save FILE    write the conversation
-/load FILE    go on from a written one
-/help         this
-/exit         leave, as the end of input does
+/system TEXT  set the system message, or remove it without TEXT
+/save FILE    write the conversation to a file
+/load FILE    continue a conversation from a file
+/help         list the commands
+/exit         leave; the end of input does the same
 Ctrl-C stops an answer; pressed again, or at the prompt, it leaves."""
 
 
 def converse(session: ChatSession) -> None:
-    """Reads lines until the end of input or /exit; answers go to standard output, all else to standard error.
+    """Answers lines until the end of input or /exit.
 
-    In a terminal an error is told and the conversation goes on; in a pipe it ends there.
+    Answers go to standard output, everything else to standard error. In a terminal an error is printed and
+    the conversation continues; in a pipe it ends the conversation.
     """
     terminal = from_primary(lambda: sys.stdin.isatty() and sys.stdout.isatty())
     if terminal:
         with suppress(ImportError):
-            import readline  # noqa: F401  # lines can be edited, and brought back with the arrow keys
+            import readline  # noqa: F401  # gives `input` line editing and history
         tell("/help lists the commands; Ctrl-D leaves.")
     while True:
         try:
@@ -48,7 +49,7 @@ def converse(session: ChatSession) -> None:
                     return
             elif line.strip():
                 _answer(session, line.strip())
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             if not terminal or isinstance(error, BrokenPipeError):
                 raise
             tell(str(error))
@@ -79,7 +80,7 @@ def _answer(session: ChatSession, text: str) -> None:
 
 
 def _obey(session: ChatSession, line: str) -> bool:
-    """Carries out a command; False: the conversation is over."""
+    """Runs a command; returns False where it ends the conversation."""
     name, _, argument = line[1:].partition(" ")
     argument = argument.strip()
     match name:

@@ -9,7 +9,7 @@ from phi3_jax.checkpoint import convert_checkpoint, resolve
 from phi3_jax.parallel.distributed import from_primary
 from phi3_jax.parallel.processes import join
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -19,12 +19,18 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="The largest file, such as 5GB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="The largest size of a file, such as 5GB.")] = "5GB",
     distributed: Annotated[
-        bool, typer.Option("--distributed", help="One of several processes: 0 does all, the others wait.")
+        bool,
+        typer.Option(
+            "--distributed", help="Run as one of several processes; process 0 works and the others wait."
+        ),
     ] = False,
 ) -> None:
-    """Rewrite a checkpoint as safetensors with config and tokenizer, as transformers reads it."""
+    """Rewrite a checkpoint as safetensors with config and tokenizer.
+
+    transformers reads the result.
+    """
 
     def write() -> int:
         convert_checkpoint(resolve(source), destination, dtype=dtype, max_shard_size=max_shard_size)

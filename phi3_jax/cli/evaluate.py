@@ -15,37 +15,43 @@ from phi3_jax.parallel.processes import prepare
 from phi3_jax.runs.files import replacing
 from phi3_jax.runs.json_values import json_value
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def evaluate(
-    text: Annotated[Path, Argument(help="A text file, or .jsonl with a text a line.", dir_okay=False)],
+    text: Annotated[
+        Path, Argument(help="A text file, or a .jsonl file with one text a line.", dir_okay=False)
+    ],
     model: options.Model = None,
     length: Annotated[
-        int | None, Option(min=2, help="Tokens of a window; default: the model's context.")
+        int | None, Option(min=2, help="The tokens of a window; default: the model's context.")
     ] = None,
     stride: Annotated[
-        int | None, Option(min=1, help="Tokens between windows; default: half of the length.")
+        int | None, Option(min=1, help="The tokens from one window to the next; default: half of the length.")
     ] = None,
     rope: options.Rope = None,
-    max_tokens: Annotated[int | None, Option(min=2, help="Of each text; default: all.")] = None,
-    text_key: Annotated[str, Option(help="Of a .jsonl file's texts.")] = "text",
+    max_tokens: Annotated[
+        int | None, Option(min=2, help="The most tokens of each text; default: all.")
+    ] = None,
+    text_key: Annotated[str, Option(help="The key of the texts in a .jsonl file.")] = "text",
     output: Annotated[
-        Path | None, Option(help="A JSON file; default: standard output.", dir_okay=False)
+        Path | None, Option(help="A JSON file for the results; default: standard output.", dir_okay=False)
     ] = None,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Perplexity and bits per byte of a text, in windows that slide over it; each token counts once."""
+    """Measure the perplexity and the bits per byte of a text.
 
+    Windows slide over the text; each token counts once.
+    """
     argument = None if rope is None else parse_rope(rope)
     if not text.is_file():
         raise FileNotFoundError(f"there is no file {text}")
     where = prepare(mesh, False)
     path = common.model_path(model, cache_dir)
-    found = evaluate_text(
+    result = evaluate_text(
         common.load_pipeline(str(path), dtype, cache_dir, where),
         text,
         rope=argument,
@@ -55,9 +61,9 @@ def evaluate(
         key=text_key,
     )
     about = {"text": str(text), "model": str(path), "model_files": fingerprint(path), "dtype": dtype}
-    told = json.dumps(json_value(found.to_dict() | about | {"rope": rope}), indent=2, ensure_ascii=False)
+    report = json.dumps(json_value(result.to_dict() | about | {"rope": rope}), indent=2, ensure_ascii=False)
     if output is None:
-        print(told)
+        print(report)
         return
     with replacing(output) as work:
-        work.write_text(told + "\n", encoding="utf-8")
+        work.write_text(report + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`phi3-jax finetune`: a YAML file and, before it, options of the same names."""
+"""The command `phi3-jax finetune`, whose options override the settings of a YAML file."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,21 +9,23 @@ from phi3_jax.cli import options
 from phi3_jax.cli.settings import read_settings, with_settings
 from phi3_jax.train.program import run_settings
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 def _finetune(
     config: Annotated[
-        Path | None, typer.Argument(help="A YAML file of settings; default: those below.", dir_okay=False)
+        Path | None,
+        typer.Argument(help="A YAML file of settings; default: the settings below.", dir_okay=False),
     ] = None,
     mesh: options.Mesh = None,
     distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
     **given: Any,
 ) -> None:
-    """Train a classifier, a tagger or a language model; the same command resumes an interrupted run.
+    """Train a classifier, a tagger or a language model.
 
-    Without a file of rows it learns generated commands, as a demonstration.
+    The same command resumes an interrupted run. Without a file of rows it trains on generated commands, as a
+    demonstration.
     """
     run_settings(read_settings(config, given), mesh=mesh, distributed=distributed, cache_dir=cache_dir)
 

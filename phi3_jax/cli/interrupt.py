@@ -1,4 +1,4 @@
-"""Ctrl-C while an answer is made."""
+"""Stops an answer on Ctrl-C."""
 
 import signal
 from types import FrameType
@@ -7,13 +7,14 @@ from typing import Any
 from phi3_jax.parallel.distributed import from_primary, process_count
 
 PIECES = 8
-"""Of an answer between two questions to process 0 whether to stop: each takes the time of a message."""
+"""The pieces of an answer between two messages in which process 0 says whether to stop."""
 
 
 class Interrupt:
-    """Within its block, Ctrl-C is noted, and only a second one raises KeyboardInterrupt.
+    """Records Ctrl-C within its block; only a second one raises KeyboardInterrupt.
 
-    Raised anywhere, it would leave the cache in pieces, or be lost in a callback of the garbage collector.
+    An exception raised at any point could leave the cache inconsistent, or be lost in a callback of the
+    garbage collector.
     """
 
     def __enter__(self) -> "Interrupt":
@@ -23,7 +24,7 @@ class Interrupt:
         return self
 
     def stops(self) -> bool:
-        """Whether to stop behind this piece of the answer: process 0 says, now and then, for all."""
+        """Returns whether to stop after this piece of the answer; process 0 decides for all."""
         self._pieces += 1
         if process_count() == 1 or self._pieces % PIECES == 0:
             self.stopped = from_primary(lambda: self._seen)

@@ -15,19 +15,19 @@ def lazy_group(commands: Mapping[str, str], prefix: str = "") -> type[TyperGroup
 
     Args:
         commands: each command's name and its line in the help.
-        prefix: of the modules' names: command `find-it` is `app` in `phi3_jax.cli.<prefix>find_it`.
+        prefix: precedes the modules' names; command `find-it` is `app` in `phi3_jax.cli.<prefix>find_it`.
     """
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any):
             super().__init__(**attributes)
-            # Their names and lines of help only.
+            # Placeholders with name and help only.
             self.commands = {name: TyperCommand(name, help=line) for name, line in commands.items()}
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             """Returns the command that runs."""
-            name, found, rest = super().resolve_command(ctx, args)
-            return name, found and _load(str(name), prefix), rest
+            name, placeholder, rest = super().resolve_command(ctx, args)
+            return name, placeholder and _load(str(name), prefix), rest
 
     return LazyGroup
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean to generate."""
+"""Options that several commands share, and the arguments of `generate` that they stand for."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,74 +15,76 @@ CacheDir = Annotated[
     Path | None,
     Option(
         envvar="PHI3_JAX_CACHE",
-        help="Where the default model and compiled programs are kept.",
+        help="A directory for the default model and compiled programs.",
         file_okay=False,
     ),
 ]
 Mesh = Annotated[
     str | None,
     Option(
-        help="Divide the model over all devices: sizes of data, fsdp, context, tensor that multiply to their "
-        "number, as in fsdp=4,tensor=2; -1: what is left. Default: one device, however many there are."
+        help="Divide the model over all devices, as in fsdp=4,tensor=2: sizes of data, fsdp, context and "
+        "tensor whose product is the number of devices; -1: all that are left. Default: one device."
     ),
 ]
 Distributed = Annotated[
     bool,
     Option(
         "--distributed",
-        help="This is one of several processes with the same command, on Cloud TPU, GKE, SLURM, Open MPI, or "
+        help="Run as one of several processes with the same command, on Cloud TPU, GKE, SLURM, Open MPI, or "
         "with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID set. Process 0 prints and writes.",
     ),
 ]
-Dtype = Annotated[str, Option(help="Of parameters and activations.")]
+Dtype = Annotated[str, Option(help="The dtype of parameters and activations.")]
 Ropes = Annotated[
     list[str] | None,
     Option(
-        help="A scaling, may be repeated: none, linear:factor=4, dynamic:factor=4, yarn:factor=4, "
+        help="A rope scaling; may be repeated: none, linear:factor=4, dynamic:factor=4, yarn:factor=4, "
         "longrope:@factors.json, @rope.json (an entry of a config.json), ntk.py:ntk:factor=4 (your own)."
     ),
 ]
 Rope = Annotated[
     str | None,
     Option(
-        help="In place of the model's: none, linear:factor=4, dynamic:factor=4, yarn:factor=4, "
+        help="A rope scaling instead of the model's: none, linear:factor=4, dynamic:factor=4, yarn:factor=4, "
         "longrope:@factors.json, @rope.json (an entry of a config.json), ntk.py:ntk:factor=4 (your own)."
     ),
 ]
-System = Annotated[str | None, Option(help="A system message before everything else.")]
+System = Annotated[str | None, Option(help="A system message at the start of the conversation.")]
 MaxNewTokens = Annotated[int, Option(min=1, help="End an answer after this many tokens.")]
-Temperature = Annotated[float, Option(min=0.0, help="0: always the most likely token.")]
-TopK = Annotated[int | None, Option(min=0, help="Draw from this many tokens; default: from all.")]
+Temperature = Annotated[
+    float, Option(min=0.0, help="The temperature of random draws; 0: always the likeliest token.")
+]
+TopK = Annotated[int | None, Option(min=0, help="Draw from this many likeliest tokens; default: all.")]
 TopP = Annotated[
-    float | None, Option(help="Draw from the likeliest tokens of this total probability; default: from all.")
+    float | None, Option(help="Draw from the likeliest tokens of this total probability; default: all.")
 ]
 MinP = Annotated[
-    float | None, Option(help="Draw from tokens at least this likely, as a part of the likeliest one.")
+    float | None, Option(help="Draw from tokens at least this likely, relative to the likeliest one.")
 ]
-Seed = Annotated[int, Option(help="Of the random draws.")]
+Seed = Annotated[int, Option(help="The seed of the random draws.")]
 RepetitionPenalty = Annotated[
     float | None, Option(help="Above 1: tokens that occurred become less likely; default: the checkpoint's.")
 ]
 PromptLookup = Annotated[
-    int | None, Option(min=1, help="Draft this many tokens from the text so far; the answer stays the same.")
+    int | None, Option(min=1, help="Draft this many tokens from earlier text; the answer stays the same.")
 ]
 
 
 def numbers(name: str, text: str, *, least: int) -> list[int]:
-    """Whole numbers with commas between them.
+    """Parses whole numbers that are separated by commas.
 
     Raises:
-        ValueError: something else, or a number below `least`.
+        UserError: a part is not a whole number, or is below `least`.
     """
-    found = []
+    values = []
     for part in text.split(","):
         try:
-            found.append(int(part))
+            values.append(int(part))
         except ValueError:
             raise UserError(f"--{name} {text}: {part!r} is not a whole number") from None
-        if found[-1] < least:
+        if values[-1] < least:
             raise UserError(f"--{name} {text}: {part} must be at least {least}")
-    return found
+    return values
 
 
 def generation_options(
@@ -94,9 +96,9 @@ def generation_options(
     repetition_penalty: float | None,
     prompt_lookup: int | None,
 ) -> dict[str, Any]:
-    """The arguments of generate that these options stand for.
+    """Returns the arguments of `generate` that these options stand for.
 
-    Whether and how tokens are drawn is said here alone, whatever the checkpoint's generation_config.json has.
+    They decide alone how tokens are drawn, whatever the checkpoint's generation_config.json has.
     """
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if repetition_penalty is not None:
@@ -111,6 +113,6 @@ def generation_options(
     for name, value in narrowed.items():
         if value is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} {value} does nothing without draws; add --temperature 0.7, say"
+                f"--{name.replace('_', '-')} {value} does nothing without draws; add --temperature 0.7"
             )
     return options

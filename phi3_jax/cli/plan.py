@@ -14,41 +14,53 @@ from phi3_jax.plan import Work, render, to_dict
 from phi3_jax.plan import plan as make_plan
 from phi3_jax.plan.absent import keep_to_the_compiler
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def plan(
     model: Annotated[str, Option(help="A preset's name, or a directory with a config.json.")],
-    topology: Annotated[str, Option(help="The chips: v5e:4x4, v6e:1x1, v5p:2x2x2, h100:8.")],
+    topology: Annotated[str, Option(help="The chips, such as v5e:4x4, v6e:1x1, v5p:2x2x2 or h100:8.")],
     task: Annotated[str, Option(help="finetune, prefill or decode.")] = "finetune",
     mesh: Annotated[
-        str | None, Option(help="Such as fsdp=8,tensor=2; default: try the sensible ones and rank them.")
+        str | None, Option(help="A mesh such as fsdp=8,tensor=2; default: rank all sensible ones.")
     ] = None,
-    batch: Annotated[int, Option(min=1, help="Rows, over all chips.")] = 16,
-    seq: Annotated[int, Option(min=1, help="Tokens a row; for decode, slots of the cache.")] = 4096,
-    lora: Annotated[int | None, Option(min=1, help="Fine-tune adapters of this rank only.")] = None,
+    batch: Annotated[int, Option(min=1, help="The rows of the batch, over all chips.")] = 16,
+    seq: Annotated[
+        int, Option(min=1, help="The tokens of a row; for decode, the slots of the cache.")
+    ] = 4096,
+    lora: Annotated[int | None, Option(min=1, help="Fine-tune only adapters of this rank.")] = None,
     remat: Annotated[
-        str, Option(help="What backward computes again: full (layers), dots (all but products), none.")
+        str,
+        Option(
+            help="What the backward pass computes again: full (layers), dots (all but matrix products), none."
+        ),
     ] = "full",
-    dtype: Annotated[str, Option(help="Of parameters and activations.")] = "bfloat16",
-    cache_dtype: Annotated[str | None, Option(help="Of the cache, int8 too; default: --dtype.")] = None,
-    optimizer_dtype: Annotated[str, Option(help="Of trained parameters and Adam's moments.")] = "float32",
-    layers: Annotated[int | None, Option(min=1, help="With this many layers only.")] = None,
-    compiled: Annotated[int, Option(min=1, help="Without --mesh: compile so many of the best.")] = 4,
+    dtype: Annotated[str, Option(help="The dtype of parameters and activations.")] = "bfloat16",
+    cache_dtype: Annotated[
+        str | None, Option(help="The dtype of the cache, which may be int8; default: --dtype.")
+    ] = None,
+    optimizer_dtype: Annotated[
+        str, Option(help="The dtype of trained parameters and Adam's moments.")
+    ] = "float32",
+    layers: Annotated[int | None, Option(min=1, help="Use only this many layers.")] = None,
+    compiled: Annotated[int, Option(min=1, help="Without --mesh, compile this many of the best meshes.")] = 4,
     json_file: Annotated[
         str | None,
-        Option("--json", help="Write the plan as JSON to this file; -: to standard output, no table."),
+        Option("--json", help="A JSON file for the plan; -: standard output, without tables."),
     ] = None,
 ) -> None:
-    """Compile a step for TPUs that are not here: does it fit, what moves, how fast at most."""
+    """Compile a step for absent TPUs: does it fit, what moves, how fast at most?
+
+    GPUs are planned from shapes alone.
+    """
     keep_to_the_compiler()
     config = model_config(model)
     if layers is not None:
         config = config.replace(num_hidden_layers=layers)
     work = Work(
         config,
-        task,  # type: ignore[arg-type]  # Work refuses what is no task
+        task,  # type: ignore[arg-type]  # Work checks it
         batch,
         seq,
         dtype=dtype,
@@ -64,12 +76,12 @@ def plan(
         return
     if json_file is not None:
         Path(json_file).write_text(text + "\n", encoding="utf-8")
-    # Where it is not a terminal, no line is cut.
+    # Outside of a terminal the width is fixed, so that no line is cut.
     render(result, Console(width=None if sys.stdout.isatty() else 160))
 
 
 def model_config(model: str) -> Phi3Config:
-    """Of a preset, or of a local checkpoint."""
+    """Returns the config of a preset or of a local checkpoint."""
     if Path(model).exists():
         return Phi3Config.from_pretrained(model)
     return Phi3Config.preset(model)

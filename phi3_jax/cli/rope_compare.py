@@ -14,48 +14,52 @@ from phi3_jax.evaluation.rope_report import table, write_comparison
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def compare(
     text: Annotated[
-        Path, Option(help="A text file, at least as long as the longest length.", dir_okay=False)
+        Path, Option(help="A text file with at least as many tokens as the longest length.", dir_okay=False)
     ],
-    lengths: Annotated[str, Option(help="Context lengths in tokens, as in 2048,4096,8192.")],
+    lengths: Annotated[str, Option(help="Context lengths in tokens, such as 2048,4096,8192.")],
     output: Annotated[Path, Option(help="A directory for tables, figures and report.", file_okay=False)],
     model: options.Model = None,
     rope: options.Ropes = None,
     stride: Annotated[
-        int | None, Option(min=1, help="Tokens between windows, at most each length; default: half of it.")
+        int | None,
+        Option(
+            min=1, help="The tokens from one window to the next, at most the length; default: half of it."
+        ),
     ] = None,
     max_tokens: Annotated[
-        int | None, Option(min=2, help="Of the text, scored at every length; default: the longest length.")
+        int | None,
+        Option(min=2, help="The tokens that are scored at every length; default: the longest length."),
     ] = None,
-    skip_tokens: Annotated[int, Option(min=0, help="At the text's beginning.")] = 0,
+    skip_tokens: Annotated[int, Option(min=0, help="Skip this many tokens at the start of the text.")] = 0,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Begin anew, where the output is of another model or text.")
+        bool, Option("--overwrite", help="Start over if the output cannot be resumed.")
     ] = False,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Perplexity of a text by context length, under each rope; go on where the same command was cut off.
+    """Measure the perplexity of a text by context length, under each rope.
 
     One model is loaded, all ropes run in the same compiled programs, and all lengths score the same tokens.
-    Writes results.csv, results.json, perplexity.png, wavelengths.png and report.md.
+    The output is results.csv, results.json, perplexity.png, wavelengths.png and report.md. The same command
+    resumes an interrupted run.
     """
-
     arguments = [parse_rope(each) for each in rope or ["none"]]
-    wanted = options.numbers("lengths", lengths, least=2)
+    context_lengths = options.numbers("lengths", lengths, least=2)
     where = prepare(mesh, False)
     common.keep_compiled_programs(cache_dir)
-    found = compare_ropes(
+    comparison = compare_ropes(
         common.model_path(model, cache_dir),
         text,
         output,
         arguments,
-        lengths=wanted,
+        lengths=context_lengths,
         stride=stride,
         max_tokens=max_tokens,
         skip_tokens=skip_tokens,
@@ -63,9 +67,9 @@ def compare(
         mesh=where,
         overwrite=overwrite,
     )
-    write_comparison(output, found)
-    Console().print(table(found))
-    seconds = found.seconds
+    write_comparison(output, comparison)
+    Console().print(table(comparison))
+    seconds = comparison.seconds
     tell(
         f"{output}: report.md, results.csv, results.json, perplexity.png, wavelengths.png; "
         f"{seconds['all']:,.1f} s, {seconds['forward']:,.1f} of them forward passes, "

@@ -15,44 +15,47 @@ from phi3_jax.evaluation.passkey_run import measure_passkeys
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def passkey(
-    lengths: Annotated[str, Option(help="Tokens of prompt and answer together, as in 2048,4096,8192.")],
+    lengths: Annotated[str, Option(help="The tokens of prompt and answer together, such as 2048,4096,8192.")],
     output: Annotated[
         Path, Option(help="A directory for rates, answers, heat map and report.", file_okay=False)
     ],
     rope: options.Ropes = None,
     model: options.Model = None,
     depths: Annotated[
-        str, Option(help="Where the key stands, from 0 (first line) to 1 (last line).")
+        str, Option(help="The positions of the key in the text, from 0 (first line) to 1 (last line).")
     ] = "0,0.25,0.5,0.75,1",
-    trials: Annotated[int, Option(min=1, help="Prompts for each length and depth.")] = 5,
+    trials: Annotated[int, Option(min=1, help="The prompts for each length and depth.")] = 5,
     max_new_tokens: options.MaxNewTokens = 16,
     raw: Annotated[
-        bool, Option("--raw", help="No chat template; the answer is begun. So it is where there is none.")
+        bool,
+        Option("--raw", help="Use no chat template, and begin the answer; the default where there is none."),
     ] = False,
     text: Annotated[
         Path | None,
-        Option(help="A file whose lines are the filler; default: lines of our own.", dir_okay=False),
+        Option(help="A file whose lines are the filler; default: built-in lines.", dir_okay=False),
     ] = None,
-    seed: Annotated[int, Option(min=0, help="Of keys and filler.")] = 0,
-    batch_size: Annotated[int | None, Option(min=1, help="Prompts at a time; default: by memory.")] = None,
+    seed: Annotated[int, Option(min=0, help="The seed of keys and filler.")] = 0,
+    batch_size: Annotated[
+        int | None, Option(min=1, help="The prompts of a batch; default: by memory.")
+    ] = None,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Begin anew, where the output is of something else.")
+        bool, Option("--overwrite", help="Start over if the output cannot be resumed.")
     ] = False,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Hide a number in long texts and ask for it, under each rope; go on where the same command was cut off.
+    """Hide a number in long texts and ask for it, under each rope.
 
-    One model is loaded, and all ropes run in the same compiled programs, on the same prompts. Writes
-    passkey.csv (rates), passkey.json (every answer), passkey.png (a heat map) and report.md.
+    One model is loaded, and all ropes run in the same compiled programs, on the same prompts. The output is
+    passkey.csv (rates), passkey.json (every answer), passkey.png (a heat map) and report.md. The same command
+    resumes an interrupted run.
     """
-
     ropes = [parse_rope(each) for each in rope or ["none"]]
     tokens = options.numbers("lengths", lengths, least=2)
     shares = [_share(each) for each in depths.split(",")]
@@ -75,7 +78,6 @@ def passkey(
         overwrite=overwrite,
     )
     write_passkey_report(output, done)
-
     Console().print(table(done))
     tell(f"{len(done.trials):,} prompts, {done.fresh:,} of them in {done.seconds:,.1f} s")
     found = sum(trial.found for trial in done.trials)

@@ -11,61 +11,67 @@ from phi3_jax.cli import common, options
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.rope_search import Evolution
 from phi3_jax.evaluation.rope_search_results import MODEL, table
-from phi3_jax.evaluation.rope_search_run import search_ropes
+from phi3_jax.evaluation.rope_search_run import SearchResult, search_ropes
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def search(
     text: Annotated[
-        Path, Option(help="What perplexity is measured on: not the text of later tests.", dir_okay=False)
+        Path, Option(help="The text for measuring perplexity; not the text of later tests.", dir_okay=False)
     ],
-    length: Annotated[int, Option(min=2, help="Tokens that the context is to be stretched to.")],
+    length: Annotated[int, Option(min=2, help="The context length in tokens to search for.")],
     output: Annotated[
         Path, Option(help="A directory for factors, history, figure and model.", file_okay=False)
     ],
     model: options.Model = None,
     windows: Annotated[
-        int, Option(min=1, help="Parts of the text that are measured, each as long as --length.")
+        int, Option(min=1, help="The number of parts of the text to measure, each of --length tokens.")
     ] = 1,
-    skip_tokens: Annotated[int, Option(min=0, help="At the text's beginning, kept for tests.")] = 0,
-    population: Annotated[int, Option(min=3, help="Individuals of the first iteration.")] = 16,
+    skip_tokens: Annotated[
+        int, Option(min=0, help="Skip this many tokens at the start of the text, for later tests.")
+    ] = 0,
+    population: Annotated[int, Option(min=3, help="The individuals of the first iteration.")] = 16,
     iterations: Annotated[
-        int, Option(min=0, help="After it, of population - parents individuals each.")
+        int, Option(min=0, help="The further iterations, each of population - parents individuals.")
     ] = 10,
-    parents: Annotated[int, Option(min=2, help="The best of all so far, which have children.")] = 4,
-    mutation_probability: Annotated[float, Option(help="Of each dim and each other gene of a mutant.")] = 0.3,
-    seed: Annotated[int, Option(min=0, help="Of the random draws.")] = 0,
+    parents: Annotated[int, Option(min=2, help="The number of best individuals that have children.")] = 4,
+    mutation_probability: Annotated[
+        float, Option(help="The probability that a mutant's gene changes.")
+    ] = 0.3,
+    seed: Annotated[int, Option(min=0, help="The seed of the random draws.")] = 0,
     bound: Annotated[float, Option(help="The largest factor, in units of the stretch.")] = 1.25,
     attention_factor: Annotated[
         str,
         Option(
-            help="Choices for the factor on cosine and sine: numbers, longrope or yarn, for their formulas."
+            help="Choices for the factor on cosine and sine: numbers, or the formulas of longrope and yarn."
         ),
     ] = "1,longrope,yarn",
     initial_tokens: Annotated[
-        str, Option(help="Choices for the number of tokens that stay unscaled, as in 0,4,64; 0 must be one.")
+        str,
+        Option(
+            help="Choices for the number of first tokens that stay unscaled, such as 0,4,64; 0 is required."
+        ),
     ] = "0",
     batch_size: Annotated[
-        int | None, Option(min=1, help="Individuals at a time; default: by memory.")
+        int | None, Option(min=1, help="The individuals that are measured at a time; default: by memory.")
     ] = None,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Begin anew, where the output is of something else.")
+        bool, Option("--overwrite", help="Start over if the output cannot be resumed.")
     ] = False,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Search rope factors for a longer context (LongRoPE); go on where the same command was cut off.
+    """Search rope factors for a longer context (LongRoPE).
 
-    It starts from position interpolation, NTK-aware scaling and YaRN, each with its own attention factor.
-    Writes factors.json (for --rope longrope:@factors.json), history.csv, search.png, and model/: the
-    checkpoint with an ordinary longrope config.
+    The search starts from position interpolation, NTK-aware scaling and YaRN, each with its own attention
+    factor. The output is factors.json (for --rope longrope:@factors.json), history.csv, search.png and model/
+    (the checkpoint with an ordinary longrope config). The same command resumes an interrupted run.
     """
-
     evolution = Evolution(population, iterations, parents, mutation_probability, seed)
     attention_factors = [_attention_factor(each) for each in attention_factor.split(",")]
     unscaled = options.numbers("initial-tokens", initial_tokens, least=0)
@@ -87,16 +93,19 @@ def search(
         mesh=where,
         overwrite=overwrite,
     )
+    _print_result(done, output)
+    print(f"{output}: perplexity {done.search.best().perplexity:.4f} at {length:,} tokens")
 
+
+def _print_result(done: SearchResult, output: Path) -> None:
     Console().print(table(done.search))
     tell(f"{len(done.search.scored):,} measured, {done.fresh:,} of them in {done.seconds:,.1f} s")
     best = done.search.best()
     if best.individual.initial_tokens:
         tell(
-            f"{output / MODEL} has the best factors without unscaled tokens: no config can express the "
-            f"{best.individual.initial_tokens} of the best"
+            f"{output / MODEL} has the best factors without unscaled tokens, because no config can express "
+            f"the {best.individual.initial_tokens} of the best"
         )
-    print(f"{output}: perplexity {best.perplexity:.4f} at {length:,} tokens")
 
 
 def _attention_factor(text: str) -> str | float:
