@@ -22,7 +22,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.lora.adapters import TARGETS, LoRA, projections
 from phi3_jax.lora.peft_config import AdapterConfig, adapter_fields, read_adapter_config
 from phi3_jax.model import Phi3PreTrainedModel
-from phi3_jax.model.abstract import placed
+from phi3_jax.model.abstract import with_shardings
 from phi3_jax.model.layers import Linear
 from phi3_jax.model.saving import ParameterSource, write_in_one
 
@@ -138,7 +138,7 @@ def _abstract_adapters(config: AdapterConfig, linears: dict[str, Linear]) -> dic
         return LoRA(linear, rank=rank, alpha=alpha, rslora=config.rslora, rngs=nnx.Rngs(0))
 
     adapters = {
-        name: placed(jax.eval_shape(partial(build, linear, name)), linear.mesh)
+        name: with_shardings(jax.eval_shape(partial(build, linear, name)), linear.mesh)
         for name, linear in linears.items()
         if config.targets(name)
     }

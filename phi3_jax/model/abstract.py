@@ -1,4 +1,4 @@
-"""Models without numbers: shapes, dtypes and shardings, for loading and for compiling ahead of time."""
+"""Abstract models, with shapes, dtypes and shardings only, for loading and for compiling ahead of time."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,17 +19,18 @@ Tree = TypeVar("Tree")
 def abstract_model(
     cls: type[Model], config: Phi3Config, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
 ) -> Model:
-    """A model of class `cls` whose parameters are `jax.ShapeDtypeStruct`s; nothing is allocated.
+    """Returns a model of class `cls` whose parameters are `jax.ShapeDtypeStruct`s; nothing is allocated.
 
     Raises:
-        ValueError: sizes that the mesh does not divide.
+        UserError: sizes that the mesh does not divide.
     """
     build: Callable[..., Model] = cls
-    return placed(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)), mesh)
+    shapes = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh))
+    return with_shardings(shapes, mesh)
 
 
-def placed(tree: Tree, mesh: Mesh | None) -> Tree:
-    """Abstract arrays with their shardings on `mesh`: parameters by their axes, all else whole."""
+def with_shardings(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Returns abstract arrays with shardings: a parameter's by its axes, all else whole on every device."""
 
     def place(node: Any) -> Any:
         leaf = node.get_value() if isinstance(node, nnx.Param) else node
@@ -42,7 +43,7 @@ def placed(tree: Tree, mesh: Mesh | None) -> Tree:
 
 
 def abstract_cache(model: Any, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
-    """What `model.init_cache` makes, as `jax.ShapeDtypeStruct`s with their shardings."""
+    """Returns the cache of `model.init_cache` as `jax.ShapeDtypeStruct`s with shardings."""
     mesh = model.decoder.mesh
     shapes = jax.eval_shape(lambda: model.init_cache(batch_size, max_length, dtype or model.dtype))
     if mesh is None:

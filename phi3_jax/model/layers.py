@@ -1,4 +1,4 @@
-"""The parts that a decoder layer is made of: projection, norm, embedding, dropout, activations."""
+"""The parts of a decoder layer: projection, norm, embedding, dropout, activations."""
 
 import math
 from collections.abc import Callable
@@ -31,14 +31,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
     "linear": lambda x: x,
 }
-"""Activations under the names that `hidden_act` may have."""
+"""Activations by the value of `hidden_act`."""
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation function called `name` in a `config.json`.
+    """Returns the activation that `config.json` calls `name`.
 
     Raises:
-        ValueError: the name is unknown; the text lists the known ones.
+        UserError: the name is unknown; the message lists the known ones.
     """
     if name not in ACTIVATIONS:
         raise UserError(f"hidden_act={name!r} is not known; use one of {', '.join(sorted(ACTIVATIONS))}")
@@ -46,10 +46,10 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 def pad_single_row(x: Float[Array, "... R D"]) -> Float[Array, "... rows D"]:
-    """`x` with a row of zeros below its only row, if it has 16 bits; otherwise `x`.
+    """Returns `x` with a row of zeros after its only row, if it has 16 bits; otherwise `x`.
 
-    XLA's CPU back end turns the product of one such row into a matrix-vector loop, ten times slower than its
-    matrix product. On TPU and GPU the second row is free: their tiles have more rows than that.
+    XLA's CPU back end computes the product of a single 16-bit row by a matrix-vector loop, ten times slower
+    than its matrix product. On TPU and GPU the second row is free: their tiles have more rows.
     """
     if x.shape[-2] != 1 or x.dtype.itemsize != 2:
         return x
@@ -59,23 +59,23 @@ def pad_single_row(x: Float[Array, "... R D"]) -> Float[Array, "... rows D"]:
 def matmul(
     x: Float[Array, "... R D"], weight: Float[Array, "O D"], dtype: jnp.dtype = jnp.float32
 ) -> Float[Array, "... R O"]:
-    """`x @ weight.T`, accumulated in float32 and returned in `dtype`."""
+    """Returns `x @ weight.T`, accumulated in float32, in `dtype`."""
     rows = x.shape[-2]
     operand = pad_single_row(x) if math.prod(x.shape[:-1]) == 1 else x
     return contract(operand, weight, 1, dtype)[..., :rows, :]
 
 
 PROJECTION = "projection"
-"""The name of 16-bit products for policies of `jax.checkpoint`, which do not see them as products."""
+"""The name of 16-bit products for policies of `jax.checkpoint`, which cannot recognise them as products."""
 
 
 def contract(
     x: Float[Array, "..."], weight: Float[Array, "..."], axes: int, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
-    """[..., *inputs] times [*outputs, *inputs], `axes` inputs, accumulated in float32, returned in `dtype`.
+    """Multiplies [..., *inputs] by [*outputs, *inputs] with `axes` inputs; float32 sums, returned in `dtype`.
 
-    The gradients of 16-bit products are products of 16-bit operands, as the result's is what the next
-    operation takes; JAX's rule would widen both operands first, which costs twice the time.
+    The gradients of 16-bit products are products of 16-bit operands. JAX's rule would widen both operands
+    first, which takes twice the time.
     """
     if x.dtype.itemsize >= jnp.dtype(dtype).itemsize:
         return _product(x, weight, axes, dtype)
@@ -115,7 +115,7 @@ def last_positions(x: Float[Array, "B T ..."], count: int | None) -> Float[Array
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
-    """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate); no key, no dropout."""
+    """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate), given a key."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -124,15 +124,15 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
 
 @partial(jax.jit, static_argnames=("shape", "std", "dtype"))
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Float[Array, "..."]:
-    """Numbers from a normal distribution around 0, drawn in float32."""
+    """Returns draws from a normal distribution around 0, drawn in float32."""
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 class Linear(nnx.Module):
-    """A projection from axes `inputs` to axes `outputs`, either of which may be several.
+    """A projection from one or more axes `inputs` to one or more axes `outputs`.
 
-    The weight has shape (*outputs, *inputs), the checkpoint's [out, in] with its axes told apart, so that a
-    mesh axis can divide heads without cutting through one.
+    The weight has shape (*outputs, *inputs): the checkpoint's [out, in] with separate axes, so that a mesh
+    axis divides between heads and never within one.
     """
 
     def __init__(
@@ -154,10 +154,10 @@ class Linear(nnx.Module):
         zeros = place(jnp.zeros(shape[: len(outputs)], dtype), mesh, tuple(outputs)) if bias else None
         self.bias = None if zeros is None else nnx.Param(zeros, axes=tuple(outputs))
         self.adapter: Any = nnx.data(None)
-        """A module whose output is added, such as `phi3_jax.lora.adapters.LoRA`."""
+        """A module whose output is added, such as `phi3_jax.lora.LoRA`."""
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """[..., *inputs] -> [..., *outputs] in float32; where devices add up partial sums, in x's dtype."""
+        """Maps [..., *inputs] to [..., *outputs] in float32; in x's dtype where devices add parts."""
         axes = self.weight.axes
         inputs = axes[len(axes) - self.input_axes :]
         lead = x.shape[: x.ndim - self.input_axes]
@@ -168,7 +168,7 @@ class Linear(nnx.Module):
             flat = weight.reshape(math.prod(output_shape), -1)
             y = matmul(x.reshape(*lead, flat.shape[1]), flat).reshape(*lead, *output_shape)
         else:
-            # Flat, an axis that the mesh divides would not always lie in front, and be gathered.
+            # In a flat weight, an axis that the mesh divides is not always first, and would be gathered.
             divided = any(shards(self.mesh, axis) > 1 for axis in inputs if axis != "embed")
             y = contract(x, weight, self.input_axes, x.dtype if divided else jnp.dtype(jnp.float32))
         if self.bias is not None:
@@ -177,7 +177,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm in float32; the weight multiplies after the cast back, as in the reference."""
+    """Root-mean-square norm in float32; the weight is applied after the cast back, as in the reference."""
 
     def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, mesh: Mesh | None):
         self.eps = eps
@@ -192,7 +192,7 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """Token embeddings [V, D]; the padding row starts at zero and gets no gradient from look-ups.
 
-    One that is the head's weight too (`tied`) is divided as the head's.
+    A `tied` embedding is also the weight of the head, and is divided like one.
     """
 
     def __init__(

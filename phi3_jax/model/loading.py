@@ -1,4 +1,4 @@
-"""From a checkpoint to a model, tensor by tensor."""
+"""Loads a model from a checkpoint, tensor by tensor."""
 
 import logging
 import os
@@ -27,9 +27,10 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=Any)
 
 HEADS = ("lm_head.weight", "score.weight", "score.bias", "classifier.weight", "classifier.bias")
-"""Tensors of the heads; a checkpoint may hold those of another head than the one being loaded."""
-FRESH = ("score.weight", "score.bias")
-"""Tensors that are initialised where the checkpoint has none, as for a classifier before its fine-tuning."""
+"""Tensors of the heads; a checkpoint may have those of another head than the one that is loaded."""
+
+INITIALISED = ("score.weight", "score.bias")
+"""Tensors that are initialised where the checkpoint has none, as for a new classifier."""
 
 
 def load_model(
@@ -48,33 +49,33 @@ def load_model(
     local_files_only: bool = False,
     **config_changes: Any,
 ) -> Model:
-    """Loads a model of class `cls`, holding one tensor besides the parameters in host memory.
+    """Loads a model of class `cls`; host memory holds one tensor besides the parameters.
 
-    Names, shapes and dtypes are checked against the files' headers before anything is put on a device. On a
-    mesh over several processes, all of them call this, and each reads and holds what its own devices hold (of
-    a GGUF file each dequantises whole tensors, one at a time).
+    Names, shapes and dtypes are checked against the files' headers before any tensor is read. On a mesh over
+    several processes, all of them call this, and each reads only the parts for its own devices (of a GGUF
+    file, whole tensors, one at a time).
 
     Args:
         cls: the class to build; a causal language model loads into a classifier too, with a new `score`.
-        name_or_path: a directory in Hugging Face's layout, a GGUF file, a name on the Hub; or a `Checkpoint`.
-        dtype: of the parameters: float32, bfloat16 or float16; None or "auto": as the embedding is stored.
-        mesh: to divide the model over, of `phi3_jax.make_mesh`; default: the whole of it on one device.
+        name_or_path: a directory in Hugging Face's layout, a GGUF file, a name on the Hub, or a `Checkpoint`.
+        dtype: the parameters' dtype, float32, bfloat16 or float16; None or "auto": the stored embedding's.
+        mesh: divides the model, see `phi3_jax.make_mesh`; default: all of it is on one device.
         attn_implementation: as in `set_attn_implementation`; default: by the platform.
-        config: used in place of the checkpoint's.
-        ignore_mismatched_sizes: initialise `score` anew where the number of labels differs.
-        rngs: for parameters that are initialised; an int is a seed.
+        config: in place of the checkpoint's.
+        ignore_mismatched_sizes: initialise `score` where the number of labels differs.
+        rngs: initialise parameters that the checkpoint has not; an int is a seed.
         revision: branch, tag or commit on the Hub.
-        token: for the Hub.
-        cache_dir: of the Hub's files.
-        local_files_only: never ask the Hub.
+        token: the Hub's access token.
+        cache_dir: the folder of the Hub's files.
+        local_files_only: do not connect to the Hub.
         config_changes: fields of the config to change, such as `num_labels=77`.
 
     Raises:
-        CheckpointError: what is wrong with the checkpoint, the tensors concerned named.
-        ValueError: a dtype that parameters cannot have, config changes that do not fit together, sizes that
-            the mesh does not divide.
+        CheckpointError: the checkpoint does not fit; the message names the tensors.
+        UserError: a dtype that parameters cannot have, config changes that contradict each other, or sizes
+            that the mesh does not divide.
     """
-    kind = _wanted_dtype(dtype)
+    parameters_dtype = _requested_dtype(dtype)
     if not isinstance(name_or_path, Checkpoint):
         name_or_path = resolve(
             name_or_path,
@@ -92,18 +93,20 @@ def load_model(
     shapes.set_attn_implementation(attn_implementation)
     graph, abstract = nnx.split(shapes)
     parameters = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in nnx.to_flat_state(abstract)}
-    wanted = {name: leaf.shape for name, leaf in parameters.items()}
-    files = _match(cls, source, config, wanted, ignore_mismatched_sizes, path)
-    if kind is None:
-        kind = _stored_dtype(source, files.values())
-    fresh = {name: leaf.sharding for name, leaf in parameters.items() if name not in files}
-    values = _initialise(partial(build, config, dtype=kind, mesh=mesh), rngs, fresh) if fresh else {}
+    expected = {name: leaf.shape for name, leaf in parameters.items()}
+    files = _match(cls, source, config, expected, ignore_mismatched_sizes, path)
+    if parameters_dtype is None:
+        parameters_dtype = _stored_dtype(source, files.values())
+    absent = {name: leaf.sharding for name, leaf in parameters.items() if name not in files}
+    values = {}
+    if absent:
+        values = _initialise(partial(build, config, dtype=parameters_dtype, mesh=mesh), rngs, absent)
+        names = " and ".join(absent)
+        logger.warning("%s has no %s that fits: initialised, to be trained before use", path, names)
     for name, file_name in files.items():
         leaf = parameters[name]
-        values[name] = put_parameter(source, file_name, layout_of(name), leaf.shape, kind, leaf.sharding)
-    if fresh:
-        names = " and ".join(fresh)
-        logger.warning("%s has no %s that fits: initialised anew, to be trained before use", path, names)
+        layout = layout_of(name)
+        values[name] = put_parameter(source, file_name, layout, leaf.shape, parameters_dtype, leaf.sharding)
     leaves = [
         (keys, leaf.replace(values[".".join(map(str, keys))])) for keys, leaf in nnx.to_flat_state(abstract)
     ]
@@ -121,65 +124,67 @@ def load_abstract(
     mesh: Mesh | None = None,
     config: Phi3Config | None = None,
 ) -> Model:
-    """What `load_model` would load from a directory or a GGUF file, without its numbers.
+    """Returns the abstract model of a directory or a GGUF file: shapes and dtypes without numbers.
 
     Raises:
-        CheckpointError, ValueError: as `load_model`; tensors are not looked at.
+        CheckpointError, UserError: as `load_model`; tensors are not checked.
     """
     source, own_config = open_checkpoint(path)
-    kind = _wanted_dtype(dtype)
-    if kind is None:
-        kind = _stored_dtype(source, source.names())
-    return abstract_model(cls, config or own_config, dtype=kind, mesh=mesh)
+    parameters_dtype = _requested_dtype(dtype) or _stored_dtype(source, source.names())
+    return abstract_model(cls, config or own_config, dtype=parameters_dtype, mesh=mesh)
 
 
-def _wanted_dtype(dtype: Any) -> np.dtype | None:
+def _requested_dtype(dtype: Any) -> np.dtype | None:
     return None if dtype in (None, "auto") else parameter_dtype(dtype)
 
 
 def _stored_dtype(source: TensorSource, names: Iterable[str]) -> np.dtype:
-    """Of the embedding."""
+    """Returns the dtype of the stored embedding."""
     stored = source.dtype(next(name for name in names if name.endswith("embed_tokens.weight")))
-    return np.dtype(np.float32) if stored == np.float64 else stored  # JAX has no float64 unless told so
+    return np.dtype(np.float32) if stored == np.float64 else stored  # JAX has no float64 by default
 
 
 def _match(
     cls: type,
     source: TensorSource,
     config: Phi3Config,
-    wanted: dict[str, tuple[int, ...]],
+    expected: dict[str, tuple[int, ...]],
     ignore_mismatched_sizes: bool,
     path: Path,
 ) -> dict[str, str]:
-    """The name in the checkpoint of every parameter that is loaded; what does not fit is an error."""
+    """Returns the name in the checkpoint of every parameter that is loaded.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of the wrong shape.
+    """
     present = set(source.names())
-    headed = any(name.startswith("model.") for name in wanted)
-    stored_headed = any(name.startswith("model.") for name in present)
+    has_head = any(name.startswith("model.") for name in expected)
+    stored_with_head = any(name.startswith("model.") for name in present)
     files, problems, missing = {}, [], []
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         stored = name
-        if headed and not stored_headed:
+        if has_head and not stored_with_head:
             stored = name.removeprefix("model.")
-        elif stored_headed and not headed:
+        elif stored_with_head and not has_head:
             stored = f"model.{name}"
         if stored not in present and name.startswith("score."):
             stored = name.replace("score.", "classifier.")
         if stored not in present:
-            if name not in FRESH:
+            if name not in INITIALISED:
                 missing.append(stored)
             continue
-        expected = layout_of(name).checkpoint_shape(shape)
-        if source.shape(stored) == expected:
+        stored_shape = layout_of(name).checkpoint_shape(shape)
+        if source.shape(stored) == stored_shape:
             files[name] = stored
-        elif name in FRESH and ignore_mismatched_sizes:
+        elif name in INITIALISED and ignore_mismatched_sizes:
             present.discard(stored)
         else:
-            advice = " (ignore_mismatched_sizes=True initialises it anew)" if name in FRESH else ""
-            found = list(source.shape(stored))
-            problems.append(f"{stored} has shape {found}, expected {list(expected)}{advice}")
-    left = present - set(files.values())
-    other_heads = sorted(left & set(HEADS))
-    unexpected = sorted(name for name in left - set(HEADS) if not ignorable(name))
+            advice = " (ignore_mismatched_sizes=True initialises it)" if name in INITIALISED else ""
+            actual = list(source.shape(stored))
+            problems.append(f"{stored} has shape {actual}, expected {list(stored_shape)}{advice}")
+    unused = present - set(files.values())
+    other_heads = sorted(unused & set(HEADS))
+    unexpected = sorted(name for name in unused - set(HEADS) if not ignorable(name))
     if unexpected:
         problems.insert(0, f"unexpected: {some(unexpected)}")
     if missing:
@@ -195,13 +200,13 @@ def _match(
 
 
 def _initialise(
-    build: Callable[..., nnx.Module], rngs: nnx.Rngs, wanted: dict[str, Sharding | None]
+    build: Callable[..., nnx.Module], rngs: nnx.Rngs, shardings: dict[str, Sharding | None]
 ) -> dict[str, jax.Array]:
-    """Initial values of a few parameters, where they belong; those of all others are never computed."""
+    """Returns initial values of the parameters in `shardings`; those of all others are never computed."""
 
     def initialise(key: jax.Array) -> dict[str, jax.Array]:
         state = nnx.state(build(rngs=nnx.Rngs(key)))
         flat = {".".join(map(str, keys)): leaf[...] for keys, leaf in nnx.to_flat_state(state)}
-        return {name: flat[name] for name in wanted}
+        return {name: flat[name] for name in shardings}
 
-    return jax.jit(initialise, out_shardings=wanted)(rngs.params())
+    return jax.jit(initialise, out_shardings=shardings)(rngs.params())

@@ -1,4 +1,4 @@
-"""What a forward returns: the reference's output classes as pytrees."""
+"""The outputs of a forward: the reference's classes as pytrees."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from phi3_jax.cache.cache import KVCache
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BaseModelOutputWithPast:
-    """Of `Phi3Model`."""
+    """The output of `Phi3Model`."""
 
     last_hidden_state: Float[Array, "B T D"]
     past_key_values: KVCache | None = None
@@ -23,7 +23,7 @@ class BaseModelOutputWithPast:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CausalLMOutputWithPast:
-    """Of `Phi3ForCausalLM`."""
+    """The output of `Phi3ForCausalLM`."""
 
     logits: Float[Array, "B T V"]
     loss: Float[Array, ""] | None = None
@@ -35,7 +35,7 @@ class CausalLMOutputWithPast:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SequenceClassifierOutputWithPast:
-    """Of `Phi3ForSequenceClassification`."""
+    """The output of `Phi3ForSequenceClassification`."""
 
     logits: Float[Array, "B labels"]
     loss: Float[Array, ""] | None = None
@@ -47,7 +47,7 @@ class SequenceClassifierOutputWithPast:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenClassifierOutput:
-    """Of `Phi3ForTokenClassification`."""
+    """The output of `Phi3ForTokenClassification`."""
 
     logits: Float[Array, "B T labels"]
     loss: Float[Array, ""] | None = None

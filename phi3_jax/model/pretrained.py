@@ -1,4 +1,4 @@
-"""What every model class of the package can do: load, save, resize its vocabulary, make a cache."""
+"""The base of all model classes: loading, saving, resizing the vocabulary, making a cache."""
 
 from os import PathLike
 from typing import Any, Self
@@ -30,12 +30,12 @@ class Phi3PreTrainedModel(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of parameters and activations."""
+        """The dtype of parameters and activations."""
         return self.decoder.norm.weight.dtype
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the parameters lie on CPUs, or those of an abstract model would; of a traced one: no."""
+        """Whether the parameters are on CPUs, or would be for an abstract model; False while it is traced."""
         weight = self.decoder.norm.weight.get_value()
         if isinstance(weight, jax.core.Tracer):
             return False
@@ -45,7 +45,7 @@ class Phi3PreTrainedModel(nnx.Module):
         return {device.platform for device in weight.devices()} == {"cpu"}
 
     def num_parameters(self) -> int:
-        """Numbers in all parameters."""
+        """Returns the number of elements in all parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self))
 
     def init_cache(
@@ -81,14 +81,14 @@ class Phi3PreTrainedModel(nnx.Module):
         )
 
     def set_attn_implementation(self, implementation: str | None) -> None:
-        """Chooses the attention kernel, which is otherwise chosen by the platform.
+        """Sets the attention kernel; by default the platform decides.
 
         Args:
-            implementation: "xla", "pallas" (splash attention and our kernel for caches; interpreted where
-                there is no TPU), "cudnn" (NVIDIA GPUs), or None: Pallas on TPU, cuDNN on GPU, else XLA.
+            implementation: "xla", "pallas" (splash attention, and a kernel for caches; interpreted without a
+                TPU), "cudnn" (NVIDIA GPUs), or None: Pallas on TPU, cuDNN on GPU, XLA elsewhere.
 
         Raises:
-            ValueError: another name.
+            UserError: another name.
         """
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(map(repr, IMPLEMENTATIONS))
@@ -101,14 +101,14 @@ class Phi3PreTrainedModel(nnx.Module):
         return self.decoder.embed_tokens
 
     def gradient_checkpointing_enable(self, policy: Any = None) -> None:
-        """Computes each layer again in the backward pass instead of keeping its activations.
+        """Makes the backward pass compute each layer again instead of keeping its activations.
 
-        `policy` is one of `jax.checkpoint_policies`: what to keep all the same; default: nothing.
+        `policy`, one of `jax.checkpoint_policies`, says what is kept all the same; default: nothing.
         """
         self.decoder.remat_policy = policy or jax.checkpoint_policies.nothing_saveable
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations for the backward pass again."""
+        """Makes the forward keep activations for the backward pass."""
         self.decoder.remat_policy = None
 
     def resize_token_embeddings(
@@ -119,18 +119,18 @@ class Phi3PreTrainedModel(nnx.Module):
         mean_resizing: bool = True,
         rngs: nnx.Rngs | int = 0,
     ) -> Embedding:
-        """Cuts or extends the vocabulary, of the output layer too, and `config.vocab_size` with it.
+        """Shortens or extends the vocabulary, the output layer and `config.vocab_size`.
 
         Args:
-            new_num_tokens: rows wanted.
+            new_num_tokens: the new number of rows.
             pad_to_multiple_of: rounds the rows up.
-            mean_resizing: new rows are the mean of the old ones, so that a new token changes the others'
-                probabilities little; otherwise normal(0, initializer_range).
-            rngs: for new rows that are drawn.
+            mean_resizing: new rows are the mean of the old ones, so that new tokens change the others'
+                probabilities little; otherwise they are drawn from normal(0, initializer_range).
+            rngs: for drawn rows.
 
         Raises:
-            ValueError: no row would be left, a token that the config names (pad, bos, eos) would go, or the
-                mesh does not divide the rows.
+            UserError: no row would remain, or not those of the config's pad, bos and eos tokens, or the mesh
+                does not divide the rows.
         """
         if pad_to_multiple_of is not None:
             if pad_to_multiple_of < 1:
@@ -158,12 +158,12 @@ class Phi3PreTrainedModel(nnx.Module):
         return self.get_input_embeddings()
 
     def _vocabulary_weights(self) -> list[nnx.Param]:
-        """Parameters with a row for every token."""
+        """Returns the parameters with a row for every token."""
         return [self.decoder.embed_tokens.weight]
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | PathLike[str], **options: Any) -> Self:
-        """Loads a checkpoint: a directory in Hugging Face's layout, a GGUF file or a hub name.
+        """Loads a checkpoint: a directory in Hugging Face's layout, a GGUF file or a name on the Hub.
 
         See `phi3_jax.model.loading.load_model` for the options (`dtype`, `config`, `revision`, `token`, ...).
         """

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: which frequencies, their cosines and sines, and the rotation itself."""
+"""Rotary position embeddings: cosines and sines of each position, and the rotation of heads."""
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,15 @@ def rope_tables(
     inv_freq: Float[Array, "..."] | None = None,
     attention_scaling: Float[Array, "..."] | float | None = None,
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosines and sines of every position, float32, times the attention factor.
+    """Returns cosines and sines of every position, float32, times the attention factor.
 
     Args:
-        config: names the rope type; its formula gives what `inv_freq` and `attention_scaling` leave out.
-        position_ids: positions within each row.
-        rope_length: tokens of each row, by which longrope chooses its list and dynamic NTK its base.
-        inv_freq: frequencies used instead, [rotary_dim / 2], [B, rotary_dim / 2] or, where they differ from
-            position to position, [B, T, rotary_dim / 2].
-        attention_scaling: factor on cosine and sine used instead, a scalar or [B].
+        config: its rope type gives the frequencies and the factor that are not passed.
+        position_ids: positions in each row.
+        rope_length: the length of each row, on which its frequencies may depend.
+        inv_freq: frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2] or, for each
+            position, [B, T, rotary_dim / 2].
+        attention_scaling: factor on cosine and sine in place of the config's, a scalar or [B].
     """
     own_inv_freq, own_scaling = config.rope_scaling.frequencies(config.rope_base, rope_length)
     half = config.rotary_dim // 2
@@ -47,7 +47,7 @@ def rope_tables(
 def apply_rope(
     x: Float[Array, "B T ..."], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T ..."]:
-    """Rotates the leading dims of each head, split in halves (GPT-NeoX order); the rest pass unchanged.
+    """Rotates the leading dims of each head, split in halves (GPT-NeoX order); the others do not change.
 
     `x` is [B, T, heads..., H]; `cos` and `sin` cover the 2 * half <= H rotary dims.
     """

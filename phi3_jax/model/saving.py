@@ -1,4 +1,4 @@
-"""From a model to a directory that transformers loads."""
+"""Writes a model as a directory that transformers loads."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ from phi3_jax.parallel import distributed
 
 
 class ParameterSource:
-    """Parameters under the names and in the layouts that they are stored in.
+    """Parameters as a `TensorSource`, with the checkpoint's names and layouts.
 
-    Of a model over several processes all of them must `read` the same tensors in the same order.
+    All processes of a model over several must `read` the same tensors in the same order.
     """
 
     def __init__(self, parameters: Mapping[str, tuple[nnx.Param, TensorLayout]]):
@@ -44,7 +44,7 @@ class ParameterSource:
 
 
 class ModelSource(ParameterSource):
-    """The parameters of a model under the checkpoint's names and in its layout."""
+    """The parameters of a model as a `TensorSource`."""
 
     def __init__(self, model: Any):
         flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -53,7 +53,7 @@ class ModelSource(ParameterSource):
 
 
 def _readable(parameter: Any) -> Any:
-    """The parameter where this process can read it: of one over several processes, a copy on every device."""
+    """Returns a parameter that this process can read: over several processes, a copy on every device."""
     if not isinstance(parameter, jax.Array) or parameter.is_fully_addressable:
         return parameter
     assert isinstance(parameter.sharding, NamedSharding)
@@ -61,8 +61,8 @@ def _readable(parameter: Any) -> Any:
     return jax.jit(lambda x: x, out_shardings=everywhere)(parameter)
 
 
-class _Gathered:
-    """In process 0: the tensors of `source`, each told to the other processes, which `_follow`."""
+class _BroadcastSource:
+    """The tensors of `source` in process 0; it announces each read to the other processes."""
 
     def __init__(self, source: TensorSource):
         self._source = source
@@ -74,7 +74,7 @@ class _Gathered:
 
 
 def _follow(source: TensorSource) -> None:
-    """In the other processes: takes part in what process 0 reads until it is done, and fails as it does."""
+    """Takes part, in the other processes, in the reads of process 0 until its end or its error."""
     while True:
         name, error = distributed.broadcast(None)
         if error is not None:
@@ -88,13 +88,13 @@ def _follow(source: TensorSource) -> None:
 def save_model(model: Any, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
     """Writes `config.json` and safetensors, sharded with an index above `max_shard_size`.
 
-    For a causal language model also `generation_config.json`.
+    A causal language model also gets `generation_config.json`.
 
-    Files take their names only when all are written; what else the directory holds stays. Of several
-    processes all call this; process 0 writes, the others wait until it has, or has failed.
+    Files get their names when all are written; other files of the directory stay. All processes call this;
+    process 0 writes, and the others wait for its end or its error.
 
     Raises:
-        ValueError: the model has adapters, for which a checkpoint has no names.
+        UserError: the model has adapters, for which a checkpoint has no names.
         CheckpointError: the disk is full, or the directory cannot be written.
     """
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
@@ -106,29 +106,29 @@ def save_model(model: Any, directory: str | os.PathLike[str], *, max_shard_size:
 
 
 def write_in_one(source: TensorSource, write: Callable[[TensorSource], None]) -> None:
-    """Calls `write` with the tensors of `source` in process 0, while the others take part in reading them.
+    """Calls `write` with the tensors of `source` in process 0; the other processes take part in the reads.
 
-    All processes return when it has written, or raise what it raised.
+    All processes return after the write, or raise its error.
     """
     if distributed.process_count() == 1:
         write(source)
     elif distributed.is_primary():
-        failed: BaseException | None = None
+        failure: BaseException | None = None
         try:
-            write(_Gathered(source))
+            write(_BroadcastSource(source))
         except BaseException as error:
-            failed = error
-        distributed.broadcast((None, failed and distributed.portable(failed)))
-        if failed is not None:
-            raise failed
+            failure = error
+        distributed.broadcast((None, failure and distributed.portable(failure)))
+        if failure is not None:
+            raise failure
     else:
         _follow(source)
 
 
 def _write(model: Any, source: TensorSource, directory: Path, max_shard_size: int | str) -> None:
     config = model.config
-    about = {"architectures": [type(model).__name__], "dtype": str(model.dtype)}
-    extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"} | about
+    summary = {"architectures": [type(model).__name__], "dtype": str(model.dtype)}
+    extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"} | summary
     with atomic_directory(directory) as work:
         write_tensors(source, work, max_shard_size)
         if isinstance(model, GenerationMixin):

@@ -12,7 +12,7 @@ from phi3_jax.costs.work import AbstractStep, Work
 from phi3_jax.errors import UserError
 from phi3_jax.lora import add_lora
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.model.abstract import abstract_cache, abstract_model, placed
+from phi3_jax.model.abstract import abstract_cache, abstract_model
 from phi3_jax.parallel.sharding import replicate, sharding
 from phi3_jax.trainer import Trainer
 
@@ -30,7 +30,7 @@ def _finetune(work: Work, mesh: Mesh) -> AbstractStep:
     model = abstract_model(Phi3ForCausalLM, work.config, dtype=work.dtype, mesh=mesh)
     wrt = nnx.Param
     if (rank := work.lora) is not None:
-        model = placed(nnx.eval_shape(lambda model: add_lora(model, rank), model), mesh)
+        model = with_shardings(nnx.eval_shape(lambda model: add_lora(model, rank), model), mesh)
         wrt = nnx.LoRAParam
     trainer = Trainer(
         model,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3PreTrainedModel
-from phi3_jax.model.abstract import placed
+from phi3_jax.model.abstract import with_shardings
 from phi3_jax.model.layer_stack import stack_layers, unstack_layers
 from phi3_jax.model.layers import PROJECTION
 from phi3_jax.trainer.objectives import Batch, Objective
@@ -100,7 +100,7 @@ class Trainer:
         shapes = jax.eval_shape(self._arranged, model)
         shapes.decoder.remat_policy = REMAT_POLICIES[remat]
         self._structure: nnx.GraphDef[Any] = nnx.graphdef(shapes)
-        self.state_shapes = placed(jax.eval_shape(self._start, model), mesh)
+        self.state_shapes = with_shardings(jax.eval_shape(self._start, model), mesh)
         """The state as `jax.ShapeDtypeStruct`s with their shardings."""
         where = None if mesh is None else jax.tree.map(lambda x: x.sharding, self.state_shapes)
         both = None if mesh is None else (where, NamedSharding(mesh, PartitionSpec()))

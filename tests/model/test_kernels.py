@@ -332,14 +332,14 @@ class TestCached:
         poisoned, _ = run(query, *(np.where(dead[:, None], jnp.nan, x) for x in (key, value)), mask=mask)
         np.testing.assert_array_equal(poisoned, out)
 
-    def test_live_blocks(self) -> None:
+    def test_visible_blocks(self) -> None:
         key_slots = np.where(_cache("left", 2, 1024, 700, 1, None).key_mask, np.arange(1024), cached.FAR)
         query_slots = np.array([[[10, 11], [698, 699]]] * 2)
-        order, counts = cached.live_blocks(query_slots, key_slots, None, 128)
+        order, counts = cached.visible_blocks(query_slots, key_slots, None, 128)
         assert order[0].tolist() == [[0] * 8, [0, 1, 2, 3, 4, 5, 5, 5]]
         assert order[1, 1].tolist() == [1, 2, 3, 4, 5, 5, 5, 5]
         assert counts.tolist() == [[1, 6], [0, 5]]
-        order, counts = cached.live_blocks(query_slots, key_slots, 200, 128)
+        order, counts = cached.visible_blocks(query_slots, key_slots, 200, 128)
         assert order[:, 1].tolist() == [[3, 4, 5, 5, 5, 5, 5, 5]] * 2
         assert counts[:, 1].tolist() == [3, 3]
 

@@ -1,4 +1,4 @@
-"""A Pallas TPU kernel for queries against a cache: decoding, chunks of a prompt, checking drafts."""
+"""A Pallas TPU kernel for queries over a cache: decoding, chunks of a prompt, verifying drafts."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,44 +13,45 @@ from jaxtyping import Array, Float, Int
 
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.model.masks import CausalMask
+from phi3_jax.sizes import INT32_MAX, ceil_div, round_up
 
 LANES = 128
 SUBLANES = 8
 
 UNSEEN = float(np.finfo(np.float32).min)
-"""The score of a key that a query does not see, and the log-sum-exp of a query that sees none."""
+"""The score of a key that a query does not see, and the log-sum-exp of a query without visible keys."""
 
 START = UNSEEN / 2
 """Where running maxima start: above UNSEEN, so that unseen keys get exp(UNSEEN - START) = 0."""
 
-FAR = np.iinfo(np.int32).max
-"""The slot given to keys that are padding: after every query."""
+FAR = INT32_MAX
+"""The slot of keys that are padding: after every query."""
 
 KEY_BLOCK = 512
-"""Keys a grid step; few enough that little is read past the last token."""
+"""Keys in a grid step; few enough that little is read after the last token."""
 
 LARGEST_KEY_BLOCK = 2048
-"""Keys a grid step where there are few heads to take together."""
+"""Keys in a grid step where few heads can be combined."""
 
 ROW_BLOCK = 512
-"""Query rows (queries times groups) a grid step; at 256 and above the MXU outruns the cache's reading."""
+"""Query rows (queries times groups) in a grid step; from 256 on the MXU is faster than reading the cache."""
 
 STEP_BYTES = 2 << 20
-"""Keys and values a grid step, twice in VMEM: large beside a step's 0.35 us, small beside VMEM's 16 MB."""
+"""Keys and values in a grid step, twice in VMEM: large against a step's 0.35 us, small against its 16 MB."""
 
 ROWS_BYTES = 5 << 20
-"""What the query rows of a grid step may take of VMEM, with their sums and results."""
+"""The most VMEM for the query rows of a grid step, with their sums and results."""
 
 SCORES_BYTES = 1 << 20
-"""What the scores of one head of a grid step may take; several arrays of that size are live at a time."""
+"""The most bytes for the scores of one head of a grid step; several arrays of that size are live at once."""
 
 UNROLLED_ROWS = 64
-"""Rows up to which the heads of a step are unrolled, so that the work of one hides the waits of another."""
+"""The most rows for which the heads of a step are unrolled, so that one head's work hides another's waits."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What one grid step takes."""
+    """The sizes of one grid step."""
 
     queries: int
     rows: int
@@ -68,26 +69,26 @@ def cached_attention(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
-    """Softmax attention that reads only those blocks of keys in which some query may see something.
+    """Softmax attention that reads only blocks of keys that some query may see.
 
-    Where T queries have slots in order and without gaps these are exactly the blocks with a visible key; the
-    grid is as long as the longest row needs. Not differentiable.
+    For T queries in consecutive slots, these are exactly the blocks with a visible key. The grid is as long
+    as the longest row needs. Not differentiable.
 
     Returns:
-        The attended values in float32, and the log-sum-exp of each query's scores, by which a cache divided
-        over devices is put together. A query that sees nothing gets zeros and `UNSEEN`.
+        The attended values in float32, and the log-sum-exp of each query's scores, which combines the results
+        of a cache divided over devices. A query without a visible key gets zeros and `UNSEEN`.
     """
     batch, length, kv_heads, groups, width = query.shape
     size = key.shape[2]
     blocks = choose_blocks(length, kv_heads, groups, width, size, key.dtype.itemsize)
-    query_blocks = -(-length // blocks.queries)
+    query_blocks = ceil_div(length, blocks.queries)
 
     keys_at = jnp.where(mask.key_mask, mask.key_slots, FAR)
-    keys_at = _pad(keys_at, 1, -(-size // blocks.keys) * blocks.keys, constant_values=FAR)  # [B, blocks' S]
-    # Queries that fill a block up repeat the last one, so that they see nothing new.
+    keys_at = _pad(keys_at, 1, round_up(size, blocks.keys), constant_values=FAR)  # [B, S rounded up]
+    # Queries that pad a block repeat the last one, so they see no other keys.
     queries_at = _pad(mask.query_slots, 1, query_blocks * blocks.queries, mode="edge")
     queries_at = queries_at.reshape(batch, query_blocks, blocks.queries)
-    order, counts = live_blocks(queries_at, keys_at, mask.window, blocks.keys)
+    order, counts = visible_blocks(queries_at, keys_at, mask.window, blocks.keys)
 
     rows = query.swapaxes(1, 2)  # [B, K, T, G, H]
     rows = _pad(rows, 2, query_blocks * blocks.queries)
@@ -109,14 +110,13 @@ def cached_attention(
 
 
 def choose_blocks(length: int, kv_heads: int, groups: int, width: int, size: int, itemsize: int) -> Blocks:
-    """Steps that are large beside their overhead and fit into VMEM."""
+    """Returns grid steps that are large against their overhead and fit into VMEM."""
     queries = length
     if length * groups > ROW_BLOCK:
         most = max(ROW_BLOCK // groups // SUBLANES, 1) * SUBLANES
-        queries = -(-length // (-(-length // most)))
-        queries = -(-queries // SUBLANES) * SUBLANES
-    rows = -(-queries * groups // SUBLANES) * SUBLANES
-    lanes = -(-width // LANES) * LANES
+        queries = round_up(ceil_div(length, ceil_div(length, most)), SUBLANES)
+    rows = round_up(queries * groups, SUBLANES)
+    lanes = round_up(width, LANES)
     # A head's sum, its result and queries (two buffers each), maximum, normalizer and log-sum-exp (two).
     head_rows_bytes = rows * (lanes * (4 + 2 * 4 + 2 * 4) + LANES * 4 * 4)
     keys = min(KEY_BLOCK, size)
@@ -134,25 +134,40 @@ def choose_blocks(length: int, kv_heads: int, groups: int, width: int, size: int
     return Blocks(queries=queries, rows=rows, heads=heads, keys=keys)
 
 
-def live_blocks(
+def visible_blocks(
     query_slots: Int[Array, "B blocks queries"], key_slots: Int[Array, "B S"], window: int | None, keys: int
 ) -> tuple[Int[Array, "B blocks key_blocks"], Int[Array, "B blocks"]]:
-    """For each block of queries the blocks of keys it has to read, in order and then repeated, and how many.
+    """Returns the blocks of keys that each block of queries reads, in order, and how many.
 
-    A block index that repeats is not fetched again.
+    After these, the last index repeats; a repeated block is not fetched again.
     """
     key_blocks = key_slots.shape[1] // keys
     first, last = jnp.min(query_slots, axis=2), jnp.max(query_slots, axis=2)  # [B, blocks]
-    live = key_slots[:, None] <= last[:, :, None]  # [B, blocks, S]
+    visible = key_slots[:, None] <= last[:, :, None]  # [B, blocks, S]
     if window is not None:
-        live &= key_slots[:, None] > first[:, :, None] - window
-    live = live.reshape(*first.shape, key_blocks, keys).any(axis=3)
-    seen = jnp.cumsum(live, axis=2, dtype=jnp.int32)
+        visible &= key_slots[:, None] > first[:, :, None] - window
+    visible = visible.reshape(*first.shape, key_blocks, keys).any(axis=3)
+    seen = jnp.cumsum(visible, axis=2, dtype=jnp.int32)
     counts = seen[:, :, -1]
     rank = jnp.minimum(jnp.arange(key_blocks), jnp.maximum(counts[:, :, None] - 1, 0))
-    # The block of rank n comes after as many blocks as have at most n live ones up to them. (No sorting.)
+    # The index of the visible block of rank n is the number of blocks with at most n visible ones up to them.
     order = jnp.sum(seen[:, :, None] <= rank[..., None], axis=3, dtype=jnp.int32)
     return jnp.minimum(order, key_blocks - 1), counts
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Static sizes and options of a call of the kernel."""
+
+    query_blocks: int
+    key_blocks: int
+    size: int
+    """Slots of the cache."""
+    window: int | None
+    scale: float
+    swapped: bool
+    """Whether keys and values are [B, K, H, S]."""
+    quantized: bool
 
 
 def _call(
@@ -168,73 +183,21 @@ def _call(
     blocks: Blocks,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """The kernel on rows [B, K, R, H] with slots [B, R, 1] and keys with slots [B, 1, S]."""
-    batch, kv_heads, _, width = rows.shape
-    size = key.shape[2]
-    query_blocks, key_blocks = order.shape[1:]
-    # TPUs keep [B, K, S, H] with S in the lanes unless H fills them: there the swapped view costs nothing.
-    swapped = width % LANES != 0
+    """Runs the kernel on rows [B, K, R, H] with slots [B, R, 1] and keys with slots [B, 1, S]."""
+    # TPUs store [B, K, S, H] with S in the lanes unless H fills them, so the swapped view is free.
+    swapped = rows.shape[3] % LANES != 0
     quantized = isinstance(key, QuantizedVectors)
-
-    def block(b: Array, q: Array, j: Array, order_ref: jax.Ref) -> Array:
-        return order_ref[(b * query_blocks + q) * key_blocks + j]
-
-    rows_spec = pl.BlockSpec((1, blocks.heads, blocks.rows, width), lambda b, h, q, j, *_: (b, h, q, 0))
-    if swapped:
-        vectors_spec = pl.BlockSpec(
-            (1, blocks.heads, width, blocks.keys),
-            lambda b, h, q, j, order, counts: (b, h, 0, block(b, q, j, order)),
-        )
-    else:
-        vectors_spec = pl.BlockSpec(
-            (1, blocks.heads, blocks.keys, width),
-            lambda b, h, q, j, order, counts: (b, h, block(b, q, j, order), 0),
-        )
-    # Scales of all heads: a block of some rows would have to be whole tiles.
-    scales_spec = pl.BlockSpec(
-        (1, kv_heads, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
-    )
+    query_blocks, key_blocks = order.shape[1:]
+    shape = _Shape(query_blocks, key_blocks, key.shape[2], window, scale, swapped, quantized)
 
     def operands(vectors: Array | QuantizedVectors) -> list[Array]:
         if isinstance(vectors, QuantizedVectors):
             return [*operands(vectors.values), vectors.scale]
         return [vectors.swapaxes(2, 3) if swapped else vectors]
 
-    vectors_specs = [vectors_spec, scales_spec] if quantized else [vectors_spec]
     return pl.pallas_call(
-        partial(
-            _kernel,
-            query_blocks=query_blocks,
-            key_blocks=key_blocks,
-            window=window,
-            scale=scale,
-            swapped=swapped,
-            quantized=quantized,
-            size=size,
-        ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, kv_heads // blocks.heads, query_blocks, jnp.maximum(jnp.max(counts), 1)),
-            in_specs=[
-                pl.BlockSpec((1, blocks.rows, 1), lambda b, h, q, j, *_: (b, q, 0)),
-                pl.BlockSpec(
-                    (1, 1, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
-                ),
-                rows_spec,
-                *vectors_specs,
-                *vectors_specs,
-            ],
-            out_specs=[
-                rows_spec,
-                pl.BlockSpec((1, blocks.heads, blocks.rows, 1), lambda b, h, q, j, *_: (b, h, q, 0)),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((blocks.heads, blocks.rows, width), jnp.float32),
-                pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
-                pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
-                *([pltpu.VMEM((kv_heads, blocks.keys), jnp.float32)] * 2 if quantized else []),
-            ],
-        ),
+        partial(_kernel, shape),
+        grid_spec=_grid_spec(rows.shape, counts, shape, blocks),
         out_shape=[
             jax.ShapeDtypeStruct(rows.shape, jnp.float32),
             jax.ShapeDtypeStruct((*rows.shape[:3], 1), jnp.float32),
@@ -247,31 +210,75 @@ def _call(
     )(order.reshape(-1), counts.reshape(-1), rows_at, keys_at, rows, *operands(key), *operands(value))
 
 
+def _grid_spec(
+    rows_shape: tuple[int, ...], counts: Array, shape: _Shape, blocks: Blocks
+) -> pltpu.PrefetchScalarGridSpec:
+    """Returns the grid (rows of the batch, blocks of heads, of queries, of keys) and the blocks of arrays."""
+    batch, kv_heads, _, width = rows_shape
+
+    def block(b: Array, q: Array, j: Array, order_ref: jax.Ref) -> Array:
+        return order_ref[(b * shape.query_blocks + q) * shape.key_blocks + j]
+
+    rows_spec = pl.BlockSpec((1, blocks.heads, blocks.rows, width), lambda b, h, q, j, *_: (b, h, q, 0))
+    if shape.swapped:
+        vectors_spec = pl.BlockSpec(
+            (1, blocks.heads, width, blocks.keys),
+            lambda b, h, q, j, order, counts: (b, h, 0, block(b, q, j, order)),
+        )
+    else:
+        vectors_spec = pl.BlockSpec(
+            (1, blocks.heads, blocks.keys, width),
+            lambda b, h, q, j, order, counts: (b, h, block(b, q, j, order), 0),
+        )
+    # Scales of all heads, because a block of some rows must be whole tiles.
+    scales_spec = pl.BlockSpec(
+        (1, kv_heads, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
+    )
+    vectors_specs = [vectors_spec, scales_spec] if shape.quantized else [vectors_spec]
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(batch, kv_heads // blocks.heads, shape.query_blocks, jnp.maximum(jnp.max(counts), 1)),
+        in_specs=[
+            pl.BlockSpec((1, blocks.rows, 1), lambda b, h, q, j, *_: (b, q, 0)),
+            pl.BlockSpec(
+                (1, 1, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
+            ),
+            rows_spec,
+            *vectors_specs,
+            *vectors_specs,
+        ],
+        out_specs=[
+            rows_spec,
+            pl.BlockSpec((1, blocks.heads, blocks.rows, 1), lambda b, h, q, j, *_: (b, h, q, 0)),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((blocks.heads, blocks.rows, width), jnp.float32),
+            pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
+            pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
+            *([pltpu.VMEM((kv_heads, blocks.keys), jnp.float32)] * 2 if shape.quantized else []),
+        ],
+    )
+
+
 def _kernel(
+    shape: _Shape,
     order_ref: jax.Ref,
     counts_ref: jax.Ref,
     rows_at_ref: jax.Ref,
     keys_at_ref: jax.Ref,
     rows_ref: jax.Ref,
     *refs: jax.Ref,
-    query_blocks: int,
-    key_blocks: int,
-    window: int | None,
-    scale: float,
-    swapped: bool,
-    quantized: bool,
-    size: int,
 ) -> None:
-    """One step: the rows of some heads against one block of keys, with the softmax taken on the way."""
-    if quantized:
+    """Computes one step: the rows of some heads over one block of keys, with a running softmax."""
+    if shape.quantized:
         key_ref, key_scale_ref, value_ref, value_scale_ref, *refs_left = refs
         out_ref, lse_ref, sum_ref, max_ref, norm_ref, key_scales, value_scales = refs_left
     else:
         key_ref, value_ref, out_ref, lse_ref, sum_ref, max_ref, norm_ref = refs
     row, head_block, query_block, step = (pl.program_id(axis) for axis in range(4))
-    at = row * query_blocks + query_block
+    at = row * shape.query_blocks + query_block
     heads, keys = rows_ref.shape[1], keys_at_ref.shape[2]
-    dtype = rows_ref.dtype if quantized else jnp.promote_types(rows_ref.dtype, key_ref.dtype)
+    dtype = rows_ref.dtype if shape.quantized else jnp.promote_types(rows_ref.dtype, key_ref.dtype)
 
     @pl.when(step == 0)
     def start() -> None:
@@ -283,12 +290,12 @@ def _kernel(
     def add_block() -> None:
         keys_at, rows_at = keys_at_ref[0], rows_at_ref[0]  # [1, keys], [rows, 1]
         visible = keys_at <= rows_at
-        if window is not None:
-            visible &= keys_at > rows_at - window
-        if quantized:  # rows of packed numbers cannot be picked by a number that is not known
+        if shape.window is not None:
+            visible &= keys_at > rows_at - shape.window
+        if shape.quantized:  # rows of packed numbers cannot be selected by a traced index
             key_scales[...] = key_scale_ref[0].astype(jnp.float32)
             value_scales[...] = value_scale_ref[0].astype(jnp.float32)
-        left = size - order_ref[at * key_blocks + step] * keys
+        left = shape.size - order_ref[at * shape.key_blocks + step] * keys
 
         def add_head(head: Array, _: None) -> None:
             scale_row = pl.ds(head_block * heads + head, 1)
@@ -296,43 +303,43 @@ def _kernel(
             scores = jax.lax.dot_general(
                 rows_ref[0, head].astype(dtype),
                 key,
-                (((1,), (0 if swapped else 1,)), ((), ())),
+                (((1,), (0 if shape.swapped else 1,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
-            if quantized:
+            if shape.quantized:
                 scores = scores * key_scales[scale_row, :]
-            scores = jnp.where(visible, scores * scale, UNSEEN)  # [rows, keys]
+            scores = jnp.where(visible, scores * shape.scale, UNSEEN)  # [rows, keys]
 
-            before = max_ref[head]  # the same in every lane, as all three are
-            now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-            weights = jnp.exp(scores - now[:, :1])
-            faded = jnp.exp(before - now)
-            max_ref[head] = now
-            norm_ref[head] = norm_ref[head] * faded + jnp.sum(weights, axis=1, keepdims=True)
+            old_max = max_ref[head]  # the same in every lane, like the two others
+            new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+            weights = jnp.exp(scores - new_max[:, :1])
+            decay = jnp.exp(old_max - new_max)
+            max_ref[head] = new_max
+            norm_ref[head] = norm_ref[head] * decay + jnp.sum(weights, axis=1, keepdims=True)
 
-            if quantized:
+            if shape.quantized:
                 weights = weights * value_scales[scale_row, :]
             value = _widen(value_ref[0, head], dtype)
-            if size % keys:  # past the last value lies anything, NaN as well
-                axis = 1 if swapped else 0
+            if shape.size % keys:  # after the last value there may be anything, also NaN
+                axis = 1 if shape.swapped else 0
                 value = jnp.where(jax.lax.broadcasted_iota(jnp.int32, value.shape, axis) < left, value, 0)
             added = jax.lax.dot_general(
                 weights.astype(dtype),
                 value,
-                (((1,), (1 if swapped else 0,)), ((), ())),
+                (((1,), (1 if shape.swapped else 0,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
-            sum_ref[head] = sum_ref[head] * faded[:, :1] + added
+            sum_ref[head] = sum_ref[head] * decay[:, :1] + added
 
         jax.lax.fori_loop(0, heads, add_head, None, unroll=rows_ref.shape[2] <= UNROLLED_ROWS)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def finish() -> None:
         norm = norm_ref[...]
-        nothing = norm == 0
-        safe = jnp.where(nothing, 1.0, norm)
+        empty = norm == 0
+        safe = jnp.where(empty, 1.0, norm)
         out_ref[0] = sum_ref[...] / safe[:, :, :1]
-        lse_ref[0] = jnp.where(nothing, UNSEEN, max_ref[...] + jnp.log(safe))[:, :, :1]
+        lse_ref[0] = jnp.where(empty, UNSEEN, max_ref[...] + jnp.log(safe))[:, :, :1]
 
 
 def _widen(vectors: Array, dtype: jnp.dtype) -> Array:
@@ -340,7 +347,7 @@ def _widen(vectors: Array, dtype: jnp.dtype) -> Array:
 
 
 def _pad(x: Array, axis: int, size: int, **how: Any) -> Array:
-    """`x` filled up to `size` along `axis`."""
+    """Returns `x` padded to `size` along `axis`."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths, **how)

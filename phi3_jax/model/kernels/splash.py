@@ -1,4 +1,4 @@
-"""JAX's splash attention (TPU) for forwards whose keys are the queries' own, with its backward pass."""
+"""JAX's splash attention for TPU, forward and backward, for queries over their own keys."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,15 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.errors import UserError
+from phi3_jax.sizes import ceil_div, round_up
 
 TILE = 128
 BLOCK = 512
-"""Queries and keys multiplied at a time: large beside a step's overhead; their scores take 1 MB of VMEM."""
+"""Queries and keys multiplied at a time: large against a step's overhead; scores take 1 MB of VMEM."""
 
 
 @dataclass(frozen=True)
 class _Visible:
-    """Which keys a query sees, by their places; equal for equal windows, so that programs are reused."""
+    """Whether a query sees a key, by position; equal for equal windows, so that programs are reused."""
 
     window: int | None
 
@@ -31,11 +32,10 @@ class _Visible:
 
 @dataclass(frozen=True)
 class _CausalBlocks(Mask):
-    """The causal mask as the library asks for it, without ever making one.
+    """The causal mask in the library's interface, without computing its elements.
 
-    Of a block the library only wants to know whether any and whether all of it is visible (inside the kernel
-    it uses `mask_function`), and two numbers say that. Its own masks compute every element on the host: a
-    minute at 131,072 tokens.
+    The library only asks whether any and whether all of a block is visible (inside the kernel it uses
+    `mask_function`). Its own masks compute every element on the host: a minute at 131,072 tokens.
     """
 
     length: int
@@ -54,7 +54,7 @@ class _CausalBlocks(Mask):
         return _Visible(self.window)
 
     def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
-        """[whether anything, whether everything in the block is visible]."""
+        """Returns [whether any, whether every element of the block is visible]."""
         queries, keys = block
         some = keys.start < queries.stop
         every = keys.stop - 1 <= queries.start
@@ -68,23 +68,23 @@ class _CausalBlocks(Mask):
 def make_kernel(
     groups: int, length: int, window: int | None, *, shards: int = 1, interpret: bool = False
 ) -> library.SplashAttentionKernel:
-    """The kernel of `groups` query heads that share a key/value head; a pytree of NumPy arrays.
+    """Returns the kernel of `groups` query heads that share a key/value head; a pytree of NumPy arrays.
 
     Args:
-        groups: query heads a key/value head.
+        groups: query heads of a key/value head.
         length: tokens of the whole sequence.
-        window: keys that a query sees at most, its own included.
-        shards: pieces into which the queries are cut over a mesh axis, keys and values being whole.
+        window: the most keys that a query sees, its own included.
+        shards: the parts into which a mesh axis divides the queries; keys and values are whole.
         interpret: run without a TPU, for tests.
 
     Raises:
-        ValueError: `length` is no multiple of 128 times `shards`, if `shards` is not 1.
+        UserError: `shards` is not 1, and `length` is not a multiple of 128 times it.
     """
     if window is not None and window >= length:
         window = None
     block, padded = _block(length, shards)
     blocks = padded // block
-    # Twice the keys a step halves the steps' overhead where nothing stands against it.
+    # Twice the keys in a step halves the overhead of the steps.
     keys = 2 * block if blocks % 2 == 0 else block
     sizes = library.BlockSizes(
         block_q=block,
@@ -110,26 +110,26 @@ def make_kernel(
 
 
 def _block(length: int, shards: int) -> tuple[int, int]:
-    """The block size, and the length that whole blocks take."""
+    """Returns the block size and the length rounded up to whole blocks."""
     if shards == 1:
-        blocks = -(-length // BLOCK)
-        block = -(-length // (blocks * TILE)) * TILE
+        blocks = ceil_div(length, BLOCK)
+        block = round_up(ceil_div(length, blocks), TILE)
         return block, blocks * block
     if length % (TILE * shards):
         raise UserError(
-            f"{length} tokens do not divide over context={shards} in pieces of whole {TILE}s: "
-            f"pad them to {-(-length // (TILE * shards)) * TILE * shards}"
+            f"{length} tokens do not divide over context={shards} in parts of whole {TILE}s: "
+            f"pad them to {round_up(length, TILE * shards)}"
         )
-    piece = length // shards
-    return max(n for n in range(TILE, BLOCK + 1, TILE) if piece % n == 0), length
+    part = length // shards
+    return max(n for n in range(TILE, BLOCK + 1, TILE) if part % n == 0), length
 
 
 def kernel_specs(
     kernel: library.SplashAttentionKernel, mesh: Mesh, axis: str | None
 ) -> library.SplashAttentionKernel:
-    """The kernel's `in_specs` for `shard_map`, its queries being cut over `axis` of the mesh (None: whole).
+    """Returns the kernel's `in_specs` for `shard_map`; `axis` of the mesh divides its queries (None: whole).
 
-    The library's kernels want `check_vma=False`.
+    The library's kernels need `check_vma=False`.
     """
     return kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
 
@@ -144,16 +144,16 @@ def attend(
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B T K G H"]:
-    """Softmax attention of the kernel's own queries (all, or one device's piece) over all keys.
+    """Softmax attention of the kernel's own queries (all, or one device's part) over all keys.
 
-    A query that sees nothing gets the mean of the values in its blocks, and a gradient that is finite and of
-    no use: mask such queries in the loss. `scale` is multiplied into the queries, and rounded with them.
-    Given segments, 0 for padding, a query sees its own only, and `key_mask` says nothing more.
+    A query without a visible key gets the mean of the values in its blocks, and a gradient that is finite but
+    meaningless: mask such queries in the loss. The queries are multiplied by `scale` and rounded. With
+    segments, 0 for padding, a query sees its own segment only, and `key_mask` is not used.
     """
     length = query.shape[1]
-    places = kernel.fwd_mask_info.q_sequence
-    assert places is not None  # every mask of `make_kernel` has them
-    padding = places.shape[0] - length
+    positions = kernel.fwd_mask_info.q_sequence
+    assert positions is not None  # every mask of `make_kernel` has them
+    padding = positions.shape[0] - length
 
     def pad(x: Array, axis: int) -> Array:
         widths = [(0, 0)] * x.ndim
@@ -162,7 +162,7 @@ def attend(
 
     queries = pad((query.astype(jnp.float32) * scale).astype(query.dtype), 1).transpose(0, 2, 3, 1, 4)
     rows: tuple[int | None, int]
-    if query_segments is None or key_segments is None:  # one segment, to which padding does not belong
+    if query_segments is None or key_segments is None:  # one segment, without the padding
         ones = jnp.ones((queries.shape[3],), jnp.int32)
         ids, rows = (ones, pad(key_mask.astype(jnp.int32), 1)), (None, 0)
     else:
@@ -171,7 +171,7 @@ def attend(
     def attend_row(queries: Array, keys: Array, values: Array, ids: tuple[Array, Array]) -> Array:
         def attend_head(queries: Array, keys: Array, values: Array) -> Array:
             out = kernel(queries, keys, values, library.SegmentIds(*ids))
-            assert isinstance(out, jax.Array)  # no residuals were asked for
+            assert isinstance(out, jax.Array)  # residuals come only when requested
             return out
 
         return jax.vmap(attend_head)(queries, keys, values)
