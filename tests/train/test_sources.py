@@ -1,0 +1,49 @@
+"""Packing the examples of a run: rope frequencies are the same for all examples of a row."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from phi3_jax.train.sources import Data, load_data
+from runs import settings_of, write_base, write_rows
+
+from phi3_jax import Phi3Config
+from phi3_jax.data.packing import PackedExamples
+from phi3_jax.tokenizer import Phi3Tokenizer
+
+SWITCH = 20
+"""Tokens up to which the first list counts; some examples are longer."""
+
+
+def packed(folder: Path, rope: dict[str, Any], max_length: int = 96) -> Data:
+    write_rows(folder / "train.jsonl", 24, "causal-lm")
+    sizes = {"max_position_embeddings": 4 * SWITCH, "original_max_position_embeddings": SWITCH}
+    base = write_base(folder / "base", **sizes)
+    config = Phi3Config.from_pretrained(base).replace(rope_scaling=rope)
+    task = {"task": "causal-lm", "messages_column": "messages"}
+    settings = settings_of(folder, base, packing=True, max_length=max_length, **task)
+    return load_data(settings, Phi3Tokenizer.from_pretrained(base), config)
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "yarn"])
+def test_a_packed_row_has_one_list(tmp_path: Path, rope_type: str) -> None:
+    lists = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    train = packed(tmp_path, {"type": rope_type, **lists}).train
+    assert isinstance(train, PackedExamples)
+    needs_long = train.examples.lengths > SWITCH
+    assert 0 < np.count_nonzero(needs_long) < len(needs_long)
+    assert max(len(row) for row in train.rows) > 1
+    for row in train.rows:
+        assert len(set(needs_long[row])) == 1
+
+
+def test_packing_rejects_other_ropes_that_depend_on_the_length(tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 4.0}
+    with pytest.raises(ValueError, match=r"those of 'dynamic' change with .* max_length=96; set packing to"):
+        packed(tmp_path, dynamic)
+
+
+def test_packs_where_the_rope_does_not_change_yet(tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 4.0}
+    assert isinstance(packed(tmp_path, dynamic, max_length=4 * SWITCH).train, PackedExamples)
