@@ -73,7 +73,7 @@ def predict(
         return (logits > 0).astype(np.int64), special.expit(np.abs(logits))
     if problem_type == "regression":
         return logits, None
-    raise UserError(f"problem_type={problem_type!r} is not known; use {', '.join(SEQUENCE_TASKS)}")
+    raise UserError(f"problem_type={problem_type!r} is unknown; use {', '.join(SEQUENCE_TASKS)}")
 
 
 def sequence_metrics(

@@ -1,4 +1,4 @@
-"""From a loader's batches to the devices: which rows this process makes, and where they go."""
+"""Batches on devices: the rows that this process makes, and their shardings."""
 
 import math
 from collections.abc import Mapping
@@ -14,27 +14,27 @@ from phi3_jax.parallel.sharding import sharding, shards
 
 
 def check_rows(rows: int, parts: int, mesh: Mesh | None, name: str) -> None:
-    """Whether `rows` divide over `parts` micro-batches and the mesh.
+    """Checks that `rows` divide over `parts` micro-batches and the mesh.
 
     Raises:
-        ValueError: they do not; the text names a number that would.
+        UserError: they do not; the message suggests a number that does.
     """
     unit = parts * (1 if mesh is None else shards(mesh, "batch"))
     if rows % unit:
         near = max(unit, round(rows / unit) * unit)
         raise UserError(
             f"{name}={rows} does not divide over {unit} (micro-batches times the mesh's data x fsdp); "
-            f"use {near}, say"
+            f"use {near}, for example"
         )
 
 
 def width_multiple(mesh: Mesh | None, multiple: int = 8) -> int:
-    """What the widths of rows must be multiples of."""
+    """Returns the number that the widths of rows must be multiples of."""
     return multiple if mesh is None else math.lcm(multiple, mesh.shape["context"])
 
 
 def local_rows(rows: int, mesh: Mesh | None) -> Int[np.ndarray, "local"] | None:
-    """The rows of a batch that this process's devices hold; None: all."""
+    """Returns the rows of a batch that this process's devices hold; None means all."""
     if mesh is None or not mesh.is_multi_process:
         return None
     parts = sharding(mesh, ("batch",)).addressable_devices_indices_map((rows,)).values()
@@ -44,20 +44,20 @@ def local_rows(rows: int, mesh: Mesh | None) -> Int[np.ndarray, "local"] | None:
 def to_devices(
     arrays: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None, own: Int[np.ndarray, "local"] | None
 ) -> dict[str, Any]:
-    """A batch as a step takes it, divided over `mesh`; `arrays` holds the rows that this process makes."""
+    """Returns a batch divided over `mesh`; `arrays` has the rows that this process makes, `own`."""
     if mesh is None:
         return dict(arrays)
 
     def put(x: np.ndarray) -> jax.Array:
         shape = (rows, *x.shape[1:])
-        # Numbers for each class stand in rows too, but not those for each token.
+        # Integers of two axes belong to tokens; other numbers belong to the classes of a row.
         tokens = x.ndim == 2 and np.issubdtype(x.dtype, np.integer)
-        where = sharding(mesh, ("batch", "length") if tokens else ("batch", None)[: x.ndim])
+        spec = sharding(mesh, ("batch", "length") if tokens else ("batch", None)[: x.ndim])
 
         def part(index: Any) -> np.ndarray:
             held = np.arange(rows)[index[0]]
             return x[held if own is None else np.searchsorted(own, held)][(slice(None), *index[1:])]
 
-        return jax.make_array_from_callback(shape, where, part)
+        return jax.make_array_from_callback(shape, spec, part)
 
     return {name: put(x) for name, x in arrays.items()}

@@ -1,4 +1,4 @@
-"""Optimizers and schedules by the names that users of transformers know, made of optax."""
+"""Optimizers and schedules from optax, under the names of transformers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +13,20 @@ OPTIMIZERS = ("adamw", "adafactor", "lion")
 SCHEDULES = ("linear", "cosine", "constant")
 
 SMALLEST_FACTORED = 32
-"""Adafactor factors second moments over the two largest axes if both have this size: our projections keep
-heads as an axis, so that one of the two is head_dim where the checkpoint's matrix has all heads."""
+"""Adafactor factors second moments over the two largest axes if both have at least this size. Our projections
+keep heads as an axis, so one of the two is head_dim where the checkpoint's matrix has all heads."""
 
 
 def make_schedule(name: str, peak: float, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    """The learning rate of each step: from 0 up to `peak`, then as `name` says, to 0 but for "constant".
+    """Returns the learning rate of each step: from 0 up to `peak`, then down to 0 unless "constant".
 
-    As transformers' schedulers: the first of `warmup_steps` steps has the rate 0.
+    As in transformers, the first of `warmup_steps` steps has the rate 0.
 
     Raises:
-        ValueError: an unknown name, or a warm-up longer than the run.
+        UserError: the name is unknown, or the warm-up is longer than the run.
     """
     if name not in SCHEDULES:
-        raise UserError(f"lr_scheduler_type={name!r} is not known; use {', '.join(SCHEDULES)}")
+        raise UserError(f"lr_scheduler_type={name!r} is unknown; use {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < total_steps:
         raise UserError(f"the warm-up has {warmup_steps} steps and the whole run {total_steps}")
     rest = total_steps - warmup_steps
@@ -50,15 +50,15 @@ def make_optimizer(
     beta2: float = 0.999,
     epsilon: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Clips the gradients' norm, then updates; norms and biases do not decay.
+    """Returns an optimizer that clips the gradients' norm, then updates; norms and biases do not decay.
 
-    `beta1`, `beta2` and `epsilon` are AdamW's, the first two Lion's too; Adafactor has its own.
+    AdamW uses `beta1`, `beta2` and `epsilon`, Lion only the first two; Adafactor has its own numbers.
 
     Raises:
-        ValueError: an unknown name, or a number that cannot be.
+        UserError: the name is unknown, or a number is out of range.
     """
     if name not in OPTIMIZERS:
-        raise UserError(f"optim={name!r} is not known; use {', '.join(OPTIMIZERS)}")
+        raise UserError(f"optim={name!r} is unknown; use {', '.join(OPTIMIZERS)}")
     if weight_decay < 0 or (max_grad_norm is not None and max_grad_norm <= 0):
         raise UserError(f"weight_decay={weight_decay}, max_grad_norm={max_grad_norm}: must not be negative")
     make: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -66,7 +66,7 @@ def make_optimizer(
             schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decays
         ),
         "lion": lambda: optax.lion(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=decays),
-        # Decay follows the learning rate here as in the others; optax's own argument does not.
+        # Decay follows the learning rate as in the other two; with optax's own argument it does not.
         "adafactor": lambda: optax.chain(
             optax.adafactor(
                 multiply_by_parameter_scale=False, min_dim_size_to_factor=SMALLEST_FACTORED, momentum=None
@@ -81,10 +81,10 @@ def make_optimizer(
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """Scales gradients so that their common norm is `most` at most.
+    """Returns a transformation that scales gradients so that their common norm is at most `most`.
 
-    As optax's, but with one factor for all numbers: theirs, a division and a choice for each, XLA does not
-    fuse with what follows, so that gradients pass through memory once more.
+    It is optax's, but multiplies all numbers by one factor. XLA does not fuse optax's division and choice for
+    each number with the update, so that gradients would pass through memory once more.
     """
 
     def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
@@ -94,10 +94,10 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
 
 
 def decays(parameters: Any) -> Any:
-    """Which of the parameters weight decay is for: all but norms and biases."""
+    """Returns which parameters decay: all but norms and biases."""
 
-    def of(path: tuple[Any, ...], _: Any) -> bool:
+    def decay(path: tuple[Any, ...], _: Any) -> bool:
         names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
         return not any(name.endswith("norm") or name == "bias" for name in names)
 
-    return jax.tree_util.tree_map_with_path(of, parameters)
+    return jax.tree_util.tree_map_with_path(decay, parameters)

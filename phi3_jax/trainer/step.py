@@ -26,24 +26,25 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     ),
     "none": None,
 }
-"""What a layer keeps for the backward pass: its input; the results of its projections too; everything."""
+"""What a layer keeps for the backward pass: with "full" its input, with "dots" its projections too, with
+"none" everything."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What changes from step to step, and the parameters that do not."""
+    """The parameters, the optimizer's state and the step."""
 
     trained: nnx.State
-    """Parameters that the optimizer changes, in the dtype that it works in."""
+    """Parameters that the optimizer changes, in the master dtype."""
     frozen: nnx.State
-    """All others, in the dtype that is computed with."""
+    """All other parameters, in the compute dtype."""
     optimizer: optax.OptState
     step: Int[Array, ""]
 
 
 class Metrics(NamedTuple):
-    """Of one step, before its update."""
+    """The metrics of one step, before its update."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
@@ -52,23 +53,23 @@ class Metrics(NamedTuple):
 class Trainer:
     """Trains the parameters of a model that `wrt` selects.
 
-    Each layer is computed again in the backward pass unless `remat` keeps what it made.
+    The backward pass computes each layer again, except what `remat` keeps.
 
     Args:
-        model: any of the package's, whole or abstract (`abstract_model`); it is not changed.
+        model: any model of this package, with numbers or abstract (`abstract_model`); it is not changed.
         optimizer: of optax.
         objective: the loss; default: the head's own.
-        accumulate: micro-batches that a batch is divided into, one after another; the step is the same but
-            for rounding, and needs the memory of one of them.
-        wrt: `nnx.Param`: all parameters; `nnx.LoRAParam`: adapters only; or any filter of nnx.
+        accumulate: how many micro-batches a batch is divided into. They run one after another, so that a step
+            needs the memory of one; its result is the same but for rounding.
+        wrt: `nnx.Param` for all parameters, `nnx.LoRAParam` for adapters only, or any filter of nnx.
         master_dtype: of trained parameters between steps, and of the optimizer's state.
         compute_dtype: of parameters and activations within a step; default: the model's.
-        remat: of `REMAT_POLICIES`.
+        remat: a key of `REMAT_POLICIES`.
         scan_layers: stack the layers and scan them, so that a step compiles in the time of one layer. On CPU
             a scan copies what every layer keeps and its gradients; there a list is 1.6 times as fast.
 
     Raises:
-        ValueError: an unknown `remat`, an objective that does not fit the model, or `accumulate` below 1.
+        UserError: `remat` is unknown, the objective does not fit the model, or `accumulate` is below 1.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Trainer:
         scan_layers: bool = True,
     ):
         if remat not in REMAT_POLICIES:
-            raise UserError(f"remat={remat!r} is not known; use {', '.join(REMAT_POLICIES)}")
+            raise UserError(f"remat={remat!r} is unknown; use {', '.join(REMAT_POLICIES)}")
         if accumulate < 1:
             raise UserError(f"accumulate={accumulate} must be at least 1")
         self.objective = objective or Objective()
@@ -95,36 +96,36 @@ class Trainer:
         self.master_dtype = jnp.dtype(master_dtype)
         self.compute_dtype = jnp.dtype(compute_dtype or model.dtype)
         self._wrt = wrt
-        self._arranged = stack_layers if scan_layers else unstack_layers
+        self._arrange = stack_layers if scan_layers else unstack_layers
         mesh = model.decoder.mesh
-        shapes = jax.eval_shape(self._arranged, model)
+        shapes = jax.eval_shape(self._arrange, model)
         shapes.decoder.remat_policy = REMAT_POLICIES[remat]
         self._structure: nnx.GraphDef[Any] = nnx.graphdef(shapes)
         self.state_shapes = with_shardings(jax.eval_shape(self._start, model), mesh)
         """The state as `jax.ShapeDtypeStruct`s with their shardings."""
-        where = None if mesh is None else jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        both = None if mesh is None else (where, NamedSharding(mesh, PartitionSpec()))
-        self.start = jax.jit(self._start, out_shardings=where)
+        shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        both = None if mesh is None else (shardings, NamedSharding(mesh, PartitionSpec()))
+        self.start = jax.jit(self._start, out_shardings=shardings)
         self.step = jax.jit(self._step, donate_argnames="state", out_shardings=both)
 
     def _start(self, model: Phi3PreTrainedModel) -> TrainState:
-        """The state before the first step."""
-        trained, frozen = nnx.state(self._arranged(model), self._wrt, ...)
+        """Returns the state before the first step."""
+        trained, frozen = nnx.state(self._arrange(model), self._wrt, ...)
         trained = _cast(trained, self.master_dtype)
         frozen = _cast(frozen, self.compute_dtype)
         return TrainState(trained, frozen, self.optimizer.init(trained), jnp.zeros((), jnp.int32))
 
     def model(self, state: TrainState) -> Any:
-        """The model with the parameters of `state`, its layers a list again."""
+        """Returns the model with the parameters of `state` and a list of layers."""
         return unstack_layers(nnx.merge(self._structure, state.trained, state.frozen))
 
     def _step(
         self, state: TrainState, batch: Batch, key: Key[Array, ""] | None = None
     ) -> tuple[TrainState, Metrics]:
-        """The state after one update, and metrics; `key`, the same for all steps, turns dropout on.
+        """Returns the state after one update, and metrics; `key`, the same for all steps, turns dropout on.
 
         Raises:
-            ValueError: rows that micro-batches do not divide.
+            UserError: the rows do not divide into micro-batches.
         """
         key = None if key is None else jax.random.fold_in(key, state.step)
         value, gradients = self._gradients(state, batch, key)
@@ -136,11 +137,11 @@ class Trainer:
     def _gradients(
         self, state: TrainState, batch: Batch, key: Key[Array, ""] | None
     ) -> tuple[Float[Array, ""], nnx.State]:
-        """The loss of a batch and its gradients in the master dtype."""
+        """Returns the loss of a batch, and its gradients in the master dtype."""
         count = self.objective.count(nnx.merge(self._structure, state.trained, state.frozen), batch)
 
         def loss(trained: nnx.State, part: Batch, key: Key[Array, ""] | None) -> Float[Array, ""]:
-            # Cast before the scan, so that a mesh gathers the narrow numbers.
+            # Cast before the scan, so that a mesh gathers numbers of the compute dtype.
             model = self.computing(replace(state, trained=trained))
             return self.objective.loss_sum(model, part, key) / count
 
@@ -150,15 +151,15 @@ class Trainer:
         def add(total: Any, item: tuple[Array, Batch]) -> tuple[Any, None]:
             number, part = item
             part_key = None if key is None else jax.random.fold_in(key, number)
-            made = jax.value_and_grad(loss)(state.trained, part, part_key)
-            return jax.tree.map(jnp.add, total, made), None
+            own = jax.value_and_grad(loss)(state.trained, part, part_key)
+            return jax.tree.map(jnp.add, total, own), None
 
-        nothing = jax.tree.map(jnp.zeros_like, (count, state.trained))
+        zeros = jax.tree.map(jnp.zeros_like, (count, state.trained))
         parts = jax.tree.map(self._parts, batch)
-        return jax.lax.scan(add, nothing, (jnp.arange(self.accumulate), parts))[0]
+        return jax.lax.scan(add, zeros, (jnp.arange(self.accumulate), parts))[0]
 
     def _parts(self, x: Array) -> Array:
-        """[rows, ...] as [micro-batches, rows of each, ...]: every device keeps the rows that it has."""
+        """Returns [rows, ...] as [micro-batches, rows of each, ...]; every device keeps its own rows."""
         rows = x.shape[0]
         if rows % self.accumulate:
             raise UserError(f"a batch of {rows} rows does not divide into {self.accumulate} micro-batches")
@@ -166,7 +167,7 @@ class Trainer:
         return jnp.swapaxes(parts, 0, 1)
 
     def computing(self, state: TrainState) -> Any:
-        """The model as a step computes with it: in the compute dtype, its layers as they are trained."""
+        """Returns the model as a step uses it: in the compute dtype, with its layers stacked or not."""
         return nnx.merge(self._structure, _cast(state.trained, self.compute_dtype), state.frozen)
 
 

@@ -351,7 +351,7 @@ def test_warns_of_a_damaged_best_checkpoint(folder, base, monkeypatch, caplog):
 
 
 def test_rejects_batches_that_the_mesh_does_not_divide(folder, base):
-    with pytest.raises(ValueError, match=r"train_batch_size=6 does not divide over 8 .*; use 8, say"):
+    with pytest.raises(ValueError, match=r"train_batch_size=6 does not divide over 8 .*; use 8, for example"):
         finetune(
             settings_of(folder, base, train_batch_size=6), mesh=make_mesh("data=8", jax.devices()), show=False
         )

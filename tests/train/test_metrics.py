@@ -111,7 +111,7 @@ def test_predictions_and_their_probabilities() -> None:
     assert sure == pytest.approx(np.array([[0.75, 0.8]]))
     values, sure = predict("regression", np.array([[1.5]]))
     assert (values.item(), sure) == (1.5, None)
-    with pytest.raises(ValueError, match="'ranking' is not known; use single_label_classification"):
+    with pytest.raises(ValueError, match="'ranking' is unknown; use single_label_classification"):
         predict("ranking", LOGITS)
 
 

@@ -1,4 +1,4 @@
-"""Losses against PyTorch's, and against themselves when a batch is divided."""
+"""Losses against PyTorch, and sums over divided batches."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def model_of(kind, **changes):
 
 
 def ragged(kind, rows=8, length=12):
-    """Rows of 1 to all tokens, most labels in few of them, one row that is none."""
+    """Returns rows of different lengths with few labels in most of them, and one padding row."""
     rng = np.random.default_rng(5)
     mask = padding_mask(rows, length, "right")
     mask[:, 0] = 1
@@ -61,7 +61,7 @@ def ragged(kind, rows=8, length=12):
 
 
 def keeping_gradients():
-    """An optimizer whose state is the gradients, and that changes nothing."""
+    """Returns an optimizer that keeps the gradients as its state and changes nothing."""
 
     def zeros(tree):
         return jax.tree.map(jnp.zeros_like, tree)
@@ -76,7 +76,7 @@ def gradients(model, batch, **options):
 
 
 def close(ours, expected, tolerance):
-    """Of all numbers together: the length of the difference against that of what is expected."""
+    """Compares all numbers at once, by the norm of the difference relative to the expected norm."""
     ours, expected = (
         np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
         for tree in (ours, expected)
@@ -92,31 +92,31 @@ def close(ours, expected, tolerance):
         *(pytest.param(each, marks=pytest.mark.slow) for each in ("sequence", "regression", "token")),
     ],
 )
-def test_micro_batches_add_up_to_the_batch(kind):
+def test_micro_batches_add_up_to_the_whole_batch(kind):
     model, batch = model_of(kind), ragged(kind)
     whole, expected = gradients(model, batch)
-    parts, made = gradients(model, batch, accumulate=4)
+    parts, ours = gradients(model, batch, accumulate=4)
     assert whole.loss > 0.1
     close(parts.loss, whole.loss, 1e-6)
-    close(made, expected, 1e-6)
+    close(ours, expected, 1e-6)
 
 
 @pytest.mark.parametrize(
     "kind", ["causal", *(pytest.param(each, marks=pytest.mark.slow) for each in ("several", "token"))]
 )
-def test_devices_add_up_to_the_batch(kind):
-    """Four that divide the rows, whose labels are uneven."""
+def test_devices_add_up_to_the_whole_batch(kind):
+    """Four devices divide the rows, whose labels are uneven."""
     model, batch = model_of(kind), ragged(kind)
     whole, expected = gradients(model, batch)
     mesh = make_mesh("data=4", jax.devices()[:4])
     several = on_mesh(model, mesh)
-    parts, made = gradients(several, batch)
+    parts, ours = gradients(several, batch)
     close(parts.loss, whole.loss, 1e-6)
-    close(made, expected, 2e-6)  # sums in another order, in float32
+    close(ours, expected, 2e-6)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_the_plain_objective_is_the_heads_own_loss(kind):
+def test_the_plain_objective_is_the_loss_of_the_head(kind):
     model, batch = model_of(kind), ragged(kind)
     rows = [row for row in range(8) if row != 3]
     kept = {name: x[rows] for name, x in batch.items() if name != "weights"}
@@ -130,7 +130,7 @@ def mean_loss(model, batch, objective):
 
 @stored
 def pytorch_loss(theirs, batch, weights, smoothing):
-    """PyTorch's loss of the reference's logits, for classes of tokens or for several labels a row."""
+    """Returns PyTorch's loss of the reference's logits."""
     import torch
 
     given = {name: torch.tensor(x) for name, x in batch.items()}
@@ -155,7 +155,7 @@ def pytorch_loss(theirs, batch, weights, smoothing):
         ("several", (0.5, 1.0, 3.0), 0.1),
     ],
 )
-def test_weights_and_smoothing_are_pytorchs(kind, weights, smoothing, tmp_path):
+def test_weights_and_smoothing_match_pytorch(kind, weights, smoothing, tmp_path):
     ours, theirs = pair({"several": "sequence"}.get(kind, kind), config_of(kind), tmp_path)
     batch = ragged(kind)
     loss = mean_loss(ours, batch, Objective(smoothing, weights))
@@ -165,9 +165,9 @@ def test_weights_and_smoothing_are_pytorchs(kind, weights, smoothing, tmp_path):
 def test_a_batch_without_labels_changes_nothing():
     model, batch = model_of("token"), ragged("token")
     batch["labels"] = np.full_like(batch["labels"], -100)
-    metrics, made = gradients(model, batch, accumulate=2)
+    metrics, ours = gradients(model, batch, accumulate=2)
     assert float(metrics.loss) == 0
-    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(made))
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(ours))
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_rejects_objectives_out_of_range(arguments, words):
         Objective(**arguments)
 
 
-def test_rows_that_do_not_divide():
+def test_rejects_rows_that_micro_batches_do_not_divide():
     model = model_of("token")
     trainer = Trainer(model, optax.sgd(1.0), accumulate=3)
     state = trainer.start(model)
@@ -227,10 +227,10 @@ def test_rows_that_do_not_divide():
 
 
 @pytest.mark.slow
-def test_a_list_of_layers_is_trained_as_a_stack():
+def test_a_list_of_layers_has_the_gradients_of_a_stack():
     model, batch = model_of("causal"), ragged("causal")
-    (_, expected), (_, made) = (gradients(model, batch, scan_layers=scan) for scan in (True, False))
+    (_, expected), (_, ours) = (gradients(model, batch, scan_layers=scan) for scan in (True, False))
     stacked = np.asarray(expected.model.layers.layer.mlp.down_proj.weight[...])
-    listed = [np.asarray(layer.mlp.down_proj.weight[...]) for layer in made.model.layers.values()]
+    listed = [np.asarray(layer.mlp.down_proj.weight[...]) for layer in ours.model.layers.values()]
     close(np.stack(listed), stacked, 1e-6)
     assert jnp.dtype(stacked.dtype) == jnp.float32

@@ -1,4 +1,4 @@
-"""A rope scaling that is trained in, and saved for transformers."""
+"""Fine-tuning with another rope scaling, and saving it for transformers."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.mark.live
-def test_what_is_trained_is_what_transformers_loads(tmp_path: Path, base: Path) -> None:
+def test_transformers_loads_the_scaling(tmp_path: Path, base: Path) -> None:
     import torch
     import transformers
 
@@ -37,7 +37,7 @@ def test_what_is_trained_is_what_transformers_loads(tmp_path: Path, base: Path) 
     assert distance(logits_of(ours, input_ids=ids).logits, expected) <= 1e-5
 
 
-def test_the_scaling_is_saved(tmp_path: Path, base: Path) -> None:
+def test_saves_the_scaling(tmp_path: Path, base: Path) -> None:
     run(tmp_path, base, rope="yarn:factor=4", **TASK)
     config = Phi3Config.from_pretrained(tmp_path / "run")
     assert (config.max_position_embeddings, config.original_max_position_embeddings) == (256, 64)
@@ -50,18 +50,18 @@ def test_the_scaling_is_saved(tmp_path: Path, base: Path) -> None:
         np.testing.assert_allclose(np.ravel(got), np.ravel(expected), rtol=1e-6)
 
 
-def test_it_changes_the_losses_and_a_run_goes_on_with_the_same(tmp_path: Path, base: Path) -> None:
+def test_another_scaling_changes_the_losses_and_cannot_be_resumed(tmp_path: Path, base: Path) -> None:
     run(tmp_path, base, **TASK)
     plain = losses(tmp_path)
     with pytest.raises(ValueError, match="rope: None -> 'linear:factor=4'"):
         run(tmp_path, base, rope="linear:factor=4", **TASK)
     run(tmp_path, base, rope="linear:factor=4", overwrite_output_dir=True, **TASK)
     assert losses(tmp_path) != plain
-    told = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert told["rope_scaling"]["type"] == "longrope"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["rope_scaling"]["type"] == "longrope"
 
 
-def test_a_scaling_that_transformers_has_not(
+def test_warns_of_a_scaling_that_transformers_lacks(
     tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(tmp_path, base, rope="dynamic:factor=4", **TASK)

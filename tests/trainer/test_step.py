@@ -1,4 +1,4 @@
-"""Training steps: against PyTorch, against plain gradients, and divided over eight devices."""
+"""Training steps against PyTorch, against plain gradients, and on meshes of eight devices."""
 
 import re
 
@@ -43,7 +43,7 @@ def close(ours, expected, tolerance=1e-5):
 
 @stored
 def train(theirs, batches):
-    """PyTorch's steps of AdamW: losses, norms of the gradients, and the parameters at the end, by name."""
+    """Takes PyTorch's steps of AdamW; returns losses, gradient norms, and the final parameters by name."""
     import torch
 
     model, losses, norms = theirs.model, [], []
@@ -59,8 +59,8 @@ def train(theirs, batches):
 
 
 @pytest.mark.parametrize("kind", ["causal", "sequence", "token"])
-def test_steps_equal_pytorchs(kind, tmp_path):
-    """Twenty steps of AdamW on different batches: the losses, and the parameters at the end."""
+def test_steps_match_pytorch(kind, tmp_path):
+    """Compares the losses of twenty steps of AdamW, and the parameters at the end."""
     config = small_config(num_labels=3, classifier_dropout=0.0)
     ours, theirs = pair(kind, config, tmp_path)
     trainer = Trainer(ours, optax.adamw(1e-3, **ADAMW))
@@ -72,10 +72,10 @@ def test_steps_equal_pytorchs(kind, tmp_path):
         close(metrics.loss, loss)
         close(metrics.gradient_norm, norm)
     assert int(state.step) == 20
-    made = ModelSource(trainer.model(state))
-    assert set(made.names()) == after.keys()
+    source = ModelSource(trainer.model(state))
+    assert set(source.names()) == after.keys()
     for name, expected in after.items():
-        assert distance(made.read(name), expected) <= 1e-4, name
+        assert distance(source.read(name), expected) <= 1e-4, name
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,10 @@ def test_steps_equal_pytorchs(kind, tmp_path):
         pytest.param("data=2,tensor=4", marks=pytest.mark.slow),
     ],
 )
-def test_three_steps_on_a_mesh_equal_one_device(mesh):
+def test_three_steps_on_a_mesh_match_one_device(mesh):
     one = Phi3ForCausalLM(small_config(**GROUPED))
     several = on_mesh(one, make_mesh(mesh))
-    # Large enough that no step is Adam's sign of a rounding error.
+    # With a smaller eps, Adam would scale rounding errors to full steps.
     optimizer = optax.adamw(1e-3, eps=1e-3)
 
     def run(model):
@@ -103,31 +103,31 @@ def test_three_steps_on_a_mesh_equal_one_device(mesh):
     _, expected, losses = run(one)
     trainer, state, our_losses = run(several)
     close(our_losses, losses)
-    for made, wanted in zip(jax.tree.leaves(state.trained), jax.tree.leaves(expected.trained), strict=True):
-        close(made, wanted)
+    for ours, wanted in zip(jax.tree.leaves(state.trained), jax.tree.leaves(expected.trained), strict=True):
+        close(ours, wanted)
     for shape, leaf in zip(jax.tree.leaves(trainer.state_shapes), jax.tree.leaves(state), strict=True):
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
     weights = jax.tree.leaves(trainer.model(state))
-    for made, given in zip(weights, jax.tree.leaves(several), strict=True):
-        assert made.shape == given.shape
+    for weight, given in zip(weights, jax.tree.leaves(several), strict=True):
+        assert weight.shape == given.shape
 
 
-def test_stacking_and_back_is_the_same_model():
+def test_stacked_and_unstacked_layers_are_the_same_model():
     model = Phi3ForCausalLM(small_config(resid_pdrop=0.2, attention_dropout=0.1, embd_pdrop=0.1))
     batch, key = batch_of(), jax.random.key(3)
     stacked = stack_layers(model)
     assert len(stacked.model.layers) == 2
-    assert isinstance(model.model.layers, nnx.List)  # the given one stays
+    assert isinstance(model.model.layers, nnx.List)  # the given model is unchanged
     close(run(stacked, **batch).logits, run(model, **batch).logits)
-    close(run(stacked, **batch, rngs=key).loss, run(model, **batch, rngs=key).loss)  # the same dropout
-    for made, expected in zip(jax.tree.leaves(unstack_layers(stacked)), jax.tree.leaves(model), strict=True):
-        np.testing.assert_array_equal(made, expected)
+    close(run(stacked, **batch, rngs=key).loss, run(model, **batch, rngs=key).loss)  # with the same dropout
+    for ours, expected in zip(jax.tree.leaves(unstack_layers(stacked)), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(ours, expected)
     with pytest.raises(ValueError, match="unstack the model first"):
         stacked(**batch, use_cache=True)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "none"])
-def test_what_is_kept_changes_no_number(remat):
+def test_remat_changes_no_number(remat):
     model = Phi3ForCausalLM(small_config())
     trainer = Trainer(model, optax.sgd(0.1), remat=remat)
     _, metrics = trainer.step(trainer.start(model), batch_of())
@@ -136,7 +136,7 @@ def test_what_is_kept_changes_no_number(remat):
     close(metrics.gradient_norm, optax.tree.norm(gradients))
 
 
-def test_master_weights_stay_wide_and_the_model_computes_narrow():
+def test_steps_compute_in_bfloat16_and_keep_float32_weights():
     model = Phi3ForCausalLM(small_config(), dtype=jnp.bfloat16)
     trainer = Trainer(model, optax.adamw(1e-6))
     state = trainer.start(model)
@@ -153,12 +153,12 @@ def test_master_weights_stay_wide_and_the_model_computes_narrow():
     assert all(narrow.search(line) for line in with_weights)
 
 
-def test_an_unknown_remat_is_an_error():
-    with pytest.raises(ValueError, match="remat='some' is not known; use full, dots, none"):
+def test_rejects_an_unknown_remat():
+    with pytest.raises(ValueError, match="remat='some' is unknown; use full, dots, none"):
         Trainer(Phi3ForCausalLM(small_config()), optax.sgd(0.1), remat="some")
 
 
-def test_adapters_start_as_nothing_and_are_trained_alone():
+def test_new_adapters_change_nothing_and_only_they_are_trained():
     model = Phi3ForCausalLM(small_config(**GROUPED))
     adapted = add_lora(model, 2, targets=("qkv_proj", "down_proj"))
     batch = batch_of()
@@ -184,8 +184,8 @@ def test_adapters_start_as_nothing_and_are_trained_alone():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_adapter_adds_its_product(target):
-    """y = W x + alpha / rank B A x, written out for each projection."""
+def test_an_adapter_adds_a_scaled_product(target):
+    """Each projection computes y = W x + alpha / rank B A x."""
     model = Phi3ForCausalLM(small_config(**GROUPED))
     adapted = add_lora(model, 2, alpha=6.0, targets=(target,))
     layer = adapted.model.layers[1]
@@ -199,14 +199,14 @@ def test_an_adapter_adds_its_product(target):
     x = rng.normal(size=(2, 3, *inputs)).astype(np.float32)
     flat = x.reshape(6, -1).astype(np.float64)
     out = weight.shape[: weight.ndim - linear.input_axes]
-    columns = flat.shape[1]
-    expected = flat @ weight.reshape(-1, columns).T
-    expected += 3.0 * (flat @ a.reshape(2, columns).T) @ b.reshape(-1, 2).T
+    width = flat.shape[1]
+    expected = flat @ weight.reshape(-1, width).T
+    expected += 3.0 * (flat @ a.reshape(2, width).T) @ b.reshape(-1, 2).T
     close(linear(jnp.asarray(x)), expected.reshape(2, 3, *out))
 
 
 @pytest.mark.slow
-def test_adapters_on_a_mesh_equal_one_device():
+def test_adapters_on_a_mesh_match_one_device():
     model = add_lora(Phi3ForCausalLM(small_config(**GROUPED)), 2)
     mesh = make_mesh("fsdp=2,context=2,tensor=2")
     plain = on_mesh(Phi3ForCausalLM(small_config(**GROUPED)), mesh)
@@ -228,12 +228,12 @@ def test_adapters_on_a_mesh_equal_one_device():
         ({"rank": 2, "targets": ("q_proj",)}, "there is no projection q_proj; use qkv_proj, o_proj"),
     ],
 )
-def test_adapters_that_cannot_be(arguments, words):
+def test_rejects_ranks_and_targets_of_adapters(arguments, words):
     with pytest.raises(ValueError, match=words):
         add_lora(Phi3ForCausalLM(small_config()), **arguments)
 
 
-def test_adapters_twice_or_on_a_stack():
+def test_rejects_adapters_twice_or_on_stacked_layers():
     model = Phi3ForCausalLM(small_config())
     with pytest.raises(ValueError, match="already has adapters"):
         add_lora(add_lora(model, 2), 2)
