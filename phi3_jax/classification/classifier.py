@@ -239,7 +239,7 @@ def task_of_model(
     words_column: str | None = None,
     max_length: int | None = None,
 ) -> ClassifierTask:
-    """Returns the task of a model; what is not given is as in training, if run.json lies with the model.
+    """Returns the task of a model; what is not given is as in training, if the model has a run.json.
 
     Raises:
         UserError: run.json is broken, or a column is given that this head does not use.

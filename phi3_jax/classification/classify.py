@@ -83,7 +83,7 @@ def classify_file(
     """
     check_format(output)
     path = resolve(model)
-    _, config = open_checkpoint(path)
+    config = open_checkpoint(path).config
     head = Head.from_checkpoint(path, config)
     task = task_of_model(path, config, head, **columns)
     unreadable = BadRows(skip_bad_rows)
@@ -103,7 +103,7 @@ def classify_file(
 def _open_table(
     source: Path, output: Path, head: Head, task: ClassifierTask, all_scores: bool, unreadable: BadRows
 ) -> tuple[Table, Iterator[Row]]:
-    """Returns the table of the output, and the rows of the input, after everything that can be checked."""
+    """Checks the files; returns the table of the output and the rows of the input."""
     predicted = head.columns(all_scores)
     rows = read_rows(source, columns=task.columns, only_columns=False, bad=unreadable)
     first = next(rows, None)

@@ -28,7 +28,7 @@ class Place(NamedTuple):
     line: int
     """The row's first line, counted from 1."""
     unit: str = "line"
-    """"row" for files without lines."""
+    """What `line` counts: lines, or rows of a file without lines."""
 
     def __str__(self) -> str:
         return f"{self.file}, {self.unit} {self.line}"
@@ -146,10 +146,10 @@ def _format_of(path: Path, file_format: str | None) -> str:
             raise UserError(f"file_format={file_format!r} is not known; use one of {known}")
         return file_format
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    found = {".json": "jsonl"}.get(suffix, suffix.removeprefix("."))
-    if found not in _READERS:
-        raise UserError(f"the suffix of {path} names no format; give file_format= one of {known}")
-    return found
+    name = {".json": "jsonl"}.get(suffix, suffix.removeprefix("."))
+    if name not in _READERS:
+        raise UserError(f"the suffix of {path} is not a known format; give file_format= one of {known}")
+    return name
 
 
 def _skip_bad_rows(items: Iterable[Row | BadRowError], path: Path, bad: BadRows) -> Iterator[Row]:

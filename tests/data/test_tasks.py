@@ -125,8 +125,8 @@ def test_encodes_several_labels(plain: Phi3Tokenizer) -> None:
     rows = [row(text="a", tags="news; old"), row(text="b", tags=["sport"]), row(text="c", tags=" ")]
     labels = task.label_set(rows)
     assert labels.names == ("news", "old", "sport")
-    found = [only(task.encode(r, plain, labels)).labels for r in rows]
-    assert found == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    targets = [only(task.encode(r, plain, labels)).labels for r in rows]
+    assert targets == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     for tags, fault in (
         ("news;;old", "label is empty"),
         ("olds", "'olds' is not one of"),
@@ -276,10 +276,10 @@ def test_labels_all_pieces_of_a_word(plain: Phi3Tokenizer) -> None:
     rows = [sentence(["Zürich"], ["B-city"])]
     labels = task.label_set(rows)
     assert labels.names == ("B-city", "I-city")
-    found = only(task.encode(rows[0], plain, labels)).labels
-    assert isinstance(found, list)
-    assert len(found) > 2
-    assert found == [0] + [1] * (len(found) - 1)
+    targets = only(task.encode(rows[0], plain, labels)).labels
+    assert isinstance(targets, list)
+    assert len(targets) > 2
+    assert targets == [0] + [1] * (len(targets) - 1)
 
 
 @pytest.mark.parametrize(
