@@ -1,7 +1,7 @@
 """The model `phi3_jax` of EleutherAI's lm-eval.
 
-Versions of lm-eval that have plugins find it by this package's entry point: `lm_eval --model phi3_jax ...`.
-For older ones (0.4.13 among them) this module is the same command: `python -m phi3_jax.lm_eval
+Versions of lm-eval with plugins load it through this package's entry point: `lm_eval --model phi3_jax ...`.
+For older versions, up to 0.4.13, this module is the same command: `python -m phi3_jax.lm_eval
 --model phi3_jax --model_args pretrained=DIRECTORY --tasks ...`.
 """
 
@@ -28,24 +28,23 @@ from phi3_jax.evaluation.scorer import Scorer
 from phi3_jax.parallel.sharding import make_mesh
 from phi3_jax.pipeline import Pipeline
 
-GENERATED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""What a task may say about draws, and the engine knows."""
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""The options of a task that the engine takes too."""
 
 
 @register_model("phi3_jax")
 class Phi3JaxLM(TemplateLM):
-    """A checkpoint for lm-eval, scored in batches by length and answering through continuous batching.
+    """A checkpoint for lm-eval; it scores in batches of similar length and answers by continuous batching.
 
     Args:
         pretrained: a directory, a GGUF file or a hub name; default: the default model.
-        dtype: of parameters and activations.
-        rope: a scaling in place of the model's, as `parse_rope` takes it; one with several parameters is best
-            given as @FILE, for lm-eval divides model_args at commas.
-        max_length: tokens that a request may have; default: the model's context.
-        max_gen_toks: of an answer, where the task does not say.
-        batch_size: requests that are answered at a time; "auto" or 1, lm-eval's default: by memory. What is
-            scored together goes by length.
-        mesh: sizes to divide the model over, such as "fsdp=8" (or, for several axes, "fsdp=4;tensor=2").
+        dtype: the dtype of parameters and activations.
+        rope: a rope scaling that replaces the model's, in the form of `parse_rope`. With several parameters,
+            use @FILE: lm-eval splits model_args at commas.
+        max_length: the most tokens of a request; default: the model's context.
+        max_gen_toks: the most tokens of an answer for tasks without their own.
+        batch_size: the requests that are answered at a time; "auto" or 1, lm-eval's default: by memory.
+        mesh: the mesh to divide the model over, such as "fsdp=8" (or, for several axes, "fsdp=4;tensor=2").
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Phi3JaxLM(TemplateLM):
     def eot_token_id(self) -> int:
         token = self.tokenizer.eos_token_id
         if token is None:
-            raise UserError(f"the tokenizer of {self._name} names no end token")
+            raise UserError(f"the tokenizer of {self._name} has no end token")
         return token
 
     @property
@@ -109,7 +108,7 @@ class Phi3JaxLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """The last token is scored and does not go in, so that there may be one more than the context has."""
+        """The model is not fed the last token, so the tokens may be one more than the context has."""
         parts = []
         for _key, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
@@ -119,17 +118,17 @@ class Phi3JaxLM(TemplateLM):
                 )
             tokens = np.asarray([*context, *continuation][-(self.max_length + 1) :], np.int32)
             parts.append(Part(tokens, len(tokens) - len(continuation), len(tokens) - 1))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(parts)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(parts)
         scores = score_all(self._scorer, parts, self._scorer.config)
         for number, each in tqdm(scores, total=len(parts), disable=disable_tqdm, desc="Scoring"):
-            found[number] = -each.loss, bool(each.greedy.all())
+            results[number] = -each.loss, bool(each.greedy.all())
             if (key := requests[number][0]) is not None:
-                self.cache_hook.add_partial("loglikelihood", key, found[number])
-        return found
+                self.cache_hook.add_partial("loglikelihood", key, results[number])
+        return results
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         windows: list[tuple[None, list[int], list[int]]] = []
-        of: list[int] = []
+        request_numbers: list[int] = []
         for number, request in enumerate(requests):
             (text,) = request.args
             rolling = get_rolling_token_windows(
@@ -140,26 +139,31 @@ class Phi3JaxLM(TemplateLM):
             )
             for context, continuation in map(make_disjoint_window, rolling):
                 windows.append((None, context, continuation))
-                of.append(number)
+                request_numbers.append(number)
         totals = [0.0] * len(requests)
-        for number, (total, _) in zip(of, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
-            totals[number] += total
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for number, (score, _) in zip(request_numbers, scores, strict=True):
+            totals[number] += score
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        asked = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
+        until: list[Any] = []
         lines: list[dict[str, Any]] = []
-        for number, (request, said) in enumerate(zip(requests, asked, strict=True)):
-            options = {name: said[name] for name in GENERATED if said.get(name) is not None}
-            if not said["do_sample"]:
-                options["temperature"] = 0.0
-            new = min(said["max_gen_toks"], self.max_length - 1)
-            stops = handle_stop_sequences(list(said["until"]), eos=None)
-            line = {"id": number, "prompt": self._prompt(request.args[0], new), "max_new_tokens": new}
-            lines.append(line | options | ({"stop_strings": stops} if stops else {}))
-        found = [""] * len(requests)
+        for number, request in enumerate(requests):
+            text, task_options = request.args
+            options = normalize_gen_kwargs(task_options, self.max_gen_toks)
+            until.append(options["until"])
+            new = min(options["max_gen_toks"], self.max_length - 1)
+            line = {"id": number, "prompt": self._prompt(text, new), "max_new_tokens": new}
+            line |= {name: options[name] for name in SAMPLING_OPTIONS if options.get(name) is not None}
+            if not options["do_sample"]:
+                line["temperature"] = 0.0
+            if stop_strings := handle_stop_sequences(list(options["until"]), eos=None):
+                line["stop_strings"] = stop_strings
+            lines.append(line)
+        results = [""] * len(requests)
         engine = Engine(
             self._pipeline.compiled, self.tokenizer, slots=self._slots, max_length=self.max_length
         )
@@ -167,12 +171,12 @@ class Phi3JaxLM(TemplateLM):
             if isinstance(answer, BadRequestError):
                 raise UserError(f"a request of the task cannot be answered: {answer}")
             number = int(answer.id)
-            found[number] = postprocess_generated_text(answer.text, asked[number]["until"], None)
-            self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
-        return found
+            results[number] = postprocess_generated_text(answer.text, until[number], None)
+            self.cache_hook.add_partial("generate_until", requests[number].args, results[number])
+        return results
 
     def _prompt(self, text: str, new: int) -> str:
-        """The end of a prompt that leaves room for the answer; the engine adds the special tokens."""
+        """Returns the end of a prompt that leaves room for the answer; the engine adds the special tokens."""
         bos = self.tokenizer.bos_token
         if bos is not None and self.tokenizer.add_bos_token:
             text = text.removeprefix(bos)

@@ -1,4 +1,4 @@
-"""A checkpoint made ready to answer: model, tokenizer and end tokens from one path."""
+"""Loads a model, its tokenizer and its end tokens from one path."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from phi3_jax.model.loading import load_model
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 TURN_ENDS = ("<|end|>", "<|im_end|>", "<|endoftext|>")
-"""Tokens that end an answer in the family, for checkpoints without a generation_config.json."""
+"""The tokens that end an answer in this family, for checkpoints without a generation_config.json."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What it takes to turn a prompt into an answer."""
+    """A compiled model and its tokenizer, which together answer prompts."""
 
     compiled: CompiledModel
     tokenizer: Phi3Tokenizer
@@ -33,12 +33,12 @@ class Pipeline:
         mesh: Mesh | None = None,
         config: Phi3Config | None = None,
     ) -> "Pipeline":
-        """Loads a directory in Hugging Face's layout or a GGUF file; `config` in place of its own.
+        """Loads a directory in Hugging Face's layout or a GGUF file; `config` replaces the checkpoint's.
 
-        A checkpoint that names no end tokens gets those that its config and its tokenizer tell.
+        A checkpoint without end tokens of its own gets those of its config and tokenizer.
 
         Raises:
-            CheckpointError: the model cannot be loaded, or it comes without a tokenizer.
+            CheckpointError: the model cannot be loaded, or has no tokenizer.
         """
         checkpoint = open_checkpoint(path)
         tokenizer = checkpoint.source.tokenizer()
@@ -48,15 +48,14 @@ class Pipeline:
                 f"{checkpoint.source.path}: the tokenizer has {len(tokenizer)} tokens and the model "
                 f"{model.config.vocab_size}; they belong to different models"
             )
-        told = model.generation_config
-        if told.eos_token_id is None or told.extra.get("_from_model_config"):
-            model.generation_config = told.replace(eos_token_id=end_tokens(model, tokenizer))
+        generation_config = model.generation_config
+        if generation_config.eos_token_id is None or generation_config.extra.get("_from_model_config"):
+            model.generation_config = generation_config.replace(eos_token_id=end_tokens(model, tokenizer))
         return cls(CompiledModel(model), tokenizer)
 
 
 def end_tokens(model: Phi3ForCausalLM, tokenizer: Phi3Tokenizer) -> list[int]:
-    """Every token that ends an answer as far as config and tokenizer tell."""
-    named = (tokenizer.convert_tokens_to_ids([token])[0] for token in TURN_ENDS)
-    unknown = tokenizer.unk_token_id
-    found = {token for token in named if token is not None and token != unknown}
-    return sorted({*model.config.eos_token_ids, *found})
+    """Returns the end tokens of the config and those that the tokenizer has."""
+    ids = (tokenizer.convert_tokens_to_ids([token])[0] for token in TURN_ENDS)
+    known = {id for id in ids if id is not None and id != tokenizer.unk_token_id}
+    return sorted({*model.config.eos_token_ids, *known})

@@ -1,4 +1,4 @@
-"""The model of lm-eval: a task on local data, with results beside those of its own `hf` model."""
+"""The model of lm-eval: tasks on local data, compared with lm-eval's own `hf` model."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from small_checkpoint import PROMPT, Checkpoint, write_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval
 
 CHOICES = """
 task: capitals
@@ -43,7 +43,7 @@ metric_list:
   - metric: bits_per_byte
 """
 ANSWERS = """
-task: saying
+task: sayings
 dataset_path: json
 dataset_kwargs:
   data_files:
@@ -51,7 +51,7 @@ dataset_kwargs:
 test_split: test
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{said}}}}"
+doc_to_target: "{{{{target}}}}"
 generation_kwargs:
   until: ["zzz"]
   max_gen_toks: 6
@@ -101,60 +101,62 @@ PAIRS = [
 
 
 @pytest.mark.live
-def test_loglikelihood_equals_transformers(ours: Any, theirs: Any) -> None:
+def test_loglikelihood_matches_transformers(ours: Any, theirs: Any) -> None:
     requests = instances("loglikelihood", *PAIRS)
-    found = ours.loglikelihood(requests, disable_tqdm=True)
+    results = ours.loglikelihood(requests, disable_tqdm=True)
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
-    for (loss, greedy), (their_loss, their_greedy) in zip(found, expected, strict=True):
+    for (loss, greedy), (their_loss, their_greedy) in zip(results, expected, strict=True):
         assert loss == pytest.approx(their_loss, rel=1e-5)
         assert greedy == their_greedy
 
 
 @pytest.mark.live
-def test_a_greedy_continuation_is_seen(ours: Any, theirs: Any) -> None:
-    """Of all tokens after a prompt there is one."""
+def test_marks_the_greedy_continuation(ours: Any, theirs: Any) -> None:
+    """Exactly one token after a prompt is greedy."""
     context = ours.tok_encode(PROMPT)
     requests = [((PROMPT, str(token)), context, [token]) for token in range(300)]
-    found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert [greedy for _, greedy in found].count(True) == 1
-    best = max(range(300), key=lambda token: found[token][0])
-    assert found[best][1]
+    results = ours._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [greedy for _, greedy in results].count(True) == 1
+    best = max(range(300), key=lambda token: results[token][0])
+    assert results[best][1]
     assert theirs._loglikelihood_tokens([requests[best]], disable_tqdm=True)[0][1]
 
 
 @pytest.mark.live
-def test_rolling_equals_transformers(ours: Any, theirs: Any) -> None:
-    """Texts within the context, and of several windows."""
+def test_rolling_loglikelihood_matches_transformers(ours: Any, theirs: Any) -> None:
+    """Texts have one or several windows."""
     requests = instances("loglikelihood_rolling", (PROMPT,), (PROMPT * 20,), ("What?",))
-    found = ours.loglikelihood_rolling(requests, disable_tqdm=True)
-    assert found == pytest.approx(theirs.loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-5)
+    results = ours.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert results == pytest.approx(theirs.loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-5)
 
 
 @pytest.mark.live
-def test_answers_equal_transformers(ours: Any, theirs: Any) -> None:
-    said = {"until": [" is"], "max_gen_toks": 12, "do_sample": False}
-    requests = instances("generate_until", (PROMPT, said), ("Who " * 5, said), (PROMPT * 20, said))
-    found = ours.generate_until(requests, disable_tqdm=True)
+def test_answers_match_transformers(ours: Any, theirs: Any) -> None:
+    options = {"until": [" is"], "max_gen_toks": 12, "do_sample": False}
+    requests = instances("generate_until", *((text, options) for text in (PROMPT, "Who " * 5, PROMPT * 20)))
+    results = ours.generate_until(requests, disable_tqdm=True)
     expected = theirs.generate_until(requests, disable_tqdm=True)
-    assert found[:2] == expected[:2]
-    assert all(" is" not in answer for answer in found)
+    assert results[:2] == expected[:2]
+    assert all(" is" not in answer for answer in results)
 
 
 def write_tasks(folder: Path) -> Path:
     folder.mkdir()
     rows = [
-        {"question": PROMPT, "choices": [" capital", " France", "zz"], "answer": number % 3, "said": "x"}
+        {"question": PROMPT, "choices": [" capital", " France", "zz"], "answer": number % 3, "target": "x"}
         for number in range(5)
     ]
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in (("capitals", CHOICES), ("reading", ROLLING), ("saying", ANSWERS)):
+    for name, text in (("capitals", CHOICES), ("reading", ROLLING), ("sayings", ANSWERS)):
         (folder / f"{name}.yaml").write_text(text.format(data=data))
     return folder
 
 
 @pytest.mark.live
-def test_tasks(ours: Any, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_match_transformers(
+    ours: Any, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -164,7 +166,7 @@ def test_tasks(ours: Any, theirs: Any, tmp_path: Path, monkeypatch: pytest.Monke
     manager = TaskManager(include_path=str(write_tasks(tmp_path / "tasks")), include_defaults=False)
     results = [
         lm_eval.simple_evaluate(
-            model=model, tasks=["capitals", "reading", "saying"], task_manager=manager, bootstrap_iters=0
+            model=model, tasks=["capitals", "reading", "sayings"], task_manager=manager, bootstrap_iters=0
         )["results"]
         for model in (ours, theirs)
     ]
@@ -176,7 +178,7 @@ def test_tasks(ours: Any, theirs: Any, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.live
-def test_rope_and_unknown_arguments(folder: Path, ours: Any) -> None:
+def test_takes_rope_and_rejects_unknown_arguments(folder: Path, ours: Any) -> None:
     from phi3_jax.lm_eval import Phi3JaxLM
 
     scaled = Phi3JaxLM(str(folder), dtype="float32", rope="linear:factor=4")
@@ -188,12 +190,12 @@ def test_rope_and_unknown_arguments(folder: Path, ours: Any) -> None:
 
 
 @pytest.mark.slow
-def test_command(folder: Path, tmp_path: Path) -> None:
+def test_command_runs_tasks(folder: Path, tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks")
     command = [sys.executable, "-m", "phi3_jax.lm_eval", "--model", "phi3_jax"]
-    command += ["--model_args", f"pretrained={folder},dtype=float32", "--tasks", "capitals,saying"]
+    command += ["--model_args", f"pretrained={folder},dtype=float32", "--tasks", "capitals,sayings"]
     command += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "acc_norm" in done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "acc_norm" in result.stdout
     assert list((tmp_path / "out").rglob("results*.json"))

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, the default model: answers and perplexities beside transformers'."""
+"""SmolLM2-135M-Instruct, the default model: answers and perplexities, compared with transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from phi3_jax.pipeline import Pipeline
 pytestmark = [pytest.mark.slow, pytest.mark.optimized, pytest.mark.usefixtures("torch_threads")]
 
 ANSWER = [504, 3575, 282, 4649, 314, 7042, 30, 2]
-"""What llama.cpp and transformers answer to QUESTION with the same weights."""
+"""The answer of llama.cpp and transformers to QUESTION with the same weights."""
 QUESTION = "What is the capital of France?"
 
 
@@ -27,11 +27,11 @@ def folder() -> Path:
     try:
         return default_model()
     except CheckpointError as error:
-        pytest.skip(f"the default model cannot be had: {error}")
+        pytest.skip(f"the default model is not available: {error}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_answer(folder: Path, dtype: str) -> None:
+def test_answers_as_llama_cpp_and_transformers(folder: Path, dtype: str) -> None:
     pipeline = Pipeline.load(folder, dtype=dtype)
     tokenizer = pipeline.tokenizer
     messages = [{"role": "user", "content": QUESTION}]
@@ -41,8 +41,8 @@ def test_answer(folder: Path, dtype: str) -> None:
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
-def test_loss_and_logits_equal_transformers(folder: Path, shared_data: Callable[..., Path]) -> None:
-    """On 1,024 tokens of a novel; weights, loss and every logit in float32."""
+def test_loss_and_logits_match_transformers(folder: Path, shared_data: Callable[..., Path]) -> None:
+    """1,024 tokens of a novel, in float32."""
     import torch
     import transformers
 
@@ -59,8 +59,8 @@ def test_loss_and_logits_equal_transformers(folder: Path, shared_data: Callable[
     assert 30 < perplexity < 32  # 30.8; rows of q and k left in GGUF's order give several times that
 
 
-def test_bfloat16_stays_close(folder: Path, shared_data: Callable[..., Path]) -> None:
-    """Half precision costs at most 1 % of perplexity."""
+def test_bfloat16_stays_close_to_float32(folder: Path, shared_data: Callable[..., Path]) -> None:
+    """Half precision changes the perplexity by at most 1 %."""
     text = shared_data("long_text", "war_and_peace.txt").read_text(encoding="utf-8")
     ids = np.array([Phi3Tokenizer.from_pretrained(folder).encode(text[:8000])[:1024]])
     losses = {}
@@ -91,8 +91,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def twins(folder: Path) -> Any:
-    """Ours, transformers', and chat prompts of different lengths with their mask."""
+def batch(folder: Path) -> Any:
+    """Both models, and chat prompts of different lengths with their mask."""
     import torch
     import transformers
 
@@ -103,18 +103,18 @@ def twins(folder: Path) -> Any:
         )
         for prompt in PROMPTS
     ]
-    batch = tokenizer(texts, add_special_tokens=False)
+    encoded = tokenizer(texts, add_special_tokens=False)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = Phi3ForCausalLM.from_pretrained(folder, dtype="float32")
-    return ours, theirs, np.asarray(batch.input_ids), np.asarray(batch.attention_mask)
+    return ours, theirs, np.asarray(encoded.input_ids), np.asarray(encoded.attention_mask)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_generate_equals_transformers(twins: Any, mode: str) -> None:
-    """A batch of unequal prompts, to the end tokens."""
+def test_generate_matches_transformers(batch: Any, mode: str) -> None:
+    """Prompts of different lengths are continued to their end tokens."""
     import torch
 
-    ours, theirs, ids, mask = twins
+    ours, theirs, ids, mask = batch
     options = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True} | MODES[mode]
     out = ours.generate(ids, mask, **options)
     ref = theirs.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), **options)
@@ -123,15 +123,15 @@ def test_generate_equals_transformers(twins: Any, mode: str) -> None:
         np.testing.assert_allclose(out.sequences_scores, ref.sequences_scores.numpy(), atol=1e-4)
 
 
-def test_drafts_change_nothing(twins: Any) -> None:
-    ours, _, ids, mask = twins
+def test_prompt_lookup_changes_no_token(batch: Any) -> None:
+    ours, _, ids, mask = batch
     plain = ours.generate(ids, mask, do_sample=False, max_new_tokens=128)
     looked_up = ours.generate(ids, mask, do_sample=False, max_new_tokens=128, prompt_lookup_num_tokens=8)
     np.testing.assert_array_equal(looked_up, plain)
 
 
-def test_int8_cache_costs_little(folder: Path, shared_data: Callable[..., Path]) -> None:
-    """4,096 tokens of a novel through caches of both kinds: perplexities within 0.5 %, half the memory."""
+def test_int8_cache_changes_perplexity_little(folder: Path, shared_data: Callable[..., Path]) -> None:
+    """4,096 tokens of a novel: the perplexities are within 0.5 %, at half the memory."""
     text = shared_data("long_text", "war_and_peace.txt").read_text(encoding="utf-8")
     ids = np.array([Phi3Tokenizer.from_pretrained(folder).encode(text[:30000])[:4096]])
     model = Phi3ForCausalLM.from_pretrained(folder, dtype="bfloat16")
