@@ -24,7 +24,12 @@ from phi3_jax.generation.prompts import PromptLayout, check_frequencies, check_p
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, StepSettings
-from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from phi3_jax.generation.stopping import (
+    JoinedTokens,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from phi3_jax.parallel.distributed import from_primary_on
 from phi3_jax.parallel.sharding import shards
 from phi3_jax.sizes import INT32_MAX
@@ -309,7 +314,11 @@ class GenerationRequest:
 
     def stopped(self, new: Sequence[Any]) -> Bool[np.ndarray, " R"]:
         """Returns which rows the criteria end after their new tokens; process 0 decides for all."""
-        return from_primary_on(self.compiled.mesh, lambda: self.criteria(self.with_prompts(new), None))
+        copies = len(new) // self.batch
+        rows = [JoinedTokens(self.ids[row // copies], tokens) for row, tokens in enumerate(new)]
+        return from_primary_on(
+            self.compiled.mesh, lambda: self.criteria.stopped(rows, lambda: self.with_prompts(new))
+        )
 
     def recorder(self, engine: DecodingEngine, origins: Int[np.ndarray, " B"]) -> Recorder:
         """Returns a recorder for the rows, which continue the engine's prompts `origins`."""

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from twins import PAD, Twins, ask, named, prompts
 
 from phi3_jax.generation import AllowedTokensLogitsProcessor, LogitsProcessor, Sequences
+from phi3_jax.generation.request import GenerationRequest
+from phi3_jax.generation.stopping import JoinedTokens
 from phi3_jax.tokenizer import JsonBackend, Phi3Tokenizer
 
 LENGTHS = (20, 13, 5)
@@ -260,6 +262,40 @@ def test_stop_strings(shallow: Twins) -> None:
     np.testing.assert_array_equal(single[:, 20:], free[:1, :7])
 
 
+def test_stop_strings_read_no_more_of_a_longer_prompt(
+    shallow: Twins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def count(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: calls.append(name) or method(*arguments))
+
+    count(JoinedTokens, "__getitem__")
+    count(GenerationRequest, "with_prompts")
+    tokenizer = Phi3Tokenizer(JsonBackend(Characters().tokenizer.to_str()))
+    for length in (20, 200):
+        calls.clear()
+        shallow.ours(*prompts((length,)), max_new_tokens=10, stop_strings="~^~", tokenizer=tokenizer)
+        assert calls.count("__getitem__") == 10 * 3
+        assert calls.count("with_prompts") == 1, "only the result has the prompt"
+
+
+def test_stop_strings_end_each_row_of_a_batch_with_drafts(shallow: Twins) -> None:
+    """Rows accept different numbers of drafted tokens, so some are shorter than others when judged."""
+    ids, mask = prompts(LENGTHS)
+    characters = Characters()
+    tokenizer = Phi3Tokenizer(JsonBackend(characters.tokenizer.to_str()))
+    free = shallow.ours(ids, mask, max_new_tokens=40)[:, ids.shape[1] :]
+    for row in (1, 2):
+        stop = characters.tokenizer.decode(free[row, 17:19].tolist())
+        options = {"max_new_tokens": 40, "stop_strings": stop, "tokenizer": tokenizer}
+        expected = shallow.ours(ids, mask, **options)
+        assert (expected[row, -20:] == PAD).all()
+        drafted = shallow.ours(ids, mask, prompt_lookup_num_tokens=6, **options)
+        np.testing.assert_array_equal(drafted, expected)
+
+
 @pytest.mark.slow
 def test_max_time(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
@@ -306,8 +342,8 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "more than beams": ({"num_return_sequences": 3, "num_beams": 2}, ValueError, "raise num_beams"),
     "unread strings": ({"stop_strings": "a"}, ValueError, "stop_strings need the tokenizer"),
     "shape": ({"logits_processor": [lambda ids, s: s[:, 1:]]}, ValueError, r"\(2, 95\); expected \(2, 96\)"),
-    "criterion": ({"stopping_criteria": [lambda ids, s: [True]]}, ValueError, "answered with shape"),
-    "not a bool": ({"stopping_criteria": [lambda ids, s: 1]}, TypeError, "answered 1; expected a bool"),
+    "criterion": ({"stopping_criteria": [lambda ids, s: [True]]}, ValueError, "returned shape"),
+    "not a bool": ({"stopping_criteria": [lambda ids, s: 1]}, TypeError, "returned 1; expected a bool"),
     "no token": ({"prefix_allowed_tokens_fn": lambda row, ids: []}, ValueError, "allows no token for row 0"),
     "cold": ({"do_sample": True, "temperature": 0.0}, ValueError, "cannot be sampled from"),
     "unread setting": ({"temperature": 0.5}, ValueError, "set do_sample=True"),

@@ -247,7 +247,7 @@ def test_ids_without_a_token() -> None:
         ("", ValueError, "holds an empty text"),
         (["a", ""], ValueError, "holds an empty text"),
         (["a", 5], TypeError, "holds int 5; expected texts"),
-        (["\ud800"], ValueError, "no Unicode"),
+        (["\ud800"], ValueError, "not valid Unicode"),
     ],
 )
 def test_stop_strings_that_cannot_be(stops: Any, error: type[Exception], message: str) -> None:
@@ -314,9 +314,9 @@ def test_one_criterion_is_enough(array: Any) -> None:
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        (None, TypeError, "answered None; expected a bool"),
-        (1, TypeError, "answered 1; expected a bool"),
-        (np.zeros(2), TypeError, "answered an array of float64"),
+        (None, TypeError, "returned None; expected a bool"),
+        (1, TypeError, "returned 1; expected a bool"),
+        (np.zeros(2), TypeError, "returned an array of float64"),
         (np.zeros(3, bool), ValueError, r"shape \(3,\); expected one bool, or shape \(2,\)"),
         (jnp.zeros((2, 1), bool), ValueError, r"shape \(2, 1\)"),
         ([True], ValueError, r"shape \(1,\)"),
