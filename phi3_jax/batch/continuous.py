@@ -14,6 +14,7 @@ from phi3_jax.batch.scheduler import Decode, Job, PoolSize, Prefill, Scheduler
 from phi3_jax.batch.slots import Slots
 from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.generation.stopping import JoinedTokens
 
 CHUNK = 512
 WIDTHS = (128, 256, CHUNK)
@@ -77,9 +78,10 @@ class _ActivePrompt:
     def add(self, tokens: Sequence[int]) -> None:
         """Adds tokens up to the one after which the answer should stop."""
         should_stop = self.prompt.should_stop
+        row = JoinedTokens(self.prompt.ids, self.tokens)
         for token in tokens:
             self.tokens.append(token)
-            if should_stop is not None and should_stop([*self.prompt.ids, *self.tokens]):
+            if should_stop is not None and should_stop(row):
                 self.stopped = True
                 return
 
