@@ -1,6 +1,8 @@
 """Groups of commands that import a command's module only when that command runs."""
 
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -39,7 +41,8 @@ def _load(name: str, prefix: str) -> Any:
         UserError: it needs a library that is not installed.
     """
     try:
-        module = import_module(f"phi3_jax.cli.{prefix}{name.replace('-', '_')}")
+        with _delayed_interrupt():
+            module = import_module(f"phi3_jax.cli.{prefix}{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "phi3_jax":
             raise
@@ -47,3 +50,19 @@ def _load(name: str, prefix: str) -> Any:
     command = typer.main.get_command(module.app)
     command.name = name
     return command
+
+
+@contextmanager
+def _delayed_interrupt() -> Iterator[None]:
+    """Delays Ctrl-C to the end of the block: an import of native code that is interrupted may crash."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    interrupts: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupts:
+        raise KeyboardInterrupt

@@ -122,11 +122,23 @@ def test_ctrl_c_ends_the_command_before_an_answer(model_folder: Path, tmp_path: 
     )
     assert process.stdout is not None
     process.stdout.readline()
-    time.sleep(0.5)  # until it waits for its input
+    time.sleep(0.5)  # while it loads, or waits for its input
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert b"Traceback" not in err
+
+
+def test_ctrl_c_does_not_interrupt_imports(model_folder: Path, tmp_path: Path) -> None:
+    before = """
+import os
+from phi3_jax.cli import lazy
+load = lazy.import_module
+lazy.import_module = lambda name: (os.kill(os.getpid(), signal.SIGINT), load(name), print("loaded"))[1]
+"""
+    process = start("generate", PROMPT, "--model", model_folder, cache=tmp_path, before=before)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"loaded\n", b"")
 
 
 def test_a_closed_pipe_ends_the_command(model_folder: Path, tmp_path: Path) -> None:
