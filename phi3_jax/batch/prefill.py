@@ -55,7 +55,7 @@ class PrefillBuffer:
         self.state = State(
             sequences_of([], self.rows, max_length),
             jnp.zeros(self.rows, bool),
-            compiled.model.init_cache(self.rows, cache_length),
+            compiled.model.init_cache(self.rows, cache_length, compiled.model.cache_dtype),
         )
 
     def load(self, rows: Sequence[BatchRow], prefixes: Sequence[Sequence[Block]]) -> None:

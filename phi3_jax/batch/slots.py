@@ -74,10 +74,12 @@ class Slots:
         self._first = [0, *accumulate(pool.slots for pool in pools)]
         """The index of each pool's first slot among all slots."""
         count, length = self._first[-1], max(pool.length for pool in pools)
+        model = compiled.model
+        caches = [model.init_cache(pool.slots, pool.length, model.cache_dtype) for pool in pools]
         self._state = State(
             sequences_of([], count, length),
             jnp.ones(count, bool),
-            KVCache.concatenate([compiled.model.init_cache(pool.slots, pool.length) for pool in pools]),
+            KVCache.concatenate(caches),
         )
         self._end_tokens = jnp.asarray(list(end_tokens), jnp.int32)
         self._max_new_tokens = np.ones(count, np.int32)

@@ -128,7 +128,7 @@ class Scorer:
         padded = np.zeros((lanes, self.padded(length) + 1), np.int32)
         padded[:rows, :length] = tokens
         padded[rows:, :length] = tokens[:1]
-        cache = self.compiled.model.init_cache(lanes, self._columns(length))
+        cache = self.compiled.model.init_cache(lanes, self._columns(length), self.compiled.model.cache_dtype)
         hidden: Any = None
         found = []
         for start in range(0, length - 1, width):

@@ -18,7 +18,8 @@ SHARE_OF_HOST = 0.4
 def token_bytes(compiled: CompiledModel) -> int:
     """Of the keys and values of one token, in all layers and on all devices together."""
     rows, columns = shards(compiled.mesh, "batch"), shards(compiled.mesh, "slots")  # no cache is smaller
-    cache = jax.eval_shape(lambda: compiled.model.init_cache(rows, columns))
+    dtype = compiled.model.cache_dtype
+    cache = jax.eval_shape(lambda: compiled.model.init_cache(rows, columns, dtype))
     vectors = jax.tree.leaves((cache.keys, cache.values))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in vectors) // (rows * columns)
 

@@ -2,6 +2,8 @@
 
 from typing import Any, Protocol
 
+import jax.numpy as jnp
+
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.config.model_config import Phi3Config
@@ -21,6 +23,9 @@ class CausalLM(Protocol):
 
     @property
     def on_cpu(self) -> bool: ...
+
+    @property
+    def cache_dtype(self) -> jnp.dtype: ...
 
     def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 

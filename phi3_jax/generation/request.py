@@ -233,7 +233,7 @@ class GenerationRequest:
             engine.layout.uncached(),
             self.settings(self.assistant_model.config, rows),
             max_new_tokens=self.config.max_new_tokens,
-            new_cache=self.assistant_model.init_cache,
+            new_cache=partial(self.assistant_model.init_cache, dtype=self.assistant_model.cache_dtype),
             grows=not self.ring_cache,
             spare=engine.spare,
         )
@@ -261,7 +261,7 @@ class GenerationRequest:
         return self.compiled.model.init_cache(
             rows,
             slots,
-            dtype="int8" if kind == "quantized" else None,
+            dtype="int8" if kind == "quantized" else self.compiled.model.cache_dtype,
             sliding=kind == "sliding_window",
         )
 

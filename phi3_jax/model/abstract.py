@@ -45,7 +45,7 @@ def with_shardings(tree: Tree, mesh: Mesh | None) -> Tree:
 def abstract_cache(model: Any, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:
     """Returns the cache of `model.init_cache` as `jax.ShapeDtypeStruct`s with shardings."""
     mesh = model.decoder.mesh
-    shapes = jax.eval_shape(lambda: model.init_cache(batch_size, max_length, dtype or model.dtype))
+    shapes = jax.eval_shape(lambda: model.init_cache(batch_size, max_length, dtype))
     if mesh is None:
         return shapes
     return jax.tree.map(

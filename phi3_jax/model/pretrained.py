@@ -16,6 +16,7 @@ from phi3_jax.model.layers import Embedding, normal
 from phi3_jax.model.loading import load_model
 from phi3_jax.model.saving import save_model
 from phi3_jax.parallel.sharding import check_divides, place
+from phi3_jax.sizes import round_up
 
 
 class Phi3PreTrainedModel(nnx.Module):
@@ -44,6 +45,14 @@ class Phi3PreTrainedModel(nnx.Module):
             return (jax.devices() if mesh is None else mesh.devices.flat)[0].platform == "cpu"
         return {device.platform for device in weight.devices()} == {"cpu"}
 
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """The dtype with which a cache of this model is fastest: float32 on CPU, elsewhere the model's.
+
+        On CPU, XLA has no 16-bit updates: it would widen and copy the whole cache at every step.
+        """
+        return jnp.dtype(jnp.float32) if self.on_cpu else self.dtype
+
     def num_parameters(self) -> int:
         """Returns the number of elements in all parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self))
@@ -51,19 +60,18 @@ class Phi3PreTrainedModel(nnx.Module):
     def init_cache(
         self, batch_size: int, max_length: int, dtype: Any = None, sliding: bool = False, chunk: int = 512
     ) -> KVCache:
-        """An empty cache of `max_length` slots a row.
+        """Returns an empty cache of `max_length` slots a row.
 
         Args:
             batch_size: rows.
-            max_length: tokens a row will have, padding included.
-            dtype: default: the model's, but float32 for a model on CPU: XLA has no 16-bit updates there and
-                would widen and copy the whole cache at every step, and float32 attention is faster besides.
-                "int8" keeps each vector as int8 with a scale, half of bfloat16's bytes (`QuantizedVectors`).
-            sliding: keep what the sliding window can see, in a ring, where that is less than `max_length`.
-            chunk: the most tokens at once that such a ring must take.
+            max_length: the most tokens of a row, padding included.
+            dtype: default: the model's; see `cache_dtype` for the fastest. "int8" stores each vector as int8
+                with a scale, half of bfloat16's bytes (`QuantizedVectors`).
+            sliding: store only what the sliding window can see, in a ring, if that is less than `max_length`.
+            chunk: the most tokens that such a ring takes at once.
 
         Raises:
-            ValueError: `sliding` for a model without a sliding window, or a number below 1.
+            UserError: `sliding` for a model without a sliding window, or a number below 1.
         """
         window = None
         if sliding:
@@ -71,14 +79,11 @@ class Phi3PreTrainedModel(nnx.Module):
                 raise UserError("sliding=True needs a sliding_window in the config, and it has none")
             if chunk < 1:
                 raise UserError(f"chunk={chunk}: a ring must take at least one token at once")
-            ring = -(-(self.config.sliding_window - 1 + chunk) // 128) * 128
+            ring = round_up(self.config.sliding_window - 1 + chunk, 128)
             if ring < max_length:
                 max_length, window = ring, self.config.sliding_window
-        if dtype is None:
-            dtype = jnp.float32 if self.on_cpu else self.dtype
-        return KVCache.create(
-            self.config, batch_size, max_length, jnp.dtype(dtype), window, self.decoder.mesh
-        )
+        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+        return KVCache.create(self.config, batch_size, max_length, dtype, window, self.decoder.mesh)
 
     def set_attn_implementation(self, implementation: str | None) -> None:
         """Sets the attention kernel; by default the platform decides.
@@ -135,7 +140,7 @@ class Phi3PreTrainedModel(nnx.Module):
         if pad_to_multiple_of is not None:
             if pad_to_multiple_of < 1:
                 raise UserError(f"pad_to_multiple_of={pad_to_multiple_of} must be positive")
-            new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+            new_num_tokens = round_up(new_num_tokens, pad_to_multiple_of)
         config = self.config.replace(vocab_size=new_num_tokens)  # checks the number and the special tokens
         mesh = self.decoder.mesh
         check_divides(mesh, config.divided_sizes)

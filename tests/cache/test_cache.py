@@ -204,7 +204,7 @@ def test_decoding_is_compiled_once_and_writes_in_place(batch):
 
     jitted = jax.jit(step, donate_argnames="cache")
     ids = jnp.full((batch, 1), 5, jnp.int32)
-    cache = model.init_cache(batch, 2048)
+    cache = model.init_cache(batch, 2048, model.cache_dtype)
     large = cache.keys[0].nbytes
     compiled = jitted.lower(model, ids, cache).compile()
     memory = compiled.memory_analysis()
@@ -274,7 +274,9 @@ def test_dtype():
     config = cache_config(num_hidden_layers=1)
     half = Phi3ForCausalLM(config, dtype=jnp.bfloat16)
     on_cpu = next(iter(half.model.norm.weight[...].devices())).platform == "cpu"
-    assert half.init_cache(1, 8).keys[0].dtype == (jnp.float32 if on_cpu else jnp.bfloat16)
+    assert half.cache_dtype == (jnp.float32 if on_cpu else jnp.bfloat16)
+    for init in (half.init_cache, jax.jit(half.init_cache, static_argnums=(0, 1))):
+        assert init(1, 8).keys[0].dtype == jnp.bfloat16
     assert half.init_cache(1, 8, jnp.bfloat16).keys[0].dtype == jnp.bfloat16
     out = run(half, input_ids=np.full((1, 3), 5), past_key_values=half.init_cache(1, 8, jnp.bfloat16))
     assert out.past_key_values.keys[0].dtype == jnp.bfloat16
