@@ -88,7 +88,7 @@ def classify_file(
     task = task_of_model(path, config, head, **columns)
     unreadable = BadRows(skip_bad_rows)
     table, rows = _open_table(source, output, head, task, all_scores, unreadable)
-    options = _options(source, path, task, all_scores, batch_size, dtype, mesh)
+    options = _options(source, path, task, mesh, all_scores=all_scores, batch_size=batch_size, dtype=dtype)
     partial = _open_partial(source, output, options, overwrite)
     try:
         classifier = Classifier.from_pretrained(
@@ -119,13 +119,7 @@ def _open_table(
 
 
 def _options(
-    source: Path,
-    model: Path,
-    task: ClassifierTask,
-    all_scores: bool,
-    batch_size: int,
-    dtype: str,
-    mesh: Mesh | None,
+    source: Path, model: Path, task: ClassifierTask, mesh: Mesh | None, **settings: Any
 ) -> dict[str, Any]:
     """Returns everything that the output depends on, as JSON values."""
     status = source.stat()
@@ -135,11 +129,9 @@ def _options(
         "input_modified": status.st_mtime_ns,
         "model": str(model.resolve()),
         "model_files": fingerprint(model),
-        **asdict(task),
-        "all_scores": all_scores,
-        "batch_size": batch_size,
-        "dtype": dtype,
         "mesh": None if mesh is None else dict(mesh.shape),
+        **asdict(task),
+        **settings,
     }
 
 

@@ -1,7 +1,8 @@
 """Reads the columns of a row; errors name the row and the column."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,15 @@ from phi3_jax.data.rows import BadRowError, Row
 from phi3_jax.errors import UserError
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@contextmanager
+def errors_of(row: Row, prefix: str = "") -> Iterator[None]:
+    """Makes an error of the block a `BadRowError` of this row."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadRowError(row.place, f"{prefix}{error}") from error
 
 
 def read_value(row: Row, column: str) -> Any:
@@ -59,17 +69,13 @@ def label_names(row: Row, column: str, values: Any) -> list[str]:
     """Returns the names of the labels that a column has."""
     if not isinstance(values, list):
         raise BadRowError(row.place, f"{column!r} is {values!r:.40}; expected a list of labels")
-    try:
+    with errors_of(row, f"{column!r}: "):
         return [label_name(value) for value in values]
-    except UserError as error:
-        raise BadRowError(row.place, f"{column!r}: {error}") from error
 
 
 def label_id(row: Row, labels: Labels, name: str) -> int:
-    try:
+    with errors_of(row):
         return labels.id(name)
-    except UserError as error:
-        raise BadRowError(row.place, str(error)) from error
 
 
 def collect_labels(rows: Iterable[Row], names_of: Callable[[Row], list[str]]) -> Labels:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from phi3_jax.data.chat_examples import encode_chat
 from phi3_jax.data.columns import (
     collect_labels,
+    errors_of,
     label_id,
     label_names,
     read_list,
@@ -100,15 +101,11 @@ class SequenceClassification:
         text = read_text(row, self.text)
         pair = None if self.text_pair is None else read_text(row, self.text_pair, may_be_empty=True)
         target = None if self.label is None else self._target(row, labels)
-        try:
+        cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
+        with errors_of(row):
             ids = tokenizer(text, pair, padding=False).input_ids[0]
-            truncated = len(ids) > self.max_length
-            if truncated:
-                ids = tokenizer(
-                    text, pair, padding=False, truncation=True, max_length=self.max_length
-                ).input_ids[0]
-        except ValueError as error:
-            raise BadRowError(row.place, str(error)) from error
+            if truncated := len(ids) > self.max_length:
+                ids = tokenizer(text, pair, padding=False, **cut).input_ids[0]
         return [Example(ids.tolist(), target, row.place, truncated=truncated)]
 
     def _target(self, row: Row, labels: Labels) -> int | list[float]:
@@ -227,13 +224,11 @@ class TokenClassification:
 
     def _pieces(self, row: Row, words: Sequence[str], tokenizer: Phi3Tokenizer) -> list[list[int]]:
         space = " " if self.prefix_space and not _marks_word_starts(tokenizer) else ""
-        try:
+        with errors_of(row):
             pieces = [
                 tokenizer.encode(space + word if index else word, add_special_tokens=False)
                 for index, word in enumerate(words)
             ]
-        except ValueError as error:
-            raise BadRowError(row.place, str(error)) from error
         for index, piece in enumerate(pieces):
             if not piece:
                 if tokenizer.unk_token_id is None:
@@ -279,10 +274,8 @@ class CausalLM:
         """
         if self.messages is not None:
             messages = read_list(row, self.messages)
-            try:
+            with errors_of(row):
                 ids, targets, truncated = encode_chat(messages, tokenizer, self.max_length)
-            except ValueError as error:
-                raise BadRowError(row.place, str(error)) from error
             return [Example(ids, targets, row.place, truncated=truncated)]
         ids = self._text_ids(row, tokenizer)
         starts = range(0, len(ids) - 1, self.max_length - 1)
@@ -291,10 +284,8 @@ class CausalLM:
 
     def _text_ids(self, row: Row, tokenizer: Phi3Tokenizer) -> list[int]:
         text = read_text(row, self.text)
-        try:
+        with errors_of(row):
             ids = tokenizer.encode(text)
-        except ValueError as error:
-            raise BadRowError(row.place, str(error)) from error
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
         if len(ids) < 2:
