@@ -1,4 +1,4 @@
-"""What a field of `GenerationConfig` may be, which names it does not have and why, and what goes together."""
+"""The rules of `GenerationConfig`: values of single fields, unsupported names, combinations."""
 
 import difflib
 from collections.abc import Callable, Collection, Mapping
@@ -42,7 +42,7 @@ _tokens: Rule = ("a list of token ids, not an empty one", _is_tokens)
 _fraction = _number("a number from 0 to 1", lambda v: 0 <= v <= 1)
 _cutoff = _number("a number from 0 (off) to below 1", lambda v: 0 <= v < 1)
 
-# What a field must be where it is not None, in words and as a test. Lists have become tuples by then.
+# The rule of each field that is set, in words and as a test. Lists have become tuples before.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("max_length", "max_new_tokens", "num_beams", "num_return_sequences"), _size),
     **dict.fromkeys(("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"), _size),
@@ -95,7 +95,7 @@ RULES: dict[str, Rule] = {
 
 
 class Unsupported(NamedTuple):
-    """A name that transformers has and we do not: what it may be all the same, as it then changes nothing."""
+    """A setting of transformers that is not supported, and its values without effect, which are accepted."""
 
     neutral: tuple[Any, ...] = ()
     advice: str = ""
@@ -104,7 +104,7 @@ class Unsupported(NamedTuple):
 
 _beams = "use plain beam search (num_beams)"
 _encoder = Unsupported((0, 1.0), "it belongs to encoder-decoder models")
-_hosted = Unsupported((False, 0, 0.0, 1), "transformers 5 has given it up too")
+_hosted = Unsupported((False, 0, 0.0, 1), "transformers 5 has removed it too")
 _draft = "use assistant_model or prompt_lookup_num_tokens"
 _compiled = Unsupported((False,), "everything is compiled here; leave it out", changes_output=False)
 _other_vocabulary = Unsupported((10,), "the assistant must share the model's tokenizer", changes_output=False)
@@ -149,16 +149,16 @@ _OF_GENERATE = (
 
 
 def is_neutral(name: str, value: Any) -> bool:
-    """Whether transformers too would do nothing about this value of an unsupported field."""
+    """Whether this value of an unsupported setting has no effect in transformers."""
     neutral = UNSUPPORTED[name].neutral
     return value is None or (isinstance(value, bool | int | float | str) and value in neutral)
 
 
 def check_names(given: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """What `given` has of our fields.
+    """Returns the supported settings among those given.
 
     Raises:
-        ValueError: a field that transformers has and we have not. TypeError: a name that is no field at all.
+        UserError: a setting of transformers is not supported. TypeError: there is no such setting.
     """
     for name in given.keys() - set(fields):
         value = given[name]
@@ -167,7 +167,7 @@ def check_names(given: Mapping[str, Any], fields: Collection[str]) -> dict[str, 
         if name not in UNSUPPORTED:
             close = sorted(field for field in fields if field.startswith(f"{name}_"))
             close += difflib.get_close_matches(name, [*fields, *UNSUPPORTED], n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else "see GenerationConfig for those there are"
+            hint = f"did you mean {close[0]!r}?" if close else "see GenerationConfig for all settings"
             raise TypeError(f"no generation setting is called {name!r}; {hint}")
         if not is_neutral(name, value):
             raise UserError(f"{name}={value!r:.60} is not supported; {UNSUPPORTED[name].advice}")
@@ -175,14 +175,14 @@ def check_names(given: Mapping[str, Any], fields: Collection[str]) -> dict[str, 
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first value that its field cannot have."""
+    """Raises UserError for the first value that breaks its field's rule."""
     for name, value in values.items():
         expected, holds = RULES[name]
         if value is not None and not holds(value):
             raise UserError(f"{name}={value!r} must be {expected}")
 
 
-# Fields that count only together with another: values of no consequence; what is needed, as test and advice.
+# Fields without effect unless another field has a value: their neutral values; the need, as test and advice.
 _Needs = tuple[str, Callable[[Any], bool], str]
 _sampling: _Needs = ("do_sample", lambda v: v is True, "do_sample=True")
 _several_beams: _Needs = ("num_beams", lambda v: v > 1, "num_beams above 1")
@@ -202,15 +202,15 @@ _NEEDED: dict[str, tuple[tuple[Any, ...], _Needs]] = {
 }
 
 
-def check_together(values: Mapping[str, Any], said: Collection[str]) -> None:
-    """Raises ValueError for settings that contradict each other.
+def check_together(values: Mapping[str, Any], explicit: Collection[str]) -> None:
+    """Raises UserError for settings that contradict each other.
 
-    `values` is complete. Settings without effect are an error only among `said`, the names that the caller
-    gave; a model's own file may have them.
+    `values` is complete. Settings without effect are an error only if they are `explicit`, that is given by
+    the caller; a model's own file may have them.
     """
     for name, (neutral, (other, holds, advice)) in _NEEDED.items():
         value = values[name]
-        if name in said and value is not None and value not in neutral and not holds(values[other]):
+        if name in explicit and value is not None and value not in neutral and not holds(values[other]):
             raise UserError(
                 f"{name}={value!r} has no effect with {other}={values[other]!r}; set {advice}, or leave "
                 f"{name} out"
@@ -226,23 +226,23 @@ def check_together(values: Mapping[str, Any], said: Collection[str]) -> None:
             f"do_sample=True, or num_beams={returned} or more"
         )
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        forced = as_tokens(values[name])
+        forced = as_tuple(values[name])
         if forced and set(forced) <= set(values["suppress_tokens"] or ()):
             raise UserError(
-                f"{name}={values[name]!r} is in suppress_tokens too, so that no token is left; take it out "
-                "of either (min_new_tokens delays the end)"
+                f"{name}={values[name]!r} is in suppress_tokens too, so that no token is left; remove it "
+                "from one of them (min_new_tokens delays the end)"
             )
 
 
 def check_vocabulary(values: Mapping[str, Any], vocab_size: int) -> None:
-    """Raises ValueError for a token id that the model does not have."""
+    """Raises UserError for a token id that the model does not have."""
     for name, value in values.items():
         if name == "sequence_bias":
             value = tuple(tokens for tokens, _ in value or ())
         elif not (name.endswith("_token_id") or name in ("suppress_tokens", "begin_suppress_tokens")):
             value = value if name == "bad_words_ids" else None
-        for token in as_tokens(value):
-            for single in as_tokens(token):
+        for token in as_tuple(value):
+            for single in as_tuple(token):
                 if single >= vocab_size:
                     raise UserError(
                         f"{name} names the token {single}, which is outside the vocabulary; with "
@@ -250,6 +250,6 @@ def check_vocabulary(values: Mapping[str, Any], vocab_size: int) -> None:
                     )
 
 
-def as_tokens(value: Any) -> tuple[Any, ...]:
-    """One or several, or none, as several."""
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Returns a tuple of one value, of several, or of none for None."""
     return () if value is None else value if isinstance(value, tuple) else (value,)

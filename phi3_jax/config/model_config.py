@@ -1,4 +1,4 @@
-"""`Phi3Config`: what `config.json` says, in any of its spellings, checked and hashable."""
+"""`Phi3Config`: the contents of `config.json` in any of its spellings, checked and hashable."""
 
 import copy
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from phi3_jax.config.rope_scaling import RopeBase, RopeScaling, is_number
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing
+from phi3_jax.runs.text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -22,15 +23,18 @@ CONFIG_NAME = "config.json"
 SUPPORTED_MODEL_TYPES = ("phi3",)
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Default of a field that follows from others where it is not given. No field that has it is None afterwards.
+# The default of a field that is derived from others. No such field is None after `__post_init__`.
 _DERIVED: Any = None
 
-# What may stand beside the rope entry or inside it, and counts where neither says anything.
+# Keys that may be inside the rope entry or beside it, and their defaults.
 _ROPE_DEFAULTS = {
     "rope_theta": 10000.0,
     "partial_rotary_factor": 1.0,
     "original_max_position_embeddings": 4096,
 }
+
+# Fields of transformers that nothing here reads, and the values that `to_dict` writes; others are in `extra`.
+_UNREAD = {"use_cache": True}
 
 
 def _is_size(value: Any) -> bool:
@@ -41,7 +45,7 @@ def _is_rate(value: Any) -> bool:
     return is_number(value) and 0 <= value < 1
 
 
-# What a field must be, in words and as a test.
+# The rule of each field, in words and as a test.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
         (
@@ -70,10 +74,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass(frozen=True)
 class Phi3Config:
-    """A Phi-3 model's sizes and settings, under transformers' names. Hashable; to change it, use `replace`.
+    """A Phi-3 model's sizes and settings, under transformers' names; hashable. `replace` changes a copy.
 
     `rope_scaling` may be given as a mapping. `rope_parameters` is transformers 5's spelling of it, with
-    `rope_theta` and `partial_rotary_factor` inside. `extra` holds what else a `config.json` had.
+    `rope_theta` and `partial_rotary_factor` inside. `extra` holds the other keys of a `config.json`.
     """
 
     model_type: ClassVar[str] = "phi3"
@@ -93,7 +97,6 @@ class Phi3Config:
     original_max_position_embeddings: int = _DERIVED
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
-    use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_theta: float = _DERIVED
     partial_rotary_factor: float = _DERIVED
@@ -163,14 +166,14 @@ class Phi3Config:
         self._set(num_labels=len(labels), id2label=dict(sorted(labels.items())))
 
     def _gather_rope(self) -> None:
-        """Bring together `rope_scaling`, `rope_parameters` and the fields beside them."""
+        """Merges `rope_scaling`, `rope_parameters` and the fields beside them."""
         entries = {name: getattr(self, name) for name in ("rope_scaling", "rope_parameters")}
         entries = {name: entry for name, entry in entries.items() if entry is not None}
         scalings = [(name, _rope_scaling(name, entry)) for name, entry in entries.items()]
-        self._set(rope_scaling=_agreed(scalings, RopeScaling()))
+        self._set(rope_scaling=_common_value(scalings, RopeScaling()))
         for key, default in _ROPE_DEFAULTS.items():
             inside = [(f"{name}[{key!r}]", _rope_mapping(entry).get(key)) for name, entry in entries.items()]
-            self._set(**{key: _agreed([(key, getattr(self, key)), *inside], default)})
+            self._set(**{key: _common_value([(key, getattr(self, key)), *inside], default)})
 
     def _check_together(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -201,7 +204,7 @@ class Phi3Config:
                 )
 
     def _settle_rope(self) -> None:
-        """Check the rope entry against the sizes, and spell it as transformers 5 does too."""
+        """Checks the rope entry against the sizes, and derives transformers 5's spelling of it."""
         self._set(rope_theta=float(self.rope_theta), partial_rotary_factor=float(self.partial_rotary_factor))
         self.rope_scaling.validate(self.rope_base)
         entry = self.rope_scaling.to_dict(self.rope_base) or {"rope_type": "default"}
@@ -213,17 +216,17 @@ class Phi3Config:
 
     @property
     def num_key_value_groups(self) -> int:
-        """Query heads per key/value head."""
+        """The number of query heads per key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def rotary_dim(self) -> int:
-        """How many dims of each head rotate."""
+        """The number of dims of each head that rotate."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def rope_base(self) -> RopeBase:
-        """What `rope_scaling.frequencies` starts from."""
+        """The sizes that `rope_scaling.frequencies` starts from."""
         return RopeBase(
             dim=self.rotary_dim,
             theta=self.rope_theta,
@@ -233,35 +236,30 @@ class Phi3Config:
 
     @property
     def context_length(self) -> int:
-        """Tokens that a text may have: `max_position_embeddings`.
-
-        Dynamic NTK needs that to be the length of training, and reaches `factor` times as far.
-        """
-        if self.rope_scaling.rope_type != "dynamic":
-            return self.max_position_embeddings
-        return round(dict(self.rope_scaling.parameters)["factor"] * self.max_position_embeddings)
+        """The most tokens of a text: `max_position_embeddings`, or `factor` times that for dynamic NTK."""
+        return self.rope_scaling.context(self.rope_base)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every end token. `generation_config.json` may list more."""
+        """The end tokens of `config.json`; `generation_config.json` may have more."""
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def label2id(self) -> dict[str, int]:
-        """`id2label` the other way round."""
+        """The inverse of `id2label`."""
         return {name: index for index, name in self.id2label.items()}
 
     @property
     def checkpoint_dtype(self) -> str | None:
-        """The dtype that the checkpoint says it is stored in, such as "bfloat16"."""
+        """The dtype of the stored weights according to the checkpoint, such as "bfloat16"."""
         dtype = self.extra.get("dtype") or self.extra.get("torch_dtype")
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
     @property
     def divided_sizes(self) -> dict[str, int]:
-        """Sizes of the logical axes of parameters that a mesh may divide (`parallel.sharding.RULES`)."""
+        """The sizes of the parameters' logical axes that a mesh may divide (`parallel.sharding.RULES`)."""
         return {
             "vocab": self.vocab_size,
             "embed": self.hidden_size,
@@ -270,10 +268,10 @@ class Phi3Config:
         }
 
     def replace(self, **changes: Any) -> "Phi3Config":
-        """A copy with these fields changed, checked anew.
+        """Returns a copy with these fields changed, and checks it.
 
-        What equals its derived value is derived again: `head_dim`, `num_key_value_heads`, label names. A new
-        rope entry leaves `rope_theta` and its like as they are, unless it has its own.
+        `head_dim`, `num_key_value_heads` and label names that equal their derived values are derived again. A
+        new rope entry keeps `rope_theta` and the other fields beside it, unless it has its own.
         """
         values = {name: getattr(self, name) for name in _field_names()} | {"rope_parameters": None}
         if self.head_dim * self.num_attention_heads == self.hidden_size:
@@ -291,8 +289,12 @@ class Phi3Config:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "Phi3Config":
-        """Read the contents of a `config.json`, of any transformers version."""
-        extra = dict(mapping)
+        """Reads the contents of a `config.json` of any transformers version.
+
+        Raises:
+            UserError: the model is not a Phi-3, or a value does not fit.
+        """
+        extra = {key: value for key, value in mapping.items() if (key, value) not in _UNREAD.items()}
         model_type = extra.pop("model_type", cls.model_type)
         if model_type not in SUPPORTED_MODEL_TYPES:
             supported = ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
@@ -303,19 +305,16 @@ class Phi3Config:
             fields["id2label"] = {index: name for name, index in label2id.items()}
         config = cls(**fields, extra=extra)
         if label2id and label2id != config.label2id:
-            logger.warning("label2id=%r is not id2label=%r the other way round", label2id, config.id2label)
+            logger.warning("label2id=%r is not the inverse of id2label=%r", label2id, config.id2label)
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """What transformers 4 and 5 read back as the same model; `from_dict` reverses it."""
+        """Returns the contents of a `config.json`, for transformers 4 and 5 and for `from_dict`."""
         values = {
             name: getattr(self, name) for name in _field_names() - {"extra", "rope_parameters", "num_labels"}
         }
         values["rope_scaling"] = self.rope_scaling.to_dict(self.rope_base)
-        if self.rope_scaling.rope_type in (
-            "yarn",
-            "llama3",
-        ):  # transformers 4 takes no other keys for longrope
+        if self.rope_scaling.original_in_entry:
             values["rope_scaling"]["original_max_position_embeddings"] = self.original_max_position_embeddings
         if isinstance(self.eos_token_id, tuple):
             values["eos_token_id"] = list(self.eos_token_id)
@@ -329,25 +328,31 @@ class Phi3Config:
         for name in ("problem_type", "classifier_dropout", "hidden_dropout"):
             if values[name] is None:
                 del values[name]
-        return {**copy.deepcopy(self.extra), "model_type": self.model_type, **dict(sorted(values.items()))}
+        extra = _UNREAD | copy.deepcopy(self.extra)
+        return {**extra, "model_type": self.model_type, **dict(sorted(values.items()))}
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> "Phi3Config":
-        """Read one file. Every ValueError names it."""
+        """Reads one file.
+
+        Raises:
+            UserError: the file is not JSON, or as `from_dict`; the message names the file.
+        """
+        mapping = read_json(Path(path))
         try:
-            mapping = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(mapping, dict):
                 raise UserError(f"holds a {type(mapping).__name__}; a config is a JSON object")
             return cls.from_dict(mapping)
-        except json.JSONDecodeError as error:
-            where = f"line {error.lineno} column {error.colno}"
-            raise UserError(f"{path} is not valid JSON: {error.msg} at {where}") from error
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> "Phi3Config":
-        """Read `config.json` from a local folder, or that file itself."""
+        """Reads `config.json` from a local folder, or that file itself.
+
+        Raises:
+            FileNotFoundError: there is no such file. UserError: as `from_json_file`.
+        """
         file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
         if not file.is_file():
             missing = (
@@ -360,7 +365,7 @@ class Phi3Config:
         return cls.from_json_file(file)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write `config.json` into the folder, made if need be. Readers meanwhile see the old or the new."""
+        """Writes `config.json` whole or not at all; makes the folder if needed."""
         target = Path(directory) / CONFIG_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as work:
@@ -369,7 +374,7 @@ class Phi3Config:
 
     @classmethod
     def preset(cls, name: str) -> "Phi3Config":
-        """The configuration of a published model, such as "phi-3.5-mini-instruct"; `presets` lists them."""
+        """Returns the configuration of a published model, such as "phi-3.5-mini-instruct"; see `presets`."""
         known = cls.presets()
         if name not in known:
             close = difflib.get_close_matches(name.lower().rpartition("/")[2], known, n=1, cutoff=0.5)
@@ -380,7 +385,7 @@ class Phi3Config:
 
     @staticmethod
     def presets() -> list[str]:
-        """The names that `preset` takes."""
+        """Returns the names that `preset` takes."""
         folder = resources.files(__package__) / "presets"
         return sorted(
             file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")
@@ -396,12 +401,12 @@ def _default_labels(count: int) -> dict[int, str]:
 
 
 def _rope_mapping(entry: Any) -> Mapping[str, Any]:
-    """A rope entry's keys with their values, however it was given."""
+    """Returns a rope entry as a mapping."""
     return dict(entry.parameters) if isinstance(entry, RopeScaling) else entry or {}
 
 
 def _rope_scaling(name: str, entry: Any) -> RopeScaling:
-    """A rope entry without the keys that are fields of the config."""
+    """Returns a rope entry without the keys that are fields of the config."""
     if isinstance(entry, RopeScaling):
         own = tuple((key, value) for key, value in entry.parameters if key not in _ROPE_DEFAULTS)
         return RopeScaling(entry.rope_type, own)
@@ -412,8 +417,8 @@ def _rope_scaling(name: str, entry: Any) -> RopeScaling:
     return RopeScaling.from_dict({key: value for key, value in entry.items() if key not in _ROPE_DEFAULTS})
 
 
-def _agreed(spellings: Iterable[tuple[str, Any]], default: Any) -> Any:
-    """The value that all who give one agree on."""
+def _common_value(spellings: Iterable[tuple[str, Any]], default: Any) -> Any:
+    """Returns the one value that the spellings have, or the default if all are None."""
     given = [(name, value) for name, value in spellings if value is not None]
     for name, value in given[1:]:
         if value != given[0][1]:

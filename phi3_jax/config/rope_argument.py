@@ -1,4 +1,4 @@
-"""Rope scalings as commands take them, such as `linear:factor=4`, and what they make of a config."""
+"""Rope scalings as commands take them, such as `linear:factor=4`, and their effect on a config."""
 
 import json
 import runpy
@@ -14,6 +14,7 @@ import numpy as np
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.errors import UserError
+from phi3_jax.runs.text import read_json
 
 EXAMPLE = "none, linear:factor=4, dynamic:factor=4, yarn:factor=4, longrope:@factors.json or @rope.json"
 
@@ -23,13 +24,13 @@ FIELDS = (
     "rope_theta",
     "partial_rotary_factor",
 )
-"""What may stand in a rope entry and belongs to the config."""
+"""Keys of a rope entry that are fields of the config."""
 
 TRAINED_IS_MAX = ("default", "dynamic")
-"""Types under which `max_position_embeddings` is the length that the model was trained on."""
+"""Types for which `max_position_embeddings` is the length that the model was trained on."""
 
 BY_EXTENSION = ("yarn", "phi3-yarn", "longrope")
-"""Types whose formulas ask how many times the context has grown."""
+"""Types whose formulas depend on the growth of the context."""
 
 
 @dataclass(frozen=True)
@@ -40,41 +41,40 @@ class RopeArgument:
     """As the user wrote it, for tables and plots."""
     scaling: RopeScaling
     fields: tuple[tuple[str, Any], ...] = ()
-    """Of the config, which the user gave with it."""
+    """Fields of the config that the user gave with it."""
     initial_tokens: int = 0
-    """So many tokens at the beginning keep the unscaled frequencies; no `config.json` can say so."""
+    """The number of first tokens that keep the unscaled frequencies; no `config.json` can express it."""
 
     def apply(self, config: Phi3Config) -> Phi3Config:
-        """The config of a model with this scaling in place of its own.
+        """Returns a model's config with this scaling in place of its own.
 
-        Unless the user gave them, `original_max_position_embeddings` is the length that the model was trained
-        on (see `trained_length`), and `max_position_embeddings` that length times `factor`. Under dynamic
-        NTK, whose formula starts from it, `max_position_embeddings` stays the trained length, and
-        `Phi3Config.context_length` is the product. Without a `factor`, a model that is extended already keeps
-        its length.
+        Unless the user gave them, `original_max_position_embeddings` is the `trained_length`, and
+        `max_position_embeddings` is that length times `factor`. For dynamic NTK, whose formula starts from
+        `max_position_embeddings`, that field stays the trained length, and `Phi3Config.context_length` is the
+        product. Without a `factor`, a model that is already extended keeps its length.
 
         Raises:
-            ValueError: parameters that the type or the model's sizes refuse; nothing says how far it extends.
+            UserError: the parameters do not fit the type or the model's sizes, or do not tell the new length.
         """
         try:
-            return self._applied(config)
+            return self._apply(config)
         except ValueError as error:
             raise UserError(f"rope {self.name!r}: {error}") from error
 
     def config_to_save(self, config: Phi3Config) -> Phi3Config:
-        """The same for a config that is to be used by itself, and saved.
+        """Returns the same config as `apply`, for uses that have nothing but the config.
 
         Raises:
-            ValueError: as `apply`; `initial_tokens`, which no config can hold.
+            UserError: as `apply`; or there are `initial_tokens`, which no config can express.
         """
         if self.initial_tokens:
             raise UserError(
-                f"rope {self.name!r}: a config cannot say initial_tokens={self.initial_tokens}; "
+                f"rope {self.name!r}: a config cannot express initial_tokens={self.initial_tokens}; "
                 "phi3-jax rope and evaluate can use it, everything else needs initial_tokens=0"
             )
         return self.apply(config)
 
-    def _applied(self, config: Phi3Config) -> Phi3Config:
+    def _apply(self, config: Phi3Config) -> Phi3Config:
         given = dict(self.fields)
         partial = given.pop("partial_rotary_factor", config.partial_rotary_factor)
         if partial != config.partial_rotary_factor:
@@ -95,12 +95,12 @@ class RopeArgument:
             original = checked.original_max_position_embeddings
         longest = checked.max_position_embeddings if maximum in given else self._longest(config, original)
         if scaling.rope_type == "yarn":
-            scaling = _with_default(scaling, "factor", longest / original)  # transformers wants it said
+            scaling = _with_default(scaling, "factor", longest / original)  # transformers requires it
         changes = {maximum: longest, f"original_{maximum}": original, "rope_theta": checked.rope_theta}
         return config.replace(rope_scaling=scaling, **changes)
 
     def _longest(self, config: Phi3Config, original: int) -> int:
-        """The context's end, where the user did not say."""
+        """Returns `max_position_embeddings` where the user did not give it."""
         if self.scaling.rope_type in TRAINED_IS_MAX:
             return original
         factor = dict(self.scaling.parameters).get("factor")
@@ -120,17 +120,17 @@ def _with_default(scaling: RopeScaling, key: str, value: Any) -> RopeScaling:
 
 
 def trained_length(config: Phi3Config) -> int:
-    """Tokens of the texts that a model was trained on before any scaling, as far as its config tells."""
+    """Returns the tokens of the texts that a model was trained on before any scaling, by its config."""
     if config.rope_scaling.rope_type in TRAINED_IS_MAX:
         return config.max_position_embeddings
     return config.original_max_position_embeddings
 
 
 def as_longrope(config: Phi3Config) -> Phi3Config:
-    """The same model with its rope spelled as longrope, the one scaling that transformers takes for Phi-3.
+    """Returns the config with its rope written as longrope, transformers' only scaling for Phi-3.
 
-    Both lists are the factors on plain rope's wavelengths, so that the frequencies stay as they are. Plain
-    rope, longrope, and types whose frequencies follow a text's length are returned unchanged.
+    Both lists are the factors on plain rope's wavelengths, so that the frequencies do not change. Plain
+    rope, longrope, and types whose frequencies depend on a text's length are returned unchanged.
     """
     lengths = jnp.array([1, 2 * config.context_length])
     inv_freq, scaling = config.rope_scaling.frequencies(config.rope_base, lengths)
@@ -147,25 +147,24 @@ def as_longrope(config: Phi3Config) -> Phi3Config:
 
 
 def parse_rope(text: str) -> RopeArgument:
-    """Reads what follows `--rope`: a type, then its parameters, `@FILE` among them: a JSON file of more.
+    """Reads the value of `--rope`: a type, then its parameters; `@FILE` is a JSON file of parameters.
 
     `none` is plain rope; `@rope.json` is a whole rope entry of a `config.json`. `longrope:@factors.json` has
     `short_factor` and `long_factor`; with `long_factor` alone (or `factors`), the short list is ones: plain
-    rope up to the original length. `ntk.py:ntk:factor=4` is a type that a file of the user's registers, which
-    is run for it. Beside a type's own parameters stand `max_position_embeddings`,
-    `original_max_position_embeddings`, `rope_theta` and `initial_tokens`; in files also `about`, which is for
-    people.
+    rope up to the original length. `ntk.py:ntk:factor=4` runs a file of the user's that registers the type.
+    Besides a type's own parameters there are `max_position_embeddings`, `original_max_position_embeddings`,
+    `rope_theta` and `initial_tokens`; in files also `about`, a comment.
 
     Raises:
-        ValueError: a type or a parameter that there is not, a file that is absent or broken.
+        UserError: there is no such type or parameter, or a file is missing or broken.
     """
     try:
-        return _parsed(text)
+        return _parse(text)
     except (ValueError, OSError) as error:
         raise UserError(f"rope {text!r}: {error}") from error
 
 
-def _parsed(text: str) -> RopeArgument:
+def _parse(text: str) -> RopeArgument:
     kind, _, rest = ("", "", text) if text.startswith("@") else text.partition(":")
     if kind.endswith(".py"):
         _register(Path(kind).expanduser().resolve())
@@ -175,12 +174,12 @@ def _parsed(text: str) -> RopeArgument:
     entry: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = part.partition("=")
-        found = _read(Path(part[1:]).expanduser()) if part.startswith("@") else {key: _value(value)}
+        given = _read(Path(part[1:]).expanduser()) if part.startswith("@") else {key: _value(value)}
         if not (equals or part.startswith("@")):
             raise UserError(f"{part!r} is neither key=value nor @FILE")
-        if twice := sorted(entry.keys() & found.keys()):
-            raise UserError(f"{twice[0]} comes twice")
-        entry |= found
+        if twice := sorted(entry.keys() & given.keys()):
+            raise UserError(f"{twice[0]} is given twice; give it once")
+        entry |= given
     kind = "default" if kind == "none" else kind
     spellings = entry.pop("type", None), entry.pop("rope_type", None)
     named = spellings[1] or spellings[0]
@@ -188,7 +187,7 @@ def _parsed(text: str) -> RopeArgument:
         raise UserError("the file names no rope_type; lists of factors are given as longrope:@FILE")
     if "factors" in entry and (kind or named) in ("longrope", "su"):
         if "long_factor" in entry:
-            raise UserError("factors is another name of long_factor; give one of them")
+            raise UserError("factors is another name for long_factor; give one of them")
         entry["long_factor"] = entry.pop("factors")
     fields = tuple((key, entry.pop(key)) for key in FIELDS if entry.get(key) is not None)
     initial_tokens = entry.pop("initial_tokens", 0)
@@ -202,7 +201,7 @@ def _parsed(text: str) -> RopeArgument:
 
 @cache
 def _register(path: Path) -> None:
-    """Runs a Python file, for the rope types in it."""
+    """Runs a Python file, which registers rope types."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
@@ -212,7 +211,7 @@ def _register(path: Path) -> None:
 
 
 def _value(text: str) -> Any:
-    """A number, true or false; anything else is text, for the type to refuse."""
+    """Returns a number, true or false; other values stay text, which the type refuses."""
     try:
         return json.loads(text)
     except ValueError:
@@ -222,11 +221,7 @@ def _value(text: str) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise UserError(f"{path} is not valid JSON: {error.msg} at {where}") from error
-    if not isinstance(found, Mapping):
-        raise UserError(f"{path} holds a {type(found).__name__}; a rope is a JSON object")
-    return {key: value for key, value in found.items() if key != "about"}
+    content = read_json(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}; a rope is a JSON object")
+    return {key: value for key, value in content.items() if key != "about"}

@@ -1,9 +1,9 @@
-"""Rope types: from a `config.json`'s rope entry to inverse frequencies and attention factor.
+"""Rope types: they turn a `config.json`'s rope entry into inverse frequencies and an attention factor.
 
 A rope type is one function under `@rope_type(name)`. Its keyword-only parameters *are* the keys of the
-config's rope entry: one without a default is required, and its annotation says what it may hold. Reading,
-validation and writing follow from that signature. Formulas match `transformers/modeling_rope_utils.py`, in
-float32.
+config's rope entry: one without a default is required, and its annotation has the rule for its value.
+Reading, validation and writing follow from that signature. Formulas match
+`transformers/modeling_rope_utils.py`, in float32.
 """
 
 import inspect
@@ -32,7 +32,10 @@ Frequencies: TypeAlias = tuple[
 
 @dataclass(frozen=True)
 class RopeBase:
-    """What every formula starts from. `dim` dims of a head rotate: int(head_dim * partial_rotary_factor)."""
+    """The sizes that every formula starts from.
+
+    `dim` dims of a head rotate: int(head_dim * partial_rotary_factor).
+    """
 
     dim: int
     theta: float
@@ -41,20 +44,20 @@ class RopeBase:
 
     @property
     def extension(self) -> float:
-        """How many times the window grew since pretraining."""
+        """The factor by which the window has grown since pretraining."""
         return self.max_position_embeddings / self.original_max_position_embeddings
 
     def tokens_per_radian(self) -> Float[np.ndarray, "P"]:
-        """theta^(2i/dim)."""
+        """Returns theta^(2i/dim)."""
         exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
         return np.float32(self.theta) ** exponents
 
     def inv_freq(self) -> Float[np.ndarray, "P"]:
-        """theta^(-2i/dim), radians per token."""
+        """Returns theta^(-2i/dim), radians per token."""
         return np.float32(1) / self.tokens_per_radian()
 
 
-# What a key may hold: a rule answers with what is wrong, worded to follow the key's name, or with None.
+# Returns the complaint about a key's value, worded to follow the key's name, or None.
 Rule: TypeAlias = Callable[[Any, RopeBase], str | None]
 
 
@@ -63,7 +66,7 @@ def _must_be(expected: str, holds: Callable[[Any], bool]) -> Rule:
 
 
 def is_number(value: Any) -> bool:
-    """A finite int or float; a bool is none."""
+    """Whether the value is a finite int or float; a bool is not a number here."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -92,19 +95,19 @@ PerPair: TypeAlias = Annotated[Sequence[float], _per_pair]
 
 Check: TypeAlias = Callable[[RopeBase, Mapping[str, Any]], str | None]
 
-ROPE_TYPES: dict[str, Callable[..., Frequencies]] = {}
 
+class RopeType(NamedTuple):
+    """A rope type: its formula and its other properties, as `rope_type` takes them."""
 
-class _Traits(NamedTuple):
-    """What is true of a rope type besides its formula."""
-
+    formula: Callable[..., Frequencies]
     check: Check | None = None
     context: Callable[[RopeBase, Mapping[str, Any]], int] | None = None
     recompute: bool = True
     two_lists: bool = False
+    entry: Callable[[RopeBase, Mapping[str, Any]], dict[str, Any]] | None = None
 
 
-_TRAITS: dict[str, _Traits] = {}
+ROPE_TYPES: dict[str, RopeType] = {}
 
 
 def rope_type(
@@ -114,22 +117,25 @@ def rope_type(
     context: Callable[[RopeBase, Mapping[str, Any]], int] | None = None,
     recompute: bool = True,
     two_lists: bool = False,
+    entry: Callable[[RopeBase, Mapping[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Registers a formula under a rope type's name.
 
     Args:
         name: the `rope_type` of a `config.json`.
-        check: `check(base, parameters)` says what is wrong with the parameters taken together, or None.
+        check: `check(base, parameters)` returns the complaint about parameters that do not fit together, or
+            None.
         context: `context(base, parameters)` is the longest row in tokens; default: max_position_embeddings.
         recompute: whether a row is computed again from its first token when its frequencies change with its
             length. False keeps the keys in the cache as they are, as transformers does for dynamic NTK.
         two_lists: whether the frequencies are one list up to `original_max_position_embeddings` tokens and
             another one after it.
+        entry: `entry(base, parameters)` is the rope entry that transformers reads; default: the `rope_type`
+            and its parameters.
     """
 
     def register(formula: Callable) -> Callable:
-        ROPE_TYPES[name] = formula
-        _TRAITS[name] = _Traits(check, context, recompute, two_lists)
+        ROPE_TYPES[name] = RopeType(formula, check, context, recompute, two_lists, entry)
         return formula
 
     return register
@@ -137,13 +143,13 @@ def rope_type(
 
 @rope_type("default")
 def default(base: RopeBase, seq_len: Int[Array, "B"]) -> Frequencies:
-    """Plain rope."""
+    """Computes plain rope."""
     return base.inv_freq(), 1.0
 
 
 @rope_type("linear")
 def linear(base: RopeBase, seq_len: Int[Array, "B"], *, factor: Scale) -> Frequencies:
-    """Position interpolation: every position divided by `factor`."""
+    """Interpolates positions: divides each by `factor`."""
     return base.inv_freq() / np.float32(factor), 1.0
 
 
@@ -157,10 +163,10 @@ def _grown_context(base: RopeBase, parameters: Mapping[str, Any]) -> int:
 
 @rope_type("dynamic", _dynamic_needs_four_dims, context=_grown_context, recompute=False)
 def dynamic(base: RopeBase, seq_len: Int[Array, "B"], *, factor: Scale) -> Frequencies:
-    """Dynamic NTK: theta grows with each row's length beyond `max_position_embeddings`.
+    """Computes dynamic NTK: theta grows with each row's length beyond `max_position_embeddings`.
 
-    theta' = theta * g^(d/(d-2)) enters as theta'^(-2i/d). The part of g is split off, so that the device
-    raises only a small number to a power.
+    The frequencies are theta'^(-2i/d) with theta' = theta * g^(d/(d-2)). The factor that depends on g is
+    computed apart, so that the device raises only a small number to a power.
     """
     beyond = jnp.maximum(seq_len - base.max_position_embeddings, 0).astype(jnp.float32)
     growth = 1 + factor * beyond / base.max_position_embeddings  # [B]
@@ -183,7 +189,7 @@ def llama3(
     high_freq_factor: Positive,
     original_max_position_embeddings: Length | None = None,
 ) -> Frequencies:
-    """Llama 3.1: long wavelengths interpolated, short ones kept, a blend in between."""
+    """Computes Llama 3.1's rope: interpolates long wavelengths, keeps short ones, blends in between."""
     original = original_max_position_embeddings or base.original_max_position_embeddings
     inv_freq = base.inv_freq()
     turns = np.float32(original) * inv_freq / np.float32(2 * math.pi)  # within the original window
@@ -215,9 +221,9 @@ def yarn(
     truncate: Flag = True,
     original_max_position_embeddings: Length | None = None,
 ) -> Frequencies:
-    """YaRN (arXiv:2309.00071): interpolation of the slow dims only, and a softmax temperature.
+    """Computes YaRN (arXiv:2309.00071): interpolates the slow dims only, with a softmax temperature.
 
-    Without `factor`, the growth of the window since pretraining.
+    `factor` defaults to the growth of the window since pretraining.
     """
     original = original_max_position_embeddings or base.original_max_position_embeddings
     if factor is None:
@@ -248,7 +254,7 @@ def _short_or_long(
     factors: tuple[Sequence[float], Sequence[float]],
     attention_factors: tuple[float, float],
 ) -> Frequencies:
-    """Each row's list by its own length: up to the original window the first, beyond it the second."""
+    """Chooses each row's list by its length: the first up to the original window, the second beyond it."""
     is_long = seq_len > base.original_max_position_embeddings  # [B]
     short, long = (1 / (np.asarray(list_, np.float32) * base.tokens_per_radian()) for list_ in factors)
     inv_freq = jnp.where(is_long[:, None], long, short)  # [B, P]
@@ -258,7 +264,11 @@ def _short_or_long(
     return inv_freq, jnp.where(is_long, jnp.float32(long_attention), jnp.float32(short_attention))
 
 
-@rope_type("longrope", two_lists=True)
+def _longrope_entry(base: RopeBase, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "longrope", **parameters}  # transformers 4 does not accept `rope_type` here
+
+
+@rope_type("longrope", two_lists=True, entry=_longrope_entry)
 def longrope(
     base: RopeBase,
     seq_len: Int[Array, "B"],
@@ -270,7 +280,10 @@ def longrope(
     long_mscale: Positive | None = None,
     attention_factor: Positive | None = None,
 ) -> Frequencies:
-    """LongRoPE (arXiv:2402.13753). Attention factor: the explicit one, the list's mscale, or by growth."""
+    """Computes LongRoPE (arXiv:2402.13753).
+
+    The attention factor is `attention_factor`, else the list's mscale, else follows from the window's growth.
+    """
     growth = base.extension if factor is None else factor
     by_growth = 1.0
     if growth > 1:
@@ -280,7 +293,12 @@ def longrope(
     return _short_or_long(base, seq_len, (short_factor, long_factor), (short_attention, long_attention))
 
 
-@rope_type("phi3-yarn", two_lists=True)
+def _phi3_yarn_entry(base: RopeBase, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    # Longrope with an explicit attention factor; without one, transformers would use longrope's.
+    return {"type": "longrope", "attention_factor": _yarn_scale(base.extension), **parameters}
+
+
+@rope_type("phi3-yarn", two_lists=True, entry=_phi3_yarn_entry)
 def phi3_yarn(
     base: RopeBase,
     seq_len: Int[Array, "B"],
@@ -289,19 +307,19 @@ def phi3_yarn(
     long_factor: PerPair,
     attention_factor: Positive | None = None,
 ) -> Frequencies:
-    """What early Phi-3 called "yarn": longrope's lists with YaRN's attention factor."""
+    """Computes what early Phi-3 called "yarn": longrope's lists with YaRN's attention factor."""
     attention_factor = attention_factor or _yarn_scale(base.extension)
     return _short_or_long(base, seq_len, (short_factor, long_factor), (attention_factor, attention_factor))
 
 
 @cache
 def _keys(name: str) -> Mapping[str, inspect.Parameter]:
-    parameters = inspect.signature(ROPE_TYPES[name]).parameters.values()
+    parameters = inspect.signature(ROPE_TYPES[name].formula).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _rule(annotation: Any) -> Rule | None:
-    """The rule inside `Annotated[...]` or `Annotated[...] | None`."""
+    """Returns the rule inside `Annotated[...]` or `Annotated[...] | None`."""
     for candidate in (annotation, *get_args(annotation)):
         for rule in getattr(candidate, "__metadata__", ()):
             return rule
@@ -316,7 +334,7 @@ def _canonical(name: str | None, parameters: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """A rope type with its parameters; hashable. Lists are tuples, and `parameters` is sorted by key."""
+    """A rope type with its parameters; hashable. Lists become tuples, and `parameters` is sorted by key."""
 
     rope_type: str = "default"
     parameters: tuple[tuple[str, Any], ...] = ()
@@ -328,9 +346,12 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any] | None, *, strict: bool = False) -> "RopeScaling":
-        """Read a rope entry in any spelling.
+        """Reads a rope entry in any spelling.
 
-        Keys that the type does not know are kept, and reported; `strict`: they are an error.
+        Keys that the type does not use are kept, with a warning; with `strict` they are an error.
+
+        Raises:
+            UserError: the type is unknown, or the entry has one rope for each kind of layer.
         """
         parameters = {key: value for key, value in (mapping or {}).items() if value is not None}
         old_name, new_name = parameters.pop("type", None), parameters.pop("rope_type", None)
@@ -349,53 +370,48 @@ class RopeScaling:
         return scaling
 
     def to_dict(self, base: RopeBase) -> dict[str, Any] | None:
-        """The rope entry as transformers reads it for Phi-3; None for plain rope.
-
-        Early Phi-3's "yarn" becomes longrope with its attention factor spelled out: under its own name
-        transformers would give it longrope's.
-        """
-        parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in self.parameters}
-        if self.rope_type == "phi3-yarn":
-            parameters.setdefault("attention_factor", _yarn_scale(base.extension))
-        if self.rope_type in ("longrope", "phi3-yarn"):
-            return {"type": "longrope", **parameters}  # transformers 4 knows no `rope_type` here
-        if self.rope_type == "default" and not parameters:
+        """Returns the rope entry as transformers reads it for Phi-3; None for plain rope."""
+        if self == RopeScaling():
             return None
-        return {"rope_type": self.rope_type, **parameters}
+        parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in self.parameters}
+        entry = ROPE_TYPES[self.rope_type].entry
+        return {"rope_type": self.rope_type, **parameters} if entry is None else entry(base, parameters)
 
     def frequencies(self, base: RopeBase, seq_len: Int[Array, "B"]) -> Frequencies:
-        """Inverse frequencies, float32 [P] or, by length, [B, P]; and what cos and sin are multiplied by.
+        """Returns the inverse frequencies and the attention factor, by which cos and sin are multiplied.
 
-        `seq_len` is each row's length in tokens: its last position + 1. It may be traced.
+        The frequencies are float32 [P], or [B, P] where they depend on the length. `seq_len` is each row's
+        length in tokens: its last position + 1. It may be traced.
         """
         known = _keys(self.rope_type)
         parameters = {key: value for key, value in self.parameters if key in known}
-        return ROPE_TYPES[self.rope_type](base, seq_len, **parameters)
-
-    @property
-    def _traits(self) -> _Traits:
-        return _TRAITS.get(self.rope_type, _Traits())
+        return ROPE_TYPES[self.rope_type].formula(base, seq_len, **parameters)
 
     @property
     def has_two_lists(self) -> bool:
         """Whether the type has one list of frequencies for short rows and another one for long rows."""
-        return self._traits.two_lists
+        return ROPE_TYPES[self.rope_type].two_lists
+
+    @property
+    def original_in_entry(self) -> bool:
+        """Whether the type takes `original_max_position_embeddings` as one of its parameters."""
+        return "original_max_position_embeddings" in _keys(self.rope_type)
 
     def context(self, base: RopeBase) -> int:
         """Returns the longest row in tokens."""
-        context = self._traits.context
+        context = ROPE_TYPES[self.rope_type].context
         return base.max_position_embeddings if context is None else context(base, dict(self.parameters))
 
     def depends_on_length(self, base: RopeBase) -> bool:
         """Whether rows of different lengths may have different frequencies or attention factors."""
         with jax.ensure_compile_time_eval():
-            found = self.frequencies(base, jnp.ones(1, jnp.int32))
-        return any(isinstance(each, Array) for each in found)
+            frequencies, attention_factor = self.frequencies(base, jnp.ones(1, jnp.int32))
+        return isinstance(frequencies, Array) or isinstance(attention_factor, Array)
 
     def switches_at(self, base: RopeBase) -> int | None:
-        """Returns the most tokens with the first of two lists; None without two different lists."""
+        """Returns the length of the longest row with the first list; None without two different lists."""
         last = base.original_max_position_embeddings
-        if not self._traits.two_lists:
+        if not self.has_two_lists:
             return None
         with jax.ensure_compile_time_eval():
             differ = self._differ(base, jnp.asarray([last]), jnp.asarray([last + 1]))
@@ -404,12 +420,12 @@ class RopeScaling:
     def needs_recomputation(
         self, base: RopeBase, before: Int[Array, "B"], after: Int[Array, "B"]
     ) -> Bool[Array, "B"]:
-        """Returns which rows have keys in the cache, of `before` tokens, that do not fit `after` tokens.
+        """Returns which rows have keys in the cache for `before` tokens that do not fit `after` tokens.
 
         Such a row must be computed again from its first token: from the second layer on, keys depend on
         hidden states that were computed with the old frequencies, so rotating the keys again is not enough.
         """
-        if not self._traits.recompute or not self.depends_on_length(base):
+        if not ROPE_TYPES[self.rope_type].recompute or not self.depends_on_length(base):
             return jnp.zeros(before.shape, bool)
         return (before > 0) & self._differ(base, before, after)
 
@@ -420,7 +436,11 @@ class RopeScaling:
         return jnp.broadcast_to(frequencies | jnp.asarray(old[1] != new[1]), before.shape)
 
     def validate(self, base: RopeBase) -> None:
-        """Raise ValueError for a missing key or a value that the formula cannot take."""
+        """Checks the parameters against the formula's signature.
+
+        Raises:
+            UserError: a key is missing, or a value does not fit.
+        """
         known, given = _keys(self.rope_type), dict(self.parameters)
         if missing := [k for k, p in known.items() if p.default is p.empty and k not in given]:
             raise UserError(
@@ -432,6 +452,6 @@ class RopeScaling:
             if key in given and rule is not None and (complaint := rule(given[key], base)):
                 raise UserError(f"rope_scaling[{key!r}]{complaint}")
         complete = {key: given.get(key, parameter.default) for key, parameter in known.items()}
-        check = self._traits.check
+        check = ROPE_TYPES[self.rope_type].check
         if check is not None and (complaint := check(base, complete)):
             raise UserError(f"rope_scaling: {complaint}")

@@ -424,7 +424,8 @@ def test_config_options(tmp_path: Path) -> None:
     assert (model.config.sliding_window, model.config.attention_dropout) == (5, 0.25)
     other = small_config(rms_norm_eps=1e-3)
     assert Phi3ForCausalLM.from_pretrained(tmp_path, config=other).config == other
-    assert Phi3ForCausalLM.from_pretrained(tmp_path, config=other, use_cache=False).config.use_cache is False
+    changed = Phi3ForCausalLM.from_pretrained(tmp_path, config=other, attention_dropout=0.5).config
+    assert changed == other.replace(attention_dropout=0.5)
     model = Phi3ForSequenceClassification.from_pretrained(
         tmp_path, id2label={0: "no", 1: "yes", 2: "perhaps"}
     )

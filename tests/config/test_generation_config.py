@@ -1,4 +1,4 @@
-"""GenerationConfig against transformers 5.23: names, defaults, files; and how layers become one."""
+"""GenerationConfig matches transformers 5.23 in names, defaults and files; layers merge in order."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from phi3_jax.config.model_config import Phi3Config
 NAMES = {field.name for field in dataclasses.fields(GenerationConfig)} - {"extra"}
 OURS = {"frequency_penalty", "presence_penalty", "rope_list"}
 
-# A value other than the default for every field, as a user writes it, and what is kept of it.
+# For every field a value other than the default, as a user writes it and as it is kept.
 VALUES: dict[str, tuple[Any, Any]] = {
     **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k"), (7, 7)),
     **dict.fromkeys(("num_beams", "num_return_sequences", "num_assistant_tokens"), (3, 3)),
@@ -120,18 +120,18 @@ def defaults_of_theirs() -> dict[str, Any]:
     return transformers.GenerationConfig._get_default_generation_params()
 
 
-def test_every_name_of_transformers_is_known() -> None:
+def test_knows_every_name_of_transformers() -> None:
     theirs = set(names_of_theirs()) - {"transformers_version", "_from_model_config"}
     assert theirs - NAMES == set(checks.UNSUPPORTED)
     assert NAMES - theirs == OURS
     assert set(checks.RULES) == NAMES == set(VALUES) == set(BAD)
 
 
-def test_defaults_are_transformers() -> None:
+def test_defaults_match_transformers() -> None:
     theirs = defaults_of_theirs()
     shared = {name: value for name, value in theirs.items() if name in NAMES and value is not None}
     assert shared.pop("max_length") == 20
-    # Where transformers leaves None, this is what its code does then.
+    # Where transformers leaves None, its code then does this.
     unset = dict.fromkeys(["renormalize_logits", "output_attentions", "output_hidden_states"], False)
     assert shared | unset | {"output_logits": False, "max_matching_ngram_size": 2} == {
         name: value for name, value in DEFAULTS.items() if name not in OURS
@@ -142,12 +142,12 @@ def test_defaults_are_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_each_field(name: str) -> None:
+def test_each_field_keeps_good_values_and_rejects_others(name: str) -> None:
     given, kept = VALUES[name]
     config = GenerationConfig(**{name: given})
     assert getattr(config, name) == kept
     assert type(getattr(config, name)) is type(kept)
-    assert config.said() == {name: kept}
+    assert config.explicit_values() == {name: kept}
     assert name in repr(config)
     for value in BAD[name]:
         with pytest.raises(ValueError, match=rf"^{name}=.* must be "):
@@ -155,10 +155,10 @@ def test_each_field(name: str) -> None:
     assert GenerationConfig(**{name: None}) == GenerationConfig()
 
 
-def test_whole_numbers_become_floats() -> None:
+def test_turns_whole_numbers_into_floats() -> None:
     """transformers refuses `temperature=2` and the like."""
     config = GenerationConfig(temperature=2, repetition_penalty=1, top_p=1, max_time=3, top_k=4)
-    assert {type(value) for value in config.replace(top_k=None).said().values()} == {float}
+    assert {type(value) for value in config.replace(top_k=None).explicit_values().values()} == {float}
     assert type(config.top_k) is int
 
 
@@ -169,7 +169,7 @@ def torch_tensor(values: Any) -> Any:
 
 
 @pytest.mark.parametrize("array", [jnp.array, pytest.param(torch_tensor, marks=pytest.mark.live)])
-def test_values_from_arrays(array: Any) -> None:
+def test_takes_values_from_arrays(array: Any) -> None:
     config = GenerationConfig(
         eos_token_id=np.array([2, 7]),
         pad_token_id=np.int64(3),
@@ -187,7 +187,7 @@ def test_values_from_arrays(array: Any) -> None:
     assert hash(config) == hash(pickle.loads(pickle.dumps(config)))
 
 
-def test_frozen_and_replaced() -> None:
+def test_is_frozen_and_replace_changes_a_copy() -> None:
     config = GenerationConfig(temperature=0.5, eos_token_id=2, extra={"_from_model_config": True, "x": [1]})
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.temperature = 1.0  # type: ignore[misc]
@@ -217,13 +217,13 @@ def test_frozen_and_replaced() -> None:
         ({"use_cache": False}, ValueError, "use_cache=False must be True: generation always keeps the cache"),
     ],
 )
-def test_names_that_are_wrong(given: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_rejects_wrong_names(given: dict[str, Any], error: type[Exception], message: str) -> None:
     for make in (lambda: GenerationConfig(**given), lambda: resolve(given)):
         with pytest.raises(error, match=message):
             make()
 
 
-def test_unsupported_names_with_values_of_no_consequence() -> None:
+def test_accepts_unsupported_names_with_values_without_effect() -> None:
     given = {"num_beam_groups": 1, "diversity_penalty": 0.0, "num_assistant_tokens_schedule": "constant"}
     given |= {"use_mtp": False, "watermarking_config": None, "dola_layers": None, "top_k": 5}
     assert GenerationConfig(**given) == GenerationConfig(top_k=5)
@@ -231,7 +231,7 @@ def test_unsupported_names_with_values_of_no_consequence() -> None:
 
 @stored
 def read_by_theirs(written: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """What the reference makes of a file: those settings, and the biases that its processor is given."""
+    """Returns settings that the reference reads from a file, and the biases that its processor gets."""
     import transformers
 
     with TemporaryDirectory() as folder:
@@ -245,7 +245,7 @@ def read_by_theirs(written: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_transformers_reads_what_we_write(name: str, tmp_path: Path) -> None:
+def test_transformers_reads_our_file(name: str, tmp_path: Path) -> None:
     needed = {"do_sample": True, "return_dict_in_generate": True}  # else transformers warns
     given = {name: VALUES[name][0]} | ({} if name in needed else needed)
     if name in ("early_stopping", "length_penalty", "num_return_sequences"):
@@ -255,8 +255,8 @@ def test_transformers_reads_what_we_write(name: str, tmp_path: Path) -> None:
         config.save_pretrained(tmp_path / "new" / "folder") == tmp_path / "new/folder/generation_config.json"
     )
     written = json.loads((tmp_path / "new" / "folder" / "generation_config.json").read_text())
-    theirs = read_by_theirs(written, [*sorted(config.said()), "some_newer_option"])
-    for field, value in config.said().items():
+    theirs = read_by_theirs(written, [*sorted(config.explicit_values()), "some_newer_option"])
+    for field, value in config.explicit_values().items():
         listed = json.loads(json.dumps(value))
         assert theirs[field] == listed, field
     assert theirs["some_newer_option"] == [1]
@@ -267,7 +267,7 @@ def test_transformers_reads_what_we_write(name: str, tmp_path: Path) -> None:
 
 @stored
 def written_by_theirs(given: dict[str, Any]) -> str:
-    """The file that the reference saves."""
+    """Returns the file that the reference saves."""
     import transformers
 
     with TemporaryDirectory() as folder:
@@ -275,7 +275,7 @@ def written_by_theirs(given: dict[str, Any]) -> str:
         return (Path(folder) / "generation_config.json").read_text()
 
 
-def test_we_read_what_transformers_writes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reads_transformers_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     given = {name: VALUES[name][0] for name in NAMES - OURS - {"sequence_bias", "num_return_sequences"}}
     given["sequence_bias"] = [[[1, 2], -3.0]]
     given["max_length"] = None
@@ -285,11 +285,11 @@ def test_we_read_what_transformers_writes(tmp_path: Path, caplog: pytest.LogCapt
         ours = GenerationConfig.from_pretrained(tmp_path / "generation_config.json")
     assert not caplog.records
     expected = GenerationConfig(**given)
-    assert ours.said() == expected.said()
+    assert ours.explicit_values() == expected.explicit_values()
     assert ours.extra == {"transformers_version": json.loads(file)["transformers_version"]}
 
 
-def test_saving_keeps_everything_and_everything_else(tmp_path: Path) -> None:
+def test_saving_keeps_unknown_keys_and_other_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("weights")
     mapping = {
         "_from_model_config": True,
@@ -303,7 +303,7 @@ def test_saving_keeps_everything_and_everything_else(tmp_path: Path) -> None:
         "newer": {"b": [1, 2]},
     }
     config = GenerationConfig.from_dict(mapping)
-    assert config.said() == {"eos_token_id": (2, 7), "temperature": 0.6}
+    assert config.explicit_values() == {"eos_token_id": (2, 7), "temperature": 0.6}
     assert config.to_dict() == mapping
     assert config.replace(use_cache=True).to_dict()["use_cache"] is True
     config.save_pretrained(tmp_path)
@@ -326,7 +326,7 @@ def test_saving_keeps_everything_and_everything_else(tmp_path: Path) -> None:
         ({"use_cache": False, "cache_implementation": "offloaded"}, []),
     ],
 )
-def test_warnings_for_what_changes_the_output(
+def test_warns_of_ignored_settings_that_change_the_output(
     mapping: dict[str, Any], named: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -345,36 +345,36 @@ def test_warnings_for_what_changes_the_output(
         ('{"eos_token_id": "x"}', "eos_token_id='x'"),
     ],
 )
-def test_broken_files(tmp_path: Path, content: str, message: str) -> None:
+def test_rejects_broken_files(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=rf"generation_config\.json.*{message}"):
         GenerationConfig.from_pretrained(tmp_path)
 
 
-def test_missing_files(tmp_path: Path) -> None:
+def test_rejects_missing_files(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=r"from_model\(config\)"):
             GenerationConfig.from_pretrained(path)
     ours = GenerationConfig.from_model(phi3(eos_token_id=[2, 5]))
-    assert ours.said() == {"bos_token_id": 1, "eos_token_id": (2, 5), "pad_token_id": 3}
+    assert ours.explicit_values() == {"bos_token_id": 1, "eos_token_id": (2, 5), "pad_token_id": 3}
 
 
-def test_layers() -> None:
+def test_upper_layers_override_lower_ones() -> None:
     model = GenerationConfig(do_sample=True, temperature=0.6, top_k=9, eos_token_id=[2, 7], pad_token_id=7)
     config = GenerationConfig(temperature=0.7, top_k=8)
-    made = resolve({"temperature": 0.8, "top_p": None}, config, model)
-    assert (made.temperature, made.top_k, made.top_p, made.do_sample) == (0.8, 8, 1.0, True)
-    assert (made.eos_token_id, made.pad_token_id, made.bos_token_id) == ((2, 7), 7, 1)
-    missing = [name for name in DEFAULTS if getattr(made, name) is None]
+    resolved = resolve({"temperature": 0.8, "top_p": None}, config, model)
+    assert (resolved.temperature, resolved.top_k, resolved.top_p, resolved.do_sample) == (0.8, 8, 1.0, True)
+    assert (resolved.eos_token_id, resolved.pad_token_id, resolved.bos_token_id) == ((2, 7), 7, 1)
+    missing = [name for name in DEFAULTS if getattr(resolved, name) is None]
     assert not missing
     assert {name: getattr(resolve(), name) for name in DEFAULTS} == DEFAULTS
-    assert (made.prompt_length, made.batch_size) == (10, 1)
+    assert (resolved.prompt_length, resolved.batch_size) == (10, 1)
 
 
 @stored
 def lengths_of_theirs(given: dict[str, int], prompt_length: int) -> tuple[int, int]:
-    """The greatest and the least length that the reference counts with in a context of 64."""
+    """Returns the reference's greatest and least length in a context of 64."""
     import torch
     import transformers
 
@@ -382,7 +382,7 @@ def lengths_of_theirs(given: dict[str, int], prompt_length: int) -> tuple[int, i
     unset = [config.max_length is None, config.min_length is None]
     config.update(**transformers.GenerationConfig._get_default_generation_params(), defaults_only=True)
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64, is_encoder_decoder=False))
-    logging.disable(logging.WARNING)  # that both are given
+    logging.disable(logging.WARNING)  # of two limits
     try:
         config = transformers.GenerationMixin._prepare_generated_length(
             model, config, *unset, "input_ids", prompt_length, torch.zeros(1, prompt_length)
@@ -404,17 +404,17 @@ def lengths_of_theirs(given: dict[str, int], prompt_length: int) -> tuple[int, i
         ),
     ],
 )
-def test_lengths_are_transformers(model: dict[str, int], prompt_length: int) -> None:
+def test_lengths_match_transformers(model: dict[str, int], prompt_length: int) -> None:
     theirs_longest, theirs_shortest = lengths_of_theirs(model, prompt_length)
-    made = resolve(model=GenerationConfig(**model), prompt_length=prompt_length)
+    resolved = resolve(model=GenerationConfig(**model), prompt_length=prompt_length)
     longest = min(theirs_longest, 64)  # ours never passes the context
-    assert made.max_length == prompt_length + made.max_new_tokens == longest
+    assert resolved.max_length == prompt_length + resolved.max_new_tokens == longest
     shortest = min(theirs_shortest, longest)
-    assert made.min_new_tokens == max(0, shortest - prompt_length)
-    assert made.min_length == (prompt_length + made.min_new_tokens if made.min_new_tokens else 0)
+    assert resolved.min_new_tokens == max(0, shortest - prompt_length)
+    assert resolved.min_length == (prompt_length + resolved.min_new_tokens if resolved.min_new_tokens else 0)
 
 
-def test_the_nearest_layer_decides_the_length() -> None:
+def test_topmost_layer_decides_the_length() -> None:
     file, config = GenerationConfig(max_new_tokens=50, min_length=13), GenerationConfig(max_length=30)
     assert resolve({}, None, file).max_new_tokens == 50
     assert resolve({"max_length": 15}, None, file).max_new_tokens == 5
@@ -425,7 +425,7 @@ def test_the_nearest_layer_decides_the_length() -> None:
     assert resolve({"max_new_tokens": 4, "min_new_tokens": 1}, config, file).min_new_tokens == 1
 
 
-def test_the_context_cuts_what_was_asked_for() -> None:
+def test_context_limits_new_tokens() -> None:
     match = "99 new tokens after a prompt of 10 would pass the model's context of 64 .*; at most 54"
     for given in ([{"max_new_tokens": 99}], [{}, GenerationConfig(max_length=109)]):
         with pytest.warns(UserWarning, match=match) as caught:
@@ -436,7 +436,9 @@ def test_the_context_cuts_what_was_asked_for() -> None:
         assert resolve({}, None, GenerationConfig(max_new_tokens=99)).max_new_tokens == 54
         assert resolve(prompt_length=60).max_new_tokens == 4
         assert resolve({"max_new_tokens": 54}).max_new_tokens == 54
-        assert resolve(prompt_length=64).max_new_tokens == 20, "a prompt that is too long is told elsewhere"
+        assert resolve(prompt_length=64).max_new_tokens == 20, (
+            "a prompt that is too long is an error elsewhere"
+        )
 
 
 SAMPLED = {
@@ -462,7 +464,7 @@ OUTPUTS = dict.fromkeys(sorted(name for name in NAMES if name.startswith("output
         ),
     ],
 )
-def test_settings_without_effect(name: str, value: Any, advice: str, cure: dict[str, Any]) -> None:
+def test_rejects_settings_without_effect(name: str, value: Any, advice: str, cure: dict[str, Any]) -> None:
     match = rf"{name}={value!r} has no effect.*{advice}"
     ((other, _),) = cure.items()
     for given in ({name: value}, {name: value, other: DEFAULTS[other]}):
@@ -472,11 +474,11 @@ def test_settings_without_effect(name: str, value: Any, advice: str, cure: dict[
         resolve({}, GenerationConfig(**{name: value}))
     assert getattr(resolve({name: value} | cure), name) == value
     assert getattr(resolve({name: value}, None, GenerationConfig(**cure)), name) == value
-    # From the model's own file it is no error, even where the user starts from that file.
+    # In the model's own file it is not an error, even where the user starts from that file.
     file = GenerationConfig(**{name: value})
     assert getattr(resolve({}, None, file), name) == value
     assert getattr(resolve({"max_new_tokens": 3}, file.replace(bos_token_id=4), file), name) == value
-    # A value that does nothing is no error either.
+    # A neutral value is not an error either.
     if name in DEFAULTS:
         resolve({name: DEFAULTS[name]})
 
@@ -527,12 +529,12 @@ def test_settings_without_effect(name: str, value: Any, advice: str, cure: dict[
         ({"rope_list": "long"}, {}, "rope_list='long' .* this model is 'default'; leave it out"),
     ],
 )
-def test_contradictions(overrides: dict[str, Any], model: dict[str, Any], message: str) -> None:
+def test_rejects_contradictions(overrides: dict[str, Any], model: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(overrides, None, GenerationConfig(**model))
 
 
-def test_what_is_no_contradiction() -> None:
+def test_accepts_settings_that_only_look_contradictory() -> None:
     assert resolve({"temperature": 0.0}).temperature == 0.0, "greedy, as others spell it"
     assert resolve({"do_sample": True, "num_return_sequences": 3}).num_return_sequences == 3
     assert resolve({"num_beams": 3, "num_return_sequences": 3}).num_return_sequences == 3
@@ -544,13 +546,13 @@ def test_what_is_no_contradiction() -> None:
     assert resolve({}, file, file).max_new_tokens == 5
 
 
-def test_rope_list_of_a_longrope_model() -> None:
+def test_accepts_rope_list_for_longrope_models() -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     longrope = {"rope_scaling": {"type": "longrope", **factors}, "original_max_position_embeddings": 32}
     assert resolve({"rope_list": "planned"}, **longrope).rope_list == "planned"
 
 
-def test_special_tokens() -> None:
+def test_chooses_special_tokens() -> None:
     assert resolve().eos_token_id == (2,)
     assert resolve(eos_token_id=[2, 5]).eos_token_id == (2, 5)
     assert resolve({"eos_token_id": []}).eos_token_id == ()

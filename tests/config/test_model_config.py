@@ -1,4 +1,4 @@
-"""`Phi3Config` against transformers' own and against the family's published `config.json` files."""
+"""`Phi3Config` matches transformers' class and the family's published `config.json` files."""
 
 import json
 import logging
@@ -54,10 +54,10 @@ def ours(config, seq_len):
 
 @stored
 def config_of_theirs(settings):
-    """What transformers keeps of a config, and what it saves."""
+    """Returns the config that transformers keeps, and the one that it saves."""
     import transformers
 
-    config = transformers.Phi3Config.from_dict(deepcopy(settings))  # which it changes
+    config = transformers.Phi3Config.from_dict(deepcopy(settings))  # from_dict changes it
     everything = json.loads(config.to_json_string(use_diff=False))
     saved = json.loads(config.to_json_string())
     return {"kept": everything | {"num_labels": config.num_labels}, "saved": saved}
@@ -65,15 +65,15 @@ def config_of_theirs(settings):
 
 @stored(whole=True)
 def ropes_of_theirs(settings):
-    """Inverse frequencies and attention factor of transformers, on both sides of longrope's switch."""
+    """Returns transformers' inverse frequencies and attention factor on both sides of longrope's switch."""
     import transformers
 
-    config = transformers.Phi3Config.from_dict(deepcopy(settings))  # which it changes
+    config = transformers.Phi3Config.from_dict(deepcopy(settings))  # from_dict changes it
     return [rope(config, length) for length in LENGTHS]
 
 
 def rope(config, seq_len):
-    """Inverse frequencies and attention factor of transformers."""
+    """Returns transformers' inverse frequencies and attention factor."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
@@ -94,12 +94,12 @@ def assert_same_rope(config, ropes):
 
 
 @pytest.mark.parametrize("member", PUBLISHED)
-def test_published_configs(member, shared_data, caplog):
+def test_reads_published_configs(member, shared_data, caplog):
     path = shared_data("phi3-configs", member, "config.json")
     raw = json.loads(path.read_text())
     config = Phi3Config.from_pretrained(path.parent)
     assert not caplog.records
-    for name in raw.keys() - {"rope_scaling", "model_type"}:
+    for name in raw.keys() - {"rope_scaling", "model_type", "use_cache"}:
         assert getattr(config, name, config.extra.get(name)) == raw[name], name
     for key in ("short_factor", "long_factor"):
         assert dict(config.rope_scaling.parameters).get(key) == (
@@ -110,14 +110,14 @@ def test_published_configs(member, shared_data, caplog):
 
 
 @pytest.mark.parametrize("member", PUBLISHED)
-def test_presets_equal_the_published_configs(member, shared_data):
+def test_presets_match_published_configs(member, shared_data):
     config = Phi3Config.from_pretrained(shared_data("phi3-configs", member, "config.json"))
     preset = Phi3Config.preset(PUBLISHED[member])
     assert preset.checkpoint_dtype == config.checkpoint_dtype == "bfloat16"
     assert preset.replace(extra={}) == config.replace(extra={})
 
 
-def test_presets_lists_them_all():
+def test_presets_are_complete():
     assert set(Phi3Config.presets()) == {*PUBLISHED.values(), "smollm2-135m-instruct"}
     config = Phi3Config.preset("smollm2-135m-instruct")
     assert (config.head_dim, config.num_key_value_groups, config.rope_theta) == (64, 3, 100000.0)
@@ -127,7 +127,7 @@ def test_presets_lists_them_all():
         Phi3Config.preset("microsoft/Phi-4-mini")
 
 
-def test_defaults_are_the_references():
+def test_defaults_match_transformers():
     config, reference = Phi3Config().to_dict(), config_of_theirs({})["kept"]
     for name in config.keys() - {"rope_theta", "rope_scaling", "partial_rotary_factor"}:
         assert config[name] == reference[name], name
@@ -173,7 +173,7 @@ EVERYTHING = {
 }
 
 
-def test_every_field_survives_both_ways(tmp_path):
+def test_every_field_survives_a_round_trip_through_transformers(tmp_path):
     config = Phi3Config.from_dict(
         {**SIZES, "intermediate_size": 48, **EVERYTHING, "architectures": ["Phi3Model"]}
     )
@@ -192,15 +192,15 @@ def test_every_field_survives_both_ways(tmp_path):
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_round_trip_of_every_rope_type(name):
+def test_every_rope_type_survives_a_round_trip(name):
     config = small(rope_scaling=ENTRIES[name], max_position_embeddings=8192)
     assert Phi3Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert small(rope_parameters=config.rope_parameters, max_position_embeddings=8192) == config
 
 
 @pytest.mark.parametrize("spelling", ["su", "longrope", "yarn"])
-def test_longrope_reaches_transformers(spelling):
-    """Even "su", which transformers refuses, and early "yarn", whose attention factor it replaces."""
+def test_transformers_reads_every_spelling_of_longrope(spelling):
+    """It refuses "su" itself, and would replace the attention factor of early "yarn"."""
     config = small(**WINDOWS, rope_scaling={"type": spelling, **LISTS})
     theirs, ropes = config_of_theirs(config.to_dict())["kept"], ropes_of_theirs(config.to_dict())
     assert_same_rope(config, ropes)
@@ -212,7 +212,7 @@ def test_longrope_reaches_transformers(spelling):
     assert len(legacy) == (4 if spelling == "yarn" else 3)  # transformers 4 takes these three keys, no others
 
 
-def test_reads_what_transformers_5_writes(caplog):
+def test_reads_transformers_5_config(caplog):
     settings = {
         **SMALL,
         **WINDOWS,
@@ -234,7 +234,7 @@ def test_reads_what_transformers_5_writes(caplog):
     assert_same_rope(config, ropes_of_theirs(settings))
 
 
-def test_original_length_from_inside_the_rope_entry():
+def test_reads_original_length_from_the_rope_entry():
     entry = {"rope_type": "longrope", **LISTS, "original_max_position_embeddings": 8192}
     config = small(max_position_embeddings=131072, rope_parameters=entry)
     assert config.original_max_position_embeddings == 8192
@@ -242,7 +242,7 @@ def test_original_length_from_inside_the_rope_entry():
     assert small(max_position_embeddings=131072).original_max_position_embeddings == 4096
 
 
-def test_both_spellings_that_agree():
+def test_accepts_both_spellings_that_agree():
     entry = {"type": "su", **LISTS}
     both = small(rope_scaling=entry, rope_parameters={**entry, "rope_theta": 5.0}, rope_theta=5)
     assert both == small(rope_scaling=entry, rope_theta=5.0)
@@ -252,20 +252,20 @@ def test_both_spellings_that_agree():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_bare_label_count_survives(count):
+def test_label_count_without_names_survives_a_round_trip(count):
     config = small(num_labels=count)
     assert Phi3Config.from_dict(config.to_dict()) == config
     assert config_of_theirs(config.to_dict())["kept"]["num_labels"] == count
 
 
-def test_label2id_alone_names_the_labels(caplog):
+def test_reads_labels_from_label2id_alone(caplog):
     assert Phi3Config.from_dict({"label2id": {"b": 1, "a": 0}}).id2label == {0: "a", 1: "b"}
     with caplog.at_level(logging.WARNING):
         Phi3Config.from_dict({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}})
-    assert "is not id2label" in caplog.text
+    assert "is not the inverse of id2label" in caplog.text
 
 
-def test_unknown_keys_survive_apart_from_the_caller():
+def test_keeps_copies_of_unknown_keys():
     raw = {**SMALL, "auto_map": {"AutoConfig": "x.Y"}, "quantised": [1, 2]}
     config = Phi3Config.from_dict(raw)
     raw["auto_map"]["AutoConfig"] = "changed"
@@ -274,20 +274,26 @@ def test_unknown_keys_survive_apart_from_the_caller():
     assert config.extra["quantised"] == [1, 2]
 
 
-def test_hash_equality_and_pickle():
+def test_use_cache_survives_a_round_trip():
+    assert Phi3Config().to_dict()["use_cache"] is True
+    assert Phi3Config.from_dict({"use_cache": True}) == Phi3Config()
+    assert Phi3Config.from_dict({"use_cache": False}).to_dict()["use_cache"] is False
+
+
+def test_equal_configs_have_equal_hashes():
     config = Phi3Config.preset("phi-4-mini-instruct")
-    twin = Phi3Config.from_dict(config.to_dict())
-    assert config == twin
-    assert hash(config) == hash(twin)
+    again = Phi3Config.from_dict(config.to_dict())
+    assert config == again
+    assert hash(config) == hash(again)
     assert pickle.loads(pickle.dumps(config)) == config
     assert config != config.replace(rope_theta=1e5)
-    assert {config: 1}[twin] == 1
+    assert {config: 1}[again] == 1
     assert hash(small(eos_token_id=[7, 8], id2label={0: "x"})) == hash(
         small(eos_token_id=(7, 8), id2label={0: "x"})
     )
 
 
-def test_replace_derives_again():
+def test_replace_derives_fields_again():
     config = small().replace(num_attention_heads=2)
     assert (config.num_key_value_heads, config.head_dim) == (2, 32)
     given = small(num_key_value_heads=2, head_dim=24).replace(num_attention_heads=8)
@@ -301,7 +307,7 @@ def test_replace_derives_again():
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
-def test_replace_rope(spelling):
+def test_replace_keeps_fields_beside_the_rope_entry(spelling):
     config = small(rope_theta=500.0, partial_rotary_factor=0.5, rope_scaling=ENTRIES["linear"])
     assert config.replace(rope_theta=7.0).rope_parameters["rope_theta"] == 7.0
     assert config.replace(rope_theta=7.0).rope_scaling == config.rope_scaling
@@ -388,14 +394,14 @@ INVALID = {
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_refuses(case):
+def test_rejects_invalid_values(case):
     changes, message = INVALID[case]
     with pytest.raises(ValueError, match=message):
         small(**changes)
 
 
 @pytest.mark.parametrize("model_type", ["phimoe", "phi3small", "phi3_v", "llama"])
-def test_refuses_other_models(model_type, tmp_path):
+def test_rejects_other_models(model_type, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(
@@ -404,7 +410,7 @@ def test_refuses_other_models(model_type, tmp_path):
         Phi3Config.from_pretrained(tmp_path)
 
 
-def test_refuses_broken_files(tmp_path):
+def test_rejects_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config at .*config\.json; give a local checkpoint"):
         Phi3Config.from_pretrained(tmp_path)
     with pytest.raises(
@@ -420,7 +426,7 @@ def test_refuses_broken_files(tmp_path):
         Phi3Config.from_pretrained(path)
 
 
-def test_saving_leaves_no_half_written_file(tmp_path, monkeypatch):
+def test_failed_saving_leaves_the_old_file(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "folder"
     path = small().save_pretrained(folder)
     before = path.read_text()

@@ -1,4 +1,4 @@
-"""`--rope` arguments: what they are read as, what configs become, and what transformers makes of those."""
+"""`--rope` arguments are read and applied to configs, and transformers computes the same from those."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 EXTENDED = longrope() | {"max_position_embeddings": 64}
-"""A model trained on 16 tokens, which longrope made 64 of."""
+"""Config changes for a model trained on 16 tokens and extended to 64 by longrope."""
 
 READ = [
     ("none", {}, "default", 64, 64, 64),
@@ -60,11 +60,11 @@ READ = [
     ("longrope:@both.json", EXTENDED, "longrope", 64, 16, 64),
     ("yarn", EXTENDED, "yarn", 64, 16, 64),
 ]
-"""Argument, config changes, type, max, original, and how far it reaches."""
+"""Argument, config changes, and the expected type, max, original and context."""
 
 
 @pytest.mark.parametrize(("text", "changes", "rope_type", "maximum", "original", "context"), READ)
-def test_what_a_config_becomes(
+def test_applies_to_a_config(
     text: str, changes: dict[str, Any], rope_type: str, maximum: int, original: int, context: int
 ) -> None:
     argument = parse_rope(text)
@@ -86,7 +86,7 @@ def frequencies(config: Phi3Config, length: int) -> tuple[np.ndarray, float]:
 
 @stored(whole=True)
 def ropes_of_theirs(settings: dict[str, Any], lengths: list[int]) -> list[Any]:
-    """Inverse frequencies and attention factor of transformers' Phi-3 rope for each length."""
+    """Returns inverse frequencies and attention factor of transformers' Phi-3 rope for each length."""
     import torch
     import transformers
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
@@ -102,7 +102,7 @@ def ropes_of_theirs(settings: dict[str, Any], lengths: list[int]) -> list[Any]:
 
 @stored(whole=True)
 def ropes_of_llama(settings: dict[str, Any], lengths: list[int]) -> tuple[str, list[Any]]:
-    """The type of rope of transformers' Llama, and for each length its frequencies and attention factor."""
+    """Returns the type of transformers' Llama rope, and for each length frequencies and attention factor."""
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -112,10 +112,10 @@ def ropes_of_llama(settings: dict[str, Any], lengths: list[int]) -> tuple[str, l
 
 
 @pytest.mark.parametrize(("text", "changes"), [case[:2] for case in READ])
-def test_transformers_computes_the_same_from_the_saved_config(
+def test_matches_transformers_from_the_saved_config(
     text: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """By its Phi-3 where that takes the type, else by Llama's config class, whose rope has all of them."""
+    """Uses its Phi-3 where that takes the type, else Llama's config class, whose rope has all types."""
     config = parse_rope(text).apply(small_config(**changes))
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -134,8 +134,8 @@ def test_transformers_computes_the_same_from_the_saved_config(
 
 @pytest.mark.parametrize("member", ["Phi-3.5-mini-instruct", "Phi-3-vision-128k-instruct"])
 @pytest.mark.parametrize("plain", [True, False])
-def test_published_lists(member: str, plain: bool, shared_data: Any, tmp_path: Path) -> None:
-    """On the model that they were made for, and on its like of 4,096 tokens."""
+def test_matches_published_lists(member: str, plain: bool, shared_data: Any, tmp_path: Path) -> None:
+    """Tests them on the model that they are for, and on the one of 4,096 tokens."""
     published = json.loads(shared_data("phi3-longrope", "longrope_factors.json").read_text())[member]
     write(tmp_path / "lists.json", {key: published[key] for key in ("short_factor", "long_factor")})
     base = Phi3Config.preset("phi-3-mini-4k-instruct" if plain else "phi-3.5-mini-instruct")
@@ -150,27 +150,29 @@ def test_published_lists(member: str, plain: bool, shared_data: Any, tmp_path: P
         assert attention_factor == pytest.approx(theirs[1], rel=1e-6)
 
 
-def test_plain_rope_of_a_plain_model_is_its_own_config() -> None:
+def test_plain_rope_keeps_the_config_of_a_plain_model() -> None:
     config = small_config(original_max_position_embeddings=32)
     assert parse_rope("none").apply(config) is config
 
 
-def test_theta_alone_is_a_scaling() -> None:
+def test_changes_theta_alone() -> None:
     config = parse_rope("none:rope_theta=500000").apply(small_config())
     assert config.rope_theta == 500000
     assert config.max_position_embeddings == TRAINED
 
 
-def test_unscaled_tokens_at_the_beginning() -> None:
+def test_initial_tokens_cannot_be_saved() -> None:
     argument = parse_rope("longrope:@factors.json")
     assert argument.initial_tokens == 5
-    with pytest.raises(ValueError, match=r"a config cannot say initial_tokens=5; phi3-jax rope and evaluate"):
+    with pytest.raises(
+        ValueError, match=r"a config cannot express initial_tokens=5; phi3-jax rope and evaluate"
+    ):
         argument.config_to_save(small_config())
     plain = parse_rope("linear:factor=4")
     assert plain.config_to_save(small_config()) == plain.apply(small_config())
 
 
-def test_a_list_alone_is_plain_rope_up_to_the_original_length() -> None:
+def test_long_list_alone_keeps_plain_rope_up_to_the_original_length() -> None:
     config = parse_rope("longrope:@long.json").apply(small_config())
     plain, _ = RopeScaling().frequencies(config.rope_base, jnp.array([1]))
     np.testing.assert_allclose(frequencies(config, TRAINED)[0], plain, rtol=1e-6)
@@ -190,7 +192,7 @@ def ntk(base, seq_len, *, factor):
 """
 
 
-def test_a_type_from_a_file(tmp_path: Path) -> None:
+def test_runs_a_file_that_registers_a_type(tmp_path: Path) -> None:
     write(tmp_path / "ntk.py", NTK)
     config = parse_rope("ntk.py:ntk-of-a-file:factor=4").apply(Phi3Config(max_position_embeddings=TRAINED))
     assert config.context_length == 4 * TRAINED
@@ -207,7 +209,7 @@ def test_a_type_from_a_file(tmp_path: Path) -> None:
     "text",
     ["linear:factor=4", "yarn:factor=4,beta_fast=16", "llama3:factor=8,low_freq_factor=1,high_freq_factor=4"],
 )
-def test_scalings_as_transformers_takes_them_for_phi3(text: str) -> None:
+def test_as_longrope_matches_transformers(text: str) -> None:
     config = parse_rope(text).apply(small_config())
     spelled = as_longrope(config)
     assert spelled.rope_scaling.rope_type == "longrope"
@@ -220,7 +222,7 @@ def test_scalings_as_transformers_takes_them_for_phi3(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["none", "dynamic:factor=4", "longrope:@both.json,factor=2"])
-def test_scalings_that_need_no_other_spelling_or_have_none(text: str) -> None:
+def test_as_longrope_keeps_other_scalings(text: str) -> None:
     config = parse_rope(text).apply(small_config())
     assert as_longrope(config) is config
 
@@ -230,7 +232,7 @@ WRONG = {
     "ntk:factor=4": "rope 'ntk:factor=4': rope type 'ntk' is unknown; use one of default",
     "linear": "needs factor in rope_scaling",
     "linear:4": "'4' is neither key=value nor @FILE",
-    "linear:factor=4,factor=5": "factor comes twice",
+    "linear:factor=4,factor=5": "factor is given twice",
     "linear:factor=four": r"\['factor'\]='four' must be a number, 1 or more",
     "linear:factor=0.5": r"\['factor'\]=0.5 must be a number",
     "linear:factor=4,beta_fast=2": "rope type 'linear' has no use for beta_fast; it takes factor",
@@ -247,7 +249,7 @@ WRONG = {
     "longrope:@short.json,factor=4": r"\['long_factor'\] has 2 entries; give 6, one for each pair of",
     "longrope:@zero.json,factor=4": r"\['long_factor'\]\[3\]=0 must be a positive number",
     "longrope:@scalar.json,factor=4": r"\['long_factor'\]=2.0 must be a list of 6 positive numbers",
-    "longrope:@twice.json": "factors is another name of long_factor; give one of them",
+    "longrope:@twice.json": "factors is another name for long_factor; give one of them",
     "longrope:@more.json": "rope type 'longrope' has no use for seed; it takes short_factor, long_factor",
     "longrope:@rope.json": "the file is about 'yarn', not 'longrope'",
     "@both.json": "the file names no rope_type; lists of factors are given as longrope:@FILE",
@@ -258,7 +260,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_refuses_in_one_line(text: str, tmp_path: Path) -> None:
+def test_rejects_in_one_line(text: str, tmp_path: Path) -> None:
     write(tmp_path / "broken.json", '{"long_factor": [1.0,\n')
     write(tmp_path / "array.json", LONG)
     write(tmp_path / "short.json", {"long_factor": [1.0, 2.0]})
@@ -268,7 +270,7 @@ def test_refuses_in_one_line(text: str, tmp_path: Path) -> None:
     write(tmp_path / "more.json", {"factors": LONG, "seed": 3})
     write(tmp_path / "wrong.py", "@rope_typo\ndef ntk(base, seq_len):\n    pass\n")
     write(tmp_path / "nested.json", {"full_attention": {"rope_type": "default"}, "rope_type": "default"})
-    with pytest.raises(ValueError, match=WRONG[text]) as told:
+    with pytest.raises(ValueError, match=WRONG[text]) as caught:
         parse_rope(text).apply(small_config())
-    assert "\n" not in str(told.value)
-    assert str(told.value).startswith(f"rope {text!r}: ")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"rope {text!r}: ")

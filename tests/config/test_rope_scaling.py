@@ -1,4 +1,4 @@
-"""Every rope formula against transformers' `ROPE_INIT_FUNCTIONS`; reading, writing, checking rope entries."""
+"""Every rope formula matches transformers' `ROPE_INIT_FUNCTIONS`; rope entries are read, written, checked."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ MAX, ORIGINAL = 2048, 256
 
 
 def factors(start, step, count=HEAD_DIM // 2):
-    """Never-decreasing factors, no two alike, as in the published lists."""
+    """Returns increasing factors, as in the published lists."""
     return [start + step * i * i for i in range(count)]
 
 
@@ -31,7 +31,7 @@ def base_of(head_dim=HEAD_DIM, theta=10000.0, partial=1.0, maximum=MAX, original
 
 @stored
 def reference(entry, lengths, head_dim=HEAD_DIM, theta=10000.0, partial=1.0, maximum=MAX, original=ORIGINAL):
-    """Transformers' inverse frequencies and attention factor for each of the lengths."""
+    """Returns transformers' inverse frequencies and attention factor for each of the lengths."""
     import torch
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -52,7 +52,7 @@ def reference(entry, lengths, head_dim=HEAD_DIM, theta=10000.0, partial=1.0, max
 
 
 def row(frequencies):
-    """The frequencies of the only row."""
+    """Returns the frequencies and the attention factor of the only row."""
     inv_freq, attention_factor = frequencies
     assert inv_freq.dtype == np.float32
     return np.atleast_2d(inv_freq)[0], float(np.ravel(attention_factor)[0])
@@ -86,7 +86,7 @@ LENGTHS = [1, ORIGINAL, ORIGINAL + 1, MAX, MAX + 1, 5 * MAX]
 
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("name", ENTRIES)
-def test_equals_transformers(name, seq_len):
+def test_matches_transformers(name, seq_len):
     entry = ENTRIES[name]
     scaling = RopeScaling.from_dict(entry)
     scaling.validate(base_of())
@@ -106,8 +106,8 @@ def test_equals_transformers(name, seq_len):
     ],
 )
 @pytest.mark.parametrize("name", ["linear", "dynamic", "llama3", "yarn", "longrope"])
-def test_equals_transformers_at_other_sizes(name, sizes):
-    """Partial rotary, a large theta and a small one, and a window below the original one."""
+def test_matches_transformers_at_other_sizes(name, sizes):
+    """Tests partial rotation, a large theta and a small one, and a window below the original one."""
     entry = ENTRIES[name]
     frequencies = RopeScaling.from_dict(entry).frequencies(base_of(**sizes), jnp.array([5 * MAX]))
     inv_freq, attention_factor = row(frequencies)
@@ -116,7 +116,7 @@ def test_equals_transformers_at_other_sizes(name, sizes):
     assert attention_factor == pytest.approx(expected_attention, rel=1e-6)
 
 
-def test_plain_rope():
+def test_plain_rope_is_the_textbook_formula():
     inv_freq, attention_factor = row(RopeScaling().frequencies(base_of(), jnp.array([7])))
     expected = [10000.0 ** (-2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)]
     np.testing.assert_allclose(inv_freq, expected, rtol=1e-6)
@@ -124,8 +124,8 @@ def test_plain_rope():
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
-def test_each_row_by_its_own_length(name):
-    """Under jit, a row's frequencies are what the row gets alone."""
+def test_each_row_depends_on_its_own_length(name):
+    """Under jit, a row of a batch has the same frequencies as the row alone."""
     scaling, base = RopeScaling.from_dict(ENTRIES[name]), base_of()
     lengths = jnp.array([3, ORIGINAL, ORIGINAL + 1, 3 * MAX])
     inv_freq, attention_factor = jax.jit(lambda n: scaling.frequencies(base, n))(lengths)
@@ -146,7 +146,7 @@ def test_each_row_by_its_own_length(name):
         ({"short_mscale": 1.1, "long_mscale": 1.4, "attention_factor": 1.25}, 1.25, 1.25),
     ],
 )
-def test_longrope_attention_factor_by_list(keys, short, long):
+def test_longrope_attention_factor_depends_on_the_list(keys, short, long):
     scaling = RopeScaling.from_dict({"type": "longrope", **LISTS, **keys})
     scaling.validate(base_of())
     _, attention_factor = scaling.frequencies(base_of(), jnp.array([ORIGINAL, ORIGINAL + 1]))
@@ -157,14 +157,14 @@ def test_longrope_attention_factor_by_list(keys, short, long):
     ("name", "original", "expected"),
     [("longrope", 4096, 1.1902380714), ("longrope", 8192, 1.1435437498), ("yarn", 4096, 1.3465735903)],
 )
-def test_published_attention_factors(name, original, expected):
+def test_matches_published_attention_factors(name, original, expected):
     base = base_of(maximum=131072, original=original)
     _, attention_factor = RopeScaling.from_dict({"type": name, **LISTS}).frequencies(base, jnp.array([1]))
     assert attention_factor == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("member", ["Phi-3.5-mini-instruct", "Phi-3-vision-128k-instruct"])
-def test_published_inverse_frequencies(member, shared_data):
+def test_matches_published_inverse_frequencies(member, shared_data):
     published = json.loads(shared_data("phi3-longrope", "longrope_factors.json").read_text())[member]
     base = RopeBase(published["head_dim"], published["rope_theta"], 131072, 4096)
     entry = {"type": "su", **{key: published[key] for key in ("short_factor", "long_factor")}}
@@ -201,21 +201,21 @@ def test_reads_every_spelling(entry, name, caplog):
 
 
 def test_rope_type_wins_over_type(caplog):
-    """transformers 5 leaves the old `type` beside the `rope_type` that it goes by."""
+    """transformers 5 keeps the old `type` beside `rope_type`, which it uses."""
     entry = {"type": "yarn", "rope_type": "longrope", **LISTS}
     assert RopeScaling.from_dict(entry).rope_type == "longrope"
     assert "rope_type='longrope' is used, not type='yarn'" in caplog.text
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_round_trip(name):
+def test_entries_survive_a_round_trip(name):
     scaling = RopeScaling.from_dict(ENTRIES[name])
     assert RopeScaling.from_dict(json.loads(json.dumps(scaling.to_dict(base_of())))) == scaling
     assert pickle.loads(pickle.dumps(scaling)) == scaling
     assert hash(scaling) == hash(RopeScaling.from_dict(ENTRIES[name]))
 
 
-def test_writes_what_transformers_reads():
+def test_writes_entries_for_transformers():
     su = RopeScaling.from_dict({"type": "su", **LISTS})
     assert su.to_dict(base_of()) == {"type": "longrope", **LISTS}
     early = RopeScaling.from_dict({"type": "yarn", **LISTS})
@@ -224,7 +224,7 @@ def test_writes_what_transformers_reads():
     assert RopeScaling().to_dict(base_of()) is None
 
 
-def test_unknown_keys_are_kept_and_reported(caplog):
+def test_keeps_unknown_keys_with_a_warning(caplog):
     entry = {"rope_type": "linear", "factor": 2.0, "finetuned": True}
     with caplog.at_level(logging.WARNING):
         scaling = RopeScaling.from_dict(entry)
@@ -279,7 +279,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_refuses(case):
+def test_rejects_invalid_entries(case):
     entry, message = INVALID[case]
     with pytest.raises(ValueError, match=message):
         RopeScaling.from_dict(entry).validate(base_of())
@@ -290,7 +290,7 @@ def test_dynamic_needs_more_than_two_dims():
         RopeScaling.from_dict(ENTRIES["dynamic"]).validate(base_of(head_dim=2))
 
 
-def test_a_new_type_is_one_function():
+def test_registers_a_new_type_with_one_function():
     def halved(base, seq_len, *, divisor):
         return base.inv_freq() / divisor, 1.0
 

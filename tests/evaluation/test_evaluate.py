@@ -233,4 +233,4 @@ def test_rope_of_generate_and_batch(command: Any, folder: Path, tmp_path: Path) 
     (tmp_path / "kept.json").write_text(json.dumps({"factors": [1.0] * 6, "factor": 2, "initial_tokens": 2}))
     code, _, err = command("generate", "a", "--rope", f"longrope:@{tmp_path / 'kept.json'}")
     assert code == 1
-    assert "a config cannot say initial_tokens=2" in err
+    assert "a config cannot express initial_tokens=2" in err
