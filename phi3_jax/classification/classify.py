@@ -30,7 +30,7 @@ CHUNK_BATCHES = 32
 
 
 @dataclass(frozen=True)
-class ClassificationSummary:
+class Summary:
     """Counts of a classified file."""
 
     rows: int
@@ -62,7 +62,7 @@ def classify_file(
     mesh: Mesh | None = None,
     show: bool = True,
     **columns: Any,
-) -> ClassificationSummary:
+) -> Summary:
     """Writes the rows of a file with their predictions, in the same order.
 
     Memory does not grow with the file. After a kill, the same call resumes after the last chunk that was
@@ -150,7 +150,7 @@ def _classify_chunks(
     total_lines: int | None,
     all_scores: bool,
     show: bool,
-) -> ClassificationSummary:
+) -> Summary:
     """Classifies and writes all chunks, and gives the output its name."""
     resumed, started, tokens = partial.state.written, monotonic(), 0
     with FileProgress(total_lines, show) as progress, ThreadPoolExecutor(1) as pool:
@@ -172,7 +172,7 @@ def _classify_chunks(
             tokens += int(chunk.encoded.examples.lengths.sum())
     done = partial.state
     partial.finish()
-    return ClassificationSummary(
+    return Summary(
         rows=done.written,
         bad_rows=done.unusable + chunks.unreadable.count,
         faults=[*chunks.unreadable.first, *chunks.unusable.first][:5],

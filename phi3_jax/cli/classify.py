@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from phi3_jax.classification import ClassificationSummary, classify_file
+from phi3_jax.classification import Summary, classify_file
 from phi3_jax.cli import common, options
 from phi3_jax.data.rows import BadRowError
 from phi3_jax.errors import UserError
@@ -74,7 +74,7 @@ def classify(
     _print_statistics(done, output)
 
 
-def _print_statistics(done: ClassificationSummary, output: Path) -> None:
+def _print_statistics(done: Summary, output: Path) -> None:
     if done.bad_rows:
         tell(f"{done.bad_rows} bad rows were left out; among them: {'; '.join(done.faults)}")
     if done.cut:

@@ -37,7 +37,7 @@ def test_looks_up_ids() -> None:
 
 
 @pytest.mark.parametrize(("names", "fault"), [((), "at least one"), (("a", "b", "a"), "'a' occurs twice")])
-def test_rejects_names(names: tuple[str, ...], fault: str) -> None:
+def test_rejects_empty_and_repeated_names(names: tuple[str, ...], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         Labels(names)
 
@@ -52,7 +52,7 @@ def test_reads_a_config() -> None:
 @pytest.mark.parametrize(
     ("value", "name"), [(" a b ", "a b"), (3, "3"), (3.0, "3"), (-1, "-1"), (True, "True")]
 )
-def test_names_labels(value: object, name: str) -> None:
+def test_text_and_whole_numbers_name_labels(value: object, name: str) -> None:
     assert label_name(value) == name
 
 
