@@ -1,4 +1,4 @@
-"""`phi3-jax bench-finetune`: the same losses and metrics on both sides, whatever is trained and how."""
+"""`phi3-jax bench-finetune`: both sides have the same losses and metrics, for every task and setting."""
 
 import csv
 import importlib.util
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from answers import stored
 from phi3_jax.train import bench as bench_finetune
+from phi3_jax.train import bench_torch
 from phi3_jax.train.bench import TurnOptions, TurnResult
 from phi3_jax.train.finetune import finetune
 from phi3_jax.train.recipe import prepare
@@ -36,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of 22 rows for each task and problem, the classes unequally often."""
+    """Two files of 22 rows, a table and a tagged one, whose classes are not equally frequent."""
     folder = tmp_path_factory.mktemp("rows")
     random = np.random.default_rng(0)
     columns = ["text", "colour", "several", "one", "two"]
@@ -57,7 +58,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(model: Path, rows: Path, **changes: Any) -> Settings:
-    """Of a run in which the optimizer's every number shows within a few steps."""
+    """Returns settings with which every number of the optimizer shows within a few steps."""
     file = rows / ("rows.jsonl" if changes["task"] == "token-classification" else "rows.csv")
     given: dict[str, Any] = {"model": str(model), "train_file": str(file), "label_column": "colour"}
     given |= {"dtype": "float32", "train_batch_size": 8, "learning_rate": 1e-2, "weight_decay": 0.5}
@@ -69,17 +70,17 @@ slow = pytest.mark.slow
 
 
 class Run:
-    """A few steps of training, which an answer knows by the settings that differ between tests."""
+    """A few training steps; the settings that differ between tests identify them in stored answers."""
 
     def __init__(self, settings: Settings, changes: dict[str, Any]):
-        self.work, self.answer_key = TurnOptions(settings, steps=3, cache_dir=None), changes
+        self.options, self.answer_key = TurnOptions(settings, steps=3, cache_dir=None), changes
 
 
 @stored
 def their_losses(run: Run) -> list[float]:
-    """The losses of two turns with transformers."""
-    side = bench_finetune._theirs(run.work)
-    return [loss for turn in (side(), side()) for loss in turn.losses]
+    """Returns the losses of two turns with transformers."""
+    turn = bench_finetune._theirs(run.options)
+    return [loss for result in (turn(), turn()) for loss in result.losses]
 
 
 @pytest.mark.parametrize(
@@ -116,31 +117,29 @@ def their_losses(run: Run) -> list[float]:
     ],
 )
 def test_both_sides_have_the_same_losses(model: Path, rows: Path, changes: dict[str, Any]) -> None:
-    """Over steps whose last batch has rows without examples."""
+    """The last step's batch has padding rows."""
     run = Run(settings(model, rows, **changes), changes)
-    work, other = run.work, their_losses(run)
-    ours = bench_finetune._ours(work)
-    mine = [loss for turn in (ours(), ours()) for loss in turn.losses]
+    options, other = run.options, their_losses(run)
+    turn = bench_finetune._ours(options)
+    mine = [loss for result in (turn(), turn()) for loss in result.losses]
     assert len(mine) == 6
     assert max(mine[3:]) < max(mine[:3])
-    tolerance = bench_finetune.AGREE[work.settings.dtype] / (5 if work.settings.dtype == "float32" else 1)
+    tolerance = bench_finetune.AGREE[options.settings.dtype] / (
+        5 if options.settings.dtype == "float32" else 1
+    )
     np.testing.assert_allclose(mine, other, rtol=tolerance)
 
 
 @pytest.mark.live
 @pytest.mark.parametrize(("remat", "kept"), [(None, True), ("none", True), ("full", False)])
-def test_their_layers_are_computed_again_where_ours_are(
-    model: Path, rows: Path, remat: str | None, kept: bool
-) -> None:
-    from phi3_jax.train import bench_torch as bench_finetune_torch
-
+def test_remat_applies_to_both_sides(model: Path, rows: Path, remat: str | None, kept: bool) -> None:
     recipe = prepare(settings(model, rows, **SEQUENCE, remat=remat), None, None)
-    assert bench_finetune_torch._model(recipe).is_activation_checkpointing != kept
+    assert bench_torch._model(recipe).is_activation_checkpointing != kept
 
 
 @pytest.mark.live
 def test_a_whole_run_keeps_the_best(model: Path, rows: Path, tmp_path: Path) -> None:
-    """A learning rate at which the loss rises again; the test rows are those of the validation."""
+    """The loss rises again at this learning rate; test and validation rows are the same."""
     files = {"validation_file": str(rows / "rows.csv"), "test_file": str(rows / "rows.csv")}
     file = tmp_path / "metrics.json"
     rate = {"learning_rate": 0.05, "lr_scheduler_type": "constant"}
@@ -152,14 +151,14 @@ def test_a_whole_run_keeps_the_best(model: Path, rows: Path, tmp_path: Path) -> 
     assert result.best_step < 6
     assert result.metrics["validation"] == result.validation[result.best_step]
     assert result.metrics["test"] == pytest.approx(result.metrics["validation"], abs=1e-6)
-    told = json.loads(file.read_text())
-    assert told["metrics"] == result.metrics
-    assert told["settings"]["learning_rate"] == 0.05
-    assert 0 < told["seconds_per_step"] < told["training_seconds"] < told["total_seconds"]
+    summary = json.loads(file.read_text())
+    assert summary["metrics"] == result.metrics
+    assert summary["settings"]["learning_rate"] == 0.05
+    assert 0 < summary["seconds_per_step"] < summary["training_seconds"] < summary["total_seconds"]
 
 
 @pytest.mark.live
-def test_a_whole_run_ends_when_nothing_gets_better(model: Path, rows: Path) -> None:
+def test_a_whole_run_stops_when_patience_is_over(model: Path, rows: Path) -> None:
     run = settings(model, rows, **SEQUENCE, eval_steps=1, learning_rate=1e-9, early_stopping_patience=2)
     result = bench_finetune.run_whole(run, output=None, cache_dir=None)
     assert result.best_step == 1
@@ -170,7 +169,7 @@ def test_a_whole_run_ends_when_nothing_gets_better(model: Path, rows: Path) -> N
 @pytest.mark.parametrize(
     "task", [SEQUENCE, TOKENS | {"trained": "lora"}, CAUSAL], ids=lambda task: task["task"]
 )
-def test_a_whole_run_measures_what_finetune_does(
+def test_a_whole_run_has_the_metrics_of_finetune(
     model: Path, rows: Path, tmp_path: Path, task: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     test = str(rows / ("rows.jsonl" if task["task"] == "token-classification" else "rows.csv"))
@@ -202,15 +201,15 @@ def turns(*losses: list[float], seconds: float) -> list[TurnResult]:
 
 
 @pytest.mark.parametrize(("other", "alike"), [(5.0004, True), (5.0006, False), (np.nan, False)])
-def test_losses_that_differ_are_told(
+def test_warns_of_losses_that_differ(
     other: float, alike: bool, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    work = TurnOptions(Settings(dtype="float32"), steps=2, cache_dir=None)
+    options = TurnOptions(Settings(dtype="float32"), steps=2, cache_dir=None)
     later = [6.0, 6.0], [6.0, 4.0]
     mine, theirs = turns([0.5, 5.0], *later, seconds=1), turns([0.5, other], [7.0, 7.0], later[1], seconds=3)
     results = {"mine": mine, "other": theirs}
     with caplog.at_level(logging.WARNING):
-        bench_finetune._print_turns(results, work)
+        bench_finetune._print_turns(results, options)
     printed = capsys.readouterr().out
     assert re.search(r"seconds a step\W+1\.000\W+3\.000\W+3\.00\b", printed), printed
     assert re.search(r"last loss\W+4\.0000\W+4\.0000", printed), printed
@@ -221,7 +220,9 @@ def test_losses_that_differ_are_told(
     ("changes", "message"),
     [({"optim": "lion"}, "optim=lion is not compared"), ({"remat": "dots"}, "remat=dots has no counterpart")],
 )
-def test_settings_without_a_counterpart(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_rejects_settings_without_a_counterpart(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     for run in (
         lambda: bench_finetune.run_turns(Settings(**changes), steps=1, rounds=1, cache_dir=tmp_path),
         lambda: bench_finetune.run_whole(Settings(**changes), output=None, cache_dir=tmp_path),
@@ -230,7 +231,7 @@ def test_settings_without_a_counterpart(changes: dict[str, Any], message: str, t
             run()
 
 
-def test_a_file_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
+def test_rejects_a_missing_directory_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no directory .*absent; make it"):
         bench_finetune.run_whole(Settings(), output=tmp_path / "absent" / "m.json", cache_dir=tmp_path)
 
@@ -240,7 +241,7 @@ def command(*arguments: str) -> Exception | None:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Makes these packages of the other side seem to be installed, and no others of it."""
+    """Pretends that of the other side's packages only these are installed."""
     find = importlib.util.find_spec
     other_side = ("torch", "transformers", "peft")
 
@@ -250,7 +251,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
-def test_the_command_hands_settings_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command_passes_settings_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, "torch", "transformers", "peft")
     called: list[Any] = []
     monkeypatch.setattr(bench_finetune, "run_turns", lambda *args, **named: called.append((args, named)))

@@ -1,4 +1,4 @@
-"""Checkpoints: the very state comes back, or the one before it."""
+"""Checkpoints: the same state is restored, or the one before it."""
 
 import gc
 import logging
@@ -18,7 +18,7 @@ from phi3_jax.parallel.sharding import make_mesh
 from phi3_jax.trainer import Trainer
 from phi3_jax.trainer.optimizers import make_optimizer
 
-# Where Orbax cannot read or write, its threads end with the error too, and leave coroutines behind.
+# If Orbax cannot read or write, its threads end with the error too and leave coroutines.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -51,9 +51,9 @@ def _collect_coroutines():
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    made = Checkpoints(tmp_path / "checkpoints", greater_is_better=True)
-    yield made
-    made.close()
+    opened = Checkpoints(tmp_path / "checkpoints", greater_is_better=True)
+    yield opened
+    opened.close()
 
 
 def same(one, other):
@@ -66,22 +66,22 @@ def largest(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("optim", ["adamw", pytest.param("lion", marks=pytest.mark.slow), "adafactor"])
-def test_the_very_state_comes_back(checkpoints, optim):
+def test_restores_the_same_state(checkpoints, optim):
     model = Phi3ForSequenceClassification(small_config(num_labels=3, num_hidden_layers=1))
     trainer, state = trained(model, optim)
-    checkpoints.save(2, state, {"told": [1, "x"]}, 0.5)
+    checkpoints.save(2, state, {"note": [1, "x"]}, 0.5)
     checkpoints.wait()
-    resumed = checkpoints.restore_last(trainer.start(model))
-    assert resumed.step == 2
-    assert resumed.about["told"] == [1, "x"]
-    assert same(resumed.state, state)
-    assert jax.tree.structure(resumed.state) == jax.tree.structure(state)
-    _, ours = trainer.step(resumed.state, BATCH)
+    restored = checkpoints.restore_last(trainer.start(model))
+    assert restored.step == 2
+    assert restored.about["note"] == [1, "x"]
+    assert same(restored.state, state)
+    assert jax.tree.structure(restored.state) == jax.tree.structure(state)
+    _, ours = trainer.step(restored.state, BATCH)
     _, expected = trainer.step(state, BATCH)
     assert float(ours.loss) == float(expected.loss)
 
 
-def test_divided_states_come_back_divided(tmp_path):
+def test_restores_the_shardings(tmp_path):
     model = Phi3ForSequenceClassification(
         small_config(num_labels=4, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4)
     )
@@ -89,9 +89,9 @@ def test_divided_states_come_back_divided(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", greater_is_better=True)
     checkpoints.save(1, state, {}, 0.0)
     checkpoints.wait()
-    resumed = checkpoints.restore_last(state)
-    assert same(resumed.state, state)
-    for ours, expected in zip(jax.tree.leaves(resumed.state), jax.tree.leaves(state), strict=True):
+    restored = checkpoints.restore_last(state)
+    assert same(restored.state, state)
+    for ours, expected in zip(jax.tree.leaves(restored.state), jax.tree.leaves(state), strict=True):
         assert ours.sharding.is_equivalent_to(expected.sharding, ours.ndim)
     checkpoints.close()
 
@@ -105,7 +105,7 @@ def test_divided_states_come_back_divided(tmp_path):
         (False, [0.5, 0.1, 0.1, 0.6, 0.1], [2, 4, 5]),
     ],
 )
-def test_the_best_and_the_last_two_stay(tmp_path, run, greater, scores, kept):
+def test_keeps_the_best_and_the_last_two(tmp_path, run, greater, scores, kept):
     _, state, _ = run
     for steps in ([1, 2, 3], [4, 5]):  # by two processes
         checkpoints = Checkpoints(tmp_path / "c", greater_is_better=greater)
@@ -128,33 +128,33 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(checkpoints, run, damage, caplog):
-    _, state, fresh = run
+def test_restores_the_checkpoint_before_a_damaged_one(checkpoints, run, damage, caplog):
+    _, state, initial = run
     for step in (1, 2):
-        checkpoints.save(step, state, {"told": step}, 0.5)
+        checkpoints.save(step, state, {"note": step}, 0.5)
     checkpoints.wait()
     damage(largest(checkpoints.directory / "2"))
     with caplog.at_level(logging.WARNING):
-        resumed = checkpoints.restore_last(fresh)
+        restored = checkpoints.restore_last(initial)
     assert "2 cannot be read" in caplog.text
     assert "resuming from the checkpoint before it" in caplog.text
-    assert resumed.step == 1
-    assert resumed.about["told"] == 1
-    assert same(resumed.state, state)
-    assert checkpoints.steps() == [1]  # so that the step can be saved again
-    caplog.clear()  # the error holds on to coroutines
+    assert restored.step == 1
+    assert restored.about["note"] == 1
+    assert same(restored.state, state)
+    assert checkpoints.steps() == [1]  # step 2 can be saved again
+    caplog.clear()  # the error keeps coroutines alive
 
 
-def test_without_any_good_checkpoint_there_is_an_error(checkpoints, run):
-    _, state, fresh = run
+def test_fails_without_an_intact_checkpoint(checkpoints, run):
+    _, state, initial = run
     checkpoints.save(1, state, {}, 0.5)
     checkpoints.wait()
     flip(largest(checkpoints.directory / "1"))
     with pytest.raises(CheckpointError, match="cannot be read: "):
-        checkpoints.restore_last(fresh)
+        checkpoints.restore_last(initial)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path, run):
+def test_removes_leftovers_of_a_killed_process(tmp_path, run):
     _, state, _ = run
     left = tmp_path / "c" / "3.orbax-checkpoint-tmp" / "state"
     left.mkdir(parents=True)
@@ -166,9 +166,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path, run):
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["4"]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, run):
-    """Files cannot grow beyond a few bytes, as on a disk without room."""
-    _, state, fresh = run
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, run):
+    """Files cannot grow beyond 4 KiB, as on a full disk."""
+    _, state, initial = run
     checkpoints = Checkpoints(tmp_path / "c", greater_is_better=True)
 
     def write(step):  # either call can find the disk full
@@ -186,8 +186,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, run):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     again = Checkpoints(tmp_path / "c", greater_is_better=True)
-    resumed = again.restore_last(fresh)
-    assert resumed.step == 1
-    assert same(resumed.state, state)
+    restored = again.restore_last(initial)
+    assert restored.step == 1
+    assert same(restored.state, state)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
     again.close()

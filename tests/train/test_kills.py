@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: the same command goes on, and nobody can tell from the losses."""
+"""Runs killed at any moment: the same command resumes them, with the same losses."""
 
 import os
 import random
@@ -32,7 +32,7 @@ def command(base, folder, output):
     return [sys.executable, "-c", "from phi3_jax.cli import main; main()", "finetune", *words]
 
 
-def begin(base, folder, output):
+def start(base, folder, output):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         command(base, folder, output),
@@ -44,25 +44,25 @@ def begin(base, folder, output):
 
 
 def test_twenty_kills(tmp_path):
-    """At random moments of a run's life, its beginning and its end among them."""
+    """Kills the run at random moments, its start and its end included."""
     base = write_base(tmp_path / "model")
     write_rows(tmp_path / "train.jsonl", 96)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started = time.monotonic()
-    process = begin(base, tmp_path, whole)
+    process = start(base, tmp_path, whole)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     alive = time.monotonic() - started
     draws = random.Random(7)
     for _ in range(KILLS):
-        process = begin(base, tmp_path, killed)
+        process = start(base, tmp_path, killed)
         try:
             process.wait(timeout=draws.uniform(0.2, 1.0) * alive)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
         _, error = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), error
-    process = begin(base, tmp_path, killed)
+    process = start(base, tmp_path, killed)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert losses(killed) == losses(whole)
@@ -78,7 +78,7 @@ def test_twenty_kills(tmp_path):
 def test_sigterm_saves_first(tmp_path):
     base = write_base(tmp_path / "model")
     write_rows(tmp_path / "train.jsonl", 96)
-    process = begin(base, tmp_path, tmp_path / "ended")
+    process = start(base, tmp_path, tmp_path / "ended")
     log = tmp_path / "ended" / "run" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.02)
@@ -86,7 +86,7 @@ def test_sigterm_saves_first(tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, error
     assert "which is saved; the same command resumes the run from there" in error
-    process = begin(base, tmp_path, tmp_path / "ended")
+    process = start(base, tmp_path, tmp_path / "ended")
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert "resuming after step" in error

@@ -1,4 +1,4 @@
-"""The log of a run before and after a kill, for TensorBoard too; progress on a terminal and elsewhere."""
+"""Logs before and after a kill, TensorBoard's included; progress on a terminal and elsewhere."""
 
 import json
 import math
@@ -17,13 +17,13 @@ from tensorboardX.proto.event_pb2 import Event
 
 
 def events(path: Path) -> list[Event]:
-    """Every event of a file: its length (8 bytes), a checksum (4), the message, another checksum (4)."""
-    data, place, found = path.read_bytes(), 0, []
-    while place < len(data):
-        (length,) = struct.unpack_from("<Q", data, place)
-        found.append(Event.FromString(data[place + 12 : place + 12 + length]))
-        place += length + 16
-    return found
+    """Returns the events of a file, each with 12 bytes before it (length, checksum) and 4 after it (checksum)."""
+    data, offset, parsed = path.read_bytes(), 0, []
+    while offset < len(data):
+        (length,) = struct.unpack_from("<Q", data, offset)
+        parsed.append(Event.FromString(data[offset + 12 : offset + 12 + length]))
+        offset += length + 16
+    return parsed
 
 
 def write(directory: Path, steps: range, resume_at: int) -> None:
@@ -36,7 +36,7 @@ def steps_of(directory: Path) -> list[int]:
     return [record["step"] for record in read_log(directory / "log.jsonl")]
 
 
-def test_floats_come_back_to_the_bit(tmp_path: Path) -> None:
+def test_reads_floats_to_the_last_bit(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values: dict[str, Any] = {
         f"v{n}": value for n, value in enumerate(rng.normal(size=50) * 10.0 ** -np.arange(50))
@@ -57,7 +57,7 @@ def test_floats_come_back_to_the_bit(tmp_path: Path) -> None:
     json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
 
 
-def test_records_are_there_before_the_log_is_closed(tmp_path: Path) -> None:
+def test_records_are_readable_before_the_log_is_closed(tmp_path: Path) -> None:
     threads = threading.active_count()
     with RunLog(tmp_path / "run", resume_at=0) as log:
         log.record("train", 1, {"loss": 2.0})
@@ -67,15 +67,15 @@ def test_records_are_there_before_the_log_is_closed(tmp_path: Path) -> None:
             {"kind": "test", "step": 1, "accuracy": 0.5, "loss": 1.0},
         ]
         (file,) = (tmp_path / "run" / "tensorboard").iterdir()
-        told = [(e.step, value.tag, value.simple_value) for e in events(file) for value in e.summary.value]
-        assert told == [(1, "train/loss", 2.0), (1, "test/accuracy", 0.5), (1, "test/loss", 1.0)]
+        scalars = [(e.step, value.tag, value.simple_value) for e in events(file) for value in e.summary.value]
+        assert scalars == [(1, "train/loss", 2.0), (1, "test/accuracy", 0.5), (1, "test/loss", 1.0)]
         assert events(file)[0].file_version == "brain.Event:2"
         assert file.name.startswith("events.out.tfevents.")
         assert threading.active_count() == threads
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "tensorboard"]
 
 
-def test_a_resumed_log_goes_on_behind_its_step(tmp_path: Path) -> None:
+def test_a_resumed_log_continues_after_its_step(tmp_path: Path) -> None:
     write(tmp_path, range(1, 9), 0)
     kept = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)[:5]
     write(tmp_path, range(6, 8), 5)
@@ -88,7 +88,7 @@ def test_a_resumed_log_goes_on_behind_its_step(tmp_path: Path) -> None:
     assert [(e.step, e.session_log.status) for e in started] == [(6, started[0].session_log.START)]
 
 
-def test_from_step_0_an_old_log_is_replaced(tmp_path: Path) -> None:
+def test_a_log_from_step_0_replaces_an_old_one(tmp_path: Path) -> None:
     write(tmp_path, range(1, 9), 0)
     write(tmp_path, range(1, 3), 0)
     assert steps_of(tmp_path) == [1, 2]
@@ -97,18 +97,18 @@ def test_from_step_0_an_old_log_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [1, 2, 20, 34])
-def test_a_torn_last_line_is_dropped(tmp_path: Path, lost: int) -> None:
+def test_drops_an_incomplete_last_line(tmp_path: Path, lost: int) -> None:
     write(tmp_path, range(1, 5), 0)
     path = tmp_path / "log.jsonl"
     path.write_bytes(path.read_bytes()[:-lost])
-    whole = [1, 2, 3, 4] if lost == 1 else [1, 2, 3]  # without its line break, the record is whole
+    whole = [1, 2, 3, 4] if lost == 1 else [1, 2, 3]  # only the line break is missing
     assert steps_of(tmp_path) == whole
     write(tmp_path, range(5, 6), 4)
     assert steps_of(tmp_path) == [*whole, 5]
 
 
 @pytest.mark.parametrize("broken", [b'{"kind": "train", "st', b"[1, 2]", b'{"kind": "train"}', b"\xff\x00"])
-def test_a_broken_line_before_the_last_is_an_error(tmp_path: Path, broken: bytes) -> None:
+def test_rejects_a_broken_line_before_the_last(tmp_path: Path, broken: bytes) -> None:
     write(tmp_path, range(1, 5), 0)
     path = tmp_path / "log.jsonl"
     lines = path.read_bytes().splitlines()
@@ -119,10 +119,10 @@ def test_a_broken_line_before_the_last_is_an_error(tmp_path: Path, broken: bytes
     with pytest.raises(ValueError, match="line 3"):
         read_log(path)
     assert path.read_bytes() == before
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["log.jsonl", "tensorboard"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["log.jsonl", "tensorboard"]
 
 
-def test_resuming_without_a_log_begins_one(tmp_path: Path) -> None:
+def test_resuming_without_a_log_starts_one(tmp_path: Path) -> None:
     write(tmp_path, range(11, 13), 10)
     assert steps_of(tmp_path) == [11, 12]
 
@@ -141,7 +141,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_without_a_terminal_a_line_now_and_then(
+def test_prints_a_line_now_and_then_without_a_terminal(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -159,7 +159,7 @@ def test_without_a_terminal_a_line_now_and_then(
                 shown.say("step 212: [saved]")
     out, err = capsys.readouterr()
     assert out == ""
-    # Ten seconds: 9 steps after the first one in 9 seconds, 990 to go.
+    # After ten seconds: 9 steps in the 9 seconds since the first one, and 990 to go.
     assert err.splitlines() == [
         "step 210/1,200, loss 0.004762, 12,346 tokens/s, 2.5 TFLOP/s, 0:00:10 elapsed, 0:16:30 left",
         "step 212: [saved]",
@@ -170,7 +170,7 @@ def test_without_a_terminal_a_line_now_and_then(
     ]
 
 
-def test_the_last_step_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_the_last_step_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(2, start=0, show=True) as shown:
         shown.update(1, {"loss": 1.0})
         clock.now += 11
@@ -179,7 +179,7 @@ def test_the_last_step_is_told_once(clock: Clock, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_nothing_is_shown_where_it_is_not_asked_for(
+def test_shows_nothing_unless_asked_to(
     terminal: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
@@ -190,7 +190,7 @@ def test_nothing_is_shown_where_it_is_not_asked_for(
     assert capsys.readouterr() == ("", "")
 
 
-def test_on_a_terminal_a_bar_with_lines_above_it(
+def test_shows_a_bar_with_lines_above_it_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -208,6 +208,6 @@ def test_on_a_terminal_a_bar_with_lines_above_it(
     assert "━" in err
     assert "loss 1  macro_f1 0.5  MFU 30.0%" in err
     assert "elapsed" in err
-    for thread in set(threading.enumerate()) - threads:  # told to end when the block did
+    for thread in set(threading.enumerate()) - threads:  # they end with the block
         thread.join(timeout=5)
         assert not thread.is_alive()

@@ -1,4 +1,4 @@
-"""Metrics: cases counted by hand, what is undefined, and which values are better."""
+"""Metrics: cases counted by hand, undefined cases, and which values are better."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ from phi3_jax.train.metrics import (
     token_metrics,
 )
 
-# Four rows of three classes: 0 found, 0 taken for 1, 1 found, 1 found. Class 2 does not occur.
+# Four rows: class 0 is predicted as 0 and as 1, class 1 twice as 1. Class 2 does not occur.
 LABELS = np.array([0, 0, 1, 1])
 LOGITS = np.array([[2, 1, 0], [0, 3, 1], [-1, 0, -2], [0, 5, 0]], np.float32)
 
@@ -35,12 +35,12 @@ def test_single_label() -> None:
 
 
 def test_multi_label() -> None:
-    # Row 0 is right, row 1 misses the last class, row 2 finds one too many; a logit of 0 is a no.
+    # Row 0 is right, row 1 misses the last class, row 2 has one too many; a logit of 0 means no.
     labels = np.array([[1, 0, 0], [0, 1, 1], [0, 0, 0]])
     logits = np.array([[1.0, -1, -1], [-1, 2, 0], [3, -1, -1]])
     values = sequence_metrics("multi_label_classification", logits, labels)
     assert values["accuracy"] == pytest.approx(1 / 3)
-    # Two found, one too many, one missed: F1 2/3 of all; by class 2/3, 1 and, never said, 0.
+    # Two right, one too many, one missed: micro F1 is 2/3; by class 2/3, 1 and, never predicted, 0.
     assert values["micro_f1"] == pytest.approx(2 / 3)
     assert values["macro_f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
 
@@ -56,7 +56,7 @@ def test_regression() -> None:
     assert values["spearman"] == pytest.approx(1)
 
 
-def test_regression_of_several_outputs_is_their_mean() -> None:
+def test_regression_of_several_outputs_has_their_means() -> None:
     true = np.array([[1.0, 1], [2, 2], [3, 3]])
     predicted = np.array([[1.0, 3], [2, 2], [3, 1]])
     values = sequence_metrics("regression", predicted, true)
@@ -69,20 +69,20 @@ def test_regression_of_several_outputs_is_their_mean() -> None:
     ("predicted", "true"),
     [([[2.0]] * 3, [1.0, 2, 3]), ([[1.0], [2], [3]], [5.0] * 3), ([[1.0]], [2.0]), ([[1e9]] * 2, [1.0, 2])],
 )
-def test_a_correlation_that_is_not_defined_is_zero(predicted: Any, true: Any) -> None:
+def test_undefined_correlations_are_zero(predicted: Any, true: Any) -> None:
     values = sequence_metrics("regression", np.array(predicted), np.array(true))
     assert values["pearson"] == values["spearman"] == 0
     assert values["mse"] > 0
 
 
-def test_regression_that_diverged() -> None:
+def test_metrics_of_nan_predictions_are_nan() -> None:
     values = sequence_metrics("regression", np.array([[1.0], [math.nan]]), np.array([1.0, 2]))
     assert set(values) == {"mse", "mae", "pearson", "spearman"}
     assert all(map(math.isnan, values.values()))
 
 
 @pytest.mark.parametrize("task", sorted(METRICS))
-def test_measured_is_what_is_announced(task: str) -> None:
+def test_measures_the_metrics_of_the_table(task: str) -> None:
     measured: dict[str, float]
     if task == "causal-lm":
         measured = language_metrics(3.0, 2)
@@ -95,7 +95,7 @@ def test_measured_is_what_is_announced(task: str) -> None:
     assert all(type(value) is float for value in measured.values())
 
 
-def test_nothing_but_one_class() -> None:
+def test_labels_of_one_class() -> None:
     values = sequence_metrics("single_label_classification", LOGITS[:1], LABELS[:1])
     assert values == {"accuracy": 1, "macro_f1": 1, "micro_f1": 1, "matthews": 0}
     none = np.zeros((2, 3))
@@ -103,14 +103,14 @@ def test_nothing_but_one_class() -> None:
 
 
 def test_predictions_and_their_probabilities() -> None:
-    ids, sure = predict("single_label_classification", np.log([[0.2, 0.5, 0.3], [0.9, 0.06, 0.04]]))
+    ids, confidences = predict("single_label_classification", np.log([[0.2, 0.5, 0.3], [0.9, 0.06, 0.04]]))
     np.testing.assert_array_equal(ids, [1, 0])
-    assert sure == pytest.approx(np.array([0.5, 0.9]))
-    both, sure = predict("multi_label_classification", np.array([[math.log(3), -math.log(4)]]))
+    assert confidences == pytest.approx(np.array([0.5, 0.9]))
+    both, confidences = predict("multi_label_classification", np.array([[math.log(3), -math.log(4)]]))
     np.testing.assert_array_equal(both, [[1, 0]])
-    assert sure == pytest.approx(np.array([[0.75, 0.8]]))
-    values, sure = predict("regression", np.array([[1.5]]))
-    assert (values.item(), sure) == (1.5, None)
+    assert confidences == pytest.approx(np.array([[0.75, 0.8]]))
+    values, confidences = predict("regression", np.array([[1.5]]))
+    assert (values.item(), confidences) == (1.5, None)
     with pytest.raises(ValueError, match="'ranking' is unknown; use single_label_classification"):
         predict("ranking", LOGITS)
 
@@ -120,23 +120,23 @@ def test_predictions_and_their_probabilities() -> None:
     [
         # An end too early costs precision and recall; the other entity is right.
         ("B-PER I-PER I-PER O B-LOC", "B-PER I-PER O O B-LOC", (1 / 2, 1 / 2, 1 / 2, 4 / 5)),
-        # conlleval takes an I- after O for a beginning.
+        # For conlleval an I- after O starts an entity.
         ("O B-LOC I-LOC", "O I-LOC I-LOC", (1, 1, 1, 2 / 3)),
-        # A second B- begins a second entity.
+        # A second B- starts a second entity.
         ("B-LOC B-LOC O", "B-LOC I-LOC O", (0, 0, 0, 2 / 3)),
-        # An I- of another type begins an entity of that type.
+        # An I- of another type starts an entity of that type.
         ("B-PER B-LOC", "B-PER I-LOC", (1, 1, 1, 1 / 2)),
-        # The right place with the wrong type is wrong.
+        # The right words with the wrong type are wrong.
         ("B-PER O O", "B-ORG O B-PER", (0, 0, 0, 1 / 3)),
-        # One found of two, and nothing besides.
+        # One of two entities, and no other.
         ("B-PER O B-ORG I-ORG", "B-PER O O O", (1, 1 / 2, 2 / 3, 2 / 4)),
-        # Nothing to find, nothing found.
+        # No entities and none predicted.
         ("O O", "O O", (0, 0, 0, 1)),
         # Tags of words, such as parts of speech, are entities of one word.
         ("NOUN VERB OTHER OTHER", "NOUN NOUN OTHER OTHER", (3 / 4, 3 / 4, 3 / 4, 3 / 4)),
     ],
 )
-def test_entities_as_conlleval_counts_them(true: str, predicted: str, expected: tuple[float, ...]) -> None:
+def test_counts_entities_as_conlleval_does(true: str, predicted: str, expected: tuple[float, ...]) -> None:
     values = token_metrics([true.split()], [predicted.split()])
     assert tuple(values.values()) == pytest.approx(expected)
     assert list(values) == ["precision", "recall", "f1", "accuracy"]
@@ -168,7 +168,7 @@ def test_language() -> None:
         language_metrics(0.0, 0)
 
 
-def test_classes_in_a_table() -> None:
+def test_table_of_classes() -> None:
     names = ["no", "yes", "never seen"]
     assert classification_table(LABELS, LOGITS.argmax(1), names) == [
         ClassScores("no", 1, 1 / 2, pytest.approx(2 / 3), 2),
@@ -182,7 +182,7 @@ def test_classes_in_a_table() -> None:
     ]
 
 
-def test_confusion_has_a_row_for_each_class_and_a_column_for_what_it_was_taken_for() -> None:
+def test_confusion_has_true_classes_as_rows() -> None:
     counts = confusion(LABELS, LOGITS.argmax(1), ["no", "yes", "never seen"])
     np.testing.assert_array_equal(counts, [[1, 1, 0], [0, 2, 0], [0, 0, 0]])
     assert confusion(np.zeros(3, int), np.zeros(3, int), ["only"]) == [[3]]

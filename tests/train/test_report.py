@@ -1,4 +1,4 @@
-"""Reports: every file of every task, the numbers in them, and figures that can be read."""
+"""Reports: their files for each task, the numbers in them, and legible figures."""
 
 import json
 import math
@@ -22,8 +22,8 @@ from phi3_jax.runs.json_values import json_value
 PNG = b"\x89PNG\r\n\x1a\n"
 LABELS = np.array([0, 0, 0, 0, 1, 1])
 PREDICTED = np.array([0, 1, 1, 0, 1, 0])
-SURE = np.array([0.9, 0.7, 0.95, 0.6, 0.99, 0.8])
-TWO = Predictions("test", LABELS, PREDICTED, SURE, [f"test.csv, line {n}" for n in range(2, 8)])
+CONFIDENCES = np.array([0.9, 0.7, 0.95, 0.6, 0.99, 0.8])
+TWO = Predictions("test", LABELS, PREDICTED, CONFIDENCES, [f"test.csv, line {n}" for n in range(2, 8)])
 
 
 def log(metric: str, steps: int = 100) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def log(metric: str, steps: int = 100) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
-    """Writes a report into `tmp_path`, and gives its text and its metrics.json."""
+    """Returns a function that writes a report, and returns its text and its metrics.json."""
 
     def write(task: str, metric: str, names: list[str], rows: Predictions | None, **changes: Any) -> Any:
         metrics = {"validation": {"loss": 0.25, metric: 0.8125}, "test": {"loss": 0.5, metric: 0.75}}
@@ -55,8 +55,8 @@ def write(tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
             "results": Results(metrics, metric, 75, rows),
         }
         write_report(tmp_path, task=task, names=names, **arguments | changes)
-        told = json.loads((tmp_path / "metrics.json").read_text())
-        return (tmp_path / "report.md").read_text(), told
+        summary = json.loads((tmp_path / "metrics.json").read_text())
+        return (tmp_path / "report.md").read_text(), summary
 
     return write
 
@@ -72,7 +72,7 @@ def files(directory: Path) -> list[str]:
 
 
 def test_two_classes(write: Any, tmp_path: Path) -> None:
-    text, told = write("single_label_classification", "accuracy", ["no", "yes"], TWO)
+    text, summary = write("single_label_classification", "accuracy", ["no", "yes"], TWO)
     assert files(tmp_path) == ["confusion.png", "curves.png", "metrics.json", "report.md"]
     for line in (
         "those of step 75 of 100, the best by `accuracy`",
@@ -92,17 +92,23 @@ def test_two_classes(write: Any, tmp_path: Path) -> None:
     ):
         assert line in text
     assert text.index("| yes | 0.3333") < text.index("| no | 0.6667")  # worst first
-    assert told["metrics"]["test"] == {"loss": 0.5, "accuracy": 0.75}
-    assert (told["task"], told["metric"], told["best_step"]) == (
+    assert summary["metrics"]["test"] == {"loss": 0.5, "accuracy": 0.75}
+    assert (summary["task"], summary["metric"], summary["best_step"]) == (
         "single_label_classification",
         "accuracy",
         75,
     )
-    assert told["classes"][0] == {"name": "no", "precision": 2 / 3, "recall": 0.5, "f1": 4 / 7, "support": 4}
-    assert told["confused"][0] == {"true": "no", "predicted": "yes", "times": 2, "share": 0.5}
-    assert [one["place"][-1] for one in told["mistakes"]] == ["4", "7", "3"]  # the surest first
-    assert told["tokens_per_second"] == {"slowest": 101, "median": 150.5, "fastest": 200}
-    assert told["settings"] == {
+    assert summary["classes"][0] == {
+        "name": "no",
+        "precision": 2 / 3,
+        "recall": 0.5,
+        "f1": 4 / 7,
+        "support": 4,
+    }
+    assert summary["confused"][0] == {"true": "no", "predicted": "yes", "times": 2, "share": 0.5}
+    assert [one["place"][-1] for one in summary["mistakes"]] == ["4", "7", "3"]  # the most confident first
+    assert summary["tokens_per_second"] == {"slowest": 101, "median": 150.5, "fastest": 200}
+    assert summary["settings"] == {
         "command": "phi3-jax finetune a|b",
         "rate": 1e-4,
         "clip": "inf",
@@ -111,7 +117,7 @@ def test_two_classes(write: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_seventy_seven_classes_can_be_read(
+def test_a_matrix_of_77_classes_is_legible(
     write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures, save = {}, plots.save
@@ -128,7 +134,7 @@ def test_seventy_seven_classes_can_be_read(
         "single_label_classification", "accuracy", names, Predictions("test", labels, predicted, np.ones(385))
     )
     width, height = size(tmp_path / "confusion.png")
-    assert min(width, height) > 77 * 30  # dots for each class, at 10 or more a letter's height
+    assert min(width, height) > 77 * 30  # pixels for each class; a letter is at least 10 high
     assert max(width, height) < 5000
 
     ax = figures["confusion.png"].axes[0]
@@ -141,7 +147,7 @@ def test_seventy_seven_classes_can_be_read(
             assert getattr(one, f"{ends}1") <= getattr(following, f"{ends}0") + 0.5  # no overlap
 
 
-def test_each_row_of_the_matrix_is_a_share_of_its_class() -> None:
+def test_the_matrix_has_percentages_of_each_true_class() -> None:
     figure = plots.confusion_matrix(
         np.array([[3, 1, 0], [0, 0, 0], [0, 400, 1]]), ["a$b$", "b", "c"], "Words"
     )
@@ -150,30 +156,30 @@ def test_each_row_of_the_matrix_is_a_share_of_its_class() -> None:
         ax.images[0].get_array(), [[75, 25, 0], [0, 0, 0], [0, 100 * 400 / 401, 100 / 401]]
     )
     written = {tuple(map(int, text.get_position())): text.get_text() for text in ax.texts}
-    assert written == {(0, 0): "75", (1, 0): "25", (1, 2): "100"}  # by column and row; below 0.5% none
+    assert written == {(0, 0): "75", (1, 0): "25", (1, 2): "100"}  # by column and row; none below 0.5%
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a$b$", "b", "c"]
     assert not any(label.get_parse_math() for label in (*ax.get_yticklabels(), *ax.get_xticklabels()))
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("Predicted class", "True class")
 
 
-def test_more_classes_than_can_be_read(write: Any, tmp_path: Path) -> None:
+def test_draws_no_matrix_of_more_than_100_classes(write: Any, tmp_path: Path) -> None:
     write("single_label_classification", "accuracy", ["no", "yes"], TWO)
     names = [str(n) for n in range(101)]
-    text, told = write("single_label_classification", "accuracy", names, TWO)
-    assert files(tmp_path) == ["curves.png", "metrics.json", "report.md"]  # that of before is gone
+    text, summary = write("single_label_classification", "accuracy", names, TWO)
+    assert files(tmp_path) == ["curves.png", "metrics.json", "report.md"]  # the earlier matrix is gone
     assert "confusion.png" not in text
-    assert len(told["classes"]) == 101
-    assert told["confused"][0]["true"] == "0"
+    assert len(summary["classes"]) == 101
+    assert summary["confused"][0]["true"] == "0"
 
 
 def test_several_labels(write: Any, tmp_path: Path) -> None:
     labels, predicted = np.array([[1, 0], [1, 1]]), np.array([[1, 1], [0, 1]])
     rows = Predictions("validation", labels, predicted, np.array([[0.9, 0.6], [0.7, 0.8]]))
-    text, told = write("multi_label_classification", "micro_f1", ["late", "lost"], rows)
+    text, summary = write("multi_label_classification", "micro_f1", ["late", "lost"], rows)
     assert files(tmp_path) == ["curves.png", "metrics.json", "report.md"]
     assert "| row 2 | late | not late | 70.0% |" in text
     assert "| row 1 | not lost | lost | 60.0% |" in text
-    assert told["classes"][0]["recall"] == 0.5
+    assert summary["classes"][0]["recall"] == 0.5
 
 
 def test_regression(write: Any, tmp_path: Path) -> None:
@@ -181,19 +187,19 @@ def test_regression(write: Any, tmp_path: Path) -> None:
     rows = Predictions(
         "test", true, true + np.array([[0, 5], [-1, 0], [0.5, math.nan]]), None, ["a", "b", "c"]
     )
-    text, told = write("regression", "mse", ["warmth", "clarity"], rows)
+    text, summary = write("regression", "mse", ["warmth", "clarity"], rows)
     assert files(tmp_path) == ["curves.png", "metrics.json", "report.md", "scatter.png"]
     assert "## Greatest errors in the test data" in text
     assert "| a, clarity | 10 | 15 | 5.0000 |" in text
-    assert [one["score"] for one in told["mistakes"]] == ["nan", 5, 1, 0.5]
-    assert (told["classes"], told["confused"]) == ([], [])
+    assert [one["score"] for one in summary["mistakes"]] == ["nan", 5, 1, 0.5]
+    assert (summary["classes"], summary["confused"]) == ([], [])
     panels = plots.scatter(rows.labels, rows.predicted, ["warmth", "clarity"]).axes
     assert [panel.get_title() for panel in panels] == ["warmth", "clarity"]
     np.testing.assert_array_equal(panels[0].collections[0].get_offsets(), [[1, 1], [2, 1], [3, 3.5]])
     np.testing.assert_array_equal(panels[1].collections[0].get_offsets(), [[10, 15], [20, 20]])
 
 
-def test_one_output_in_one_dimension(write: Any, tmp_path: Path) -> None:
+def test_labels_of_one_output_may_have_one_axis(write: Any, tmp_path: Path) -> None:
     rows = Predictions("test", np.array([1.0, 2.0]), np.array([[1.5], [2.0]]), None)
     text, _ = write("regression", "mse", [], rows)
     assert "| row 1 | 1 | 1.5 | 0.5000 |" in text
@@ -206,32 +212,32 @@ def test_token_classification(write: Any, tmp_path: Path) -> None:
     rows = Predictions(
         "test", labels, predicted, [[0.9] * 3, [0.8, 0.6]], ["t.conll, line 1", "t.conll, line 5"]
     )
-    text, told = write("token-classification", "f1", ["O", "B-LOC", "B-PER", "I-PER"], rows)
+    text, summary = write("token-classification", "f1", ["O", "B-LOC", "B-PER", "I-PER"], rows)
     assert files(tmp_path) == ["confusion.png", "curves.png", "metrics.json", "report.md"]
     assert "## Entities of the test data, worst first" in text
     assert "| PER | 0.5000 | 1.0000 | 0.6667 | 1 |" in text
     assert "| t.conll, line 5, word 1 | B-LOC | B-PER | 80.0% |" in text
     assert "| O | B-LOC | 1 | 50.0% |" in text
-    assert [one["name"] for one in told["classes"]] == ["LOC", "PER"]
+    assert [one["name"] for one in summary["classes"]] == ["LOC", "PER"]
 
 
 def test_language_model(write: Any, tmp_path: Path) -> None:
-    text, told = write("causal-lm", "perplexity", [], None)
+    text, summary = write("causal-lm", "perplexity", [], None)
     assert files(tmp_path) == ["curves.png", "metrics.json", "report.md"]
     assert "| perplexity | 0.8125 | 0.7500 |" in text
-    assert told["classes"] == told["confused"] == told["mistakes"] == []
+    assert summary["classes"] == summary["confused"] == summary["mistakes"] == []
 
 
 def test_a_run_without_validation_or_log(write: Any, tmp_path: Path) -> None:
     results = Results({"test": {"loss": math.nan}}, "loss", None)
-    text, told = write("causal-lm", "loss", [], None, log=[], results=results, data={}, settings={})
+    text, summary = write("causal-lm", "loss", [], None, log=[], results=results, data={}, settings={})
     assert "those of the last step, 0" in text
     assert "## Speed" not in text
-    assert told["metrics"] == {"test": {"loss": "nan"}}
+    assert summary["metrics"] == {"test": {"loss": "nan"}}
     assert size(tmp_path / "curves.png")[0] > 1000
 
 
-def test_the_same_run_gives_the_same_files(write: Any, tmp_path: Path) -> None:
+def test_the_same_results_give_the_same_files(write: Any, tmp_path: Path) -> None:
     def contents() -> dict[str, bytes]:
         write("single_label_classification", "accuracy", ["no", "yes"], TWO)
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -241,7 +247,7 @@ def test_the_same_run_gives_the_same_files(write: Any, tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == settings
 
 
-def test_curves_show_what_the_log_says() -> None:
+def test_curves_show_the_numbers_of_the_log() -> None:
     loss, metric, rate = plots.curves("causal-lm", log("perplexity"), "perplexity", 75).axes
     smooth = loss.lines[1]
     assert smooth.get_label() == "train, mean of 4 records"
@@ -257,7 +263,7 @@ def test_curves_show_what_the_log_says() -> None:
     assert rate.get_xlabel() == "Step"
 
 
-def test_curves_leave_out_what_is_not_finite(tmp_path: Path) -> None:
+def test_curves_leave_out_numbers_that_are_not_finite(tmp_path: Path) -> None:
     broken = [
         {"kind": "train", "step": n, "loss": value} for n, value in enumerate([1.0, math.nan, math.inf, 0.5])
     ]
@@ -268,24 +274,24 @@ def test_curves_leave_out_what_is_not_finite(tmp_path: Path) -> None:
     plots.save(plots.curves("regression", broken[1:3], "loss", None), tmp_path / "nothing.png")
 
 
-def test_names_in_any_script(write: Any, tmp_path: Path) -> None:
+def test_writes_names_in_any_script(write: Any, tmp_path: Path) -> None:
     names = ["日本語", "_a|b\n<c>"]
-    text, told = write("single_label_classification", "accuracy", names, TWO)
+    text, summary = write("single_label_classification", "accuracy", names, TWO)
     assert "| 日本語 | 0.6667" in text
     assert r"| _a\|b &lt;c> | 0.3333" in text
-    assert [one["name"] for one in told["classes"]] == names
+    assert [one["name"] for one in summary["classes"]] == names
 
 
-def test_ten_mistakes_and_ten_pairs_are_told() -> None:
+def test_lists_ten_errors_and_ten_confusions() -> None:
     names = [str(n) for n in range(20)]
     rows = Predictions("test", np.arange(20), (np.arange(20) + 1) % 20, np.linspace(0.1, 0.9, 20))
-    told = mistakes("single_label_classification", rows, names)
-    assert [one.true for one in told] == [str(n) for n in range(19, 9, -1)]
+    listed = mistakes("single_label_classification", rows, names)
+    assert [one.true for one in listed] == [str(n) for n in range(19, 9, -1)]
     counts = np.diag(np.arange(1, 20), 1) + 100 * np.eye(20, dtype=int)
     assert [pair.times for pair in confused_pairs(counts, names)] == list(range(19, 9, -1))
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_replaces_a_whole_file_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "report.md"
     path.write_text("before")
 
@@ -304,7 +310,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert files(tmp_path) == ["report.md"]
 
 
-def test_values_that_json_has_no_words_for() -> None:
+def test_json_value_converts_other_types() -> None:
     given = {
         1: np.float32(0.5),
         "path": Path("a"),

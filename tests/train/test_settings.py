@@ -1,4 +1,4 @@
-"""Settings: a file, what is said before it, and what is wrong with either."""
+"""Settings from files and options, and errors in them."""
 
 import pytest
 from phi3_jax.train.settings import FREE, Settings
@@ -6,7 +6,7 @@ from phi3_jax.train.settings import FREE, Settings
 from phi3_jax.runs.resume import differences
 
 
-def test_the_command_line_comes_before_the_file(tmp_path):
+def test_options_take_precedence_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 1e-4\nseed: 3\nlora_targets: [qkv_proj]\n")
     settings = Settings.read(path, {"seed": 5, "optim": "lion"})
@@ -31,19 +31,19 @@ def test_the_command_line_comes_before_the_file(tmp_path):
         ("dataset: ag_news\ndataset_splits: {test: test}", "must name a split for"),
     ],
 )
-def test_faults_are_named(tmp_path, text, words):
+def test_names_errors_in_settings(tmp_path, text, words):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=words):
         Settings.read(path, {})
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_rejects_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"there is no file .*no\.yaml"):
         Settings.read(tmp_path / "no.yaml", {})
 
 
-def test_differences_leave_out_what_changes_no_number():
+def test_differences_leave_out_settings_that_may_change():
     before = Settings().model_dump(mode="json")
     now = Settings(seed=1, output_dir="elsewhere", logging_steps=7).model_dump(mode="json")
     assert differences(before, now, free=FREE) == ["seed: 0 -> 1"]
