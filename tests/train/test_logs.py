@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 
 def events(path: Path) -> list[Event]:
-    """Returns the events of a file, each with 12 bytes before it (length, checksum) and 4 after it (checksum)."""
+    """Returns the events of a file: each has 12 bytes before it (length, checksum) and 4 after it."""
     data, offset, parsed = path.read_bytes(), 0, []
     while offset < len(data):
         (length,) = struct.unpack_from("<Q", data, offset)
