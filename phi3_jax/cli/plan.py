@@ -13,6 +13,7 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.plan import Work, render, to_dict
 from phi3_jax.plan import plan as make_plan
 from phi3_jax.plan.absent import keep_to_the_compiler
+from phi3_jax.runs.files import write_text
 
 app = typer.Typer(add_completion=False)
 
@@ -75,7 +76,7 @@ def plan(
         print(text)
         return
     if json_file is not None:
-        Path(json_file).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(json_file), text + "\n")
     # Outside of a terminal the width is fixed, so that no line is cut.
     render(result, Console(width=None if sys.stdout.isatty() else 160))
 

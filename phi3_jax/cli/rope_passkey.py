@@ -79,7 +79,7 @@ def passkey(
     )
     write_passkey_report(output, done)
     Console().print(table(done))
-    tell(f"{len(done.trials):,} prompts, {done.fresh:,} of them in {done.seconds:,.1f} s")
+    tell(f"{len(done.trials):,} prompts, {done.new:,} of them in {done.seconds:,.1f} s")
     found = sum(trial.found for trial in done.trials)
     print(f"{output}: {found:,} of {len(done.trials):,} keys found")
 

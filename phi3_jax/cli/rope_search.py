@@ -99,7 +99,7 @@ def search(
 
 def _print_result(done: SearchResult, output: Path) -> None:
     Console().print(table(done.search))
-    tell(f"{len(done.search.scored):,} measured, {done.fresh:,} of them in {done.seconds:,.1f} s")
+    tell(f"{len(done.search.scored):,} measured, {done.new:,} of them in {done.seconds:,.1f} s")
     best = done.search.best()
     if best.individual.initial_tokens:
         tell(

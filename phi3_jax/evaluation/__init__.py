@@ -1,4 +1,4 @@
-"""How good a model is: perplexity under any rope, metrics, reports and plots."""
+"""Evaluation of models: perplexity under any rope, pass keys, rope search, reports and plots."""
 
 from phi3_jax.evaluation.perplexity import perplexity
 from phi3_jax.evaluation.scorer import Scorer

@@ -1,10 +1,10 @@
-"""How long JAX has been compiling."""
+"""The time that JAX spends compiling."""
 
 import jax
 
 
 class CompileTime:
-    """Seconds of tracing, lowering and compiling since the block began, as a context manager."""
+    """Seconds of tracing, lowering and compiling in a block; a context manager."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

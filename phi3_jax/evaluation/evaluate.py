@@ -1,4 +1,4 @@
-"""Perplexity, and bits per byte, of a file of texts."""
+"""Perplexity and bits per byte of a file of texts."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import RopeArgument
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.perplexity import TextLoss, windows
@@ -16,25 +17,26 @@ from phi3_jax.evaluation.scorer import Scorer
 from phi3_jax.evaluation.texts import first_tokens, read_text
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.progress import FileProgress
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts texts."""
+    """The loss of a model on texts, and their sizes."""
 
     loss: TextLoss
     documents: int
     bytes: int
-    """Of the texts in UTF-8, without what is not predicted: each one's first token, unless it is a special
-    one."""
+    """Bytes of the texts in UTF-8, without the first token of each, which is not predicted (unless it is a
+    special token)."""
     words: int
-    """Of the texts, between white space."""
+    """Words of the texts, between white space."""
     length: int
     stride: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: what was counted, and what follows from it."""
+        """Returns the sizes and the rates derived from them, for JSON."""
         loss, tokens = self.loss.loss, self.loss.tokens
         return {
             "perplexity": self.loss.perplexity,
@@ -52,11 +54,11 @@ class Evaluation:
 
 
 def read_texts(path: Path, key: str = "text") -> Iterator[str]:
-    """The texts of a .jsonl file, one a line under `key`; any other file is one text.
+    """Yields the texts of a .jsonl file, one a line under `key`; any other file is one text.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a line that has no such text; nothing to evaluate.
+        FileNotFoundError: there is no such file.
+        UserError: a line has no such text, or the file is empty.
     """
     content = read_text(path)
     if path.suffix != ".jsonl":
@@ -91,49 +93,73 @@ def evaluate(
 
     Args:
         path: a text file, or .jsonl.
-        rope: in place of the model's.
-        length: of windows; default: the context of the model, under the rope.
-        stride: between windows; default: half of `length`.
-        max_tokens: of each text; default: all.
-        key: of a .jsonl file's texts.
+        rope: used in place of the model's.
+        length: tokens of a window; default: the context of the model, under the rope.
+        stride: tokens between windows; default: half of `length`.
+        max_tokens: the most tokens of a text; default: all.
+        key: key of the texts in a .jsonl file.
 
     Raises:
-        ValueError: files, lengths or a rope that cannot be, a length that memory cannot hold: before any
-            work.
+        UserError: a file, a length or the rope is wrong, or the length does not fit in memory; it is raised
+            before any work.
     """
     began = monotonic()
-    scorer, tokenizer = Scorer(pipeline.compiled), pipeline.tokenizer
+    scorer = Scorer(pipeline.compiled)
     config = scorer.config if rope is None else rope.apply(scorer.config)
     length = config.context_length if length is None else length
     stride = max(1, length // 2) if stride is None else stride
     parts: list[Part] = []
     documents = words = size = 0
     for text in read_texts(path, key):
-        ids = first_tokens(tokenizer, text, max_tokens)
-        if len(ids) < 2:
-            continue
-        if max_tokens is not None:
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-        parts += [
-            Part(ids[window.begin : window.end], window.scored_from - window.begin)
-            for window in windows(len(ids), length, stride)
-        ]
-        first = tokenizer.decode(ids[:1], skip_special_tokens=True)
-        size += len(text.encode()) - len(first.encode())
-        words += len(text.split())
-        documents += 1
+        document = _document(pipeline.tokenizer, text, length, stride, max_tokens)
+        if document is not None:
+            parts += document.parts
+            size += document.bytes
+            words += document.words
+            documents += 1
     if not parts:
         raise UserError(f"{path} has no text of two tokens or more")
-    total = TextLoss(0.0, 0)
-    done, all_tokens = 0, sum(len(part.tokens) for part in parts)
+    loss = _total_loss(scorer, parts, config, 0 if rope is None else rope.initial_tokens, show)
+    return Evaluation(loss, documents, size, words, length, stride, monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _Document:
+    """The windows of a text, and the sizes that are scored."""
+
+    parts: list[Part]
+    bytes: int
+    words: int
+
+
+def _document(
+    tokenizer: Phi3Tokenizer, text: str, length: int, stride: int, max_tokens: int | None
+) -> _Document | None:
+    """Returns a text in windows, or None if it has fewer than two tokens."""
+    ids = first_tokens(tokenizer, text, max_tokens)
+    if len(ids) < 2:
+        return None
+    if max_tokens is not None:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+    parts = [
+        Part(ids[window.begin : window.end], window.scored_from - window.begin)
+        for window in windows(len(ids), length, stride)
+    ]
+    first = tokenizer.decode(ids[:1], skip_special_tokens=True)
+    return _Document(parts, len(text.encode()) - len(first.encode()), len(text.split()))
+
+
+def _total_loss(
+    scorer: Scorer, parts: list[Part], config: Phi3Config, initial_tokens: int, show: bool
+) -> TextLoss:
+    total, done, all_tokens = TextLoss(0.0, 0), 0, sum(len(part.tokens) for part in parts)
     with FileProgress(all_tokens, show) as bar:
 
-        def tell(more: int) -> None:
+        def update(more: int) -> None:
             nonlocal done
             done += more
             bar.update(f"{done:,} of {all_tokens:,} tokens", done)
 
-        initial_tokens = 0 if rope is None else rope.initial_tokens
-        for _, scores in score_all(scorer, parts, config, initial_tokens=initial_tokens, progress=tell):
+        for _, scores in score_all(scorer, parts, config, initial_tokens=initial_tokens, progress=update):
             total += TextLoss(scores.loss, len(scores.losses))
-    return Evaluation(total, documents, size, words, length, stride, monotonic() - began)
+    return total

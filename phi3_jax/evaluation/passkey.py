@@ -1,6 +1,6 @@
-"""The pass key task (Mohtashami and Jaggi, arXiv:2305.16300): a number in a long text, asked for at its end.
+"""The pass key task (Mohtashami and Jaggi, arXiv:2305.16300): a long text hides a number and asks for it.
 
-Prompts have an exact number of tokens, and are the same for every rope that is compared.
+Prompts have an exact number of tokens and are the same for every rope.
 """
 
 import re
@@ -17,8 +17,8 @@ from phi3_jax.tokenizer import Phi3Tokenizer
 TASK = "One line of the text below holds a pass key. Read the text and remember the pass key.\n\n"
 KEY = "The pass key is {key}. Remember it: {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key?"
-BEGUN = "\nThe pass key is"
-"""How the answer begins where no template asks for one."""
+ANSWER_START = "\nThe pass key is"
+"""The start of the answer, in prompts without a chat template."""
 
 FILLER = (
     "The kettle was put on the stove before anyone came down.",
@@ -42,19 +42,19 @@ FILLER = (
     "The soup needs salt, and the bread is still warm.",
     "Behind the mill the path turns towards the wood.",
 )
-"""Lines that say nothing, and no number."""
+"""Lines without numbers."""
 
 KEYS = (10_000, 100_000)
-"""Keys have five digits."""
+"""The range of keys, which have five digits."""
 
 _SLOT = "\ue000text\ue000"
-"""Marks in a rendered conversation where the text goes; for private use, so that no template has it."""
+"""Marks the place of the text in a rendered conversation; its characters are for private use."""
 
 _NUMBER = re.compile(r"\d+(?:,\d{3})*")
 
 
 class Case(NamedTuple):
-    """A prompt: of `length` tokens with the answer's, the key at `depth` (0: the first line, 1: the last)."""
+    """A prompt and answer of `length` tokens, with the key at `depth` (0: first line, 1: last line)."""
 
     length: int
     depth: float
@@ -62,8 +62,8 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What a model is given, and what it is to say."""
+class PasskeyPrompt:
+    """The ids of a prompt, and its key."""
 
     ids: list[int]
     key: str
@@ -71,16 +71,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PasskeyPrompts:
-    """Makes prompts for one tokenizer.
+    """Makes prompts for a tokenizer.
 
-    The filler's lines go round from a line drawn for each case; the first of them is cut from the left, so
+    The lines of the filler repeat from a line drawn for each case. The first line is cut from the left so
     that the prompt has its exact length.
 
     Args:
-        answer_tokens: room for the answer, which counts as part of a case's length.
-        template: put the task into a user's message of the chat template; else the answer is begun.
+        answer_tokens: tokens of the answer, which count as part of a case's length.
+        template: put the task into a user's message of the chat template; otherwise the prompt ends with the
+            start of the answer.
         filler: lines of text.
-        seed: of keys and first lines.
+        seed: seed of the keys and first lines.
     """
 
     tokenizer: Phi3Tokenizer
@@ -91,20 +92,20 @@ class PasskeyPrompts:
 
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
-        """Ids before the text and behind it."""
+        """The ids before the text and after it."""
         encode = self.tokenizer.encode
         if not self.template:
-            return encode(TASK), encode(QUESTION + BEGUN, add_special_tokens=False)
+            return encode(TASK), encode(QUESTION + ANSWER_START, add_special_tokens=False)
         conversation = [{"role": "user", "content": TASK + _SLOT + QUESTION}]
         text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        before, slot, behind = text.partition(_SLOT)
+        before, slot, after = text.partition(_SLOT)
         if not slot:
-            raise UserError("the chat template leaves out what the user says; use --raw")
-        return encode(before, add_special_tokens=False), encode(behind, add_special_tokens=False)
+            raise UserError("the chat template leaves out the user's message; use --raw")
+        return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
 
     @cached_property
     def lines(self) -> list[list[int]]:
-        """The filler's ids, line by line."""
+        """The ids of each line of the filler."""
         lines = (line.strip() for line in self.filler)
         ids = [self.tokenizer.encode(line + "\n", add_special_tokens=False) for line in lines if line]
         if not ids:
@@ -113,16 +114,16 @@ class PasskeyPrompts:
 
     @cached_property
     def shortest(self) -> int:
-        """A length that has room for all that must be, and some filler."""
-        before, behind = self.frame
+        """The least length with room for question, key, answer and some filler."""
+        before, after = self.frame
         longest_key = max(len(self._key_line(str(key))) for key in (KEYS[0], KEYS[1] - 1, 77_777))
-        return len(before) + longest_key + len(behind) + 1 + self.answer_tokens
+        return len(before) + longest_key + len(after) + 1 + self.answer_tokens
 
     def check(self, lengths: Sequence[int]) -> None:
-        """Whether prompts can be made.
+        """Checks that prompts of these lengths can be made.
 
         Raises:
-            ValueError: a length that has no room for question, key and answer.
+            UserError: a length has no room for question, key and answer.
         """
         for length in lengths:
             if length < self.shortest:
@@ -131,23 +132,23 @@ class PasskeyPrompts:
                     f"answer need {self.shortest}"
                 )
 
-    def __call__(self, case: Case) -> Prompt:
-        """The prompt of a case: `case.length` tokens less those of the answer."""
+    def __call__(self, case: Case) -> PasskeyPrompt:
+        """Returns the prompt of a case: `case.length` tokens without those of the answer."""
         draws = np.random.default_rng([self.seed, case.length, round(1e6 * case.depth), case.trial])
         key = str(draws.integers(*KEYS))
         first = int(draws.integers(len(self.lines)))
-        before, behind = self.frame
+        before, after = self.frame
         needle = self._key_line(key)
-        room = case.length - self.answer_tokens - len(before) - len(needle) - len(behind)
+        room = case.length - self.answer_tokens - len(before) - len(needle) - len(after)
         text, ends = self._filler(first, room)
         at = min([0, *ends], key=lambda end: abs(end - case.depth * room))
-        return Prompt([*before, *text[:at], *needle, *text[at:], *behind], key)
+        return PasskeyPrompt([*before, *text[:at], *needle, *text[at:], *after], key)
 
     def _key_line(self, key: str) -> list[int]:
         return self.tokenizer.encode(KEY.format(key=key), add_special_tokens=False)
 
     def _filler(self, first: int, room: int) -> tuple[list[int], list[int]]:
-        """`room` tokens of lines that follow upon `first`, and where each line ends."""
+        """Returns `room` tokens of lines that start after line `first`, and the end of each line."""
         text: list[int] = []
         ends: list[int] = []
         while len(text) < room:
@@ -157,7 +158,7 @@ class PasskeyPrompts:
         return text[excess:], [end - excess for end in ends if end > excess]
 
 
-def found(answer: str, key: str) -> bool:
-    """Whether the key is the first number of the answer."""
+def has_key(answer: str, key: str) -> bool:
+    """Returns whether the key is the first number of the answer."""
     number = _NUMBER.search(answer)
     return number is not None and number.group().replace(",", "") == key

@@ -1,4 +1,4 @@
-"""What came of asking for pass keys: rates in a table, a heat map, every answer, and a report for people."""
+"""Results of a pass key measurement: rates in a table, a heat map, every answer, and a report."""
 
 import csv
 import json
@@ -17,24 +17,25 @@ from rich.table import Table
 
 from phi3_jax.evaluation.passkey_run import PasskeyResult, Trial
 from phi3_jax.runs import plots
-from phi3_jax.runs.files import replacing
+from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.runs.tables import markdown_table
+from phi3_jax.sizes import ceil_div
 
 RATES, ANSWERS, FIGURE, REPORT = "passkey.csv", "passkey.json", "passkey.png", "report.md"
 
 LISTED = 100
-"""Failures of a rope that the report lists; the JSON file has them all."""
+"""The most failures of a rope in the report; the JSON file has all of them."""
 
 SHOWN = 160
-"""Characters of an answer in the report."""
+"""The most characters of an answer in the report."""
 
 PANELS = 3
-"""Of the heat map, side by side."""
+"""The most panels of the heat map side by side."""
 
 
-class Grid:
-    """Trials by rope, length and depth, in the order in which they were asked for."""
+class TrialGrid:
+    """Trials by rope, length and depth, in the order of the options."""
 
     def __init__(self, result: PasskeyResult):
         self.ropes = list(dict.fromkeys(trial.rope for trial in result.trials))
@@ -49,45 +50,42 @@ class Grid:
         return self._cells[rope, length, depth]
 
     def rates(self, rope: str) -> Float[np.ndarray, "depths lengths"]:
-        """The share of keys that were found."""
+        """Returns the share of found keys by depth and length."""
         return np.array(
             [[rate(self.cell(rope, length, depth)) for length in self.lengths] for depth in self.depths]
         )
 
-    def of(self, rope: str, length: int) -> list[Trial]:
-        """At all depths."""
+    def at(self, rope: str, length: int) -> list[Trial]:
+        """Returns the trials of all depths."""
         return [trial for depth in self.depths for trial in self.cell(rope, length, depth)]
 
 
 def rate(trials: Sequence[Trial]) -> float:
-    """The share of keys that were found."""
+    """Returns the share of found keys."""
     return sum(trial.found for trial in trials) / len(trials)
 
 
 def write_passkey_report(output: Path, result: PasskeyResult) -> None:
-    """Writes passkey.csv, passkey.json, passkey.png and report.md; each changes as a whole."""
-    grid = Grid(result)
+    """Writes passkey.csv, passkey.json, passkey.png and report.md, each as a whole."""
+    grid = TrialGrid(result)
     with replacing(output / RATES) as work, work.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(_rows(grid))
-    told = {"asked": result.asked, "trials": [asdict(trial) for trial in result.trials]}
-    with replacing(output / ANSWERS) as work:
-        text = json.dumps(json_value(told), indent=2, ensure_ascii=False)
-        work.write_text(text + "\n", encoding="utf-8")
+    content = {"asked": result.options, "trials": [asdict(trial) for trial in result.trials]}
+    write_text(output / ANSWERS, json.dumps(json_value(content), indent=2, ensure_ascii=False) + "\n")
     plots.save(figure(grid), output / FIGURE)
-    with replacing(output / REPORT) as work:
-        work.write_text("\n".join(_lines(grid, result.asked)) + "\n", encoding="utf-8")
+    write_text(output / REPORT, "\n".join(_lines(grid, result.options)) + "\n")
 
 
 def table(result: PasskeyResult) -> Table:
-    """Rates by rope and length."""
-    grid = Grid(result)
-    made = Table("rope", *(f"{length:,}" for length in grid.lengths), "all", box=SIMPLE)
+    """Returns the rates by rope and length, for a terminal."""
+    grid = TrialGrid(result)
+    shown = Table("rope", *(f"{length:,}" for length in grid.lengths), "all", box=SIMPLE)
     for row in _rates(grid):
-        made.add_row(*row)
-    return made
+        shown.add_row(*row)
+    return shown
 
 
-def _rows(grid: Grid) -> Iterator[Sequence[object]]:
+def _rows(grid: TrialGrid) -> Iterator[Sequence[object]]:
     yield "rope", "length", "depth", "trials", "found", "rate"
     for rope in grid.ropes:
         for length in grid.lengths:
@@ -96,17 +94,17 @@ def _rows(grid: Grid) -> Iterator[Sequence[object]]:
                 yield rope, length, depth, len(cell), sum(trial.found for trial in cell), rate(cell)
 
 
-def _rates(grid: Grid) -> Iterator[list[str]]:
+def _rates(grid: TrialGrid) -> Iterator[list[str]]:
     for rope in grid.ropes:
-        by_length = [grid.of(rope, length) for length in grid.lengths]
+        by_length = [grid.at(rope, length) for length in grid.lengths]
         every = [trial for trials in by_length for trial in trials]
         yield [rope, *(f"{rate(trials):.0%}" for trials in [*by_length, every])]
 
 
-def figure(grid: Grid) -> Figure:
-    """Rates by length and depth, a panel for each rope."""
+def figure(grid: TrialGrid) -> Figure:
+    """Draws the rates by length and depth, in one panel for each rope."""
     columns = min(PANELS, len(grid.ropes))
-    rows = -(-len(grid.ropes) // columns)
+    rows = ceil_div(len(grid.ropes), columns)
     cell = 0.75  # inches
     size = 1.2 + max(2.2, cell * len(grid.lengths)), 1.1 + max(1.6, 0.6 * cell * len(grid.depths))
     drawn = Figure(figsize=(size[0] * columns + 0.8, size[1] * rows), layout="constrained")
@@ -131,13 +129,13 @@ def figure(grid: Grid) -> Figure:
     return drawn
 
 
-def _lines(grid: Grid, asked: Mapping[str, object]) -> Iterator[str]:
+def _lines(grid: TrialGrid, options: Mapping[str, object]) -> Iterator[str]:
     yield "# Pass keys\n"
     yield (
-        f"A number of five digits stands in a text of filler, and the model is asked for it: "
-        f"{asked['trials']} prompts for each length and depth, the same for every rope. A length counts the "
-        f"{asked['max_new_tokens']} tokens that the answer may have. The key is found if it is the first "
-        "number of the answer.\n"
+        f"A text of filler hides a number of five digits, and the model is asked for it: "
+        f"{options['trials']} prompts for each length and depth, the same for every rope. A length includes "
+        f"the {options['max_new_tokens']} tokens of the answer. The key is found if it is the first number "
+        "of the answer.\n"
     )
     yield from markdown_table(
         ("keys found", *(f"{length:,}" for length in grid.lengths), "all"), list(_rates(grid))
@@ -157,28 +155,28 @@ def _lines(grid: Grid, asked: Mapping[str, object]) -> Iterator[str]:
         yield from _failures(grid, rope)
 
 
-def _ties(grid: Grid) -> Iterator[str]:
-    """Ropes that found as many keys at a length, and what they answered where just one of them was right."""
+def _ties(grid: TrialGrid) -> Iterator[str]:
+    """Yields ropes that found equally many keys at a length, and their answers where only one was right."""
     none = True
     for length in grid.lengths:
         for one, other in combinations(grid.ropes, 2):
-            pairs = list(zip(grid.of(one, length), grid.of(other, length), strict=True))
+            pairs = list(zip(grid.at(one, length), grid.at(other, length), strict=True))
             if rate([a for a, _ in pairs]) != rate([b for _, b in pairs]):
                 continue
             none = False
             apart = [(a, b) for a, b in pairs if a.found != b.found]
             count = sum(a.found for a, _ in pairs)
-            told = ", but not the same:\n" if apart else ", the same."
-            yield f"- {length:,} tokens, {one} and {other}: {count} of {len(pairs)} each{told}"
+            which = ", but not the same:\n" if apart else ", the same."
+            yield f"- {length:,} tokens, {one} and {other}: {count} of {len(pairs)} each{which}"
             if apart:
                 rows = [(f"{a.depth:.0%}", a.key, _shown(a), _shown(b)) for a, b in apart]
                 yield from markdown_table(("depth", "key", one, other), rows)
                 yield ""
     if none:
-        yield "No two ropes found as many keys at any length."
+        yield "No two ropes found equally many keys at any length."
 
 
-def _failures(grid: Grid, rope: str) -> Iterator[str]:
+def _failures(grid: TrialGrid, rope: str) -> Iterator[str]:
     wrong = [trial for trial in grid.trials if trial.rope == rope and not trial.found]
     total = sum(trial.rope == rope for trial in grid.trials)
     yield f"\n### {rope}: {len(wrong)} of {total}\n"
@@ -192,7 +190,7 @@ def _failures(grid: Grid, rope: str) -> Iterator[str]:
                 f"{trial.depth:.0%}",
                 trial.key,
                 _shown(trial),
-                "names the key behind another number" if trial.key in trial.answer else "",
+                "names the key after another number" if trial.key in trial.answer else "",
             )
             for trial in wrong[:LISTED]
         ],
@@ -202,6 +200,6 @@ def _failures(grid: Grid, rope: str) -> Iterator[str]:
 
 
 def _shown(trial: Trial) -> str:
-    """An answer in quotes, with the ends of its lines."""
+    """Returns an answer in quotes, with escaped line breaks."""
     text = trial.answer
     return json.dumps(text if len(text) <= SHOWN else text[: SHOWN - 1] + "…", ensure_ascii=False)

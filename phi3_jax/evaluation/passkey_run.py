@@ -1,6 +1,5 @@
-"""Retrieval of pass keys over a grid of lengths and depths, under several ropes, with one model in memory."""
+"""Measures pass key retrieval over lengths and depths, under several ropes, with one model in memory."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,13 +13,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from phi3_jax.checkpoint import open_checkpoint
-from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import RopeArgument
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, found
+from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, has_key
+from phi3_jax.evaluation.run_options import model_options
 from phi3_jax.evaluation.scorer import frequencies_for, frequencies_key
-from phi3_jax.evaluation.texts import read_text
+from phi3_jax.evaluation.texts import read_text, text_digest
 from phi3_jax.generation import generate
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.memory import token_bytes, token_capacity
@@ -30,14 +29,18 @@ from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.journal import Journal
 from phi3_jax.runs.progress import FileProgress, time_left
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 ROWS, ROWS_ON_CPU = 16, 4
-"""Prompts at a time, at most; a CPU has little to gain from more."""
+"""The most prompts at a time; a CPU gains little from more."""
+
+RopeCase = tuple[str, Case]
+"""The name of a rope, and a prompt."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a model made of one prompt under one rope."""
+    """The answer of a model to a prompt under a rope."""
 
     rope: str
     length: int
@@ -50,22 +53,22 @@ class Trial:
 
 @dataclass(frozen=True)
 class PasskeyResult:
-    """Trials in the order in which they were made, and what they follow from."""
+    """Trials in the order in which they were made, and the options they depend on."""
 
     trials: list[Trial]
-    asked: Mapping[str, Any]
-    fresh: int
-    """That this call made; the others were known from before."""
+    options: Mapping[str, Any]
+    new: int
+    """Trials of this call; an earlier call made the others."""
     seconds: float
 
 
 class Ropes:
-    """The frequencies of ropes for prompts of a length, as `generate` takes them for a batch.
+    """The frequencies of ropes for a batch of prompts of a length, as `generate` takes them.
 
-    Longrope's list and dynamic NTK's base are those of the whole length, the answer's room included.
+    Frequencies that depend on the length are those for the whole length, including the answer's tokens.
 
     Raises:
-        ValueError: a rope that the model cannot have.
+        UserError: the model cannot have one of the ropes.
     """
 
     def __init__(self, config: Phi3Config, ropes: Sequence[RopeArgument]):
@@ -74,22 +77,22 @@ class Ropes:
         self._initial = {rope.name: rope.initial_tokens for rope in ropes}
 
     def keys(self, name: str, lengths: Sequence[int]) -> list[str]:
-        """By which a journal knows a rope again."""
+        """Returns the keys of a rope in a journal, one for each length."""
         return [frequencies_key(self._configs[name], length, self._initial[name]) for length in lengths]
 
     def frequencies(self, names: Sequence[str], length: int) -> dict[str, Float[np.ndarray, "..."]]:
-        """`inv_freq` and `attention_scaling` for rows of these ropes.
+        """Returns `inv_freq` and `attention_scaling` for rows with these ropes.
 
-        By position where any rope keeps initial tokens unscaled: as many positions, and one that stands for
-        all behind them.
+        They are given by position if a rope keeps initial tokens unscaled; the last position stands for all
+        later ones.
         """
-        found = [frequencies_for(self._configs[name], length) for name in names]
-        inv_freq = np.stack([each for each, _ in found])  # [B, P]
+        rows = [frequencies_for(self._configs[name], length) for name in names]
+        inv_freq = np.stack([each for each, _ in rows])  # [B, P]
         if positions := max(self._initial.values()):
             initial = np.array([self._initial[name] for name in names])
             unscaled = np.arange(positions + 1) < initial[:, None]  # [B, S]
             inv_freq = np.where(unscaled[:, :, None], self._plain, inv_freq[:, None])
-        return {"inv_freq": inv_freq, "attention_scaling": np.array([scaling for _, scaling in found])}
+        return {"inv_freq": inv_freq, "attention_scaling": np.array([scaling for _, scaling in rows])}
 
 
 def measure_passkeys(
@@ -110,160 +113,175 @@ def measure_passkeys(
     overwrite: bool = False,
     show: bool = True,
 ) -> PasskeyResult:
-    """Asks for pass keys: for each length and depth `trials` prompts, which are the same under all ropes.
+    """Asks for pass keys with `trials` prompts for each length and depth, the same under all ropes.
 
-    After each batch of prompts the answers are on the disk, in `output`/state.json: after a kill the same
-    call goes on with them.
+    The answers of each batch are written to `output`/state.json; after a kill the same call resumes.
 
     Args:
-        model: a checkpoint. It is loaded once, and all ropes run in the same programs.
+        model: a checkpoint; it is loaded once, and all ropes run in the same programs.
         lengths: tokens of prompt and answer together.
-        depths: where the key stands, 0 for the beginning and 1 for the end.
-        max_new_tokens: of an answer.
-        raw: leave out the chat template, and begin the answer; so it is done where there is none.
-        text: whose lines are the filler; default: lines of our own.
+        depths: depths of the key, from 0 (start) to 1 (end).
+        max_new_tokens: the most tokens of an answer.
+        raw: use no chat template, and end the prompt with the start of the answer; so do models without one.
+        text: a file whose lines are the filler; default: lines of our own.
         batch_size: prompts at a time; default: by memory, at most 4 on CPU and 16 elsewhere.
-        overwrite: begin anew where the output holds something else.
+        overwrite: start over if the output was started with other options.
 
     Raises:
-        ValueError: what was asked cannot be done, before any work.
+        UserError: an option is wrong, or a prompt does not fit in memory; it is raised before any work.
     """
-    for name, values in (("rope", [each.name for each in ropes]), ("length", lengths), ("depth", depths)):
-        if twice := next((value for value in values if list(values).count(value) > 1), None):
-            raise UserError(f"{name} {twice} is given twice; give it once")
+    grid = _Grid([rope.name for rope in ropes], lengths, depths, trials)
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     frequencies = Ropes(config, ropes)
-    tokenizer = checkpoint.source.tokenizer()
     content = None if text is None else read_text(text)
-    prompts = PasskeyPrompts(
+    prompts = _prompts(checkpoint.source.tokenizer(), content, max_new_tokens, raw, seed)
+    prompts.check(lengths)
+    options = model_options(model, dtype, mesh) | _options(grid, frequencies, prompts)
+    options |= {"text_digest": content and text_digest(content), "batch_size": batch_size}
+    began = monotonic()
+    with Journal(output / "state.json", options, overwrite=overwrite) as journal:
+        before = len(journal.entries)
+        if before < grid.size:
+            longest = config.replace(max_position_embeddings=max(*lengths, config.max_position_embeddings))
+            load: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "config": longest}
+            planned = CompiledModel(load_abstract(Phi3ForCausalLM, checkpoint, **load))
+            rows = _rows(journal, planned, lengths, max_new_tokens, batch_size)
+            answerer = _Answerer(Pipeline.load(checkpoint, **load).compiled, prompts, frequencies)
+            _answer(list(grid.batches(rows)), rows, answerer, journal, show)
+        answered = [Trial(**entry) for entry in journal.entries]
+    return PasskeyResult(answered, options, len(answered) - before, monotonic() - began)
+
+
+def _prompts(
+    tokenizer: Phi3Tokenizer, content: str | None, max_new_tokens: int, raw: bool, seed: int
+) -> PasskeyPrompts:
+    return PasskeyPrompts(
         tokenizer,
         max_new_tokens,
         template=not raw and tokenizer.chat_template is not None,
         filler=FILLER if content is None else content.splitlines(),
         seed=seed,
     )
-    prompts.check(lengths)
-    asked = {
-        "model": str(model.resolve()),
-        "model_files": fingerprint(model),
-        "ropes": {rope.name: frequencies.keys(rope.name, lengths) for rope in ropes},
-        "lengths": list(lengths),
-        "depths": list(depths),
-        "trials": trials,
-        "max_new_tokens": max_new_tokens,
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """All prompts under all ropes."""
+
+    ropes: Sequence[str]
+    lengths: Sequence[int]
+    depths: Sequence[float]
+    trials: int
+
+    def __post_init__(self) -> None:
+        for name, values in {"rope": self.ropes, "length": self.lengths, "depth": self.depths}.items():
+            for value in values:
+                if list(values).count(value) > 1:
+                    raise UserError(f"{name} {value} is given twice; give it once")
+
+    @property
+    def size(self) -> int:
+        return len(self.ropes) * len(self.lengths) * len(self.depths) * self.trials
+
+    def batches(self, rows: Mapping[int, int]) -> Iterator[list[RopeCase]]:
+        """Yields batches of one length; `rows` has the most prompts of a batch by length."""
+        for length in self.lengths:
+            cases = [
+                (rope, Case(length, depth, trial))
+                for rope, depth, trial in product(self.ropes, self.depths, range(self.trials))
+            ]
+            for start in range(0, len(cases), rows[length]):
+                yield cases[start : start + rows[length]]
+
+
+def _options(grid: _Grid, ropes: Ropes, prompts: PasskeyPrompts) -> dict[str, Any]:
+    return {
+        "ropes": {name: ropes.keys(name, grid.lengths) for name in grid.ropes},
+        "lengths": list(grid.lengths),
+        "depths": list(grid.depths),
+        "trials": grid.trials,
+        "max_new_tokens": prompts.answer_tokens,
         "template": prompts.template,
-        "text_digest": content and hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
-        "seed": seed,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "mesh": None if mesh is None else dict(mesh.shape),
+        "seed": prompts.seed,
     }
-    total = len(ropes) * len(lengths) * len(depths) * trials
-    began = monotonic()
-    with Journal(output / "state.json", asked, overwrite=overwrite) as journal:
-        before = len(journal.entries)
-        if before < total:
-            longest = config.replace(max_position_embeddings=max(*lengths, config.max_position_embeddings))
-            planned = CompiledModel(
-                load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh, config=longest)
-            )
-            rows = _rows(journal, planned, lengths, prompts.answer_tokens, batch_size)
-            pipeline = Pipeline.load(checkpoint, dtype=dtype, mesh=mesh, config=longest)
-            runner = _Runner(pipeline, prompts, frequencies)
-            batches = list(_batches([rope.name for rope in ropes], lengths, depths, trials, rows))
-            _run(batches, rows, runner, journal, show)
-        made = [Trial(**entry) for entry in journal.entries]
-    return PasskeyResult(made, asked, len(made) - before, monotonic() - began)
 
 
-Row = tuple[str, Case]
-"""A rope's name and a prompt."""
-
-
-class _Runner:
+class _Answerer:
     """Answers batches of prompts of one length."""
 
-    def __init__(self, pipeline: Pipeline, prompts: PasskeyPrompts, ropes: Ropes):
-        self._pipeline, self._prompts, self._ropes = pipeline, prompts, ropes
+    def __init__(self, compiled: CompiledModel, prompts: PasskeyPrompts, ropes: Ropes):
+        self._compiled, self._prompts, self._ropes = compiled, prompts, ropes
 
-    def answer(self, batch: Sequence[Row], rows: int) -> list[Trial]:
-        """The trials of a batch, which is filled up to `rows`, so that one program serves all."""
+    def answer(self, batch: Sequence[RopeCase], rows: int) -> list[Trial]:
+        """Returns the trials of a batch, which is padded to `rows` so that one program serves all."""
         length, most = batch[0][1].length, self._prompts.answer_tokens
-        filled = [*batch, *[batch[0]] * (rows - len(batch))]
-        made = [self._prompts(case) for _, case in filled]
-        ids = np.array([prompt.ids for prompt in made], np.int32)
+        padded = [*batch, *[batch[0]] * (rows - len(batch))]
+        prompts = [self._prompts(case) for _, case in padded]
+        ids = np.array([prompt.ids for prompt in prompts], np.int32)
         out = generate(
-            self._pipeline.compiled,
+            self._compiled,
             ids,
             np.ones_like(ids),
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
             max_new_tokens=most,
-            **self._ropes.frequencies([rope for rope, _ in filled], length),
+            **self._ropes.frequencies([rope for rope, _ in padded], length),
         )
         trials = []
-        for (rope, case), prompt, row in zip(batch, made, np.asarray(out), strict=False):
+        for (rope, case), prompt, row in zip(batch, prompts, np.asarray(out), strict=False):
             answer = self._prompts.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
-            trials.append(Trial(rope, *case, prompt.key, answer, found(answer, prompt.key)))
+            trials.append(Trial(rope, *case, prompt.key, answer, has_key(answer, prompt.key)))
         return trials
 
 
 def _rows(
     journal: Journal, planned: CompiledModel, lengths: Sequence[int], answer_tokens: int, wanted: int | None
 ) -> dict[int, int]:
-    """Prompts at a time by length; the longest is seen first, so that what cannot be is said at once."""
-    found = {}
-    for length in sorted(lengths, reverse=True):
-        most = partial(_most_rows, planned, length, answer_tokens, wanted)
-        found[length] = journal.decide(f"rows_{length}", most)
-    return found
+    """Returns the prompts at a time by length; checks the longest first, so that errors come early."""
+    return {
+        length: journal.decide(f"rows_{length}", partial(_most_rows, planned, length, answer_tokens, wanted))
+        for length in sorted(lengths, reverse=True)
+    }
 
 
 def _most_rows(compiled: CompiledModel, length: int, answer_tokens: int, wanted: int | None) -> int:
-    """Prompts of a length, the answer's tokens included, that memory holds at a time.
+    """Returns how many prompts of a length, with their answers, fit in memory at a time.
 
     Raises:
-        ValueError: not one; not as many as are wanted.
+        UserError: not even one, or fewer than are wanted.
     """
-    columns = cache_length(padded_length(length - answer_tokens) + answer_tokens + 1)
+    slots = cache_length(padded_length(length - answer_tokens) + answer_tokens + 1)
     room = token_capacity(compiled)
-    least = compiled.rows_for(wanted or 1)
-    if least * columns > room:
+    needed = compiled.rows_for(wanted or 1) * slots
+    if needed > room:
         each = token_bytes(compiled)
-        texts = f"{wanted} prompts of {length:,} tokens" if wanted else f"a prompt of {length:,} tokens"
+        texts = (
+            f"{wanted} prompts of {length:,} tokens need"
+            if wanted
+            else f"a prompt of {length:,} tokens needs"
+        )
         raise UserError(
-            f"{texts} needs {least * columns * each / 2**30:.2f} GiB for keys and values, and memory has "
+            f"{texts} {needed * each / 2**30:.2f} GiB for keys and values, and memory has "
             f"{room * each / 2**30:.2f} GiB for them; choose shorter lengths or a smaller --batch-size"
         )
     if wanted:
         return wanted
     most = ROWS_ON_CPU if compiled.on_cpu else ROWS
-    while compiled.rows_for(most) * columns > room and most > 1:
+    while compiled.rows_for(most) * slots > room and most > 1:
         most //= 2
     return most
 
 
-def _batches(
-    ropes: Sequence[str],
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    trials: int,
+def _answer(
+    batches: Sequence[Sequence[RopeCase]],
     rows: Mapping[int, int],
-) -> Iterator[list[Row]]:
-    for length in lengths:
-        cases = [
-            (rope, Case(length, depth, trial)) for rope, depth, trial in product(ropes, depths, range(trials))
-        ]
-        for start in range(0, len(cases), rows[length]):
-            yield cases[start : start + rows[length]]
-
-
-def _run(
-    batches: Sequence[Sequence[Row]], rows: Mapping[int, int], runner: _Runner, journal: Journal, show: bool
+    answerer: _Answerer,
+    journal: Journal,
+    show: bool,
 ) -> None:
-    """Answers what is not answered yet; each batch is safe before the next."""
+    """Answers the batches that the journal lacks, and writes each before the next starts."""
     began, total = monotonic(), sum(map(len, batches))
     ends = np.cumsum([len(batch) for batch in batches])
     first = int(np.searchsorted(ends, len(journal.entries), side="right"))
@@ -271,8 +289,8 @@ def _run(
     with FileProgress(int(costs.sum()), show) as progress:
         for number in range(first, len(batches)):
             batch = batches[number]
-            journal.add(asdict(trial) for trial in runner.answer(batch, rows[batch[0][1].length]))
+            journal.add(asdict(trial) for trial in answerer.answer(batch, rows[batch[0][1].length]))
             right = sum(entry["found"] for entry in journal.entries)
-            told = f"{len(journal.entries):,} of {total:,} prompts, {right:,} keys found"
+            text = f"{len(journal.entries):,} of {total:,} prompts, {right:,} keys found"
             left = costs[number + 1 :].sum() / costs[first : number + 1].sum()
-            progress.update(told, int(costs[: number + 1].sum()), time_left((monotonic() - began) * left))
+            progress.update(text, int(costs[: number + 1].sum()), time_left((monotonic() - began) * left))

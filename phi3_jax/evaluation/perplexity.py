@@ -1,4 +1,4 @@
-"""Perplexity of a text at a context length, by windows that slide over it."""
+"""Perplexity of a text at a context length, in sliding windows."""
 
 import math
 from collections.abc import Iterator
@@ -10,15 +10,19 @@ from jaxtyping import Int
 
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.scorer import Progress, Scorer, frequencies_for
+from phi3_jax.evaluation.scorer import OnProgress, Scorer, frequencies_for
 
 
 class Window(NamedTuple):
-    """The tokens [begin, end) of a text, of which those from `scored_from` on are scored."""
+    """The tokens [begin, end) of a text; those from `scored_from` on are scored."""
 
     begin: int
     end: int
     scored_from: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
 
     @property
     def scored(self) -> int:
@@ -26,49 +30,51 @@ class Window(NamedTuple):
 
 
 def windows(tokens: int, length: int, stride: int) -> list[Window]:
-    """Windows of `length` tokens, `stride` apart, that score every token but the first once.
+    """Returns windows of `length` tokens, `stride` apart, that score every token but the first once.
 
-    The recipe of transformers' page on perplexity: the first window scores all its tokens but the first,
-    later ones the last `stride`, which see at least `length - stride` tokens before them; the last window
-    ends with the text, and may be shorter. (That page counts one token too few for every window but the
-    first.) Windows side by side, `stride` = `length`, leave out the first token of each.
+    This is the method of transformers' page on perplexity. The first window scores all its tokens but the
+    first; later windows score the last `stride`, which see at least `length - stride` earlier tokens. The
+    last window ends with the text and may be shorter. (That page counts one token too few for every window
+    but the first.) Windows that do not overlap (`stride` = `length`) leave out the first token of each.
 
     Raises:
-        ValueError: fewer than two tokens, a length below 2, a stride that would leave tokens out.
+        UserError: there are fewer than two tokens, the length is below 2, or the stride would skip tokens.
     """
     if tokens < 2:
         raise UserError(f"the text has {tokens} tokens; perplexity needs at least 2")
     if length < 2:
         raise UserError(f"length={length} must be at least 2")
     if not 1 <= stride <= length:
-        raise UserError(f"stride={stride} must be from 1 to the length, {length}: it would leave tokens out")
-    found = []
+        raise UserError(
+            f"stride={stride} must be from 1 to the length, {length}: otherwise tokens are skipped"
+        )
+    chosen = []
     scored_from = 1
     for begin in range(0, tokens, stride):
         end = min(begin + length, tokens)
         if max(scored_from, begin + 1) < end:
-            found.append(Window(begin, end, max(scored_from, begin + 1)))
+            chosen.append(Window(begin, end, max(scored_from, begin + 1)))
         scored_from = end
         if end == tokens:
             break
-    return found
+    return chosen
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """How well a model predicts a text."""
+    """The loss of a model on a text."""
 
     loss: float
     """The sum of -log p, in nats."""
     tokens: int
-    """That were predicted."""
+    """How many were predicted."""
 
     def __add__(self, other: "TextLoss") -> "TextLoss":
         return TextLoss(self.loss + other.loss, self.tokens + other.tokens)
 
     @property
     def perplexity(self) -> float:
-        """Infinite where it is more than a float holds."""
+        """The perplexity; infinite if it is too large for a float."""
         mean = self.loss / self.tokens
         return math.exp(mean) if mean < 709 else math.inf
 
@@ -81,18 +87,18 @@ def sliding_losses(
     length: int,
     stride: int,
     initial_tokens: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Iterator[tuple[Window, TextLoss]]:
-    """Each window of a text with its loss, under the rope of `config`.
+    """Yields each window of a text with its loss, under the rope of `config`.
 
-    Longrope's list and dynamic NTK's base are chosen by a window's whole length, as in transformers.
+    Frequencies that depend on the length are those for the whole window, as in transformers.
 
     Raises:
-        ValueError: as `windows`; a length that memory cannot hold, before any work.
+        UserError: as `windows`; or the length does not fit in memory, before any work.
     """
-    found = windows(len(tokens), length, stride)
-    scorer.check_memory(max(window.end - window.begin for window in found))
-    for window in found:
+    chosen = windows(len(tokens), length, stride)
+    scorer.check_memory(max(window.length for window in chosen))
+    for window in chosen:
         part = tokens[window.begin : window.end]
         inv_freq, scaling = frequencies_for(config, len(part))
         scores = scorer.score(
@@ -114,17 +120,17 @@ def perplexity(
     length: int | None = None,
     stride: int | None = None,
     initial_tokens: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> TextLoss:
-    """The loss of a whole text.
+    """Returns the loss of a whole text.
 
     Args:
-        config: whose rope is used; default: the model's own.
-        length: of the windows; default: the context that the config has.
-        stride: between windows; default: half the length.
+        config: its rope is used; default: the model's own config.
+        length: tokens of a window; default: the context of the config.
+        stride: tokens between windows; default: half the length.
 
     Raises:
-        ValueError: as `sliding_losses`.
+        UserError: as `sliding_losses`.
     """
     config = config or scorer.config
     length = config.context_length if length is None else length

@@ -1,6 +1,5 @@
-"""Perplexity by context length under several ropes: one model, the same tokens, the same programs."""
+"""Compares ropes by perplexity at several context lengths, with one model, text and set of programs."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,26 +14,25 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from phi3_jax.checkpoint import open_checkpoint
-from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import RopeArgument
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.compile_time import CompileTime
 from phi3_jax.evaluation.perplexity import TextLoss, Window, windows
+from phi3_jax.evaluation.run_options import model_options
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for, frequencies_key
-from phi3_jax.evaluation.texts import first_tokens, read_text
+from phi3_jax.evaluation.texts import first_tokens, read_text, text_digest
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.journal import Journal
-from phi3_jax.runs.progress import FileProgress
+from phi3_jax.runs.progress import FileProgress, time_left
 
 STATE = "state.json"
-"""Of a comparison's directory: every window that was measured."""
-
+"""The file of the output directory with every measured window."""
 
 Key = tuple[str, Window]
-"""Of what is measured: the frequencies, as `frequencies_key` has them, and the window."""
+"""The key of a measurement: the key of the frequencies (`frequencies_key`), and the window."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Rope:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What its frequencies follow from, for JSON."""
+        """The parameters that determine its frequencies, for JSON."""
         return {
             **self.config.rope_parameters,
             "max_position_embeddings": self.config.max_position_embeddings,
@@ -56,35 +54,35 @@ class Rope:
         }
 
     def key(self, window: Window) -> Key:
-        """By which what was measured is known again."""
-        return frequencies_key(self.config, window.end - window.begin, self.initial_tokens), window
+        """Returns the key of the measurement of a window."""
+        return frequencies_key(self.config, window.length, self.initial_tokens), window
 
 
 class Cell(NamedTuple):
-    """One rope at one length."""
+    """The result of one rope at one length."""
 
     rope: str
     length: int
     stride: int
     loss: TextLoss
     seconds: float
-    """Of forward passes, compilation left out."""
+    """Time of the forward passes, without compilation."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured, the ropes in the user's order, lengths ascending."""
+    """The results, with the ropes in the user's order and ascending lengths."""
 
     ropes: Sequence[Rope]
     lengths: Sequence[int]
     cells: Sequence[Cell]
-    asked: Mapping[str, Any]
+    options: Mapping[str, Any]
     tokens: int
-    """Of the text, from its first or from those skipped; all of them are scored at every length, but one."""
+    """Tokens of the text without the skipped ones; every length scores all of them but the first."""
     trained: Phi3Config
     """The model's own config."""
     seconds: Mapping[str, float]
-    """forward, compile and all: of this call; what an earlier one had measured is not in them."""
+    """Times of this call ("forward", "compile", "all"), without those of earlier calls."""
 
     def cell(self, rope: str, length: int) -> Cell:
         return next(cell for cell in self.cells if (cell.rope, cell.length) == (rope, length))
@@ -105,64 +103,47 @@ def compare_ropes(
     overwrite: bool = False,
     show: bool = True,
 ) -> Comparison:
-    """Sliding perplexity of a text's beginning, under each rope at each length.
+    """Measures the sliding perplexity of the start of a text, under each rope at each length.
 
-    All lengths score the same tokens, the first `max_tokens` but the very first, each once: what differs is
-    how much of the text before a token the model sees. A window is measured once under the same frequencies:
-    not again where an earlier call measured it on the same model and text, whatever ropes and lengths that
-    was asked for, nor for two ropes that are the same at its length.
+    All lengths score the same tokens once, the first `max_tokens` except the first one. They differ in how
+    much earlier text a token sees. A window is measured once for the same frequencies: neither for two ropes
+    with the same frequencies at its length, nor again if an earlier call, with any ropes and lengths,
+    measured it with the same model and text.
 
     Args:
-        lengths: of the windows, in tokens.
-        stride: between windows, at most each length; default: half of it.
-        max_tokens: of the text; default: the longest length, which is then one window.
-        skip_tokens: at the text's beginning, such as those that a search for factors has seen.
-        overwrite: begin anew where the output is of another model or text.
+        lengths: tokens of a window.
+        stride: tokens between windows, at most each length; default: half of it.
+        max_tokens: tokens of the text; default: the longest length, which then has one window.
+        skip_tokens: tokens to skip at the start of the text, such as those used by a search for factors.
+        overwrite: start over if the output is of another model or text.
 
     Raises:
-        ValueError: what was asked cannot be done, before any work: a text shorter than the longest length, a
-            rope that the model cannot have, a length that memory cannot hold.
+        UserError: an option is wrong, the text is too short, or a length does not fit in memory; it is raised
+            before any work.
     """
     began = monotonic()
     lengths = sorted(set(lengths))
+    max_tokens = max_tokens or lengths[-1]
     checkpoint = open_checkpoint(model)
     ropes = _ropes(arguments, checkpoint.config)
     content = read_text(text)
-    max_tokens = max_tokens or lengths[-1]
     tokens = first_tokens(checkpoint.source.tokenizer(), content, skip_tokens + max_tokens)[skip_tokens:]
     _check_length(text, len(tokens), lengths, max_tokens, skip_tokens)
     plan = {length: windows(len(tokens), length, min(stride or length // 2, length)) for length in lengths}
-    asked = {
-        "model": str(model.resolve()),
-        "model_files": fingerprint(model),
-        "text_digest": hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
-        "skip_tokens": skip_tokens,
-        "dtype": str(dtype),
-        "mesh": None if mesh is None else dict(mesh.shape),
-    }
-    with Journal(output / STATE, asked, overwrite=overwrite) as journal, CompileTime() as compiling:
-        known = _measured(journal)
-        missing: dict[Key, tuple[Rope, str]] = {}
-        for (length, found), rope in product(plan.items(), ropes):
-            for window in found:
-                if (key := rope.key(window)) not in known:
-                    missing.setdefault(key, (rope, f"{rope.name} at {length:,}"))
+    options = model_options(model, dtype, mesh)
+    options |= {"text_digest": text_digest(content), "skip_tokens": skip_tokens}
+    with Journal(output / STATE, options, overwrite=overwrite) as journal, CompileTime() as compiling:
         forward = 0.0
-        if missing:
-            longest = max(window.end - window.begin for _, window in missing)
-            Scorer(load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh)).check_memory(longest)
+        if missing := _missing(plan, ropes, journal):
+            planned = Scorer(load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh))
+            planned.check_memory(max(window.length for _, window in missing))
             scorer = Scorer(Pipeline.load(checkpoint, dtype=dtype, mesh=mesh).compiled)
             forward = _measure(scorer, tokens, missing, journal, compiling, show=show)
-        known = _measured(journal)
-        return Comparison(
-            ropes,
-            lengths,
-            [_cell(rope, length, found, known) for rope in ropes for length, found in plan.items()],
-            asked | {"text": str(text), "stride": stride, "max_tokens": max_tokens},
-            len(tokens),
-            checkpoint.config,
-            {"forward": forward, "compile": compiling.seconds, "all": monotonic() - began},
-        )
+        measured = _measured(journal)
+    cells = [_cell(rope, length, chosen, measured) for rope in ropes for length, chosen in plan.items()]
+    options |= {"text": str(text), "stride": stride, "max_tokens": max_tokens}
+    seconds = {"forward": forward, "compile": compiling.seconds, "all": monotonic() - began}
+    return Comparison(ropes, lengths, cells, options, len(tokens), checkpoint.config, seconds)
 
 
 def _ropes(arguments: Sequence[RopeArgument], config: Phi3Config) -> list[Rope]:
@@ -177,11 +158,24 @@ def _check_length(text: Path, tokens: int, lengths: Sequence[int], max_tokens: i
         return
     if max_tokens < lengths[-1]:
         raise UserError(f"max_tokens={max_tokens:,} is less than the longest length, {lengths[-1]:,}")
-    behind = f" behind the {skipped:,} that are skipped" if skipped else ""
+    after = f" after the {skipped:,} that are skipped" if skipped else ""
     raise UserError(
-        f"{text} has {tokens:,} tokens{behind}, fewer than the length {lengths[-1]:,}; give a longer text or "
+        f"{text} has {tokens:,} tokens{after}, fewer than the length {lengths[-1]:,}; give a longer text or "
         "shorter lengths"
     )
+
+
+def _missing(
+    plan: Mapping[int, Sequence[Window]], ropes: Sequence[Rope], journal: Journal
+) -> dict[Key, tuple[Rope, str]]:
+    """Returns the measurements that the journal lacks, each with its rope and a label."""
+    measured = _measured(journal)
+    missing: dict[Key, tuple[Rope, str]] = {}
+    for (length, chosen), rope in product(plan.items(), ropes):
+        for window in chosen:
+            if (key := rope.key(window)) not in measured:
+                missing.setdefault(key, (rope, f"{rope.name} at {length:,}"))
+    return missing
 
 
 def _measure(
@@ -193,21 +187,17 @@ def _measure(
     *,
     show: bool,
 ) -> float:
-    """Measures what is missing, a window at a time; gives seconds of forward passes."""
-    total = sum(window.end - window.begin - 1 for _, window in missing)
+    """Measures the missing windows one by one; returns the seconds of the forward passes."""
+    total = sum(window.length - 1 for _, window in missing)
     done, forward, began = 0, 0.0, monotonic()
     with FileProgress(total, show) as bar:
 
-        def tell(label: str, more: int) -> None:
+        def update(label: str, more: int) -> None:
             nonlocal done
             done += more
             seconds = monotonic() - began
-            left = round((total - done) * seconds / done)
-            bar.update(
-                f"{label}, {done / seconds:,.0f} tokens/s",
-                done,
-                f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
-            )
+            left = time_left((total - done) * seconds / done)
+            bar.update(f"{label}, {done / seconds:,.0f} tokens/s", done, left)
 
         for number, ((key, window), (rope, label)) in enumerate(missing.items(), start=1):
             part = tokens[window.begin : window.end]
@@ -219,7 +209,7 @@ def _measure(
                 scaling,
                 initial_tokens=rope.initial_tokens,
                 scored_from=window.scored_from - window.begin,
-                progress=partial(tell, f"{label}, window {number} of {len(missing)}"),
+                progress=partial(update, f"{label}, window {number} of {len(missing)}"),
             ).total
             seconds = monotonic() - started - (compiling.seconds - compiled)
             forward += seconds
@@ -228,7 +218,7 @@ def _measure(
 
 
 def _measured(journal: Journal) -> dict[Key, tuple[float, float]]:
-    """Loss and seconds."""
+    """Returns the loss and the seconds of each measurement."""
     return {
         (entry["rope"], Window(*entry["window"])): (float(entry["loss"]), entry["seconds"])
         for entry in journal.entries
@@ -236,21 +226,18 @@ def _measured(journal: Journal) -> dict[Key, tuple[float, float]]:
 
 
 def _cell(
-    rope: Rope,
-    length: int,
-    found: Sequence[Window],
-    known: Mapping[Key, tuple[float, float]],
+    rope: Rope, length: int, chosen: Sequence[Window], measured: Mapping[Key, tuple[float, float]]
 ) -> Cell:
-    measured = [known[rope.key(window)] for window in found]
-    loss = TextLoss(math.fsum(loss for loss, _ in measured), sum(window.scored for window in found))
-    stride = found[1].begin if len(found) > 1 else length
-    return Cell(rope.name, length, stride, loss, sum(seconds for _, seconds in measured))
+    results = [measured[rope.key(window)] for window in chosen]
+    loss = TextLoss(math.fsum(loss for loss, _ in results), sum(window.scored for window in chosen))
+    stride = chosen[1].begin if len(chosen) > 1 else length
+    return Cell(rope.name, length, stride, loss, sum(seconds for _, seconds in results))
 
 
 def scaled_frequencies(comparison: Comparison) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of each rope at the longest length: wavelengths in tokens, and the factors on the plain ones, by pair.
+    """Yields each rope's name, and its wavelengths in tokens and factors by pair at the longest length.
 
-    Plain are those that the model was trained with.
+    The factors are relative to the wavelengths that the model was trained with.
     """
     plain = comparison.trained.rope_base.inv_freq().astype(np.float64)
     for rope in comparison.ropes:

@@ -1,4 +1,4 @@
-"""Figures of ropes: perplexity by length, and what each does to every pair of dims."""
+"""Figures of ropes: perplexity by length, and the wavelengths of every pair of dimensions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,16 @@ MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":")
 
 FAR = 4
-"""Times the best, from which on perplexities are drawn on a logarithmic scale."""
+"""The ratio of worst and best perplexity from which the scale is logarithmic."""
 
 
 def perplexities(
     lengths: Sequence[int], values: Mapping[str, Sequence[float]], trained: int | None = None
 ) -> Figure:
-    """Perplexity against the context length, a line for each rope; `trained`: a length to mark."""
+    """Draws perplexity against the context length, a line for each rope; `trained` is a length to mark."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     ax = figure.subplots()
-    found = [value for line in values.values() for value in line if math.isfinite(value)]
+    finite = [value for line in values.values() for value in line if math.isfinite(value)]
     for number, (name, line) in enumerate(values.items()):
         heights = [value if math.isfinite(value) else np.nan for value in line]
         ax.plot(lengths, heights, label=short(name), **_style(number), markersize=6)
@@ -43,7 +43,7 @@ def perplexities(
     ax.set_xscale("log", base=2)
     ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
     ax.xaxis.set_minor_locator(NullLocator())
-    if found and max(found) > FAR * min(found):
+    if finite and max(finite) > FAR * min(finite):
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
@@ -56,11 +56,12 @@ def perplexities(
 
 
 def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int, trained: int) -> Figure:
-    """Each rope's wavelengths, and what it multiplies plain rope's by, for every pair of dims.
+    """Draws each rope's wavelengths and their factors relative to plain rope, by pair of dimensions.
 
     Args:
         ropes: name, wavelengths in tokens [P], factors [P].
-        length: for which the frequencies are; drawn, as is the length that the model was trained on.
+        length: the length that the frequencies are for.
+        trained: the length that the model was trained on.
     """
     figure = Figure(figsize=(8, 7.2), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
@@ -68,10 +69,10 @@ def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int
         pairs = np.arange(len(lengths))
         upper.plot(pairs, lengths, label=short(name), **_style(number), markersize=3.5)
         lower.plot(pairs, factors, **_style(number), markersize=3.5)
-    for tokens, what in {length: "longest length", trained: "trained length"}.items():
+    for tokens, label in {length: "longest length", trained: "trained length"}.items():
         upper.axhline(tokens, color=GREY, linewidth=1, linestyle=":", zorder=0)
         upper.annotate(
-            f"{what}, {tokens:,}",
+            f"{label}, {tokens:,}",
             (0, tokens),
             xytext=(2, 3),
             textcoords="offset points",
@@ -83,8 +84,8 @@ def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int
     _legend(upper, "lower right")
     lower.set_yscale("log", base=2)
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    lower.set_ylabel("Factor on plain rope's wavelength")
-    lower.set_xlabel("Pair of dims")
+    lower.set_ylabel("Factor of plain rope's wavelength")
+    lower.set_xlabel("Pair of dimensions")
     for ax in (upper, lower):
         plain(ax)
         ax.margins(x=0.02)
@@ -93,7 +94,7 @@ def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Colours, marks and lines that stay apart for many ropes, on paper too."""
+    """Returns a colour, marker and line style that differ for many ropes, also in black and white."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[number % len(MARKERS)],

@@ -1,4 +1,4 @@
-"""What a comparison of ropes leaves: tables for people and programs, and figures."""
+"""Results of a comparison of ropes: tables for people and programs, and figures."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from phi3_jax.evaluation.rope_compare import Comparison, scaled_frequencies
 from phi3_jax.evaluation.rope_plots import perplexities, wavelengths
 from phi3_jax.evaluation.scorer import frequencies_for
 from phi3_jax.runs import plots
-from phi3_jax.runs.files import replacing
+from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.runs.tables import markdown_table
 
@@ -39,15 +39,13 @@ def write_comparison(output: Path, comparison: Comparison) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(_rows(comparison))
-    with replacing(output / JSON) as work:
-        text = json.dumps(json_value(_told(comparison)), indent=2, ensure_ascii=False, allow_nan=False)
-        work.write_text(text + "\n", encoding="utf-8")
-    with replacing(output / MARKDOWN) as work:
-        work.write_text("\n".join(_lines(comparison)) + "\n", encoding="utf-8")
+    content = json_value(_content(comparison))
+    write_text(output / JSON, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(output / MARKDOWN, "\n".join(_lines(comparison)) + "\n")
 
 
 def table(comparison: Comparison) -> Table:
-    """Perplexities for a terminal; the best of each length in bold."""
+    """Returns the perplexities for a terminal, with the best of each length in bold."""
     shown = Table(box=SIMPLE, title="Perplexity by context length", title_justify="left")
     shown.add_column("rope", overflow="fold")
     best = {length: _best(comparison, length) for length in comparison.lengths}
@@ -85,10 +83,10 @@ def _rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
         }
 
 
-def _told(comparison: Comparison) -> dict[str, Any]:
+def _content(comparison: Comparison) -> dict[str, Any]:
     scaled = {name: (lengths, factors) for name, lengths, factors in scaled_frequencies(comparison)}
     return {
-        "asked": comparison.asked,
+        "asked": comparison.options,
         "tokens": comparison.tokens,
         "trained_length": trained_length(comparison.trained),
         "ropes": {
@@ -106,11 +104,11 @@ def _told(comparison: Comparison) -> dict[str, Any]:
 
 
 def _lines(comparison: Comparison) -> Iterator[str]:
-    asked, trained = comparison.asked, trained_length(comparison.trained)
+    options, trained = comparison.options, trained_length(comparison.trained)
     yield "# Ropes compared"
     yield (
-        f"\n{asked['model']}, trained on {trained:,} tokens, in {asked['dtype']}; {asked['text']}"
-        + (f" behind its first {asked['skip_tokens']:,} tokens" if asked["skip_tokens"] else "")
+        f"\n{options['model']}, trained on {trained:,} tokens, in {options['dtype']}; {options['text']}"
+        + (f" after its first {options['skip_tokens']:,} tokens" if options["skip_tokens"] else "")
         + "."
     )
     yield "\n## Perplexity by context length\n"
@@ -119,21 +117,21 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         [(rope.name, *_perplexities(comparison, rope.name)) for rope in comparison.ropes],
     )
     strides = {cell.length: cell.stride for cell in comparison.cells}
-    beside = any(stride == length < comparison.tokens for length, stride in strides.items())
+    apart = any(stride == length < comparison.tokens for length, stride in strides.items())
     yield (
-        f"\nEvery length scores the same {comparison.tokens - 1:,} tokens, each once: the first "
-        f"{comparison.tokens:,} but one"
-        + (", and but the first of each window where they lie side by side" if beside else "")
-        + ". Windows of the length slide over them, "
-        + ", ".join(_apart(strides[length], length, comparison.tokens) for length in comparison.lengths)
-        + ". Scaled frequencies are those for a window's whole length."
+        f"\nEvery length scores the same {comparison.tokens - 1:,} tokens once: the first "
+        f"{comparison.tokens:,} except the first one"
+        + (", and except the first of each window where windows do not overlap" if apart else "")
+        + ". Windows slide over them: "
+        + ", ".join(_spacing(strides[length], length, comparison.tokens) for length in comparison.lengths)
+        + ". Scaled frequencies are those for the whole length of a window."
     )
     yield f"\n![Perplexity against context length]({PERPLEXITY})"
-    yield "\n## What each rope does\n"
+    yield "\n## Ropes\n"
     yield from markdown_table(
-        ("rope", "type", "reaches", "wavelengths times", "attention factor", "unscaled first tokens"),
+        ("rope", "type", "context", "wavelengths times", "attention factor", "unscaled first tokens"),
         [
-            _described(comparison, *each)
+            _rope_row(comparison, *each)
             for each in zip(comparison.ropes, scaled_frequencies(comparison), strict=True)
         ],
     )
@@ -148,14 +146,14 @@ def _lines(comparison: Comparison) -> Iterator[str]:
             ("all", f"{comparison.seconds['all']:,.1f}"),
         ],
     )
-    yield "\nOf the last command; what an earlier one had measured took it no time."
+    yield "\nTimes of the last command, without measurements of earlier ones."
 
 
-def _apart(stride: int, length: int, tokens: int) -> str:
+def _spacing(stride: int, length: int, tokens: int) -> str:
     return f"one window at {length:,}" if length == tokens else f"{stride:,} apart at {length:,}"
 
 
-def _described(
+def _rope_row(
     comparison: Comparison, rope: Any, scaled: tuple[str, np.ndarray, np.ndarray]
 ) -> tuple[str, ...]:
     _, _, factors = scaled

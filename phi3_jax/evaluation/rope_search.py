@@ -1,11 +1,11 @@
 """LongRoPE's evolutionary search for rope factors (arXiv:2402.13753, section 3.3 and algorithm 1).
 
-In NumPy and without a model: it says what to measure next, and is told the perplexities. All that it does
-follows from its arguments and from what it was told, so that a search is gone on with by telling it again.
+The search uses NumPy and no model: it has the individuals to measure next, and takes their perplexities. It
+depends only on its arguments and those perplexities, so that adding them again resumes a search.
 
-Two things are ours. A dim that mutates takes its neighbours along, more or less far, since what matters is
-the shape of the curve; and a list that is no longer monotone is mended instead of being thrown away. The
-attention factor is a gene too, so that every method that the search starts from is in its space.
+It differs from the paper in two ways. A dimension that mutates moves its neighbours too, since the shape of
+the curve matters; and a list that is no longer monotone is repaired instead of discarded. The attention
+factor is a gene too, so that the space contains every method that the search starts from.
 """
 
 import math
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,18 +23,18 @@ from phi3_jax.config.rope_scaling import RopeBase, RopeScaling
 from phi3_jax.errors import UserError
 
 INITIAL_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
-"""Numbers of tokens kept unscaled that the paper tries (table 1)."""
+"""Numbers of unscaled tokens that the paper tries (table 1)."""
 
 BOUND = 1.25
-"""The largest factor, in units of the stretch (table 1)."""
+"""The largest factor, relative to the stretch (table 1)."""
 
 DECIMALS = 4
-"""Of a factor that the search makes up."""
+"""Decimals of a factor that the search draws."""
 
 TRIES = 100
-"""For a child that is new, before a generation does with fewer."""
+"""Tries to draw a new child before a generation gets fewer."""
 
-PLAIN, LINEAR, NTK, YARN = "none", "linear", "ntk", "yarn"
+PLAIN, LINEAR, NTK, YARN, LONGROPE = "none", "linear", "ntk", "yarn", "longrope"
 
 T = TypeVar("T")
 
@@ -43,29 +43,33 @@ class Individual(NamedTuple):
     """A rope scaling."""
 
     factors: tuple[float, ...]
-    """That divide theta^(-2i/d), pair by pair."""
+    """Divisors of theta^(-2i/d), pair by pair."""
     initial_tokens: int
-    """So many first tokens do without."""
+    """How many first tokens stay unscaled."""
     attention_factor: float
 
 
 class Scored(NamedTuple):
-    """What was measured; `perplexity` may be infinite."""
+    """An individual with its perplexity, which may be infinite."""
 
     individual: Individual
     perplexity: float
 
 
-def longrope_attention_factor(stretch: float, original: int) -> float:
-    """What transformers gives longrope unless it is told; `original` tokens before the stretch."""
-    return math.sqrt(1 + math.log(stretch) / math.log(original))
+def attention_factor(base: RopeBase, method: str, stretch: float) -> float:
+    """Returns the default attention factor of YaRN or longrope."""
+    parameters: dict[str, Any] = {"factor": stretch}
+    if method == LONGROPE:
+        parameters |= dict.fromkeys(("short_factor", "long_factor"), (1.0,) * (base.dim // 2))
+    scaling = RopeScaling(method, tuple(sorted(parameters.items())))
+    return float(scaling.frequencies(base, jnp.zeros(1, int))[1])
 
 
 def known_scalings(base: RopeBase, stretch: float) -> dict[str, Individual]:
-    """The methods to start from and to compare with, each with its own attention factor.
+    """Returns the methods that the search starts from, each with its own attention factor.
 
-    Plain rope, position interpolation, NTK-aware scaling (theta times stretch^(d/(d-2))) and YaRN (whose
-    ramp starts from `base.original_max_position_embeddings`).
+    They are plain rope, position interpolation, NTK-aware scaling (theta times stretch^(d/(d-2))) and YaRN
+    (its ramp depends on `base.original_max_position_embeddings`).
     """
     pairs = base.dim // 2
     numbers = np.arange(pairs)
@@ -84,7 +88,7 @@ def known_scalings(base: RopeBase, stretch: float) -> dict[str, Individual]:
 
 @dataclass(frozen=True)
 class Space:
-    """What there is to choose from: factors from 1 to `bound` that do not fall, and the two other genes."""
+    """The space of individuals: ascending factors from 1 to `bound`, and choices for the other genes."""
 
     bound: float
     attention_factors: tuple[float, ...]
@@ -97,8 +101,8 @@ class Space:
             raise UserError(f"attention_factors={self.attention_factors!r} must be positive numbers")
         if 0 not in self.initial_tokens or min(self.initial_tokens) < 0:
             raise UserError(
-                f"initial_tokens={self.initial_tokens!r} must be numbers from 0, and 0 among them: a config "
-                "can express no other"
+                f"initial_tokens={self.initial_tokens!r} must be numbers from 0, and 0 among them, since a "
+                "config cannot express others"
             )
 
     def __contains__(self, individual: Individual) -> bool:
@@ -112,7 +116,7 @@ class Space:
         )
 
     def nearest(self, individual: Individual) -> Individual:
-        """One inside: itself, or with what does not fit brought to what does."""
+        """Returns the nearest individual in the space."""
         attention = min(self.attention_factors, key=lambda x: (abs(x - individual.attention_factor), x))
         factors = tuple(min(max(x, 1.0), self.bound) for x in _monotone(np.array(individual.factors)))
         return Individual(factors, 0, attention)
@@ -120,10 +124,10 @@ class Space:
 
 @dataclass(frozen=True)
 class Evolution:
-    """How the search goes; names as in the paper's algorithm 1.
+    """The parameters of the search, named as in the paper's algorithm 1.
 
-    Each iteration after the first population keeps the best `parents` of all so far, and measures
-    population - parents children: half of them (rounded up) mutants, the others crossings of two.
+    Each iteration after the first population keeps the best `parents` of all individuals and measures
+    population - parents children: half of them (rounded up) are mutants, the others crossings of two.
     """
 
     population: int = 64
@@ -135,8 +139,8 @@ class Evolution:
     def __post_init__(self) -> None:
         if not 2 <= self.parents < self.population:
             raise UserError(
-                f"parents={self.parents} must be from 2 to population - 1 = {self.population - 1}: two are "
-                "crossed, and the others are their children"
+                f"parents={self.parents} must be from 2 to population - 1 = {self.population - 1}, "
+                "since two are crossed and the others are their children"
             )
         if self.iterations < 0 or self.seed < 0:
             raise UserError(f"iterations={self.iterations} and seed={self.seed} must not be negative")
@@ -145,54 +149,56 @@ class Evolution:
 
 
 class RopeSearch:
-    """The search. `waiting` has what to measure, `tell` takes the perplexities, until nothing waits.
+    """The search: `waiting` has the individuals to measure, and `add` takes their perplexities.
 
-    The first population begins with `known`, as they are: those that lie in the space can become parents,
-    so that what is found is no worse than they are; those that do not are measured for comparison, and their
-    nearest in the space takes part. No individual is measured twice.
+    The first population starts with `known`. Those in the space can become parents, so that the result is no
+    worse; the others are measured for comparison, and their nearest individuals in the space take part. No
+    individual is measured twice.
 
     Args:
-        known: as of `known_scalings`, by name.
+        known: individuals by name, as those of `known_scalings`.
 
     Raises:
-        ValueError: a population that has no room for them.
+        UserError: the population is too small for them.
     """
 
     def __init__(self, space: Space, evolution: Evolution, known: Mapping[str, Individual]):
         self.space, self.evolution, self.known = space, evolution, dict(known)
         self.scored: list[Scored] = []
         self.iterations: list[int] = []
-        """In which each of them was measured."""
+        """The iteration of each."""
         self.iteration = 0
-        """0: the first population."""
+        """The current iteration; 0 is the first population."""
         self._seen: set[Individual] = set()
         self._starts = [space.nearest(each) for name, each in known.items() if name != PLAIN]
         first = [*dict.fromkeys([*known.values(), *self._starts])]
         least = sum(each in space for each in first)
         if evolution.population < least:
             raise UserError(
-                f"population={evolution.population} has no room for the {least} that the search starts from"
+                f"population={evolution.population} is too small for the {least} that the search starts from"
             )
         self._generation = self._first_population(first)
 
     @property
     def waiting(self) -> list[Individual]:
-        """Of this iteration, what is not measured yet; empty when the search is over."""
+        """The individuals of this iteration that are not measured yet; empty after the search."""
         return self._generation
 
     @property
     def total(self) -> int:
-        """How many are measured in all, unless the space has too few."""
+        """The number of individuals to measure, unless the space has fewer."""
         evolution = self.evolution
         outside = sum(each not in self.space for each in self.known.values())
         return (
             outside + evolution.population + evolution.iterations * (evolution.population - evolution.parents)
         )
 
-    def tell(self, perplexities: Sequence[float]) -> None:
-        """The perplexities of the first that are waiting; what is no number is as bad as can be."""
+    def add(self, perplexities: Sequence[float]) -> None:
+        """Adds the perplexities of the first waiting individuals; NaN counts as infinite."""
         if len(perplexities) > len(self._generation):
-            raise UserError(f"{len(perplexities)} perplexities for {len(self._generation)} that are waiting")
+            raise UserError(
+                f"{len(perplexities)} perplexities for {len(self._generation)} waiting individuals"
+            )
         for individual, perplexity in zip(self._generation, perplexities, strict=False):
             self.scored.append(Scored(individual, math.inf if math.isnan(perplexity) else float(perplexity)))
             self.iterations.append(self.iteration)
@@ -202,7 +208,7 @@ class RopeSearch:
             self._generation = self._children()
 
     def best(self, initial_tokens: int | None = None) -> Scored:
-        """The best in the space so far, or the best with so many unscaled tokens; of equals the first."""
+        """Returns the best in the space, or the best with this many unscaled tokens; the first of equals."""
         fitting = (
             each
             for each in self.scored
@@ -237,11 +243,11 @@ class RopeSearch:
         return [each for each in children if each is not None]
 
     def _draws(self) -> np.random.Generator:
-        """Of this iteration: what comes before it needs not be drawn again."""
+        """Returns the generator of this iteration, which does not depend on earlier draws."""
         return np.random.default_rng([self.evolution.seed, self.iteration])
 
     def _new(self, make: Callable[[], Individual]) -> Individual | None:
-        """What `make` gives, once it is something that was not there before."""
+        """Returns the first new individual of `make`, or None after many tries."""
         for _ in range(TRIES):
             if (child := make()) not in self._seen:
                 self._seen.add(child)
@@ -249,50 +255,50 @@ class RopeSearch:
         return None
 
     def _mutant(self, parent: Individual, draws: np.random.Generator) -> Individual:
-        """Each dim moves with the mutation probability, and the dims around it along with it.
+        """Moves each dimension with the mutation probability, and its neighbours with it.
 
-        How far all of them move, and how many dims each takes along, is drawn over orders of magnitude: the
-        search is to find its way and to settle, too.
+        The distance and the number of neighbours are drawn over orders of magnitude, so that the search can
+        both explore and settle.
         """
         probability = self.evolution.mutation_probability
         pairs = len(parent.factors)
         chosen = np.flatnonzero(draws.random(pairs) < probability)
         if not len(chosen):
             chosen = draws.integers(pairs, size=1)
-        widths = 2 ** draws.uniform(0, 4, len(chosen))  # dims
+        widths = 2 ** draws.uniform(0, 4, len(chosen))  # dimensions
         bumps = np.exp(-(((np.arange(pairs)[:, None] - chosen) / widths) ** 2) / 2)
         moves = bumps @ draws.standard_normal(len(chosen)) / math.sqrt(len(chosen))
         size = 10 ** draws.uniform(-2, -0.3) * math.log(self.space.bound)
         return Individual(
-            self._mended(np.log(parent.factors) + size * moves),
+            self._repair(np.log(parent.factors) + size * moves),
             self._other(parent.initial_tokens, self.space.initial_tokens, draws),
             self._other(parent.attention_factor, self.space.attention_factors, draws),
         )
 
     def _other(self, value: T, choices: Sequence[T], draws: np.random.Generator) -> T:
-        """With the mutation probability another of the choices."""
+        """Returns another of the choices with the mutation probability."""
         others = [each for each in choices if each != value]
         if others and draws.random() < self.evolution.mutation_probability:
             return others[draws.integers(len(others))]
         return value
 
     def _crossing(self, one: Individual, other: Individual, draws: np.random.Generator) -> Individual:
-        """Each gene from either of the two."""
+        """Takes each gene from one of the two."""
         chosen = draws.random(len(one.factors)) < 0.5
         return Individual(
-            self._mended(np.log(np.where(chosen, one.factors, other.factors))),
+            self._repair(np.log(np.where(chosen, one.factors, other.factors))),
             (one, other)[draws.integers(2)].initial_tokens,
             (one, other)[draws.integers(2)].attention_factor,
         )
 
-    def _mended(self, logarithms: Float[np.ndarray, "P"]) -> tuple[float, ...]:
-        """Factors that do not fall and lie within the bounds."""
+    def _repair(self, logarithms: Float[np.ndarray, "P"]) -> tuple[float, ...]:
+        """Returns ascending factors within the bounds."""
         factors = np.exp(np.array(_monotone(logarithms)))
         return tuple(min(float(x), self.space.bound) for x in np.round(np.maximum(factors, 1), DECIMALS))
 
 
 def _monotone(values: Float[np.ndarray, "P"]) -> tuple[float, ...]:
-    """Midway between the lowest list above that does not fall and the highest below."""
+    """Returns the mean of the lowest ascending list above and the highest one below."""
     above = np.maximum.accumulate(values)
     below = np.minimum.accumulate(values[::-1])[::-1]
     return tuple(float(x) for x in (above + below) / 2)

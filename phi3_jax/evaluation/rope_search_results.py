@@ -1,4 +1,4 @@
-"""What a search for rope factors leaves: the factors, its history, a figure, and a model that has them."""
+"""Results of a search for rope factors: the factors, its history, a figure, and a model that has them."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.evaluation.rope_search import RopeSearch, Scored
 from phi3_jax.runs import plots
-from phi3_jax.runs.files import replacing
+from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.runs.json_values import json_value
 
 FACTORS, HISTORY, FIGURE, MODEL = "factors.json", "history.csv", "search.png", "model"
@@ -32,31 +32,30 @@ KNOWN_COLOURS = {
 
 
 def write_results(
-    output: Path, search: RopeSearch, asked: Mapping[str, Any], model: Path, config: Phi3Config
+    output: Path, search: RopeSearch, options: Mapping[str, Any], model: Path, config: Phi3Config
 ) -> None:
-    """Writes factors.json, history.csv, search.png and model/; each changes as a whole.
+    """Writes factors.json, history.csv, search.png and model/, each as a whole.
 
     Args:
         model: the checkpoint that was searched on.
-        config: of the model directory, which has the best factors that a config can express.
+        config: the config of the new model, with the best factors that a config can express.
     """
     reconfigure_checkpoint(model, output / MODEL, config)
-    with replacing(output / FACTORS) as work:
-        text = json.dumps(json_value(_factors(search, asked, config)), indent=2, ensure_ascii=False)
-        work.write_text(text + "\n", encoding="utf-8")
+    factors = json_value(_factors(search, options, config))
+    write_text(output / FACTORS, json.dumps(factors, indent=2, ensure_ascii=False) + "\n")
     with replacing(output / HISTORY) as work, work.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(_history(search))
     plots.save(figure(search), output / FIGURE)
 
 
-def _factors(search: RopeSearch, asked: Mapping[str, Any], config: Phi3Config) -> dict[str, Any]:
-    """The best rope as `--rope longrope:@factors.json` takes it, and what it follows from."""
+def _factors(search: RopeSearch, options: Mapping[str, Any], config: Phi3Config) -> dict[str, Any]:
+    """Returns the best rope as `--rope longrope:@factors.json` takes it, and the search's options."""
     best, plain = search.best(), search.best(initial_tokens=0)
     about: dict[str, Any] = {
         "perplexity": best.perplexity,
         "known": {name: scored.perplexity for name, scored in known_scores(search).items()},
         "measured": len(search.scored),
-        "asked": asked,
+        "asked": options,
     }
     if best.individual.initial_tokens:
         about["best_without_initial_tokens"] = plain.individual._asdict() | {"perplexity": plain.perplexity}
@@ -73,7 +72,7 @@ def _factors(search: RopeSearch, asked: Mapping[str, Any], config: Phi3Config) -
 
 
 def known_scores(search: RopeSearch) -> dict[str, Scored]:
-    """What was measured of the methods that the search starts from, by name."""
+    """Returns the results of the methods that the search starts from, by name."""
     measured = {each.individual: each for each in search.scored}
     return {name: measured[individual] for name, individual in search.known.items()}
 
@@ -110,7 +109,7 @@ def _history(search: RopeSearch) -> Iterator[Sequence[Any]]:
 
 
 def figure(search: RopeSearch) -> Figure:
-    """Perplexity by evaluation, and the factors that were found beside those of the known methods."""
+    """Draws perplexity by evaluation, and the best factors beside those of the known methods."""
     drawn = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = drawn.subplots(1, 2)
     _draw_progress(left, search)
@@ -139,7 +138,7 @@ def _draw_progress(ax: Axes, search: RopeSearch) -> None:
     for name, scored in known_scores(search).items():
         label = f"{name}, {scored.perplexity:.2f}"
         ax.axhline(scored.perplexity, color=KNOWN_COLOURS[name], linewidth=1, linestyle="--", label=label)
-    # What is far worse than the best would press all else onto a line; the legend has its number.
+    # Far worse values would squeeze the others into a line; the legend has their numbers.
     finite = values[np.isfinite(values)]
     low, high = finite.min(), np.quantile(finite, 0.7)
     room = 0.08 * (high - low) or 0.01 * low
@@ -160,24 +159,24 @@ def _draw_factors(ax: Axes, search: RopeSearch) -> None:
         label += f", {best.initial_tokens} tokens unscaled"
         ax.plot(plain.factors, color=plots.BLUE, linewidth=1.5, label="found, none unscaled")
     ax.plot(best.factors, color=plots.ORANGE, linewidth=2, marker=".", label=label)
-    ax.set_xlabel("Pair of dims, fast to slow")
-    ax.set_ylabel("Wavelength, in units of plain rope's")
+    ax.set_xlabel("Pair of dimensions, fast to slow")
+    ax.set_ylabel("Factor of plain rope's wavelength")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     plots.plain(ax)
 
 
 def table(search: RopeSearch) -> Table:
-    """The known methods and what was found, the best first."""
+    """Returns the known methods and the best individuals for a terminal, the best first."""
     rows = known_scores(search)
     best, plain = search.best(), search.best(initial_tokens=0)
     rows["found"] = best
     if best != plain:
         rows["found, none unscaled"] = plain
-    made = Table("rope", "perplexity", "attention factor", "unscaled tokens", box=SIMPLE)
+    shown = Table("rope", "perplexity", "attention factor", "unscaled tokens", box=SIMPLE)
     for name, scored in sorted(rows.items(), key=lambda row: row[1].perplexity):
         genes = scored.individual
-        made.add_row(
+        shown.add_row(
             name, f"{scored.perplexity:.4f}", f"{genes.attention_factor:.4f}", str(genes.initial_tokens)
         )
-    return made
+    return shown

@@ -1,4 +1,4 @@
-"""Many texts scored, the short ones several at a time."""
+"""Scores many texts, the short ones several at a time."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -7,30 +7,32 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.evaluation.scorer import Progress, Scorer, frequencies_for
+from phi3_jax.evaluation.scorer import OnProgress, Scorer, frequencies_for
 
 TOKENS, TOKENS_ON_CPU = 16384, 2048
-"""Of all rows that are scored together, about; a CPU has little to gain from more."""
+"""Approximate tokens of all rows that are scored together; a CPU gains little from more."""
 
 
 class Part(NamedTuple):
-    """Tokens of a text, of which those from `scored_from` on are scored."""
+    """Tokens of a text; those from `scored_from` on are scored."""
 
     tokens: Int[np.ndarray, " T"]
     scored_from: int = 1
     rope_length: int | None = None
-    """For which the frequencies are; default: all tokens."""
+    """The length that the frequencies are for; default: all tokens."""
 
 
 class PartScores(NamedTuple):
+    """Scores of the scored tokens of a `Part`."""
+
     losses: Float[np.ndarray, " scored"]
     """-log p, float32, in nats."""
     greedy: Bool[np.ndarray, " scored"]
-    """Whether each token is the one that the model finds the likeliest."""
+    """Whether each token is the most likely one."""
 
     @property
     def loss(self) -> float:
-        """The sum, in float64."""
+        """The sum of the losses, in float64."""
         return float(self.losses.sum(dtype=np.float64))
 
 
@@ -40,14 +42,14 @@ def score_all(
     config: Phi3Config,
     *,
     initial_tokens: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Iterator[tuple[int, PartScores]]:
-    """Each part's number and scores, under the rope of `config` for its length; the longest come first.
+    """Yields the number and the scores of each part, under the rope of `config`; the longest come first.
 
-    Rows come in few sizes, so that few programs are compiled whatever the texts are.
+    Rows have few sizes, so that few programs are compiled for any texts.
 
     Raises:
-        ValueError: a part that memory cannot hold, before any work.
+        UserError: a part does not fit in memory; it is raised before any work.
     """
     order = sorted(range(len(parts)), key=lambda number: -len(parts[number].tokens))
     if order:
@@ -56,7 +58,7 @@ def score_all(
     while order:
         longest = len(parts[order[0]].tokens)
         rows = _rows(scorer, longest)
-        # Not those that a narrower program would take.
+        # Parts that a narrower program can score come later.
         fitting = [n for n in order[:rows] if scorer.padded(len(parts[n].tokens)) == scorer.padded(longest)]
         batch, order = order[: len(fitting)], order[len(fitting) :]
         tokens = np.zeros((rows, longest), np.int32)
@@ -79,6 +81,6 @@ def score_all(
 
 
 def _rows(scorer: Scorer, length: int) -> int:
-    """How many rows of a length are scored together."""
+    """Returns how many rows of a length are scored together."""
     tokens = TOKENS_ON_CPU if scorer.compiled.on_cpu else TOKENS
     return max(1, tokens // scorer.padded(length))

@@ -1,4 +1,4 @@
-"""How likely a model finds each token of long texts, under rope frequencies that are handed in."""
+"""Scores each token of long texts with a model, under any rope frequencies."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,45 +17,46 @@ from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.memory import token_bytes, token_capacity
 from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.sizes import round_up
 
 CHUNK = 512
 """Tokens of a row that go through the model at a time."""
 
 POSITIONS = 512
-"""Of all rows together, that have logits at a time."""
+"""Positions, of all rows together, that have logits at a time."""
 
 NARROWEST = 16
-"""Chunks of shorter texts come in powers of two, from this on."""
+"""The narrowest chunk; chunks of short texts have a power of two of tokens, at least this one."""
 
-Progress = Callable[[int], None]
-"""Is told how many more tokens, of all rows, have gone through the model."""
+OnProgress = Callable[[int], None]
+"""Called with the number of tokens, of all rows, that the model has read since the last call."""
 
 
 class Scores(NamedTuple):
-    """Of the tokens [scored_from, T) of each row."""
+    """Scores of the tokens [scored_from, T) of each row."""
 
     losses: Float[np.ndarray, "B scored"]
     """-log p, float32, in nats."""
     greedy: Bool[np.ndarray, "B scored"]
-    """Whether the token is the one that the model finds the likeliest."""
+    """Whether the token is the most likely one."""
 
     @property
     def total(self) -> Float[np.ndarray, " B"]:
-        """Each row's sum of losses, added in float64."""
+        """The sum of losses of each row, in float64."""
         return self.losses.sum(axis=1, dtype=np.float64)
 
 
 class Scorer:
-    """A model ready to score texts of any length, a chunk at a time through its cache.
+    """Scores texts of any length with a model, a chunk at a time through its cache.
 
-    Frequencies are arguments of the compiled programs, so that all ropes share them: one for each size of the
-    cache, of which there are two an octave, and one for the head, which sees chunks with scored tokens only.
+    Frequencies are arguments of the compiled programs, so that all ropes share the programs: one for each
+    size of the cache (two sizes an octave), and one for the head, which gets only chunks with scored tokens.
     Memory holds one cache and the logits of 512 positions.
 
     Args:
-        model: on one device or a mesh, for which rows are added until it divides them. An abstract one scores
-            nothing, but tells what memory can hold before the model is loaded.
-        chunk: tokens of a row that go through the model at a time.
+        model: on one device or on a mesh, for which padding rows are added until it divides them. With an
+            abstract model, only the memory can be checked, before the model is loaded.
+        chunk: tokens of a row that the model reads at a time.
     """
 
     def __init__(self, model: Phi3ForCausalLM | CompiledModel, *, chunk: int = CHUNK):
@@ -64,22 +65,26 @@ class Scorer:
 
     @property
     def config(self) -> Phi3Config:
-        """The model's own; what is scored under other frequencies does not ask for its rope."""
+        """The config of the model; `score` does not use its rope."""
         return self.compiled.model.config
 
+    def fits(self, length: int, rows: int = 1) -> bool:
+        """Returns whether the caches for `rows` texts of `length` tokens fit in memory."""
+        return self._all_slots(length, rows) <= token_capacity(self.compiled)
+
     def memory(self, length: int, rows: int = 1) -> int:
-        """Bytes of the caches for `rows` texts of `length` tokens."""
-        return self._all_columns(length, rows) * token_bytes(self.compiled)
+        """Returns the bytes of the caches for `rows` texts of `length` tokens."""
+        return self._all_slots(length, rows) * token_bytes(self.compiled)
 
     def check_memory(self, length: int, rows: int = 1) -> None:
-        """Before any work: that memory can hold it.
+        """Checks that the caches for `rows` texts of `length` tokens fit in memory.
 
         Raises:
-            ValueError: it cannot; the text says what is needed and what there is.
+            UserError: they do not; the message has the needed and the free memory.
         """
-        room = token_capacity(self.compiled)
-        if (needed := self._all_columns(length, rows)) <= room:
+        if self.fits(length, rows):
             return
+        needed, room = self._all_slots(length, rows), token_capacity(self.compiled)
         each = token_bytes(self.compiled)
         texts = f"{rows} rows of {length:,} tokens need" if rows > 1 else f"{length:,} tokens need"
         raise UserError(
@@ -89,9 +94,8 @@ class Scorer:
         )
 
     def padded(self, length: int) -> int:
-        """Tokens that are computed for a text of `length` tokens."""
-        width = self._width(length)
-        return -(-(length - 1) // width) * width
+        """Returns the number of tokens that are computed for a text of `length` tokens."""
+        return round_up(length - 1, self._width(length))
 
     def score(
         self,
@@ -101,52 +105,54 @@ class Scorer:
         *,
         initial_tokens: Int[np.ndarray, "..."] | int = 0,
         scored_from: int = 1,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> Scores:
-        """Scores rows of tokens, each under its frequencies; there are as many rows as any argument has.
+        """Scores rows of tokens, each under its own frequencies.
 
         Args:
-            tokens: [T], for all rows alike, or [B, T]. No token sees those behind it, so that a row may be
-                filled up with any.
-            inv_freq: rope frequencies, [P] or [B, P], for the rows' whole length.
-            attention_scaling: factor on cosine and sine, one number or [B].
-            initial_tokens: so many first tokens of a row have the model's unscaled frequencies (LongRoPE,
-                arXiv:2402.13753, section 3.1); one number or [B].
+            tokens: [T], for all rows, or [B, T]. Rows may be padded on the right with any tokens, since no
+                token sees later ones.
+            inv_freq: rope frequencies for the whole length of a row, [P] or [B, P].
+            attention_scaling: factor of cosine and sine, one number or [B].
+            initial_tokens: how many first tokens of a row have the model's unscaled frequencies (LongRoPE,
+                arXiv:2402.13753, section 3.1), one number or [B].
             scored_from: the first token that is scored, at least 1.
 
         Raises:
-            ValueError: nothing to score, or arguments with different numbers of rows.
+            UserError: there is nothing to score, or the arguments have different numbers of rows.
         """
         tokens, arguments = self._rows(tokens, inv_freq, attention_scaling, initial_tokens)
         rows, length = tokens.shape
         if not 1 <= scored_from < length:
             raise UserError(f"scored_from={scored_from} must be from 1 to {length - 1}, for {length} tokens")
-        lanes = self.compiled.rows_for(rows)
-        filled = [np.concatenate([each, np.repeat(each[:1], lanes - rows, axis=0)]) for each in arguments]
+        all_rows = self.compiled.rows_for(rows)
+        extra = all_rows - rows
+        padded_arguments = [np.concatenate([each, np.repeat(each[:1], extra, axis=0)]) for each in arguments]
         width = self._width(length)
-        # The last token predicts nothing, and what fills up the last chunk is seen by none of the others.
-        padded = np.zeros((lanes, self.padded(length) + 1), np.int32)
+        # The last token predicts nothing, and no token sees the padding of the last chunk.
+        padded = np.zeros((all_rows, self.padded(length) + 1), np.int32)
         padded[:rows, :length] = tokens
         padded[rows:, :length] = tokens[:1]
-        cache = self.compiled.model.init_cache(lanes, self._columns(length), self.compiled.model.cache_dtype)
+        model = self.compiled.model
+        cache = model.init_cache(all_rows, self._slots(length), model.cache_dtype)
         hidden: Any = None
-        found = []
+        parts = []
         for start in range(0, length - 1, width):
             end = start + width
             before = hidden
-            hidden, cache = self.compiled(_feed, cache, padded[:, start:end], *filled)
+            hidden, cache = self.compiled(_feed, cache, padded[:, start:end], *padded_arguments)
             if end >= scored_from:
-                found.append(self.compiled(_score, None, hidden, padded[:, start + 1 : end + 1]))
-            jax.block_until_ready(before)  # the host is one chunk ahead, so that the device need not wait
+                parts.append(self.compiled(_score, None, hidden, padded[:, start + 1 : end + 1]))
+            jax.block_until_ready(before)  # the host is one chunk ahead of the device
             if progress is not None:
                 progress(rows * (min(end, length - 1) - start))
         skipped = (scored_from - 1) % width
-        losses, greedy = (np.concatenate(parts, axis=1) for parts in zip(*jax.device_get(found), strict=True))
+        losses, greedy = (np.concatenate(each, axis=1) for each in zip(*jax.device_get(parts), strict=True))
         here = np.s_[:rows, skipped : skipped + length - scored_from]
         return Scores(losses[here], greedy[here])
 
     def _rows(self, tokens: Any, *arguments: Any) -> tuple[np.ndarray, list[np.ndarray]]:
-        """All arguments with one number of rows."""
+        """Broadcasts all arguments to the same number of rows."""
         given = [np.asarray(tokens, np.int32), *(np.asarray(each) for each in arguments)]
         kinds = (np.int32, np.float32, np.float32, np.int32)
         shaped = [
@@ -166,30 +172,28 @@ class Scorer:
     def _width(self, length: int) -> int:
         return min(self._chunk, max(NARROWEST, _power_of_two(length - 1)))
 
-    def _columns(self, length: int) -> int:
-        """Of the cache for `length` tokens: so many chunks as a power of two, or 3/4 of one."""
-        width = self._width(length)
-        end = -(-(length - 1) // width) * width
+    def _slots(self, length: int) -> int:
+        """Returns the slots of the cache for `length` tokens: a power of two of chunks, or 3/4 of one."""
+        width, end = self._width(length), self.padded(length)
         size = width * _power_of_two(end // width)
         smaller = size * 3 // 4
         return smaller if smaller >= end and smaller % width == 0 else size
 
-    def _all_columns(self, length: int, rows: int) -> int:
-        """Of all rows."""
-        return self.compiled.rows_for(rows) * self._columns(length)
+    def _all_slots(self, length: int, rows: int) -> int:
+        return self.compiled.rows_for(rows) * self._slots(length)
 
 
 def frequencies_for(config: Phi3Config, length: int) -> tuple[Float[np.ndarray, " P"], float]:
-    """Inverse frequencies and attention factor that a config's rope gives to a text of `length` tokens."""
+    """Returns the inverse frequencies and attention factor of a config's rope for `length` tokens."""
     inv_freq, scaling = config.rope_scaling.frequencies(config.rope_base, jnp.array([length]))
     return np.atleast_2d(np.asarray(inv_freq))[0], float(np.ravel(scaling)[0])
 
 
 @lru_cache(maxsize=1024)
 def frequencies_key(config: Phi3Config, length: int, initial_tokens: int = 0) -> str:
-    """By which measurements know what a text of `length` tokens was seen under, whatever it was called.
+    """Returns a key of the frequencies for `length` tokens, under which measurements are stored.
 
-    Of the numbers themselves, so that a formula or a list that changed under its name is another.
+    It depends on the numbers and not on the rope's name, since a formula or a list may change.
     """
     inv_freq, scaling = frequencies_for(config, length)
     content = inv_freq.tobytes() + np.float32(scaling).tobytes() + str(initial_tokens).encode()
@@ -208,7 +212,7 @@ def _feed(
     attention_scaling: Float[Array, " B"],
     initial_tokens: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """What the decoder makes of the next tokens, and the cache with them."""
+    """Runs the decoder on the next tokens; returns its output and the cache with them."""
     positions = cache.length[:, None] + jnp.arange(ids.shape[1])  # [B, T]
     unscaled = positions < initial_tokens[:, None]
     frequencies = jnp.where(unscaled[..., None], model.config.rope_base.inv_freq(), inv_freq[:, None])
@@ -220,7 +224,7 @@ def _feed(
 def _score(
     model: Phi3ForCausalLM, _: None, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """-log p of the targets, and whether each is the likeliest token; a block of positions at a time."""
+    """Returns -log p of the targets, and whether each is the most likely token, block by block."""
     rows, length, _size = hidden.shape
     block = next(b for b in range(length, 0, -1) if length % b == 0 and (b * rows <= POSITIONS or b == 1))
 
@@ -233,5 +237,5 @@ def _score(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return losses, jnp.argmax(logits, axis=-1) == targets
 
-    found = jax.lax.map(score, (blocks(hidden), blocks(targets)))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, length), found)
+    scored = jax.lax.map(score, (blocks(hidden), blocks(targets)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, length), scored)

@@ -1,4 +1,4 @@
-"""Perplexity of files: documents, windows, rows of several texts at a time; and the command."""
+"""Perplexity of files: documents, windows, several texts at a time, and the command."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def write_texts(path: Path) -> Path:
 
 @pytest.mark.parametrize("rope", [None, "yarn:factor=2", "dynamic:factor=4"])
 @pytest.mark.parametrize(("length", "stride"), [(None, None), (40, 13)])
-def test_documents(
+def test_documents_match_each_alone(
     pipeline: Pipeline, tmp_path: Path, rope: str | None, length: int | None, stride: int | None
 ) -> None:
     argument = None if rope is None else parse_rope(rope)
@@ -64,16 +64,16 @@ def test_documents(
     ]
     assert found.loss.tokens == sum(each.tokens for each in expected)
     assert found.loss.loss == pytest.approx(sum(each.loss for each in expected), rel=1e-5)
-    told = found.to_dict()
+    content = found.to_dict()
     firsts = sum(len(pipeline.tokenizer.decode(pipeline.tokenizer.encode(text)[:1])) for text in TEXTS)
-    assert told["bytes"] == sum(len(text.encode()) for text in TEXTS) - firsts
-    assert told["words"] == sum(len(text.split()) for text in TEXTS)
-    assert told["documents"] == 4
-    assert told["bits_per_byte"] == pytest.approx(found.loss.loss / math.log(2) / told["bytes"])
-    assert told["perplexity"] == pytest.approx(math.exp(told["loss"]))
+    assert content["bytes"] == sum(len(text.encode()) for text in TEXTS) - firsts
+    assert content["words"] == sum(len(text.split()) for text in TEXTS)
+    assert content["documents"] == 4
+    assert content["bits_per_byte"] == pytest.approx(found.loss.loss / math.log(2) / content["bytes"])
+    assert content["perplexity"] == pytest.approx(math.exp(content["loss"]))
 
 
-def test_a_text_file_and_its_beginning(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_scores_the_start_of_a_text_file(pipeline: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXTS[2], encoding="utf-8")
     whole = evaluate(pipeline, path, show=False)
@@ -84,9 +84,7 @@ def test_a_text_file_and_its_beginning(pipeline: Pipeline, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("budget", [16, 64, 512])
-def test_rows_together_are_what_each_is_alone(
-    pipeline: Pipeline, budget: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_match_each_alone(pipeline: Pipeline, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TOKENS_ON_CPU", budget)
     draws = np.random.default_rng(0)
     scorer = Scorer(pipeline.compiled, chunk=32)
@@ -95,10 +93,10 @@ def test_rows_together_are_what_each_is_alone(
         Part(draws.integers(5, 200, length), int(draws.integers(1, length)))
         for length in (2, 17, 18, 33, 34, 90, 3, 40, 65, 66)
     ]
-    told: list[int] = []
-    found = dict(score_all(scorer, parts, config, initial_tokens=4, progress=told.append))
+    counts: list[int] = []
+    found = dict(score_all(scorer, parts, config, initial_tokens=4, progress=counts.append))
     assert sorted(found) == list(range(len(parts)))
-    assert sum(told) == sum(len(part.tokens) for part in parts)
+    assert sum(counts) == sum(len(part.tokens) for part in parts)
     for number, part in enumerate(parts):
         inv_freq, scaling = frequencies_for(config, len(part.tokens))
         alone = scorer.score(part.tokens, inv_freq, scaling, initial_tokens=4, scored_from=part.scored_from)
@@ -107,7 +105,7 @@ def test_rows_together_are_what_each_is_alone(
         assert found[number].loss == pytest.approx(alone.losses.sum(), rel=1e-5)
 
 
-def test_many_lengths_compile_little(pipeline: Pipeline) -> None:
+def test_many_lengths_share_programs(pipeline: Pipeline) -> None:
     draws = np.random.default_rng(0)
     scorer = Scorer(pipeline.compiled, chunk=64)
     warm = [Part(draws.integers(5, 200, length)) for length in (10, 30, 64, 128)]
@@ -118,7 +116,7 @@ def test_many_lengths_compile_little(pipeline: Pipeline) -> None:
     assert len(counted) == 0
 
 
-def test_a_rope_length_of_its_own(pipeline: Pipeline) -> None:
+def test_a_part_may_have_another_rope_length(pipeline: Pipeline) -> None:
     scorer = Scorer(pipeline.compiled)
     config = parse_rope("dynamic:factor=4").apply(scorer.config)
     tokens = np.arange(5, 45)
@@ -139,7 +137,7 @@ def test_a_rope_length_of_its_own(pipeline: Pipeline) -> None:
         ("\n", "has no text"),
     ],
 )
-def test_files_that_cannot_be(pipeline: Pipeline, content: str, message: str, tmp_path: Path) -> None:
+def test_rejects_wrong_files(pipeline: Pipeline, content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -160,17 +158,17 @@ def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return run
 
 
-def test_command(command: Any, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_command_prints_or_writes_json(command: Any, pipeline: Pipeline, tmp_path: Path) -> None:
     path = write_texts(tmp_path / "texts.jsonl")
     code, out, _ = command("evaluate", path, "--length", 24, "--rope", "linear:factor=2")
     assert code == 0
-    told = json.loads(out)
+    content = json.loads(out)
     found = evaluate(pipeline, path, rope=parse_rope("linear:factor=2"), length=24, show=False)
-    assert told["perplexity"] == pytest.approx(found.loss.perplexity, rel=1e-5)
-    assert (told["length"], told["stride"], told["rope"]) == (24, 12, "linear:factor=2")
-    code, out, _ = command("evaluate", path, "--output", tmp_path / "told.json")
+    assert content["perplexity"] == pytest.approx(found.loss.perplexity, rel=1e-5)
+    assert (content["length"], content["stride"], content["rope"]) == (24, 12, "linear:factor=2")
+    code, out, _ = command("evaluate", path, "--output", tmp_path / "result.json")
     assert (code, out) == (0, "")
-    assert json.loads((tmp_path / "told.json").read_text())["rope"] is None
+    assert json.loads((tmp_path / "result.json").read_text())["rope"] is None
 
 
 @pytest.mark.parametrize(
@@ -180,14 +178,16 @@ def test_command(command: Any, pipeline: Pipeline, tmp_path: Path) -> None:
         (("--length", 24, "--stride", 25), "phi3-jax: stride=25 must be from 1 to the length, 24"),
     ],
 )
-def test_command_errors(command: Any, options: tuple[object, ...], message: str, tmp_path: Path) -> None:
+def test_command_rejects_wrong_options(
+    command: Any, options: tuple[object, ...], message: str, tmp_path: Path
+) -> None:
     code, out, err = command("evaluate", write_texts(tmp_path / "texts.jsonl"), *options)
     assert (code, out) == (1, "")
     assert err.startswith(message)
     assert err.count("\n") == 1
 
 
-def test_rope_compare_command(command: Any, tmp_path: Path) -> None:
+def test_rope_compare_command_writes_its_files(command: Any, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXTS[2], encoding="utf-8")
     options = ("--text", path, "--lengths", "32,16", "--output", tmp_path / "out")
@@ -202,10 +202,10 @@ def test_rope_compare_command(command: Any, tmp_path: Path) -> None:
     assert (code, err) == (1, "phi3-jax: --lengths 16,a: 'a' is not a whole number\n")
 
 
-def test_rope_of_generate_and_batch(command: Any, folder: Path, tmp_path: Path) -> None:
-    """The same answers as those of a checkpoint whose config says it, beyond the model's context."""
+def test_rope_option_matches_a_checkpoint_with_this_rope(command: Any, folder: Path, tmp_path: Path) -> None:
+    """The answers go beyond the model's own context."""
     prompt = "What is the capital of France? " * 2
-    told = {}
+    outputs = {}
     for rope in ("none", "yarn:factor=4", "dynamic:factor=4"):
         code, out, err = command("generate", prompt, "--raw", "--max-new-tokens", 60, "--rope", rope)
         assert code == 0, err
@@ -218,15 +218,15 @@ def test_rope_of_generate_and_batch(command: Any, folder: Path, tmp_path: Path) 
                 [ids], attention_mask=np.ones((1, len(ids))), do_sample=False, max_new_tokens=new
             )
         )[0, len(ids) :]
-        told[rope] = out
+        outputs[rope] = out
         assert out.removesuffix("\n") == pipeline.tokenizer.decode(expected, skip_special_tokens=True)
-    assert len(set(told.values())) == 3
+    assert len(set(outputs.values())) == 3
     requests = tmp_path / "in.jsonl"
     requests.write_text(json.dumps({"id": 1, "prompt": prompt, "max_new_tokens": 60}) + "\n")
     output = tmp_path / "out.jsonl"
     options = ("--input", requests, "--output", output, "--rope", "yarn:factor=4")
     assert command("batch", *options)[0] == 0
-    assert json.loads(output.read_text())["text"] == told["yarn:factor=4"].removesuffix("\n")
+    assert json.loads(output.read_text())["text"] == outputs["yarn:factor=4"].removesuffix("\n")
     code, _, err = command("batch", *options[:4], "--rope", "yarn:factor=2")
     assert code == 1
     assert "was started with other options" in err

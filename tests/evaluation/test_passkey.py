@@ -1,4 +1,4 @@
-"""Prompts that hide a pass key: exact lengths, places, answers."""
+"""Prompts that hide a pass key: exact lengths, depths and answers."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 from small_checkpoint import write_checkpoint
 
 from phi3_jax import Phi3Tokenizer
-from phi3_jax.evaluation.passkey import FILLER, KEY, QUESTION, TASK, Case, PasskeyPrompts, found
+from phi3_jax.evaluation.passkey import FILLER, KEY, QUESTION, TASK, Case, PasskeyPrompts, has_key
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +18,19 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Phi3Tokenizer:
 
 @pytest.mark.parametrize("template", [True, False], ids=["template", "raw"])
 @pytest.mark.parametrize("length", [400, 401, 777, 1500])
-def test_length_and_place(tokenizer: Phi3Tokenizer, template: bool, length: int) -> None:
+def test_prompts_have_their_length_and_depth(tokenizer: Phi3Tokenizer, template: bool, length: int) -> None:
     prompts = PasskeyPrompts(tokenizer, 20, template)
-    places = []
+    depths = []
     for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
-        made = prompts(Case(length, depth, 3))
-        assert len(made.ids) == length - 20
-        text = tokenizer.decode(made.ids)
-        line = KEY.format(key=made.key)
+        prompt = prompts(Case(length, depth, 3))
+        assert len(prompt.ids) == length - 20
+        text = tokenizer.decode(prompt.ids)
+        line = KEY.format(key=prompt.key)
         assert text.count(line) == 1
-        assert re.findall(r"\d+", text) == [made.key] * 2
+        assert re.findall(r"\d+", text) == [prompt.key] * 2
         begin, end = text.index(TASK) + len(TASK), text.index(QUESTION)
         room = end - begin - len(line)
-        places.append((text.index(line) - begin) / room)
+        depths.append((text.index(line) - begin) / room)
         before = text[begin : text.index(line)]
         # The first line may be cut from the left; all others are the filler's.
         assert all(part in FILLER for part in before.splitlines()[1:])
@@ -38,11 +38,11 @@ def test_length_and_place(tokenizer: Phi3Tokenizer, template: bool, length: int)
         assert text.startswith("<|user|>" + TASK if template else TASK)
         assert text.endswith("<|assistant|>" if template else "\nThe pass key is")
     longest = max(len(line) + 1 for line in FILLER) / room
-    assert places == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=longest)
-    assert (places[0], places[-1]) == (0, 1)
+    assert depths == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=longest)
+    assert (depths[0], depths[-1]) == (0, 1)
 
 
-def test_cases_differ_and_come_again(tokenizer: Phi3Tokenizer) -> None:
+def test_cases_differ_and_are_reproducible(tokenizer: Phi3Tokenizer) -> None:
     prompts = PasskeyPrompts(tokenizer, 20, template=True)
     made = [prompts(Case(500, 0.5, trial)) for trial in range(20)]
     assert len({prompt.key for prompt in made}) == 20
@@ -53,7 +53,7 @@ def test_cases_differ_and_come_again(tokenizer: Phi3Tokenizer) -> None:
     assert other(Case(500, 0.5, 0)).key != made[0].key
 
 
-def test_a_text_for_filler(tokenizer: Phi3Tokenizer) -> None:
+def test_uses_the_lines_of_a_text_as_filler(tokenizer: Phi3Tokenizer) -> None:
     prompts = PasskeyPrompts(tokenizer, 20, template=False, filler=["one", "", "  two words ", "three"])
     text = tokenizer.decode(prompts(Case(500, 1.0, 0)).ids)
     assert set(text.split("\n")[3:-4]) == {"one", "two words", "three"}
@@ -61,7 +61,7 @@ def test_a_text_for_filler(tokenizer: Phi3Tokenizer) -> None:
         PasskeyPrompts(tokenizer, 20, template=False, filler=["", " "])(Case(500, 1.0, 0))
 
 
-def test_lengths_that_are_too_short(tokenizer: Phi3Tokenizer) -> None:
+def test_rejects_lengths_that_are_too_short(tokenizer: Phi3Tokenizer) -> None:
     prompts = PasskeyPrompts(tokenizer, 20, template=True)
     prompts.check([prompts.shortest])
     for trial in range(20):
@@ -72,11 +72,11 @@ def test_lengths_that_are_too_short(tokenizer: Phi3Tokenizer) -> None:
         prompts.check([1000, 100])
 
 
-def test_a_template_that_leaves_the_text_out(
+def test_rejects_a_template_without_the_message(
     tokenizer: Phi3Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "hello")
-    with pytest.raises(ValueError, match="leaves out what the user says; use --raw"):
+    with pytest.raises(ValueError, match="leaves out the user's message; use --raw"):
         PasskeyPrompts(tokenizer, 20, template=True).check([500])
 
 
@@ -95,8 +95,8 @@ def test_a_template_that_leaves_the_text_out(
         ("7 1 4 3 2", False),
     ],
 )
-def test_answers(answer: str, right: bool) -> None:
-    assert found(answer, "71432") is right
+def test_finds_the_key_in_answers(answer: str, right: bool) -> None:
+    assert has_key(answer, "71432") is right
 
 
 def test_the_filler_says_nothing() -> None:

@@ -1,4 +1,4 @@
-"""`phi3-jax rope passkey` on a small random model: which answers, what is left, and how it goes on."""
+"""`phi3-jax rope passkey` on a small random model: answers, reports, and resuming."""
 
 import csv
 import json
@@ -33,8 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(model: Path, output: Path, ropes: list[str] = ROPES, **changes: Any) -> PasskeyResult:
-    asked = {"lengths": LENGTHS, "depths": (0.0, 1.0), "trials": 2, "max_new_tokens": NEW, "batch_size": 4}
-    options = asked | {"dtype": "float32", "show": False} | changes
+    grid = {"lengths": LENGTHS, "depths": (0.0, 1.0), "trials": 2, "max_new_tokens": NEW, "batch_size": 4}
+    options = grid | {"dtype": "float32", "show": False} | changes
     return measure_passkeys(model, output, [parse_rope(rope) for rope in ropes], **options)
 
 
@@ -44,9 +44,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Passke
     return measure(model, output), output
 
 
-def test_answers_are_those_of_models_with_these_configs(
-    model: Path, whole: tuple[PasskeyResult, Path]
-) -> None:
+def test_answers_match_models_with_these_configs(model: Path, whole: tuple[PasskeyResult, Path]) -> None:
     trials = whole[0].trials
     assert len(trials) == 3 * 2 * 2 * 2
     tokenizer = Phi3Tokenizer.from_pretrained(model)
@@ -55,12 +53,12 @@ def test_answers_are_those_of_models_with_these_configs(
     answers: dict[tuple[Any, ...], list[str]] = {}
     for rope in ROPES:
         own = parse_rope(rope).apply(Phi3Config.from_pretrained(model)).replace(max_position_embeddings=450)
-        twin = Phi3ForCausalLM.from_pretrained(model, dtype="float32", config=own)
+        separate = Phi3ForCausalLM.from_pretrained(model, dtype="float32", config=own)
         for trial in (each for each in trials if each.rope == rope):
             prompt = prompts(Case(trial.length, trial.depth, trial.trial))
             assert (trial.key, len(prompt.ids)) == (prompt.key, trial.length - NEW)
             ids = np.array([prompt.ids])
-            out = twin.generate(ids, np.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+            out = separate.generate(ids, np.ones_like(ids), max_new_tokens=NEW, do_sample=False)
             expected = tokenizer.decode(np.asarray(out)[0, ids.shape[1] :], skip_special_tokens=True)
             assert trial.answer == expected, trial
             answers.setdefault((trial.length, trial.depth, trial.trial), []).append(trial.answer)
@@ -88,7 +86,7 @@ def test_initial_tokens(model: Path, tmp_path: Path) -> None:
     done = measure(
         model, tmp_path / "out", ["none", every, some, f"longrope:@{lists}"], lengths=(450,), trials=4
     )
-    answers = [[each.answer for each in done.trials if each.rope == rope] for rope in done.asked["ropes"]]
+    answers = [[each.answer for each in done.trials if each.rope == rope] for rope in done.options["ropes"]]
     assert answers[0] == answers[1]
     assert answers[1] != answers[2] != answers[3]
 
@@ -98,7 +96,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("stop", [0, 2, 5])
-def test_it_goes_on(
+def test_resumes_after_a_kill(
     model: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     generate, calls = passkey_run.generate, 0
@@ -115,14 +113,16 @@ def test_it_goes_on(
         measure(model, tmp_path)
     monkeypatch.setattr(passkey_run, "generate", generate)
     done = measure(model, tmp_path)
-    assert done.fresh == 24 - 4 * stop
+    assert done.new == 24 - 4 * stop
     assert done.trials == whole[0].trials
     assert (tmp_path / "state.json").read_bytes() == (whole[1] / "state.json").read_bytes()
     monkeypatch.setattr(passkey_run.Pipeline, "load", None)
-    assert measure(model, tmp_path).fresh == 0
+    assert measure(model, tmp_path).new == 0
 
 
-def test_errors_come_before_any_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_wrong_options_before_any_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr(passkey_run.Pipeline, "load", None)
@@ -130,12 +130,14 @@ def test_errors_come_before_any_work(model: Path, tmp_path: Path, monkeypatch: p
             measure(model, output, lengths=(320, 60))
         with pytest.raises(ValueError, match="rope none is given twice"):
             measure(model, output, ["none", "none"])
+        with pytest.raises(ValueError, match=r"depth 0\.0 is given twice"):
+            measure(model, output, depths=(0.0, 0.0))
         with pytest.raises(ValueError, match="length 320 is given twice"):
             measure(model, output, lengths=(320, 320))
         with pytest.raises(ValueError, match=r"'factor'\]=0\.5"):
             measure(model, output, ["linear:factor=0.5"])
         patched.setattr(passkey_run, "token_capacity", lambda _: 700)
-        with pytest.raises(ValueError, match=r"4 prompts of 450 tokens needs .* GiB for keys and values"):
+        with pytest.raises(ValueError, match=r"4 prompts of 450 tokens need .* GiB for keys and values"):
             measure(model, output)
     monkeypatch.setattr(passkey_run, "token_capacity", lambda _: 700)
     done = measure(model, output, batch_size=None, lengths=(320,), overwrite=True)
@@ -143,7 +145,7 @@ def test_errors_come_before_any_work(model: Path, tmp_path: Path, monkeypatch: p
     assert len(done.trials) == 12
 
 
-def test_something_else_is_refused(model: Path, whole: tuple[PasskeyResult, Path]) -> None:
+def test_rejects_other_options(model: Path, whole: tuple[PasskeyResult, Path]) -> None:
     with pytest.raises(ValueError, match=r"trials: 2 -> 3.*--overwrite"):
         measure(model, whole[1], trials=3)
 
@@ -164,25 +166,25 @@ def test_report(tmp_path: Path) -> None:
     trials = [
         trial(*cell, number, text) for cell, texts in answers.items() for number, text in enumerate(texts)
     ]
-    asked = {"trials": 3, "max_new_tokens": 16}
-    write_passkey_report(tmp_path, PasskeyResult(trials, asked, 18, 1.0))
+    options = {"trials": 3, "max_new_tokens": 16}
+    write_passkey_report(tmp_path, PasskeyResult(trials, options, 18, 1.0))
     with (tmp_path / "passkey.csv").open() as file:
         rows = {(row["rope"], row["length"]): row for row in csv.DictReader(file)}
     assert (rows["a|b", "100"]["found"], rows["d", "100"]["rate"]) == ("2", "0.0")
-    told = json.loads((tmp_path / "passkey.json").read_text())
-    assert [Trial(**each) for each in told["trials"]] == trials
+    content = json.loads((tmp_path / "passkey.json").read_text())
+    assert [Trial(**each) for each in content["trials"]] == trials
     assert (tmp_path / "passkey.png").stat().st_size > 5_000
     report = (tmp_path / "report.md").read_text()
     assert "| a\\|b | 67% | 100% | 83% |" in report
     assert "- 100 tokens, a|b and c: 2 of 3 each, but not the same:" in report
     assert '| 50% | 71432 | "no &lt;idea>\\n\\|" | "71432" |' in report
     assert "- 200 tokens, a|b and c: 3 of 3 each, the same." in report
-    assert '| 100 | 50% | 71432 | "12341 71432" | names the key behind another number |' in report
+    assert '| 100 | 50% | 71432 | "12341 71432" | names the key after another number |' in report
     assert "### d: 6 of 6" in report
     assert f'"{"x" * 159}…"' in report
 
     many = [
         replace(trials[0], rope="e", trial=number, answer="", found=False) for number in range(LISTED + 5)
     ]
-    write_passkey_report(tmp_path, PasskeyResult(many, asked, 18, 1.0))
+    write_passkey_report(tmp_path, PasskeyResult(many, options, 18, 1.0))
     assert "And 5 more, in passkey.json." in (tmp_path / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""Sliding perplexity against the recipe of transformers' documentation, run with transformers."""
+"""Sliding perplexity compared with the method of transformers' documentation, run with transformers."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ ROPES = {
     "yarn": parse_rope("yarn:factor=4"),
     "longrope": RopeArgument("longrope", small_config(**longrope()).rope_scaling),
 }
-"""On a model of 16 tokens."""
+"""Ropes of a model that was trained on 16 tokens."""
 
 
 def text(count: int = TOKENS, seed: int = 0) -> np.ndarray:
@@ -31,9 +31,9 @@ def text(count: int = TOKENS, seed: int = 0) -> np.ndarray:
 
 
 def recipe(model: Any, ids: np.ndarray, spans: list[tuple[int, int]], ropes: list[Any]) -> tuple[float, int]:
-    """huggingface.co/docs/transformers/perplexity, with the frequencies of each window (`spans`) patched in.
+    """Follows huggingface.co/docs/transformers/perplexity, with the frequencies of each window (`spans`).
 
-    Sums in place of that page's mean times a count that is one too few after the first window.
+    It adds losses, where that page multiplies a mean by a count that is one too few after the first window.
     """
     import torch
 
@@ -66,7 +66,7 @@ def patch(model: Any, inv_freq: Any, scaling: float) -> None:
 
 
 def slide(count: int, length: int, stride: int, frequencies: Any) -> tuple[list[tuple[int, int]], list[Any]]:
-    """The windows of that page, and the frequencies and attention factor of each."""
+    """Returns the windows of that page, with the frequencies and attention factor of each."""
     spans: list[tuple[int, int]] = []
     for begin in range(0, count, stride):
         spans.append((begin, min(begin + length, count)))
@@ -80,13 +80,13 @@ def slide(count: int, length: int, stride: int, frequencies: Any) -> tuple[list[
 def perplexity_of_theirs(
     theirs: Reference, ids: np.ndarray, length: int, stride: int, rope: Any
 ) -> tuple[float, int]:
-    """The loss of a text and its tokens by the recipe, with the frequencies of `rope.config`."""
+    """Returns the loss of a text and its tokens by the page's method, with the rope of `rope.config`."""
     windows = slide(len(ids), length, stride, lambda window: frequencies_for(rope.config, window))
     return recipe(theirs.model, ids, *windows)
 
 
 class Rope:
-    """A config whose frequencies are to be used; an answer knows it by its rope."""
+    """A config for its frequencies; the rope is its key among stored answers."""
 
     def __init__(self, config: Phi3Config):
         self.config = config
@@ -97,7 +97,7 @@ class Rope:
 def losses_of_theirs(
     theirs: Reference, ids: np.ndarray, kept: int, divisors: list[float], scaling: float
 ) -> Any:
-    """Each token's loss, with frequencies divided by `divisors` but at the first `kept` positions."""
+    """Returns each token's loss; from position `kept` on, frequencies are divided by `divisors`."""
     import torch
 
     plain = theirs.config.rope_base.inv_freq()
@@ -112,7 +112,7 @@ def losses_of_theirs(
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     config = small_config(
         max_position_embeddings=16, original_max_position_embeddings=16, num_hidden_layers=2
     )
@@ -120,15 +120,15 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def scorer(twins: Any) -> Scorer:
-    return Scorer(twins[0], chunk=8)
+def scorer(models: Any) -> Scorer:
+    return Scorer(models[0], chunk=8)
 
 
 @pytest.mark.parametrize(("length", "stride"), [(16, 8), (24, 24), (37, 5), (90, 45), (7, 3), (64, 1)])
-def test_windows_are_those_of_the_recipe(length: int, stride: int) -> None:
-    found = windows(TOKENS, length, stride)
-    scored = [index for window in found for index in range(window.scored_from, window.end)]
-    firsts = [window.begin for window in found] if stride == length else [0]
+def test_windows_match_the_documentation(length: int, stride: int) -> None:
+    ours = windows(TOKENS, length, stride)
+    scored = [index for window in ours for index in range(window.scored_from, window.end)]
+    firsts = [window.begin for window in ours] if stride == length else [0]
     assert scored == [index for index in range(TOKENS) if index not in firsts]
     previous, expected = 0, []
     for begin in range(0, TOKENS, stride):
@@ -137,13 +137,13 @@ def test_windows_are_those_of_the_recipe(length: int, stride: int) -> None:
         previous = end
         if end == TOKENS:
             break
-    assert found == expected
+    assert ours == expected
 
 
 @pytest.mark.parametrize(("length", "stride"), [(40, 20), (33, 7), (90, 90), (16, 16), (8, 1), (77, 50)])
 @pytest.mark.parametrize("name", ROPES)
-def test_equals_transformers(twins: Any, scorer: Scorer, name: str, length: int, stride: int) -> None:
-    ours, theirs = twins
+def test_matches_transformers(models: Any, scorer: Scorer, name: str, length: int, stride: int) -> None:
+    ours, theirs = models
     config = ROPES[name].apply(ours.config) if name != "longrope" else ours.config.replace(**longrope())
     total = perplexity(scorer, text(), config, length=length, stride=stride)
     expected, count = perplexity_of_theirs(theirs, text(), length, stride, Rope(config))
@@ -156,8 +156,8 @@ def test_equals_transformers(twins: Any, scorer: Scorer, name: str, length: int,
 
 
 @pytest.mark.parametrize("chunk", [8, 16, 512])
-def test_chunks_change_nothing(twins: Any, chunk: int) -> None:
-    ours, _ = twins
+def test_scores_do_not_depend_on_the_chunk(models: Any, chunk: int) -> None:
+    ours, _ = models
     whole = jax.jit(lambda model, ids: model(ids).logits)(ours, text()[None])
     log_p = jax.nn.log_softmax(whole[0, :-1], axis=-1)
     inv_freq, scaling = frequencies_for(ours.config, TOKENS)
@@ -171,7 +171,7 @@ def test_chunks_change_nothing(twins: Any, chunk: int) -> None:
 
 
 DIVISORS = [[1.0] * 6, [4.0] * 6, LONG]
-"""Of the frequencies of three rows."""
+"""Divisors of the frequencies of three rows."""
 
 
 def population() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,8 +180,8 @@ def population() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return inv_freq, np.array([1.0, 1.1, 1.3]), np.array([0, 5, 20])
 
 
-def test_rows_of_a_population_are_what_each_is_alone(twins: Any) -> None:
-    ours, theirs = twins
+def test_rows_of_a_population_match_each_alone(models: Any) -> None:
+    ours, theirs = models
     inv_freq, scaling, initial = population()
     scorer = Scorer(ours, chunk=16)
     together = scorer.score(text(), inv_freq, scaling, initial_tokens=initial, scored_from=30).total
@@ -195,8 +195,8 @@ def test_rows_of_a_population_are_what_each_is_alone(twins: Any) -> None:
         assert together[row] == pytest.approx(float(losses[29:].sum()), rel=1e-5)
 
 
-def test_rows_of_different_texts(twins: Any) -> None:
-    ours, _ = twins
+def test_rows_of_different_texts_match_each_alone(models: Any) -> None:
+    ours, _ = models
     rows = np.stack([text(50, seed) for seed in range(3)])
     inv_freq, scaling = frequencies_for(ours.config, 50)
     scorer = Scorer(ours, chunk=16)
@@ -206,16 +206,18 @@ def test_rows_of_different_texts(twins: Any) -> None:
     assert len(set(together)) == 3
 
 
-def test_all_ropes_share_the_programs() -> None:
-    """Two sizes of the cache an octave, and one program for the head, whatever rope comes."""
-    ours = Phi3ForCausalLM(small_config(num_hidden_layers=1, vocab_size=112))  # nobody else's programs
+def test_all_ropes_share_programs() -> None:
+    """There are two sizes of the cache an octave, and one program for the head."""
+    ours = Phi3ForCausalLM(
+        small_config(num_hidden_layers=1, vocab_size=112)
+    )  # no other test has its programs
     scorer = Scorer(ours, chunk=8)
     arguments = {name: rope.scaling for name, rope in ROPES.items()}
     configs = [
         ours.config.replace(rope_scaling=each, original_max_position_embeddings=16)
         for each in arguments.values()
     ]
-    for config in configs:  # what formulas compute eagerly
+    for config in configs:  # the formulas compute eagerly
         for length in (48, 33, 20, 40, 90):
             frequencies_for(config, length)
     slides = ((48, 24), (33, 11), (20, 20), (40, 3))
@@ -243,8 +245,8 @@ def test_all_ropes_share_the_programs() -> None:
 
 
 @pytest.mark.parametrize("sizes", ["data=8", "fsdp=2,tensor=2,context=2"])
-def test_on_a_mesh(twins: Any, sizes: str) -> None:
-    ours, _ = twins
+def test_matches_one_device_on_a_mesh(models: Any, sizes: str) -> None:
+    ours, _ = models
     inv_freq, scaling, initial = population()
     divided = Scorer(on_mesh(ours, make_mesh(sizes)), chunk=16)
     expected = Scorer(ours, chunk=16).score(text(), inv_freq, scaling, initial_tokens=initial).total
@@ -253,17 +255,17 @@ def test_on_a_mesh(twins: Any, sizes: str) -> None:
     )
 
 
-def test_progress_counts_every_token(twins: Any) -> None:
-    told: list[int] = []
+def test_progress_counts_every_token(models: Any) -> None:
+    counts: list[int] = []
     for window, _ in sliding_losses(
-        Scorer(twins[0], chunk=8), text(), twins[0].config, length=40, stride=30, progress=told.append
+        Scorer(models[0], chunk=8), text(), models[0].config, length=40, stride=30, progress=counts.append
     ):
-        assert sum(told) == window.end - window.begin - 1
-        told.clear()
+        assert sum(counts) == window.end - window.begin - 1
+        counts.clear()
 
 
-def test_head_works_on_scored_chunks_only(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And never on more than its share of positions, however many rows there are."""
+def test_head_gets_only_scored_chunks(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never gets more than POSITIONS positions, with any number of rows."""
     shapes: list[tuple[int, ...]] = []
     logits = Phi3ForCausalLM.logits
 
@@ -298,16 +300,16 @@ def test_head_works_on_scored_chunks_only(twins: Any, monkeypatch: pytest.Monkey
     assert shapes == [(8, 4)]
 
 
-def test_a_length_that_memory_cannot_hold(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_a_length_that_does_not_fit_in_memory(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import phi3_jax.generation.memory as module
 
-    scorer = Scorer(twins[0], chunk=8)
+    scorer = Scorer(models[0], chunk=8)
     # 2 layers of 2 heads of 12 float32 numbers, keys and values; 40 tokens are in a cache of 48.
     assert scorer.memory(40, rows=3) == 3 * 48 * 2 * 2 * 12 * 4 * 2
     monkeypatch.setattr(module, "_free", lambda device: 45_000)
     monkeypatch.setattr(scorer, "score", None)
     with pytest.raises(ValueError, match=r"41 tokens need 0.00 GiB for keys and values, and memory has"):
-        next(sliding_losses(scorer, text(), twins[0].config, length=41, stride=5))
+        next(sliding_losses(scorer, text(), models[0].config, length=41, stride=5))
     with pytest.raises(ValueError, match=r"4 rows of 24 tokens need .* a smaller length or fewer rows"):
         scorer.check_memory(24, rows=4)
     scorer.check_memory(24)
@@ -322,20 +324,20 @@ def test_a_length_that_memory_cannot_hold(twins: Any, monkeypatch: pytest.Monkey
         (9, 8, 0, "stride=0 must be from 1"),
     ],
 )
-def test_windows_that_cannot_be(tokens: int, length: int, stride: int, words: str) -> None:
+def test_rejects_wrong_windows(tokens: int, length: int, stride: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         windows(tokens, length, stride)
 
 
-def test_arguments_that_do_not_fit(twins: Any) -> None:
-    scorer = Scorer(twins[0])
-    inv_freq, _ = frequencies_for(twins[0].config, 9)
+def test_rejects_arguments_with_different_rows(models: Any) -> None:
+    scorer = Scorer(models[0])
+    inv_freq, _ = frequencies_for(models[0].config, 9)
     with pytest.raises(ValueError, match="scored_from=9 must be from 1 to 8, for 9 tokens"):
         scorer.score(text(9), inv_freq, scored_from=9)
     with pytest.raises(ValueError, match="have 1, 2, 3, 1 rows; each must have one, or as many"):
         scorer.score(text(9), np.stack([inv_freq] * 2), np.ones(3))
 
 
-def test_perplexity_of_a_hopeless_model_is_infinite() -> None:
+def test_perplexity_may_be_infinite() -> None:
     assert TextLoss(1e6, 10).perplexity == float("inf")
     assert (TextLoss(1.0, 2) + TextLoss(3.0, 4)) == TextLoss(4.0, 6)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct on a novel: perplexities under several ropes beside transformers'."""
+"""SmolLM2-135M-Instruct on a novel: perplexities under several ropes, compared with transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +17,19 @@ from phi3_jax.evaluation.scorer import frequencies_for
 pytestmark = [pytest.mark.slow, pytest.mark.optimized, pytest.mark.usefixtures("torch_threads")]
 
 LENGTH, STRIDE, TOKENS = 1024, 700, 1500
-"""Windows are no multiples of the chunk, and the last one is shorter."""
+"""Windows are not multiples of the chunk, and the last one is shorter."""
 
 
 @pytest.fixture(scope="module")
-def twins(shared_data: Callable[..., Path]) -> Any:
-    """A scorer, transformers' model, and the tokens."""
+def models(shared_data: Callable[..., Path]) -> Any:
+    """Returns a scorer, transformers' model, and the tokens."""
     import torch
     import transformers
 
     try:
         folder = default_model()
     except CheckpointError as error:
-        pytest.skip(f"the default model cannot be had: {error}")
+        pytest.skip(f"the default model is not available: {error}")
     text = shared_data("long_text", "war_and_peace.txt").read_text(encoding="utf-8")
     ids = np.array(Phi3Tokenizer.from_pretrained(folder).encode(text[:12000])[:TOKENS])
     ours = Phi3ForCausalLM.from_pretrained(folder, dtype="float32")
@@ -47,18 +47,20 @@ def twins(shared_data: Callable[..., Path]) -> Any:
         "longrope:@factors.json",
     ],
 )
-def test_equals_transformers(twins: Any, rope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matches_transformers(
+    models: Any, rope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     factors = [1 + index * index / 200 for index in range(32)]
     Path("factors.json").write_text(
         f'{{"factors": {factors}, "original_max_position_embeddings": 900, "factor": 8}}'
     )
-    scorer, theirs, ids = twins
+    scorer, theirs, ids = models
     config = parse_rope(rope).apply(scorer.config)
-    found = perplexity(scorer, ids, config, length=LENGTH, stride=STRIDE)
+    ours = perplexity(scorer, ids, config, length=LENGTH, stride=STRIDE)
     loss, tokens = recipe(
         theirs, ids, *slide(len(ids), LENGTH, STRIDE, lambda window: frequencies_for(config, window))
     )
-    assert found.tokens == tokens == TOKENS - 1
-    print(rope, found.perplexity, np.exp(loss / tokens))
-    assert found.perplexity == pytest.approx(np.exp(loss / tokens), rel=1e-4)
+    assert ours.tokens == tokens == TOKENS - 1
+    print(rope, ours.perplexity, np.exp(loss / tokens))
+    assert ours.perplexity == pytest.approx(np.exp(loss / tokens), rel=1e-4)

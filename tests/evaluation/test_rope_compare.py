@@ -1,11 +1,10 @@
-"""Comparisons of ropes: what is measured, what is written, what a kill costs, what is refused at once."""
+"""Comparisons of ropes: measurements, files, resuming, and errors before any work."""
 
 import csv
 import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_checkpoint import write_checkpoint
@@ -49,11 +48,11 @@ def compare(model: Path, ropes: list[str] = ROPES, **changes: Any) -> Comparison
     )
 
 
-def test_every_cell_is_the_perplexity_of_the_same_tokens(model: Path) -> None:
-    found = compare(model)
+def test_cells_match_the_perplexity_of_the_same_tokens(model: Path) -> None:
+    comparison = compare(model)
     ours = Phi3ForCausalLM.from_pretrained(model, dtype="float32")
     ids = np.array(Phi3Tokenizer.from_pretrained(model).encode(Path("text.txt").read_text())[:48])
-    assert found.tokens == 48
+    assert comparison.tokens == 48
     for name in ROPES:
         argument = parse_rope(name)
         for length in LENGTHS:
@@ -64,51 +63,50 @@ def test_every_cell_is_the_perplexity_of_the_same_tokens(model: Path) -> None:
                 length=length,
                 initial_tokens=argument.initial_tokens,
             )
-            cell = found.cell(name, length)
+            cell = comparison.cell(name, length)
             assert cell.loss.tokens == expected.tokens == 47
             assert cell.loss.loss == pytest.approx(expected.loss, rel=1e-5)
             assert cell.stride == (length if length == 48 else length // 2)
-    values = [found.cell(name, 48).loss.loss for name in ROPES]
+    values = [comparison.cell(name, 48).loss.loss for name in ROPES]
     assert len({round(value, 3) for value in values}) == len(ROPES)
 
 
-def test_windows_side_by_side(model: Path) -> None:
-    """A stride above a length is that length."""
-    found = compare(model, ["none"], lengths=[16, 48], stride=48)
-    assert [cell.stride for cell in found.cells] == [16, 48]
-    assert [cell.loss.tokens for cell in found.cells] == [48 - 3, 47]
-    write_comparison(Path("out"), found)
-    told = "the first 48 but one, and but the first of each window where they lie side by side. Windows"
-    assert told in Path("out/report.md").read_text()
+def test_limits_the_stride_to_the_length(model: Path) -> None:
+    comparison = compare(model, ["none"], lengths=[16, 48], stride=48)
+    assert [cell.stride for cell in comparison.cells] == [16, 48]
+    assert [cell.loss.tokens for cell in comparison.cells] == [48 - 3, 47]
+    write_comparison(Path("out"), comparison)
+    text = "first 48 except the first one, and except the first of each window where windows do not overlap."
+    assert text in Path("out/report.md").read_text()
 
 
-def test_skipped_tokens_and_strides(model: Path) -> None:
-    found = compare(model, ["none"], lengths=[16], skip_tokens=100, max_tokens=64, stride=5)
+def test_skips_tokens(model: Path) -> None:
+    comparison = compare(model, ["none"], lengths=[16], skip_tokens=100, max_tokens=64, stride=5)
     ours = Phi3ForCausalLM.from_pretrained(model, dtype="float32")
     ids = np.array(Phi3Tokenizer.from_pretrained(model).encode(Path("text.txt").read_text())[100:164])
     expected = perplexity(Scorer(ours), ids, length=16, stride=5)
-    assert found.cell("none", 16).loss.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert comparison.cell("none", 16).loss.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
-def test_files(model: Path) -> None:
-    found = compare(model)
-    write_comparison(Path("out"), found)
+def test_writes_tables_figures_and_report(model: Path) -> None:
+    comparison = compare(model)
+    write_comparison(Path("out"), comparison)
     with open("out/results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["rope"], int(row["length"])) for row in rows] == [(r, n) for r in ROPES for n in LENGTHS]
     for row in rows:
-        loss = found.cell(row["rope"], int(row["length"])).loss
+        loss = comparison.cell(row["rope"], int(row["length"])).loss
         assert float(row["perplexity"]) == pytest.approx(loss.perplexity)
         assert float(row["loss"]) == pytest.approx(loss.loss / 47)
-    told = json.loads(Path("out/results.json").read_text())
-    assert told["results"][0]["perplexity"] == pytest.approx(found.cells[0].loss.perplexity)
-    assert set(told["seconds"]) == {"forward", "compile", "all"}
-    assert 0 < told["seconds"]["forward"] < told["seconds"]["all"]
-    linear = told["ropes"]["linear:factor=4"]
+    content = json.loads(Path("out/results.json").read_text())
+    assert content["results"][0]["perplexity"] == pytest.approx(comparison.cells[0].loss.perplexity)
+    assert set(content["seconds"]) == {"forward", "compile", "all"}
+    assert 0 < content["seconds"]["forward"] < content["seconds"]["all"]
+    linear = content["ropes"]["linear:factor=4"]
     np.testing.assert_allclose(linear["factors"], 4, rtol=1e-6)
     np.testing.assert_allclose(linear["wavelengths"][0], 8 * np.pi, rtol=1e-6)
     np.testing.assert_allclose(
-        told["ropes"]["longrope:@factors.json"]["factors"], [1.0, 1.1, 1.4, 2.0, 3.1, 4.5], rtol=1e-6
+        content["ropes"]["longrope:@factors.json"]["factors"], [1.0, 1.1, 1.4, 2.0, 3.1, 4.5], rtol=1e-6
     )
     for name in ("perplexity.png", "wavelengths.png"):
         assert Path("out", name).read_bytes().startswith(PNG)
@@ -116,16 +114,16 @@ def test_files(model: Path) -> None:
     assert "| rope | 16 | 24 | 48 |" in report
     assert "the same 47 tokens" in report
     assert "8 apart at 16, 12 apart at 24, one window at 48" in report
-    shown = table(found)
+    shown = table(comparison)
     assert shown.row_count == len(ROPES)
 
 
-def count_windows(monkeypatch: pytest.MonkeyPatch, stop_behind: int | None = None) -> list[Any]:
+def count_windows(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[Any]:
     measured: list[Any] = []
     score = Scorer.score
 
     def watched(self: Scorer, *arguments: Any, **options: Any) -> Any:
-        if len(measured) == stop_behind:
+        if len(measured) == stop_after:
             raise KeyboardInterrupt
         measured.append(arguments)
         return score(self, *arguments, **options)
@@ -134,11 +132,11 @@ def count_windows(monkeypatch: pytest.MonkeyPatch, stop_behind: int | None = Non
     return measured
 
 
-def test_goes_on_behind_a_kill(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumes_after_a_kill(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compare(model, ROPES[:2])
     Path("out/state.json").unlink()
     with monkeypatch.context() as patch:
-        count_windows(patch, stop_behind=7)
+        count_windows(patch, stop_after=7)
         with pytest.raises(KeyboardInterrupt):
             compare(model, ROPES[:2])
     measured = count_windows(monkeypatch)
@@ -147,30 +145,28 @@ def test_goes_on_behind_a_kill(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [cell.loss for cell in again.cells] == [cell.loss for cell in whole.cells]
 
 
-def test_more_ropes_and_lengths_measure_what_is_new(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measures_only_new_ropes_and_lengths(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(model, ROPES[:2], max_tokens=48, lengths=[16, 48])
     measured = count_windows(monkeypatch)
-    found = compare(model, [ROPES[0], ROPES[2]], max_tokens=48)
-    # Up to the 16 tokens that the model was trained on, dynamic NTK is plain rope, which is measured there.
+    comparison = compare(model, [ROPES[0], ROPES[2]], max_tokens=48)
+    # Up to the 16 tokens that the model was trained on, dynamic NTK is plain rope, which is measured.
     assert len(measured) == 3 + (0 + 3 + 1)
-    assert len(found.cells) == 6
-    assert found.cell(ROPES[0], 16).loss == found.cell(ROPES[2], 16).loss
+    assert len(comparison.cells) == 6
+    assert comparison.cell(ROPES[0], 16).loss == comparison.cell(ROPES[2], 16).loss
     measured.clear()
     monkeypatch.setattr(rope_compare.Pipeline, "load", None)  # no model is needed
     compare(model, [ROPES[2]], max_tokens=48)
     assert not measured
 
 
-def test_a_list_that_changed_under_its_name_is_measured_anew(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measures_a_changed_list_of_the_same_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = compare(model, [ROPES[4]], lengths=[48])
     Path("factors.json").write_text(json.dumps({"factors": [1.0, 2, 2, 2, 2, 2], "factor": 4}))
     after = compare(model, [ROPES[4]], lengths=[48])
     assert abs(before.cells[0].loss.loss / after.cells[0].loss.loss - 1) > 1e-4
 
 
-def test_other_text_or_model_is_refused(model: Path, tmp_path: Path) -> None:
+def test_rejects_another_text(model: Path, tmp_path: Path) -> None:
     compare(model, ["none"], lengths=[16])
     Path("text.txt").write_text("mlkji " * 60)
     with pytest.raises(ValueError, match=r"was started with other options.*text_digest"):
@@ -178,12 +174,12 @@ def test_other_text_or_model_is_refused(model: Path, tmp_path: Path) -> None:
     compare(model, ["none"], lengths=[16], overwrite=True)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "short": (
         {"lengths": [16, 4096]},
         r"text.txt has \d+ tokens, fewer than the length 4,096; give a longer",
     ),
-    "skipped": ({"skip_tokens": 370, "lengths": [48]}, r"has \d+ tokens behind the 370 that are skipped"),
+    "skipped": ({"skip_tokens": 370, "lengths": [48]}, r"has \d+ tokens after the 370 that are skipped"),
     "cut": ({"max_tokens": 20}, "max_tokens=20 is less than the longest length, 48"),
     "stride": ({"stride": -1}, "stride=-1 must be from 1 to the length, 16"),
     "list": ({"ropes": ["longrope:@short.json"]}, r"\['long_factor'\] has 2 entries; give 6"),
@@ -192,9 +188,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_any_work(model: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejects_wrong_options_before_any_work(
+    model: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, message = REJECTED[case]
     Path("short.json").write_text(json.dumps({"factors": [1.0, 2.0], "factor": 4}))
     monkeypatch.setattr(rope_compare.Pipeline, "load", None)
     monkeypatch.setattr(Journal, "add", None)
@@ -202,7 +200,7 @@ def test_refused_before_any_work(model: Path, case: str, monkeypatch: pytest.Mon
         compare(model, **{"ropes": ["none"]} | changes)
 
 
-def test_a_length_that_memory_cannot_hold(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_a_length_that_does_not_fit_in_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import phi3_jax.generation.memory as memory
 
     monkeypatch.setattr(memory, "_free", lambda device: 20_000)
@@ -210,22 +208,3 @@ def test_a_length_that_memory_cannot_hold(model: Path, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match=r"48 tokens need .* GiB for keys and values, and memory has"):
         compare(model, ["none"])
     assert not Path("out").exists()
-
-
-def test_text_is_read_no_further_than_it_must_be(model: Path) -> None:
-    from phi3_jax.evaluation.texts import first_tokens
-
-    tokenizer = Phi3Tokenizer.from_pretrained(model)
-    text = "What is the capital of France? " * 5000
-    whole = tokenizer.encode(text)
-    read: list[int] = []
-
-    class Watched:
-        def encode(self, text: str) -> list[int]:
-            read.append(len(text))
-            return tokenizer.encode(text)
-
-    np.testing.assert_array_equal(first_tokens(Watched(), text, 40), whole[:40])  # type: ignore[arg-type]
-    assert max(read) < 1000
-    np.testing.assert_array_equal(first_tokens(tokenizer, text, 10**6), whole)
-    assert jnp.asarray(first_tokens(tokenizer, text, None)).shape == (len(whole),)

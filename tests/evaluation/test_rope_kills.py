@@ -1,4 +1,4 @@
-"""`phi3-jax rope search`, killed again and again: what it comes to is what it would have come to."""
+"""`phi3-jax rope search`, killed several times, ends with the same result."""
 
 import os
 import random
@@ -17,7 +17,7 @@ COMMAND = (sys.executable, "-c", "from phi3_jax.cli import main; main()", "rope"
 KILLS = 6
 
 
-def begin(folder: Path, output: Path) -> "subprocess.Popen[str]":
+def start(folder: Path, output: Path) -> "subprocess.Popen[str]":
     options = {
         "model": folder / "model",
         "text": folder / "text.txt",
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_kills(tmp_path: Path) -> None:
+def test_resumes_to_the_same_result(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
     write_checkpoint(tmp_path / "model", pad_token_id=0, **sizes)
@@ -48,25 +48,25 @@ def test_kills(tmp_path: Path) -> None:
     words = ["What", "is", "the", "capital", "of", "France?"]
     (tmp_path / "text.txt").write_text(" ".join(draws.choice(words) for _ in range(3000)))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    begin(tmp_path, tmp_path / "warm").communicate(timeout=300)  # programs are compiled and kept
+    start(tmp_path, tmp_path / "warm").communicate(timeout=300)  # fills the compilation cache
     started = time.monotonic()
-    process = begin(tmp_path, whole)
+    process = start(tmp_path, whole)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert "perplexity" in out
-    alive = time.monotonic() - started
+    seconds = time.monotonic() - started
     stopped = 0
     for _ in range(KILLS):
-        process = begin(tmp_path, killed)
+        process = start(tmp_path, killed)
         try:
-            process.wait(timeout=draws.uniform(0.4, 0.9) * alive)
+            process.wait(timeout=draws.uniform(0.4, 0.9) * seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             stopped += 1
         _, error = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), error
     assert stopped
-    process = begin(tmp_path, killed)
+    process = start(tmp_path, killed)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert {name: data for name, data in contents(killed).items() if name != ".state.json.lock"} == contents(

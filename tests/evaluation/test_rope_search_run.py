@@ -1,4 +1,4 @@
-"""`phi3-jax rope search` on a small random model: what it measures, leaves, and goes on with."""
+"""`phi3-jax rope search` on a small random model: measurements, files and resuming."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ EVOLUTION = Evolution(population=8, iterations=2, parents=3, seed=1)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained on 32 tokens, as far as it knows."""
+    """A model whose config says that it was trained on 32 tokens."""
     folder = tmp_path_factory.mktemp("model")
     sizes = {"max_position_embeddings": 32, "original_max_position_embeddings": 32}
     write_checkpoint(folder, initializer_range=0.2, pad_token_id=0, **sizes)
@@ -43,8 +43,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def search(model: Path, text: Path, output: Path, **changes: Any) -> Any:
-    asked = {"length": LENGTH, "windows": 2, "evolution": EVOLUTION, "batch_size": 3, "dtype": "float32"}
-    return search_ropes(model, text, output, **asked | {"show": False} | changes)
+    options = {"length": LENGTH, "windows": 2, "evolution": EVOLUTION, "batch_size": 3, "dtype": "float32"}
+    return search_ropes(model, text, output, **options | {"show": False} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def windows(model: Path, text: Path) -> list[list[int]]:
     return [ids[:LENGTH], ids[len(ids) // 2 :][:LENGTH]]
 
 
-def test_files(whole: Path) -> None:
+def test_writes_factors_history_figure_and_model(whole: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
         "factors.json",
         "history.csv",
@@ -92,7 +92,7 @@ def test_files(whole: Path) -> None:
 
 @stored
 def perplexity_of_theirs(theirs: Checkpoint, parts: list[list[int]], rope: Rope | None) -> float:
-    """The perplexity of windows, by the model's own rope or with the frequencies of another."""
+    """Returns the perplexity of windows, with the model's own rope or the frequencies of another."""
     import torch
 
     rotary = theirs.model.model.rotary_emb
@@ -108,8 +108,8 @@ def perplexity_of_theirs(theirs: Checkpoint, parts: list[list[int]], rope: Rope 
     return float(np.exp(np.mean(losses)))
 
 
-def test_perplexities_are_transformers(model: Path, text: Path, whole: Path) -> None:
-    """Of each method's frequencies, and of the model directory as transformers loads it."""
+def test_perplexities_match_transformers(model: Path, text: Path, whole: Path) -> None:
+    """Compares each method's frequencies, and the model directory as transformers loads it."""
     about = json.loads((whole / "factors.json").read_text())["about"]
     config = Phi3Config.from_pretrained(model)
     lists = Phi3Config.from_pretrained(whole / "model").rope_scaling
@@ -128,7 +128,7 @@ def test_perplexities_are_transformers(model: Path, text: Path, whole: Path) -> 
     assert len({round(value, 3) for value in about["known"].values()}) == 4
 
 
-def test_transformers_loads_the_model_and_agrees(model: Path, whole: Path) -> None:
+def test_model_matches_transformers(model: Path, whole: Path) -> None:
     theirs = Checkpoint(whole / "model")
     ours = Phi3ForCausalLM.from_pretrained(whole / "model", dtype="float32")
     for length in (32, 33, LENGTH):
@@ -138,8 +138,8 @@ def test_transformers_loads_the_model_and_agrees(model: Path, whole: Path) -> No
     assert (whole / "model" / weights).samefile(model / weights)
 
 
-def test_factors_are_a_rope_argument(whole: Path, model: Path, text: Path) -> None:
-    """What was measured is what other commands measure with the file."""
+def test_factors_work_as_a_rope_argument(whole: Path, model: Path, text: Path) -> None:
+    """Other commands measure the same perplexity with the file."""
     rope = parse_rope(f"longrope:@{whole / 'factors.json'}")
     factors = json.loads((whole / "factors.json").read_text())
     assert rope.initial_tokens == factors["initial_tokens"]
@@ -156,11 +156,11 @@ def test_factors_are_a_rope_argument(whole: Path, model: Path, text: Path) -> No
 
 
 class Killed(BaseException):
-    """As good as a kill, between two windows of a batch."""
+    """Stands for a kill between two windows of a batch."""
 
 
 @pytest.mark.parametrize("stop", [1, 5, 13])
-def test_it_goes_on_to_the_same_end(model, text, whole, tmp_path, monkeypatch, stop) -> None:
+def test_resumes_to_the_same_result(model, text, whole, tmp_path, monkeypatch, stop) -> None:
     score, calls = Scorer.score, 0
 
     def until(*arguments: Any, **options: Any) -> Any:
@@ -176,25 +176,25 @@ def test_it_goes_on_to_the_same_end(model, text, whole, tmp_path, monkeypatch, s
         search(model, text, output, initial_tokens=(0, 4))
     monkeypatch.setattr(Scorer, "score", score)
     done = search(model, text, output, initial_tokens=(0, 4))
-    assert done.fresh < 18 or stop == 1
+    assert done.new < 18 or stop == 1
     assert contents(output) == contents(whole)
 
 
 def test_a_finished_search_needs_no_model(model, text, whole, monkeypatch) -> None:
     before = contents(whole)
     monkeypatch.setattr(rope_search_run.Pipeline, "load", None)
-    assert search(model, text, whole, initial_tokens=(0, 4)).fresh == 0
+    assert search(model, text, whole, initial_tokens=(0, 4)).new == 0
     assert contents(whole) == before
 
 
-def test_one_program_for_all(model, text, tmp_path) -> None:
+def test_all_individuals_share_one_program(model, text, tmp_path) -> None:
     search(model, text, tmp_path / "warm", batch_size=4)
     with compilations() as programs:
         search(model, text, tmp_path / "out", batch_size=4, evolution=Evolution(9, 1, 2, 0.5, 7))
     assert programs == []
 
 
-def test_something_else_is_refused(model, text, whole) -> None:
+def test_rejects_other_options(model, text, whole) -> None:
     before = contents(whole)
     with pytest.raises(ValueError, match=r"seed: 1 -> 2.*--overwrite"):
         search(model, text, whole, initial_tokens=(0, 4), evolution=Evolution(8, 2, 3, 0.3, 2))
@@ -203,7 +203,7 @@ def test_something_else_is_refused(model, text, whole) -> None:
     assert contents(whole) == before
 
 
-def test_a_models_own_rope_is_known_too(model, text, tmp_path) -> None:
+def test_starts_from_the_models_own_rope(model, text, tmp_path) -> None:
     own = tmp_path / "own"
     search(model, text, tmp_path / "first")
     done = search(tmp_path / "first" / "model", text, own, length=128)
@@ -216,23 +216,23 @@ def test_a_models_own_rope_is_known_too(model, text, tmp_path) -> None:
     assert done.target.original == 32
 
 
-def test_errors_come_before_any_work(model, text, tmp_path, monkeypatch) -> None:
+def test_rejects_wrong_options_before_any_work(model, text, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(rope_search_run.Pipeline, "load", None)
     output = tmp_path / "out"
-    with pytest.raises(ValueError, match="length=32 must be beyond the 32 tokens"):
+    with pytest.raises(ValueError, match="length=32 must be more than the 32 tokens"):
         search(model, text, output, length=32)
     with pytest.raises(ValueError, match=r"tokens; 2 windows of 90,000 need 180,000"):
         search(model, text, output, length=90_000)
-    with pytest.raises(ValueError, match=r"has 0 tokens behind the 9,999,999 that are skipped"):
+    with pytest.raises(ValueError, match=r"has 0 tokens after the 9,999,999 that are skipped"):
         search(model, text, output, skip_tokens=9_999_999)
-    with pytest.raises(ValueError, match="no room for the 4"):
+    with pytest.raises(ValueError, match="too small for the 4"):
         search(model, text, output, evolution=Evolution(3, 1, 2))
     with pytest.raises(ValueError, match="and 0 among them"):
         search(model, text, output, initial_tokens=(4,))
     assert not output.exists()
 
 
-def test_what_memory_cannot_hold(model, text, tmp_path, monkeypatch) -> None:
+def test_limits_the_batch_by_memory(model, text, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("phi3_jax.evaluation.scorer.token_capacity", lambda _: 300)
     with monkeypatch.context() as patched:
         patched.setattr(rope_search_run.Pipeline, "load", None)

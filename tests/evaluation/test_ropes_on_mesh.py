@@ -1,4 +1,4 @@
-"""Searches and pass keys with a model that is divided over devices: the same numbers, the same answers."""
+"""Searches and pass keys with a model on a mesh match those on one device."""
 
 import random
 from pathlib import Path
@@ -32,11 +32,11 @@ def mesh(axes: dict[str, int]) -> Any:
 
 
 @pytest.mark.parametrize("axes", MESHES)
-def test_search(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+def test_search_matches_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     draws = random.Random(3)
     text.write_text(" ".join(draws.choice(["What", "is", "the", "capital", "of", "x"]) for _ in range(600)))
-    found = [
+    results = [
         search_ropes(
             model,
             text,
@@ -50,16 +50,16 @@ def test_search(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
         ).search.scored
         for name, where in (("one", None), ("mesh", mesh(axes)))
     ]
-    assert [each.individual for each in found[0]] == [each.individual for each in found[1]]
-    assert [each.perplexity for each in found[1]] == pytest.approx(
-        [each.perplexity for each in found[0]], rel=1e-5
+    assert [each.individual for each in results[0]] == [each.individual for each in results[1]]
+    assert [each.perplexity for each in results[1]] == pytest.approx(
+        [each.perplexity for each in results[0]], rel=1e-5
     )
-    assert len({round(each.perplexity, 3) for each in found[0]}) == len(found[0]) == 9
+    assert len({round(each.perplexity, 3) for each in results[0]}) == len(results[0]) == 9
 
 
 @pytest.mark.parametrize("axes", MESHES)
-def test_passkey(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
-    found = [
+def test_passkeys_match_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+    results = [
         measure_passkeys(
             model,
             tmp_path / name,
@@ -75,5 +75,5 @@ def test_passkey(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
         ).trials
         for name, where in (("one", None), ("mesh", mesh(axes)))
     ]
-    assert found[0] == found[1]
-    assert len({each.answer for each in found[0]}) > 2
+    assert results[0] == results[1]
+    assert len({each.answer for each in results[0]}) > 2
