@@ -5,22 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
+from phi3_jax.batch.options import RowOptions
 from phi3_jax.errors import UserError
 from phi3_jax.runs.text import lone_surrogate, parse_json
 
-OPTIONS = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "stop_strings",
-    "seed",
-)
+OPTIONS = ("max_new_tokens", "stop_strings", *RowOptions.__dataclass_fields__)
 """The options of a line; the names are those of GenerationConfig and, for `seed`, of `generate`."""
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"

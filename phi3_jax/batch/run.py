@@ -121,7 +121,7 @@ def batch_file(
     the same call. Each answers its share of the lines, and process 0 combines the answers.
 
     Args:
-        make_engine: returns the engine; not called if no line remains.
+        make_engine: returns the engine; not called if the output is finished.
         source: lines for `read_requests`; compressed if the name ends with .gz; "-": standard input.
         output: receives one answer a line; "-": standard output, which cannot be resumed.
         options: JSON values that the answers depend on; an output with other options cannot be resumed.
