@@ -213,11 +213,10 @@ class Phi3Model(Phi3PreTrainedModel):
         Args:
             input_ids: token ids; NumPy or JAX.
             attention_mask: 1 for tokens, 0 for padding, of the new tokens [B, T] or of the cached and the new
-                ones [B, past + T]; or [B, 1 or N, T, S]: True where a query sees a key, or numbers added to
-                the scores. A cache that is a ring takes masks of the new tokens only.
+                ones [B, past + T] (not for a ring); or [B, 1 or N, T, S]: True where a query sees a key, or
+                numbers added to the scores.
             position_ids: default: tokens counted along the mask, without padding.
-            past_key_values: the cache so far, with room for the new tokens. A full one is an error outside
-                `jit`; inside, its length is not known. A ring has room for the chunk that it was made for.
+            past_key_values: the cache so far, with room for the new tokens; under `jit` this is not checked.
             inputs_embeds: in place of `input_ids`.
             use_cache: return a cache; default: if one was given. Without one, a new one is made with room
                 for at least 128 more tokens (see `init_cache`).
@@ -249,7 +248,7 @@ class Phi3Model(Phi3PreTrainedModel):
         check_divides(self.mesh, {"batch": new.batch_size, "length": new.length if where.prefill else 0})
 
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
-        x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
+        x = new.inputs_embeds if new.input_ids is None else self.embed_tokens(new.input_ids)
         x = constrain(x.astype(self.dtype), self.mesh, "batch", length_axis, "hidden")
         x = dropout(x, self.config.embd_pdrop, None if key is None else jax.random.fold_in(key, 0))
         tables = rope_tables(self.config, where.position_ids, where.rope_length, inv_freq, attention_scaling)
@@ -266,8 +265,8 @@ class Phi3Model(Phi3PreTrainedModel):
         )
         last = self.norm(states[-1])
         if cache is not None:
-            cache = cache.extend(present, new.length, where.key_mask, where.tokens, where.rope_length)
-            cache = cache.constrain(self.mesh)
+            extension = new.length, where.key_mask, where.tokens, where.rope_length
+            cache = cache.extend(present, *extension).constrain(self.mesh)
         return BaseModelOutputWithPast(
             last_hidden_state=last_positions(last, hidden_states_to_keep),
             past_key_values=cache if use_cache or use_cache is None else None,

@@ -77,13 +77,8 @@ def load_model(
     """
     parameters_dtype = _requested_dtype(dtype)
     if not isinstance(name_or_path, Checkpoint):
-        name_or_path = resolve(
-            name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        hub: Any = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        name_or_path = resolve(name_or_path, local_files_only=local_files_only, **hub)
     source, own_config = open_checkpoint(name_or_path)
     path = source.path
     config = (config or own_config).replace(**config_changes)
@@ -92,7 +87,8 @@ def load_model(
     shapes = abstract_model(cls, config, mesh=mesh)
     shapes.set_attn_implementation(attn_implementation)
     graph, abstract = nnx.split(shapes)
-    parameters = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in nnx.to_flat_state(abstract)}
+    flat = {".".join(map(str, keys)): (keys, leaf) for keys, leaf in nnx.to_flat_state(abstract)}
+    parameters = {name: leaf.get_value() for name, (_, leaf) in flat.items()}
     expected = {name: leaf.shape for name, leaf in parameters.items()}
     files = _match(cls, source, config, expected, ignore_mismatched_sizes, path)
     if parameters_dtype is None:
@@ -104,12 +100,9 @@ def load_model(
         names = " and ".join(absent)
         logger.warning("%s has no %s that fits: initialised, to be trained before use", path, names)
     for name, file_name in files.items():
-        leaf = parameters[name]
-        layout = layout_of(name)
+        leaf, layout = parameters[name], layout_of(name)
         values[name] = put_parameter(source, file_name, layout, leaf.shape, parameters_dtype, leaf.sharding)
-    leaves = [
-        (keys, leaf.replace(values[".".join(map(str, keys))])) for keys, leaf in nnx.to_flat_state(abstract)
-    ]
+    leaves = [(keys, leaf.replace(values[name])) for name, (keys, leaf) in flat.items()]
     model = nnx.merge(graph, nnx.from_flat_state(leaves))
     if isinstance(model, GenerationMixin):
         model.generation_config = read_generation_config(source, config)
