@@ -248,7 +248,7 @@ class Phi3Model(Phi3PreTrainedModel):
         check_divides(self.mesh, {"batch": new.batch_size, "length": new.length if where.prefill else 0})
 
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
-        x = new.inputs_embeds if new.input_ids is None else self.embed_tokens(new.input_ids)
+        x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
         x = constrain(x.astype(self.dtype), self.mesh, "batch", length_axis, "hidden")
         x = dropout(x, self.config.embd_pdrop, None if key is None else jax.random.fold_in(key, 0))
         tables = rope_tables(self.config, where.position_ids, where.rope_length, inv_freq, attention_scaling)

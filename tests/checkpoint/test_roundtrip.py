@@ -301,7 +301,7 @@ def test_causal_checkpoint_into_a_classifier(
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     new = "score.bias and score.weight" if cls is Phi3ForTokenClassification else "score.weight"
-    assert f"{tmp_path} has no {new} that fits: initialised anew" in record.getMessage()
+    assert f"{tmp_path} has no {new} that fits: initialised, to be trained" in record.getMessage()
     assert first.config.num_labels == 5
     loaded = values(first)
     assert loaded["score.weight"].shape == (5, 48)
