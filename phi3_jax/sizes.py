@@ -11,3 +11,8 @@ def ceil_div(total: int, size: int) -> int:
 def round_up(value: int, multiple: int) -> int:
     """Returns the least multiple of `multiple` that is not below `value`."""
     return ceil_div(value, multiple) * multiple
+
+
+def power_of_two(value: int) -> int:
+    """Returns the least power of two that is not below `value`, which is at least 1."""
+    return 1 << (value - 1).bit_length()

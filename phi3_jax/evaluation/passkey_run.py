@@ -53,12 +53,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class PasskeyResult:
-    """Trials in the order in which they were made, and the options they depend on."""
+    """Trials in the order of the measurement, and the options they depend on."""
 
     trials: list[Trial]
     options: Mapping[str, Any]
     new: int
-    """Trials of this call; an earlier call made the others."""
+    """Trials of this call; the others are of an earlier call."""
     seconds: float
 
 

@@ -17,7 +17,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.memory import token_bytes, token_capacity
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.sizes import round_up
+from phi3_jax.sizes import power_of_two, round_up
 
 CHUNK = 512
 """Tokens of a row that go through the model at a time."""
@@ -170,12 +170,12 @@ class Scorer:
         return whole[0], whole[1:]
 
     def _width(self, length: int) -> int:
-        return min(self._chunk, max(NARROWEST, _power_of_two(length - 1)))
+        return min(self._chunk, max(NARROWEST, power_of_two(length - 1)))
 
     def _slots(self, length: int) -> int:
         """Returns the slots of the cache for `length` tokens: a power of two of chunks, or 3/4 of one."""
         width, end = self._width(length), self.padded(length)
-        size = width * _power_of_two(end // width)
+        size = width * power_of_two(end // width)
         smaller = size * 3 // 4
         return smaller if smaller >= end and smaller % width == 0 else size
 
@@ -198,10 +198,6 @@ def frequencies_key(config: Phi3Config, length: int, initial_tokens: int = 0) ->
     inv_freq, scaling = frequencies_for(config, length)
     content = inv_freq.tobytes() + np.float32(scaling).tobytes() + str(initial_tokens).encode()
     return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 def _feed(

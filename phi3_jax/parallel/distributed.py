@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phi3_jax.errors import UserError
+from phi3_jax.sizes import power_of_two
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ def broadcast(value: Any, source: int = 0) -> Any:
     if length <= SHORT - 8:
         return pickle.loads(head[8 : 8 + length].tobytes())
     # Powers of two, so that few programs are compiled.
-    body = np.zeros(1 << (length - 1).bit_length(), np.uint8)
+    body = np.zeros(power_of_two(length), np.uint8)
     body[: len(data)] = np.frombuffer(data, np.uint8)  # empty in the other processes
     body = _sum(body)
     return pickle.loads(body[:length].tobytes())

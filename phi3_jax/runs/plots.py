@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from phi3_jax.runs.files import replacing
+from phi3_jax.sizes import ceil_div
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6E6E6E"
 
@@ -142,7 +143,7 @@ def scatter(
     """Draws predicted against true values, in one panel for each output of a regression."""
     outputs = min(true.shape[1], MOST_OUTPUTS)
     columns = math.ceil(math.sqrt(outputs))
-    rows = math.ceil(outputs / columns)
+    rows = ceil_div(outputs, columns)
     side = 5.0 if outputs == 1 else 3.6
     figure = Figure(figsize=(side * columns, side * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()

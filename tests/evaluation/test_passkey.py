@@ -44,13 +44,13 @@ def test_prompts_have_their_length_and_depth(tokenizer: Phi3Tokenizer, template:
 
 def test_cases_differ_and_are_reproducible(tokenizer: Phi3Tokenizer) -> None:
     prompts = PasskeyPrompts(tokenizer, 20, template=True)
-    made = [prompts(Case(500, 0.5, trial)) for trial in range(20)]
-    assert len({prompt.key for prompt in made}) == 20
-    assert len({tuple(prompt.ids[100:150]) for prompt in made}) > 5
+    cases = [prompts(Case(500, 0.5, trial)) for trial in range(20)]
+    assert len({prompt.key for prompt in cases}) == 20
+    assert len({tuple(prompt.ids[100:150]) for prompt in cases}) > 5
     again = PasskeyPrompts(tokenizer, 20, template=True)
-    assert [again(Case(500, 0.5, trial)) for trial in range(20)] == made
+    assert [again(Case(500, 0.5, trial)) for trial in range(20)] == cases
     other = PasskeyPrompts(tokenizer, 20, template=True, seed=1)
-    assert other(Case(500, 0.5, 0)).key != made[0].key
+    assert other(Case(500, 0.5, 0)).key != cases[0].key
 
 
 def test_uses_the_lines_of_a_text_as_filler(tokenizer: Phi3Tokenizer) -> None:
