@@ -211,17 +211,15 @@ class Phi3Model(Phi3PreTrainedModel):
         """Runs the decoder over new tokens, after those in the cache if there is one.
 
         Args:
-            input_ids: token ids; NumPy or JAX.
+            input_ids, inputs_embeds: token ids, in NumPy or JAX, or their embeddings; one of them.
             attention_mask: 1 for tokens, 0 for padding, of the new tokens [B, T] or of the cached and the new
                 ones [B, past + T] (not for a ring); or [B, 1 or N, T, S]: True where a query sees a key, or
                 numbers added to the scores.
             position_ids: default: tokens counted along the mask, without padding.
             past_key_values: the cache so far, with room for the new tokens; under `jit` this is not checked.
-            inputs_embeds: in place of `input_ids`.
             use_cache: return a cache; default: if one was given. Without one, a new one is made with room
                 for at least 128 more tokens (see `init_cache`).
-            output_attentions: return the probabilities of every layer.
-            output_hidden_states: return the embeddings and every layer's output.
+            output_attentions, output_hidden_states: return every layer's probabilities or outputs.
             rngs: for dropout, a key or an `nnx.Rngs` with a `dropout` stream; None: no dropout.
             inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2] or, for
                 each new token, [B, T, rotary_dim / 2].
@@ -238,8 +236,7 @@ class Phi3Model(Phi3PreTrainedModel):
             UserError: shapes that do not fit, ids outside the vocabulary, too many tokens for the cache.
         """
         arguments = input_ids, inputs_embeds, attention_mask, position_ids, segment_ids
-        new = check(self.config, past_key_values, *arguments)
-        cache = past_key_values
+        new, cache = check(self.config, past_key_values, *arguments), past_key_values
         if cache is None and use_cache:
             new.refuse_segments()
             cache = self.init_cache(new.batch_size, round_up(new.length + SPARE_SLOTS, SPARE_SLOTS))
