@@ -1,4 +1,4 @@
-"""Generation: steps and loops on the device, and what drives them from the host."""
+"""Generation: steps and loops on the device, and the host code that drives them."""
 
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.generate import generate

@@ -1,4 +1,4 @@
-"""The logits processors that a generation config asks for, checked and in the reference's order."""
+"""Builds the logits processors of a generation config, checked and in the reference's order."""
 
 import math
 from collections.abc import Sequence
@@ -22,24 +22,24 @@ def logits_processors(
     eos_token_ids: Sequence[int],
     user: Sequence[Any] = (),
 ) -> tuple[Any, ...]:
-    """The processors of `config`, the `user`'s, and, under `do_sample`, those that shape the distribution.
+    """Returns the processors of `config`, those of `user` and, with `do_sample`, those of the distribution.
 
     Order and meaning are those of transformers' `_get_logits_processor`. `config` has the attributes of a
-    GenerationConfig; one that is missing or None is off. `prompt_length` counts columns, padding included. A
-    user's processor takes the place of one of the same class, as in the reference; a callable of another kind
-    is handed through. End tokens outside the vocabulary, with which -1 means "never", are left out.
+    GenerationConfig; one that is missing or None is off. `prompt_length` includes padding. A user's processor
+    replaces one of the same class, as in the reference; other callables are returned as they are. End tokens
+    outside the vocabulary are left out: -1 means "never".
 
     Raises:
-        ValueError: a setting that cannot be; the text names it, its value and what it may be.
+        UserError: a setting is not valid; the message has its name, its value and what it may be.
     """
-    settings = _Settings(config, vocab_size)
+    settings = _CheckedConfig(config, vocab_size)
     ends = np.unique([token for token in eos_token_ids if 0 <= token < vocab_size]).astype(np.int32)
     chain = [
         *_on_sequences(settings, ends),
         *_on_positions(settings, ends, prompt_length, max_new_tokens),
     ]
-    chain = [next((own for own in user if type(own) is type(made)), made) for made in chain]
-    chain += [own for own in user if not any(own is made for made in chain)]
+    chain = [next((own for own in user if type(own) is type(each)), each) for each in chain]
+    chain += [own for own in user if not any(own is each for each in chain)]
     if settings.value("do_sample"):
         beams = settings.integer("num_beams", low=1) or 1
         chain += _on_distribution(
@@ -50,8 +50,8 @@ def logits_processors(
     return tuple(chain)
 
 
-class _Settings:
-    """A generation config read with checks: every method gives None for what is not set."""
+class _CheckedConfig:
+    """Reads a generation config with checks; every method returns None for a setting that is not set."""
 
     def __init__(self, config: Any, vocab_size: int):
         self.config = config
@@ -61,7 +61,7 @@ class _Settings:
         return getattr(self.config, name, None)
 
     def number(self, name: str, low: float, high: float, interval: str, hint: str = "") -> float | None:
-        """The number called `name`, inside `interval`: "(0, 1]", say, whose brackets tell if ends count."""
+        """Returns the number `name`, which must lie in `interval`, for instance "(0, 1]"."""
         value = self.value(name)
         if value is None:
             return None
@@ -79,7 +79,7 @@ class _Settings:
         return int(value)
 
     def tokens(self, name: str) -> Int[np.ndarray, " N"] | None:
-        """The token ids called `name`, each once; one alone counts as a list of one."""
+        """Returns the token ids `name` without duplicates; a single id counts as a list."""
         value = self.value(name)
         if value is None:
             return None
@@ -107,7 +107,7 @@ class _Settings:
         return {self.checked(name, tokens): float(bias) for tokens, bias in pairs}
 
     def bad_words(self, ends: Int[np.ndarray, " E"]) -> dict[tuple[int, ...], float] | None:
-        """Bad words as biases; an end token alone is no bad word, as in the reference."""
+        """Returns bad words as biases; an end token alone is not a bad word, as in the reference."""
         name, value = "bad_words_ids", self.value("bad_words_ids")
         if value is None:
             return None
@@ -123,8 +123,8 @@ class _Settings:
         return biases
 
 
-def _on_sequences(settings: _Settings, ends: Int[np.ndarray, " E"]) -> list[rules.LogitsProcessor]:
-    """Processors that look at the tokens so far."""
+def _on_sequences(settings: _CheckedConfig, ends: Int[np.ndarray, " E"]) -> list[rules.LogitsProcessor]:
+    """Returns the processors that depend on the earlier tokens."""
     chain: list[rules.LogitsProcessor] = []
     if (biases := settings.sequence_bias()) is not None:
         chain.append(rules.SequenceBiasLogitsProcessor(*_table(biases)))
@@ -142,9 +142,9 @@ def _on_sequences(settings: _Settings, ends: Int[np.ndarray, " E"]) -> list[rule
 
 
 def _on_positions(
-    settings: _Settings, ends: Int[np.ndarray, " E"], prompt_length: int, max_new_tokens: int
+    settings: _CheckedConfig, ends: Int[np.ndarray, " E"], prompt_length: int, max_new_tokens: int
 ) -> list[rules.LogitsProcessor]:
-    """Processors that look at how many tokens there are, and those that need nothing."""
+    """Returns the processors that depend on the number of tokens, or on nothing."""
     chain: list[rules.LogitsProcessor] = []
     min_new_tokens = settings.integer("min_new_tokens", low=0)
     min_length = settings.integer("min_length", low=0)
@@ -173,10 +173,10 @@ def _on_positions(
     return chain
 
 
-def _on_distribution(settings: _Settings, min_tokens_to_keep: int) -> list[rules.LogitsProcessor]:
-    """Processors that shape the distribution a token is drawn from."""
+def _on_distribution(settings: _CheckedConfig, min_tokens_to_keep: int) -> list[rules.LogitsProcessor]:
+    """Returns the processors that shape the distribution that a token is drawn from."""
     chain: list[rules.LogitsProcessor] = []
-    greedy = "; for the likeliest token each time set do_sample=False"
+    greedy = "; for the most likely token each time set do_sample=False"
     if (temperature := settings.number("temperature", 0, math.inf, "(0, inf)", greedy)) not in (None, 1.0):
         chain.append(warpers.TemperatureLogitsWarper(temperature))
     if (share := settings.number("top_h", 0, 1, "(0, 1]")) is not None:
@@ -209,7 +209,7 @@ def _decay(decay: Any, ends: Int[np.ndarray, " E"]) -> rules.ExponentialDecayLen
 
 
 def _table(biases: dict[tuple[int, ...], float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prefixes aligned on the right in a table of -1, the tokens that follow them, and the biases."""
+    """Returns prefixes, aligned on the right in a table of -1, the tokens after them, and the biases."""
     prefixes = np.full((len(biases), max(map(len, biases)) - 1), -1, np.int32)
     for row, (*prefix, _) in enumerate(biases):
         prefixes[row, prefixes.shape[1] - len(prefix) :] = prefix
@@ -226,13 +226,13 @@ def _is_real(value: Any) -> bool:
 
 
 def _is_pair(pair: Any) -> bool:
-    """Whether this is (token ids, bias), at least one id and a number."""
+    """Returns whether this is (token ids, bias): at least one id and a number."""
     parts = _as_list(pair) or []
     return len(parts) == 2 and bool(_as_list(parts[0])) and _is_real(parts[1]) and not math.isnan(parts[1])
 
 
 def _as_list(value: Any) -> list[Any] | None:
-    """A sequence or array as a list; None for anything else."""
+    """Returns a sequence or array as a list, and None for anything else."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None

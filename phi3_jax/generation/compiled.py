@@ -1,4 +1,4 @@
-"""The compiled steps of a model: made once for each structure, shared by every call that fits them."""
+"""Compiled steps of a model: compiled once for each structure and shared by every call that fits."""
 
 import inspect
 from collections.abc import Callable
@@ -11,19 +11,20 @@ from jax.tree_util import PyTreeDef
 
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.parallel.sharding import replicate, shards
+from phi3_jax.sizes import round_up
 
 CPU_LOOPS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-"""XLA's CPU back end would widen all 16-bit weights ahead of a loop and read twice the bytes each step."""
+"""XLA's CPU back end would else widen all 16-bit weights before a loop and read twice the bytes each step."""
 
 Step = Callable[..., Any]
-"""`step(model, state, *arrays, *, static...)`: pure; what must be known to compile it is keyword-only."""
+"""A pure function `step(model, state, *arrays, *, static...)`; its keyword-only arguments are compiled in."""
 
 
 class CompiledModel:
-    """A model (or several, as a tuple) taken apart, ready to run compiled steps.
+    """A model (or a tuple of several), flattened and ready to run compiled steps.
 
-    An abstract one runs nothing, but tells what memory it takes. Programs belong to the structure (classes,
-    config, shapes): models that differ in their weights only share them.
+    An abstract model runs nothing, but its memory can be computed. Programs belong to the structure (classes,
+    config, shapes): models that differ only in their weights share them.
     """
 
     def __init__(self, model: Any):
@@ -35,25 +36,24 @@ class CompiledModel:
         self._programs: dict[Step, Callable[..., Any]] = {}
 
     def __call__(self, step: Step, state: Any, *arguments: Any, **static: Any) -> Any:
-        """Runs `step`; `state` is donated, so what went in is gone afterwards."""
+        """Runs `step`; `state` is donated, so the caller's copy is gone afterwards."""
         if step not in self._programs:
             self._programs[step] = _program(step, self._structure, self.on_cpu, self.mesh)
         return self._programs[step](self._leaves, state, *arguments, **static)
 
     def rows_for(self, rows: int) -> int:
-        """Rows that are computed together where `rows` are wanted: as many as the mesh divides."""
-        each = shards(self.mesh, "batch")
-        return -(-rows // each) * each
+        """Returns the least number of rows, not below `rows`, that the mesh divides."""
+        return round_up(rows, shards(self.mesh, "batch"))
 
 
 @lru_cache(maxsize=256)
 def _program(step: Step, structure: PyTreeDef, on_cpu: bool, mesh: Mesh | None) -> Callable[..., Any]:
     def run(leaves: list[Any], state: Any, *arguments: Any, **static: Any) -> Any:
-        made = step(jax.tree.unflatten(structure, leaves), state, *arguments, **static)
-        # Caches stay divided; all else is small, and read by the host, in every process.
+        result = step(jax.tree.unflatten(structure, leaves), state, *arguments, **static)
+        # Caches stay divided. The rest is small, and the host reads it in every process.
         return jax.tree.map(
             lambda x: x.constrain(mesh) if isinstance(x, KVCache) else replicate(x, mesh),
-            made,
+            result,
             is_leaf=lambda x: isinstance(x, KVCache),
         )
 

@@ -1,4 +1,4 @@
-"""`generate`: the way of going on that a call asks for, run to its end or step by step."""
+"""`generate`: runs a call to its end, or step by step."""
 
 from collections.abc import Generator
 from typing import Any
@@ -14,7 +14,7 @@ from phi3_jax.generation.state import NO_TOKEN
 
 
 def generate(compiled: CompiledModel, input_ids: Any, *arguments: Any, **options: Any) -> Any:
-    """What `Phi3ForCausalLM.generate` documents, for a model that is taken apart already."""
+    """Does what `Phi3ForCausalLM.generate` documents, with a model that is already flattened."""
     call = Call(compiled, input_ids, *arguments, **options)
     for _ in call.run():
         pass
@@ -22,20 +22,20 @@ def generate(compiled: CompiledModel, input_ids: Any, *arguments: Any, **options
 
 
 class Call:
-    """One call of generate: `run` makes the tokens, after which `result` has what the user gets.
+    """One call of generate: `run` generates the tokens, then `result` returns the user's output.
 
-    Everything that can be wrong with the call is an error here, before any work.
+    All arguments are checked here, before any work.
     """
 
     def __init__(self, compiled: CompiledModel, input_ids: Any, *arguments: Any, **options: Any):
         self.request = GenerationRequest(compiled, input_ids, *arguments, **options)
-        several = self.request.config.num_beams > 1
-        self._mode = BeamSearch(self.request) if several else OneByOne(self.request)
+        beams = self.request.config.num_beams > 1
+        self._mode = BeamSearch(self.request) if beams else OneByOne(self.request)
 
     def run(self) -> Generator[Int[np.ndarray, " R"], None, None]:
-        """Makes the tokens; gives each step's as they come, NO_TOKEN in rows without one.
+        """Generates the tokens and yields each step's as they come, NO_TOKEN in rows without one.
 
-        Closed early, the tokens given so far are the result.
+        When closed early, the tokens up to then are the result.
         """
         request = self.request
         streamer = request.streamer
@@ -46,15 +46,15 @@ class Call:
                 if streamer is not None:
                     streamer.put(np.where(tokens == NO_TOKEN, request.config.pad_token_id or 0, tokens))
                 yield tokens
-        finally:  # a reader in another thread waits for it
+        finally:  # a reader in another thread waits for the end
             if streamer is not None:
                 streamer.end()
 
     @property
     def tokens(self) -> list[list[int]]:
-        """Each row's new tokens so far."""
+        """Each row's new tokens up to now."""
         return self._mode.tokens
 
     def result(self) -> Any:
-        """Ids [R, length], or with `return_dict_in_generate` everything that was asked for."""
+        """Returns ids [R, length], or the whole output with `return_dict_in_generate`."""
         return self._mode.result()

@@ -1,4 +1,4 @@
-"""The methods that generation adds to a model."""
+"""Adds `generate` and its configuration to a model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,34 +11,34 @@ from phi3_jax.generation.generate import generate
 
 
 @dataclass(frozen=True, eq=False)
-class Aside:
-    """Something a model carries that no computation depends on: models that differ in it are compiled once.
+class Uncompiled:
+    """Holds a value of a model that no computation depends on, so models that differ in it share programs.
 
-    What a module holds besides arrays is part of what it is compiled for; this is equal whatever it holds.
+    Whatever a module holds besides arrays is part of its program's key; all objects of this class are equal.
     """
 
     value: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Aside)
+        return isinstance(other, Uncompiled)
 
     def __hash__(self) -> int:
-        return hash(Aside)
+        return hash(Uncompiled)
 
 
 class GenerationMixin:
     """Adds `generate` and its configuration to a causal language model."""
 
-    _generation_config: Aside
+    _generation_config: Uncompiled
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """What `generate` does unless told otherwise; from the checkpoint's generation_config.json."""
+        """The defaults of `generate`, from the checkpoint's generation_config.json."""
         return self._generation_config.value
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
-        self._generation_config = Aside(value)
+        self._generation_config = Uncompiled(value)
 
     def generate(
         self,
@@ -49,32 +49,32 @@ class GenerationMixin:
     ) -> Any:
         """Continues each row of `input_ids`; names, defaults and results are those of transformers.
 
-        Returns ids [B * num_return_sequences, T + new]: the prompt, new tokens, `pad_token_id` behind an end
-        token; or, with `return_dict_in_generate`, what `phi3_jax.generation.outputs` documents.
+        Returns ids [B * num_return_sequences, T + new]: the prompt, new tokens, and `pad_token_id` after an
+        end token; with `return_dict_in_generate`, an output of `phi3_jax.generation.outputs`.
 
         Args:
             input_ids: prompts, padded on either side.
-            attention_mask: 1 for tokens, 0 for padding; default: padding is told by `pad_token_id`, unless
-                that is an end token too.
-            generation_config: comes before `self.generation_config`, which fills what it leaves open.
-            options: any field of `GenerationConfig`, which then counts before both configs, and
+            attention_mask: 1 for tokens, 0 for padding; default: `pad_token_id` marks padding, unless it is
+                also an end token.
+            generation_config: overrides `self.generation_config`, which supplies the rest.
+            options: any field of `GenerationConfig`, which overrides both configs, and
                 past_key_values: the cache that an earlier call returned; `input_ids` still has all tokens.
                 logits_processor: `LogitsProcessor`s, or transformers' kind (input_ids, scores) -> scores in
-                    NumPy, which run on the host after every step.
-                prefix_allowed_tokens_fn: (row, ids) -> allowed tokens, on the host likewise; its like on the
-                    device is `AllowedTokensLogitsProcessor`.
+                    NumPy, which run on the host at every step.
+                prefix_allowed_tokens_fn: (row, ids) -> allowed tokens, on the host;
+                    `AllowedTokensLogitsProcessor` does the same on the device.
                 stopping_criteria: (input_ids, scores) -> bool or bools [rows], on the host.
                 tokenizer: for `stop_strings`.
-                assistant_model: a small model that drafts tokens; `prompt_lookup_num_tokens` drafts without.
-                negative_prompt_ids, negative_prompt_attention_mask: what `guidance_scale` guides away from.
+                assistant_model: a small model that drafts tokens; `prompt_lookup_num_tokens` needs none.
+                negative_prompt_ids, negative_prompt_attention_mask: prompts that `guidance_scale` avoids.
                 inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2]
-                    or, for positions 0, 1, ..., [B, positions, rotary_dim / 2] (behind them, the last one's).
+                    or, for positions 0, 1, ..., [B, positions, rotary_dim / 2] (the last holds beyond them).
                 attention_scaling: factor on cosine and sine in place of the config's, a number or [B].
                 streamer: `put` gets the prompts, then every step's tokens, `end` comes last.
                 seed: of the draws; default: another one for every call.
 
         Raises:
-            ValueError: settings that contradict each other, prompts or arguments that do not fit.
-            TypeError: an argument that there is not.
+            UserError: settings contradict each other, or a prompt or argument does not fit.
+            TypeError: there is no such argument.
         """
         return generate(CompiledModel(self), input_ids, attention_mask, generation_config, **options)

@@ -1,10 +1,9 @@
-"""Logits processors: rules on the next token that hold whether or not it is drawn by chance.
+"""Logits processors: rules on the next token that hold with and without sampling.
 
 Each is a pytree under transformers' name (generation/logits_process.py). Its numbers and token lists are
-leaves, so that a compiled loop takes other values without compiling again; what decides shapes is static.
-Values are checked where `chain.logits_processors` makes them from a generation config, not here, as JAX fills
-the same classes with tracers. Scores are float32. Positions are counted in generated tokens, and each row
-stands alone: padding never matches.
+leaves, so a compiled loop takes other values without compiling again; what decides shapes is static.
+`chain.logits_processors` checks the values; the classes cannot, because JAX fills them with tracers. Scores
+are float32. Positions are counted in generated tokens, and each row is independent: padding never matches.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,23 +23,23 @@ TokenIds = Int[Array | np.ndarray, " N"]
 
 
 class LogitsProcessor:
-    """Maps the scores of the next token to others, as a pure function.
+    """A pure function that changes the scores of the next token.
 
-    A subclass that is to run in the compiled loop is a pytree, for instance a dataclass under
+    A subclass runs in the compiled loop if it is a pytree, for instance a dataclass under
     `jax.tree_util.register_dataclass`.
     """
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        raise NotImplementedError(f"{type(self).__name__} does not say how it changes scores")
+        raise NotImplementedError(f"{type(self).__name__} needs a method __call__(sequences, scores)")
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class LogitsProcessorList(tuple[LogitsProcessor, ...]):
-    """Processors, each on what the one before it made; how every compiled function is to be given them.
+    """Applies processors one after the other; every compiled function takes them in this list.
 
-    jaxlib (0.10) takes two pytrees for alike where only the class of a registered dataclass differs, so that
-    a cache of `jit`, which compares some bits of a hash and then structures, now and then finds one penalty's
-    program for another's. Here the classes are a part of the structure.
+    jaxlib (0.10) treats two pytrees as equal where only the class of a registered dataclass differs. A cache
+    of `jit`, which compares some bits of a hash and then structures, may then return one penalty's program
+    for another one. In this list the classes are part of the structure.
     """
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
@@ -49,8 +48,8 @@ class LogitsProcessorList(tuple[LogitsProcessor, ...]):
         return scores
 
     def tree_flatten_with_keys(self) -> tuple[Any, tuple[type, ...]]:
-        children = [(jax.tree_util.SequenceKey(index), one) for index, one in enumerate(self)]
-        return children, tuple(type(one) for one in self)
+        children = [(jax.tree_util.SequenceKey(index), each) for index, each in enumerate(self)]
+        return children, tuple(type(each) for each in self)
 
     @classmethod
     def tree_unflatten(cls, classes: tuple[type, ...], children: Iterable[Any]) -> "LogitsProcessorList":
@@ -62,7 +61,7 @@ class LogitsProcessorList(tuple[LogitsProcessor, ...]):
 class SequenceBiasLogitsProcessor(LogitsProcessor):
     """Adds `bias` to the score of `last` in rows whose latest tokens are `prefixes`.
 
-    `prefixes` are aligned on the right; -1 fills them on the left, where any token, or none, will do.
+    `prefixes` are aligned on the right; -1 on the left matches any token, or none.
     """
 
     prefixes: Int[Array | np.ndarray, "N P"]
@@ -70,10 +69,10 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
     bias: Float[Array | np.ndarray, " N"]
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        ids, held = sequences.last(self.prefixes.shape[1])
-        same = (ids[:, None] == self.prefixes) & held[:, None]  # [R, N, P]
-        found = jnp.all(same | (self.prefixes < 0), axis=-1)
-        bias = jnp.zeros_like(scores).at[:, self.last].add(jnp.where(found, self.bias, 0.0), mode="drop")
+        ids, is_token = sequences.last(self.prefixes.shape[1])
+        same = (ids[:, None] == self.prefixes) & is_token[:, None]  # [R, N, P]
+        matches = jnp.all(same | (self.prefixes < 0), axis=-1)
+        bias = jnp.zeros_like(scores).at[:, self.last].add(jnp.where(matches, self.bias, 0.0), mode="drop")
         return scores + bias
 
 
@@ -86,7 +85,7 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
-    """Makes tokens of the prompt and the answer less likely (penalty > 1) or more (< 1), once however often.
+    """Makes tokens that occurred less likely (penalty > 1) or more (< 1), however often they occurred.
 
     Divides positive scores and multiplies negative ones (https://arxiv.org/abs/1909.05858, section 4.1).
     """
@@ -102,7 +101,7 @@ class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
-    """Takes `penalty` off a token's score for each time it was generated, as OpenAI's API and vLLM do."""
+    """Subtracts `penalty` from a token's score for each time it was generated, as OpenAI and vLLM do."""
 
     penalty: Number
 
@@ -113,7 +112,7 @@ class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class PresencePenaltyLogitsProcessor(LogitsProcessor):
-    """Takes `penalty` off a token's score if it was generated before, as OpenAI's API and vLLM do."""
+    """Subtracts `penalty` from a token's score if it was generated, as OpenAI and vLLM do."""
 
     penalty: Number
 
@@ -136,9 +135,9 @@ class NoRepeatNGramLogitsProcessor(LogitsProcessor):
             return scores
         latest, _ = sequences.last(before)
         match = sequences.mask[:, before:]
-        for place in range(before):
-            part = slice(place, place + windows)
-            match &= sequences.mask[:, part] & (ids[:, part] == latest[:, place, None])
+        for offset in range(before):
+            part = slice(offset, offset + windows)
+            match &= sequences.mask[:, part] & (ids[:, part] == latest[:, offset, None])
         banned = token_counts(ids[:, before:], match, scores.shape[1]) > 0
         return jnp.where(banned, -jnp.inf, scores)
 
@@ -159,19 +158,19 @@ class MinNewTokensLengthLogitsProcessor(LogitsProcessor):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class AllowedTokensLogitsProcessor(LogitsProcessor):
-    """Forbids what `mask_fn(sequences)` does not mark: `prefix_allowed_tokens_fn` in a form that compiles.
+    """Forbids tokens outside `mask_fn(sequences)`: `prefix_allowed_tokens_fn` in a form that compiles.
 
-    Where no marked token has a score above minus infinity they all get 0, as in the reference's
-    PrefixConstrainedLogitsProcessor. A row must mark at least one token, or nothing is left of it.
+    Where no allowed token has a score above minus infinity they all get 0, as in the reference's
+    PrefixConstrainedLogitsProcessor. Every row must allow at least one token.
     """
 
     mask_fn: Callable[[Sequences], Bool[Array, "R V"]] = field(metadata={"static": True})
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         allowed = self.mask_fn(sequences)
-        kept = jnp.where(allowed, scores, -jnp.inf)
-        stuck = jnp.max(kept, axis=-1, keepdims=True) == -jnp.inf
-        return jnp.where(stuck & allowed, 0.0, kept)
+        scores = jnp.where(allowed, scores, -jnp.inf)
+        stuck = jnp.max(scores, axis=-1, keepdims=True) == -jnp.inf
+        return jnp.where(stuck & allowed, 0.0, scores)
 
 
 @jax.tree_util.register_dataclass
@@ -179,7 +178,7 @@ class AllowedTokensLogitsProcessor(LogitsProcessor):
 class ForcedBOSTokenLogitsProcessor(LogitsProcessor):
     """Leaves only `bos_token_id` for the token that follows `at` generated ones.
 
-    The reference forces a sequence's second token: `at` is 1 minus the prompt's columns.
+    The reference forces a sequence's second token: `at` is 1 minus the prompt's length.
     """
 
     bos_token_id: Number
@@ -205,7 +204,7 @@ class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class InfNanRemoveLogitsProcessor(LogitsProcessor):
-    """Puts 0 for NaN and float32's largest and smallest numbers for the infinities."""
+    """Replaces NaN with 0 and the infinities with float32's largest and smallest numbers."""
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         return jnp.nan_to_num(scores)
@@ -216,7 +215,7 @@ class InfNanRemoveLogitsProcessor(LogitsProcessor):
 class ExponentialDecayLengthPenalty(LogitsProcessor):
     """Raises the end tokens' scores by |score| * (factor ** (new - start) - 1) once `new` is past `start`.
 
-    Holds the factor's logarithm, which says more exactly in float32 what a factor close to 1 is.
+    Holds the factor's logarithm, which is more exact in float32 for a factor close to 1.
     """
 
     start: Number
@@ -258,7 +257,7 @@ class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class LogitNormalization(LogitsProcessor):
-    """Log-probabilities: the scores shifted so that their exponentials sum to one."""
+    """Turns scores into log-probabilities, whose exponentials sum to one."""
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         return jax.nn.log_softmax(scores, axis=-1)

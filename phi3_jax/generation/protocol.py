@@ -1,4 +1,4 @@
-"""What generation needs of a model; `Phi3ForCausalLM` offers it."""
+"""The interface that generation needs of a model; `Phi3ForCausalLM` has it."""
 
 from typing import Any, Protocol
 

@@ -1,4 +1,4 @@
-"""An answer as it comes: an iterator of tokens, or of text."""
+"""Streams one answer: an iterator of tokens, or of text."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,15 +13,15 @@ from phi3_jax.tokenizer import Phi3Tokenizer
 
 
 def stream_tokens(model: CausalLM | CompiledModel, prompt: Sequence[int], **options: Any) -> Iterator[int]:
-    """The tokens that follow `prompt`, an end token included.
+    """Yields the tokens that follow `prompt`, with an end token.
 
-    `options` are those of `Phi3ForCausalLM.generate`, for one sequence without beams. The next step is on its
-    way before a token is given out, so the device does not wait for the reader.
+    `options` are those of `Phi3ForCausalLM.generate`, for one sequence without beams. The next step is sent
+    to the device before a token is yielded, so the device does not wait for the reader.
 
     Raises:
-        ValueError: as `generate`, or more than one sequence is asked for; before the first token.
+        UserError: as `generate`, or for more than one sequence; before the first token.
     """
-    call = one_answer(model, prompt, **options)
+    call = single_sequence_call(model, prompt, **options)
     return (int(tokens[0]) for tokens in call.run())
 
 
@@ -33,9 +33,9 @@ def stream_text(
     skip_special_tokens: bool = True,
     **options: Any,
 ) -> Iterator[str]:
-    """The text that follows `prompt` (text, or ids such as `tokenizer.apply_chat_template` gives), in pieces.
+    """Yields the text that follows `prompt` (text, or ids as of `tokenizer.apply_chat_template`) in pieces.
 
-    A piece ends where text is certain: not within a character of several tokens. See `stream_tokens`.
+    A piece ends where the text is certain: not within a character of several tokens. See `stream_tokens`.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     tokens = stream_tokens(model, ids, tokenizer=tokenizer, **options)
@@ -51,17 +51,17 @@ def stream_text(
     return pieces()
 
 
-def one_answer(model: CausalLM | CompiledModel, prompt: Sequence[int], **options: Any) -> Call:
-    """A call for one sequence, whose tokens come one by one."""
+def single_sequence_call(model: CausalLM | CompiledModel, prompt: Sequence[int], **options: Any) -> Call:
+    """Returns a call for one sequence whose tokens come one by one."""
     compiled = model if isinstance(model, CompiledModel) else CompiledModel(model)
     if not len(prompt):
         raise UserError("the prompt is empty: there is nothing to continue")
     options.setdefault("attention_mask", np.ones((1, len(prompt)), np.int32))  # there is no padding
     call = Call(compiled, [list(prompt)], step_by_step=True, **options)
-    chosen = call.request.config
+    config = call.request.config
     if call.request.copies > 1:
         raise UserError(
-            f"num_beams={chosen.num_beams} and num_return_sequences={chosen.num_return_sequences} "
+            f"num_beams={config.num_beams} and num_return_sequences={config.num_return_sequences} "
             "cannot be streamed: give 1 for both"
         )
     return call

@@ -1,6 +1,6 @@
-"""Where tokens go while they are made: `put` gets the prompt [1, T] first, then each new token [1].
+"""Streamers receive tokens during generation: `put` gets the prompt [1, T] first, then each new token [1].
 
-`end` tells that it was the last. Any object with these two methods is a streamer.
+`end` follows the last token. Any object with these two methods is a streamer.
 """
 
 from collections.abc import Iterator
@@ -17,26 +17,26 @@ _DECODE_OPTIONS = ("skip_special_tokens",)
 
 
 class BaseStreamer:
-    """What a streamer must have."""
+    """The interface of a streamer."""
 
     def put(self, value: Any) -> None:
         """Takes the prompt, or new tokens."""
         raise NotImplementedError(f"{type(self).__name__} needs a method put(value)")
 
     def end(self) -> None:
-        """Hears that no more tokens come; the next `put` is another prompt."""
+        """Ends the answer; the next `put` is another prompt."""
         raise NotImplementedError(f"{type(self).__name__} needs a method end()")
 
 
 class TextStreamer(BaseStreamer):
     """Prints one row's text as it becomes certain, and a newline at its end.
 
-    To do something else with the text, override `on_finalized_text`. All its texts up to the end together are
-    what `tokenizer.decode` makes of the tokens at once; an unfinished character waits for its last byte.
+    To do something else with the text, override `on_finalized_text`. Its texts, joined, are equal to
+    `tokenizer.decode` of all tokens; an unfinished character waits for its last byte.
     """
 
     def __init__(self, tokenizer: Phi3Tokenizer, skip_prompt: bool = False, **decode_kwargs: Any) -> None:
-        """`skip_special_tokens`, False unless given, is the one option of decoding.
+        """`skip_special_tokens` (default: False) is the only option of decoding.
 
         Raises:
             TypeError: any other option.
@@ -56,7 +56,7 @@ class TextStreamer(BaseStreamer):
         """Takes one row of ids, [T] or [1, T], in any library's array or as a list.
 
         Raises:
-            ValueError: there are more rows.
+            UserError: there are more rows.
         """
         ids = np.asarray(value)
         if ids.ndim > 2 or (ids.ndim == 2 and len(ids) > 1):
@@ -71,20 +71,20 @@ class TextStreamer(BaseStreamer):
             self.on_finalized_text(text)
 
     def end(self) -> None:
-        """Gives out what was held back."""
+        """Finalizes the remaining text."""
         self.next_tokens_are_prompt = True
         self.on_finalized_text(self._decoder.end(), stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Prints, in process 0; `text` is never empty but at the end, where it may be."""
+        """Prints `text` in process 0; only the last one may be empty."""
         if is_primary():
             print(text, end="\n" if stream_end else "", flush=True)
 
 
 class TextIteratorStreamer(TextStreamer):
-    """Hands the text to another thread, which iterates over this object while `generate` runs.
+    """Passes the text to another thread, which iterates over this object while `generate` runs.
 
-    It ends where the answer ends, and may then be used for the next one.
+    The iteration ends with the answer; the object may then be used for the next one.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TextIteratorStreamer(TextStreamer):
         timeout: float | None = None,
         **decode_kwargs: Any,
     ) -> None:
-        """`timeout` seconds without a text raise `queue.Empty` in the reader; None waits for ever."""
+        """After `timeout` seconds without text the reader gets `queue.Empty`; None waits forever."""
         super().__init__(tokenizer, skip_prompt, **decode_kwargs)
         self.text_queue: Queue[str | None] = Queue()
         self.stop_signal = None

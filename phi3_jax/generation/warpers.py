@@ -1,9 +1,9 @@
-"""Logits processors that shape the distribution a token is drawn from: temperature and truncations.
+"""Logits processors that shape the distribution that a token is drawn from: temperature and truncations.
 
-Under transformers' names, and as `processors` describes. None of them sorts the vocabulary. What to keep is
-decided by a threshold, found by bisection over the float32 numbers themselves: 32 sums over the vocabulary,
-exact, and on a CPU some 25 times faster than a sort. Tokens with equal scores stay or go together, where the
-reference lets its sort decide.
+They have transformers' names and follow the rules in `processors`. None of them sorts the vocabulary. A
+threshold decides which tokens stay; bisection over the float32 numbers finds it with 32 sums over the
+vocabulary, exactly, and on a CPU about 25 times faster than a sort. Tokens with equal scores stay or go
+together; in the reference its sort decides.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from phi3_jax.generation.processors import LogitsProcessor, Number
 from phi3_jax.generation.sequences import Sequences
 
 TOP_H_CANDIDATES = 100
-"""Most tokens that top-h keeps, a constant of the reference."""
+"""The most tokens that top-h keeps, a constant of the reference."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class TemperatureLogitsWarper(LogitsProcessor):
-    """Divides scores by the temperature: below 1 the likely tokens become likelier."""
+    """Divides scores by the temperature; below 1 likely tokens become more likely."""
 
     temperature: Number
 
@@ -34,9 +34,9 @@ class TemperatureLogitsWarper(LogitsProcessor):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class TopHLogitsWarper(LogitsProcessor):
-    """Keeps the likeliest tokens whose share of the entropy is at most `top_h`, among the 100 likeliest.
+    """Keeps the most likely tokens whose share of the entropy is at most `top_h` (arXiv:2509.02510).
 
-    Entropy is that of those 100 (https://arxiv.org/abs/2509.02510).
+    The entropy is that of the 100 most likely tokens, the only candidates.
     """
 
     top_h: Number
@@ -47,13 +47,13 @@ class TopHLogitsWarper(LogitsProcessor):
         entropies = jnp.where(p > 0, -p * jnp.log(p), 0.0)
         share = jnp.cumsum(entropies, axis=-1) <= self.top_h * jnp.sum(entropies, axis=-1, keepdims=True)
         last = jnp.maximum(jnp.sum(share & (p > 0), axis=-1, keepdims=True) - 1, 0)
-        return _where_kept(scores >= jnp.take_along_axis(ranked, last, axis=-1), scores)
+        return _keep_where(scores >= jnp.take_along_axis(ranked, last, axis=-1), scores)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class TopKLogitsWarper(LogitsProcessor):
-    """Keeps the `top_k` likeliest tokens, and those as likely as the last of them."""
+    """Keeps the `top_k` most likely tokens, and those as likely as the last of them."""
 
     top_k: Number
     min_tokens_to_keep: int = field(default=1, metadata={"static": True})
@@ -61,15 +61,15 @@ class TopKLogitsWarper(LogitsProcessor):
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         k = jnp.clip(self.top_k, min(self.min_tokens_to_keep, scores.shape[-1]), scores.shape[-1])
         highest = -threshold(-scores, jnp.ones_like(scores), lambda count: count >= k)
-        return _where_kept(scores >= highest, scores)
+        return _keep_where(scores >= highest, scores)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class TopPLogitsWarper(LogitsProcessor):
-    """Keeps the fewest likeliest tokens whose probabilities sum to `top_p` (https://arxiv.org/abs/1904.09751).
+    """Keeps the fewest most likely tokens whose probabilities sum to `top_p` (arXiv:1904.09751).
 
-    As in the reference, a token goes if it and all less likely ones have at most 1 - `top_p` together.
+    As in the reference, a token goes if it and all less likely ones together have at most 1 - `top_p`.
     """
 
     top_p: Number
@@ -78,7 +78,7 @@ class TopPLogitsWarper(LogitsProcessor):
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         tail = 1 - self.top_p
         least = threshold(scores, jax.nn.softmax(scores, axis=-1), lambda mass: mass > tail)
-        return _where_kept(
+        return _keep_where(
             scores >= jnp.minimum(least, _nth_largest(scores, self.min_tokens_to_keep)), scores
         )
 
@@ -86,7 +86,7 @@ class TopPLogitsWarper(LogitsProcessor):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class MinPLogitsWarper(LogitsProcessor):
-    """Keeps tokens with at least `min_p` times the likeliest one's probability (arXiv:2407.01082)."""
+    """Keeps tokens of at least `min_p` times the highest probability (arXiv:2407.01082)."""
 
     min_p: Number
     min_tokens_to_keep: int = field(default=1, metadata={"static": True})
@@ -94,7 +94,7 @@ class MinPLogitsWarper(LogitsProcessor):
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         p = jax.nn.softmax(scores, axis=-1)
         likely = p >= self.min_p * jnp.max(p, axis=-1, keepdims=True)
-        return _where_kept(likely | (scores >= _nth_largest(scores, self.min_tokens_to_keep)), scores)
+        return _keep_where(likely | (scores >= _nth_largest(scores, self.min_tokens_to_keep)), scores)
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +115,7 @@ class TypicalLogitsWarper(LogitsProcessor):
         distance = jnp.where(jnp.isnan(distance), jnp.inf, distance)
         furthest = threshold(distance, p, lambda mass: mass >= self.mass)
         at_least = -_nth_largest(-distance, self.min_tokens_to_keep)
-        return _where_kept(distance <= jnp.maximum(furthest, at_least), scores)
+        return _keep_where(distance <= jnp.maximum(furthest, at_least), scores)
 
 
 @jax.tree_util.register_dataclass
@@ -128,7 +128,7 @@ class EpsilonLogitsWarper(LogitsProcessor):
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         likely = jax.nn.softmax(scores, axis=-1) >= self.epsilon
-        return _where_kept(likely | (scores >= _nth_largest(scores, self.min_tokens_to_keep)), scores)
+        return _keep_where(likely | (scores >= _nth_largest(scores, self.min_tokens_to_keep)), scores)
 
 
 @jax.tree_util.register_dataclass
@@ -143,7 +143,7 @@ class EtaLogitsWarper(LogitsProcessor):
         log_p = jax.nn.log_softmax(scores, axis=-1)
         eta = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-_entropy(log_p)))
         likely = jax.nn.softmax(scores, axis=-1) >= eta
-        return _where_kept(likely | (scores >= _nth_largest(scores, self.min_tokens_to_keep)), scores)
+        return _keep_where(likely | (scores >= _nth_largest(scores, self.min_tokens_to_keep)), scores)
 
 
 def threshold(
@@ -151,9 +151,9 @@ def threshold(
     weights: Float[Array, "R V"],
     enough: Callable[[Float[Array, "R 1"]], Bool[Array, "R 1"]],
 ) -> Float[Array, "R 1"]:
-    """The least of each row's values such that the weights of all up to it sum to `enough`.
+    """Returns each row's least value for which `enough(sum of the weights of all values up to it)` is True.
 
-    Where no sum is, the largest value. `enough` is monotone, and no weight negative.
+    If there is none, returns the largest value. `enough` must be monotone and the weights not negative.
     """
     keys = _ordered(values)
 
@@ -169,12 +169,12 @@ def threshold(
 
 
 def _ordered(values: Float[Array, "R V"]) -> Int[Array, "R V"]:
-    """Integers in the order of the float32 numbers, the same for both zeros."""
+    """Returns integers in the order of the float32 numbers, equal for both zeros."""
     return _mirrored(jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32))
 
 
 def _mirrored(bits: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Sign and magnitude to two's complement; its own inverse."""
+    """Converts sign and magnitude to two's complement; it is its own inverse."""
     return jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits, bits)
 
 
@@ -182,7 +182,7 @@ def _nth_largest(values: Float[Array, "R V"], n: int) -> Float[Array, "R 1"]:
     if n == 1:
         return jnp.max(values, axis=-1, keepdims=True)
     largest, _ = jax.lax.top_k(values, min(n, values.shape[-1]))
-    return jnp.min(largest, axis=-1, keepdims=True)  # a slice would have XLA sort the whole row on a CPU
+    return jnp.min(largest, axis=-1, keepdims=True)  # for a slice XLA would sort the whole row on a CPU
 
 
 def _entropy(log_p: Float[Array, "R V"]) -> Float[Array, "R 1"]:
@@ -190,5 +190,5 @@ def _entropy(log_p: Float[Array, "R V"]) -> Float[Array, "R 1"]:
     return -jnp.sum(terms, axis=-1, keepdims=True)
 
 
-def _where_kept(keep: Bool[Array, "R V"], scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+def _keep_where(keep: Bool[Array, "R V"], scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
     return jnp.where(keep, scores, -jnp.inf)

@@ -86,7 +86,7 @@ def test_chat_in_a_pipe_ends_at_an_error(chat: Any, tmp_path: Path) -> None:
         "/save": "/save needs a file: /save FILE",
         "/load ": "/load needs a file",
         f"/load {tmp_path / 'absent.json'}": "absent.json",
-        f"/load {tmp_path / 'broken.json'}": "broken.json is not a saved conversation",
+        f"/load {tmp_path / 'broken.json'}": "broken.json is not valid JSON",
         f"/save {tmp_path / 'absent' / 'talk.json'}": "absent",
         "word " * 4096: "the model's context of 4096 leaves no room for an answer",
     }

@@ -16,7 +16,7 @@ from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.generation import CompiledModel, stream_text, stream_tokens
 from phi3_jax.generation import prompts as prompts_module
 from phi3_jax.generation.prompts import cache_length, padded_length
-from phi3_jax.generation.stream import one_answer
+from phi3_jax.generation.stream import single_sequence_call
 
 CASES: dict[str, dict[str, Any]] = {
     "multi-head": {"num_hidden_layers": 1, "num_key_value_heads": 4},
@@ -131,7 +131,7 @@ def test_a_reader_who_has_seen_enough(shallow: Twins, count: int, draft: dict[st
     """What was given out is the result, and a cache of it can be gone on from."""
     prompt, options = prompt_of(10), {"eos_token_id": [], "do_sample": False, "max_new_tokens": 20}
     whole = ours(shallow, prompt, 20)
-    call = one_answer(shallow.model, prompt, return_dict_in_generate=True, **options, **draft)
+    call = single_sequence_call(shallow.model, prompt, return_dict_in_generate=True, **options, **draft)
     steps = call.run()
     assert [int(next(steps)[0]) for _ in range(count)] == whole[:count]
     steps.close()
