@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,26 +61,13 @@ class BatchSummary:
     @classmethod
     def combine(cls, parts: Sequence["BatchSummary"]) -> "BatchSummary":
         """Returns the summary of processes that ran at the same time."""
-        totals: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _SUMS}
+        apart = ("total", "seconds", "peak_flops_per_second")
+        names = [each.name for each in fields(cls) if each.name not in apart]
+        sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in names}
         peaks = [part.peak_flops_per_second for part in parts if part.peak_flops_per_second is not None]
-        return replace(
-            parts[0],
-            **totals,
-            total=totals["done"],
+        return cls(
+            **sums,
+            total=sums["done"],
             seconds=max(part.seconds for part in parts),
             peak_flops_per_second=sum(peaks) if len(peaks) == len(parts) else None,
         )
-
-
-_SUMS = (
-    "done",
-    "errors",
-    "resumed",
-    "prompt_tokens",
-    "computed_prompt_tokens",
-    "completion_tokens",
-    "busy",
-    "slots",
-    "flops",
-)
-"""The fields that add up over several processes."""
