@@ -1,4 +1,4 @@
-"""A conversation in a terminal or a pipe, where each line is a message, or a command with a slash."""
+"""A conversation in a terminal or a pipe: lines are messages, or commands that begin with a slash."""
 
 import logging
 import sys

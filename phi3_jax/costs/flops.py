@@ -7,14 +7,8 @@ from phi3_jax.costs.shapes import layer_projections, lora_parameters
 from phi3_jax.costs.work import Work
 
 
-def attention_pairs(config: Phi3Config, queries: int, keys: int, *, causal: bool = True) -> int:
-    """Returns the query-key pairs of one row and head; the queries are the last of `keys` positions.
-
-    With `causal` only visible pairs count: key <= query, within the window. Without it all pairs count, which
-    is what an attention without a block-skipping kernel computes.
-    """
-    if not causal:
-        return queries * keys
+def attention_pairs(config: Phi3Config, queries: int, keys: int) -> int:
+    """Returns the visible query-key pairs of one row and head, where the queries are the last positions."""
     window = config.sliding_window or keys
     first = keys - queries + 1  # the keys that the first query sees, without a window
     growing = max(0, min(keys, window) - first + 1)  # the queries that see no more keys than the window has
@@ -45,7 +39,7 @@ class Flops:
         return self.model + self.recomputed
 
 
-def step_flops(work: Work, *, causal: bool = True) -> Flops:
+def step_flops(work: Work) -> Flops:
     """Counts the operations of one step.
 
     Forward: 2 x tokens x weight size for each product, 4 x head_dim for each pair and query head. Backward:
@@ -57,7 +51,7 @@ def step_flops(work: Work, *, causal: bool = True) -> Flops:
     projections = 2 * tokens * sum(p.size for p in layer_projections(config))
     keys = work.seq
     queries = 1 if work.task == "decode" else work.seq
-    pairs = work.batch * attention_pairs(config, queries, keys, causal=causal)
+    pairs = work.batch * attention_pairs(config, queries, keys)
     attention = 4 * config.head_dim * config.num_attention_heads * config.num_hidden_layers * pairs
     scored = work.tokens if work.task == "finetune" else work.batch
     head = 2 * scored * config.hidden_size * config.vocab_size

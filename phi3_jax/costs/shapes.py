@@ -26,25 +26,25 @@ class Parameter:
 
     @property
     def inputs(self) -> int:
-        """The numbers that go into a projection."""
+        """The number of values that go into a projection."""
         return prod(size for _, size in self.axes[-self.input_axes :]) if self.input_axes else 0
 
     @property
     def outputs(self) -> int:
-        """The numbers that come out of a projection."""
+        """The number of values that come out of a projection."""
         return prod(size for _, size in self.axes[: -self.input_axes]) if self.input_axes else 0
 
     @property
     def size(self) -> int:
-        """The numbers in all occurrences."""
+        """The number of values in all occurrences."""
         return self.shard_size({})
 
     def shard_size(self, mesh: Mapping[str, int]) -> int:
-        """Returns how many numbers of all occurrences one chip holds."""
+        """Returns how many values of all occurrences one chip holds."""
         return self.count * _shard_size(self.axes, mesh)
 
     def shard_adapter_size(self, rank: int, mesh: Mapping[str, int]) -> int:
-        """Returns how many numbers of all adapters, [rank, *inputs] and [*outputs, rank], one chip holds."""
+        """Returns how many values of all adapters, [rank, *inputs] and [*outputs, rank], one chip holds."""
         outputs, inputs = self.axes[: -self.input_axes], self.axes[-self.input_axes :]
         return self.count * rank * (_shard_size(inputs, mesh) + _shard_size(outputs, mesh))
 
@@ -83,5 +83,5 @@ def layer_projections(config: Phi3Config) -> list[Parameter]:
 
 
 def lora_parameters(config: Phi3Config, rank: int) -> int:
-    """Returns how many numbers the adapters of all layers have."""
+    """Returns how many values the adapters of all layers have."""
     return sum(p.shard_adapter_size(rank, {}) for p in layer_projections(config))

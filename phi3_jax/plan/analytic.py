@@ -62,7 +62,7 @@ class _Share:
 
     @property
     def adapters(self) -> int:
-        """The numbers of the adapters on this chip."""
+        """The adapters' parameters on this chip."""
         return self.adapters_on(self.mesh)
 
     def adapters_on(self, mesh: Mapping[str, int]) -> int:
@@ -71,12 +71,12 @@ class _Share:
 
     @property
     def weights(self) -> int:
-        """The numbers of the model on this chip."""
+        """The model's parameters on this chip."""
         return sum(p.shard_size(self.mesh) for p in shapes.parameters(self.work.config))
 
     @property
     def used_weights(self) -> int:
-        """The numbers that products on this chip need: gathered over fsdp, divided over tensor."""
+        """The parameters that products on this chip need: gathered over fsdp, divided over tensor."""
         config = self.work.config
         head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
         products = [p for p in shapes.parameters(config) if p.input_axes or p.name == head]
@@ -89,7 +89,7 @@ class _Share:
 
     @property
     def trained(self) -> int:
-        """The numbers on this chip that have a gradient."""
+        """The trained parameters on this chip."""
         if self.work.task != "finetune":
             return 0
         return self.weights if self.work.lora is None else self.adapters
