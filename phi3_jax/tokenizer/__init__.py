@@ -1,6 +1,6 @@
-"""Text to ids and back: tokenizer.json or tokenizer.model, chat templates, text that grows as ids arrive.
+"""Turns text into ids and back: tokenizer.json or tokenizer.model, chat templates, streams of ids.
 
-Needs neither JAX nor transformers, so that data preparation and servers can use it alone.
+It needs neither JAX nor transformers, so that data preparation and servers can use it alone.
 """
 
 from ._backends import Backend, JsonBackend, SentencePieceBackend

@@ -1,7 +1,7 @@
-"""Text that grows as ids arrive, and never takes anything back.
+"""Assemblers, which turn tokens into text one by one.
 
-Each assembler is a small machine that is fed tokens and gives out the text that no later token can change, so
-the work per token is constant and the pieces add up to what decoding everything at once gives.
+An assembler returns the text that no later token can change. The work per token is constant, and the pieces
+add up to the text of all tokens decoded at once.
 """
 
 import codecs
@@ -14,21 +14,21 @@ _PIECEWISE = re.compile(r"(Replace )*(ByteFallback )?(Fuse )?((?<=Fuse )Strip )?
 
 
 class TextAssembler(Protocol):
-    """Puts the text of a token sequence together, token by token."""
+    """Assembles the text of a token sequence, token by token."""
 
     def put(self, token: str) -> str:
-        """The text that `token` makes certain; may be empty, may include earlier tokens' text."""
+        """Takes a token; returns the text that becomes certain: none, or that of several tokens."""
         ...
 
     def end(self) -> str:
-        """The text still held back, now that nothing follows."""
+        """Returns the text that was still uncertain."""
         ...
 
 
 class PieceAssembler:
-    """SentencePiece text: `▁` is a space, `<0xNN>` a byte, and the text's first space is dropped.
+    """Assembles SentencePiece text: `▁` is a space, `<0xNN>` a byte, and the first space is dropped.
 
-    A run of byte pieces is UTF-8 as a whole, or else one U+FFFD per byte (the rule of the `tokenizers`
+    A run of byte pieces is either valid UTF-8 as a whole or one U+FFFD per byte (the rule of the `tokenizers`
     library), so its text is certain only when the run ends.
     """
 
@@ -49,10 +49,10 @@ class PieceAssembler:
         if self._byte_fallback and (byte := _BYTE_PIECE.fullmatch(token)):
             self._bytes.append(int(byte[1], 16))
             return ""
-        return self._stripped(self._byte_run() + token)
+        return self._without_prefix(self._byte_run() + token)
 
     def end(self) -> str:
-        return self._stripped(self._byte_run())
+        return self._without_prefix(self._byte_run())
 
     def _byte_run(self) -> str:
         run, self._bytes = self._bytes, bytearray()
@@ -61,7 +61,7 @@ class PieceAssembler:
         except UnicodeDecodeError:
             return "\ufffd" * len(run)
 
-    def _stripped(self, text: str) -> str:
+    def _without_prefix(self, text: str) -> str:
         while self._strips_left and text:
             if not text.startswith(self._strip):
                 self._strips_left = 0
@@ -72,7 +72,7 @@ class PieceAssembler:
 
 
 class ByteLevelAssembler:
-    """GPT-2 text: every character of a token stands for one byte; invalid UTF-8 becomes U+FFFD."""
+    """Assembles GPT-2 text: each character of a token is one byte; invalid UTF-8 becomes U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -89,7 +89,7 @@ class ByteLevelAssembler:
 
 
 class WholeAssembler:
-    """Any other decoder: nothing is known about what later tokens change, so the text comes at the end."""
+    """Decodes everything at the end, for decoders whose later tokens may change any earlier text."""
 
     def __init__(self, join: Callable[[list[str]], str]) -> None:
         self._join = join
@@ -105,7 +105,7 @@ class WholeAssembler:
 
 
 def make_assembler(decoder: Mapping[str, Any] | None, join: Callable[[list[str]], str]) -> TextAssembler:
-    """The assembler for tokenizer.json's `decoder` section; `join` decodes a whole list of tokens."""
+    """Returns the assembler for tokenizer.json's `decoder` section; `join` decodes a whole list of tokens."""
     steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -128,7 +128,7 @@ def make_assembler(decoder: Mapping[str, Any] | None, join: Callable[[list[str]]
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable Latin-1 bytes are themselves, the others follow from U+0100 on."""
+    """Returns GPT-2's table: printable Latin-1 bytes are themselves, the others follow from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

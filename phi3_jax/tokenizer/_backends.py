@@ -1,4 +1,4 @@
-"""Two vocabularies, one face: tokenizer.json by way of `tokenizers`, tokenizer.model of `sentencepiece`."""
+"""Back ends of the tokenizer: tokenizer.json with `tokenizers`, tokenizer.model with `sentencepiece`."""
 
 import json
 import logging
@@ -11,31 +11,32 @@ import tokenizers
 from tokenizers import AddedToken
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.text import parse_json
 
 from ._assemblers import PieceAssembler, TextAssembler, make_assembler
 
 logger = logging.getLogger(__name__)
 
-# What surrounds a text ("A") and its pair ("B"): ids of special tokens, in order.
+# A text ("A") and its pair ("B") between the ids of the special tokens around them.
 SpecialTokenLayout = tuple[int | Literal["A", "B"], ...]
 
-# White space as the `tokenizers` library sees it; Python counts four control characters more.
+# White space as the `tokenizers` library defines it; Python adds four control characters.
 _WHITE_SPACE = "".join(chr(n) for n in range(0x3001) if chr(n).isspace() and not 0x1C <= n <= 0x1F)
 _SPACES = re.compile(f"[{_WHITE_SPACE}]*")
 _WORD = re.compile(r"\w")
 
 
 class Backend(Protocol):
-    """A vocabulary: pieces, and added tokens that are cut out of the text before it is split into pieces."""
+    """A vocabulary of pieces and of added tokens, which are cut out of a text before it is split."""
 
     @property
     def file(self) -> tuple[str, bytes]:
-        """Name and content of the file that holds this vocabulary."""
+        """The name and the content of the vocabulary's file."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces, without added tokens."""
+        """The number of pieces, without added tokens."""
         ...
 
     @property
@@ -43,7 +44,7 @@ class Backend(Protocol):
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that `skip_special_tokens` drops."""
+        """The ids that `skip_special_tokens` drops."""
         ...
 
     def __len__(self) -> int: ...
@@ -53,15 +54,15 @@ class Backend(Protocol):
         ...
 
     def layout(self, pair: bool) -> SpecialTokenLayout | None:
-        """Where special tokens go around a text, or None if the file does not say."""
+        """Returns the layout of special tokens around a text or a pair, or None if the file has none."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids without the special tokens around them."""
+        """Returns the ids of a text without the special tokens around it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of all the ids; ids without a token give nothing."""
+        """Returns the text of the ids; ids without a token give none."""
         ...
 
     def token_to_id(self, token: str) -> int | None: ...
@@ -72,10 +73,10 @@ class Backend(Protocol):
 
 
 class JsonBackend:
-    """tokenizer.json, kept to the letter: its normalizer, splitting, special tokens and decoder.
+    """The vocabulary of a tokenizer.json, with its normalizer, splitting, special tokens and decoder.
 
     Raises:
-        ValueError: `content` is not JSON (with the position), or not a tokenizer.
+        UserError: `content` is not JSON (with the position), or not a tokenizer.
     """
 
     def __init__(self, content: str | bytes, name: str = "tokenizer.json") -> None:
@@ -87,14 +88,14 @@ class JsonBackend:
             raise UserError(
                 f"{name} is JSON, but not a tokenizer that `tokenizers` can read: {error}"
             ) from error
-        # A text is whole and alone here: cutting and padding belong to the call.
+        # Phi3Tokenizer cuts and pads.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         decoder = self._tokenizer.decoder
         self._decoder = None if decoder is None else json.loads(decoder.__getstate__())
-        self._note_added_tokens()
+        self._read_added_tokens()
 
-    def _note_added_tokens(self) -> None:
+    def _read_added_tokens(self) -> None:
         self.added_tokens = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self.added_tokens.items() if token.special)
 
@@ -112,7 +113,7 @@ class JsonBackend:
     def add_tokens(self, tokens: Mapping[int, AddedToken]) -> None:
         for token_id, token in sorted(tokens.items()):
             known = self._tokenizer.token_to_id(token.content)
-            # `tokenizers` gives ids by itself, in order: a token that would get another one stays out.
+            # `tokenizers` chooses ids itself, in order; a token that would get another id is left out.
             if known != token_id and not (known is None and token_id == len(self)):
                 logger.warning(
                     "token %r left out: its config says id %d, tokenizer.json says %s",
@@ -122,7 +123,7 @@ class JsonBackend:
                 )
             elif repr(token) != repr(self.added_tokens.get(token_id)):
                 self._tokenizer.add_tokens([token])
-        self._note_added_tokens()
+        self._read_added_tokens()
 
     def layout(self, pair: bool) -> SpecialTokenLayout | None:
         if self._tokenizer.post_processor is None:
@@ -132,10 +133,10 @@ class JsonBackend:
         for token_id, sequence in zip(probe.ids, probe.sequence_ids, strict=True):
             if sequence is None:
                 layout.append(token_id)
-            elif (place := "AB"[sequence]) not in layout:
-                layout.append("A" if place == "A" else "B")
-        whole = "A" in layout and ("B" in layout or not pair)
-        return tuple(layout) if whole else None  # None: a vocabulary without "a"
+            elif (part := "AB"[sequence]) not in layout:
+                layout.append("A" if part == "A" else "B")
+        complete = "A" in layout and ("B" in layout or not pair)
+        return tuple(layout) if complete else None  # None: a vocabulary without "a"
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -158,17 +159,17 @@ class JsonBackend:
 
 
 class SentencePieceBackend:
-    """tokenizer.model: SentencePiece between added tokens; the ids are those of its tokenizer.json.
+    """The vocabulary of a tokenizer.model: SentencePiece between added tokens, with tokenizer.json's ids.
 
-    Every stretch of text between added tokens is a text of its own and so begins with `▁`.
+    Each part of a text between added tokens is a text of its own, and so begins with `▁`.
 
     Raises:
-        ValueError: `content` is not a SentencePiece model.
+        UserError: `content` is not a SentencePiece model.
     """
 
     def __init__(self, content: bytes, name: str = "tokenizer.model") -> None:
         self._content = content
-        if not content:  # accepted by the library, which then answers every question with 0
+        if not content:  # the library accepts it, and then returns 0 for everything
             raise UserError(f"{name} is empty; expected a SentencePiece model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -189,7 +190,7 @@ class SentencePieceBackend:
 
     @property
     def named_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token, unk_token and pad_token as far as the model has them."""
+        """Those of bos_token, eos_token, unk_token and pad_token that the model has."""
         names = ("bos", "eos", "unk", "pad")
         ids = {name: getattr(self._model, f"{name}_id")() for name in names}
         return {f"{name}_token": self._model.id_to_piece(i) for name, i in ids.items() if i >= 0}
@@ -206,9 +207,9 @@ class SentencePieceBackend:
             self.added_tokens[token_id] = token
         self.special_ids = frozenset(i for i, token in self.added_tokens.items() if token.special)
         self._added_ids = {token.content: i for i, token in self.added_tokens.items()}
-        # The first alternative that matches wins, so the longest goes first.
+        # The first alternative that matches wins, so the longest comes first.
         contents = sorted(self._added_ids, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
+        self._added_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
 
     def layout(self, pair: bool) -> SpecialTokenLayout | None:
         return None
@@ -216,7 +217,7 @@ class SentencePieceBackend:
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         done = 0
-        for match in self._added.finditer(text):
+        for match in self._added_pattern.finditer(text):
             start, stop = match.span()
             token_id = self._added_ids[match[0]]
             token = self.added_tokens[token_id]
@@ -253,16 +254,3 @@ class SentencePieceBackend:
 
     def assembler(self) -> TextAssembler:
         return PieceAssembler()
-
-
-def parse_json(content: str | bytes, name: str) -> object:
-    """JSON, or a ValueError that names the file and the position."""
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise UserError(f"{name} is broken JSON at {where} (character {error.pos}): {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is not UTF-8 text: byte {error.start} is {content[error.start]!r}"
-        ) from error

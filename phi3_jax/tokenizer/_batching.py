@@ -1,4 +1,4 @@
-"""Rows of ids made one array: cut, surrounded by special tokens, padded."""
+"""Makes one array of rows of ids: cuts them, puts special tokens around them, pads them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from phi3_jax.errors import UserError
+from phi3_jax.sizes import round_up
 
 from ._backends import SpecialTokenLayout
 
@@ -42,7 +43,7 @@ class BatchEncoding(dict[str, np.ndarray]):
 
 
 def as_texts(text: Any, name: str) -> list[str]:
-    """One text or several as a list, which is not empty."""
+    """Returns one text or several as a list, which is not empty."""
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)):
         raise TypeError(f"{name} must be a str or a list of str, got {type(text).__name__}")
@@ -52,7 +53,11 @@ def as_texts(text: Any, name: str) -> list[str]:
 
 
 def choice(name: str, value: Any, table: Mapping[Any, Any]) -> Any:
-    """What an argument's value stands for, or a ValueError with the values there are."""
+    """Returns the meaning of an argument's value.
+
+    Raises:
+        UserError: the value is not in the table; the message lists those that are.
+    """
     try:
         return table[value]
     except (KeyError, TypeError):
@@ -66,7 +71,7 @@ def check_side(name: str, value: str) -> None:
 
 
 def arrange(layout: SpecialTokenLayout, first: list[int], second: list[int]) -> list[int]:
-    """The ids of a text and its pair with the special tokens around them."""
+    """Returns the ids of a text and its pair with the special tokens around them."""
     ids: list[int] = []
     for part in layout:
         ids += first if part == "A" else second if part == "B" else [part]
@@ -74,14 +79,14 @@ def arrange(layout: SpecialTokenLayout, first: list[int], second: list[int]) -> 
 
 
 def overhead(layout: SpecialTokenLayout) -> int:
-    """Number of special tokens in a layout."""
+    """Returns the number of special tokens in a layout."""
     return sum(isinstance(part, int) for part in layout)
 
 
-def truncated(
+def truncate(
     first: list[int], second: list[int], cut: str, room: int, side: str
 ) -> tuple[list[int], list[int]]:
-    """A text and its pair, cut to `room` ids together at their left or right ends."""
+    """Cuts a text and its pair at their left or right ends to `room` ids together."""
     check_side("truncation_side", side)
     if room < 0:
         raise UserError(f"max_length is {-room} too short for the special tokens alone")
@@ -94,12 +99,12 @@ def truncated(
 
 
 def _lengths(first: int, second: int, cut: str, room: int) -> tuple[int, int]:
-    """How much of each stays, as the `tokenizers` library has it."""
+    """Returns the lengths to keep, by the rules of the `tokenizers` library."""
     excess = first + second - room
     if excess <= 0:
         return first, second
     if cut == "longest_first":
-        # The shorter one stays whole unless it fills more than half of the room; then each gets half.
+        # The shorter one stays whole unless it is longer than half of the room; then each gets half.
         short = min(first, second, room // 2)
         return (short, room - short) if first <= second else (room - short, short)
     name, length = ("text", first) if cut == "only_first" else ("text_pair", second)
@@ -111,25 +116,25 @@ def _lengths(first: int, second: int, cut: str, room: int) -> tuple[int, int]:
 def width(
     rows: Sequence[Sequence[int]], padding: str, max_length: int | None, multiple_of: int | None
 ) -> int:
-    """The length that all rows get: at least the longest row's."""
+    """Returns the length of the padded rows, at least the longest row's."""
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     if padding == "do_not_pad":
         if min(lengths) < longest:
-            raise UserError(f"rows of {min(lengths)} to {longest} ids make no array; use padding=True")
+            raise UserError(f"rows of {min(lengths)} to {longest} ids cannot form an array; use padding=True")
         return longest
     if padding == "max_length" and max_length is not None:
         longest = max(longest, max_length)
-    return longest + (-longest % multiple_of if multiple_of else 0)
+    return round_up(longest, multiple_of) if multiple_of else longest
 
 
-def stacked(rows: Sequence[Sequence[int]], width: int, fill: int, side: str) -> BatchEncoding:
-    """Rows as one array, padded with `fill` on the left or right."""
+def pad_rows(rows: Sequence[Sequence[int]], width: int, fill: int, side: str) -> BatchEncoding:
+    """Makes one array of the rows, padded with `fill` on the left or right."""
     check_side("padding_side", side)
     ids = np.full((len(rows), width), fill, np.int32)
     mask = np.zeros_like(ids)
     for index, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[index, place] = row
-        mask[index, place] = 1
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, columns] = row
+        mask[index, columns] = 1
     return BatchEncoding(input_ids=ids, attention_mask=mask)

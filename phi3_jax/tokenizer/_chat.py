@@ -1,4 +1,4 @@
-"""Chat templates: Jinja, in a sandbox, with the names and filters that Hugging Face's templates count on."""
+"""Chat templates: Jinja in a sandbox, with the names and filters that Hugging Face's templates use."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ _TURNS = """\
 {%- endfor -%}
 {{ '<|assistant|>NEWLINE' if add_generation_prompt else eos_token }}"""
 
-# For checkpoints that bring no template of their own.
+# For checkpoints without a template of their own.
 PHI3_MINI_TEMPLATE = _TURNS.replace("NEWLINE", r"\n")
 PHI4_MINI_TEMPLATE = _TURNS.replace("NEWLINE", "")
 PHI4_TEMPLATE = """\
@@ -32,15 +32,15 @@ PHI4_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant<|im_sep|>' }}{%- endif -%}"""
 
-# Trailing space included: a template that trims its messages leaves the tag without it.
+# A template that trims its messages keeps the mark, but without its trailing space.
 _CONTINUE_HERE = "\ufdd0continue here\ufdd0 "
 
 
 def default_template(token_to_id: Callable[[str], int | None], vocabulary: int) -> str | None:
-    """The family's template that fits the special tokens, or None.
+    """Returns the family's template that fits the special tokens, or None.
 
-    `<|im_start|>` and `<|im_sep|>` are phi-4's. The others share `<|user|>`, `<|assistant|>` and `<|end|>`;
-    among them phi-4-mini, which writes no newlines, has 200,000 tokens where the next largest has 100,000.
+    Only phi-4 has `<|im_start|>` and `<|im_sep|>`. The others share `<|user|>`, `<|assistant|>` and
+    `<|end|>`; of these only phi-4-mini, which writes no newlines, has more than 100,000 tokens (200,000).
     """
 
     def has(*tokens: str) -> bool:
@@ -54,14 +54,14 @@ def default_template(token_to_id: Callable[[str], int | None], vocabulary: int) 
 
 
 def choose_template(chosen: str | None, own: str | Mapping[str, str] | None, tools: object) -> str:
-    """What to render: `chosen` (a template, or the name of one of several), else the tokenizer's own."""
+    """Returns `chosen` (a template, or the name of one of several), else the tokenizer's own template."""
     if isinstance(own, str):
         return own if chosen is None else chosen
     named = own or {}
     if chosen is not None:
         return named.get(chosen, chosen)
     if not named:
-        raise UserError("no chat template: the files bring none and the special tokens are not the family's")
+        raise UserError("no chat template: the files have none and the special tokens are not the family's")
     name = "tool_use" if tools is not None and "tool_use" in named else "default"
     if name not in named:
         raise UserError(f"no chat template is called 'default'; pass chat_template= one of {sorted(named)}")
@@ -76,18 +76,19 @@ def render(
     continue_final_message: bool,
     variables: Mapping[str, Any],
 ) -> str:
-    """The text of a conversation.
+    """Renders the text of a conversation.
 
     Raises:
-        ValueError: the messages are no conversation, or the template failed (with its own message).
+        UserError: the messages are not a conversation, or the template failed (with its own message).
     """
     _check_messages(messages)
     if continue_final_message and add_generation_prompt:
         raise UserError("continue_final_message and add_generation_prompt exclude each other")
-    # Only plain data goes in: objects have methods that a sandbox cannot know to be harmless.
-    chat = _plain([dict(message) for message in messages], "messages")
+    # The template gets plain data only: a sandbox cannot know which methods of objects are harmless.
+    chat = _as_plain_data([dict(message) for message in messages], "messages")
     values = {
-        name: _plain(value, name) for name, value in {"tools": None, "documents": None, **variables}.items()
+        name: _as_plain_data(value, name)
+        for name, value in {"tools": None, "documents": None, **variables}.items()
     }
     if continue_final_message:
         if not isinstance(chat[-1]["content"], str):
@@ -96,12 +97,10 @@ def render(
             )
         chat[-1]["content"] += _CONTINUE_HERE
     try:
-        text = _compiled(template).render(
-            messages=chat, add_generation_prompt=add_generation_prompt, **values
-        )
+        text = _compile(template).render(messages=chat, add_generation_prompt=add_generation_prompt, **values)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"chat template, line {error.lineno}: {error.message}") from error
-    except Exception as error:  # a template can run into anything that an expression can
+    except Exception as error:  # an expression in a template can raise anything
         kind = "" if type(error) is jinja2.TemplateError else f" with {type(error).__name__}"
         raise UserError(f"chat template failed{kind}: {error}") from error
     if not continue_final_message:
@@ -128,15 +127,15 @@ def _check_messages(messages: object) -> None:
             raise UserError(f"messages[{index}]['role'] must be a str, got {message['role']!r:.40}")
 
 
-def _plain(value: Any, name: str) -> Any:
+def _as_plain_data(value: Any, name: str) -> Any:
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"chat template: {name} must be made of what JSON knows: {error}") from error
+        raise UserError(f"chat template: {name} must consist of JSON values: {error}") from error
 
 
 class _GenerationBlocks(Extension):
-    """`{% generation %}...{% endgeneration %}`, a mark for training, renders as what is inside."""
+    """Renders `{% generation %}...{% endgeneration %}`, a mark for training, as its content."""
 
     tags = {"generation"}  # noqa: RUF012 (declared by jinja2)
 
@@ -146,7 +145,7 @@ class _GenerationBlocks(Extension):
 
 
 @lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
+def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
     )
@@ -163,7 +162,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own `tojson` escapes for HTML, which a model has never seen."""
+    """Returns JSON without the escapes for HTML that Jinja's own `tojson` adds."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

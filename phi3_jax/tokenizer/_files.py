@@ -1,4 +1,4 @@
-"""A tokenizer's files: read with errors that name them, written so that nobody ever sees half of one."""
+"""Reads a tokenizer's files, with errors that name them, and writes them whole or not at all."""
 
 import os
 from collections.abc import Mapping
@@ -9,8 +9,9 @@ from tokenizers import AddedToken
 
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing
+from phi3_jax.runs.text import parse_json
 
-from ._backends import Backend, JsonBackend, SentencePieceBackend, parse_json
+from ._backends import Backend, JsonBackend, SentencePieceBackend
 
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -25,10 +26,10 @@ _PHI3_PIECES = 32000
 
 
 def read_folder(directory: Path) -> tuple[Backend, dict[str, Any], dict[str, bytes]]:
-    """Vocabulary, configuration (every file's, merged) and the bytes of all files.
+    """Returns the vocabulary, the merged configuration of all files, and the bytes of all files.
 
     Raises:
-        FileNotFoundError: no such folder, or no vocabulary in it. ValueError: a file is broken.
+        FileNotFoundError: there is no such folder, or no vocabulary in it. UserError: a file is broken.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no tokenizer at {directory}: there is no such folder")
@@ -49,7 +50,7 @@ def read_folder(directory: Path) -> tuple[Backend, dict[str, Any], dict[str, byt
         for name in (*_CONFIGS, TEMPLATES[1])
         if name in files
     }
-    config = _merged(texts)
+    config = _merge(texts)
     if isinstance(backend, SentencePieceBackend):
         if not any(name in files for name in _CONFIGS):
             config |= phi3_config() if backend.vocab_size == _PHI3_PIECES else {}
@@ -60,7 +61,7 @@ def read_folder(directory: Path) -> tuple[Backend, dict[str, Any], dict[str, byt
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Writes each file under a temporary name and then moves it into place."""
+    """Writes each file whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with replacing(directory / name) as work, work.open("wb") as file:
@@ -70,11 +71,11 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def phi3_config() -> dict[str, Any]:
-    """What Phi-3-mini (July 2024) adds to the 32000 pieces, for a folder with nothing but tokenizer.model."""
+    """Returns Phi-3-mini's configuration (July 2024), for a folder with only tokenizer.model."""
     names = ["endoftext", "assistant", "placeholder1", "placeholder2", "placeholder3", "placeholder4"]
     names += ["system", "end", "placeholder5", "placeholder6", "user"]
     added = {
-        # All but the end of text swallow the white space behind them.
+        # All but the end of text remove the white space after them.
         str(_PHI3_PIECES + n): _flags(f"<|{name}|>", rstrip=name != "endoftext", special=True)
         for n, name in enumerate(names)
     }
@@ -94,7 +95,7 @@ def phi3_config() -> dict[str, Any]:
 
 
 def added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """The tokens of `added_tokens_decoder`, by id."""
+    """Returns the tokens of `added_tokens_decoder`, by id."""
     tokens = {}
     for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
         entry = _flags(entry, special=True) if isinstance(entry, str) else entry
@@ -108,12 +109,12 @@ def added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
 
 
 def token_text(entry: str | Mapping[str, Any] | None) -> str | None:
-    """A named token as the configs write it: its text, or a dict with its text under `content`."""
+    """Returns the text of a token, which the configs write as such or as a dict with `content`."""
     return entry["content"] if isinstance(entry, Mapping) else entry
 
 
 def extra_special_tokens(config: Mapping[str, Any]) -> list[str]:
-    """Special tokens without a role of their own, under the old name and the new."""
+    """Returns the special tokens without a role, under the old name and the new."""
     entries = list(config.get("additional_special_tokens") or [])
     extra = config.get("extra_special_tokens") or []
     entries += extra.values() if isinstance(extra, Mapping) else extra
@@ -121,7 +122,7 @@ def extra_special_tokens(config: Mapping[str, Any]) -> list[str]:
 
 
 def chat_templates(entry: Any) -> str | dict[str, str] | None:
-    """`chat_template` as the configs write it: one template, or a list of named ones."""
+    """Returns the templates of a `chat_template` entry: one, or several by name."""
     if entry is None or isinstance(entry, str):
         return entry
     if isinstance(entry, Mapping):
@@ -130,11 +131,11 @@ def chat_templates(entry: Any) -> str | dict[str, str] | None:
         return {named["name"]: named["template"] for named in entry}
     except (TypeError, KeyError) as error:
         raise UserError(
-            f"chat_template must be a template or a list of name and template, got {entry!r:.80}"
+            f"chat_template must be a template or a list of dicts with name and template, got {entry!r:.80}"
         ) from error
 
 
-def _merged(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _merge(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     special_map = texts.get("special_tokens_map.json", {})
     config = {**special_map, **texts.get(CONFIG, {})}
     named = {token_text(special_map.get(name)) for name in NAMED_TOKENS}

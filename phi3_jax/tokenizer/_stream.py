@@ -9,7 +9,7 @@ from ._backends import Backend
 
 
 class HasBackend(Protocol):
-    """A tokenizer, as far as decoding needs it."""
+    """The part of a tokenizer that decoding needs."""
 
     @property
     def backend(self) -> Backend: ...
@@ -18,8 +18,8 @@ class HasBackend(Protocol):
 class IncrementalDecoder:
     """Decodes ids as they arrive: the texts of all `put`s and of `end` add up to `tokenizer.decode(all ids)`.
 
-    A text that was given out never changes. What is held back: an unfinished UTF-8 character and, with
-    SentencePiece's byte fallback, the whole run of byte pieces (newline is one) until another piece ends it.
+    Text that was returned never changes. An unfinished UTF-8 character waits, and with SentencePiece's byte
+    fallback a whole run of byte pieces (newline is one), until another piece ends it.
     """
 
     def __init__(self, tokenizer: HasBackend, skip_special_tokens: bool = True) -> None:
@@ -28,22 +28,22 @@ class IncrementalDecoder:
         self._assembler = self._backend.assembler()
 
     def put(self, ids: SupportsIndex | Iterable[SupportsIndex]) -> str:
-        """The text that these ids (one, or several in order) make certain; often empty."""
+        """Takes one id, or several in order; returns the text that is now certain, often none."""
         tokens = (self._backend.id_to_token(i) for i in as_ids(ids) if i not in self._skipped)
         return "".join(self._assembler.put(token) for token in tokens if token is not None)
 
     def end(self) -> str:
-        """The text still held back; afterwards the decoder is as new."""
+        """Returns the text that was still waiting, and resets the decoder."""
         text = self._assembler.end()
         self._assembler = self._backend.assembler()
         return text
 
 
 def as_ids(ids: Any) -> list[int]:
-    """One id or a one-dimensional sequence of them (list, NumPy or JAX array) as a list of ints.
+    """Returns one id or a one-dimensional sequence of them (list, NumPy or JAX array) as a list of ints.
 
     Raises:
-        TypeError: something is no integer. ValueError: an id is negative, or there is more than one axis.
+        TypeError: a value is not an integer. UserError: an id is negative, or there is more than one axis.
     """
     if isinstance(ids, (str, bytes)):
         raise TypeError(f"expected token ids, got {type(ids).__name__} {ids!r:.40}")

@@ -1,4 +1,4 @@
-"""Phi3Tokenizer: the names and results of a transformers tokenizer, with NumPy arrays."""
+"""`Phi3Tokenizer`: the names and results of a transformers tokenizer, with NumPy arrays."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.text import lone_surrogate
 
 from . import _batching as batching
 from . import _chat, _files
@@ -20,16 +21,16 @@ from ._stream import IncrementalDecoder, as_ids
 
 logger = logging.getLogger(__name__)
 
-_UNLIMITED = int(1e30)  # what transformers says where the config names no limit
+_UNLIMITED = int(1e30)  # transformers' value for a config without a limit
 _MEANINGFUL_LIMIT = 10**20
 _SETTINGS = {"padding_side": "right", "truncation_side": "right", "model_max_length": _UNLIMITED}
 
 
 class Phi3Tokenizer:
-    """Text to ids and back, as transformers does it with the same files.
+    """Turns text into ids and back, as transformers does with the same files.
 
-    Which special tokens go around a text is the files' word alone: tokenizer.json's post-processor, and
-    `add_bos_token` / `add_eos_token` of the config only without a tokenizer.json (as in transformers 5).
+    The files alone decide which special tokens go around a text: tokenizer.json's post-processor, or, without
+    a tokenizer.json, `add_bos_token` and `add_eos_token` of the config (as in transformers 5).
 
     Attributes that may be set: `padding_side`, `truncation_side` ("left" or "right"), `model_max_length`,
     `chat_template` (a template, several by name, or None).
@@ -44,7 +45,7 @@ class Phi3Tokenizer:
         truncation_side: Literal["left", "right"] | None = None,
         model_max_length: int | None = None,
     ) -> None:
-        """`config` holds tokenizer_config.json's fields; the other arguments win over it."""
+        """Takes tokenizer_config.json's fields as `config`; the other arguments override it."""
         self.backend = backend
         self._config = dict(config or {})
         self._files: dict[str, bytes] = {}
@@ -59,7 +60,7 @@ class Phi3Tokenizer:
         self._first_template = template or _chat.default_template(backend.token_to_id, len(backend))
         self.chat_template = self._first_template
         self._single, self._pair = self._layouts()
-        self._told_about_padding = False
+        self._warned_of_padding = False
 
     @classmethod
     def from_pretrained(
@@ -70,12 +71,12 @@ class Phi3Tokenizer:
         truncation_side: Literal["left", "right"] | None = None,
         model_max_length: int | None = None,
     ) -> Self:
-        """The tokenizer of a local folder: tokenizer.json, or else tokenizer.model with its added tokens.
+        """Reads a tokenizer from a local folder: tokenizer.json, else tokenizer.model with added tokens.
 
         A folder with tokenizer.model and no tokenizer configuration gets Phi-3's added tokens and flags.
 
         Raises:
-            FileNotFoundError: neither file is there. ValueError: a file is broken (which one, and where).
+            FileNotFoundError: there is neither file. UserError: a file is broken; the message says where.
         """
         backend, config, files = _files.read_folder(Path(directory))
         tokenizer = cls(
@@ -89,7 +90,7 @@ class Phi3Tokenizer:
         return tokenizer
 
     def __len__(self) -> int:
-        """Number of tokens, added ones included; the embedding may have more rows."""
+        """Returns the number of tokens with the added ones; the embedding may have more rows."""
         return len(self.backend)
 
     def __repr__(self) -> str:
@@ -98,7 +99,7 @@ class Phi3Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens without the added ones, as in transformers; `len(tokenizer)` counts all."""
+        """The number of tokens without the added ones, as in transformers; `len(tokenizer)` counts all."""
         return self.backend.vocab_size
 
     @property
@@ -135,7 +136,7 @@ class Phi3Tokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Ids of the tokens that the config gives a role, as in transformers.
+        """The ids of the tokens that the config gives a role, as in transformers.
 
         `decode(skip_special_tokens=True)` drops more: every token flagged special, `<|user|>` among them.
         """
@@ -149,25 +150,25 @@ class Phi3Tokenizer:
         return self.bos_token_id is not None and self._single[0] == self.bos_token_id
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text; special tokens written in the text are recognised either way."""
+        """Returns the ids of a text; special tokens within the text are always recognised."""
         ids = self._ids(text)
         return batching.arrange(self._single, ids, []) if add_special_tokens else ids
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        """Text of one id or one row of ids (list, NumPy or JAX array); ids that have no token give nothing.
+        """Returns the text of an id or a row of ids (list, NumPy or JAX array); unknown ids have no text.
 
         Raises:
-            TypeError: something is no integer. ValueError: an id is negative.
+            TypeError: a value is not an integer. UserError: an id is negative.
         """
         skipped = self.backend.special_ids if skip_special_tokens else frozenset()
         return self.backend.decode([i for i in as_ids(ids) if i not in skipped])
 
     def batch_decode(self, batch: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
-        """Text of every row."""
+        """Returns the text of every row."""
         return [self.decode(row, skip_special_tokens) for row in batch]
 
     def stream(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
-        """A decoder to feed with ids as they are generated."""
+        """Returns a decoder that takes ids as they are generated."""
         return IncrementalDecoder(self, skip_special_tokens)
 
     @overload
@@ -177,7 +178,7 @@ class Phi3Tokenizer:
     def convert_tokens_to_ids(
         self, tokens: str | list[str] | tuple[str, ...]
     ) -> int | list[int | None] | None:
-        """Id of a token, or of each; the unk token's where there is none (None without an unk token)."""
+        """Returns the id of a token, or of each; the unk token's (or None) for an unknown token."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         token_id = self.backend.token_to_id(tokens)
@@ -188,7 +189,7 @@ class Phi3Tokenizer:
     @overload
     def convert_ids_to_tokens(self, ids: Sequence[int] | np.ndarray) -> list[str | None]: ...
     def convert_ids_to_tokens(self, ids: Any) -> str | list[str | None] | None:
-        """Token of an id, or of each; None where there is none."""
+        """Returns the token of an id, or of each; None for an id without one."""
         tokens = [self.backend.id_to_token(i) for i in as_ids(ids)]
         return tokens if isinstance(ids, Iterable) and np.ndim(ids) else tokens[0]  # type: ignore[arg-type]
 
@@ -203,17 +204,18 @@ class Phi3Tokenizer:
         pad_to_multiple_of: int | None = None,
         add_special_tokens: bool = True,
     ) -> BatchEncoding:
-        """Ids of one text or several as int32 arrays [B, T]; a single text is a batch of one.
+        """Returns the ids of one text or several as int32 arrays [B, T]; a single text is a batch of one.
 
         Args:
             text_pair: second texts, one for each text.
             padding: True or "longest", "max_length", or False ("do_not_pad": all rows must be equally long).
-            truncation: True or "longest_first", "only_first", "only_second"; a text that is longer than
-                `max_length` stays whole without it.
-            max_length: counts the special tokens too; `model_max_length` where it is needed and not given.
+            truncation: True or "longest_first", "only_first", "only_second"; without it a text that is longer
+                than `max_length` stays whole.
+            max_length: the length with special tokens; default, where it is needed: `model_max_length`.
 
         Raises:
-            ValueError: no texts, unequal rows without padding, no length to cut or pad to, no pad token.
+            UserError: there are no texts, unequal rows without padding, no length to cut or pad to, or no pad
+                token.
         """
         texts = batching.as_texts(text, "text")
         seconds = None if text_pair is None else batching.as_texts(text_pair, "text_pair")
@@ -231,11 +233,11 @@ class Phi3Tokenizer:
             first, second = self._ids(first_text), [] if seconds is None else self._ids(seconds[index])
             if cut is not None and max_length is not None:
                 room = max_length - batching.overhead(layout) * add_special_tokens
-                first, second = batching.truncated(first, second, cut, room, self.truncation_side)
+                first, second = batching.truncate(first, second, cut, room, self.truncation_side)
             rows.append(batching.arrange(layout, first, second) if add_special_tokens else first + second)
         width = batching.width(rows, pad, max_length, pad_to_multiple_of)
         fill = 0 if all(len(row) == width for row in rows) else self._padding_id()
-        return batching.stacked(rows, width, fill, self.padding_side)
+        return batching.pad_rows(rows, width, fill, self.padding_side)
 
     @overload
     def apply_chat_template(
@@ -269,16 +271,16 @@ class Phi3Tokenizer:
         continue_final_message: bool = False,
         **template_variables: Any,
     ) -> list[int] | str:
-        """Ids of a conversation, or its text; no special tokens but those of the template.
+        """Returns the ids of a conversation, or its text; special tokens come from the template only.
 
         Args:
             messages: dicts with `role` and `content`, in order.
-            chat_template: a template, or the name of one of the tokenizer's, instead of the tokenizer's own.
-            continue_final_message: ends the text inside the final message, so that the model goes on with it.
-            template_variables: what else the template reads (`tools`, `documents`, ...); plain data.
+            chat_template: a template, or the name of one of the tokenizer's; default: the tokenizer's own.
+            continue_final_message: ends the text within the final message, so that the model continues it.
+            template_variables: other variables of the template (`tools`, `documents`, ...); plain data.
 
         Raises:
-            ValueError: no conversation, no template, or a template that failed (with its own message).
+            UserError: there is no conversation or no template, or the template failed (with its own message).
         """
         tools = template_variables.get("tools")
         text = _chat.render(
@@ -291,10 +293,7 @@ class Phi3Tokenizer:
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Writes the files that it was read from, and what was changed since; returns their paths.
-
-        Each file is written under a temporary name and moved into place, so that none is ever there by half.
-        """
+        """Writes the files that it was read from, with later changes, each whole; returns their paths."""
         name, content = self.backend.file
         files = {**self._files, name: content}
         config = json.loads(files[_files.CONFIG]) if _files.CONFIG in files else self._config_to_write()
@@ -325,7 +324,7 @@ class Phi3Tokenizer:
         return _SETTINGS[key] if value is None else value
 
     def _name_tokens(self) -> dict[str, str]:
-        """Role -> token as the config gives them; a token that the vocabulary lacks is left out."""
+        """Returns the config's token for each role, without tokens that the vocabulary lacks."""
         named = {}
         for role in _files.NAMED_TOKENS:
             token = _files.token_text(self._config.get(role))
@@ -343,10 +342,10 @@ class Phi3Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     def _layouts(self) -> tuple[SpecialTokenLayout, SpecialTokenLayout]:
-        """What surrounds one text, and a pair of them."""
+        """Returns the layout of one text and that of a pair."""
         single, pair = self.backend.layout(pair=False), self.backend.layout(pair=True)
         if single is None or pair is None:
-            # Beside a tokenizer.json the two flags count for nothing, even where it has no post-processor.
+            # With a tokenizer.json the two flags have no effect, even if it has no post-processor.
             ignored = isinstance(self.backend, JsonBackend)
             first, last = (
                 [] if ignored or token_id is None or not self._config.get(flag) else [token_id]
@@ -365,29 +364,26 @@ class Phi3Tokenizer:
         try:
             return self.backend.encode(text)
         except (TypeError, RuntimeError) as error:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as bad:
-                lone = text[bad.start]
+            if (at := lone_surrogate(text)) is not None:
                 raise UserError(
-                    f"text has half a surrogate pair at {bad.start}: {lone!r}; it is no Unicode"
-                ) from bad
-            raise error
+                    f"the text is not valid Unicode: half of a surrogate pair at {at}: {text[at]!r}"
+                ) from error
+            raise
 
     def _limit(self, max_length: int | None) -> int:
         if max_length is not None:
             return max_length
         if self.model_max_length > _MEANINGFUL_LIMIT:
-            raise UserError("give max_length: this tokenizer's config names no model_max_length")
+            raise UserError("give max_length: this tokenizer's config has no model_max_length")
         return self.model_max_length
 
     def _padding_id(self) -> int:
         if self.pad_token_id is not None:
             return self.pad_token_id
         if self.eos_token_id is None:
-            raise UserError("cannot pad: the tokenizer's config names neither a pad_token nor an eos_token")
-        if not self._told_about_padding:
-            self._told_about_padding = True
+            raise UserError("cannot pad: the tokenizer's config has neither a pad_token nor an eos_token")
+        if not self._warned_of_padding:
+            self._warned_of_padding = True
             logger.warning(
                 "no pad_token in the tokenizer's config: padding with eos_token %r", self.eos_token
             )

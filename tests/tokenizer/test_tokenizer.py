@@ -1,4 +1,4 @@
-"""Phi3Tokenizer against transformers 5.23 and Microsoft's own files, and its back ends against each other."""
+"""Phi3Tokenizer matches transformers 5.23 and Microsoft's files, and its back ends match each other."""
 
 import io
 import json
@@ -25,7 +25,7 @@ SENTENCES = [
     "  Two leading spaces, then 12345 digits, then a\ttab and more of the same text.",
     "She said: don't stop, it isn't late, we're here and they've been there before.",
 ] * 6
-# Names, texts between which a space or a newline decides, and flags that no real checkpoint combines.
+# Names with all flags, and texts in which a space or a newline makes a difference.
 ADDED = {
     "<|end|>": {"rstrip": True, "special": True},
     "<|user|>": {"rstrip": True, "special": True},
@@ -78,7 +78,7 @@ def write_json(path: Path, value: object) -> Path:
 
 @pytest.fixture(scope="session")
 def piece_folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One little Llama-like vocabulary as tokenizer.model and as tokenizer.json, with the same config."""
+    """A small Llama-like vocabulary as tokenizer.model and as tokenizer.json, with the same config."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES),
@@ -101,19 +101,19 @@ def piece_folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    twin = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    twin.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    twin.decoder = decoders.Sequence(
+    same = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    same.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    same.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    twin.add_special_tokens(["<unk>", "<s>", "</s>"])
+    same.add_special_tokens(["<unk>", "<s>", "</s>"])
     roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
     config = config_of(len(pieces), padding_side="left", **roles)
     folders = SimpleNamespace(
         model=tmp_path_factory.mktemp("model"), json=tmp_path_factory.mktemp("json"), pieces=pieces
     )
     (folders.model / "tokenizer.model").write_bytes(model.getvalue())
-    (folders.json / "tokenizer.json").write_text(twin.to_str(), encoding="utf-8")
+    (folders.json / "tokenizer.json").write_text(same.to_str(), encoding="utf-8")
     for folder in (folders.model, folders.json):
         write_json(folder / "tokenizer_config.json", config)
     return folders
@@ -121,7 +121,7 @@ def piece_folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A little GPT-2-like vocabulary: digits apart, then bytes."""
+    """A small GPT-2-like vocabulary that separates digits, then splits into bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -160,7 +160,7 @@ def tokenizer(folder: Path) -> Phi3Tokenizer:
 
 
 def reference(name: str, folder: Path, **options: object) -> TheirTokenizer:
-    """transformers, reading tokenizer.json as it stands, which is what it does for `model_type` phi3."""
+    """Returns transformers' tokenizer that reads tokenizer.json unchanged, as for `model_type` phi3."""
     return TheirTokenizer(name, folder, "PreTrainedTokenizerFast", **options)
 
 
@@ -171,8 +171,8 @@ def phi3(find, name: str) -> Phi3Tokenizer:
 # --- the module
 
 
-def test_import_brings_no_framework(byte_level_folder):
-    """A process that makes tokens and text has loaded neither JAX nor transformers."""
+def test_needs_neither_jax_nor_transformers(byte_level_folder):
+    """A process that encodes and decodes has loaded neither JAX nor transformers."""
     code = (
         "import sys; from phi3_jax.tokenizer import Phi3Tokenizer; "
         f"tokenizer = Phi3Tokenizer.from_pretrained({str(byte_level_folder)!r}); "
@@ -187,7 +187,7 @@ def test_import_brings_no_framework(byte_level_folder):
 
 
 @pytest.mark.parametrize("name", ["phi-3", "phi-3-mini", "sentencepiece"])
-def test_phi3_vectors(shared_data, name):
+def test_matches_phi3_vectors(shared_data, name):
     vectors = json.loads(shared_data("phi3-tokenizer", "vectors.json").read_text(encoding="utf-8"))
     tokenizer = phi3(shared_data, name)
     assert len(vectors) == 47
@@ -203,7 +203,7 @@ def test_phi3_vectors(shared_data, name):
         ("phi-3", [32010, 29871, 13, 18567, 32007, 29871, 13, 32001, 29871, 13]),
     ],
 )
-def test_white_space_after_special_tokens_is_the_revisions_choice(shared_data, tmp_path, backend, name, ids):
+def test_white_space_after_special_tokens_depends_on_the_revision(shared_data, tmp_path, backend, name, ids):
     source = shared_data("phi3-tokenizer", name)
     model = shared_data("phi3-tokenizer", "sentencepiece", "tokenizer.model")
     shutil.copyfile(source / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
@@ -213,7 +213,7 @@ def test_white_space_after_special_tokens_is_the_revisions_choice(shared_data, t
     assert tokenizer.encode("<|user|>\nHi<|end|>\n<|assistant|>\n", add_special_tokens=False) == ids
 
 
-def test_phi3_model_alone_gives_the_ids_of_tokenizer_json(shared_data):
+def test_phi3_model_alone_matches_tokenizer_json(shared_data):
     alone, full = phi3(shared_data, "sentencepiece"), phi3(shared_data, "phi-3-mini")
     assert isinstance(alone.backend, SentencePieceBackend)
     generator = random.Random(3)
@@ -245,14 +245,14 @@ def test_phi3_model_alone_gives_the_ids_of_tokenizer_json(shared_data):
 @pytest.mark.parametrize("name", ["phi-3", "phi-3-mini"])
 @pytest.mark.parametrize("add_special_tokens", [True, False])
 def test_phi3_revisions_match_transformers(shared_data, tmp_path, name, add_special_tokens):
-    """AutoTokenizer with `model_type` phi3 does not follow the April revision's add_bos_token either."""
+    """AutoTokenizer with `model_type` phi3 ignores the April revision's add_bos_token, too."""
     for file in shared_data("phi3-tokenizer", name).iterdir():
         shutil.copyfile(file, tmp_path / file.name)
     write_json(tmp_path / "config.json", {"model_type": "phi3"})
     theirs, ours = TheirTokenizer(name, tmp_path), Phi3Tokenizer.from_pretrained(tmp_path)
-    said = ["Hello world", " x", "<s>Hi<|end|>\n", "</s> a <s>  b <|end|>  c\n", "😀\n\n<|user|> 漢"]
-    ids = [ours.encode(text, add_special_tokens) for text in said]
-    assert ids == theirs.ask("encode", said, add_special_tokens=add_special_tokens)
+    given_texts = ["Hello world", " x", "<s>Hi<|end|>\n", "</s> a <s>  b <|end|>  c\n", "😀\n\n<|user|> 漢"]
+    ids = [ours.encode(text, add_special_tokens) for text in given_texts]
+    assert ids == theirs.ask("encode", given_texts, add_special_tokens=add_special_tokens)
     for skip in (True, False):
         assert [ours.decode(row, skip) for row in ids] == theirs.ask("decode", ids, skip_special_tokens=skip)
     names = ("bos_token", "eos_token_id", "pad_token_id", "unk_token_id", "all_special_ids", "vocab_size")
@@ -267,10 +267,10 @@ def test_back_ends_agree(piece_folders):
     theirs = reference("pieces", piece_folders.json)
     assert isinstance(by_json.backend, JsonBackend)
     assert len(by_model) == len(by_json) == theirs.attributes()["length"]
-    said = texts(seed=0)
-    ids = theirs.ask("encode", said)
+    given_texts = texts(seed=0)
+    ids = theirs.ask("encode", given_texts)
     for tokenizer in (by_json, by_model):
-        assert [tokenizer.encode(text) for text in said] == ids
+        assert [tokenizer.encode(text) for text in given_texts] == ids
         for skip in (True, False):
             expected = theirs.ask("decode", ids, skip_special_tokens=skip)
             assert [tokenizer.decode(row, skip) for row in ids] == expected
@@ -289,7 +289,7 @@ def test_longest_added_token_wins_and_flags_hold(piece_folders):
 
 
 def test_byte_level_matches_transformers(byte_level_folder, tmp_path):
-    """add_bos_token of the config counts for nothing beside a tokenizer.json, even one that says nothing."""
+    """add_bos_token of the config has no effect with a tokenizer.json, even without a post-processor."""
     shutil.copytree(byte_level_folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     write_json(tmp_path / "tokenizer_config.json", {**config, "add_bos_token": True})
@@ -297,10 +297,14 @@ def test_byte_level_matches_transformers(byte_level_folder, tmp_path):
     about = theirs.attributes("add_bos_token", "padding_side")
     assert ours.add_bos_token is about["add_bos_token"] is False
     assert ours.padding_side == about["padding_side"] == "right"
-    said = [*texts(seed=1), "<|im_start|>user\nHi<|im_end|>", "x <a b>é y"]
-    ids = [ours.encode(text) for text in said]
-    assert ids == theirs.ask("encode", said)
-    assert [ours.decode(row) for row in ids] == said == theirs.ask("decode", ids, skip_special_tokens=False)
+    given_texts = [*texts(seed=1), "<|im_start|>user\nHi<|im_end|>", "x <a b>é y"]
+    ids = [ours.encode(text) for text in given_texts]
+    assert ids == theirs.ask("encode", given_texts)
+    assert (
+        [ours.decode(row) for row in ids]
+        == given_texts
+        == theirs.ask("decode", ids, skip_special_tokens=False)
+    )
 
 
 def test_special_tokens_around_a_text_come_from_the_post_processor(byte_level_folder, tmp_path):
@@ -320,11 +324,11 @@ def test_special_tokens_around_a_text_come_from_the_post_processor(byte_level_fo
     assert not Phi3Tokenizer.from_pretrained(byte_level_folder).add_bos_token
     options: dict[str, object] = {"truncation": True, "padding": True}
     given = [("the quick dog", pair) for pair in ("a tokenizer", "the quick dog", None)]
-    asked = [([text], None if pair is None else [pair]) for text, pair in given]
+    arguments = [([text], None if pair is None else [pair]) for text, pair in given]
     for length in range(3, 12):
         for special in (True, False):
             options |= {"max_length": length, "add_special_tokens": special}
-            expected = [answer["input_ids"] for answer in theirs.ask("__call__", asked, **options)]
+            expected = [answer["input_ids"] for answer in theirs.ask("__call__", arguments, **options)]
             assert [ours(*each, **options).input_ids.tolist() for each in given] == expected, options
 
 
@@ -341,8 +345,8 @@ def test_tokenizer_model_takes_bos_and_eos_from_its_config(piece_folders, tmp_pa
     assert tokenizer("dog", "dog").input_ids.tolist() == [[1, *body, *last, 1, *body, *last]]
 
 
-def test_added_tokens_of_the_old_files(piece_folders, tmp_path):
-    """added_tokens.json names ids; special_tokens_map.json says which of them are special, and how."""
+def test_reads_added_tokens_of_old_files(piece_folders, tmp_path):
+    """added_tokens.json has the ids, special_tokens_map.json the special ones and their flags."""
     shutil.copyfile(piece_folders.model / "tokenizer.model", tmp_path / "tokenizer.model")
     size = len(piece_folders.pieces)
     write_json(tmp_path / "added_tokens.json", {"<|end|>": size, "<plain>": size + 1, "<|x|>": size + 2})
@@ -357,7 +361,7 @@ def test_added_tokens_of_the_old_files(piece_folders, tmp_path):
     assert tokenizer.all_special_ids == [1, size, 0, size + 2]
 
 
-def test_a_named_token_that_is_no_added_token_becomes_special(byte_level_folder, tmp_path):
+def test_named_token_becomes_special(byte_level_folder, tmp_path):
     shutil.copytree(byte_level_folder, tmp_path, dirs_exist_ok=True)
     write_json(tmp_path / "tokenizer_config.json", {"eos_token": "he", "unk_token": "not a token"})
     theirs, ours = reference("bytes and named", tmp_path), Phi3Tokenizer.from_pretrained(tmp_path)
@@ -391,7 +395,7 @@ def test_ids_without_a_token_give_no_text(tokenizer):
         (np.ones(2), TypeError, "float"),
     ],
 )
-def test_decode_refuses_what_is_no_row_of_ids(piece_folders, ids, error, says):
+def test_decode_rejects_other_values_than_ids(piece_folders, ids, error, says):
     tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
     with pytest.raises(error, match=says):
         tokenizer.decode(ids)
@@ -410,13 +414,13 @@ def test_decode_takes_one_id_a_row_or_a_batch(tokenizer):
 
 
 @pytest.mark.parametrize("text", [None, 3, b"bytes", ["a list"]])
-def test_encode_refuses_what_is_no_text(tokenizer, text):
+def test_encode_rejects_other_values_than_text(tokenizer, text):
     with pytest.raises(TypeError, match="expected a text"):
         tokenizer.encode(text)
 
 
-def test_encode_refuses_half_a_surrogate_pair(tokenizer):
-    with pytest.raises(ValueError, match="surrogate pair at 2"):
+def test_encode_rejects_half_of_a_surrogate_pair(tokenizer):
+    with pytest.raises(ValueError, match="not valid Unicode: half of a surrogate pair at 2"):
         tokenizer.encode("a \ud83d")
 
 
@@ -424,7 +428,7 @@ def test_encode_refuses_half_a_surrogate_pair(tokenizer):
 
 
 def random_ids(tokenizer: Phi3Tokenizer, generator: random.Random) -> list[int]:
-    """Any ids, bytes of broken and whole characters, specials, and rows without a token."""
+    """Returns any ids, bytes of broken and whole characters, special tokens, and ids without a token."""
     size = len(tokenizer)
     bytes_of = [
         i
@@ -462,11 +466,11 @@ def test_stream_adds_up_to_decode(tokenizer, skip):
             parts.append(stream.put(ids[done] if step == 1 else ids[done : done + step]))
             done += step
         assert "".join([*parts, stream.end()]) == whole, ids
-        assert stream.put(ids) + stream.end() == whole, "end() leaves the decoder as new"
+        assert stream.put(ids) + stream.end() == whole, "end() resets the decoder"
 
 
-def test_stream_gives_text_at_once_and_whole_characters(tokenizer):
-    """Plain words come with their token; an emoji comes whole or not yet."""
+def test_stream_returns_text_at_once_and_whole_characters(tokenizer):
+    """Plain words come with their token, an emoji only as a whole."""
     stream = tokenizer.stream()
     ids = tokenizer.encode("the dog")
     assert [stream.put(i) for i in ids] == [
@@ -475,10 +479,10 @@ def test_stream_gives_text_at_once_and_whole_characters(tokenizer):
     seen = [stream.put(i) for i in tokenizer.encode("x😀y")]
     assert "".join([*seen, stream.end()]).endswith("x😀y")
     assert all("\ufffd" not in text for text in seen)
-    assert any("😀" in text for text in seen), "held back only while it is uncertain"
+    assert any("😀" in text for text in seen), "it waits only while it is uncertain"
 
 
-def test_stream_looks_at_each_id_once(tokenizer, monkeypatch):
+def test_stream_looks_up_each_id_once(tokenizer, monkeypatch):
     ids = tokenizer.encode("the dog 😀\n" * 20)
     looked_up = []
     backend = type(tokenizer.backend)
@@ -492,7 +496,7 @@ def test_stream_looks_at_each_id_once(tokenizer, monkeypatch):
     assert looked_up == ids
 
 
-def test_stream_waits_for_the_end_with_a_decoder_it_does_not_know(byte_level_folder):
+def test_stream_waits_for_the_end_with_an_unknown_decoder(byte_level_folder):
     raw = Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
     raw.decoder = decoders.WordPiece(prefix="Ġ")
     tokenizer = Phi3Tokenizer(JsonBackend(raw.to_str()))
@@ -543,7 +547,7 @@ def test_one_text_is_a_batch_of_one(tokenizer):
     assert tokenizer("").input_ids.shape == (1, 0)
 
 
-def test_lengths_and_sides_are_settings(tokenizer):
+def test_lengths_and_sides_can_be_set(tokenizer):
     ids = tokenizer.encode("the quick brown fox")
     assert tokenizer("the quick brown fox", max_length=2).input_ids.tolist() == [ids], (
         "whole without truncation"
@@ -563,7 +567,7 @@ def test_lengths_and_sides_are_settings(tokenizer):
     [
         (([],), "empty list"),
         ((["a", "b"], ["c"]), "2 entries and text_pair 1"),
-        ((["a", "the quick dog"], None, {"padding": False}), "make no array"),
+        ((["a", "the quick dog"], None, {"padding": False}), "cannot form an array"),
         (("a", None, {"padding": "widest"}), "padding='widest'; use one of"),
         (("a", None, {"truncation": "ends"}), "truncation='ends'; use one of"),
         (("a", None, {"truncation": True}), "give max_length"),
@@ -571,13 +575,13 @@ def test_lengths_and_sides_are_settings(tokenizer):
         (("the dog", "x", {"truncation": "only_second", "max_length": 1}), "text_pair has only"),
     ],
 )
-def test_batches_refuse(tokenizer, arguments, says):
+def test_rejects_bad_batches(tokenizer, arguments, says):
     text, pair, options = (*arguments, None, {})[:3] if len(arguments) < 3 else arguments
     with pytest.raises(ValueError, match=says):
         tokenizer(text, pair, **(options or {}))
 
 
-def test_batches_refuse_a_length_below_the_special_tokens(piece_folders):
+def test_rejects_a_length_below_the_special_tokens(piece_folders):
     config = {"bos_token": "<s>", "add_bos_token": True}
     model = (piece_folders.model / "tokenizer.model").read_bytes()
     tokenizer = Phi3Tokenizer(SentencePieceBackend(model), config)
@@ -587,7 +591,7 @@ def test_batches_refuse_a_length_below_the_special_tokens(piece_folders):
 
 
 @pytest.mark.parametrize("name", ["padding_side", "truncation_side"])
-def test_sides_are_left_or_right(piece_folders, name):
+def test_rejects_other_sides_than_left_and_right(piece_folders, name):
     with pytest.raises(ValueError, match=f"{name}='middle'"):
         Phi3Tokenizer.from_pretrained(piece_folders.json, **{name: "middle"})
     tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
@@ -596,14 +600,14 @@ def test_sides_are_left_or_right(piece_folders, name):
         tokenizer(["a", "b c"], truncation=True, max_length=1)
 
 
-def test_padding_without_a_pad_token(piece_folders, caplog):
+def test_pads_with_eos_without_a_pad_token(piece_folders, caplog):
     content = (piece_folders.json / "tokenizer.json").read_bytes()
     with_eos = Phi3Tokenizer(JsonBackend(content), {"eos_token": "</s>"})
     for _ in range(2):
         assert with_eos(["the dog", ""]).input_ids[1].tolist()[-1] == 2
     assert caplog.text.count("padding with eos_token '</s>'") == 1
     without = Phi3Tokenizer(JsonBackend(content))
-    assert without(["dog", "dog"]).input_ids.shape[0] == 2, "nothing to pad"
+    assert without(["dog", "dog"]).input_ids.shape[0] == 2, "there is nothing to pad"
     with pytest.raises(ValueError, match="neither a pad_token nor an eos_token"):
         without(["the dog", ""])
 
@@ -622,13 +626,13 @@ MINI += "<|assistant|>\nHello <|end|>\n<|user|>\n1 < 2?<|end|>\n"
 
 
 def with_tokens(folder: Path, *contents: str) -> Phi3Tokenizer:
-    """The little byte-level vocabulary with more tokens, no template, and an eos token."""
+    """Returns the small byte-level vocabulary with more tokens, no template, and an eos token."""
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
     raw.add_special_tokens(list(contents))
     return Phi3Tokenizer(JsonBackend(raw.to_str()), {"eos_token": "<|endoftext|>"})
 
 
-def test_template_of_phi3_mini(piece_folders):
+def test_renders_phi3_minis_template(piece_folders):
     tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == MINI + "</s>"
     prompt = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
@@ -637,7 +641,7 @@ def test_template_of_phi3_mini(piece_folders):
     assert ids == tokenizer.encode(prompt, add_special_tokens=False)
 
 
-def test_template_of_phi4_mini_is_known_by_its_large_vocabulary(byte_level_folder):
+def test_recognises_phi4_mini_by_its_large_vocabulary(byte_level_folder):
     tokens = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
     small = with_tokens(byte_level_folder, *tokens)
     assert small.apply_chat_template(CHAT, tokenize=False) == MINI + "<|endoftext|>"
@@ -650,7 +654,7 @@ def test_template_of_phi4_mini_is_known_by_its_large_vocabulary(byte_level_folde
     assert prompt == expected + "<|assistant|>"
 
 
-def test_template_of_phi4(byte_level_folder):
+def test_renders_phi4s_template(byte_level_folder):
     tokenizer = with_tokens(byte_level_folder, "<|im_sep|>")
     text = tokenizer.apply_chat_template(CHAT[1:3], tokenize=False, add_generation_prompt=True)
     assert text == (
@@ -676,7 +680,7 @@ def test_default_templates_match_the_members_own(shared_data, piece_folders, mem
     assert tokenizer.apply_chat_template(CHAT, chat_template=default, **options) == expected
 
 
-def test_every_members_template_renders_as_in_transformers(shared_data, piece_folders):
+def test_every_members_template_matches_transformers(shared_data, piece_folders):
     theirs = reference("pieces", piece_folders.json)
     ours = Phi3Tokenizer.from_pretrained(piece_folders.json)
     templates = sorted(shared_data("phi3-configs").glob("*/chat_template*.txt"))
@@ -703,14 +707,14 @@ def test_every_members_template_renders_as_in_transformers(shared_data, piece_fo
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     ],
 )
-def test_what_templates_count_on(piece_folders, template):
+def test_names_and_filters_of_templates_match_transformers(piece_folders, template):
     theirs = reference("pieces", piece_folders.json)
     ours = Phi3Tokenizer.from_pretrained(piece_folders.json)
     options = {"chat_template": template, "tokenize": False, "name": "Ada", "tools": [{"name": "<f> é"}]}
     assert [ours.apply_chat_template(CHAT, **options)] == theirs.ask("apply_chat_template", [CHAT], **options)
 
 
-def test_templates_are_told_the_date(piece_folders):
+def test_templates_know_the_date(piece_folders):
     tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
     template, pattern = "{{ strftime_now('%Y-%m-%d %H') }}", "%Y-%m-%d %H"
     before = datetime.now().strftime(pattern)
@@ -734,7 +738,7 @@ def test_continue_final_message_matches_transformers(piece_folders):
         ours.apply_chat_template(CHAT, continue_final_message=True, chat_template="nothing")
 
 
-def test_order_of_template_sources(piece_folders, tmp_path):
+def test_later_template_sources_override_earlier_ones(piece_folders, tmp_path):
     shutil.copytree(piece_folders.json, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
 
@@ -769,7 +773,7 @@ def test_order_of_template_sources(piece_folders, tmp_path):
         ("{% for m in messages %}\n{{ m }", "line 2"),
     ],
 )
-def test_templates_that_fail(piece_folders, template, says):
+def test_reports_failing_templates(piece_folders, template, says):
     tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
     with pytest.raises(ValueError, match=says):
         tokenizer.apply_chat_template(CHAT, chat_template=template)
@@ -785,17 +789,17 @@ def test_templates_that_fail(piece_folders, template, says):
         ([CHAT[0], {"role": "user"}], r"messages\[1\] has no content"),
         ([{}], r"messages\[0\] has no role and no content"),
         ([{"role": 1, "content": "Hi"}], "must be a str, got 1"),
-        ([{"role": "user", "content": object()}], "what JSON knows"),
+        ([{"role": "user", "content": object()}], "must consist of JSON values"),
         ([{"role": "owner", "content": "Hi"}], "role 'owner' is not system, user or assistant"),
     ],
 )
-def test_messages_that_are_no_conversation(piece_folders, messages, says):
+def test_rejects_messages_that_are_not_a_conversation(piece_folders, messages, says):
     tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
     with pytest.raises(ValueError, match=says):
         tokenizer.apply_chat_template(messages)
 
 
-def test_no_template(byte_level_folder):
+def test_rejects_chats_without_a_template(byte_level_folder):
     tokenizer = Phi3Tokenizer.from_pretrained(byte_level_folder)
     with pytest.raises(ValueError, match="no chat template"):
         tokenizer.apply_chat_template(CHAT)
@@ -805,7 +809,7 @@ def test_no_template(byte_level_folder):
 # --- files
 
 
-def test_save_writes_what_was_read(folder, tmp_path):
+def test_save_writes_the_files_that_were_read(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "from")
     (tmp_path / "from" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     tokenizer = Phi3Tokenizer.from_pretrained(tmp_path / "from")
@@ -821,7 +825,7 @@ def test_save_writes_what_was_read(folder, tmp_path):
         assert theirs.ask("encode", ["the dog"])[0] == tokenizer.encode("the dog")
 
 
-def test_save_keeps_what_was_set(folder, tmp_path):
+def test_save_keeps_changed_attributes(folder, tmp_path):
     tokenizer = Phi3Tokenizer.from_pretrained(folder, truncation_side="left", model_max_length=77)
     tokenizer.padding_side = "right"
     tokenizer.chat_template = "{{ 'mine' }}"
@@ -852,7 +856,7 @@ def test_saved_json_alone_loads_in_transformers(byte_level_folder, tmp_path):
     assert TheirTokenizer("saved json", tmp_path).ask("encode", ["the dog"])[0] == ids
 
 
-def test_a_save_that_fails_leaves_the_old_file(piece_folders, tmp_path, monkeypatch):
+def test_failed_save_leaves_the_old_file(piece_folders, tmp_path, monkeypatch):
     tokenizer = Phi3Tokenizer.from_pretrained(piece_folders.json)
     tokenizer.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -871,7 +875,7 @@ def test_a_save_that_fails_leaves_the_old_file(piece_folders, tmp_path, monkeypa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_missing_files(tmp_path):
+def test_rejects_missing_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
         FileNotFoundError, match=r"looked for tokenizer.json and tokenizer.model, found config.json"
@@ -884,19 +888,19 @@ def test_missing_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("tokenizer.json", b'{"model":\n  {,}}', r"tokenizer.json is broken JSON at line 2 column 4"),
+        ("tokenizer.json", b'{"model":\n  {,}}', r"tokenizer.json is not valid JSON: .* at line 2 column 4"),
         ("tokenizer.json", b"{}", "tokenizer.json is JSON, but not a tokenizer"),
         (
             "tokenizer_config.json",
             b'{"bos_token": "<s>"',
-            r"tokenizer_config.json is broken JSON at line 1 column 20",
+            r"tokenizer_config.json is not valid JSON: .* at line 1 column 20",
         ),
         ("tokenizer_config.json", b"[]", "tokenizer_config.json must hold a JSON object, got list"),
-        ("special_tokens_map.json", b"", "special_tokens_map.json is broken JSON"),
-        ("tokenizer_config.json", b'{"a": "\xff\xfe"}', "tokenizer_config.json is not UTF-8"),
+        ("special_tokens_map.json", b"", "special_tokens_map.json is not valid JSON"),
+        ("tokenizer_config.json", b'{"a": "\xff\xfe"}', "tokenizer_config.json is not valid UTF-8"),
     ],
 )
-def test_broken_json(piece_folders, tmp_path, name, content, says):
+def test_rejects_broken_json(piece_folders, tmp_path, name, content, says):
     shutil.copytree(piece_folders.json, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=says):
@@ -904,7 +908,7 @@ def test_broken_json(piece_folders, tmp_path, name, content, says):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
-def test_broken_model(piece_folders, tmp_path, damage):
+def test_rejects_a_broken_model(piece_folders, tmp_path, damage):
     content = (piece_folders.model / "tokenizer.model").read_bytes()
     broken = {"cut": content[: len(content) // 2], "empty": b"", "text": b"version https://git-lfs"}[damage]
     (tmp_path / "tokenizer.model").write_bytes(broken)
@@ -912,13 +916,13 @@ def test_broken_model(piece_folders, tmp_path, damage):
         Phi3Tokenizer.from_pretrained(tmp_path)
 
 
-def test_an_added_token_needs_a_text(piece_folders):
+def test_rejects_an_added_token_without_text(piece_folders):
     content = (piece_folders.json / "tokenizer.json").read_bytes()
     with pytest.raises(ValueError, match=r"added_tokens_decoder\['500'\] must have a text"):
         Phi3Tokenizer(JsonBackend(content), {"added_tokens_decoder": {"500": {"special": True}}})
 
 
-def test_an_added_token_cannot_take_a_pieces_id(piece_folders):
+def test_rejects_an_added_token_with_a_pieces_id(piece_folders):
     model = (piece_folders.model / "tokenizer.model").read_bytes()
     config = {"added_tokens_decoder": {"300": {"content": "<|user|>"}}}
     with pytest.raises(ValueError, match=r"'<\|user\|>' has id 300, which is the piece"):
