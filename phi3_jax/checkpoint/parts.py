@@ -1,4 +1,4 @@
-"""Parameters from stored tensors: read once, as far as this process's devices hold them, and put there."""
+"""Reads parameters from stored tensors: each process reads once the parts that its devices hold."""
 
 import math
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from phi3_jax.checkpoint.layout import TensorLayout
 from phi3_jax.checkpoint.source import CheckpointSource
 
 BLOCK = 1 << 23
-"""Bytes in memory beside the parts that they are cut into."""
+"""The bytes that are read at once and cut into parts."""
 
 Box = tuple[tuple[int, int], ...]
-"""A part of a parameter: from where to where on each axis."""
+"""A part of a parameter: on each axis its start and its stop."""
 
 
 def put_parameter(
@@ -25,9 +25,9 @@ def put_parameter(
     dtype: np.dtype,
     where: Sharding | None,
 ) -> jax.Array:
-    """The parameter that is stored as `name`, on its devices.
+    """Puts the parameter that is stored as `name` on its devices.
 
-    Waited for, lest many tensors be on their way at once and all in host memory.
+    It waits for the transfer, so that host memory does not hold many tensors on their way.
     """
 
     def read(box: Box) -> np.ndarray:
@@ -48,21 +48,21 @@ def put_parameter(
     else:
         parts = {box: np.empty(_sizes(box), dtype) for box in different}
         for block in _blocks(different, dtype.itemsize):
-            found = read(block)
+            values = read(block)
             for box, part in parts.items():
                 common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, box, strict=True))
                 if all(start < stop for start, stop in common):
-                    part[_within(common, box)] = found[_within(common, block)]
-    placed = {}
+                    part[_within(common, box)] = values[_within(common, block)]
+    arrays = {}
     while parts:
-        box, part = parts.popitem()  # one after the other, each gone when its devices have it
+        box, part = parts.popitem()  # each part is freed when its devices have it
         for device in (device for device, own in boxes.items() if own == box):
-            placed[device] = jax.device_put(part, device).block_until_ready()
-    return jax.make_array_from_single_device_arrays(shape, where, [placed[device] for device in boxes])
+            arrays[device] = jax.device_put(part, device).block_until_ready()
+    return jax.make_array_from_single_device_arrays(shape, where, [arrays[device] for device in boxes])
 
 
 def _blocks(boxes: list[Box], itemsize: int) -> Iterator[Box]:
-    """What holds all boxes, which lie side by side as a rule, cut along the first axis."""
+    """Yields the box around all boxes, which are usually adjacent, in blocks along the first axis."""
     first, *others = ((min(a for a, _ in ends), max(b for _, b in ends)) for ends in zip(*boxes, strict=True))
     step = max(1, BLOCK // (itemsize * math.prod(_sizes(tuple(others)))))
     for start in range(*first, step):
@@ -74,5 +74,5 @@ def _sizes(box: Box) -> tuple[int, ...]:
 
 
 def _within(box: Box, outer: Box) -> tuple[slice, ...]:
-    """`box` as an index into what `outer` holds."""
+    """Returns `box` as an index into an array of `outer`."""
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, outer, strict=True))

@@ -1,4 +1,4 @@
-"""Configurations: of a model, of its rope, of generation, and those of published models."""
+"""Configurations of models, of rope and of generation, and those of published models."""
 
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.config.model_config import Phi3Config

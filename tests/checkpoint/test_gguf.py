@@ -1,4 +1,4 @@
-"""GGUF files against the arrays they were written from, the gguf package, and transformers' GGUF loading."""
+"""GGUF files match the arrays they were written from, the gguf package, and transformers' GGUF loading."""
 
 import json
 import re
@@ -33,7 +33,7 @@ LONG = [1.5 + i / 3 for i in range(HEAD_DIM // 2)]
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The row order llama.cpp stores q and k in, written out row by row."""
+    """Puts rows in the order in which llama.cpp stores q and k, row by row."""
     width = len(rows) // heads
     order = [
         h * width + half * width // 2 + i for h in range(heads) for i in range(width // 2) for half in (0, 1)
@@ -42,7 +42,7 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def weights(fused: bool) -> dict[str, np.ndarray]:
-    """Random tensors under Hugging Face's names, the projections fused (Phi-3) or not (Llama)."""
+    """Returns random tensors under Hugging Face's names, with projections fused (Phi-3) or not (Llama)."""
     rng = np.random.default_rng(7)
     q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
@@ -90,7 +90,7 @@ def gguf_name(name: str) -> str:
 
 
 def stored_layout(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under llama.cpp's names, with q and k as it permutes them."""
+    """Returns the tensors under llama.cpp's names, with q and k permuted as there."""
     out = {}
     for name, value in tensors.items():
         if ".q_proj." in name or ".k_proj." in name:
@@ -100,7 +100,7 @@ def stored_layout(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def phi3_layout(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Llama's separate projections fused by hand."""
+    """Returns the tensors with Llama's separate projections fused."""
     out = dict(tensors)
     for i in range(LAYERS):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
@@ -114,7 +114,7 @@ def phi3_layout(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def dequantized(value: np.ndarray, kind: Kind) -> np.ndarray:
-    """What a file of this kind gives back for these values: norms stay float32 there."""
+    """Returns the values after a round trip through a file of this kind, where norms stay float32."""
     if value.ndim == 1 or kind == Kind.F32:
         return value
     if kind == Kind.F16:
@@ -132,9 +132,9 @@ def write_gguf(
     extra: Mapping[str, object] | None = None,
     tokenizer: Mapping[str, object] | None = None,
 ) -> Path:
-    """A GGUF file of these tensors (llama.cpp's names); `extra` adds or replaces metadata, None drops it.
+    """Writes a GGUF file of these tensors (llama.cpp's names); `extra` changes metadata, None removes a key.
 
-    Without a `kind`, tensors keep the dtype they have.
+    Without a `kind`, tensors keep their dtypes.
     """
     metadata: dict[str, object] = {
         f"{architecture}.block_count": LAYERS,
@@ -186,8 +186,8 @@ def llama_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1], ids=lambda kind: kind.name
 )
-def test_llama_tensors_come_back_fused_and_in_order(tmp_path: Path, kind: Kind) -> None:
-    """Quantisation works within rows, so it commutes with their order: equality is to the bit."""
+def test_reads_llama_tensors_fused_and_in_order(tmp_path: Path, kind: Kind) -> None:
+    """Every bit is equal, since quantization works within rows and commutes with their order."""
     original = weights(fused=False)
     source = GGUFSource(write_gguf(tmp_path / "a.gguf", "llama", stored_layout(original), kind))
     expected = phi3_layout({name: dequantized(value, kind) for name, value in original.items()})
@@ -200,7 +200,7 @@ def test_llama_tensors_come_back_fused_and_in_order(tmp_path: Path, kind: Kind) 
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0], ids=lambda kind: kind.name)
-def test_phi3_tensors_come_back_as_they_are(tmp_path: Path, kind: Kind) -> None:
+def test_reads_phi3_tensors_unchanged(tmp_path: Path, kind: Kind) -> None:
     original = weights(fused=True)
     source = GGUFSource(write_gguf(tmp_path / "a.gguf", "phi3", stored_layout(original), kind))
     assert sorted(source.names()) == sorted(original)
@@ -208,7 +208,7 @@ def test_phi3_tensors_come_back_as_they_are(tmp_path: Path, kind: Kind) -> None:
         np.testing.assert_array_equal(source.read(name), dequantized(value, kind), err_msg=name)
 
 
-def test_phi3_with_separate_projections_is_not_permuted(tmp_path: Path) -> None:
+def test_does_not_permute_phi3_with_separate_projections(tmp_path: Path) -> None:
     original = weights(fused=False)
     expected = phi3_layout(original)
     separate = {
@@ -220,7 +220,7 @@ def test_phi3_with_separate_projections_is_not_permuted(tmp_path: Path) -> None:
         np.testing.assert_array_equal(source.read(name), value, err_msg=name)
 
 
-def test_mixed_dtypes_widen_and_a_read_is_the_callers_own(tmp_path: Path) -> None:
+def test_widens_mixed_dtypes_and_returns_copies(tmp_path: Path) -> None:
     tensors = stored_layout(weights(fused=False))
     for name, value in tensors.items():
         if value.ndim == 2 and name != "blk.0.attn_k.weight":
@@ -234,7 +234,7 @@ def test_mixed_dtypes_widen_and_a_read_is_the_callers_own(tmp_path: Path) -> Non
 
 
 class Written:
-    """A file, which an answer knows by what was written into it."""
+    """A file whose answers are stored under its contents."""
 
     def __init__(self, path: Path, tensors: Mapping[str, np.ndarray]):
         self.path = path
@@ -243,7 +243,7 @@ class Written:
 
 @stored(whole=True)
 def llama_logits(file: Written, ids: np.ndarray) -> Any:
-    """What transformers' Llama computes from its own reading of the file."""
+    """Returns the logits of transformers' Llama, which reads the file itself."""
     import torch
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint as read
@@ -255,8 +255,8 @@ def llama_logits(file: Written, ids: np.ndarray) -> Any:
         return llama(torch.tensor(ids)).logits
 
 
-def test_transformers_reads_the_same_llama(llama_file: Path) -> None:
-    """Independent of the permutation above: transformers' Llama on its own reading, Phi-3 on ours."""
+def test_matches_transformers_llama(llama_file: Path) -> None:
+    """transformers' Llama reads the file itself, so that this does not depend on the permutation above."""
     ids = np.arange(24).reshape(2, 12) * 3 % VOCAB
     expected = llama_logits(Written(llama_file, weights(fused=False)), ids)
     ours = run(Phi3ForCausalLM.from_pretrained(llama_file, dtype="float32"), input_ids=ids).logits
@@ -264,8 +264,8 @@ def test_transformers_reads_the_same_llama(llama_file: Path) -> None:
 
 
 @pytest.mark.live
-def test_transformers_computes_the_same_phi3(llama_file: Path) -> None:
-    """From our reading of the file, as from its own of Llama."""
+def test_transformers_phi3_matches_its_llama(llama_file: Path) -> None:
+    """Its Phi-3 computes the same from our tensors as its Llama from the file."""
     import torch
     import transformers
 
@@ -278,8 +278,8 @@ def test_transformers_computes_the_same_phi3(llama_file: Path) -> None:
         np.testing.assert_allclose(phi3(torch.tensor(ids)).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_under_another_config(tmp_path: Path, llama_file: Path) -> None:
-    """As a search for rope factors leaves it: a directory with the same numbers."""
+def test_reconfigures_a_gguf_file(tmp_path: Path, llama_file: Path) -> None:
+    """The result is a directory with the same weights, as of a search for rope factors."""
     config = Phi3Config.from_dict(GGUFSource(llama_file).config_dict())
     assert config.max_position_embeddings not in (16, 64)
     stretched = config.replace(
@@ -297,7 +297,7 @@ def test_under_another_config(tmp_path: Path, llama_file: Path) -> None:
     np.testing.assert_array_equal(ours(ids).logits, expected(ids).logits)
 
 
-def test_config(tmp_path: Path, llama_file: Path) -> None:
+def test_reads_the_config(tmp_path: Path, llama_file: Path) -> None:
     assert GGUFSource(llama_file).config_dict() == {
         "model_type": "phi3",
         "architectures": ["Phi3ForCausalLM"],
@@ -326,7 +326,7 @@ def test_config(tmp_path: Path, llama_file: Path) -> None:
     assert "lm_head.weight" not in source.names()
 
 
-def test_head_dim_partial_rotation_and_window(tmp_path: Path) -> None:
+def test_reads_head_dim_partial_rotation_and_window(tmp_path: Path) -> None:
     """Two heads of 32 in a model of 128, of which 24 dims rotate; a window of 0 means none."""
     tensors = stored_layout(weights(fused=True))
     for name, value in tensors.items():
@@ -352,7 +352,7 @@ def test_head_dim_partial_rotation_and_window(tmp_path: Path) -> None:
     assert config["sliding_window"] is None
 
 
-def test_old_files_get_the_window_of_their_model(tmp_path: Path) -> None:
+def test_old_files_get_their_models_window(tmp_path: Path) -> None:
     """Phi-3-mini-4k's first files lack the key: 32 layers and 4096 tokens mean 2047."""
     tensors = stored_layout(weights(fused=True))
     layers = {
@@ -377,7 +377,7 @@ LONGROPE = {
     [(1.1902380714, None), (1.3465735903, 1.3465735903), (None, None)],
     ids=["longrope's own", "early yarn", "absent"],
 )
-def test_longrope(tmp_path: Path, attn_factor: float | None, explicit: float | None) -> None:
+def test_reads_longrope(tmp_path: Path, attn_factor: float | None, explicit: float | None) -> None:
     extra = {
         "phi3.context_length": 131072,
         "phi3.rope.scaling.original_context_length": 4096,
@@ -396,7 +396,7 @@ def test_longrope(tmp_path: Path, attn_factor: float | None, explicit: float | N
     )
 
 
-def test_longrope_needs_its_original_length(tmp_path: Path) -> None:
+def test_rejects_longrope_without_its_original_length(tmp_path: Path) -> None:
     tensors = stored_layout(weights(fused=True)) | LONGROPE
     with pytest.raises(CheckpointError, match=r"lacks 'phi3\.rope\.scaling\.original_context_length'"):
         GGUFSource(write_gguf(tmp_path / "a.gguf", "phi3", tensors))
@@ -423,7 +423,7 @@ def test_longrope_needs_its_original_length(tmp_path: Path) -> None:
     ],
     ids=["none", "linear", "yarn", "yarn with attention factor"],
 )
-def test_rope_scaling(tmp_path: Path, extra: dict[str, object], expected: Any) -> None:
+def test_reads_rope_scaling(tmp_path: Path, extra: dict[str, object], expected: Any) -> None:
     keys = {f"llama.rope.scaling.{key}": value for key, value in extra.items()}
     path = write_gguf(tmp_path / "a.gguf", "llama", stored_layout(weights(fused=False)), extra=keys)
     scaling = GGUFSource(path).config_dict()["rope_scaling"]
@@ -435,7 +435,7 @@ def test_rope_scaling(tmp_path: Path, extra: dict[str, object], expected: Any) -
 
 @stored
 def llama3_frequencies(settings: dict[str, Any]) -> Any:
-    """Inverse frequencies of transformers' llama3 rule."""
+    """Returns the inverse frequencies of transformers' llama3 rule."""
     import torch
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -444,8 +444,8 @@ def llama3_frequencies(settings: dict[str, Any]) -> Any:
     return frequencies
 
 
-def test_llama3_frequencies_are_longrope_with_one_list(tmp_path: Path) -> None:
-    """Against the llama3 rule of transformers: its frequencies, divided out of the plain ones and back."""
+def test_reads_llama3_frequencies_as_longrope_with_one_list(tmp_path: Path) -> None:
+    """The frequencies of transformers' llama3 rule survive as factors on the plain ones."""
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 64, "rope_theta": 50000.0}
     expected = llama3_frequencies(
@@ -490,7 +490,7 @@ def change(
         ("rope_factors_long.weight", (16,), r"'rope_factors_short\.weight' is missing"),
     ],
 )
-def test_tensors_that_do_not_fit(
+def test_rejects_tensors_that_do_not_fit(
     tmp_path: Path, name: str, shape: tuple[int, ...] | None, message: str
 ) -> None:
     tensors = change(stored_layout(weights(fused=False)), name, shape)
@@ -510,7 +510,7 @@ def test_tensors_that_do_not_fit(
         ({"split.count": 3}, r"one of 3 parts"),
     ],
 )
-def test_metadata_that_does_not_fit(tmp_path: Path, extra: dict[str, object], message: str) -> None:
+def test_rejects_metadata_that_does_not_fit(tmp_path: Path, extra: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         GGUFSource(write_gguf(tmp_path / "a.gguf", "llama", stored_layout(weights(fused=False)), extra=extra))
 
@@ -523,7 +523,7 @@ def test_rejects_other_architectures(tmp_path: Path) -> None:
         GGUFSource(path)
 
 
-def test_not_a_gguf(tmp_path: Path) -> None:
+def test_rejects_other_files(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     with pytest.raises(CheckpointError, match="cannot be read"):
         GGUFSource(path)
@@ -533,8 +533,8 @@ def test_not_a_gguf(tmp_path: Path) -> None:
             GGUFSource(path)
 
 
-def test_truncated(llama_file: Path) -> None:
-    """Wherever a file stops: in the last tensors by name and sizes, in the header with a plain word."""
+def test_rejects_truncated_files(llama_file: Path) -> None:
+    """A file cut in its tensors is reported with name and sizes, one cut in its header without."""
     whole = llama_file.read_bytes()
     cut = llama_file.with_name("cut.gguf")
     cut.write_bytes(whole[: len(whole) - 1000])
@@ -549,8 +549,8 @@ def test_truncated(llama_file: Path) -> None:
             GGUFSource(cut)
 
 
-def test_quantisations_that_cannot_be_read(tmp_path: Path, llama_file: Path) -> None:
-    """Q8_1 is known by name but not dequantised; 250 is no type at all."""
+def test_rejects_unknown_quantizations(tmp_path: Path, llama_file: Path) -> None:
+    """Q8_1 is known but cannot be dequantized; 250 is not a type."""
     content = bytearray(llama_file.read_bytes())
     name = b"blk.0.ffn_up.weight"
     at = content.index(name) + len(name) + 4 + 2 * 8
@@ -625,7 +625,7 @@ def load(files: Mapping[str, object]) -> Tokenizer:
         ("smollm", "<|im_start|>ab<tool>ab<|im_end|>", ["<|im_start|>", "ab", "<tool>", "ab", "<|im_end|>"]),
     ],
 )
-def test_byte_level_tokenizer(tmp_path: Path, pre: str, text: str, tokens: list[str]) -> None:
+def test_builds_byte_level_tokenizers(tmp_path: Path, pre: str, text: str, tokens: list[str]) -> None:
     tokenizer = load(tokenizer_source(tmp_path, byte_level(pre)).tokenizer_files())
     encoding = tokenizer.encode(text)
     assert encoding.tokens == tokens
@@ -633,8 +633,8 @@ def test_byte_level_tokenizer(tmp_path: Path, pre: str, text: str, tokens: list[
     assert tokenizer.decode(plain.ids, skip_special_tokens=False) == text
 
 
-def test_splits_are_those_of_the_tokenizers_they_name() -> None:
-    """The patterns against what cl100k and o200k are known to cut, on text where they differ."""
+def test_splits_match_cl100k_and_o200k() -> None:
+    """The text is one that the two cut differently."""
     text = "I'M HelloWorld café  12345\n\n  x/=y//\r\n"
     cut = {
         name: [
@@ -647,7 +647,7 @@ def test_splits_are_those_of_the_tokenizers_they_name() -> None:
     assert cut["gpt-4o"] == ["I'M", " Hello", "World", " café", " ", " ", *shared, " x", "/=", "y", "//\r\n"]
 
 
-def test_files_beside_the_tokenizer(tmp_path: Path) -> None:
+def test_writes_the_files_beside_the_tokenizer(tmp_path: Path) -> None:
     files = tokenizer_source(tmp_path, byte_level("smollm")).tokenizer_files()
     config = files["tokenizer_config.json"]
     assert isinstance(config, dict)
@@ -672,15 +672,15 @@ def test_files_beside_the_tokenizer(tmp_path: Path) -> None:
         False,
     )
     assert config["chat_template"] == TEMPLATE
-    # The turn ends with <|im_end|>, not with the file's eos: knowing only that, generation would not stop.
+    # The turn ends with <|im_end|>; with the file's eos alone, generation would not stop.
     assert files["generation_config.json"] == {"bos_token_id": 1, "eos_token_id": [0, 2], "pad_token_id": 2}
-    # The padding of the embedding has no tokens.
+    # The padding rows of the embedding have no tokens.
     assert load(files).get_vocab_size() == 22
 
 
 @stored
 def tokenized_by_transformers(files: dict[str, Any], text: str) -> dict[str, Any]:
-    """What transformers' tokenizer makes of a text and of a conversation, loaded from these files."""
+    """Returns the ids and the prompt of transformers' tokenizer, loaded from these files."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -695,7 +695,7 @@ def tokenized_by_transformers(files: dict[str, Any], text: str) -> dict[str, Any
     }
 
 
-def test_transformers_loads_the_files(tmp_path: Path) -> None:
+def test_transformers_reads_the_files(tmp_path: Path) -> None:
     source = tokenizer_source(tmp_path, byte_level("smollm", **{"tokenizer.ggml.add_bos_token": True}))
     files = source.tokenizer_files()
     text = "<|im_start|>ab12<tool> ab<|im_end|>"
@@ -707,7 +707,7 @@ def test_transformers_loads_the_files(tmp_path: Path) -> None:
 
 
 def sentencepiece(**extra: object) -> dict[str, object]:
-    """Pieces whose scores disagree with their order, so that merges by id would cut otherwise."""
+    """Returns pieces whose scores disagree with their order, so that merges by id would cut differently."""
     scored = {
         "▁": -50.0,
         "a": -51.0,
@@ -755,7 +755,7 @@ def test_sentencepiece_tokenizer_merges_by_score(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(" ab c").ids) == " ab c"
 
 
-def test_sentencepiece_of_phi3_swallows_space_after_special_tokens(tmp_path: Path) -> None:
+def test_sentencepiece_of_phi3_removes_space_after_special_tokens(tmp_path: Path) -> None:
     extra = {"tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": "<|user|>\n{{ x }}<|end|>\n"}
     files = tokenizer_source(tmp_path, sentencepiece(**extra), "phi3").tokenizer_files()
     tokenizer = load(files)
@@ -775,10 +775,10 @@ def test_sentencepiece_of_phi3_swallows_space_after_special_tokens(tmp_path: Pat
     ("revision", "architecture"),
     [("phi-3", "llama"), pytest.param("phi-3-mini", "phi3", marks=pytest.mark.slow)],
 )
-def test_phi3s_own_tokenizer_is_rebuilt(
+def test_rebuilds_phi3s_own_tokenizer(
     tmp_path: Path, shared_data: Callable[..., Path], revision: str, architecture: str
 ) -> None:
-    """Microsoft's tokenizer.json, from what llama.cpp keeps of it: 61,249 merges out of 32,000 scores."""
+    """Microsoft's tokenizer.json follows from llama.cpp's metadata: 61,249 merges from 32,000 scores."""
     spm = pytest.importorskip("sentencepiece").SentencePieceProcessor()
     spm.Load(str(shared_data("phi3-tokenizer", "sentencepiece", "tokenizer.model")))
     original = json.loads(
@@ -828,13 +828,15 @@ def test_phi3s_own_tokenizer_is_rebuilt(
         (sentencepiece(**{"tokenizer.ggml.scores": None}), r"lacks 'tokenizer\.ggml\.scores'"),
     ],
 )
-def test_tokenizers_that_cannot_be_built(tmp_path: Path, tokenizer: dict[str, object], message: str) -> None:
+def test_rejects_tokenizers_that_cannot_be_built(
+    tmp_path: Path, tokenizer: dict[str, object], message: str
+) -> None:
     source = tokenizer_source(tmp_path, tokenizer)
     with pytest.raises(CheckpointError, match=message):
         source.tokenizer_files()
 
 
-def test_no_tokenizer(llama_file: Path) -> None:
+def test_file_without_tokenizer_has_generation_config_only(llama_file: Path) -> None:
     assert GGUFSource(llama_file).tokenizer_files() == {"generation_config.json": {}}
 
 
@@ -857,8 +859,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.optimized
 @pytest.mark.slow
-def test_smollm2_answers(smollm2: Path) -> None:
-    """Through transformers' Phi-3: the greedy answer that the same file gives in llama.cpp."""
+def test_smollm2_matches_llama_cpp(smollm2: Path) -> None:
+    """transformers' Phi-3 gives the greedy answer that llama.cpp gives from the same file."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Loading holds the parameters and a tensor besides, converting a tensor alone."""
+"""Loading needs memory for the parameters and one tensor, converting for one tensor."""
 
 import json
 import math
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
-# Pages of a mapped file count too while they are mapped.
+# Mapped pages of a file count too.
 MEASURE = """
 import json, sys
 import jax
@@ -43,7 +43,7 @@ print(json.dumps([status("VmHWM:") - before, size]))
 
 
 def measure(*arguments: Path) -> tuple[int, int]:
-    """Bytes at the peak above what the imports need, and bytes of parameters."""
+    """Returns the peak in bytes, without the imports, and the bytes of the parameters."""
     command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, size = json.loads(done.stdout)
@@ -52,7 +52,7 @@ def measure(*arguments: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """435 MB of random bfloat16, a fifth of it the embedding, in a shard each for a few tensors."""
+    """A checkpoint of 435 MB of random bfloat16, a fifth of it the embedding, with 8 tensors in a shard."""
     folder = tmp_path_factory.mktemp("large")
     config = small_config(
         vocab_size=45_000,

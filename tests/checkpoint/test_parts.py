@@ -1,4 +1,4 @@
-"""Parts of parameters from parts of stored tensors, whatever is divided, against the whole parameter cut."""
+"""A part of a parameter, read from parts of stored tensors, equals that part of the whole parameter."""
 
 import itertools
 from pathlib import Path
@@ -23,8 +23,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_part_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(safetensors, "BLOCK", 64)  # some rows at once, where columns are cut
+def test_reads_every_part_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(safetensors, "BLOCK", 64)  # reads a few rows at once where columns are cut
     shape, layout = SHAPES[name], layout_of(name)
     parameter = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
     stored = np.ascontiguousarray(layout.to_checkpoint(parameter))
@@ -36,7 +36,7 @@ def test_every_part_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         index: list[Any] = [slice(0, size) for size in shape]
         index[axis] = slice(*slice(start, stop).indices(shape[axis])[:2])
         if name.endswith("o_proj.weight") and axis > 1 and index[axis] != slice(0, shape[axis]):
-            with pytest.raises(ValueError, match=r"columns in [36] places"):
+            with pytest.raises(ValueError, match=r"columns in [36] runs; expected one"):
                 layout.reads(shape, tuple(index))
             continue
         rows, columns = layout.reads(shape, tuple(index))
@@ -45,8 +45,8 @@ def test_every_part_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         np.testing.assert_array_equal(found.reshape(expected.shape), expected)
 
 
-def test_query_rows_stand_before_keys_and_values() -> None:
-    """Of 2 key/value heads with 2 queries each, 1 dim: q0 q1 q2 q3 k0 k1 v0 v1 in the file."""
+def test_query_rows_come_before_keys_and_values() -> None:
+    """The file has q0 q1 q2 q3 k0 k1 v0 v1 for 2 key/value heads with 2 queries each, of 1 dim."""
     layout = layout_of("layers.0.self_attn.qkv_proj.weight")
     parameter = np.array([[0, 1, 4, 6], [2, 3, 5, 7]]).reshape(2, 4, 1, 1)
     np.testing.assert_array_equal(layout.to_checkpoint(parameter).reshape(-1), np.arange(8))

@@ -1,4 +1,4 @@
-"""A checkpoint under another config: its weights bit for bit, and what transformers makes of it."""
+"""A checkpoint under another config keeps its weights, and transformers computes the same from it."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_weights_are_linked_and_transformers_agrees(source, tmp_path):
+def test_links_weights_and_matches_transformers(source, tmp_path):
     reconfigure_checkpoint(source, tmp_path / "out", stretched(source))
     before, after = contents(source), contents(tmp_path / "out")
     assert after.keys() == before.keys() - {"pytorch_model.bin"}
@@ -52,7 +52,7 @@ def test_weights_are_linked_and_transformers_agrees(source, tmp_path):
     assert distance(plain, expected) > 1e-2
 
 
-def test_again_and_where_links_are_impossible(source, tmp_path, monkeypatch):
+def test_copies_weights_where_links_are_impossible(source, tmp_path, monkeypatch):
     config = stretched(source)
     reconfigure_checkpoint(source, tmp_path / "out", config)
     linked = contents(tmp_path / "out")
@@ -67,7 +67,7 @@ def test_again_and_where_links_are_impossible(source, tmp_path, monkeypatch):
     assert not shard.samefile(tmp_path / "out" / shard.name)
 
 
-def test_the_hubs_cache_has_symbolic_links(source, tmp_path):
+def test_follows_symbolic_links_of_the_hubs_cache(source, tmp_path):
     hub = tmp_path / "hub" / "snapshot"
     hub.mkdir(parents=True)
     for path in source.iterdir():
@@ -78,7 +78,7 @@ def test_the_hubs_cache_has_symbolic_links(source, tmp_path):
     assert not any(path.is_symlink() for path in found)
 
 
-def test_what_is_refused(source, tmp_path):
+def test_rejects_impossible_destinations(source, tmp_path):
     config = stretched(source)
     with pytest.raises(CheckpointError, match="is the checkpoint itself"):
         reconfigure_checkpoint(source, source, config)

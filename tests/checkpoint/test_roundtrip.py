@@ -1,4 +1,4 @@
-"""Checkpoints of transformers to models here and back: every bit, every name, every option."""
+"""Checkpoints of transformers survive loading and saving: every bit, every name, every option."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ IDS = np.random.default_rng(1).integers(4, 96, (2, 9))
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a directory, whatever its shards, read by the safetensors package."""
+    """Returns every tensor of a directory, read by the safetensors package."""
     found: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob("*.safetensors")):
         part = load_file(path)
@@ -62,14 +62,14 @@ def save_theirs(kind: str, settings: dict[str, Any], folder: Path, dtype: str, m
 
 @stored
 def files_of_theirs(kind: str, settings: dict[str, Any], dtype: str, max_shard_size: str) -> dict[str, Any]:
-    """What transformers saves of a random model, but the values: JSON files, and shapes by file."""
+    """Returns the files that transformers saves of a random model, with shapes in place of values."""
     answer: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         save_theirs(kind, settings, Path(temporary), dtype, max_shard_size)
         for path in sorted(Path(temporary).iterdir()):
             if path.suffix == ".json":
                 content = json.loads(path.read_text())
-                content.pop("weight_map", None)  # the files tell
+                content.pop("weight_map", None)  # follows from the files
                 answer[path.name] = json.dumps(content)
             else:
                 with safe_open(path, "np") as file:
@@ -81,7 +81,7 @@ def files_of_theirs(kind: str, settings: dict[str, Any], dtype: str, max_shard_s
 def theirs_saved(
     kind: str, config: Phi3Config, folder: Path, dtype: str = "float32", max_shard_size: str = "5GB"
 ) -> dict[str, np.ndarray]:
-    """Writes the files that transformers saves of such a model, with random values; gives its tensors."""
+    """Writes the files that transformers saves of such a model, with random values; returns its tensors."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     found: dict[str, np.ndarray] = {}
@@ -121,7 +121,7 @@ def values(model: Any) -> dict[str, np.ndarray]:
 
 
 SIZES = {True: "25KB", False: "5GB"}
-"""Of a shard, where a checkpoint is of several and where it is of one."""
+"""The size of a shard, for several shards and for a single file."""
 SHARDED = pytest.mark.parametrize(("theirs_sharded", "ours_sharded"), [(False, False), (True, True)])
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 MODELS = pytest.mark.parametrize(
@@ -131,7 +131,7 @@ MODELS = pytest.mark.parametrize(
 
 
 def load_and_save(kind: str, dtype: str, folder: Path, theirs_sharded: bool, ours_sharded: bool) -> None:
-    """Loads `theirs`, saves `ours` in `folder`: every bit, and as many files as asked."""
+    """Loads `theirs`, saves `ours` in `folder`, and checks every bit and the number of files."""
     model = CLASSES[kind][1].from_pretrained(folder / "theirs")
     assert model.dtype == jnp.dtype(dtype)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {dtype}
@@ -144,7 +144,7 @@ def load_and_save(kind: str, dtype: str, folder: Path, theirs_sharded: bool, our
 @SHARDED
 @DTYPES
 @MODELS
-def test_every_bit_comes_back(
+def test_every_bit_survives(
     tmp_path: Path, kind: str, tied: bool, dtype: str, theirs_sharded: bool, ours_sharded: bool
 ) -> None:
     config = small_config(tie_word_embeddings=tied, num_labels=3)
@@ -157,7 +157,7 @@ def test_every_bit_comes_back(
 @SHARDED
 @DTYPES
 @MODELS
-def test_every_bit_comes_back_to_transformers(
+def test_every_bit_survives_in_transformers(
     tmp_path: Path, kind: str, tied: bool, dtype: str, theirs_sharded: bool, ours_sharded: bool
 ) -> None:
     import torch
@@ -173,7 +173,7 @@ def test_every_bit_comes_back_to_transformers(
 
 @pytest.mark.live
 @pytest.mark.parametrize("kind", CLASSES)
-def test_transformers_computes_the_same_from_what_we_save(tmp_path: Path, kind: str) -> None:
+def test_transformers_computes_the_same_from_a_saved_model(tmp_path: Path, kind: str) -> None:
     import torch
 
     config = small_config(**longrope(), num_labels=3, sliding_window=7)
@@ -194,7 +194,7 @@ def test_transformers_computes_the_same_from_what_we_save(tmp_path: Path, kind: 
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_config_json_names_class_and_dtype(tmp_path: Path, kind: str) -> None:
+def test_config_json_has_class_and_dtype(tmp_path: Path, kind: str) -> None:
     theirs_saved(kind, small_config(), tmp_path / "theirs")
     theirs = config_json(tmp_path / "theirs")
     theirs["torch_dtype"] = theirs.pop("dtype")
@@ -225,15 +225,15 @@ def test_saving_again_replaces_shards_and_keeps_the_rest(tmp_path: Path) -> None
     loaded = values(Phi3ForCausalLM.from_pretrained(folder))
     assert all(np.array_equal(loaded[name], value) for name, value in values(small).items())
 
-    small.save_pretrained(folder, max_shard_size="100KB")  # and from one file to shards
+    small.save_pretrained(folder, max_shard_size="100KB")  # from one file to shards
     assert not (folder / "model.safetensors").exists()
     numbers = {path.name[-13:-12] for path in folder.glob("model-*.safetensors")}
-    assert len(numbers) == 1, "shards of two saves"
+    assert len(numbers) == 1, "there are shards of two saves"
     Phi3ForCausalLM.from_pretrained(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_shards_keep_to_the_size_and_the_index_to_the_shards(tmp_path: Path) -> None:
+def test_shards_have_the_size_and_the_index_fits_them(tmp_path: Path) -> None:
     model = Phi3ForCausalLM(small_config())
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -257,7 +257,7 @@ def test_files_have_the_users_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode == (plain / "file").stat().st_mode
 
 
-def test_sizes() -> None:
+def test_parses_sizes() -> None:
     sizes = {"5GB": 5 * 10**9, "500 mb": 5 * 10**8, "1.5KB": 1500, "2GiB": 2**31, 7: 7, "7": 7}
     assert {size: parse_size(size) for size in sizes} == sizes
     for wrong in ("", "GB", "-1", 0, "5 apples", "0.1", None):
@@ -266,7 +266,7 @@ def test_sizes() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_checkpoints_without_prefix_load_into_heads_and_with_it_into_the_decoder(
+def test_decoder_and_models_with_heads_load_each_others_checkpoints(
     tmp_path: Path, tied: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = small_config(tie_word_embeddings=tied)
@@ -293,7 +293,7 @@ def test_checkpoints_without_prefix_load_into_heads_and_with_it_into_the_decoder
 
 
 @pytest.mark.parametrize("cls", [Phi3ForSequenceClassification, Phi3ForTokenClassification])
-def test_causal_checkpoint_into_a_classifier(
+def test_causal_checkpoint_loads_into_a_classifier(
     tmp_path: Path, cls: type[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     theirs = theirs_saved("causal", small_config(), tmp_path, "bfloat16")
@@ -318,7 +318,7 @@ def test_causal_checkpoint_into_a_classifier(
     assert not np.array_equal(score(4), loaded["score.weight"])
 
 
-def test_classifier_is_an_older_name_of_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reads_the_old_name_of_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs = theirs_saved("token", small_config(num_labels=3), tmp_path)
 
     def rename(found: dict[str, np.ndarray]) -> None:
@@ -332,7 +332,9 @@ def test_classifier_is_an_older_name_of_score(tmp_path: Path, caplog: pytest.Log
     assert np.array_equal(loaded["score.bias"], theirs["score.bias"] + 1)
 
 
-def test_other_number_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rejects_or_initialises_another_number_of_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     theirs = theirs_saved("token", small_config(num_labels=3), tmp_path)
     with pytest.raises(CheckpointError) as caught:
         Phi3ForTokenClassification.from_pretrained(tmp_path, num_labels=4)
@@ -351,7 +353,7 @@ def test_other_number_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert not caplog.records
 
 
-def test_mismatched_sizes_of_the_decoder_are_never_ignored(tmp_path: Path) -> None:
+def test_never_ignores_mismatched_sizes_of_the_decoder(tmp_path: Path) -> None:
     theirs_saved("sequence", small_config(), tmp_path)
     with pytest.raises(
         CheckpointError, match=r"model\.embed_tokens\.weight has shape \[96, 48\], expected \[97"
@@ -360,7 +362,7 @@ def test_mismatched_sizes_of_the_decoder_are_never_ignored(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["causal", "base"])
-def test_old_rope_buffers_are_passed_over(tmp_path: Path, kind: str) -> None:
+def test_ignores_old_rope_buffers(tmp_path: Path, kind: str) -> None:
     theirs_saved(kind, small_config(), tmp_path)
     prefix = "" if kind == "base" else "model."
     before = values(CLASSES[kind][1].from_pretrained(tmp_path))
@@ -374,7 +376,7 @@ def test_old_rope_buffers_are_passed_over(tmp_path: Path, kind: str) -> None:
     assert after.keys() == before.keys()
 
 
-def test_tied_checkpoint_that_stores_its_head_too(tmp_path: Path) -> None:
+def test_loads_a_tied_checkpoint_with_a_stored_head(tmp_path: Path) -> None:
     _, theirs = pair("causal", small_config(tie_word_embeddings=True), tmp_path)
     embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(tmp_path, lambda found: found.update({"lm_head.weight": embedding.copy()}))
@@ -385,7 +387,7 @@ def test_tied_checkpoint_that_stores_its_head_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", jnp.bfloat16, np.float16, "auto", None])
-def test_dtype_option(tmp_path: Path, dtype: Any) -> None:
+def test_casts_to_the_dtype(tmp_path: Path, dtype: Any) -> None:
     theirs = theirs_saved("causal", small_config(), tmp_path, "bfloat16")
     model = Phi3ForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     expected = jnp.dtype("bfloat16" if dtype in (None, "auto") else dtype)
@@ -395,7 +397,7 @@ def test_dtype_option(tmp_path: Path, dtype: Any) -> None:
     assert np.array_equal(values(model)[key], widened)
 
 
-def test_mixed_and_double_dtypes_become_one(tmp_path: Path) -> None:
+def test_casts_mixed_and_double_dtypes_to_one(tmp_path: Path) -> None:
     theirs_saved("causal", small_config(), tmp_path)
 
     def mix(found: dict[str, np.ndarray]) -> None:
@@ -408,9 +410,8 @@ def test_mixed_and_double_dtypes_become_one(tmp_path: Path) -> None:
     rewrite(
         tmp_path, lambda found: found.update({"lm_head.weight": found["lm_head.weight"].astype(np.float16)})
     )
-    assert (
-        Phi3ForCausalLM.from_pretrained(tmp_path).dtype == jnp.float32
-    )  # the embedding's, not the first one's
+    # The embedding's dtype, not that of the first tensor.
+    assert Phi3ForCausalLM.from_pretrained(tmp_path).dtype == jnp.float32
     convert_checkpoint(tmp_path, tmp_path / "kept")
     kept = load_file(tmp_path / "kept" / "model.safetensors")
     assert {str(kept[name].dtype) for name in kept} == {"float64", "float32", "float16"}
@@ -418,7 +419,7 @@ def test_mixed_and_double_dtypes_become_one(tmp_path: Path) -> None:
     assert all(np.array_equal(kept[name], original[name]) for name in original)
 
 
-def test_config_options(tmp_path: Path) -> None:
+def test_changes_the_config(tmp_path: Path) -> None:
     theirs_saved("causal", small_config(), tmp_path)
     model = Phi3ForCausalLM.from_pretrained(tmp_path, sliding_window=5, attention_dropout=0.25)
     assert (model.config.sliding_window, model.config.attention_dropout) == (5, 0.25)
@@ -434,8 +435,8 @@ def test_config_options(tmp_path: Path) -> None:
         Phi3ForCausalLM.from_pretrained(tmp_path, sliding_windo=5)
 
 
-def test_index_decides_which_shards_tensors_count(tmp_path: Path) -> None:
-    """A tensor in two shards comes from the one that the index names; what it does not name is not read."""
+def test_reads_each_tensor_from_the_indexed_shard(tmp_path: Path) -> None:
+    """Tensors of the same name in other shards, and tensors and files without an index entry, are ignored."""
     theirs_saved("causal", small_config(), tmp_path, max_shard_size="40KB")
     before = values(Phi3ForCausalLM.from_pretrained(tmp_path))
     weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]

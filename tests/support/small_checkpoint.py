@@ -16,14 +16,14 @@ TEMPLATE = (
 SPECIALS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 PROMPT = "What is the capital of France?"
 NEVER = 299
-"""A token that the model has and the tokenizer has not."""
+"""A token of the model that the tokenizer lacks."""
 
 
 def write_checkpoint(folder: Path, **changes: Any) -> None:
-    """A model of 300 tokens whose answers never end by themselves; `changes` to its config.
+    """Writes a model of 300 tokens whose answers never end by themselves; `changes` are of its config.
 
-    20 of its tokens have no text, and many of the others are parts of characters: what it says is read back
-    as other tokens.
+    20 of its tokens have no text, and many others are parts of characters, so that its answers, encoded
+    again, give other tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,7 +42,7 @@ def write_checkpoint(folder: Path, **changes: Any) -> None:
 
 
 class Checkpoint:
-    """A directory whose model transformers loads when it is asked; answers know it by its contents."""
+    """A directory whose model transformers loads on first use; answers are stored under its contents."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -10,7 +10,7 @@ from answers import stored
 
 
 class TheirTokenizer:
-    """A tokenizer of transformers, loaded when it is first asked; answers know it by its name and options."""
+    """A tokenizer of transformers, loaded on first use; its answers are stored under its name and options."""
 
     def __init__(self, name: str, folder: Path, kind: str = "AutoTokenizer", **options: Any):
         self.folder, self.kind, self.options = folder, kind, options
@@ -23,15 +23,15 @@ class TheirTokenizer:
         return getattr(transformers, self.kind).from_pretrained(self.folder, **self.options)
 
     def ask(self, method: str, each: Sequence[Any], **options: Any) -> list[Any]:
-        """What the method answers to each argument, or tuple of several; lists in place of arrays."""
+        """Returns the method's answer to each argument, or tuple of arguments; arrays become lists."""
         return json.loads(_ask(self, method, list(each), **options))
 
     def attributes(self, *names: str) -> dict[str, Any]:
-        """These attributes, and the `length`."""
+        """Returns these attributes, and the `length`."""
         return json.loads(_attributes(self, names))
 
 
-# JSON keeps many small lists in little space.
+# JSON stores many small lists in little space.
 
 
 @stored
