@@ -32,7 +32,7 @@ from phi3_jax.runs.json_values import json_value
 from .bench_torch import TransformersTraining
 from .evaluate import EvaluationState, Evaluator
 from .progress import Progress
-from .recipe import Recipe, make_trainer, new_model, prepare, with_adapters
+from .recipe import Recipe, make_recipe, make_trainer, new_model, with_adapters
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def check_comparable(settings: Settings) -> None:
 def _ours(options: TurnOptions) -> Callable[[], TurnResult]:
     """Returns a function that takes a turn of this package."""
     keep_freed_memory()  # as the command does
-    recipe = prepare(options.settings, None, options.cache_dir)
+    recipe = make_recipe(options.settings, None, options.cache_dir)
     model = with_adapters(new_model(recipe, None), options.settings)
     trainer = make_trainer(recipe, model, None)
     state = trainer.start(model)
@@ -107,7 +107,7 @@ def _ours(options: TurnOptions) -> Callable[[], TurnResult]:
 
 def _theirs(options: TurnOptions) -> Callable[[], TurnResult]:
     """Returns a function that takes a turn of transformers."""
-    recipe = prepare(options.settings, None, options.cache_dir)
+    recipe = make_recipe(options.settings, None, options.cache_dir)
     training = TransformersTraining(recipe)
     batches = _first_batches(recipe, options.steps)
     done = 0
@@ -178,7 +178,7 @@ def run_whole(settings: Settings, *, output: Path | None, cache_dir: Path | None
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no directory {output.parent}; make it first")
     began = time.perf_counter()
-    recipe = prepare(settings, None, cache_dir)
+    recipe = make_recipe(settings, None, cache_dir)
     training = TransformersTraining(recipe)
     print(f"{settings.task} in transformers, {settings.dtype}, {recipe.total_steps} steps", flush=True)
     step_seconds: list[float] = []

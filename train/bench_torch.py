@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from phi3_jax.config.model_config import PROBLEM_TYPES
 from phi3_jax.lora import save_adapters
 from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.model.saving import save_model
 from phi3_jax.trainer.objectives import Objective
 from phi3_jax.trainer.optimizers import decays
 
-from .metrics import SEQUENCE_TASKS
 from .recipe import Recipe, new_model, with_adapters
 
 CLASSES = {
@@ -100,7 +100,7 @@ class TransformersTraining:
             logits, labels = self._forward(rows)
             losses = self._loss_sum(logits, labels, plain).item(), self._count(rows["labels"], plain)
         outputs: tuple[np.ndarray, ...] = ()
-        if self._kind in SEQUENCE_TASKS:
+        if self._kind in PROBLEM_TYPES:
             outputs = (logits.cpu().numpy(),)
         elif self._kind == "token-classification":
             best = logits.softmax(-1).max(-1)

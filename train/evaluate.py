@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from phi3_jax.config.model_config import PROBLEM_TYPES
 from phi3_jax.data.batches import BatchPlan, bucket_widths
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import load
@@ -17,7 +18,7 @@ from phi3_jax.trainer.batches import local_rows, to_devices, width_multiple
 from phi3_jax.trainer.objectives import Batch, Objective, model_inputs
 from phi3_jax.trainer.step import Trainer, TrainState
 
-from .metrics import SEQUENCE_TASKS, language_metrics, predict, sequence_metrics, token_metrics
+from .metrics import language_metrics, predict, sequence_metrics, token_metrics
 from .predictions import Predictions
 from .recipe import Recipe
 
@@ -94,7 +95,7 @@ class Evaluator:
             return language_metrics(total, int(count)), None
         places = [self._examples.place(index) for index in range(len(self._examples))]
         loss = {"loss": total / max(count, 1.0)}
-        if kind in SEQUENCE_TASKS:
+        if kind in PROBLEM_TYPES:
             logits = np.stack([row[0] for row in results])
             labels = self._examples.labels
             assert labels is not None
@@ -131,7 +132,7 @@ def scorer(trainer: Trainer, kind: str, mesh: Mesh | None) -> Score:
         logits = model(**model_inputs(batch)).logits.astype(jnp.float32)
         losses = objective.loss_sum_of_logits(model, logits, batch), objective.count(model, batch)
         outputs: tuple[Any, ...] = ()
-        if kind in SEQUENCE_TASKS:
+        if kind in PROBLEM_TYPES:
             outputs = (logits,)
         elif kind == "token-classification":
             outputs = jnp.argmax(logits, axis=-1), jnp.max(jax.nn.softmax(logits), axis=-1)

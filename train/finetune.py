@@ -25,9 +25,9 @@ from .interrupts import Interrupts
 from .logs import RunLog
 from .predictions import Predictions
 from .progress import Progress
-from .recipe import Recipe, make_trainer, new_model, prepare, with_adapters
+from .recipe import Recipe, make_recipe, make_trainer, new_model, with_adapters
 from .report import Results
-from .run_directory import CHECKPOINTS, RunDirectory
+from .run_directory import CHECKPOINTS, RunDirectory, SplitMetrics
 from .settings import Settings
 from .speed import Speed
 
@@ -50,7 +50,7 @@ class InterruptedRunError(Exception):
 
 def finetune(
     settings: Settings, *, mesh: Mesh | None = None, cache_dir: Path | None = None, show: bool = True
-) -> dict[str, dict[str, float]]:
+) -> SplitMetrics:
     """Trains, evaluates and saves; resumes an interrupted run with the same settings.
 
     Several processes all call this, with the same settings.
@@ -69,7 +69,7 @@ def finetune(
         OSError: a file cannot be read or written; `CheckpointError` for models and checkpoints.
         InterruptedRunError: SIGTERM or Ctrl-C came; the state is saved.
     """
-    recipe = prepare(settings, mesh, cache_dir)
+    recipe = make_recipe(settings, mesh, cache_dir)
     directory = RunDirectory(recipe)
     finished = distributed.from_primary(directory.open)
     if finished is not None:
@@ -221,7 +221,7 @@ class FinetuneRun:
         except CheckpointError as error:
             logger.warning("%s; the last parameters are kept instead of the best", error)
 
-    def evaluate(self) -> tuple[dict[str, dict[str, float]], Predictions | None]:
+    def evaluate(self) -> tuple[SplitMetrics, Predictions | None]:
         """Returns the metrics of every split, and the predictions of the last one."""
         metrics, predictions = self._validate(self._state)
         results = {"validation": metrics}

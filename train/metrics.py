@@ -15,6 +15,7 @@ from scipy import special, stats
 from seqeval.metrics import sequence_labeling
 from sklearn import metrics as sklearn_metrics
 
+from phi3_jax.config.model_config import PROBLEM_TYPES
 from phi3_jax.errors import UserError
 
 METRICS: dict[str, dict[str, int]] = {
@@ -25,8 +26,6 @@ METRICS: dict[str, dict[str, int]] = {
     "causal-lm": {"loss": -1, "perplexity": -1},
 }
 """Task -> metric -> 1 if greater is better, -1 if less is."""
-
-SEQUENCE_TASKS = ("single_label_classification", "multi_label_classification", "regression")
 
 _SCHEME_PREFIXES = ("B-", "I-", "E-", "S-")
 _SCHEME_TAGS = ("O", "B", "I", "E", "S")
@@ -73,7 +72,7 @@ def predict(
         return (logits > 0).astype(np.int64), special.expit(np.abs(logits))
     if problem_type == "regression":
         return logits, None
-    raise UserError(f"problem_type={problem_type!r} is unknown; use {', '.join(SEQUENCE_TASKS)}")
+    raise UserError(f"problem_type={problem_type!r} is unknown; use {', '.join(PROBLEM_TYPES)}")
 
 
 def sequence_metrics(

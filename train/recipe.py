@@ -77,7 +77,7 @@ class Recipe:
     """1 if a greater value of the metric is better, -1 if a smaller one is."""
 
 
-def prepare(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Recipe:
+def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Recipe:
     """Reads the examples and plans the steps; arguments and errors are those of `finetune`."""
     kind = settings.problem_type if settings.task == "sequence-classification" else settings.task
     metric = settings.metric_for_best_model or BEST_BY[kind]

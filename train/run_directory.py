@@ -25,7 +25,7 @@ from .settings import FREE
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 """Folders of checkpoints and, beside the merged model, of adapters."""
 
-Metrics = dict[str, dict[str, float]]
+SplitMetrics = dict[str, dict[str, float]]
 """Metrics by split and name."""
 
 
@@ -50,7 +50,7 @@ class RunDirectory:
             advice="choose another --output-dir, or give --overwrite-output-dir to start over",
         )
 
-    def open(self) -> Metrics | None:
+    def open(self) -> SplitMetrics | None:
         """Makes the directory, or checks that it holds this very run; returns the results of a finished one.
 
         Raises:
@@ -74,13 +74,13 @@ class RunDirectory:
         self._file.write(**self._state)
         return None
 
-    def _check_data(self, before: dict[str, Any]) -> Metrics | None:
+    def _check_data(self, before: dict[str, Any]) -> SplitMetrics | None:
         for name, words in {"data": "the data are", "base": "the base model is"}.items():
             if before.get(name) != self._state[name]:
                 raise self._file.mismatch(f"{words} not the same")
         return before.get("finished")
 
-    def finish(self, results: Metrics) -> None:
+    def finish(self, results: SplitMetrics) -> None:
         """Writes that the run is finished, and its results."""
         self._file.write(**self._state, finished=results)
 

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from phi3_jax.data.tasks import ProblemType
 from phi3_jax.errors import UserError
 
 TaskName = Literal["sequence-classification", "token-classification", "causal-lm"]
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 class Settings(BaseModel):
@@ -42,7 +42,9 @@ class Settings(BaseModel):
     dataset_splits: dict[Literal["train", "validation", "test"], str] = Field(
         {"train": "train"}, description="The data set's names of the splits to use."
     )
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the training rows.")
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of the training rows, without a validation_file."
+    )
     skip_bad_rows: bool = Field(False, description="Count invalid rows instead of stopping.")
 
     text_column: str = Field("text", description="For sequence classification and raw text.")

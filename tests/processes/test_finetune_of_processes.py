@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 OPTIONS: dict[str, Any] = {"max_steps": 8, "eval_steps": 4, "max_buckets": 2}
 COMMAND = ("-c", "from phi3_jax.cli import main; main()", "finetune")
+PROGRAM = ("-m", "phi3_jax.train")
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +25,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_both(
-    base: Path, data: Path, folder: Path, mesh: str, watch: Any = None, **changes: Any
+    base: Path,
+    data: Path,
+    folder: Path,
+    mesh: str,
+    *,
+    watch: Any = None,
+    command: Sequence[str] = COMMAND,
+    **changes: Any,
 ) -> list[Ended]:
     folder.mkdir(exist_ok=True)
     settings = settings_of(data, base, output_dir=folder / "run", **OPTIONS | changes)
     config = folder / "config.yaml"
     config.write_text(settings.model_dump_json(exclude_defaults=True))  # JSON is YAML
-    arguments = [*COMMAND, config, "--distributed", "--mesh", mesh]
+    arguments = [*command, config, "--distributed", "--mesh", mesh]
     environment = {"PHI3_JAX_CACHE": str(data / "cache")}
     return run_pair(arguments, arguments, logs=folder, timeout=400, environment=environment, watch=watch)
 
@@ -76,7 +85,8 @@ def test_sigterm_in_one_process_saves_in_both_and_the_same_command_resumes(
     write_rows(tmp_path / "train.jsonl", 64)
     changes = {"max_steps": 40, "eval_steps": 20}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert [one.code for one in run_both(base, tmp_path, whole, "fsdp=4", **changes)] == [0, 0]
+    ended = run_both(base, tmp_path, whole, "fsdp=4", command=PROGRAM, **changes)
+    assert [one.code for one in ended] == [0, 0], ended
 
     log, sent = cut / "run" / "log.jsonl", []
 

@@ -15,7 +15,7 @@ from phi3_jax.train import bench as bench_finetune
 from phi3_jax.train import bench_torch
 from phi3_jax.train.bench import TurnOptions, TurnResult
 from phi3_jax.train.finetune import finetune
-from phi3_jax.train.recipe import prepare
+from phi3_jax.train.recipe import make_recipe
 from phi3_jax.train.settings import Settings
 from small_checkpoint import write_checkpoint
 from typer.testing import CliRunner
@@ -132,7 +132,7 @@ def test_both_sides_have_the_same_losses(model: Path, rows: Path, changes: dict[
 @pytest.mark.live
 @pytest.mark.parametrize(("remat", "kept"), [(None, True), ("none", True), ("full", False)])
 def test_remat_applies_to_both_sides(model: Path, rows: Path, remat: str | None, kept: bool) -> None:
-    recipe = prepare(settings(model, rows, **SEQUENCE, remat=remat), None, None)
+    recipe = make_recipe(settings(model, rows, **SEQUENCE, remat=remat), None, None)
     assert bench_torch._model(recipe).is_activation_checkpointing != kept
 
 
