@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Key
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.cache.ragged import RaggedVectors
 from phi3_jax.errors import UserError
-from phi3_jax.model.kernels.dispatch import attend, attend_on_mesh
+from phi3_jax.model.kernels.dispatch import attend, attend_on_mesh, choose_kernels
 from phi3_jax.model.kernels.xla import xla_attention
 from phi3_jax.model.masks import CausalMask
 
@@ -55,18 +55,20 @@ def attention(
     assert not isinstance(key, RaggedVectors)
     assert not isinstance(value, RaggedVectors)
     has_dropout = dropout_key is not None and dropout_rate > 0
-    if output_weights or has_dropout or not isinstance(mask, CausalMask):
-        attended = xla_attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
-            output_weights=output_weights,
-        )
-        return attended.out, attended.weights
-    if mesh is None:
-        return attend(query, key, value, mask, scale, implementation), None
-    return attend_on_mesh(query, key, value, mask, scale, implementation, mesh), None
+    if isinstance(mask, CausalMask) and not output_weights and not has_dropout:
+        if mesh is not None:
+            return attend_on_mesh(query, key, value, mask, scale, implementation, mesh), None
+        kernels = choose_kernels(query, key, mask, implementation)
+        if set(kernels.values()) != {"xla"}:
+            return attend(query, key, value, mask, scale, kernels), None
+    attended = xla_attention(
+        query,
+        key,
+        value,
+        mask,
+        scale=scale,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        output_weights=output_weights,
+    )
+    return attended.out, attended.weights

@@ -83,10 +83,12 @@ def attend(
     value: Vectors,
     mask: CausalMask,
     scale: float,
-    implementation: str | None,
+    kernels: dict[str, str],
 ) -> Float[Array, "B T K G H"]:
-    """Attention on one device, by the kernel of the platform that the program is lowered for."""
-    kernels = choose_kernels(query, key, mask, implementation)
+    """Attention on one device, by the kernel of the platform that the program is lowered for.
+
+    `kernels` is the result of `choose_kernels`; the other arguments are as in `xla_attention`.
+    """
     branches = {
         platform: partial(_run, name, scale=scale, interpret=platform != "tpu")
         for platform, name in kernels.items()

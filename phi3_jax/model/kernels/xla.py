@@ -57,31 +57,26 @@ def xla_attention(
         output_weights: also return the probabilities.
         output_lse: also return the scores' log-sum-exp.
     """
-    length = query.shape[1]
     options: Any = {
         "scale": scale,
         "dropout_rate": dropout_rate,
         "output_weights": output_weights,
         "output_lse": output_lse,
     }
-    # XLA widens int8 inside the matrix product on TPU and GPU. On CPU it does so in memory, for some heads at
-    # a time then.
-    widens = isinstance(key, QuantizedVectors)
+    attend = partial(_attend if isinstance(key, Array) else _attend_quantized, **options)
+    if output_weights or query.shape[1] <= QUERY_BLOCK:
+        return attend(query, key, value, _dense(mask), dropout_key=dropout_key)
 
-    def attend_block(index: Array | None, queries: Array, visible: CausalMask | Array) -> Attended:
-        own_key = dropout_key
-        if index is not None and dropout_key is not None:
-            own_key = jax.random.fold_in(dropout_key, index)
-        whole: Callable[..., Attended] = partial(_attend, **options, dropout_key=own_key)
-        arrays = queries, key, value, visible.dense() if isinstance(visible, CausalMask) else visible
-        if not widens:
-            return whole(*arrays)
-        by_heads = partial(_attend_by_heads, **options, dropout_key=own_key)
-        return jax.lax.platform_dependent(*arrays, cpu=by_heads, default=whole)
+    @jax.checkpoint
+    def attend_block(index: Array, queries: Array, visible: CausalMask | Array) -> Attended:
+        block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        return attend(queries, key, value, _dense(visible), dropout_key=block_key)
 
-    if output_weights or length <= QUERY_BLOCK:
-        return attend_block(None, query, mask)
-    return by_query_blocks(jax.checkpoint(attend_block), query, mask, QUERY_BLOCK)
+    return by_query_blocks(attend_block, query, mask, QUERY_BLOCK)
+
+
+def _dense(mask: CausalMask | Array) -> Array:
+    return mask.dense() if isinstance(mask, CausalMask) else mask
 
 
 def by_query_blocks(
@@ -121,6 +116,18 @@ def by_query_blocks(
         lse = jnp.moveaxis(lse, 0, 2)  # [B, N, blocks, size]
         lse = lse.reshape(*lse.shape[:2], -1)[:, :, :length]
     return Attended(out, None, lse)
+
+
+def _attend_quantized(
+    query: Array, key: QuantizedVectors, value: QuantizedVectors, mask: Array, **options: Any
+) -> Attended:
+    """Attends over int8 keys and values.
+
+    XLA widens int8 inside the matrix product on TPU and GPU. On CPU it does so in memory, for some heads at a
+    time then.
+    """
+    by_heads, whole = partial(_attend_by_heads, **options), partial(_attend, **options)
+    return jax.lax.platform_dependent(query, key, value, mask, cpu=by_heads, default=whole)
 
 
 def _attend_by_heads(
