@@ -188,7 +188,7 @@ def test_convert_and_bench(folder: Path, alone: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--mesh", "fsdp=3"), "there are 4 devices"),
+        (("--mesh", "fsdp=3"), "needs 3 devices and there are 4;"),
         ((), "needs --mesh"),
         (("--mesh", "tensor=4"), "num_key_value_heads=2 does not divide over tensor=4; use tensor=1, 2"),
     ],
