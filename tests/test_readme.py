@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.checkpoint.default_model import default_model
-from phi3_jax.config.rope_scaling import ROPE_TYPES
+from phi3_jax.config.rope_types import ROPE_TYPES
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -59,11 +60,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Returns the names that the examples assume, and runs them in a temporary folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("phi3_jax.config.rope_scaling.ROPE_TYPES", dict(ROPE_TYPES))
-    return {
+    names = {
         "path": folder,
         "model": Phi3ForCausalLM.from_pretrained(folder),
         "tokenizer": Phi3Tokenizer.from_pretrained(folder),
@@ -73,6 +73,8 @@ def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
         "ids": np.full((2, 5), 7),
         "np": np,
     }
+    with patch.dict(ROPE_TYPES):
+        yield names
 
 
 FORMS = {

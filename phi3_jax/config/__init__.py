@@ -2,6 +2,7 @@
 
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.config.rope_scaling import RopeScaling, rope_type
+from phi3_jax.config.rope_scaling import RopeScaling
+from phi3_jax.config.rope_types import rope_type
 
 __all__ = ["GenerationConfig", "Phi3Config", "RopeScaling", "rope_type"]

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from phi3_jax.config.rope_scaling import is_number
+from phi3_jax.config.rope_types import is_number
 from phi3_jax.errors import UserError
 
 Rule = tuple[str, Callable[[Any], bool]]

@@ -12,7 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-from phi3_jax.config.rope_scaling import RopeBase, RopeScaling, is_number
+from phi3_jax.config.rope_scaling import RopeScaling
+from phi3_jax.config.rope_types import RopeBase, is_number
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing
 from phi3_jax.runs.text import read_json

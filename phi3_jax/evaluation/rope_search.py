@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from phi3_jax.config.rope_scaling import RopeBase, RopeScaling
+from phi3_jax.config.rope_scaling import RopeScaling
+from phi3_jax.config.rope_types import RopeBase
 from phi3_jax.errors import UserError
 
 INITIAL_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)

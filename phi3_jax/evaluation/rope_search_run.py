@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import trained_length
-from phi3_jax.config.rope_scaling import RopeBase
+from phi3_jax.config.rope_types import RopeBase
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.rope_search import (
     BOUND,

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from answers import stored
 
-from phi3_jax.config.rope_scaling import ROPE_TYPES, RopeBase, RopeScaling, rope_type
+from phi3_jax.config.rope_scaling import RopeScaling
+from phi3_jax.config.rope_types import ROPE_TYPES, RopeBase, rope_type
 
 HEAD_DIM = 32
 MAX, ORIGINAL = 2048, 256

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from phi3_jax.config.rope_scaling import RopeBase, RopeScaling
+from phi3_jax.config.rope_scaling import RopeScaling
+from phi3_jax.config.rope_types import RopeBase
 from phi3_jax.evaluation.rope_search import (
     BOUND,
     Evolution,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from rows import assert_varied, rows_of
 from twins import CONTEXT, PAD, prompts
 
 from phi3_jax import Phi3ForCausalLM
-from phi3_jax.config import rope_scaling
+from phi3_jax.config.rope_types import ROPE_TYPES, rope_type
 
 LENGTHS = (5, 15, 16, 17, 30, 9)
 COUNT = 40
@@ -41,11 +42,8 @@ TYPES = {
 @pytest.fixture(scope="module")
 def register() -> Iterator[Callable[..., None]]:
     """Registers rope types that do not outlive this module."""
-    types, traits = dict(rope_scaling.ROPE_TYPES), dict(rope_scaling._TRAITS)
-    yield lambda name, formula, **options: rope_scaling.rope_type(name, **options)(formula) and None
-    for registry, before in ((rope_scaling.ROPE_TYPES, types), (rope_scaling._TRAITS, traits)):
-        registry.clear()
-        registry.update(before)
+    with patch.dict(ROPE_TYPES):
+        yield lambda name, formula, **options: rope_type(name, **options)(formula) and None
 
 
 def model_of(rope_type: str, layers: int = 2, **parameters: int) -> Phi3ForCausalLM:
