@@ -122,7 +122,7 @@ def measure_passkeys(
         lengths: tokens of prompt and answer together.
         depths: depths of the key, from 0 (start) to 1 (end).
         max_new_tokens: the most tokens of an answer.
-        raw: use no chat template, and end the prompt with the start of the answer; so do models without one.
+        raw: use no chat template and end the prompt with the start of the answer, as without a template.
         text: a file whose lines are the filler; default: lines of our own.
         batch_size: prompts at a time; default: by memory, at most 4 on CPU and 16 elsewhere.
         overwrite: start over if the output was started with other options.

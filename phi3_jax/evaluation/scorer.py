@@ -26,7 +26,7 @@ POSITIONS = 512
 """Positions, of all rows together, that have logits at a time."""
 
 NARROWEST = 16
-"""The narrowest chunk; chunks of short texts have a power of two of tokens, at least this one."""
+"""The fewest tokens of a chunk; chunks of short texts have a power of two of tokens."""
 
 OnProgress = Callable[[int], None]
 """Called with the number of tokens, of all rows, that the model has read since the last call."""

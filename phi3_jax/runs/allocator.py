@@ -13,7 +13,7 @@ M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> None:
-    """Keeps memory that computations on CPU free in the process until it ends.
+    """Keeps the memory of finished computations on CPU in the process until it ends.
 
     XLA allocates memory each time a program runs; glibc maps it from the kernel, which zeroes every page, and
     unmaps it afterwards. That is a fifth of the time of a training step. There is one arena, because the

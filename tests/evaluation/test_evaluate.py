@@ -49,7 +49,7 @@ def test_documents_match_each_alone(
 ) -> None:
     argument = None if rope is None else parse_rope(rope)
     path = write_texts(tmp_path / "texts.jsonl")
-    found = evaluate(pipeline, path, rope=argument, length=length, stride=stride, show=False)
+    evaluation = evaluate(pipeline, path, rope=argument, length=length, stride=stride, show=False)
     scorer = Scorer(pipeline.compiled)
     config = scorer.config if argument is None else argument.apply(scorer.config)
     expected = [
@@ -62,14 +62,14 @@ def test_documents_match_each_alone(
         )
         for text in TEXTS
     ]
-    assert found.loss.tokens == sum(each.tokens for each in expected)
-    assert found.loss.loss == pytest.approx(sum(each.loss for each in expected), rel=1e-5)
-    content = found.to_dict()
+    assert evaluation.loss.tokens == sum(each.tokens for each in expected)
+    assert evaluation.loss.loss == pytest.approx(sum(each.loss for each in expected), rel=1e-5)
+    content = evaluation.to_dict()
     firsts = sum(len(pipeline.tokenizer.decode(pipeline.tokenizer.encode(text)[:1])) for text in TEXTS)
     assert content["bytes"] == sum(len(text.encode()) for text in TEXTS) - firsts
     assert content["words"] == sum(len(text.split()) for text in TEXTS)
     assert content["documents"] == 4
-    assert content["bits_per_byte"] == pytest.approx(found.loss.loss / math.log(2) / content["bytes"])
+    assert content["bits_per_byte"] == pytest.approx(evaluation.loss.loss / math.log(2) / content["bytes"])
     assert content["perplexity"] == pytest.approx(math.exp(content["loss"]))
 
 
@@ -94,15 +94,15 @@ def test_rows_match_each_alone(pipeline: Pipeline, budget: int, monkeypatch: pyt
         for length in (2, 17, 18, 33, 34, 90, 3, 40, 65, 66)
     ]
     counts: list[int] = []
-    found = dict(score_all(scorer, parts, config, initial_tokens=4, progress=counts.append))
-    assert sorted(found) == list(range(len(parts)))
+    together = dict(score_all(scorer, parts, config, initial_tokens=4, progress=counts.append))
+    assert sorted(together) == list(range(len(parts)))
     assert sum(counts) == sum(len(part.tokens) for part in parts)
     for number, part in enumerate(parts):
         inv_freq, scaling = frequencies_for(config, len(part.tokens))
         alone = scorer.score(part.tokens, inv_freq, scaling, initial_tokens=4, scored_from=part.scored_from)
-        np.testing.assert_allclose(found[number].losses, alone.losses[0], rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(found[number].greedy, alone.greedy[0])
-        assert found[number].loss == pytest.approx(alone.losses.sum(), rel=1e-5)
+        np.testing.assert_allclose(together[number].losses, alone.losses[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(together[number].greedy, alone.greedy[0])
+        assert together[number].loss == pytest.approx(alone.losses.sum(), rel=1e-5)
 
 
 def test_many_lengths_share_programs(pipeline: Pipeline) -> None:
@@ -163,8 +163,8 @@ def test_command_prints_or_writes_json(command: Any, pipeline: Pipeline, tmp_pat
     code, out, _ = command("evaluate", path, "--length", 24, "--rope", "linear:factor=2")
     assert code == 0
     content = json.loads(out)
-    found = evaluate(pipeline, path, rope=parse_rope("linear:factor=2"), length=24, show=False)
-    assert content["perplexity"] == pytest.approx(found.loss.perplexity, rel=1e-5)
+    evaluation = evaluate(pipeline, path, rope=parse_rope("linear:factor=2"), length=24, show=False)
+    assert content["perplexity"] == pytest.approx(evaluation.loss.perplexity, rel=1e-5)
     assert (content["length"], content["stride"], content["rope"]) == (24, 12, "linear:factor=2")
     code, out, _ = command("evaluate", path, "--output", tmp_path / "result.json")
     assert (code, out) == (0, "")

@@ -66,10 +66,10 @@ def test_two_processes_match_one(
     assert [one.code for one in ended] == [0, 0], ended
     assert "validation: " in ended[0].out
     assert ended[1].out == ""
-    steps, found = zip(*losses(tmp_path / "both"), strict=True)
-    steps_alone, found_alone = zip(*losses(alone), strict=True)
+    steps, together = zip(*losses(tmp_path / "both"), strict=True)
+    steps_alone, losses_alone = zip(*losses(alone), strict=True)
     assert steps == steps_alone
-    np.testing.assert_allclose(found, found_alone, rtol=1e-5)
+    np.testing.assert_allclose(together, losses_alone, rtol=1e-5)
     loss = float(ended[0].out.split("loss ")[1].split(",")[0])
     assert loss == pytest.approx(expected["validation"]["loss"], abs=1e-4)  # printed with four digits
     mine, other = (load_file(where / "run" / "model.safetensors") for where in (tmp_path / "both", alone))

@@ -69,8 +69,8 @@ def run_checks(folder: Path, names: tuple[str, ...], timeout: float) -> dict[str
     tests = str(WORKER.parents[1] / "support")
     command = [WORKER, folder, *names]
     ended = run_pair(command, command, logs=folder, timeout=timeout, environment={"PYTHONPATH": tests})
-    found = [json.loads((folder / f"{process}.json").read_text()) for process in (0, 1)]
-    return {name: [one.get(name, f"not reached: {ended}") for one in found] for name in names}
+    results = [json.loads((folder / f"{process}.json").read_text()) for process in (0, 1)]
+    return {name: [one.get(name, f"not reached: {ended}") for one in results] for name in names}
 
 
 @pytest.fixture(scope="module")
