@@ -216,11 +216,6 @@ class Phi3Config:
         self._set(rope_parameters=entry)
 
     @property
-    def num_key_value_groups(self) -> int:
-        """The number of query heads per key/value head."""
-        return self.num_attention_heads // self.num_key_value_heads
-
-    @property
     def rotary_dim(self) -> int:
         """The number of dims of each head that rotate."""
         return int(self.head_dim * self.partial_rotary_factor)
@@ -251,12 +246,6 @@ class Phi3Config:
     def label2id(self) -> dict[str, int]:
         """The inverse of `id2label`."""
         return {name: index for index, name in self.id2label.items()}
-
-    @property
-    def checkpoint_dtype(self) -> str | None:
-        """The dtype of the stored weights according to the checkpoint, such as "bfloat16"."""
-        dtype = self.extra.get("dtype") or self.extra.get("torch_dtype")
-        return None if dtype is None else str(dtype).removeprefix("torch.")
 
     @property
     def divided_sizes(self) -> dict[str, int]:

@@ -27,7 +27,7 @@ sys.addaudithook(_count)
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How often each file is opened; of safetensors, how often its header is read."""
+    """Counts the openings of each file, and the readings of each header of safetensors."""
     safe_open = safetensors.safe_open
 
     def count_header(path: Path, **options: str) -> object:
