@@ -19,14 +19,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--optimize",
         action="store_true",
-        help="compile programs as users' programs are compiled, which takes several times as long",
+        help="compile programs with all optimizations, as users do; this takes several times as long",
     )
     parser.addoption(
         "--reference",
         choices=MODES,
         default="stored",
-        help="stored: compare with stored answers of transformers; live: run it, and compare its answers "
-        "with the stored ones; remake: run it, and store its answers",
+        help="stored: compare with stored answers of transformers; live: run transformers, and compare its "
+        "answers with the stored ones; remake: run transformers, and store its answers",
     )
 
 
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     ANSWERS.mode = config.getoption("reference")
     if ANSWERS.mode == "remake" and config.getoption("numprocesses", None):
         raise pytest.UsageError("--reference remake writes files from one process; leave out -n")
-    # Workers share compiled programs, and later runs find them again; `pytest --cache-clear` removes them.
+    # Workers and later runs share compiled programs; `pytest --cache-clear` removes them.
     assert config.cache is not None
     _set_jax("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     _set_jax("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -43,11 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
         _set_jax("jax_disable_most_optimizations", True)
         flags = ["--xla_cpu_parallel_codegen_split_count=1"]
         if jax.version.__version_info__ < (0, 11):
-            flags.append("--xla_cpu_use_fusion_emitters=false")  # halves compilation; newer XLA has no other
-        # Workers inherit them; said twice, they would make other programs of the cache than said once.
+            flags.append("--xla_cpu_use_fusion_emitters=false")  # halves compilation; newer XLA lacks it
+        # Workers inherit the flags. A repeated flag would change the keys of the compilation cache.
         flags += os.environ.get("XLA_FLAGS", "").split()
         os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys(flags))
-    gc.set_threshold(200_000, 50, 50)  # tracing makes many small objects; walking them took 7 % of the time
+    gc.set_threshold(200_000, 50, 50)  # tracing makes many small objects, and collection took 7 % of the time
 
 
 def _set_jax(option: str, value: str | float | bool) -> None:
@@ -57,7 +57,7 @@ def _set_jax(option: str, value: str | float | bool) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `--reference live`, tests marked `live` are not run."""
+    """Deselects tests marked `live` without `--reference live`."""
     if ANSWERS.mode != "live":
         live = [item for item in items if item.get_closest_marker("live")]
         items[:] = [item for item in items if item not in set(live)]
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Slow tests ask the reference itself, whatever the mode."""
+    """Lets slow tests ask the reference in every mode."""
     ANSWERS.bypass = item.get_closest_marker("slow") is not None
 
 
@@ -76,7 +76,7 @@ def pytest_sessionfinish() -> None:
 
 
 MOST_MEMORY_MAPS = 40_000
-"""Compiled programs hold memory maps, and Linux gives a process 65,530."""
+"""With more maps, a module's compiled programs are dropped after it; Linux gives a process 65,530."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,7 +90,7 @@ def _bounded_memory_maps() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[..., Path]:
-    """`shared_data("phi3-configs")`: that path among the test data, or a skip where it is absent."""
+    """Returns a function that finds a path in the test data, and skips the test if the path is absent."""
     beside_repository = Path(__file__).parents[1] / ".." / "shared" / "data"
     root = Path(os.environ.get("PHI3_JAX_TEST_DATA") or beside_repository)
 
@@ -105,7 +105,7 @@ def shared_data() -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def torch_threads() -> Iterator[None]:
-    """PyTorch computes on this worker's share of the cores: small models prefer one, real ones need them."""
+    """Gives PyTorch this worker's share of the cores, which real models need."""
     import torch
 
     before = torch.get_num_threads()

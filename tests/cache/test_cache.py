@@ -1,4 +1,4 @@
-"""Decoding with a cache equals the full forward: any chunks, any padding, in place and compiled once."""
+"""Tests that decoding with a cache equals the full forward, writes in place and is compiled once."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from reference import (
     random_ids,
     run,
     run_theirs,
-    small_config,
+    small_vocabulary_config,
 )
 
 from phi3_jax import KVCache, Phi3ForCausalLM
@@ -28,18 +28,13 @@ SLOTS = 24
 CASES = {
     "gqa": {},
     "window": {"sliding_window": 5},
-    "longrope": longrope() | {"original_max_position_embeddings": 11},
+    "longrope": longrope(11),
 }
 CHUNKS = {"one by one": [1] * LENGTH, "unequal": [5, 1, 5, 3]}
 
 
-def cache_config(**changes):
-    """Few tokens in the vocabulary, as whole logits of the reference are stored."""
-    return small_config(**({"num_hidden_layers": 2, "vocab_size": 32} | changes))
-
-
-def layout(side):
-    """Three rows of 14, 11 and 8 tokens, so that longrope's rows stand on both sides of 11."""
+def mask_of_three_rows(side):
+    """Returns a mask of 14, 11 and 8 tokens; under an original window of 11, one row is long."""
     mask = np.ones((3, LENGTH), np.int64)
     for row, padding in ((1, 3), (2, 6)):
         first = {"none": None, "left": 0, "right": LENGTH - padding, "middle": 5}[side]
@@ -49,14 +44,14 @@ def layout(side):
 
 
 def decode(model, ids, mask, chunks, cache, **arguments):
-    """Logits of all chunks, each with the mask of its own tokens."""
+    """Returns the logits of all chunks, each with the mask of its own tokens, and the cache."""
     logits, start = [], 0
     for size in chunks:
-        columns = slice(start, start + size)
+        chunk = slice(start, start + size)
         out = run(
             model,
-            input_ids=ids[:, columns],
-            attention_mask=mask[:, columns],
+            input_ids=ids[:, chunk],
+            attention_mask=mask[:, chunk],
             past_key_values=cache,
             **arguments,
         )
@@ -70,9 +65,9 @@ def decode(model, ids, mask, chunks, cache, **arguments):
 @pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_equal_the_full_forward(case, chunks, side, tmp_path):
-    config = cache_config(**CASES[case])
+    config = small_vocabulary_config(**CASES[case])
     ours, theirs = pair("causal", config, tmp_path)
-    mask = layout(side)
+    mask = mask_of_three_rows(side)
     ids = random_ids(config, mask)
     tokens = mask.sum(axis=1)
     logits, cache = decode(
@@ -89,11 +84,11 @@ def test_chunks_equal_the_full_forward(case, chunks, side, tmp_path):
     assert cache.get_seq_length() == LENGTH
 
 
-def test_rows_with_histories_of_different_length(tmp_path):
-    """Right padding cut off again, so that every row goes on at its own slot."""
-    config = cache_config(sliding_window=5)
+def test_rows_continue_at_their_own_slots(tmp_path):
+    """Right padding is cut off again, so each row has another number of used slots."""
+    config = small_vocabulary_config(sliding_window=5)
     ours, theirs = pair("causal", config, tmp_path)
-    mask = layout("right")[:, :9]
+    mask = mask_of_three_rows("right")[:, :9]
     mask[2, 4:] = 0
     history = mask.sum(axis=1)
     ids = random_ids(config, mask)
@@ -111,10 +106,10 @@ def test_rows_with_histories_of_different_length(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["left", "middle"])
-def test_masks_over_cached_and_new_tokens(side, tmp_path):
-    config = cache_config()
+def test_masks_may_cover_cached_tokens_or_all_slots(side, tmp_path):
+    config = small_vocabulary_config()
     ours, theirs = pair("causal", config, tmp_path)
-    mask = layout(side)
+    mask = mask_of_three_rows(side)
     ids = random_ids(config, mask)
     ref = alone(theirs, ids, mask)
     token = mask.astype(bool)[:, 9:, None]
@@ -126,7 +121,7 @@ def test_masks_over_cached_and_new_tokens(side, tmp_path):
         inside = run(ours, input_ids=ids[:, 9:], attention_mask=given, past_key_values=first.past_key_values)
         assert distance(inside.logits, ref[:, 9:], token) <= TOLERANCE
         np.testing.assert_array_equal(inside.past_key_values.mask, every_slot)
-    # Outside `jit` the cache's length is known, and the mask checked against it.
+    # Outside `jit` the cache's length is concrete, and the mask is checked against it.
     for given in (mask[:, 9:], mask, every_slot):
         out = jax.eval_shape(lambda m, g=given: m(ids[:, 9:], g, past_key_values=first.past_key_values), ours)
         assert out.logits.shape == (3, 5, 32)
@@ -138,7 +133,7 @@ def test_masks_over_cached_and_new_tokens(side, tmp_path):
 
 @stored
 def dynamic_cache(theirs, ids, mask, sizes):
-    """The reference's logits of each chunk, and the keys and values in its cache behind the last one."""
+    """Returns the reference's logits of each chunk, and the cached keys and values after the last one."""
     import torch
     import transformers
 
@@ -164,11 +159,11 @@ def dynamic_cache(theirs, ids, mask, sizes):
 
 
 @pytest.mark.parametrize("case", ["gqa", "window"])
-def test_dynamic_cache(case, tmp_path):
-    """The same steps through the reference's own cache: logits, and what the cache holds."""
-    config = cache_config(**CASES[case])
+def test_matches_the_dynamic_cache_of_transformers(case, tmp_path):
+    """The same steps give the same logits, keys and values."""
+    config = small_vocabulary_config(**CASES[case])
     ours, theirs = pair("causal", config, tmp_path)
-    mask = layout("left")
+    mask = mask_of_three_rows("left")
     ids = random_ids(config, mask)
     sizes = (6, 1, 4, 1, 2)
     ref = dynamic_cache(theirs, ids, mask, sizes)
@@ -182,9 +177,9 @@ def test_dynamic_cache(case, tmp_path):
         start = end
     if case == "gqa":
         token = mask.astype(bool)[:, None, :, None]
-        for name, held in (("keys", cache.keys), ("values", cache.values)):
-            for ours_layer, layer in zip(held, ref[name], strict=True):
-                assert distance(ours_layer[:, :, :LENGTH], layer, token) <= TOLERANCE
+        for name, layers in (("keys", cache.keys), ("values", cache.values)):
+            for layer, expected in zip(layers, ref[name], strict=True):
+                assert distance(layer[:, :, :LENGTH], expected, token) <= TOLERANCE
 
 
 # In place, and compiled once
@@ -192,7 +187,7 @@ def test_dynamic_cache(case, tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_decoding_is_compiled_once_and_writes_in_place(batch):
-    config = cache_config(head_dim=64, num_key_value_heads=2)
+    config = small_vocabulary_config(head_dim=64, num_key_value_heads=2)
     model = Phi3ForCausalLM(config, dtype=jnp.bfloat16)
     traces = 0
 
@@ -226,8 +221,8 @@ def test_decoding_is_compiled_once_and_writes_in_place(batch):
 # The cache itself
 
 
-def test_beyond_the_cache():
-    model = Phi3ForCausalLM(cache_config())
+def test_rejects_more_tokens_than_free_slots():
+    model = Phi3ForCausalLM(small_vocabulary_config())
     cache = run(model, input_ids=np.full((2, 6), 5), past_key_values=model.init_cache(2, 8)).past_key_values
     with pytest.raises(
         ValueError, match=r"has 8 slots a row: 6 are used and 3 more tokens do not fit.*resize\(9\)"
@@ -238,10 +233,10 @@ def test_beyond_the_cache():
     assert run(model, input_ids=np.full((2, 2), 5), past_key_values=cache).logits.shape[1] == 2
 
 
-def test_resize(tmp_path):
-    config = cache_config()
+def test_resized_cache_keeps_its_tokens(tmp_path):
+    config = small_vocabulary_config()
     ours, theirs = pair("causal", config, tmp_path)
-    mask = layout("left")
+    mask = mask_of_three_rows("left")
     ids = random_ids(config, mask)
     _, cache = decode(ours, ids[:, :9], mask[:, :9], [9], ours.init_cache(3, 10))
     with pytest.raises(ValueError, match="max_length=8 is below the 9 slots in use"):
@@ -257,21 +252,21 @@ def test_resize(tmp_path):
     assert jax.jit(lambda c: c.resize(12))(cache).max_length == 12
 
 
-def test_which_calls_return_a_cache():
-    model = Phi3ForCausalLM(cache_config(num_hidden_layers=1))
+def test_returns_a_cache_if_given_or_asked_for():
+    model = Phi3ForCausalLM(small_vocabulary_config(num_hidden_layers=1))
     ids = np.full((1, 3), 5)
     cache = model.init_cache(1, 8)
     assert run(model, input_ids=ids).past_key_values is None
     assert run(model, input_ids=ids, past_key_values=cache).past_key_values.max_length == 8
     assert run(model, input_ids=ids, past_key_values=cache, use_cache=False).past_key_values is None
-    made = run(model, input_ids=ids, use_cache=True).past_key_values
-    assert made.max_length >= 3 + 128
-    np.testing.assert_array_equal(made.length, [3])
+    new = run(model, input_ids=ids, use_cache=True).past_key_values
+    assert new.max_length >= 3 + 128
+    np.testing.assert_array_equal(new.length, [3])
     assert run(model, input_ids=ids, use_cache=False).past_key_values is None
 
 
-def test_dtype():
-    config = cache_config(num_hidden_layers=1)
+def test_dtype_is_given_or_that_of_the_model():
+    config = small_vocabulary_config(num_hidden_layers=1)
     half = Phi3ForCausalLM(config, dtype=jnp.bfloat16)
     on_cpu = next(iter(half.model.norm.weight[...].devices())).platform == "cpu"
     assert half.cache_dtype == (jnp.float32 if on_cpu else jnp.bfloat16)
@@ -282,12 +277,12 @@ def test_dtype():
     assert out.past_key_values.keys[0].dtype == jnp.bfloat16
 
 
-def test_a_cache_of_another_model():
-    config = cache_config()
+def test_rejects_a_cache_of_another_model():
+    config = small_vocabulary_config()
     model = Phi3ForCausalLM(config)
     ids = np.full((2, 3), 5)
     for changes, batch in (({"num_hidden_layers": 3}, 2), ({"num_key_value_heads": 4}, 2), ({}, 3)):
-        cache = KVCache.create(cache_config(**changes), batch, 8)
+        cache = KVCache.create(small_vocabulary_config(**changes), batch, 8)
         with pytest.raises(
             ValueError, match=r"past_key_values has \d layers of shape .* this model and batch need 2"
         ):

@@ -1,4 +1,4 @@
-"""Operations on rows, rings and int8: every kind of cache gives what the static one gives."""
+"""Tests rings, int8 and operations on rows: every kind of cache gives the results of the static one."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from phi3_jax.model.attention import attention
 from phi3_jax.model.kernels import xla as xla_module
 
 WINDOW, CHUNK, RING = 65, 64, 128
-"""A ring without a slot to spare: 64 slots of the window beside 64 new ones."""
+"""The smallest ring: 64 slots of the window and 64 new ones."""
 
 SLOTS = 320
 KINDS = {
@@ -24,14 +24,13 @@ KINDS = {
 
 
 def tolerance(kind):
-    """int8 rounds each vector to 1/254 of its largest element, and rounding differs where sums do."""
+    """Returns a kind's tolerance: int8 rounds to 1/254 of the largest element, where small errors tip."""
     return 0.05 if "int8" in kind else 1e-5
 
 
-def kind_config(**changes):
-    """Few tokens in the vocabulary, as whole logits of the reference are stored."""
+def window_config(**changes):
+    """Returns a config with a window and few tokens, as all logits of the reference are stored."""
     settings = {
-        "num_hidden_layers": 2,
         "vocab_size": 16,
         "sliding_window": WINDOW,
         "max_position_embeddings": 512,
@@ -41,13 +40,13 @@ def kind_config(**changes):
 
 
 def models(tmp_path, **changes):
-    return pair("causal", kind_config(**changes), tmp_path)
+    return pair("causal", window_config(**changes), tmp_path)
 
 
 def feed(model, ids, counts, cache, **arguments):
-    """Feeds each row its next tokens, as many as `counts` [rounds, B] says, padded on the right.
+    """Feeds each row its next tokens, `counts` [rounds, B] of them, padded on the right.
 
-    Gives each row's logits and the cache.
+    Returns each row's logits and the cache.
     """
     logits = [[] for _ in ids]
     done = np.zeros(len(ids), np.int32)
@@ -55,8 +54,8 @@ def feed(model, ids, counts, cache, **arguments):
     for count in np.asarray(counts, np.int32):
         width = 1 if count.max() <= 1 else 1 << int(count.max() - 1).bit_length()
         mask = np.arange(width) < count[:, None]
-        columns = np.minimum(done[:, None] + np.arange(width), ids.shape[1] - 1)
-        tokens = np.where(mask, np.take_along_axis(ids, columns, axis=1), model.config.pad_token_id)
+        positions = np.minimum(done[:, None] + np.arange(width), ids.shape[1] - 1)
+        tokens = np.where(mask, np.take_along_axis(ids, positions, axis=1), model.config.pad_token_id)
         out = run(model, input_ids=tokens, attention_mask=mask, past_key_values=cache, **arguments)
         done = done + count
         cache = rewind(out.past_key_values, start + done)
@@ -72,29 +71,29 @@ take = jax.jit(lambda cache, rows: cache.take(rows))
 put = jax.jit(lambda cache, rows, other: cache.put(rows, other))
 
 
-def tokens(model, rows, length, seed=0):
+def random_tokens(model, rows, length, seed=0):
     return random_ids(model.config, np.ones((rows, length), np.int64), seed)
 
 
-# Rows bring different numbers of tokens
+# Rows with different numbers of new tokens
 
 
-FEW = [[3, 0, 5], [1, 1, 0], [0, 4, 1], [5, 2, 2], [4, 1, 0], [0, 0, 0], [1, 3, 3]]
-"""What three rows bring in each round, 14, 11 and 11 tokens."""
+COUNTS = [[3, 0, 5], [1, 1, 0], [0, 4, 1], [5, 2, 2], [4, 1, 0], [0, 0, 0], [1, 3, 3]]
+"""New tokens of three rows in each round: 14, 11 and 11 in all."""
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"sliding_window": 5}, longrope() | {"original_max_position_embeddings": 11}],
+    [{}, {"sliding_window": 5}, longrope(11)],
     ids=["gqa", "window", "longrope"],
 )
-def test_rows_bring_different_numbers_of_tokens(changes, tmp_path):
+def test_rows_take_different_numbers_of_tokens(changes, tmp_path):
     ours, theirs = models(tmp_path, **changes)
-    total = np.sum(FEW, axis=0)
+    total = np.sum(COUNTS, axis=0)
     mask = (np.arange(14) < total[:, None]).astype(np.int64)
     ids = random_ids(ours.config, mask)
     ref = alone(theirs, ids, mask)
-    logits, cache = feed(ours, ids, FEW, ours.init_cache(3, 24), rope_length=total.astype(np.int32))
+    logits, cache = feed(ours, ids, COUNTS, ours.init_cache(3, 24), rope_length=total.astype(np.int32))
     for row, length in enumerate(total):
         assert distance(logits[row], ref[row, :length]) <= 1e-5
     np.testing.assert_array_equal(cache.mask, np.arange(24) < total[:, None])
@@ -103,8 +102,8 @@ def test_rows_bring_different_numbers_of_tokens(changes, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_far_beyond_the_window(kind, tmp_path):
-    """Rows of 256, 219 and 112 tokens, in chunks as large as the ring takes, in small ones and one by one."""
+def test_rows_longer_than_the_window_match_transformers(kind, tmp_path):
+    """Rows of 256, 219 and 112 tokens come in chunks: the ring's largest, small ones, single tokens."""
     ours, theirs = models(tmp_path)
     counts = [[64, 64, 0], [64, 0, 64], [64, 64, 1], [7, 64, 8], [3, 8, 0], [18, 0, 3], *[[1, 1, 1]] * 19]
     counts += [[1, 0, 1]] * 17
@@ -121,7 +120,7 @@ def test_far_beyond_the_window(kind, tmp_path):
 
 
 @pytest.mark.parametrize("chunks", [[64] * 4, [50, 64, 1, 63, 2, 64, *[1] * 12]], ids=["equal", "unequal"])
-def test_a_ring_with_left_padding(chunks, tmp_path):
+def test_a_ring_with_left_padding_matches_transformers(chunks, tmp_path):
     ours, theirs = models(tmp_path)
     length = sum(chunks)
     mask = (np.arange(length) >= np.array([[0], [37], [150]])).astype(np.int64)
@@ -130,12 +129,12 @@ def test_a_ring_with_left_padding(chunks, tmp_path):
     cache = ours.init_cache(3, SLOTS, **KINDS["ring"])
     start = 0
     for size in chunks:
-        columns = slice(start, start + size)
-        out = run(ours, input_ids=ids[:, columns], attention_mask=mask[:, columns], past_key_values=cache)
+        chunk = slice(start, start + size)
+        out = run(ours, input_ids=ids[:, chunk], attention_mask=mask[:, chunk], past_key_values=cache)
         cache = out.past_key_values
-        where = mask.astype(bool)[:, columns, None]
+        where = mask.astype(bool)[:, chunk, None]
         if where.any():
-            assert distance(out.logits, ref[:, columns], where) <= 1e-5
+            assert distance(out.logits, ref[:, chunk], where) <= 1e-5
         start += size
     np.testing.assert_array_equal(cache.tokens, mask.sum(axis=1))
     np.testing.assert_array_equal(cache.length, [length] * 3)
@@ -147,14 +146,16 @@ def test_a_ring_with_left_padding(chunks, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rejected_tokens_leave_no_trace(kind, tmp_path):
     ours, theirs = models(tmp_path)
-    ids = tokens(ours, 2, 256)
+    ids = random_tokens(ours, 2, 256)
     ref = alone(theirs, ids, np.ones_like(ids))
     cache = ours.init_cache(2, SLOTS, **KINDS[kind])
     start, rounds = np.zeros(2, np.int32), [[64, 64], [33, 0], [64, 20], [0, 1], [1, 0], [64, 64], [30, 64]]
     for number, accepted in enumerate(np.array(rounds)):
-        columns = start[:, None] + np.arange(CHUNK)
-        right = np.take_along_axis(ids, np.minimum(columns, 255), axis=1)
-        given = np.where(np.arange(CHUNK) < accepted[:, None], right, tokens(ours, 2, CHUNK, number + 1))
+        positions = start[:, None] + np.arange(CHUNK)
+        right = np.take_along_axis(ids, np.minimum(positions, 255), axis=1)
+        given = np.where(
+            np.arange(CHUNK) < accepted[:, None], right, random_tokens(ours, 2, CHUNK, number + 1)
+        )
         out = run(ours, input_ids=given, past_key_values=cache)
         for row, count in enumerate(accepted):
             expected = ref[row, start[row] : start[row] + count]
@@ -166,18 +167,18 @@ def test_rejected_tokens_leave_no_trace(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rewind(kind):
-    model = Phi3ForCausalLM(kind_config(num_hidden_layers=1))
+def test_rewind_restores_lengths_and_masks(kind):
+    model = Phi3ForCausalLM(window_config(num_hidden_layers=1))
     cache = model.init_cache(3, SLOTS, **KINDS[kind])
     mask = np.arange(60) >= np.array([[0], [5], [58]])
-    cache = run(model, input_ids=tokens(model, 3, 60), attention_mask=mask, past_key_values=cache)
+    cache = run(model, input_ids=random_tokens(model, 3, 60), attention_mask=mask, past_key_values=cache)
     cache = cache.past_key_values.rewind(np.array([70, 9, 59]))
     np.testing.assert_array_equal(cache.length, [60, 9, 59])
     np.testing.assert_array_equal(cache.tokens, [60, 4, 1])
     np.testing.assert_array_equal(cache.mask.sum(axis=1), [60, 4, 1])
     np.testing.assert_array_equal(cache.rope_length, [60, 55, 2])
     for size in (64, 64):
-        cache = run(model, input_ids=tokens(model, 3, size), past_key_values=cache).past_key_values
+        cache = run(model, input_ids=random_tokens(model, 3, size), past_key_values=cache).past_key_values
     np.testing.assert_array_equal(cache.tokens, [188, 132, 129])
     if "ring" in kind:
         with pytest.raises(
@@ -186,40 +187,40 @@ def test_rewind(kind):
             cache.rewind(np.array([123, 200, 200]))
     cache = cache.rewind(np.array([124, 0, 187]))
     np.testing.assert_array_equal(cache.tokens, [124, 0, 129])
-    again = run(model, input_ids=tokens(model, 3, 20), past_key_values=cache)
-    first = run(model, input_ids=tokens(model, 3, 20), past_key_values=model.init_cache(3, SLOTS))
+    again = run(model, input_ids=random_tokens(model, 3, 20), past_key_values=cache)
+    first = run(model, input_ids=random_tokens(model, 3, 20), past_key_values=model.init_cache(3, SLOTS))
     assert distance(again.logits[1], first.logits[1]) <= tolerance(kind)
 
 
-# Rows taken and put
+# Rows that are taken and put
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_taken_and_put_go_on_as_before(kind, tmp_path):
+def test_rows_continue_after_take_and_put(kind, tmp_path):
     model, _ = models(tmp_path)
-    ids, new = tokens(model, 3, 151), tokens(model, 3, 4, seed=1)
+    ids, new = random_tokens(model, 3, 151), random_tokens(model, 3, 4, seed=1)
     counts = [[64, 64, 5], [64, 64, 60], [20, 0, 0], [1, 1, 1]]
     _, cache = feed(model, ids, counts, model.init_cache(3, SLOTS, **KINDS[kind]))
-    then = run(model, input_ids=new, past_key_values=cache).logits
+    expected = run(model, input_ids=new, past_key_values=cache).logits
 
     rows = np.array([2, 0, 2, 9])
-    taken = take(cache, rows)
-    np.testing.assert_array_equal(taken.length, np.asarray(cache.length)[[2, 0, 2, 2]])
-    assert taken.window == cache.window
-    out = run(model, input_ids=new[[2, 0, 2, 2]], past_key_values=taken)
-    assert distance(out.logits, then[np.array([2, 0, 2, 2])]) <= 1e-5
+    selected = take(cache, rows)
+    np.testing.assert_array_equal(selected.length, np.asarray(cache.length)[[2, 0, 2, 2]])
+    assert selected.window == cache.window
+    out = run(model, input_ids=new[[2, 0, 2, 2]], past_key_values=selected)
+    assert distance(out.logits, expected[np.array([2, 0, 2, 2])]) <= 1e-5
 
     others = model.init_cache(3, SLOTS, **KINDS[kind])
     mixed = put(others, np.array([1, 3, 0]), cache)
     np.testing.assert_array_equal(mixed.length, [cache.length[2], cache.length[0], 0])
     np.testing.assert_array_equal(mixed.rope_length, [cache.rope_length[2], cache.rope_length[0], 0])
     out = run(model, input_ids=new[[2, 0, 1]], past_key_values=mixed)
-    assert distance(out.logits[:2], then[np.array([2, 0])]) <= 1e-5
+    assert distance(out.logits[:2], expected[np.array([2, 0])]) <= 1e-5
 
 
-def test_rows_of_another_cache():
-    model = Phi3ForCausalLM(kind_config(num_hidden_layers=1))
+def test_rejects_rows_of_another_cache():
+    model = Phi3ForCausalLM(window_config(num_hidden_layers=1))
     cache = model.init_cache(3, RING)
     for other in (
         model.init_cache(2, RING + 1),
@@ -235,22 +236,22 @@ def test_rows_of_another_cache():
 # Rings
 
 
-def test_the_size_of_a_ring():
-    model = Phi3ForCausalLM(kind_config(num_hidden_layers=1))
+def test_size_of_a_ring_depends_on_window_and_chunk():
+    model = Phi3ForCausalLM(window_config(num_hidden_layers=1))
     for max_length, chunk, slots in ((1000, 64, 128), (1000, 65, 256), (129, 1, 128), (4096, 512, 640)):
         cache = model.init_cache(1, max_length, sliding=True, chunk=chunk)
         assert (cache.max_length, cache.window) == (slots, WINDOW)
         assert cache.keys[0].shape == (1, 2, slots, 12)
-    for max_length in (100, 128):  # nothing to bound
+    for max_length in (100, 128):  # no longer than a ring
         cache = model.init_cache(1, max_length, sliding=True, chunk=64)
         assert (cache.max_length, cache.window) == (max_length, None)
         assert cache.resize(150).max_length == 150
 
 
-def test_what_a_ring_refuses():
-    model = Phi3ForCausalLM(kind_config(num_hidden_layers=1))
+def test_a_ring_rejects_what_its_slots_cannot_hold():
+    model = Phi3ForCausalLM(window_config(num_hidden_layers=1))
     cache = model.init_cache(2, SLOTS, **KINDS["ring"])
-    ids = tokens(model, 2, 65)
+    ids = random_tokens(model, 2, 65)
     message = r"ring of 128 slots a row: 64 belong to the window of 65 and 65 new tokens.* at most 64 at once"
     for call in (model, jax.jit(lambda *a, **k: model(*a, **k).logits)):
         with pytest.raises(ValueError, match=message):
@@ -262,19 +263,19 @@ def test_what_a_ring_refuses():
         cache.resize(256)
     with pytest.raises(ValueError, match="chunk=0"):
         model.init_cache(2, SLOTS, sliding=True, chunk=0)
-    for window, seen in ((None, "None"), (66, "66")):
-        other = Phi3ForCausalLM(kind_config(num_hidden_layers=1, sliding_window=window))
-        with pytest.raises(ValueError, match=f"a window of 65 slots, the model's sliding_window is {seen}"):
+    for window in (None, 66):
+        other = Phi3ForCausalLM(window_config(num_hidden_layers=1, sliding_window=window))
+        with pytest.raises(ValueError, match=f"a window of 65 slots, the model's sliding_window is {window}"):
             other(ids[:, :4], past_key_values=cache)
     with pytest.raises(ValueError, match="sliding=True needs a sliding_window"):
-        Phi3ForCausalLM(kind_config(sliding_window=None)).init_cache(1, 8, sliding=True)
+        Phi3ForCausalLM(window_config(sliding_window=None)).init_cache(1, 8, sliding=True)
 
 
 # int8
 
 
-def test_quantized_vectors():
-    """Off by half a scale at most, which is what rounding the scale first is for."""
+def test_quantized_vectors_are_off_by_half_a_scale_at_most():
+    """The scale is rounded first, so its rounding adds no error."""
     x = np.random.default_rng(0).normal(size=(50, 3, 40, 24)) * np.logspace(-20, 20, 50)[:, None, None, None]
     x = x.astype(np.float32)
     x[0, 0, 0] = 0
@@ -293,8 +294,8 @@ def test_quantized_vectors():
 @pytest.mark.parametrize(
     ("length", "limit"), [(1, 1 << 20), (1, 2 * 4 * 40 * 12), (7, 2 * 4 * 40 * 12), (7, 1), (150, 1 << 20)]
 )
-def test_int8_attention_equals_that_over_dequantized_vectors(length, limit, monkeypatch):
-    """With four heads at a time, two or one; for one mask and one a head."""
+def test_int8_attention_equals_attention_over_dequantized_vectors(length, limit, monkeypatch):
+    """Four, two or one heads are computed at a time, with one mask or one a head."""
     monkeypatch.setattr(xla_module, "HEADS_BLOCK_BYTES", limit)
     batch, kv_heads, groups, slots, width = 3, 4, 2, 40, 12
     random = np.random.default_rng(0)
@@ -302,7 +303,7 @@ def test_int8_attention_equals_that_over_dequantized_vectors(length, limit, monk
     key, value = (
         QuantizedVectors.quantize(random.normal(size=(batch, kv_heads, slots, width))) for _ in range(2)
     )
-    # A function of its own, so that nothing traced under another limit is found again.
+    # A new function, so that nothing is reused that was traced under another limit.
     attend = jax.jit(lambda *a, **k: attention(*a, **k), static_argnames=("scale", "output_weights"))
     for heads, weights in ((1, False), (kv_heads * groups, True)):
         mask = jnp.asarray(random.random((batch, heads, length, slots)) < 0.6)
@@ -317,8 +318,7 @@ def test_int8_attention_equals_that_over_dequantized_vectors(length, limit, monk
     assert distance(half.astype(jnp.float32), ref[0]) <= 0.02
 
 
-def test_dropout_over_int8(monkeypatch):
-    """Drops what it says, and not the same for every head."""
+def test_dropout_over_int8_differs_between_heads(monkeypatch):
     monkeypatch.setattr(xla_module, "HEADS_BLOCK_BYTES", 1)
     query = jnp.zeros((1, 100, 2, 1, 8))
     vectors = QuantizedVectors.quantize(jnp.ones((1, 2, 50, 8)))
@@ -333,7 +333,7 @@ def test_dropout_over_int8(monkeypatch):
 
 @pytest.mark.parametrize(("head_dim", "most"), [(64, 0.53), (96, 0.52)])
 def test_int8_takes_half_the_bytes(head_dim, most):
-    model = Phi3ForCausalLM(kind_config(num_hidden_layers=1, head_dim=head_dim))
+    model = Phi3ForCausalLM(window_config(num_hidden_layers=1, head_dim=head_dim))
 
     def size(dtype):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(model.init_cache(2, 512, dtype)))
@@ -341,8 +341,8 @@ def test_int8_takes_half_the_bytes(head_dim, most):
     assert size("int8") <= most * size("bfloat16")
 
 
-def test_dtypes_that_no_cache_has():
-    model = Phi3ForCausalLM(kind_config(num_hidden_layers=1))
+def test_rejects_dtypes():
+    model = Phi3ForCausalLM(window_config(num_hidden_layers=1))
     for dtype in ("int16", "uint8", "bool"):
         with pytest.raises(ValueError, match=f"dtype={dtype}: a cache holds floating-point numbers or int8"):
             model.init_cache(1, 8, dtype)
@@ -353,10 +353,10 @@ def test_dtypes_that_no_cache_has():
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 1), (2, 4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_written_in_place(kind, batch, length, monkeypatch):
+def test_writes_every_kind_in_place(kind, batch, length, monkeypatch):
     monkeypatch.setattr(xla_module, "HEADS_BLOCK_BYTES", 1)
     heads = {"head_dim": 64, "num_attention_heads": 16, "num_key_value_heads": 16}
-    model = Phi3ForCausalLM(kind_config(**heads, sliding_window=961))
+    model = Phi3ForCausalLM(window_config(**heads, sliding_window=961))
 
     def step(model, ids, cache):
         out = model(ids, past_key_values=cache, logits_to_keep=1)

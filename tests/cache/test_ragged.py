@@ -1,4 +1,4 @@
-"""Rows with different numbers of slots in one step, against each alone."""
+"""Tests caches whose rows have different numbers of slots."""
 
 from typing import Any
 
@@ -12,7 +12,8 @@ from phi3_jax.cache import KVCache
 from phi3_jax.parallel.sharding import make_mesh
 
 
-def filled(model: Phi3ForCausalLM, ids: np.ndarray, slots: int) -> KVCache:
+def prefill(model: Phi3ForCausalLM, ids: np.ndarray, slots: int) -> KVCache:
+    """Returns a cache with these ids, of which the first row's first is padding."""
     mask = np.ones_like(ids)
     mask[0, 0] = 0
     cache = model.init_cache(len(ids), slots)
@@ -31,16 +32,16 @@ CHANGES: dict[str, dict[str, Any]] = {"plain": {}, "longrope": longrope(), "wind
         pytest.param("window", "data=2,tensor=2", marks=pytest.mark.slow),
     ],
 )
-def test_a_step_is_that_of_each_alone(name: str, mesh: str | None) -> None:
+def test_a_step_equals_the_steps_of_each_cache(name: str, mesh: str | None) -> None:
     model = Phi3ForCausalLM(small_config(**CHANGES[name]))
     if mesh is not None:
         model = on_mesh(model, make_mesh(mesh, jax.devices()[:4]))
     draws = np.random.default_rng(0)
     prompts = [draws.integers(4, 96, (2, 9)), draws.integers(4, 96, (4, 20))]
     whole = KVCache.concatenate(
-        [filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)]
+        [prefill(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)]
     )
-    apart = [filled(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)]
+    apart = [prefill(model, ids, slots) for ids, slots in zip(prompts, (12, 32), strict=True)]
     for _ in range(2):
         token = draws.integers(4, 96, (6, 1))
         out = run(model, input_ids=token, past_key_values=whole)
@@ -55,9 +56,9 @@ def test_a_step_is_that_of_each_alone(name: str, mesh: str | None) -> None:
     assert [part.shape[2] for part in whole.keys[0].parts] == [12, 32]
 
 
-def test_what_such_a_cache_cannot_do() -> None:
+def test_rejects_output_attentions() -> None:
     model = Phi3ForCausalLM(small_config())
     ids = np.full((1, 3), 7)
-    cache = KVCache.concatenate([filled(model, ids, 8), filled(model, ids, 16)])
+    cache = KVCache.concatenate([prefill(model, ids, 8), prefill(model, ids, 16)])
     with pytest.raises(ValueError, match="rows of different sizes gives no attentions"):
         model(np.full((2, 1), 7), past_key_values=cache, output_attentions=True)

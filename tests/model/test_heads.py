@@ -1,4 +1,4 @@
-"""The three heads against transformers: logits, losses, gradients, and what they refuse."""
+"""Tests the three heads against transformers: logits, losses, gradients and errors."""
 
 import jax
 import numpy as np
@@ -43,12 +43,8 @@ PROBLEMS = {
 }
 
 
-def head_config(**changes):
-    return small_config(**({"num_hidden_layers": 2} | changes))
-
-
 def token_labels(mask, classes, seed=1):
-    """A class for every token but some, -100 for those and for padding."""
+    """Returns a class for most tokens, and -100 for the others and for padding."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, mask.shape)
     return np.where((mask == 1) & (rng.random(mask.shape) < 0.7), labels, -100)
@@ -59,9 +55,9 @@ def token_labels(mask, classes, seed=1):
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_sequence_classification(problem, side, tmp_path):
+def test_sequence_classifier_matches_transformers(problem, side, tmp_path):
     changes, labels = PROBLEMS[problem]
-    config = head_config(**changes)
+    config = small_config(**changes)
     ours, theirs = pair("sequence", config, tmp_path)
     mask = padding_mask(3, LENGTH, side)
     ids = random_ids(config, mask)
@@ -74,16 +70,16 @@ def test_sequence_classification(problem, side, tmp_path):
     assert_same_gradients(ours_gradient, ref, TOLERANCE)
 
 
-def test_sequence_classification_picks_by_id_not_by_mask(tmp_path):
-    config = head_config(num_labels=3)
+def test_sequence_classifier_finds_the_last_token_by_its_id(tmp_path):
+    config = small_config(num_labels=3)
     ours, theirs = pair("sequence", config, tmp_path)
     ids = random_ids(config, np.ones((5, LENGTH), np.int64))
     mask = np.ones_like(ids)
     ids[0, 4] = PAD  # in the middle of the text
     ids[1, 0] = ids[1, -1] = PAD
-    ids[2] = PAD  # nothing but padding: the first position
+    ids[2] = PAD  # only padding: the first position counts
     mask[2] = 0
-    mask[3, -3:] = 0  # hidden, yet the last token that is not padding
+    mask[3, -3:] = 0  # masked, but not the padding token
     ids[4] = PAD
     out = run(ours, input_ids=ids, attention_mask=mask)
     ref = run_theirs(theirs, ids, mask)
@@ -91,8 +87,8 @@ def test_sequence_classification_picks_by_id_not_by_mask(tmp_path):
     assert distance(out.logits, ref.logits) <= TOLERANCE
 
 
-def test_sequence_classification_of_embeddings_takes_the_last(tmp_path):
-    config = head_config(num_labels=3)
+def test_sequence_classifier_takes_the_last_embedding(tmp_path):
+    config = small_config(num_labels=3)
     ours, theirs = pair("sequence", config, tmp_path)
     embeds = np.random.default_rng(0).normal(size=(2, LENGTH, config.hidden_size)).astype(np.float32)
     mask = padding_mask(2, LENGTH, "right")
@@ -101,8 +97,8 @@ def test_sequence_classification_of_embeddings_takes_the_last(tmp_path):
     assert distance(out.logits, ref.logits) <= TOLERANCE
 
 
-def test_sequence_classification_without_a_padding_token(tmp_path):
-    config = head_config(num_labels=3, pad_token_id=None)
+def test_sequence_classifier_without_a_padding_token_takes_one_row(tmp_path):
+    config = small_config(num_labels=3, pad_token_id=None)
     ours, theirs = pair("sequence", config, tmp_path)
     ids = np.array([[5, 6, 7, PAD]])
     out = run(ours, input_ids=ids)
@@ -143,14 +139,14 @@ def test_sequence_classification_without_a_padding_token(tmp_path):
         ),
     ],
 )
-def test_sequence_classification_refuses_labels(settings, labels, message):
-    model = Phi3ForSequenceClassification(head_config(**settings))
+def test_sequence_classifier_rejects_labels(settings, labels, message):
+    model = Phi3ForSequenceClassification(small_config(**settings))
     with pytest.raises(ValueError, match=message):
         model(np.array([[5, 6], [7, 8]]), labels=np.asarray(labels))
 
 
-def test_sequence_classification_takes_labels_as_a_column():
-    model = Phi3ForSequenceClassification(head_config(num_labels=3))
+def test_sequence_classifier_takes_labels_as_a_column():
+    model = Phi3ForSequenceClassification(small_config(num_labels=3))
     ids = np.array([[5, 6], [7, 8]])
     flat, column = (
         run(model, input_ids=ids, labels=labels).loss for labels in (np.array([2, 0]), np.array([[2], [0]]))
@@ -162,8 +158,8 @@ def test_sequence_classification_takes_labels_as_a_column():
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_token_classification(side, tmp_path):
-    config = head_config(num_labels=5)
+def test_token_classifier_matches_transformers(side, tmp_path):
+    config = small_config(num_labels=5)
     ours, theirs = pair("token", config, tmp_path)
     assert np.abs(np.asarray(ours.score.bias[...])).min() > 0
     mask = padding_mask(3, LENGTH, side)
@@ -178,7 +174,7 @@ def test_token_classification(side, tmp_path):
 
 @stored
 def dropout_rate(theirs):
-    """The rate of the dropout in front of the reference's classifier."""
+    """Returns the dropout rate before the reference's classifier."""
     return theirs.model.dropout.p
 
 
@@ -191,13 +187,13 @@ def dropout_rate(theirs):
         ({"classifier_dropout": 0.0, "hidden_dropout": 0.3}, 0.0),
     ],
 )
-def test_token_classification_dropout_rate(rates, expected, tmp_path):
-    ours, theirs = pair("token", head_config(num_hidden_layers=1, **rates), tmp_path)
+def test_token_classifier_has_the_dropout_rate_of_transformers(rates, expected, tmp_path):
+    ours, theirs = pair("token", small_config(num_hidden_layers=1, **rates), tmp_path)
     assert ours.classifier_dropout == dropout_rate(theirs) == expected
 
 
-def test_token_classification_refuses_labels():
-    model = Phi3ForTokenClassification(head_config(num_labels=5))
+def test_token_classifier_rejects_labels():
+    model = Phi3ForTokenClassification(small_config(num_labels=5))
     ids = np.array([[5, 6], [7, 8]])
     with pytest.raises(ValueError, match=r"labels\[1, 0\] = 5; expected 0 to 4, or -100"):
         model(ids, labels=np.array([[0, -100], [5, 1]]))
@@ -209,8 +205,8 @@ def test_token_classification_refuses_labels():
 
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_logits_to_keep(tied, tmp_path):
-    config = head_config(tie_word_embeddings=tied)
+def test_logits_to_keep_matches_transformers(tied, tmp_path):
+    config = small_config(tie_word_embeddings=tied)
     ours, theirs = pair("causal", config, tmp_path)
     ids = random_ids(config, np.ones((2, LENGTH), np.int64))
     mask = np.ones_like(ids)
@@ -236,13 +232,13 @@ def test_logits_to_keep(tied, tmp_path):
         (np.array([[0], [1]]), r"logits_to_keep is int\d+\[2, 1\]; .* of shape \[kept\] or \[1, kept\]"),
     ],
 )
-def test_logits_to_keep_refuses(keep, message):
+def test_rejects_logits_to_keep(keep, message):
     with pytest.raises(ValueError, match=message):
-        Phi3ForCausalLM(head_config(num_hidden_layers=1))(np.array([[5, 6, 7]]), logits_to_keep=keep)
+        Phi3ForCausalLM(small_config(num_hidden_layers=1))(np.array([[5, 6, 7]]), logits_to_keep=keep)
 
 
-def test_causal_lm_refuses_labels():
-    model = Phi3ForCausalLM(head_config())
+def test_causal_lm_rejects_labels():
+    model = Phi3ForCausalLM(small_config())
     ids = np.array([[5, 6], [7, 8]])
     with pytest.raises(ValueError, match=r"labels\[0, 1\] = 96; expected 0 to 95, or -100"):
         model(ids, labels=np.array([[5, 96], [7, 8]]))
@@ -254,12 +250,12 @@ def test_causal_lm_refuses_labels():
         model(ids, labels=ids, logits_to_keep=1)
 
 
-# Counts
+# Numbers of labels
 
 
 @pytest.mark.parametrize("kind", ["causal", "token"])
-def test_micro_batches_add_up(kind, tmp_path):
-    config = head_config(num_labels=5)
+def test_losses_of_micro_batches_add_up(kind, tmp_path):
+    config = small_config(num_labels=5)
     ours, theirs = pair(kind, config, tmp_path)
     mask = padding_mask(4, LENGTH, "right")
     ids = random_ids(config, mask)
@@ -285,13 +281,13 @@ def test_micro_batches_add_up(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["causal", "token", "sequence"])
-def test_every_label_ignored(kind):
+def test_loss_is_zero_if_every_label_is_ignored(kind):
     classes = {
         "causal": Phi3ForCausalLM,
         "token": Phi3ForTokenClassification,
         "sequence": Phi3ForSequenceClassification,
     }
-    model = classes[kind](head_config(num_labels=3))
+    model = classes[kind](small_config(num_labels=3))
     ids = np.array([[5, 6, 7], [8, 9, 10]])
     labels = np.full(2 if kind == "sequence" else ids.shape, -100)
     out, gradient = gradients(model, input_ids=ids, labels=labels)
@@ -300,9 +296,9 @@ def test_every_label_ignored(kind):
 
 
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 5, "tie_word_embeddings": True}])
-def test_last_logits_spare_the_last_layer(changes, tmp_path):
-    """The last n logits, for which the last layer skips the other positions, with a cache and without."""
-    config = head_config(**changes)
+def test_last_logits_match_transformers(changes, tmp_path):
+    """For the last n logits, the last layer skips the other positions, with a cache and without."""
+    config = small_config(**changes)
     ours, theirs = pair("causal", config, tmp_path)
     mask = padding_mask(3, 20, "left")
     token = mask.astype(bool)[..., None]
@@ -324,7 +320,7 @@ def test_last_logits_spare_the_last_layer(changes, tmp_path):
 
 
 def test_last_logits_cost_less():
-    """The last layer's work on positions that nobody asked for is left out, not thrown away."""
+    """The last layer computes nothing for positions whose logits are not kept."""
 
     def cost(keep):
         model = Phi3ForCausalLM(small_config(num_hidden_layers=1))

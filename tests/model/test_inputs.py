@@ -1,4 +1,4 @@
-"""What a forward accepts and how it refuses the rest; masks of four dimensions."""
+"""Tests the arguments of a forward: which are accepted, the errors of the others, and 4-D masks."""
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +13,24 @@ LENGTH = 9
 IDS = np.array([[5, 6, 7], [8, 9, 10]])
 
 
-def input_config(**changes):
-    return small_config(**({"num_hidden_layers": 2} | changes))
-
-
 @pytest.fixture(scope="module")
 def model():
-    return Phi3ForCausalLM(input_config())
+    return Phi3ForCausalLM(small_config())
 
 
-def changed(row, column, value):
+def replaced(row, position, value):
+    """Returns `IDS` with another id at one position."""
     ids = IDS.copy()
-    ids[row, column] = value
+    ids[row, position] = value
     return ids
 
 
 ERRORS = {
     "above the vocabulary": (
-        {"input_ids": changed(1, 2, 96)},
+        {"input_ids": replaced(1, 2, 96)},
         r"input_ids\[1, 2\] = 96 is outside the vocabulary of 96 tokens",
     ),
-    "negative id": ({"input_ids": changed(0, 1, -1)}, r"input_ids\[0, 1\] = -1 is outside the vocabulary"),
+    "negative id": ({"input_ids": replaced(0, 1, -1)}, r"input_ids\[0, 1\] = -1 is outside the vocabulary"),
     "float ids": (
         {"input_ids": IDS.astype(np.float32)},
         r"input_ids is float32\[2, 3\]; expected integers of shape \[batch, length\]",
@@ -103,18 +100,18 @@ ERRORS = {
 
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors(case, convert, model):
+def test_rejects(case, convert, model):
     arguments, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         model(**{name: convert(value) for name, value in arguments.items()})
 
 
-def test_ids_are_checked_before_they_are_narrowed(model):
+def test_checks_ids_before_they_become_int32(model):
     with pytest.raises(ValueError, match=r"input_ids\[1, 0\] = 4294967296 is outside the vocabulary"):
-        model(changed(1, 0, 2**32))
+        model(replaced(1, 0, 2**32))
 
 
-def test_errors_with_a_cache(model):
+def test_rejects_masks_that_do_not_fit_the_cache(model):
     cache = run(model, input_ids=IDS, past_key_values=model.init_cache(2, 8)).past_key_values
     for shape in ((2, 2), (2, 9), (3, 6)):
         with pytest.raises(
@@ -125,12 +122,12 @@ def test_errors_with_a_cache(model):
         model(IDS, np.ones((2, 1, 3, 6), bool), past_key_values=cache)
 
 
-def test_shapes_are_checked_under_jit_too(model):
+def test_checks_shapes_under_jit(model):
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 2\)"):
         run(model, input_ids=IDS, attention_mask=np.ones((2, 2)))
 
 
-def test_kinds_of_arrays(model):
+def test_accepts_any_kind_of_array(model):
     mask = np.array([[0, 1, 1], [1, 1, 1]])
     expected = np.asarray(run(model, input_ids=IDS, attention_mask=mask).logits)
     for ids in (IDS, IDS.astype(np.int8), jnp.asarray(IDS), jnp.asarray(IDS, jnp.uint8), IDS.tolist()):
@@ -141,8 +138,8 @@ def test_kinds_of_arrays(model):
         np.testing.assert_array_equal(run(model, input_ids=ids, attention_mask=given).logits, expected)
 
 
-def test_inputs_embeds_equal_the_ids(tmp_path):
-    ours, theirs = pair("causal", input_config(), tmp_path)
+def test_inputs_embeds_match_transformers(tmp_path):
+    ours, theirs = pair("causal", small_config(), tmp_path)
     mask = padding_mask(2, LENGTH, "left")
     embeds = np.random.default_rng(0).normal(size=(2, LENGTH, 48)).astype(np.float32)
     out = run(ours, inputs_embeds=embeds, attention_mask=mask)
@@ -150,8 +147,8 @@ def test_inputs_embeds_equal_the_ids(tmp_path):
     assert distance(out.logits, ref.logits, mask.astype(bool)[..., None]) <= TOLERANCE
 
 
-def test_position_ids_given(tmp_path):
-    ours, theirs = pair("causal", input_config(), tmp_path)
+def test_position_ids_match_transformers(tmp_path):
+    ours, theirs = pair("causal", small_config(), tmp_path)
     mask = np.ones((2, LENGTH), np.int64)
     ids = random_ids(ours.config, mask)
     own = np.stack([np.arange(LENGTH) * 2 + 3, np.arange(LENGTH)[::-1]])
@@ -164,21 +161,21 @@ def test_position_ids_given(tmp_path):
 # Masks of four dimensions
 
 
-def four_dims(heads, seed=0):
-    """True where a query sees a key: at random, not causal, itself always."""
+def random_4d_mask(heads, seed=0):
+    """Returns a random mask that is not causal; every query sees itself."""
     visible = np.random.default_rng(seed).random((2, heads, LENGTH, LENGTH)) < 0.5
     return visible | np.eye(LENGTH, dtype=bool)
 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_four_dims(heads, window, tmp_path):
-    """As they are, in the reference's way: neither made causal nor cut to the window."""
-    config = input_config(sliding_window=window)
+def test_4d_masks_match_transformers(heads, window, tmp_path):
+    """A 4-D mask is used as it is: neither causality nor the window is added."""
+    config = small_config(sliding_window=window)
     ours, theirs = pair("causal", config, tmp_path)
     everything = np.ones((2, LENGTH), np.int64)
     ids = random_ids(config, everything)
-    visible = four_dims(heads)
+    visible = random_4d_mask(heads)
     hidden = np.where(visible, 0, np.finfo(np.float32).min).astype(np.float32)
     bias = np.random.default_rng(1).normal(size=hidden.shape).astype(np.float32)
     at = positions(everything)
@@ -193,7 +190,7 @@ def test_four_dims(heads, window, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_dims_shared_by_the_batch_and_over_the_cache(model):
+def test_4d_masks_serve_all_rows_and_cover_the_cache(model):
     ids = random_ids(model.config, np.ones((2, LENGTH), np.int64))
     visible = np.tril(np.ones((LENGTH, LENGTH), bool))[None, None]
     expected = run(model, input_ids=ids).logits
@@ -212,8 +209,8 @@ def test_four_dims_shared_by_the_batch_and_over_the_cache(model):
     assert distance(logits, expected) <= TOLERANCE
 
 
-def test_nothing_visible_gives_no_nan(tmp_path):
-    config = input_config()
+def test_queries_without_a_visible_key_give_no_nan(tmp_path):
+    config = small_config()
     ours, theirs = pair("causal", config, tmp_path)
     mask = padding_mask(3, LENGTH, "left")
     mask[2] = 0

@@ -1,4 +1,4 @@
-"""The parts of a layer: activations, dropout, attention in blocks, and bfloat16."""
+"""Tests the parts of a layer: activations, dropout, attention in blocks, and bfloat16."""
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,12 @@ from phi3_jax.model.layers import ACTIVATIONS, activation, dropout
 TOLERANCE = 1e-5
 
 
-def layer_config(**changes):
-    return small_config(**({"num_hidden_layers": 2} | changes))
-
-
 # Activations
 
 
 @stored(whole=True)
 def their_activation(name, x):
-    """The reference's values and slopes at the elements of `x`."""
+    """Returns the reference's values and slopes at the elements of `x`."""
     import torch
     from transformers.activations import ACT2FN
 
@@ -36,7 +32,7 @@ def their_activation(name, x):
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_activation(name):
+def test_activation_matches_transformers(name):
     near = np.arange(-150, 151, dtype=np.float32)[np.arange(301) != 150] / 12.5
     far = np.array([-1e4, -50.0, 0.0, 50.0, 1e4], np.float32)
     values, slopes = their_activation(name, near)
@@ -48,23 +44,23 @@ def test_activation(name):
 
     our_values, our_slopes, our_far = ours(near, far)
     assert distance(our_values, values) <= 1e-6
-    assert distance(our_slopes, slopes) <= TOLERANCE  # not at 0, where frameworks differ in relu's
+    assert distance(our_slopes, slopes) <= TOLERANCE  # not at 0, where frameworks differ in the slope of relu
     np.testing.assert_allclose(our_far, their_activation(name, far)[0], rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     "cls", [Phi3Model, Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification]
 )
-def test_unknown_activation_fails_at_construction(cls):
+def test_rejects_an_unknown_activation(cls):
     with pytest.raises(ValueError, match=r"hidden_act='sillu' is not known; use one of .*quick_gelu.*silu"):
-        cls(layer_config(hidden_act="sillu"))
+        cls(small_config(hidden_act="sillu"))
 
 
 # Dropout
 
 
-def kept_and_rest(dropped, whole, rate):
-    """Checks that every element is 0 or scaled up; returns which are kept."""
+def check_dropout(dropped, whole, rate):
+    """Checks that elements are 0 at this rate, and scaled up elsewhere; returns which are kept."""
     dropped, whole = np.asarray(dropped), np.asarray(whole)
     kept = dropped != 0
     np.testing.assert_allclose(dropped[kept], whole[kept] / (1 - rate), rtol=1e-4, atol=1e-5)
@@ -74,61 +70,61 @@ def kept_and_rest(dropped, whole, rate):
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout(rate):
+def test_dropout_drops_at_its_rate(rate):
     x = jnp.ones((200, 100))
     key = jax.random.key(0)
-    kept_and_rest(dropout(x, rate, key), x, rate)
+    check_dropout(dropout(x, rate, key), x, rate)
     assert float(dropout(x, rate, key).mean()) == pytest.approx(1, abs=0.05)
     np.testing.assert_array_equal(dropout(x, rate, None), x)
     np.testing.assert_array_equal(dropout(x, 0.0, key), x)
     assert dropout(x.astype(jnp.bfloat16), rate, key).dtype == jnp.bfloat16
 
 
-def changes_of_a_layer(model, silenced, key, layers=(1, 2)):
-    """What each of the layers adds, where the projection `silenced` in all of them gives zeros."""
+def layer_contributions(model, silenced, key):
+    """Returns what each layer adds to the hidden states while all its `silenced` projections give zeros."""
     for layer in model.layers:
         weight = layer.mlp.down_proj.weight if silenced == "mlp" else layer.self_attn.o_proj.weight
         weight.set_value(jnp.zeros_like(weight[...]))
     ids = np.arange(5, 29).reshape(2, 12)
     states = run(model, input_ids=ids, output_hidden_states=True, rngs=key).hidden_states
-    return [np.asarray(states[i] - states[i - 1]) for i in layers]
+    return [np.asarray(states[i] - states[i - 1]) for i in (1, 2)]
 
 
 @pytest.mark.parametrize("silenced", ["mlp", "attention"])
-def test_resid_pdrop(silenced):
+def test_resid_pdrop_drops_what_a_layer_adds(silenced):
     config = small_config(resid_pdrop=0.3)
     key = jax.random.key(1)
-    (whole, _) = changes_of_a_layer(Phi3Model(config), silenced, None)
-    first, second = changes_of_a_layer(Phi3Model(config), silenced, key)
-    kept = kept_and_rest(np.where(np.abs(first) < 1e-6, 0, first), whole, 0.3)
+    (whole, _) = layer_contributions(Phi3Model(config), silenced, None)
+    first, second = layer_contributions(Phi3Model(config), silenced, key)
+    kept = check_dropout(np.where(np.abs(first) < 1e-6, 0, first), whole, 0.3)
     assert (kept != (np.abs(second) > 1e-6)).any(), "two layers share a mask"
 
 
-def test_embd_pdrop():
-    model = Phi3Model(layer_config(embd_pdrop=0.2))
+def test_embd_pdrop_drops_embeddings():
+    model = Phi3Model(small_config(embd_pdrop=0.2))
     ids = np.arange(5, 29).reshape(2, 12)
     whole = run(model, input_ids=ids, output_hidden_states=True).hidden_states[0]
     dropped = run(model, input_ids=ids, output_hidden_states=True, rngs=jax.random.key(0)).hidden_states[0]
-    kept_and_rest(dropped, whole, 0.2)
+    check_dropout(dropped, whole, 0.2)
     embeds = np.asarray(whole)
     given = run(model, inputs_embeds=embeds, output_hidden_states=True, rngs=jax.random.key(0)).hidden_states[
         0
     ]
-    kept_and_rest(given, whole, 0.2)
+    check_dropout(given, whole, 0.2)
 
 
-def test_classifier_dropout():
-    """With the identity for `score`, the logits are the hidden states that it was given."""
-    model = Phi3ForTokenClassification(layer_config(classifier_dropout=0.4, num_labels=48))
+def test_classifier_dropout_drops_hidden_states():
+    """`score` is the identity, so the logits are its inputs."""
+    model = Phi3ForTokenClassification(small_config(classifier_dropout=0.4, num_labels=48))
     model.score.weight.set_value(jnp.eye(48))
     ids = np.arange(5, 29).reshape(2, 12)
     whole = run(model, input_ids=ids).logits
-    kept_and_rest(run(model, input_ids=ids, rngs=jax.random.key(0)).logits, whole, 0.4)
+    check_dropout(run(model, input_ids=ids, rngs=jax.random.key(0)).logits, whole, 0.4)
 
 
 @pytest.mark.parametrize("block", [1024, 4])
-def test_attention_dropout(block, monkeypatch):
-    """With the identity for values, the output is the probabilities."""
+def test_attention_dropout_drops_probabilities(block, monkeypatch):
+    """The values are the identity, so the output is the probabilities."""
     monkeypatch.setattr(xla_module, "QUERY_BLOCK", block)
     query, key = jax.random.normal(jax.random.key(0), (2, 2, 18, 2, 3, 18))
     key = key[:, :, :, 0].swapaxes(1, 2)
@@ -139,13 +135,13 @@ def test_attention_dropout(block, monkeypatch):
     same, _ = attention(query, key, values, mask, scale=0.3, dropout_rate=0.25)
     np.testing.assert_array_equal(same, whole)
     dropped, _ = attention(query, key, values, mask, scale=0.3, dropout_rate=0.25, dropout_key=random)
-    kept = kept_and_rest(dropped, whole, 0.25)
+    kept = check_dropout(dropped, whole, 0.25)
     assert (kept[:, :4] != kept[:, 4:8]).any(), "two blocks share a mask"
 
 
 @pytest.mark.parametrize("rate", ["embd_pdrop", "resid_pdrop", "attention_dropout"])
-def test_each_rate_acts_alone_and_by_its_key(rate):
-    model = Phi3ForCausalLM(layer_config(**{rate: 0.3}))
+def test_each_dropout_rate_acts_and_depends_on_the_key(rate):
+    model = Phi3ForCausalLM(small_config(**{rate: 0.3}))
     ids = np.arange(5, 17).reshape(2, 6)
     plain = np.asarray(run(model, input_ids=ids).logits)
     first, again, other = (
@@ -154,19 +150,19 @@ def test_each_rate_acts_alone_and_by_its_key(rate):
     np.testing.assert_array_equal(first, again)
     assert distance(first, plain) > 1e-3
     assert distance(other, first) > 1e-3
-    silent = Phi3ForCausalLM(layer_config())  # without a rate, the key changes nothing
-    np.testing.assert_array_equal(run(silent, input_ids=ids, rngs=jax.random.key(0)).logits, plain)
+    without = Phi3ForCausalLM(small_config())  # without a rate, the key changes nothing
+    np.testing.assert_array_equal(run(without, input_ids=ids, rngs=jax.random.key(0)).logits, plain)
 
 
-def test_rngs_of_flax():
-    model = Phi3ForTokenClassification(layer_config(resid_pdrop=0.3, num_hidden_layers=1))
+def test_takes_rngs_of_flax():
+    model = Phi3ForTokenClassification(small_config(resid_pdrop=0.3, num_hidden_layers=1))
     ids = np.arange(5, 17).reshape(2, 6)
     key = nnx.Rngs(dropout=7).dropout()
     from_key = run(model, input_ids=ids, rngs=key).logits
     streams = nnx.Rngs(dropout=7)
     first, second = (np.asarray(model(ids, rngs=streams).logits) for _ in range(2))
     assert distance(first, from_key) <= TOLERANCE
-    assert distance(second, first) > 1e-3, "the stream did not move on"
+    assert distance(second, first) > 1e-3, "the stream did not advance"
 
 
 # Attention in blocks of queries
@@ -174,7 +170,7 @@ def test_rngs_of_flax():
 
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), 6])
-def test_blocks_of_queries(heads, additive, monkeypatch):
+def test_blocks_of_queries_equal_all_at_once(heads, additive, monkeypatch):
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 10, 2, 3, 8))
     key, value = jax.random.normal(keys[1], (2, 2, 2, 14, 8))
@@ -187,13 +183,13 @@ def test_blocks_of_queries(heads, additive, monkeypatch):
         return jnp.sum(jnp.sin(out)), out
 
     def both():
-        # A new function each time: a compilation knows nothing of QUERY_BLOCK.
+        # A new function each time, as QUERY_BLOCK is no part of the key of a compilation.
         wanted = (0, 1, 2, 3) if additive else (0, 1, 2)
         return jax.jit(jax.grad(lambda *a: loss(*a), argnums=wanted, has_aux=True))(query, key, value, mask)
 
     direct_gradients, direct = both()
     expected = attention(query, key, value, mask, scale=0.35, output_weights=True)[0]
-    for block in (4, 5):  # with and without a rest
+    for block in (4, 5):  # with and without a remainder
         monkeypatch.setattr(xla_module, "QUERY_BLOCK", block)
         in_blocks, out = both()
         assert distance(out, direct) <= 1e-6
@@ -202,13 +198,13 @@ def test_blocks_of_queries(heads, additive, monkeypatch):
             assert distance(mine, other) <= 1e-6
 
 
-def test_blocks_of_queries_in_a_model(tmp_path, monkeypatch):
-    ours, theirs = pair("causal", layer_config(sliding_window=5), tmp_path)
+def test_blocks_of_queries_in_a_model_match_transformers(tmp_path, monkeypatch):
+    ours, theirs = pair("causal", small_config(sliding_window=5), tmp_path)
     mask = padding_mask(2, 14, "left")
     ids = random_ids(ours.config, mask)
     monkeypatch.setattr(xla_module, "QUERY_BLOCK", 4)
     program = str(jax.make_jaxpr(lambda m: m(ids, mask).logits)(ours))
-    scores = "f32[2,2,{},14]"  # of so many queries at a time, two heads a group
+    scores = "f32[2,2,{},14]"  # the scores of a block of queries, two heads a group
     assert scores.format(2 * 4) in program
     assert scores.format(2 * 14) not in program
     logits = jax.jit(lambda m: m(ids, mask).logits)(ours)
@@ -223,11 +219,11 @@ def rms(x):
 
 
 THEIR_ERROR = 0.01775
-"""What the reference's logits in bfloat16 are off by, the root of the mean square."""
+"""The root mean square error of the reference's logits in bfloat16."""
 
 
 def bfloat16_case(folder):
-    """The reference, and token ids of 40 rows; few tokens in the vocabulary, as all logits are stored."""
+    """Returns the reference and ids of 40 rows; the vocabulary is small because all logits are stored."""
     config = small_config(vocab_size=20)
     theirs = pair("causal", config, folder)[1]
     return theirs, random_ids(config, np.ones((40, 20), np.int64))
@@ -235,7 +231,7 @@ def bfloat16_case(folder):
 
 @stored(whole=True)
 def exact_logits(theirs, ids):
-    """The reference's logits in float32."""
+    """Returns the reference's logits in float32."""
     import torch
 
     with torch.no_grad():
@@ -243,7 +239,7 @@ def exact_logits(theirs, ids):
 
 
 @pytest.mark.live
-def test_error_of_the_reference_in_bfloat16(tmp_path):
+def test_transformers_has_the_expected_error_in_bfloat16(tmp_path):
     import torch
 
     theirs, ids = bfloat16_case(tmp_path)
@@ -254,12 +250,12 @@ def test_error_of_the_reference_in_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_bfloat16(cached, tmp_path):
-    """No further from the reference in float32 than the reference in bfloat16 is.
+def test_bfloat16_is_as_exact_as_transformers(cached, tmp_path):
+    """The error of bfloat16 is no larger than the reference's.
 
-    Both round the same weights and the same intermediate results; sums are in another order, so that single
-    errors differ and only their root mean square compares. Over 40 rows of 20 tokens it varies by some
-    per cent from seed to seed, hence the factor 1.1.
+    Both round the same weights and the same intermediate results. Sums are in another order, so single errors
+    differ, and only the root mean square compares. Over 40 rows of 20 tokens it varies by some per cent from
+    seed to seed, hence the factor 1.1.
     """
     theirs, ids = bfloat16_case(tmp_path)
     half = Phi3ForCausalLM.from_pretrained(tmp_path, dtype=jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Models as pytrees, gradient checkpointing, and vocabularies that change their size."""
+"""Tests models as pytrees, gradient checkpointing, and changes of the vocabulary's size."""
 
 import pickle
 
@@ -17,15 +17,11 @@ TOLERANCE = 1e-5
 IDS = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
-def module_config(**changes):
-    return small_config(**({"num_hidden_layers": 2} | changes))
-
-
 # Pytrees
 
 
 def test_a_model_is_a_pytree():
-    config = module_config()
+    config = small_config()
     model = Phi3ForCausalLM(config)
     doubled = jax.tree.map(lambda x: 2 * x, model)
     assert isinstance(doubled, Phi3ForCausalLM)
@@ -39,8 +35,8 @@ def test_a_model_is_a_pytree():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_no_variable_stands_in_two_places(tied):
-    model = Phi3ForCausalLM(module_config(tie_word_embeddings=tied))
+def test_no_variable_is_shared(tied):
+    model = Phi3ForCausalLM(small_config(tie_word_embeddings=tied))
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     variables = [v for _, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)]
     leaves = jax.tree.leaves(model)
@@ -48,8 +44,8 @@ def test_no_variable_stands_in_two_places(tied):
     assert any("lm_head" in path for path in paths) is not tied
 
 
-def test_split_merge_and_pickle():
-    model = Phi3ForCausalLM(module_config())
+def test_split_merge_and_pickle_keep_the_model():
+    model = Phi3ForCausalLM(small_config())
     expected = run(model, input_ids=IDS).logits
     again = nnx.merge(*nnx.split(model))
     np.testing.assert_array_equal(run(again, input_ids=IDS).logits, expected)
@@ -58,8 +54,8 @@ def test_split_merge_and_pickle():
     np.testing.assert_array_equal(run(loaded, input_ids=IDS).logits, expected)
 
 
-def test_flax_transforms():
-    model = Phi3ForCausalLM(module_config())
+def test_flax_transforms_take_models():
+    model = Phi3ForCausalLM(small_config())
     logits = nnx.jit(lambda m: m(IDS).logits)(model)
     assert distance(logits, run(model, input_ids=IDS).logits) <= TOLERANCE
     mine = nnx.jit(nnx.grad(lambda m: m(IDS, labels=IDS).loss))(model)
@@ -69,8 +65,8 @@ def test_flax_transforms():
     assert distance(flat["lm_head.weight"][...], expected["lm_head.weight"]) <= TOLERANCE
 
 
-def test_public_classes():
-    config = module_config(num_labels=3)
+def test_classes_have_config_dtype_and_output_shapes():
+    config = small_config(num_labels=3)
     for cls, shape in (
         (Phi3ForTokenClassification, (2, 4, 3)),
         (Phi3ForSequenceClassification, (2, 3)),
@@ -84,8 +80,8 @@ def test_public_classes():
     assert jax.eval_shape(lambda m: m(IDS), Phi3Model(config)).last_hidden_state.shape == (2, 4, 48)
 
 
-def test_initial_weights():
-    config = module_config(initializer_range=0.05, hidden_size=96)
+def test_initial_weights_have_the_scale_of_the_config():
+    config = small_config(initializer_range=0.05, hidden_size=96)
     model = Phi3ForCausalLM(config)
     embedding = np.asarray(model.get_input_embeddings().weight[...])
     assert (embedding[config.pad_token_id] == 0).all()
@@ -106,30 +102,32 @@ def test_initial_weights():
 POLICIES = {"nothing": None, "dots": jax.checkpoint_policies.dots_saveable}
 
 
-def remats(model):
-    """How many rematerialised pieces the gradient is traced with, and how many products it has."""
+def count_remats(model):
+    """Counts the rematerialised pieces of the gradient, under both names in JAX, and its products."""
     text = str(jax.make_jaxpr(jax.grad(lambda m: m(IDS, labels=IDS).loss))(model))
     return text.count("= remat"), text.count("= checkpoint"), text.count("dot_general")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gradient_checkpointing(policy):
-    config = module_config(resid_pdrop=0.2, attention_dropout=0.2, sliding_window=3)
+def test_gradient_checkpointing_keeps_the_gradients(policy):
+    config = small_config(resid_pdrop=0.2, attention_dropout=0.2, sliding_window=3)
     model = Phi3ForCausalLM(config)
     arguments = {"input_ids": IDS, "labels": IDS, "rngs": jax.random.key(0)}
     plain_out, plain = gradients(model, **arguments)
-    without = remats(model)
+    without = count_remats(model)
     assert without[:2] == (0, 0)
     model.gradient_checkpointing_enable(POLICIES[policy])
     out, mine = gradients(model, **arguments)
-    remat, checkpoint, products = remats(model)
-    assert remat + checkpoint >= config.num_hidden_layers  # by either of the names that JAX printed
-    assert (products > without[2]) == (policy == "nothing"), "products that are kept are not computed again"
+    remat, checkpoint, products = count_remats(model)
+    assert remat + checkpoint >= config.num_hidden_layers
+    assert (products > without[2]) == (policy == "nothing"), (
+        "the policy decides whether products are computed again"
+    )
     assert distance(out.loss, plain_out.loss) <= 1e-6
     for name, value in plain.items():
         assert distance(mine[name], value) <= 1e-6, name
     model.gradient_checkpointing_disable()
-    assert remats(model) == without
+    assert count_remats(model) == without
 
 
 # Vocabularies
@@ -137,7 +135,7 @@ def test_gradient_checkpointing(policy):
 
 @stored
 def grown(theirs, ids):
-    """The reference's vocabulary and logits after growing to 300 tokens; new rows are the mean of the old."""
+    """Returns the reference's size and logits at 300 or more tokens; new rows are the mean of the old."""
     import torch
 
     model, old = theirs.model, theirs.config.vocab_size
@@ -150,8 +148,8 @@ def grown(theirs, ids):
 
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("tied", [False, True])
-def test_growing_the_vocabulary(tied, mean, tmp_path):
-    ours, theirs = pair("causal", module_config(tie_word_embeddings=tied), tmp_path / "first")
+def test_grown_vocabulary_matches_transformers(tied, mean, tmp_path):
+    ours, theirs = pair("causal", small_config(tie_word_embeddings=tied), tmp_path / "first")
     before = [np.asarray(w[...]) for w in ours._vocabulary_weights()]
     assert len(before) == (1 if tied else 2)
     embeddings = ours.resize_token_embeddings(300, pad_to_multiple_of=64, mean_resizing=mean)
@@ -183,7 +181,7 @@ def test_transformers_loads_a_grown_model(tied, mean, tmp_path):
     import torch
     import transformers
 
-    ours = Phi3ForCausalLM(module_config(tie_word_embeddings=tied))
+    ours = Phi3ForCausalLM(small_config(tie_word_embeddings=tied))
     ours.resize_token_embeddings(300, pad_to_multiple_of=64, mean_resizing=mean)
     ours.save_pretrained(tmp_path)
     theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -192,9 +190,9 @@ def test_transformers_loads_a_grown_model(tied, mean, tmp_path):
         assert distance(run(ours, input_ids=ids).logits, theirs(torch.tensor(ids)).logits) <= TOLERANCE
 
 
-def test_new_rows_by_seed():
+def test_new_rows_depend_on_the_seed():
     def new_rows(seed):
-        model = Phi3ForCausalLM(module_config())
+        model = Phi3ForCausalLM(small_config())
         return np.asarray(model.resize_token_embeddings(100, mean_resizing=False, rngs=seed).weight[96:])
 
     np.testing.assert_array_equal(new_rows(0), new_rows(0))
@@ -202,8 +200,8 @@ def test_new_rows_by_seed():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_cutting_the_vocabulary(tied):
-    model = Phi3ForCausalLM(module_config(tie_word_embeddings=tied))
+def test_shrunk_vocabulary_keeps_its_first_logits(tied):
+    model = Phi3ForCausalLM(small_config(tie_word_embeddings=tied))
     expected = np.asarray(run(model, input_ids=IDS).logits)
     model.resize_token_embeddings(20)
     assert model.config.vocab_size == 20
@@ -212,8 +210,8 @@ def test_cutting_the_vocabulary(tied):
         model(np.array([[20]]))
 
 
-def test_resizing_of_a_classifier():
-    model = Phi3ForSequenceClassification(module_config(num_labels=3))
+def test_classifier_with_a_resized_vocabulary_keeps_its_score():
+    model = Phi3ForSequenceClassification(small_config(num_labels=3))
     model.resize_token_embeddings(128)
     assert model.config.vocab_size == 128
     assert model.score.weight.shape == (3, 48)
@@ -229,8 +227,8 @@ def test_resizing_of_a_classifier():
         ({"new_num_tokens": 100, "pad_to_multiple_of": 0}, "pad_to_multiple_of=0 must be positive"),
     ],
 )
-def test_resizing_refuses(arguments, message):
-    model = Phi3ForCausalLM(module_config())
+def test_rejects_sizes_of_the_vocabulary(arguments, message):
+    model = Phi3ForCausalLM(small_config())
     with pytest.raises(ValueError, match=message):
         model.resize_token_embeddings(**arguments)
     assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == 96

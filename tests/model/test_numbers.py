@@ -1,4 +1,4 @@
-"""Numbers that other implementations of Phi-3 published in their tests, and sizes of the family."""
+"""Tests numbers that other implementations of Phi-3 publish in their tests, and sizes of the family."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from phi3_jax.model.rope import apply_rope, rope_tables
 
 
 @pytest.mark.live  # for PyTorch's random numbers
-def test_rope_of_torchtune():
+def test_rope_matches_torchtune():
     import torch
 
     torch.manual_seed(0)
@@ -23,28 +23,28 @@ def test_rope_of_torchtune():
     rotated = np.asarray(apply_rope(jnp.asarray(x), *rope_tables(config, at, jnp.array([60]))), np.float64)
     assert rotated.mean() == pytest.approx(-0.0005, abs=1e-4)
     assert rotated.sum() == pytest.approx(-381.062, abs=2e-3)
-    # Unlike the sums, lengths and the first position say that it is a rotation by position.
+    # The sums do not show that it is a rotation by position; lengths and the first position do.
     np.testing.assert_array_equal(rotated[:, 0], x[:, 0])
     np.testing.assert_allclose(np.square(rotated).sum(axis=-1), np.square(x).sum(axis=-1), rtol=1e-5)
 
 
 def ramp(*shape):
-    """torchtune's filling of a tensor."""
+    """Returns a tensor filled as torchtune's tests fill it."""
     size = int(np.prod(shape))
     return (-0.25 + np.arange(size) * (0.75 / size)).astype(np.float32).reshape(shape)
 
 
 @stored
 def random_tokens(seed, vocab):
-    """PyTorch's random token ids, [2, 100]."""
+    """Returns PyTorch's random token ids, [2, 100]."""
     import torch
 
     torch.manual_seed(seed)
     return torch.randint(0, vocab, (2, 100))
 
 
-def test_tiny_model_of_torchtune():
-    """Every unfused tensor a ramp, so that the order of the fused rows matters."""
+def test_tiny_model_matches_torchtune():
+    """Every unfused tensor is a ramp, so the order of the fused rows matters."""
     vocab, hidden, ffn, head_dim = 32000, 128, 256, 8
     config = Phi3Config(
         vocab_size=vocab,
@@ -87,14 +87,14 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_number_of_parameters(name):
+def test_preset_has_the_published_number_of_parameters(name):
     config = Phi3Config.preset(name)
     shapes = nnx.eval_shape(lambda: Phi3ForCausalLM(config, dtype=jnp.bfloat16))
     assert shapes.num_parameters() == SIZES[name]
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_number_of_parameters_of_a_classifier():
+def test_classifier_has_a_score_in_place_of_the_lm_head():
     config = Phi3Config.preset("phi-3-mini-4k-instruct").replace(num_labels=5)
     shapes = nnx.eval_shape(lambda: Phi3ForSequenceClassification(config))
     assert shapes.num_parameters() == 3_821_079_552 - 32064 * 3072 + 5 * 3072

@@ -1,8 +1,9 @@
-"""The decoder and the heads against transformers: every output, and the gradient of every parameter."""
+"""Tests the causal model against transformers: every output, and the gradient of every parameter."""
 
 import numpy as np
 import pytest
 from reference import (
+    HALF_ROTARY,
     assert_same_gradients,
     distance,
     gradients,
@@ -25,11 +26,10 @@ CASES = {
     "tied": {"tie_word_embeddings": True},
     "window": {"sliding_window": 5},
     "gelu": {"hidden_act": "gelu_new"},
-    "longrope short": longrope() | {"original_max_position_embeddings": 20},
-    "longrope long": longrope() | {"original_max_position_embeddings": 12},
-    "longrope factor": longrope(attention_factor=1.7) | {"original_max_position_embeddings": 12},
-    "longrope partial": longrope(short_factor=[1.0, 1.2, 1.9], long_factor=[1.5, 3.0, 9.0])
-    | {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 12},
+    "longrope short": longrope(20),
+    "longrope long": longrope(12),
+    "longrope factor": longrope(12, attention_factor=1.7),
+    "longrope partial": longrope(12, **HALF_ROTARY) | {"partial_rotary_factor": 0.5},
 }
 LENGTH = 20
 
@@ -37,7 +37,7 @@ LENGTH = 20
 @pytest.mark.optimized
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("case", CASES)
-def test_causal_lm(case, side, tmp_path):
+def test_matches_transformers(case, side, tmp_path):
     config = small_config(**CASES[case])
     ours, theirs = pair("causal", config, tmp_path)
     mask = padding_mask(3, LENGTH, side)
@@ -59,8 +59,8 @@ def test_causal_lm(case, side, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_padding_token_in_view(tied, tmp_path):
-    """The embedding row of a padding token in view gets no gradient from look-ups, only from a tied head."""
+def test_visible_padding_tokens_match_transformers(tied, tmp_path):
+    """The padding token's embedding gets no gradient from look-ups, only from a tied head."""
     config = small_config(tie_word_embeddings=tied)
     ours, theirs = pair("causal", config, tmp_path)
     mask = np.ones((2, LENGTH), np.int64)

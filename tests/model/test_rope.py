@@ -1,4 +1,4 @@
-"""Rope inside the model: each row's list, frequencies handed in, types that the reference refuses."""
+"""Tests rope in the model: each row's list, frequencies from the caller, types that transformers rejects."""
 
 import math
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from answers import stored
 from reference import (
+    HALF_ROTARY,
     LONG,
     SHORT,
     alone,
@@ -17,7 +18,7 @@ from reference import (
     random_ids,
     run,
     run_theirs,
-    small_config,
+    small_vocabulary_config,
 )
 
 from phi3_jax import Phi3ForCausalLM
@@ -28,16 +29,10 @@ LENGTH = 20
 ORIGINAL = 12
 
 
-def rope_config(**changes):
-    """Few tokens in the vocabulary, as whole logits of the reference are stored."""
-    return small_config(**({"num_hidden_layers": 2, "vocab_size": 32} | changes))
-
-
-def row_lengths(lengths, side):
-    """A mask whose rows have so many tokens."""
-    columns = np.arange(LENGTH)
-    rows = [columns >= LENGTH - n if side == "left" else columns < n for n in lengths]
-    return np.stack(rows).astype(np.int64)
+def mask_of_lengths(lengths, side):
+    """Returns a mask of rows with these numbers of tokens, padded on `side`."""
+    positions, counts = np.arange(LENGTH), np.array(lengths)[:, None]
+    return (positions >= LENGTH - counts if side == "left" else positions < counts).astype(np.int64)
 
 
 # Each row's list
@@ -45,28 +40,25 @@ def row_lengths(lengths, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("partial", [False, True])
-def test_rows_on_both_sides_of_the_original_window(partial, side, tmp_path):
-    changes = longrope() | {"original_max_position_embeddings": ORIGINAL}
-    if partial:
-        changes |= longrope(short_factor=[1.0, 1.2, 1.9], long_factor=[1.5, 3.0, 9.0])
-        changes |= {"original_max_position_embeddings": ORIGINAL, "partial_rotary_factor": 0.5}
-    config = rope_config(**changes)
+def test_each_row_has_the_list_of_its_own_length(partial, side, tmp_path):
+    half = longrope(ORIGINAL, **HALF_ROTARY) | {"partial_rotary_factor": 0.5}
+    config = small_vocabulary_config(**(half if partial else longrope(ORIGINAL)))
     ours, theirs = pair("causal", config, tmp_path)
     lengths = [LENGTH, 5, ORIGINAL, ORIGINAL + 1]
-    mask = row_lengths(lengths, side)
+    mask = mask_of_lengths(lengths, side)
     ids = random_ids(config, mask)
     out = run(ours, input_ids=ids, attention_mask=mask)
     token = mask.astype(bool)[..., None]
     assert distance(out.logits, alone(theirs, ids, mask), token) <= TOLERANCE
-    # What the reference computes for the batch is something else: one list for all rows.
+    # For a whole batch, the reference takes one list for all rows.
     batch = run_theirs(theirs, ids, mask).logits
     rows = np.array([n <= ORIGINAL for n in lengths])[:, None, None]
     assert distance(out.logits, batch, token & rows) > 1e-3
     assert distance(out.logits, batch, token & ~rows) <= TOLERANCE
 
 
-def test_exactly_the_original_window_is_short():
-    config = rope_config(**longrope() | {"original_max_position_embeddings": ORIGINAL})
+def test_a_row_as_long_as_the_original_window_is_short():
+    config = small_vocabulary_config(**longrope(ORIGINAL))
     at = jnp.ones((2, 1), jnp.int32)
     cos, sin = rope_tables(config, at, jnp.array([ORIGINAL, ORIGINAL + 1]))
     angles = np.arctan2(sin, cos)[:, 0]
@@ -78,8 +70,8 @@ def test_exactly_the_original_window_is_short():
 
 
 def test_rope_length_chooses_the_list(tmp_path):
-    """A first chunk below the original window, with the length that the whole prompt has."""
-    config = rope_config(**longrope() | {"original_max_position_embeddings": ORIGINAL})
+    """A first chunk is shorter than the original window, and has the length of the whole prompt."""
+    config = small_vocabulary_config(**longrope(ORIGINAL))
     ours, theirs = pair("causal", config, tmp_path)
     ids = random_ids(config, np.ones((2, LENGTH), np.int64))
     whole = alone(theirs, ids, np.ones_like(ids))
@@ -93,8 +85,8 @@ def test_rope_length_chooses_the_list(tmp_path):
 
 
 def test_a_cache_keeps_its_list(tmp_path):
-    """Tokens after a prompt that was computed with the long list stay with it."""
-    config = rope_config(**longrope() | {"original_max_position_embeddings": ORIGINAL})
+    """Tokens after a prompt with the long list have the long list."""
+    config = small_vocabulary_config(**longrope(ORIGINAL))
     ours, theirs = pair("causal", config, tmp_path)
     ids = random_ids(config, np.ones((2, LENGTH), np.int64))
     whole = alone(theirs, ids, np.ones_like(ids))
@@ -106,29 +98,28 @@ def test_a_cache_keeps_its_list(tmp_path):
 
 
 def needs_recomputation(config, before, after):
+    """Returns which rows need recomputation of their cache after growing from `before` to `after` tokens."""
     return config.rope_scaling.needs_recomputation(config.rope_base, before, after)
 
 
-def test_rope_list_changes():
+def test_rows_that_change_their_list_need_recomputation():
     before, after = jnp.array([0, 1, 12, 12, 13, 5, 20]), jnp.array([20, 12, 12, 13, 20, 20, 12])
     changing = [False, False, False, True, False, True, True]
     for name in ("longrope", "su", "yarn"):
-        scaling = longrope()["rope_scaling"] | {"type": name}
-        config = rope_config(rope_scaling=scaling, original_max_position_embeddings=12)
+        config = small_vocabulary_config(**longrope(12, type=name))
         np.testing.assert_array_equal(needs_recomputation(config, before, after), changing)
-    assert not needs_recomputation(rope_config(), before, after).any()
+    assert not needs_recomputation(small_vocabulary_config(), before, after).any()
 
 
-# Frequencies handed in
+# Frequencies from the caller
 
 
-def test_frequencies_given(tmp_path):
-    plain, _ = pair("causal", rope_config(), tmp_path)
-    changes = longrope(short_mscale=1.1, long_mscale=1.6) | {"original_max_position_embeddings": ORIGINAL}
-    config = rope_config(**changes)
+def test_given_frequencies_replace_those_of_the_config(tmp_path):
+    plain, _ = pair("causal", small_vocabulary_config(), tmp_path)
+    config = small_vocabulary_config(**longrope(ORIGINAL, short_mscale=1.1, long_mscale=1.6))
     scaled = Phi3ForCausalLM.from_pretrained(tmp_path, config=config)
     lengths = np.array([LENGTH, 5])
-    mask = row_lengths(lengths, "left")
+    mask = mask_of_lengths(lengths, "left")
     ids = random_ids(config, mask)
     token = mask.astype(bool)[..., None]
     expected = np.asarray(run(scaled, input_ids=ids, attention_mask=mask).logits)
@@ -155,7 +146,7 @@ def test_frequencies_given(tmp_path):
 
 @stored(whole=True)
 def logits_with_angles(theirs, ids, plain, factors):
-    """The reference's logits with plain rope for the first `plain` [B] tokens, scaled rope for others."""
+    """Returns the reference's logits with plain rope for the first `plain` [B] tokens, scaled for others."""
     import torch
 
     inv_freq = theirs.config.rope_theta ** -(torch.arange(len(factors)) / len(factors))
@@ -171,9 +162,9 @@ def logits_with_angles(theirs, ids, plain, factors):
         return theirs.model(torch.tensor(ids), use_cache=False).logits
 
 
-def test_frequencies_of_each_position(tmp_path):
-    """The first tokens under plain rope, the others scaled: what the reference gives with such angles."""
-    ours, theirs = pair("causal", rope_config(), tmp_path)
+def test_frequencies_of_each_position_match_transformers(tmp_path):
+    """The first tokens have plain rope, the others scaled rope."""
+    ours, theirs = pair("causal", small_vocabulary_config(), tmp_path)
     ids = random_ids(ours.config, np.ones((2, LENGTH), np.int64))
     plain = ours.config.rope_base.inv_freq()
     kept = np.array([3, 0])
@@ -186,15 +177,15 @@ def test_frequencies_of_each_position(tmp_path):
     assert distance(out.logits[1], for_all.logits[1]) <= TOLERANCE
 
 
-def test_lists_that_are_alike_need_no_second_prefill():
-    config = rope_config(**longrope(short_factor=LONG) | {"original_max_position_embeddings": ORIGINAL})
+def test_equal_lists_need_no_recomputation():
+    config = small_vocabulary_config(**longrope(ORIGINAL, short_factor=LONG))
     assert not needs_recomputation(config, jnp.array([5]), jnp.array([20])).any()
-    changes = longrope(short_factor=LONG, long_mscale=1.5) | {"original_max_position_embeddings": ORIGINAL}
-    assert needs_recomputation(rope_config(**changes), jnp.array([5]), jnp.array([20])).all()
+    config = small_vocabulary_config(**longrope(ORIGINAL, short_factor=LONG, long_mscale=1.5))
+    assert needs_recomputation(config, jnp.array([5]), jnp.array([20])).all()
 
 
-def test_new_frequencies_need_no_compilation():
-    model = Phi3ForCausalLM(rope_config(num_hidden_layers=1))
+def test_new_frequencies_cause_no_compilation():
+    model = Phi3ForCausalLM(small_vocabulary_config(num_hidden_layers=1))
     ids = np.arange(5, 13)[None]
     traces = 0
 
@@ -211,8 +202,8 @@ def test_new_frequencies_need_no_compilation():
 
 
 @pytest.mark.parametrize("shape", [(5,), (12,), (2, 7), (1, 2, 6), ()])
-def test_frequencies_of_the_wrong_size(shape):
-    model = Phi3ForCausalLM(rope_config(num_hidden_layers=1))
+def test_rejects_shapes_of_frequencies(shape):
+    model = Phi3ForCausalLM(small_vocabulary_config(num_hidden_layers=1))
     with pytest.raises(
         ValueError, match=r"inv_freq has shape .*; expected \[6\], \[2, 6\] or \[2, 2, 6\], half of the 12"
     ):
@@ -231,16 +222,16 @@ def test_frequencies_of_the_wrong_size(shape):
         ("rope_length", np.ones(3, np.int32), r"rope_length has shape \(3,\); expected .* \[2\]"),
     ],
 )
-def test_rows_of_another_batch(name, value, message):
-    model = Phi3ForCausalLM(rope_config(num_hidden_layers=1))
+def test_rejects_arguments_with_another_number_of_rows(name, value, message):
+    model = Phi3ForCausalLM(small_vocabulary_config(num_hidden_layers=1))
     with pytest.raises(ValueError, match=message):
         model(np.array([[5, 6], [7, 8]]), **{name: value})
 
 
-# Types that the reference refuses for Phi-3
+# Types that transformers rejects for Phi-3
 
 
-REFUSED = {
+LLAMA_TYPES = {
     "linear": {"rope_type": "linear", "factor": 3.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.5},
     "llama3": {
@@ -263,7 +254,7 @@ REFUSED = {
 
 @stored(whole=True)
 def logits_with_type(theirs, ids, entry):
-    """The reference's logits with the frequencies that it gives Llama for this rope entry."""
+    """Returns the reference's logits with its frequencies of a Llama that has this rope entry."""
     import torch
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -280,12 +271,12 @@ def logits_with_type(theirs, ids, entry):
         return theirs.model(torch.tensor(ids), use_cache=False).logits
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_types_that_the_reference_refuses(case, tmp_path):
-    entry = REFUSED[case]
+@pytest.mark.parametrize("case", LLAMA_TYPES)
+def test_types_of_llama_match_transformers(case, tmp_path):
+    entry = LLAMA_TYPES[case]
     sizes = {"max_position_embeddings": 16, "original_max_position_embeddings": 16}
-    plain, theirs = pair("causal", rope_config(**sizes), tmp_path)
-    config = rope_config(**sizes, rope_scaling=entry)
+    plain, theirs = pair("causal", small_vocabulary_config(**sizes), tmp_path)
+    config = small_vocabulary_config(**sizes, rope_scaling=entry)
     ours = Phi3ForCausalLM.from_pretrained(tmp_path, config=config)
     ids = random_ids(config, np.ones((2, LENGTH), np.int64))
     ref = logits_with_type(theirs, ids, entry)
@@ -293,29 +284,27 @@ def test_types_that_the_reference_refuses(case, tmp_path):
     assert distance(run(plain, input_ids=ids).logits, ref) > 1e-3, "the type changes nothing here"
 
 
-def test_dynamic_base_by_the_row():
-    config = rope_config(
+def test_dynamic_rope_has_a_base_for_each_row():
+    config = small_vocabulary_config(
         max_position_embeddings=16,
         original_max_position_embeddings=16,
         rope_scaling={"rope_type": "dynamic", "factor": 2.5},
     )
     model = Phi3ForCausalLM(config)
-    mask = row_lengths([LENGTH, 10], "right")
+    mask = mask_of_lengths([LENGTH, 10], "right")
     ids = random_ids(config, mask)
     together = run(model, input_ids=ids, attention_mask=mask).logits
     short = run(model, input_ids=ids[1:, :10]).logits
     assert distance(together[1:, :10], short) <= TOLERANCE
 
 
-def test_early_yarn(tmp_path):
-    """Longrope's lists with YaRN's attention factor, 0.1 ln s + 1."""
+def test_early_yarn_is_longrope_with_the_factor_of_yarn(tmp_path):
+    """Early configs say "yarn" for longrope's lists with YaRN's attention factor, 0.1 ln s + 1."""
     stretch = 64 / ORIGINAL
-    written = longrope(attention_factor=round(0.1 * math.log(stretch) + 1, 9)) | {
-        "original_max_position_embeddings": ORIGINAL
-    }
-    _, theirs = pair("causal", rope_config(**written), tmp_path)
-    early = longrope(type="yarn") | {"original_max_position_embeddings": ORIGINAL}
-    ours = Phi3ForCausalLM.from_pretrained(tmp_path, config=rope_config(**early))
+    equivalent = longrope(ORIGINAL, attention_factor=round(0.1 * math.log(stretch) + 1, 9))
+    _, theirs = pair("causal", small_vocabulary_config(**equivalent), tmp_path)
+    early = small_vocabulary_config(**longrope(ORIGINAL, type="yarn"))
+    ours = Phi3ForCausalLM.from_pretrained(tmp_path, config=early)
     for length in (ORIGINAL, LENGTH):
         mask = np.ones((1, length), np.int64)
         ids = random_ids(ours.config, mask)

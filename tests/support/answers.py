@@ -1,9 +1,9 @@
-"""Answers of transformers, PyTorch and PEFT, kept in `tests/answers/` so that most tests need none of them.
+"""Stores answers of transformers, PyTorch and PEFT in `tests/answers/`, so that most tests need none of them.
 
-A function under `stored` asks the reference. `pytest` reads what it returned for the same arguments from the
-file of the running test's module. `pytest --reference live` calls it and compares its answer with the stored
-one; `pytest --reference remake` calls it and stores its answer. Remove a module's file before all of
-its tests are remade, to drop the answers that no test asks for any more.
+A function decorated with `stored` asks the reference. `pytest` does not call it, but reads its answer to the
+same arguments from the file of the running test's module. `pytest --reference live` calls it and compares its
+answer with the stored one. `pytest --reference remake` calls it and stores its answer. To drop answers that
+no test uses any more, remove a module's file and remake all of its tests.
 """
 
 import functools
@@ -32,11 +32,11 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Sample:
-    """Some elements of an array: the `LARGEST` ones, and `OTHERS` at random."""
+    """Some elements of an array: the `LARGEST` largest ones, and `OTHERS` at random."""
 
     shape: tuple[int, ...]
     index: np.ndarray
-    """Of the flat array, [elements]."""
+    """Indices into the flat array, [elements]."""
     values: np.ndarray
 
     @classmethod
@@ -48,17 +48,17 @@ class Sample:
         return cls(array.shape, index, flat[index])
 
     def at(self, array: Any) -> np.ndarray:
-        """The same elements of another array, which broadcasts to this one's shape."""
+        """Returns the same elements of another array, which broadcasts to this one's shape."""
         return np.broadcast_to(np.asarray(array), self.shape).ravel()[self.index]
 
 
 class Answers:
-    """The files of answers, and where this run takes an answer from."""
+    """The files of answers; `mode` decides whether an answer is read, compared or stored."""
 
     def __init__(self) -> None:
         self.mode: Literal["stored", "live", "remake"] = "stored"
         self.bypass = False
-        """For tests that always ask the reference itself, and store nothing."""
+        """Whether the running test always asks the reference, and stores nothing."""
         self._files: dict[str, tuple[dict[str, np.ndarray], dict[str, Any]]] = {}
         self._remade: set[str] = set()
 
@@ -70,9 +70,9 @@ class Answers:
         tensors, structures = self._file(name)
         if self.mode == "remake":
             answer = _plain(function(*arguments[0], **arguments[1]))
-            found: list[np.ndarray] = []
-            structures[key] = _pack(answer, whole, found)
-            tensors[key] = np.concatenate([np.empty(0, np.uint8), *found])
+            arrays: list[np.ndarray] = []
+            structures[key] = _pack(answer, whole, arrays)
+            tensors[key] = np.concatenate([np.empty(0, np.uint8), *arrays])
             self._remade.add(name)
             return answer
         if key not in structures:
@@ -80,15 +80,15 @@ class Answers:
                 f"tests/answers/{name}.safetensors has no answer of {function.__qualname__} for these "
                 "arguments; pip install -e '.[reference]' and run this test with --reference remake"
             )
-        kept = _unpack(structures[key], tensors[key])
+        expected = _unpack(structures[key], tensors[key])
         if self.mode == "stored":
-            return kept
+            return expected
         answer = _plain(function(*arguments[0], **arguments[1]))
-        _assert_same(answer, kept, key)
+        _assert_same(answer, expected, key)
         return answer
 
     def write(self) -> None:
-        """Writes the files that this run has remade."""
+        """Writes the files of this run's new answers."""
         for name in sorted(self._remade):
             tensors, structures = self._files[name]
             path = _path(name)
@@ -113,11 +113,11 @@ ANSWERS = Answers()
 
 
 def stored(function: Callable[..., Any] | None = None, *, whole: bool = False) -> Any:
-    """Makes a function that asks the reference one whose answers are stored.
+    """Decorates a function that asks the reference, so that its answers are stored.
 
-    The arguments are plain values, NumPy arrays, or objects with an `answer_key`. The answer is made of
-    dicts, lists, tuples, plain values and arrays; tensors become arrays. Where `whole` is false, a large
-    array of floats comes from the file as a `Sample`.
+    The arguments are plain values, NumPy arrays, or objects with an `answer_key`. The answer consists of
+    dicts, lists, tuples, plain values and arrays; tensors become arrays. Unless `whole`, a large array of
+    floats comes from the file as a `Sample`.
     """
     if function is None:
         return functools.partial(stored, whole=whole)
@@ -147,7 +147,7 @@ def _digest(value: Any) -> str:
 
 
 def _pieces(value: Any) -> Any:
-    """A value's parts as bytes, equal for equal values on every platform and version."""
+    """Yields a value's parts as bytes, which are equal for equal values on every platform and version."""
     if hasattr(value, "answer_key"):
         yield from _pieces(value.answer_key)
     elif isinstance(value, np.ndarray | np.generic):
@@ -168,7 +168,7 @@ def _pieces(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The answer with arrays in place of tensors."""
+    """Returns the answer with arrays in place of tensors."""
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, tuple):
@@ -183,24 +183,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _pack(value: Any, whole: bool, found: list[np.ndarray]) -> Any:
-    """The answer's structure for JSON; the bytes of its arrays join `found`."""
+def _pack(value: Any, whole: bool, arrays: list[np.ndarray]) -> Any:
+    """Returns the answer's structure for JSON, and appends the bytes of its arrays to `arrays`."""
     if isinstance(value, np.ndarray | np.generic):
         array = np.asarray(value)
         if not whole and array.size > WHOLE and array.dtype.kind == "f":
             sample = Sample.of(array)
             return {
-                "sample": [array.shape, _pack(sample.index, True, found), _pack(sample.values, True, found)]
+                "sample": [array.shape, _pack(sample.index, True, arrays), _pack(sample.values, True, arrays)]
             }
-        begin, narrow = sum(each.size for each in found), array.dtype
+        begin, narrow = sum(each.size for each in arrays), array.dtype
         if array.dtype.kind == "i" and array.size:
             narrow = np.result_type(np.min_scalar_type(array.min()), np.min_scalar_type(array.max()))
-        found.append(np.frombuffer(array.astype(narrow).tobytes(), np.uint8))
+        arrays.append(np.frombuffer(array.astype(narrow).tobytes(), np.uint8))
         return {"array": [array.shape, array.dtype.name, narrow.name, begin]}
     if isinstance(value, dict):
-        return {"dict": [[key, _pack(each, whole, found)] for key, each in value.items()]}
+        return {"dict": [[key, _pack(each, whole, arrays)] for key, each in value.items()]}
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [_pack(each, whole, found) for each in value]}
+        return {type(value).__name__: [_pack(each, whole, arrays) for each in value]}
     return {"value": value}
 
 
@@ -221,29 +221,29 @@ def _unpack(packed: dict[str, Any], stored_bytes: np.ndarray) -> Any:
     return content
 
 
-def _assert_same(answer: Any, kept: Any, name: str) -> None:
-    """The reference still says what is stored."""
-    if isinstance(kept, Sample):
-        assert answer.shape == kept.shape, name
-        _assert_same(kept.at(answer), kept.values, name)
-    elif isinstance(kept, np.ndarray):
+def _assert_same(answer: Any, expected: Any, name: str) -> None:
+    """Checks that the reference still gives the stored answer."""
+    if isinstance(expected, Sample):
+        assert answer.shape == expected.shape, name
+        _assert_same(expected.at(answer), expected.values, name)
+    elif isinstance(expected, np.ndarray):
         answer = np.asarray(answer)
-        assert (answer.shape, answer.dtype) == (kept.shape, kept.dtype), name
-        if kept.dtype.kind == "f":
-            finite = np.abs(kept[np.isfinite(kept)])
+        assert (answer.shape, answer.dtype) == (expected.shape, expected.dtype), name
+        if expected.dtype.kind == "f":
+            finite = np.abs(expected[np.isfinite(expected)])
             scale = float(finite.max()) if finite.size else 1.0
-            np.testing.assert_allclose(answer, kept, rtol=TOLERANCE, atol=TOLERANCE * scale, err_msg=name)
+            np.testing.assert_allclose(answer, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, err_msg=name)
         else:
-            np.testing.assert_array_equal(answer, kept, err_msg=name)
-    elif isinstance(kept, dict):
-        assert answer.keys() == kept.keys(), name
-        for key, each in kept.items():
+            np.testing.assert_array_equal(answer, expected, err_msg=name)
+    elif isinstance(expected, dict):
+        assert answer.keys() == expected.keys(), name
+        for key, each in expected.items():
             _assert_same(answer[key], each, f"{name}/{key}")
-    elif isinstance(kept, list | tuple):
-        assert len(answer) == len(kept), name
-        for mine, each in zip(answer, kept, strict=True):
+    elif isinstance(expected, list | tuple):
+        assert len(answer) == len(expected), name
+        for mine, each in zip(answer, expected, strict=True):
             _assert_same(mine, each, name)
-    elif isinstance(kept, float):
-        np.testing.assert_allclose(answer, kept, rtol=TOLERANCE, err_msg=name)
+    elif isinstance(expected, float):
+        np.testing.assert_allclose(answer, expected, rtol=TOLERANCE, err_msg=name)
     else:
-        assert answer == kept, name
+        assert answer == expected, name

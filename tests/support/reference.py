@@ -1,4 +1,4 @@
-"""Small random models of transformers and their twins here, and how far two arrays are apart."""
+"""Small random models of transformers, our models with the same weights, and the distance of two arrays."""
 
 import json
 from functools import cached_property, partial
@@ -28,9 +28,18 @@ SHORT = [1.0, 1.05, 1.3, 1.55, 1.9, 2.4]
 LONG = [1.1, 1.6, 3.2, 7.5, 19.0, 41.5]
 """Unequal factor lists for 12 rotary dims."""
 
+HALF_ROTARY = {"short_factor": [1.0, 1.2, 1.9], "long_factor": [1.5, 3.0, 9.0]}
+"""The same for 6 rotary dims."""
+
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12}
+"""Config changes for heads that a mesh of eight devices can divide."""
+
 
 def small_config(**changes: Any) -> Phi3Config:
-    """Two layers, 4 query heads on 2 key/value heads of 12 dims; weights large enough to matter."""
+    """Returns a config of two layers, with 4 query heads on 2 key/value heads of 12 dims.
+
+    The weights are large enough for every layer to matter.
+    """
     settings: dict[str, Any] = {
         "vocab_size": 96,
         "hidden_size": 48,
@@ -48,16 +57,21 @@ def small_config(**changes: Any) -> Phi3Config:
     return Phi3Config(**(settings | changes))
 
 
-def longrope(**changes: Any) -> dict[str, Any]:
-    """Config changes for longrope with `orig` = 16 and a stretch of 4."""
+def small_vocabulary_config(**changes: Any) -> Phi3Config:
+    """Returns a `small_config` of 32 tokens, for tests that store all logits of the reference."""
+    return small_config(**({"vocab_size": 32} | changes))
+
+
+def longrope(original: int = 16, **changes: Any) -> dict[str, Any]:
+    """Returns config changes for longrope with an original window of `original` tokens, of 64."""
     return {
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": original,
         "rope_scaling": {"type": "longrope", "short_factor": SHORT, "long_factor": LONG} | changes,
     }
 
 
 class Reference:
-    """A random model of transformers in float32 with eager attention, loaded when it is first asked."""
+    """A random model of transformers in float32 with eager attention, loaded on first use."""
 
     def __init__(self, kind: str, config: Phi3Config, folder: Path, seed: int = 0):
         self.config, self.folder = config, folder
@@ -83,7 +97,7 @@ WEIGHTS = 2
 
 
 def write_random_model(kind: str, config: Phi3Config, folder: Path, seed: int = 0) -> None:
-    """A checkpoint in Hugging Face's layout, from NumPy's generator: the same everywhere."""
+    """Writes a checkpoint in Hugging Face's layout, with the same random weights on every machine."""
     source = ModelSource(abstract_model(CLASSES[kind][1], config))
     tensors = {}
     for name in source.names():
@@ -104,13 +118,13 @@ def write_random_model(kind: str, config: Phi3Config, folder: Path, seed: int = 
 
 
 def pair(kind: str, config: Phi3Config, folder: Path, seed: int = 0) -> tuple[Any, Reference]:
-    """Our model with random weights, and the reference's with the same."""
+    """Returns our model with random weights, and the reference's with the same weights."""
     write_random_model(kind, config, folder, seed)
     return CLASSES[kind][1].from_pretrained(folder), Reference(kind, config, folder, seed)
 
 
 def on_mesh(model: Any, mesh: Any) -> Any:
-    """A model with the same weights, divided over `mesh`."""
+    """Returns a model with the same weights, divided over `mesh`."""
     config, dtype = model.config, model.dtype
     leaves, structure = jax.tree.flatten(abstract_model(type(model), config, dtype=dtype, mesh=mesh))
     weights = [
@@ -121,30 +135,30 @@ def on_mesh(model: Any, mesh: Any) -> Any:
 
 
 def padding_mask(batch: int, length: int, side: str) -> np.ndarray:
-    """Rows of different lengths padded on `side`; `none` is a mask of ones."""
+    """Returns a mask of rows with different lengths, padded on `side`; "none" is a mask of ones."""
     mask = np.ones((batch, length), np.int64)
     if side != "none":
         for row in range(1, batch):
-            columns = slice(0, 3 * row) if side == "left" else slice(length - 3 * row, length)
-            mask[row, columns] = 0
+            padding = slice(0, 3 * row) if side == "left" else slice(length - 3 * row, length)
+            mask[row, padding] = 0
     return mask
 
 
 def positions(mask: np.ndarray) -> np.ndarray:
-    """Positions counted along the mask, as transformers' generate does."""
+    """Returns positions counted along the mask, as transformers' generate counts them."""
     return np.maximum(np.cumsum(mask, axis=1) - 1, 0)
 
 
 def random_ids(config: Phi3Config, mask: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Token ids that are never special, and the padding token where the mask is 0."""
+    """Returns random ids without special tokens, and the padding token where the mask is 0."""
     ids = np.random.default_rng(seed).integers(4, config.vocab_size, mask.shape)
     return np.where(mask == 1, ids, config.pad_token_id)
 
 
 def distance(ours: Any, theirs: Any, where: Any = True) -> float:
-    """Largest difference over largest value of `theirs`, at the elements that `where` selects.
+    """Returns the largest difference over the largest value of `theirs`, among the elements in `where`.
 
-    Of a `Sample` only its elements count.
+    If `theirs` is a `Sample`, only its elements are compared.
     """
     ours = np.asarray(ours, np.float64)
     assert ours.shape == np.shape(theirs), f"{ours.shape} against {np.shape(theirs)}"
@@ -157,21 +171,21 @@ def distance(ours: Any, theirs: Any, where: Any = True) -> float:
 
 
 def run(model: Any, **arguments: Any) -> Any:
-    """`model(**arguments)` under `jit`, compiled once for each config and set of shapes."""
-    return _run(model, *_told_apart(arguments))
+    """Returns `model(**arguments)` under `jit`, compiled once for each config and set of shapes."""
+    return _run(model, *_split_static(arguments))
 
 
 def gradients(model: Any, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """The output, and the loss's gradient for each parameter, named and laid out as in the checkpoint."""
-    out, gradient = _gradients(model, *_told_apart(arguments))
+    """Returns the output, and the gradients of the loss, named and laid out as in the checkpoint."""
+    out, gradient = _gradients(model, *_split_static(arguments))
     source = ModelSource(gradient)
     return out, {name: source.read(name) for name in source.names()}
 
 
 def run_theirs(theirs: Reference, ids: np.ndarray | None, mask: np.ndarray | None, **arguments: Any) -> Any:
-    """The reference's output without a cache, with positions counted along the mask unless some are given.
+    """Returns the reference's output without a cache; positions are counted along the mask if not given.
 
-    With `gradients=True` its `gradients` are the loss's, by the parameters' names.
+    `gradients=True` adds `gradients`, those of the loss by the parameters' names.
     """
     if "position_ids" not in arguments and mask is not None:
         arguments["position_ids"] = positions(mask)
@@ -209,7 +223,7 @@ def _forward(
 
 @stored(whole=True)
 def alone(theirs: Reference, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Logits that the reference gives the tokens of each row by themselves, put where the row has them."""
+    """Returns the reference's logits of each row without its padding, at the row's tokens; 0 elsewhere."""
     import torch
 
     logits = np.zeros((*ids.shape, theirs.config.vocab_size), np.float32)
@@ -221,14 +235,20 @@ def alone(theirs: Reference, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def assert_same_gradients(ours: dict[str, np.ndarray], theirs: Any, tolerance: float) -> None:
-    """Every parameter of `theirs`, a reference's answer, has a gradient, and it is ours."""
+    """Checks that we have the gradients of the reference's output `theirs`, and no others."""
     assert ours.keys() == theirs.gradients.keys()
     for name, gradient in theirs.gradients.items():
         assert distance(ours[name], gradient) <= tolerance, name
 
 
-def _told_apart(arguments: dict[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
-    """What is traced, and what a compilation is specific to."""
+def assert_same_leaves(ours: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Checks that the arrays of two pytrees have at most a `distance` of `tolerance`."""
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert distance(mine, other) <= tolerance
+
+
+def _split_static(arguments: dict[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """Returns the arguments that are traced, and the static ones."""
     static = bool | int | np.integer | None
     fixed = {name: value for name, value in arguments.items() if isinstance(value, static)}
     traced = {name: value for name, value in arguments.items() if name not in fixed}
