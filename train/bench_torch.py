@@ -54,8 +54,8 @@ class TransformersTraining:
         self._trained = {name: x for name, x in self._model.named_parameters() if x.requires_grad}
         decay = decays(self._trained)
         groups = [
-            {"params": [x for name, x in self._trained.items() if decay[name] == does], "weight_decay": rate}
-            for does, rate in ((True, settings.weight_decay), (False, 0.0))
+            {"params": [x for name, x in self._trained.items() if decay[name] == flag], "weight_decay": rate}
+            for flag, rate in ((True, settings.weight_decay), (False, 0.0))
         ]
         self._optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],

@@ -16,8 +16,6 @@ from phi3_jax.train.predictions import Predictions, confused_pairs, mistakes
 from phi3_jax.train.report import Results, write_report
 
 from phi3_jax.runs import plots
-from phi3_jax.runs.files import replacing
-from phi3_jax.runs.json_values import json_value
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LABELS = np.array([0, 0, 0, 0, 1, 1])
@@ -289,32 +287,3 @@ def test_lists_ten_errors_and_ten_confusions() -> None:
     assert [one.true for one in listed] == [str(n) for n in range(19, 9, -1)]
     counts = np.diag(np.arange(1, 20), 1) + 100 * np.eye(20, dtype=int)
     assert [pair.times for pair in confused_pairs(counts, names)] == list(range(19, 9, -1))
-
-
-def test_replaces_a_whole_file_or_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "report.md"
-    path.write_text("before")
-
-    def fail() -> None:
-        with replacing(path) as work:
-            work.write_text("half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert path.read_text() == "before"
-    with replacing(path) as work:
-        work.write_text("after")
-        assert path.read_text() == "before"
-    assert path.read_text() == "after"
-    assert files(tmp_path) == ["report.md"]
-
-
-def test_json_value_converts_other_types() -> None:
-    given = {
-        1: np.float32(0.5),
-        "path": Path("a"),
-        "list": (math.nan, True, None, np.int64(3)),
-        "deep": {"x": -math.inf},
-    }
-    assert json_value(given) == {"1": 0.5, "path": "a", "list": ["nan", True, None, 3], "deep": {"x": "-inf"}}
