@@ -269,9 +269,9 @@ def test_head_gets_only_scored_chunks(models: Any, monkeypatch: pytest.MonkeyPat
     shapes: list[tuple[int, ...]] = []
     logits = Phi3ForCausalLM.logits
 
-    def watched(self: Any, hidden_states: Any, length: str | None = None) -> Any:
+    def watched(self: Any, hidden_states: Any) -> Any:
         shapes.append(hidden_states.shape[:2])
-        return logits(self, hidden_states, length)
+        return logits(self, hidden_states)
 
     monkeypatch.setattr(Phi3ForCausalLM, "logits", watched)
     monkeypatch.setattr("phi3_jax.evaluation.scorer.POSITIONS", 32)
