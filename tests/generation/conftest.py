@@ -1,4 +1,4 @@
-"""Pairs of models that generate, each made once."""
+"""Fixtures: pairs of models that generate, each made once."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,14 @@ from twins import CONTEXT, Twins
 
 @pytest.fixture(scope="session")
 def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Twins]:
-    """`twins_of(**changes)`: a pair of that config."""
-    made: dict[str, Twins] = {}
+    """Returns `twins_of(**changes)`, which makes a pair of that config."""
+    pairs: dict[str, Twins] = {}
 
     def get(seed: int = 1, **changes: object) -> Twins:
         key = repr((seed, changes))
-        if key not in made:
-            made[key] = Twins(small_config(**CONTEXT | changes), tmp_path_factory.mktemp("twins"), seed)
-        return made[key]
+        if key not in pairs:
+            pairs[key] = Twins(small_config(**CONTEXT | changes), tmp_path_factory.mktemp("twins"), seed)
+        return pairs[key]
 
     return get
 

@@ -1,4 +1,4 @@
-"""A row's tokens are its own: no batch around it changes them."""
+"""Tests that a row's tokens do not depend on the rest of the batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +19,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def some(*given: Any) -> Any:
-    """Parameters for the slow run only."""
-    return pytest.param(*given, marks=pytest.mark.slow)
+def slow(*values: Any) -> Any:
+    """Marks parameters for the slow run only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class Pool:
-    """Prompts of 1 to 40 tokens and what the reference makes of each alone."""
+    """Prompts of 1 to 40 tokens, and the reference's continuation of each alone."""
 
     def __init__(self, twins: Twins):
         rng = np.random.default_rng(31)
@@ -35,7 +35,7 @@ class Pool:
         self.new = alone(twins, self.ids, self.mask, COUNT)
 
     def check(self, chosen: np.ndarray, side: str) -> None:
-        """A batch of the `chosen` prompts gives each its own text."""
+        """Checks that a batch of the `chosen` prompts continues each as alone."""
         length = self.mask[chosen].sum(axis=1).max()
         ids, mask = self.ids[chosen, -length:], self.mask[chosen, -length:]
         if side == "right":
@@ -46,13 +46,13 @@ class Pool:
 
 @pytest.fixture(scope="module")
 def pool_of(twins_of: Callable[..., Twins]) -> Callable[[str], Pool]:
-    """`pool_of(name)`: prompts for that config, made once."""
-    made: dict[str, Pool] = {}
+    """Returns `pool_of(name)`, which makes the prompts for a config once."""
+    pools: dict[str, Pool] = {}
 
     def get(name: str) -> Pool:
-        if name not in made:
-            made[name] = Pool(twins_of(**CONFIGS[name]))
-        return made[name]
+        if name not in pools:
+            pools[name] = Pool(twins_of(**CONFIGS[name]))
+        return pools[name]
 
     return get
 
@@ -61,11 +61,11 @@ def pool_of(twins_of: Callable[..., Twins]) -> Callable[[str], Pool]:
     ("name", "sizes"),
     [
         ("longrope and window", (9, 1)),
-        *(some(name, tuple(range(1, 10))) for name in CONFIGS),
+        *(slow(name, tuple(range(1, 10))) for name in CONFIGS),
     ],
 )
 def test_random_batches(pool_of: Callable[[str], Pool], name: str, sizes: tuple[int, ...]) -> None:
-    """25 batches with repetitions, padded left or right."""
+    """Checks 25 batches with repetitions, padded left or right."""
     pool, rng = pool_of(name), np.random.default_rng(33)
     assert len(set(map(tuple, pool.new.tolist()))) == POOL
     for case in range(25):
@@ -73,13 +73,13 @@ def test_random_batches(pool_of: Callable[[str], Pool], name: str, sizes: tuple[
         pool.check(chosen, "left" if case % 2 else "right")
 
 
-def test_equal_rows_beside_each_other(pool_of: Callable[[str], Pool]) -> None:
+def test_equal_rows_next_to_each_other(pool_of: Callable[[str], Pool]) -> None:
     pool_of("longrope and window").check(np.array([5, 5, 5, 2, 2, 7, 5, 2, 2]), "left")
 
 
-@pytest.mark.parametrize("size", [9, some(2), some(17), some(33)])
+@pytest.mark.parametrize("size", [9, slow(2), slow(17), slow(33)])
 def test_rows_end_at_different_times(pool_of: Callable[[str], Pool], size: int) -> None:
-    """Each row stops behind its first end token and is padded up to the last row to end."""
+    """Each row stops after its first end token and is padded to the length of the longest row."""
     pool = pool_of("longrope and window")
     counts = np.bincount(pool.new[:, 1:].ravel(), minlength=96)
     ends = np.argsort(-counts)[:4].tolist()
@@ -87,15 +87,15 @@ def test_rows_end_at_different_times(pool_of: Callable[[str], Pool], size: int) 
     new = pool.new[chosen]
     stops = [int(np.append(np.flatnonzero(np.isin(row, ends)), COUNT - 1)[0]) for row in new]
     assert len(set(stops)) > 1
-    wanted = np.full((size, max(stops) + 1), PAD)
+    expected = np.full((size, max(stops) + 1), PAD)
     for row, stop in enumerate(stops):
-        wanted[row, : stop + 1] = new[row, : stop + 1]
+        expected[row, : stop + 1] = new[row, : stop + 1]
     ids, mask = pool.ids[chosen], pool.mask[chosen]
-    np.testing.assert_array_equal(answers(pool.twins, ids, mask, COUNT, eos_token_id=ends), wanted)
+    np.testing.assert_array_equal(answers(pool.twins, ids, mask, COUNT, eos_token_id=ends), expected)
 
 
 def test_returned_caches_hold_their_rows_alone(pool_of: Callable[[str], Pool]) -> None:
-    """Going on from part of the rows' text, each row is still by itself."""
+    """Rows that continue from returned caches still do not depend on each other."""
     pool = pool_of("longrope and window")
     ids, mask = pool.ids[:9], pool.mask[:9]
     out = pool.twins.ours(ids, mask, max_new_tokens=10, return_dict_in_generate=True)
@@ -109,13 +109,13 @@ def test_returned_caches_hold_their_rows_alone(pool_of: Callable[[str], Pool]) -
 
 @pytest.mark.slow
 def test_padding_inside_a_prompt(pool_of: Callable[[str], Pool]) -> None:
-    """Padding may lie anywhere: it is not there."""
+    """Padding at any position changes nothing."""
     pool, rng = pool_of("longrope"), np.random.default_rng(34)
     rows = [ids[used] for ids, used in zip(pool.ids[:4], pool.mask[:4].astype(bool), strict=True)]
     ids, mask = np.full((4, 60), PAD), np.zeros((4, 60), np.int64)
     for row, tokens in enumerate(rows):
-        columns = np.sort(rng.choice(60, len(tokens), replace=False))
-        ids[row, columns], mask[row, columns] = tokens, 1
+        used = np.sort(rng.choice(60, len(tokens), replace=False))
+        ids[row, used], mask[row, used] = tokens, 1
     np.testing.assert_array_equal(answers(pool.twins, ids, mask, COUNT), pool.new[:4])
 
 

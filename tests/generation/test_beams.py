@@ -1,4 +1,4 @@
-"""Beam search and beam sampling, and guidance, against transformers' generate."""
+"""Tests beam search, beam sampling and guidance against transformers' generate."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -15,27 +15,27 @@ RECORDED = {"return_dict_in_generate": True, "output_scores": True, "output_logi
 
 @pytest.fixture(scope="module")
 def ends(twins: Twins) -> list[int]:
-    """Two tokens that beams come upon soon, in some rows."""
+    """Two tokens that beams of some rows reach soon."""
     answer = twins.theirs(*prompts(LENGTHS), max_new_tokens=16, num_beams=3)
     return [int(answer[0, 25]), int(answer[1, 29])]
 
 
 @stored
 def search(reference: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> dict[str, Any]:
-    """The reference's beam search, with the records of all steps in one array, [steps, rows, tokens]."""
+    """Returns the reference's beam search with the records of all steps stacked: [steps, rows, tokens]."""
     out = ask(reference, ids, mask, **options)
     return out | {name: np.stack(out[name]) for name in ("scores", "logits")}
 
 
 def same(twins: Twins, **options: Any) -> SimpleNamespace:
-    """Their output, which must be ours: sequences, scores, where tokens came from."""
+    """Checks that our output equals the reference's, and returns it."""
     ids, mask = prompts(LENGTHS)
     ours = twins.ours(ids, mask, **RECORDED, **options)
     theirs = SimpleNamespace(**search(twins.reference, ids, mask, **RECORDED, **options))
     np.testing.assert_array_equal(ours.sequences, theirs.sequences)
     np.testing.assert_allclose(ours.sequences_scores, theirs.sequences_scores, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(ours.beam_indices, theirs.beam_indices)
-    # A row whose answer is at least so long was searched in that step; the others' scores mean nothing.
+    # A step's scores mean something only in rows whose answer is longer than the step.
     beams = options["num_beams"]
     lengths = (theirs.beam_indices >= 0).sum(axis=1).reshape(3, -1).max(axis=1)
     for name in ("scores", "logits"):
@@ -57,26 +57,26 @@ def test_beams(twins: Twins, beams: int) -> None:
     assert (out.beam_indices % beams > 0).any()
     ids, mask = prompts(LENGTHS)
     greedy = twins.theirs(ids, mask, max_new_tokens=16)
-    assert (out.sequences[::beams] != greedy).any(), "beams that find the greedy answer test little"
+    assert (out.sequences[::beams] != greedy).any(), "beams that find the greedy answer test nothing"
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.5, -1.5])
-def test_ends(twins: Twins, ends: list[int], early_stopping: Any, length_penalty: float) -> None:
+def test_end_tokens(twins: Twins, ends: list[int], early_stopping: Any, length_penalty: float) -> None:
     options = {"early_stopping": early_stopping, "length_penalty": length_penalty, "eos_token_id": ends}
     out = same(twins, num_beams=3, max_new_tokens=40, num_return_sequences=2, **options)
     assert length_penalty > 1 or np.isin(out.sequences[:, 20:], ends).any()
 
 
 @pytest.mark.slow
-def test_ids_alone(twins: Twins, ends: list[int]) -> None:
+def test_returns_ids_only(twins: Twins, ends: list[int]) -> None:
     answer = twins.same(*prompts(LENGTHS), num_beams=3, max_new_tokens=40, eos_token_id=ends)
     assert answer.shape[0] == 3
 
 
 @pytest.mark.slow
-def test_beams_go_on_where_the_best_ones_end(shallow: Twins, ends: list[int]) -> None:
-    """With end tokens as the likeliest behind every beam, what goes on stands far down the candidates."""
+def test_beams_continue_where_the_best_ones_end(shallow: Twins, ends: list[int]) -> None:
+    """End tokens are the most likely after every beam, so continuing candidates rank far below."""
     options: dict[str, Any] = {"eos_token_id": ends, "renormalize_logits": True, "early_stopping": "never"}
     options["sequence_bias"] = {(end,): 12.0 for end in ends}
     out = same(shallow, num_beams=3, max_new_tokens=20, num_return_sequences=3, **options)
@@ -86,7 +86,7 @@ def test_beams_go_on_where_the_best_ones_end(shallow: Twins, ends: list[int]) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("lengths", [LENGTHS, (20, 13)])
 def test_early_stopping_stops(shallow: Twins, ends: list[int], lengths: tuple[int, ...]) -> None:
-    """As soon as every row has its finished beams, whatever the size of the batch."""
+    """The search stops as soon as every row has its finished beams, for any batch size."""
     ids, mask = prompts(lengths)
     options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 40, "early_stopping": True} | RECORDED
     options |= {"eos_token_id": ends, "sequence_bias": {(end,): 2.0 for end in ends}, "length_penalty": 2.0}
@@ -110,7 +110,7 @@ def test_other_batches(twins: Twins, ends: list[int], lengths: tuple[int, ...]) 
     ],
 )
 def test_processors(shallow: Twins, ends: list[int], options: dict[str, Any]) -> None:
-    # The reference also counts the n-grams of a prompt's padding, which matter behind a padding token.
+    # The reference also counts n-grams of a prompt's padding, which matter after a padding token.
     options = options | {"suppress_tokens": [PAD], "eos_token_id": ends}
     same(shallow, num_beams=3, max_new_tokens=24, num_return_sequences=3, **options)
 
@@ -139,19 +139,19 @@ def test_beams_with_a_stopping_criterion(shallow: Twins, ends: list[int]) -> Non
         seen.clear()
         np.testing.assert_array_equal(shallow.ours(ids, mask, **options, stopping_criteria=[rule]), expected)
         assert expected.shape[1] <= 29
-        assert seen == widths, "as many steps as theirs"
+        assert seen == widths, "as many steps as the reference"
         seen.clear()
 
 
 @pytest.mark.slow
-def test_going_on_from_the_best_beams(twins: Twins, ends: list[int]) -> None:
+def test_continues_from_the_best_beams(twins: Twins, ends: list[int]) -> None:
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 40, "eos_token_id": ends}
     out = twins.ours(ids, mask, **options, return_dict_in_generate=True)
     sequences = np.asarray(out.sequences)
-    made = np.asarray(out.beam_indices) >= 0
+    is_token = np.asarray(out.beam_indices) >= 0
     more = np.concatenate([sequences, np.full((3, 1), 60)], axis=1)
-    mask = np.concatenate([mask, made, np.ones((3, 1))], axis=1).astype(np.int64)
+    mask = np.concatenate([mask, is_token, np.ones((3, 1))], axis=1).astype(np.int64)
     answer = twins.ours(more, mask, max_new_tokens=12, past_key_values=out.past_key_values)
     np.testing.assert_array_equal(
         answer[:, more.shape[1] :], twins.ours(more, mask, max_new_tokens=12)[:, more.shape[1] :]
@@ -163,7 +163,7 @@ def test_going_on_from_the_best_beams(twins: Twins, ends: list[int]) -> None:
 
 @pytest.mark.slow
 def test_beam_sampling_draws_without_replacement(shallow: Twins) -> None:
-    """Two beams of one token are two different draws, in the order of their scores."""
+    """Two beams of one token are two different draws in the order of their scores."""
     ids, mask = prompts((11,))
     options: dict[str, Any] = {"do_sample": True, "num_beams": 2, "num_return_sequences": 2, "top_k": 6}
     options |= {"max_new_tokens": 1, "temperature": 1.5}
@@ -199,7 +199,7 @@ def test_beam_sampling(shallow: Twins, ends: list[int]) -> None:
 
     np.testing.assert_array_equal(answer(1), answer(1))
     assert answer(1).tolist() != answer(2).tolist()
-    # So cold that the candidates come in the order of their scores: the search itself.
+    # At this temperature candidates come in the order of their scores, as in a search.
     scores = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 12}
     cold = {"temperature": 1e-4, "top_k": 0, "eos_token_id": []} | scores
     assert answer(1, **cold).tolist() == answer(2, **cold).tolist()
@@ -232,7 +232,7 @@ def test_negative_prompts(twins: Twins) -> None:
 
 
 def test_negative_prompts_without_padding(twins: Twins) -> None:
-    """One for all rows, and longer than the prompts."""
+    """One negative prompt serves all rows and is longer than the prompts."""
     negative, _ = prompts((30,), seed=1)
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"max_new_tokens": 12, "guidance_scale": 1.6}
@@ -240,7 +240,7 @@ def test_negative_prompts_without_padding(twins: Twins) -> None:
     np.testing.assert_array_equal(twins.ours(ids, mask, **options, negative_prompt_ids=negative), expected)
 
 
-def test_guided_rows_end_by_themselves(twins: Twins) -> None:
+def test_guided_rows_end_independently(twins: Twins) -> None:
     free = twins.theirs(*prompts(LENGTHS), max_new_tokens=24, guidance_scale=1.6)[:, 20:]
     ends = [int(free[0, 4]), int(free[1, 9])]
     answer = twins.same(*prompts(LENGTHS), max_new_tokens=24, guidance_scale=1.6, eos_token_id=ends)

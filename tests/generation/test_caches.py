@@ -1,4 +1,4 @@
-"""What `generate` keeps: rings for sliding windows, int8, caches that grow; none of it shows in the text."""
+"""Tests that cache kinds (rings for sliding windows, int8, growing caches) do not change the text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +21,15 @@ RING = 640
 LENGTHS = (600, 3, 550)
 BATCH = prompts(LENGTHS, seed=21)
 COUNT = 200
-"""New tokens after which the longest row has wrapped around the ring."""
+"""New tokens that make the longest row wrap around the ring."""
 
 INT8 = 0.05
-"""How far logits over an int8 cache may be from those over a float one, over the largest."""
+"""The largest distance of logits over an int8 cache from exact ones, relative to the largest logit."""
 
 
-def some(*given: Any) -> Any:
-    """Parameters for the slow run only."""
-    return pytest.param(*given, marks=pytest.mark.slow)
+def slow(*values: Any) -> Any:
+    """Marks parameters for the slow run only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def nbytes(cache: Any) -> int:
@@ -52,8 +52,8 @@ def expected(windowed: Twins) -> np.ndarray:
     return new
 
 
-def test_a_ring_gives_the_same_text(windowed: Twins, expected: np.ndarray) -> None:
-    """The longest row has more columns than the ring, which wraps while it answers."""
+def test_a_ring_does_not_change_the_text(windowed: Twins, expected: np.ndarray) -> None:
+    """The longest row has more slots than the ring, which wraps during generation."""
     options = {"max_new_tokens": COUNT, "return_dict_in_generate": True}
     ring, static = (
         windowed.ours(*BATCH, cache_implementation=kind, **options) for kind in ("sliding_window", "static")
@@ -67,7 +67,7 @@ def test_a_ring_gives_the_same_text(windowed: Twins, expected: np.ndarray) -> No
     assert nbytes(ring.past_key_values) < 1.01 * share * nbytes(static.past_key_values)
 
 
-@pytest.mark.parametrize("length", [some(5), some(630), some(1100)])
+@pytest.mark.parametrize("length", [slow(5), slow(630), slow(1100)])
 def test_rings_around_prompts_of_any_length(windowed: Twins, length: int) -> None:
     ids, mask = prompts((length,), seed=22)
     new = answers(windowed, ids, mask, 700, cache_implementation="sliding_window")
@@ -99,9 +99,9 @@ def test_a_ring_with_beams(windowed: Twins) -> None:
         np.testing.assert_allclose(ours.sequences_scores[row], theirs.sequences_scores[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lookup", some("itself"), some("other")])
+@pytest.mark.parametrize("name", ["lookup", slow("itself"), slow("other")])
 def test_a_ring_with_drafts(windowed: Twins, expected: np.ndarray, name: str) -> None:
-    """Refused drafts have replaced slots that left the window, and only those."""
+    """Rejected drafts replace only slots that have left the window."""
     other = Phi3ForCausalLM(windowed.config.replace(num_hidden_layers=1), rngs=5)
     options: dict[str, Any] = {
         "lookup": {"prompt_lookup_num_tokens": 10},
@@ -112,22 +112,22 @@ def test_a_ring_with_drafts(windowed: Twins, expected: np.ndarray, name: str) ->
     np.testing.assert_array_equal(new, expected)
 
 
-@pytest.mark.parametrize("given", [0, some(30)])
-def test_going_on_from_a_ring(windowed: Twins, expected: np.ndarray, given: int) -> None:
-    """The second call takes the kind of cache from what it is given."""
+@pytest.mark.parametrize("added", [0, slow(30)])
+def test_continues_from_a_ring(windowed: Twins, expected: np.ndarray, added: int) -> None:
+    """The second call's cache is of the same kind as the one passed to it."""
     out = windowed.ours(
         *BATCH, max_new_tokens=90, cache_implementation="sliding_window", return_dict_in_generate=True
     )
     ids = np.asarray(out.sequences)
-    more = np.random.default_rng(0).integers(4, 96, (len(ids), given))
+    more = np.random.default_rng(0).integers(4, 96, (len(ids), added))
     ids = np.concatenate([ids, more], axis=1)
-    mask = np.concatenate([BATCH[1], np.ones((len(ids), 90 + given), np.int64)], axis=1)
-    on = windowed.ours(
+    mask = np.concatenate([BATCH[1], np.ones((len(ids), 90 + added), np.int64)], axis=1)
+    second = windowed.ours(
         ids, mask, max_new_tokens=110, past_key_values=out.past_key_values, return_dict_in_generate=True
     )
-    assert on.past_key_values.max_length == RING
-    new = expected[:, 90:] if not given else alone(windowed, ids, mask, 110)
-    np.testing.assert_array_equal(np.asarray(on.sequences)[:, ids.shape[1] :], new)
+    assert second.past_key_values.max_length == RING
+    new = expected[:, 90:] if not added else alone(windowed, ids, mask, 110)
+    np.testing.assert_array_equal(np.asarray(second.sequences)[:, ids.shape[1] :], new)
 
 
 def test_a_ring_needs_a_window(twins: Twins) -> None:
@@ -146,16 +146,16 @@ def plain(twins_of: Callable[..., Twins]) -> Twins:
 
 
 def test_logits_over_an_int8_cache(plain: Twins) -> None:
-    """Teacher-forced, a token at a time, next to a float cache and to the reference."""
+    """Compares teacher-forced logits, token by token, with a float cache and the reference."""
     ids, mask = prompts((64, 64), seed=25)
     exact = logits_alone(plain.reference, ids, mask)
-    for dtype, near in (("int8", INT8), (None, 1e-5)):
+    for dtype, tolerance in (("int8", INT8), (None, 1e-5)):
         cache, logits = plain.model.init_cache(2, 128, dtype=dtype), []
-        for column in range(ids.shape[1]):
-            out = run(plain.model, input_ids=ids[:, column : column + 1], past_key_values=cache)
+        for position in range(ids.shape[1]):
+            out = run(plain.model, input_ids=ids[:, position : position + 1], past_key_values=cache)
             cache = out.past_key_values
             logits.append(np.asarray(out.logits))
-        assert distance(np.concatenate(logits, axis=1), exact) <= near
+        assert distance(np.concatenate(logits, axis=1), exact) <= tolerance
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -168,9 +168,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", [some(mode) if mode != "greedy" else mode for mode in MODES])
+@pytest.mark.parametrize("mode", [slow(mode) if mode != "greedy" else mode for mode in MODES])
 def test_int8_in_every_mode(plain: Twins, mode: str) -> None:
-    """The logits recorded are near the exact ones of the very text, so the cache holds that text."""
+    """The recorded logits are near the exact ones of the same text, so the cache holds that text."""
     ids, mask = SHORT
     options = MODES[mode] | ({"assistant_model": plain.model} if mode == "itself" else {})
     out = plain.ours(
@@ -191,40 +191,40 @@ def test_int8_in_every_mode(plain: Twins, mode: str) -> None:
     np.testing.assert_array_equal(cache.tokens, used.sum(axis=1) - 1)
     floats = plain.model.init_cache(len(text), cache.max_length, dtype="bfloat16")
     assert nbytes(cache) < 0.62 * nbytes(floats)  # 12 dims and a scale are 14 bytes, not 24
-    if mode in ("beams", "guidance"):  # whose logits are of running beams, and of twins beside the rows
+    if mode in ("beams", "guidance"):  # the logits are those of running beams, or guided
         return
     exact = logits_alone(plain.reference, text, used)[:, ids.shape[1] - 1 : -1]
     assert distance(np.stack(out.logits, axis=1), exact) <= INT8
 
 
 def test_int8_is_half_of_bfloat16() -> None:
-    """At the family's head dim."""
+    """Compares sizes at the family's head dim."""
     config = small_config(num_hidden_layers=1, hidden_size=192, num_attention_heads=2, num_key_value_heads=2)
     model = Phi3ForCausalLM(config)
     sizes = [nbytes(model.init_cache(4, 256, dtype=dtype)) for dtype in ("int8", "bfloat16")]
     assert sizes[0] < 0.52 * sizes[1]
 
 
-def test_going_on_from_an_int8_cache(plain: Twins) -> None:
-    """Twice 15 tokens are 30 at once, and the cache stays int8."""
+def test_continues_from_an_int8_cache(plain: Twins) -> None:
+    """Two calls of 15 tokens equal one of 30, and the cache stays int8."""
     options = {"cache_implementation": "quantized", "return_dict_in_generate": True}
     whole = plain.ours(*SHORT, max_new_tokens=30, **options)
     half = plain.ours(*SHORT, max_new_tokens=15, **options)
     mask = np.concatenate([SHORT[1], np.ones((3, 15), np.int64)], axis=1)
-    on = plain.ours(
+    second = plain.ours(
         np.asarray(half.sequences),
         mask,
         max_new_tokens=15,
         past_key_values=half.past_key_values,
         return_dict_in_generate=True,
     )
-    assert on.past_key_values.keys[0].dtype == np.int8
-    np.testing.assert_array_equal(on.sequences, whole.sequences)
+    assert second.past_key_values.keys[0].dtype == np.int8
+    np.testing.assert_array_equal(second.sequences, whole.sequences)
 
 
 @pytest.mark.slow
 def test_int8_ring(windowed: Twins, expected: np.ndarray) -> None:
-    """Both at once is a cache of one's own."""
+    """An int8 ring is possible as a cache that the caller makes."""
     ids, mask = prompts((400, 90), seed=26)
     cache = windowed.model.init_cache(2, 2000, dtype="int8", sliding=True)
     out = windowed.ours(
@@ -245,9 +245,9 @@ def test_int8_ring(windowed: Twins, expected: np.ndarray) -> None:
 # --- growth -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["greedy", some("lookup"), some("itself"), some("sampling")])
+@pytest.mark.parametrize("mode", ["greedy", slow("lookup"), slow("itself"), slow("sampling")])
 def test_caches_grow(plain: Twins, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    """From 128 slots to 256 and on, in the middle of an answer."""
+    """The cache grows from 128 slots to 256 and more within one answer."""
     options = MODES[mode] | ({"assistant_model": plain.model} if mode == "itself" else {})
     options = options | {"num_return_sequences": 1}
     if mode == "sampling":
@@ -263,7 +263,7 @@ def test_caches_grow(plain: Twins, monkeypatch: pytest.MonkeyPatch, mode: str) -
     assert few.past_key_values.max_length == 128
 
 
-def test_growth_stops_where_the_answer_does(plain: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_stops_with_the_answer(plain: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "INITIAL_ROOM", 20)
     end = int(alone(plain, *prompts((20,), seed=24), 5)[0, 4])
     out = plain.ours(
@@ -285,7 +285,7 @@ def test_a_long_answer(twins_of: Callable[..., Twins]) -> None:
 def test_growth_across_the_rope_lists(
     twins_of: Callable[..., Twins], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that change to the long list in a cache that grows around the same time."""
+    """Rows change to the long list at about the time when the cache grows."""
     monkeypatch.setattr(engine_module, "INITIAL_ROOM", 20)
     changes = longrope() | {"original_max_position_embeddings": 126}
     twins = twins_of(**changes)

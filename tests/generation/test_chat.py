@@ -1,4 +1,4 @@
-"""Conversations: every answer is what the whole conversation gives without a cache, whatever came before."""
+"""Tests that every answer of a conversation equals the answer to the whole conversation without a cache."""
 
 import json
 from collections.abc import Callable
@@ -15,40 +15,40 @@ from phi3_jax.generation import CompiledModel, stream_tokens
 from phi3_jax.generation.chat import ChatSession, ContextFullError
 
 QUESTIONS = (PROMPT, "And why?", "Say that again, and then some more of it, please.")
-LEGIBLE = "0123456789XYZ"
-"""Characters that the tokenizer has as tokens of their own and never joins to others."""
+STABLE = "0123456789XYZ"
+"""Characters that the tokenizer always encodes as tokens of their own."""
 
 MakeSession = Callable[..., ChatSession]
 
 
 @pytest.fixture(scope="module")
 def session_of(tmp_path_factory: pytest.TempPathFactory) -> MakeSession:
-    """`session_of(config={...}, **options)`: a session with a model of that config, made once."""
-    made: dict[str, tuple[CompiledModel, Phi3Tokenizer]] = {}
+    """Returns `session_of(config={...}, **options)`; it makes each config's model once."""
+    models: dict[str, tuple[CompiledModel, Phi3Tokenizer]] = {}
 
     def make(config: dict[str, Any] | None = None, **options: Any) -> ChatSession:
         key = repr(config)
-        if key not in made:
+        if key not in models:
             folder = tmp_path_factory.mktemp("model")
             write_checkpoint(folder, **{"num_hidden_layers": 1} | (config or {}))
             model = Phi3ForCausalLM.from_pretrained(folder)
-            made[key] = CompiledModel(model), Phi3Tokenizer.from_pretrained(folder)
+            models[key] = CompiledModel(model), Phi3Tokenizer.from_pretrained(folder)
         options = {"max_new_tokens": 12, "do_sample": False} | options
-        return ChatSession(*made[key], **options)
+        return ChatSession(*models[key], **options)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def illegible(session_of: MakeSession) -> list[int]:
-    """All tokens but those of `LEGIBLE`; without them an answer is read back as the tokens it was made of."""
-    kept = session_of().tokenizer.encode(LEGIBLE)
-    assert len(kept) == len(LEGIBLE)
-    return sorted(set(range(300)) - set(kept))
+def unstable_tokens(session_of: MakeSession) -> list[int]:
+    """All tokens but those of `STABLE`; an answer without them is encoded as the tokens it consists of."""
+    stable = session_of().tokenizer.encode(STABLE)
+    assert len(stable) == len(STABLE)
+    return sorted(set(range(300)) - set(stable))
 
 
-def fresh(session: ChatSession, text: str, **options: Any) -> str:
-    """The answer to `text` after the session's messages, from nothing."""
+def uncached_reply(session: ChatSession, text: str, **options: Any) -> str:
+    """Returns the answer to `text` after the session's messages, without a cache."""
     messages = [*session.messages, {"role": "user", "content": text}]
     ids = session.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": [[1] * len(ids)]} | options
@@ -57,10 +57,10 @@ def fresh(session: ChatSession, text: str, **options: Any) -> str:
 
 
 def converse(session: ChatSession, questions: tuple[str, ...] = QUESTIONS, **options: Any) -> list[int]:
-    """Asks, compares each answer with a fresh one; gives how many tokens each took from the cache."""
+    """Asks questions and compares the answers with uncached ones; returns each answer's cached tokens."""
     cached = []
     for text in questions:
-        expected = fresh(session, text, **options)
+        expected = uncached_reply(session, text, **options)
         assert "".join(session.reply(text)) == expected
         assert session.history[-2:] == [
             {"role": "user", "content": text},
@@ -71,47 +71,45 @@ def converse(session: ChatSession, questions: tuple[str, ...] = QUESTIONS, **opt
     return cached
 
 
-def test_the_whole_of_an_answer_is_taken_from_the_cache(
-    session_of: MakeSession, illegible: list[int]
-) -> None:
-    session = session_of(suppress_tokens=illegible, system="Be brief.")
+def test_a_whole_answer_comes_from_the_cache(session_of: MakeSession, unstable_tokens: list[int]) -> None:
+    session = session_of(suppress_tokens=unstable_tokens, system="Be brief.")
     assert session.messages == [{"role": "system", "content": "Be brief."}]
-    held, cached = 0, []
+    expected, cached = 0, []
     for text in QUESTIONS:
         assert "".join(session.reply(text)) == session.history[-1]["content"]
         assert session.last is not None
-        cached.append((session.last.cached_tokens, held))
-        held = session.last.prompt_tokens + session.last.new_tokens - 1
+        cached.append((session.last.cached_tokens, expected))
+        expected = session.last.prompt_tokens + session.last.new_tokens - 1
     assert cached[0] == (0, 0)
-    assert all(known == held > 0 for known, held in cached[1:])
-    converse(session_of(suppress_tokens=illegible, system="Be brief."), suppress_tokens=illegible)
+    assert all(tokens == expected > 0 for tokens, expected in cached[1:])
+    converse(session_of(suppress_tokens=unstable_tokens, system="Be brief."), suppress_tokens=unstable_tokens)
 
 
-def test_an_answer_that_reads_back_as_other_tokens(session_of: MakeSession) -> None:
+def test_an_answer_that_is_encoded_as_other_tokens(session_of: MakeSession) -> None:
     session = session_of()
     first = converse(session, QUESTIONS[:1])
     assert session.last is not None
-    held = session.last.prompt_tokens + session.last.new_tokens - 1
+    cached = session.last.prompt_tokens + session.last.new_tokens - 1
     prompt = session.last.prompt_tokens
     (second,) = converse(session, QUESTIONS[1:2])
     assert first == [0]
-    assert prompt <= second < held
+    assert prompt <= second < cached
     assert converse(session, QUESTIONS[2:]) > [second]
 
 
 def test_a_later_turn_feeds_its_own_tokens_only(
-    session_of: MakeSession, monkeypatch: pytest.MonkeyPatch, illegible: list[int]
+    session_of: MakeSession, monkeypatch: pytest.MonkeyPatch, unstable_tokens: list[int]
 ) -> None:
     widths: list[int] = []
     call = CompiledModel.__call__
 
-    def counted(self: CompiledModel, step: Any, state: Any, *arguments: Any, **static: Any) -> Any:
+    def record_width(self: CompiledModel, step: Any, state: Any, *arguments: Any, **static: Any) -> Any:
         if "width" in static:
             widths.append(static["width"])
         return call(self, step, state, *arguments, **static)
 
-    monkeypatch.setattr(CompiledModel, "__call__", counted)
-    session = session_of(suppress_tokens=illegible)
+    monkeypatch.setattr(CompiledModel, "__call__", record_width)
+    session = session_of(suppress_tokens=unstable_tokens)
     list(session.reply("long " * 60))
     assert widths == [384]
     widths.clear()
@@ -138,7 +136,7 @@ def test_another_system_message_keeps_the_history(session_of: MakeSession) -> No
         *(pytest.param(original, QUESTIONS, marks=pytest.mark.slow) for original in (40, 64, 100)),
     ],
 )
-def test_longrope_that_crosses_in_or_between_answers(
+def test_longrope_switches_in_or_between_answers(
     session_of: MakeSession, original: int, questions: tuple[str, ...]
 ) -> None:
     changes = longrope() | {"original_max_position_embeddings": original, "max_position_embeddings": 400}
@@ -152,55 +150,55 @@ def test_longrope_that_crosses_in_or_between_answers(
 
 
 @pytest.mark.slow
-def test_a_ring_that_cannot_go_back_starts_afresh(session_of: MakeSession, illegible: list[int]) -> None:
+def test_a_ring_that_cannot_rewind_starts_over(session_of: MakeSession, unstable_tokens: list[int]) -> None:
     changes = {"sliding_window": 16, "max_position_embeddings": 400}
     options = {"cache_implementation": "sliding_window", "max_new_tokens": 40}
     cached = converse(session_of(changes, **options), **options)
     assert min(cached) == 0
-    options["suppress_tokens"] = illegible
+    options["suppress_tokens"] = unstable_tokens
     assert min(converse(session_of(changes, **options), **options)[1:]) > 0
 
 
-def test_why_answers_end(session_of: MakeSession, illegible: list[int]) -> None:
-    text = "".join(session_of(suppress_tokens=illegible).reply(PROMPT))
-    session = session_of(suppress_tokens=illegible)
+def test_reports_why_answers_end(session_of: MakeSession, unstable_tokens: list[int]) -> None:
+    text = "".join(session_of(suppress_tokens=unstable_tokens).reply(PROMPT))
+    session = session_of(suppress_tokens=unstable_tokens)
     list(session.reply(PROMPT))
     assert session.last is not None
     assert (session.last.stopped, session.last.new_tokens) == ("max_new_tokens", 12)
 
-    place = next(at for at in range(2, 12) if text[at] not in text[:at])
-    end = session.tokenizer.encode(text[place])[0]
-    for options in ({"eos_token_id": [end]}, {"stop_strings": [text[place]]}):
-        session = session_of(suppress_tokens=illegible, **options)
-        assert "".join(session.reply(PROMPT)) == text[: place + 1]
+    index = next(index for index in range(2, 12) if text[index] not in text[:index])
+    end = session.tokenizer.encode(text[index])[0]
+    for options in ({"eos_token_id": [end]}, {"stop_strings": [text[index]]}):
+        session = session_of(suppress_tokens=unstable_tokens, **options)
+        assert "".join(session.reply(PROMPT)) == text[: index + 1]
         assert (session.last and session.last.stopped) == "end"
-        converse(session, suppress_tokens=illegible, **options)
-    session = session_of(suppress_tokens=illegible, eos_token_id=[end], max_new_tokens=place + 1)
+        converse(session, suppress_tokens=unstable_tokens, **options)
+    session = session_of(suppress_tokens=unstable_tokens, eos_token_id=[end], max_new_tokens=index + 1)
     list(session.reply(PROMPT))
     assert (session.last and session.last.stopped) == "end"
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 5])
-def test_a_reader_who_has_seen_enough(session_of: MakeSession, illegible: list[int], pieces: int) -> None:
-    session = session_of(suppress_tokens=illegible)
-    converse(session, QUESTIONS[:1], suppress_tokens=illegible)
-    whole = fresh(session, "Go on.", suppress_tokens=illegible)
+def test_a_reader_stops_early(session_of: MakeSession, unstable_tokens: list[int], pieces: int) -> None:
+    session = session_of(suppress_tokens=unstable_tokens)
+    converse(session, QUESTIONS[:1], suppress_tokens=unstable_tokens)
+    whole = uncached_reply(session, "Go on.", suppress_tokens=unstable_tokens)
     answer = session.reply("Go on.")
-    said = "".join(next(answer) for _ in range(pieces))
-    assert session.history[-1] == {"role": "assistant", "content": said}
+    text = "".join(next(answer) for _ in range(pieces))
+    assert session.history[-1] == {"role": "assistant", "content": text}
     answer.close()
-    assert whole.startswith(said)
+    assert whole.startswith(text)
     assert session.history[-2:] == [
         {"role": "user", "content": "Go on."},
-        {"role": "assistant", "content": said},
+        {"role": "assistant", "content": text},
     ]
     assert session.last is not None
     assert (session.last.stopped, session.last.new_tokens) == ("reader", pieces)
-    held = session.last.prompt_tokens + pieces - 1
-    assert converse(session, QUESTIONS[1:2], suppress_tokens=illegible) == [held]
+    cached = session.last.prompt_tokens + pieces - 1
+    assert converse(session, QUESTIONS[1:2], suppress_tokens=unstable_tokens) == [cached]
 
 
-def test_an_answer_that_nobody_reads_is_not_in_the_history(session_of: MakeSession) -> None:
+def test_an_unread_answer_is_not_in_the_history(session_of: MakeSession) -> None:
     session = session_of()
     converse(session, QUESTIONS[:1])
     session.reply("Hello?").close()
@@ -209,8 +207,8 @@ def test_an_answer_that_nobody_reads_is_not_in_the_history(session_of: MakeSessi
     assert converse(session, QUESTIONS[1:2])[0] > 0
 
 
-def test_an_interrupt_in_the_middle_of_a_step(session_of: MakeSession) -> None:
-    """It costs the cache; what was said stays."""
+def test_an_interrupt_within_a_step(session_of: MakeSession) -> None:
+    """An interrupt loses the cache; the history stays."""
     calls = 0
 
     def processor(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -234,7 +232,7 @@ def test_an_interrupt_in_the_middle_of_a_step(session_of: MakeSession) -> None:
     assert session.history == before
 
 
-def test_an_answer_that_outlives_its_conversation(session_of: MakeSession) -> None:
+def test_an_answer_still_runs_after_reset(session_of: MakeSession) -> None:
     session = session_of()
     old = session.reply(PROMPT)
     next(old)
@@ -245,7 +243,7 @@ def test_an_answer_that_outlives_its_conversation(session_of: MakeSession) -> No
 
 
 @pytest.mark.slow
-def test_a_conversation_that_outgrows_the_context(session_of: MakeSession) -> None:
+def test_a_conversation_fills_the_context(session_of: MakeSession) -> None:
     session = session_of({"max_position_embeddings": 128, "original_max_position_embeddings": 128})
     converse(session, QUESTIONS[:1])
     messages = [*session.messages, {"role": "user", "content": ""}]
@@ -272,9 +270,9 @@ def test_drafts_and_draws(session_of: MakeSession, draft: dict[str, int]) -> Non
 
     def answers(seed: int | None) -> list[str]:
         session = session_of(seed=seed, **drawn)
-        said = ["".join(session.reply(text)) for text in QUESTIONS]
+        texts = ["".join(session.reply(text)) for text in QUESTIONS]
         session.reset()
-        return [*said, "".join(session.reply(QUESTIONS[0]))]
+        return [*texts, "".join(session.reply(QUESTIONS[0]))]
 
     first = answers(5)
     assert first == answers(5)
@@ -284,7 +282,7 @@ def test_drafts_and_draws(session_of: MakeSession, draft: dict[str, int]) -> Non
     assert answers(None) != answers(None)
 
 
-def test_saved_and_loaded(session_of: MakeSession, tmp_path: Path) -> None:
+def test_saves_and_loads(session_of: MakeSession, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     session = session_of(system="Be brief.")
     converse(session, QUESTIONS[:2])
@@ -317,7 +315,9 @@ def test_saved_and_loaded(session_of: MakeSession, tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "talk.json is not valid UTF-8"),
     ],
 )
-def test_a_broken_file(session_of: MakeSession, tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_rejects_a_broken_file(
+    session_of: MakeSession, tmp_path: Path, content: str | bytes, message: str
+) -> None:
     file = tmp_path / "talk.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     session = session_of(system="Be brief.")
@@ -333,7 +333,7 @@ def test_a_broken_file(session_of: MakeSession, tmp_path: Path, content: str | b
         session.save(tmp_path / "absent" / "talk.json")
 
 
-def test_what_cannot_be_streamed_changes_nothing(session_of: MakeSession) -> None:
+def test_options_that_cannot_be_streamed_change_nothing(session_of: MakeSession) -> None:
     session = session_of(num_beams=2)
     with pytest.raises(ValueError, match="num_beams=2"):
         session.reply("Hi")

@@ -1,4 +1,4 @@
-"""Longrope rows that pass `original_max_position_embeddings`: in every mode each is what it is alone."""
+"""Tests that in every mode longrope rows that pass the switch of lists equal those rows alone."""
 
 import copy
 import json
@@ -18,25 +18,25 @@ from phi3_jax.generation import prompts as prompts_module
 
 ORIGINAL = 16
 LENGTHS = (5, 15, 16, 17, 30, 9)
-"""Below, one below, at, one above and far above `ORIGINAL`."""
+"""Lengths below, one below, at, one above and far above `ORIGINAL`."""
 
 COUNT = 75
 """New tokens that bring the shortest row 64 past `ORIGINAL`."""
 
 BATCH = prompts(LENGTHS, seed=1)
-AHEAD = {"rope_scaling": longrope()["rope_scaling"], "num_hidden_layers": 1}
-"""Of assistants, which have another `original_max_position_embeddings`."""
+ASSISTANT = {"rope_scaling": longrope()["rope_scaling"], "num_hidden_layers": 1}
+"""The config of assistants, which have another `original_max_position_embeddings`."""
 
 
 @pytest.fixture(scope="module")
 def crossing(twins_of: Callable[..., Twins]) -> Twins:
-    """A pair whose rows change to the long list at `ORIGINAL`."""
+    """A pair whose rows switch to the long list at `ORIGINAL`."""
     return twins_of(**longrope())
 
 
 @pytest.fixture(scope="module")
 def expected(crossing: Twins) -> np.ndarray:
-    """What the reference makes of each row of `BATCH` alone."""
+    """The reference's continuation of each row of `BATCH` alone."""
     new = alone(crossing, *BATCH, COUNT)
     assert_varied(new)
     return new
@@ -44,18 +44,18 @@ def expected(crossing: Twins) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def assistant_of() -> Callable[[int], Phi3ForCausalLM]:
-    """`assistant_of(original)`: a one-layer longrope model that crosses elsewhere."""
+    """Returns `assistant_of(original)`, which makes a one-layer longrope model that switches elsewhere."""
 
     def make(original: int) -> Phi3ForCausalLM:
         lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": original}
-        return Phi3ForCausalLM(small_config(**AHEAD | lengths), rngs=5)
+        return Phi3ForCausalLM(small_config(**ASSISTANT | lengths), rngs=5)
 
     return make
 
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_each_row_crosses_by_itself(crossing: Twins, expected: np.ndarray, side: str) -> None:
+def test_each_row_switches_independently(crossing: Twins, expected: np.ndarray, side: str) -> None:
     ids, mask = prompts(LENGTHS, side)
     if side == "left":
         ids, mask = BATCH
@@ -75,10 +75,10 @@ def test_another_original_length(twins_of: Callable[..., Twins], side: str) -> N
 
 
 def test_the_lists_matter(crossing: Twins, expected: np.ndarray) -> None:
-    """One list for all rows and times gives other tokens, so the tests above can fail."""
-    begins_short = np.array(LENGTHS) <= ORIGINAL
+    """Using one list for all rows at all times changes tokens, so the tests above can fail."""
+    starts_short = np.array(LENGTHS) <= ORIGINAL
     long, short = (answers(crossing, *BATCH, COUNT, rope_list=name) for name in ("long", "short"))
-    np.testing.assert_array_equal((long != expected).any(axis=1), begins_short)
+    np.testing.assert_array_equal((long != expected).any(axis=1), starts_short)
     assert (short != expected).any(axis=1).all()
 
 
@@ -91,15 +91,15 @@ def test_any_chunking(
 
 
 @pytest.mark.slow
-def test_logits_behind_every_token(crossing: Twins, expected: np.ndarray) -> None:
+def test_logits_after_every_token(crossing: Twins, expected: np.ndarray) -> None:
     out = crossing.ours(
         *BATCH, max_new_tokens=COUNT, return_dict_in_generate=True, output_logits=True, output_scores=True
     )
-    made = np.stack(out.logits, axis=1)
-    np.testing.assert_array_equal(made, np.stack(out.scores, axis=1))
+    logits = np.stack(out.logits, axis=1)
+    np.testing.assert_array_equal(logits, np.stack(out.scores, axis=1))
     for row, (tokens, new) in enumerate(zip(rows_of(*BATCH), expected, strict=True)):
         theirs = logits_along(crossing.reference, np.append(tokens, new), len(tokens))
-        assert distance(made[row], theirs) <= 1e-4
+        assert distance(logits[row], theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("lengths", [(10, 15, 18), pytest.param((12,), marks=pytest.mark.slow)])
@@ -123,7 +123,7 @@ def test_beams(crossing: Twins, lengths: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("drafted", [10, pytest.param(3, marks=pytest.mark.slow)])
 def test_prompt_lookup(crossing: Twins, expected: np.ndarray, drafted: int) -> None:
-    """Ten tokens reach past what most rows have left of the short list."""
+    """Ten drafted tokens reach past the switch in most rows."""
     np.testing.assert_array_equal(
         answers(crossing, *BATCH, COUNT, prompt_lookup_num_tokens=drafted), expected
     )
@@ -148,7 +148,7 @@ def test_assistants_with_another_original_length(
 
 @pytest.mark.slow
 def test_a_model_that_assists_itself(crossing: Twins, expected: np.ndarray) -> None:
-    """Every draft is right, so rows reach the switch by drafts as long as may be."""
+    """Every draft is right, so rows reach the switch with drafts of full length."""
     new = answers(
         crossing,
         *BATCH,
@@ -161,50 +161,50 @@ def test_a_model_that_assists_itself(crossing: Twins, expected: np.ndarray) -> N
 
 
 @pytest.fixture(scope="module")
-def begun(crossing: Twins) -> Callable[..., tuple[np.ndarray, np.ndarray, Any]]:
-    """`begun(lengths, count)`: the longer prompts after a first call, and the cache that it returned."""
+def first_call(crossing: Twins) -> Callable[..., tuple[np.ndarray, np.ndarray, Any]]:
+    """Returns `first_call(lengths, count)`, which returns ids and mask after a call, and its cache."""
 
-    def begin(lengths: tuple[int, ...], count: int, **options: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    def call(lengths: tuple[int, ...], count: int, **options: Any) -> tuple[np.ndarray, np.ndarray, Any]:
         ids, mask = prompts(lengths, seed=3)
         out = crossing.ours(ids, mask, max_new_tokens=count, return_dict_in_generate=True, **options)
         mask = np.concatenate([mask, np.ones((len(ids), count), np.int64)], axis=1)
         return np.asarray(out.sequences), mask, out.past_key_values
 
-    return begin
+    return call
 
 
-def further(ids: np.ndarray, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The batch with `count` random tokens behind each row."""
+def extend(ids: np.ndarray, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the batch with `count` random tokens after each row."""
     more = np.random.default_rng(count).integers(4, 96, (len(ids), count))
     return np.concatenate([ids, more], axis=1), np.concatenate([mask, np.ones_like(more)], axis=1)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "made", "given"),
+    ("lengths", "new", "added"),
     [
-        ((4, 6, 2), 4, 0),  # from below, crossing while tokens are made
-        ((4, 6, 2), 4, 9),  # what is given crosses, in some rows
+        ((4, 6, 2), 4, 0),  # rows switch during generation
+        ((4, 6, 2), 4, 9),  # some rows switch within the added tokens
         ((4, 6, 2), 4, 30),
         ((12, 13, 10), 5, 0),  # caches of 16, 17 and 14 tokens
         ((12, 13, 10), 5, 1),
     ],
 )
-def test_going_on_from_a_cache(
-    crossing: Twins, begun: Callable[..., Any], lengths: tuple[int, ...], made: int, given: int
+def test_continues_from_a_cache(
+    crossing: Twins, first_call: Callable[..., Any], lengths: tuple[int, ...], new: int, added: int
 ) -> None:
-    ids, mask, cache = begun(lengths, made)
-    assert np.asarray(cache.tokens).tolist() == [length + made - 1 for length in lengths]
-    ids, mask = further(ids, mask, given)
-    new = answers(crossing, ids, mask, 24, past_key_values=cache)
-    np.testing.assert_array_equal(new, alone(crossing, ids, mask, 24))
+    ids, mask, cache = first_call(lengths, new)
+    assert np.asarray(cache.tokens).tolist() == [length + new - 1 for length in lengths]
+    ids, mask = extend(ids, mask, added)
+    continued = answers(crossing, ids, mask, 24, past_key_values=cache)
+    np.testing.assert_array_equal(continued, alone(crossing, ids, mask, 24))
 
 
 @pytest.mark.parametrize("rope_list", ["long", "short", "planned"])
-def test_going_on_from_a_cache_under_another_list(
-    crossing: Twins, begun: Callable[..., Any], rope_list: str
+def test_continues_from_a_cache_of_another_list(
+    crossing: Twins, first_call: Callable[..., Any], rope_list: str
 ) -> None:
-    """Rows below, about and above `ORIGINAL` are computed again where the cache has the wrong list."""
-    ids, mask, cache = begun((4, 10, 25), 8, rope_list=rope_list)
+    """Rows below, near and above `ORIGINAL` are recomputed where the cache has the wrong list."""
+    ids, mask, cache = first_call((4, 10, 25), 8, rope_list=rope_list)
     new = answers(crossing, ids, mask, 24, past_key_values=cache)
     np.testing.assert_array_equal(new, alone(crossing, ids, mask, 24))
 
@@ -213,7 +213,7 @@ def test_going_on_from_a_cache_under_another_list(
 def guided_alone(
     reference: Any, row: np.ndarray, negative: np.ndarray, scale: float, count: int
 ) -> list[int]:
-    """Greedy tokens under guidance, from forwards without a cache."""
+    """Returns greedy tokens under guidance from forwards without a cache."""
     import torch
 
     new: list[int] = []
@@ -231,7 +231,7 @@ def guided_alone(
 
 @pytest.mark.parametrize("negative", ["own last token", (2, 15, 6)])
 def test_guidance(crossing: Twins, negative: Any) -> None:
-    """Prompt and negative prompt cross by their own lengths."""
+    """Prompt and negative prompt switch at their own lengths."""
     ids, mask = prompts((6, 10, 18), seed=4)
     options, against = {}, [row[-1:] for row in rows_of(ids, mask)]
     if negative != "own last token":
@@ -249,11 +249,11 @@ def test_draws_do_not_depend_on_other_rows(crossing: Twins) -> None:
     options = {"do_sample": True, "seed": 3, "top_k": 20}
     full = answers(crossing, ids, mask, COUNT, **options)
     assert len(set(map(tuple, full.tolist()))) == 6
-    for kept in (0, 3, 5):
+    for row in (0, 3, 5):
         mixed, mixed_mask = others.copy(), others_mask.copy()
-        mixed[kept], mixed_mask[kept] = ids[kept], mask[kept]
+        mixed[row], mixed_mask[row] = ids[row], mask[row]
         new = answers(crossing, mixed, mixed_mask, COUNT, **options)
-        np.testing.assert_array_equal(new[kept], full[kept])
+        np.testing.assert_array_equal(new[row], full[row])
         assert (new != full).any(axis=1).sum() == 5
     assert (answers(crossing, ids, mask, COUNT, **options | {"seed": 4}) != full).any(axis=1).all()
 
@@ -268,10 +268,10 @@ def test_int8_cache(twins_of: Callable[..., Twins]) -> None:
         return_dict_in_generate=True,
         output_logits=True,
     )
-    made, new = np.stack(out.logits, axis=1), np.asarray(out.sequences)[:, BATCH[0].shape[1] :]
+    logits, new = np.stack(out.logits, axis=1), np.asarray(out.sequences)[:, BATCH[0].shape[1] :]
     for row, tokens in enumerate(rows_of(*BATCH)):
         exact = logits_along(crossing.reference, np.append(tokens, new[row]), len(tokens))
-        assert distance(made[row], exact) <= 0.05
+        assert distance(logits[row], exact) <= 0.05
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def early_yarn(crossing: Twins) -> Phi3ForCausalLM:
 
 @pytest.fixture(scope="module")
 def one_list(crossing: Twins, twins_of: Callable[..., Twins]) -> Callable[[str], Twins]:
-    """`one_list("long")`: the pair with a reference of the same weights that has this list alone."""
+    """Returns `one_list("long")`, which makes the pair with a reference that has only this list."""
 
     def make(rope_list: str) -> Twins:
         factors = {"long": LONG, "short": SHORT}[rope_list]
@@ -305,19 +305,21 @@ def one_list(crossing: Twins, twins_of: Callable[..., Twins]) -> Callable[[str],
 
 @pytest.fixture(scope="module", params=["longrope", "early yarn"])
 def two_lists(request: pytest.FixtureRequest, crossing: Twins, early_yarn: Phi3ForCausalLM) -> Twins:
-    """The pair, with our model under either name of the rope type."""
+    """The pair, with our model under either rope type."""
     twins = copy.copy(crossing)
     twins.model = crossing.model if request.param == "longrope" else early_yarn
     return twins
 
 
 @pytest.mark.parametrize("rope_list", ["long", "short"])
-def test_one_list_from_the_start(two_lists: Twins, one_list: Callable[[str], Twins], rope_list: str) -> None:
+def test_uses_one_list_from_the_start(
+    two_lists: Twins, one_list: Callable[[str], Twins], rope_list: str
+) -> None:
     new = answers(two_lists, *BATCH, COUNT, rope_list=rope_list)
     np.testing.assert_array_equal(new, alone(one_list(rope_list), *BATCH, COUNT))
 
 
-def test_the_list_of_the_planned_length(two_lists: Twins, one_list: Callable[[str], Twins]) -> None:
+def test_uses_the_list_of_the_planned_length(two_lists: Twins, one_list: Callable[[str], Twins]) -> None:
     """Each row's planned length chooses its list: rows of up to six tokens end at `ORIGINAL` or before."""
     ids, mask = prompts((5, 6, 7, 16), seed=7)
     new = answers(two_lists, ids, mask, 10, rope_list="planned")
@@ -346,7 +348,7 @@ def test_lists_in_other_modes(crossing: Twins, one_list: Callable[[str], Twins],
 
 @pytest.mark.slow
 def test_real_factors_at_4096(tmp_path: Path, shared_data: Callable[..., Path]) -> None:
-    """The lists of Phi-3.5 mini in a small model with its head dim and lengths."""
+    """Uses the lists of Phi-3.5 mini in a small model with its head dim and lengths."""
     file = shared_data("phi3-longrope", "longrope_factors.json")
     factors = json.loads(file.read_text(encoding="utf-8"))["Phi-3.5-mini-instruct"]
     config = small_config(

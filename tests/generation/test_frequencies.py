@@ -1,4 +1,4 @@
-"""generate with rope frequencies handed in: what models of those configs make, without compiling for each."""
+"""Tests that rope frequencies as arguments act like those of a config, without compiling again."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +28,8 @@ def frequencies(twins: Twins, rope: dict[str, Any], length: int) -> tuple[np.nda
     return np.asarray(found).reshape(-1), float(scaling)
 
 
-def under(twins: Twins, rope: dict[str, Any]) -> Phi3ForCausalLM:
-    """A model of this rope with the same weights."""
+def model_with(twins: Twins, rope: dict[str, Any]) -> Phi3ForCausalLM:
+    """Returns a model of this rope with the same weights."""
     model = Phi3ForCausalLM(twins.config.replace(rope_scaling=rope), rngs=0)
     model.model.embed_tokens, model.model.norm = twins.model.model.embed_tokens, twins.model.model.norm
     model.model.layers, model.lm_head = twins.model.model.layers, twins.model.lm_head
@@ -37,8 +37,8 @@ def under(twins: Twins, rope: dict[str, Any]) -> Phi3ForCausalLM:
 
 
 def answers(model: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> np.ndarray:
-    asked = {"eos_token_id": [], "pad_token_id": PAD, "max_new_tokens": NEW, "do_sample": False}
-    return np.asarray(model.generate(ids, mask, **asked | options))
+    settings = {"eos_token_id": [], "pad_token_id": PAD, "max_new_tokens": NEW, "do_sample": False}
+    return np.asarray(model.generate(ids, mask, **settings | options))
 
 
 @pytest.mark.parametrize(
@@ -52,45 +52,45 @@ def answers(model: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> np
     ],
     ids=["greedy", "beams", "lookup", "guided", "drawn"],
 )
-def test_each_row_is_answered_under_its_own(shallow: Twins, options: dict[str, Any]) -> None:
+def test_each_row_has_its_own_frequencies(shallow: Twins, options: dict[str, Any]) -> None:
     ids, mask = prompts(LENGTHS)
-    given = [frequencies(shallow, rope, max(LENGTHS)) for rope in ROPES]
-    made = answers(
+    ropes = [frequencies(shallow, rope, max(LENGTHS)) for rope in ROPES]
+    new = answers(
         shallow.model,
         ids,
         mask,
-        inv_freq=[inv_freq for inv_freq, _ in given],
-        attention_scaling=[scaling for _, scaling in given],
+        inv_freq=[inv_freq for inv_freq, _ in ropes],
+        attention_scaling=[scaling for _, scaling in ropes],
         **options,
     )
-    times = len(made) // 3
+    times = len(new) // 3
     for row in range(3) if not options else (1,):
-        expected = answers(under(shallow, ROPES[row]), ids, mask, **options)
-        mine = slice(row * times, (row + 1) * times)
-        np.testing.assert_array_equal(made[mine], expected[mine])
+        expected = answers(model_with(shallow, ROPES[row]), ids, mask, **options)
+        own = slice(row * times, (row + 1) * times)
+        np.testing.assert_array_equal(new[own], expected[own])
     plain = answers(shallow.model, ids, mask, **options)
-    assert (made != plain).any(axis=1).all()
+    assert (new != plain).any(axis=1).all()
 
 
-def test_by_position(shallow: Twins) -> None:
-    """Each row with as many unscaled positions as it likes, against the model on the whole text."""
+def test_frequencies_by_position(shallow: Twins) -> None:
+    """Gives each row its own number of unscaled positions; compares with the model on the whole text."""
     ids, mask = prompts(LENGTHS)
     plain, (scaled, _) = shallow.config.rope_base.inv_freq(), frequencies(shallow, ROPES[0], 20)
     initial = np.array([0, 4, 7])
     by_position = np.where((np.arange(8) < initial[:, None])[..., None], plain, scaled)
-    made = answers(shallow.model, ids, mask, inv_freq=by_position)
+    new = answers(shallow.model, ids, mask, inv_freq=by_position)
     for row, length in enumerate(LENGTHS):
-        tokens = made[row, 20 - length :]
+        tokens = new[row, 20 - length :]
         positions = np.minimum(np.arange(len(tokens)), 7)
         out = run(shallow.model, input_ids=tokens[None], inv_freq=by_position[row, positions][None])
-        likeliest = np.asarray(out.logits)[0].argmax(-1)
-        np.testing.assert_array_equal(likeliest[length - 1 : -1], tokens[length:])
+        greedy = np.asarray(out.logits)[0].argmax(-1)
+        np.testing.assert_array_equal(greedy[length - 1 : -1], tokens[length:])
     alone = answers(shallow.model, ids, mask, inv_freq=scaled)
-    assert (made == alone).all(axis=1).tolist() == [True, False, False]
+    assert (new == alone).all(axis=1).tolist() == [True, False, False]
 
 
-def test_a_list_that_is_given_is_not_left(twins_of: Callable[..., Twins]) -> None:
-    """Beyond the original length a longrope model would go over to the long list."""
+def test_an_explicit_list_never_switches(twins_of: Callable[..., Twins]) -> None:
+    """Beyond the original length the model itself would switch to the long list."""
     lists = {"short_factor": SHORT, "long_factor": LONG}
     twins = twins_of(
         num_hidden_layers=1, original_max_position_embeddings=32, rope_scaling={"type": "longrope"} | lists
@@ -98,37 +98,39 @@ def test_a_list_that_is_given_is_not_left(twins_of: Callable[..., Twins]) -> Non
     ids, mask = prompts(LENGTHS)
     short, scaling = frequencies(twins, {"type": "longrope"} | lists, 1)
     for options in ({}, {"prompt_lookup_num_tokens": 3}):
-        made = answers(twins.model, ids, mask, inv_freq=short, attention_scaling=scaling, **options)
-        np.testing.assert_array_equal(made, answers(twins.model, ids, mask, rope_list="short"))
-    assert (made != answers(twins.model, ids, mask)).any()
+        new = answers(twins.model, ids, mask, inv_freq=short, attention_scaling=scaling, **options)
+        np.testing.assert_array_equal(new, answers(twins.model, ids, mask, rope_list="short"))
+    assert (new != answers(twins.model, ids, mask)).any()
 
 
-def test_a_conversation_goes_on_under_them(shallow: Twins) -> None:
+def test_a_second_call_continues_with_them(shallow: Twins) -> None:
     ids, mask = prompts((20, 20))
     inv_freq, scaling = frequencies(shallow, ROPES[1], 20)
-    given = {"inv_freq": inv_freq, "attention_scaling": scaling}
-    whole = answers(shallow.model, ids, mask, **given)
-    asked = {"eos_token_id": [], "pad_token_id": PAD, "do_sample": False, "return_dict_in_generate": True}
-    first = shallow.model.generate(ids, mask, max_new_tokens=10, **asked, **given)
+    rope = {"inv_freq": inv_freq, "attention_scaling": scaling}
+    whole = answers(shallow.model, ids, mask, **rope)
+    settings = {"eos_token_id": [], "pad_token_id": PAD, "do_sample": False, "return_dict_in_generate": True}
+    first = shallow.model.generate(ids, mask, max_new_tokens=10, **settings, **rope)
     second = shallow.model.generate(
-        first.sequences, max_new_tokens=NEW - 10, past_key_values=first.past_key_values, **asked, **given
+        first.sequences, max_new_tokens=NEW - 10, past_key_values=first.past_key_values, **settings, **rope
     )
     np.testing.assert_array_equal(np.asarray(second.sequences), whole)
 
 
 def test_other_frequencies_compile_nothing(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
-    given = [frequencies(shallow, rope, 20) for rope in ROPES]
-    made = []
+    ropes = [frequencies(shallow, rope, 20) for rope in ROPES]
+    results = []
     for again in (False, True):
         with compilations() as programs:
-            for inv_freq, scaling in given if again else given[:1]:
-                made.append(answers(shallow.model, ids, mask, inv_freq=inv_freq, attention_scaling=scaling))
+            for inv_freq, scaling in ropes if again else ropes[:1]:
+                results.append(
+                    answers(shallow.model, ids, mask, inv_freq=inv_freq, attention_scaling=scaling)
+                )
     assert programs == []
-    assert not np.array_equal(made[1], made[2])
+    assert not np.array_equal(results[1], results[2])
 
 
-def test_shapes_are_checked(shallow: Twins) -> None:
+def test_rejects_other_shapes(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     with pytest.raises(ValueError, match=r"inv_freq has shape \[5\]; expected \[6\], \[3, 6\] or"):
         answers(shallow.model, ids, mask, inv_freq=np.ones(5))

@@ -1,4 +1,4 @@
-"""Greedy search and sampling of whole batches against transformers' generate."""
+"""Tests greedy search and sampling of whole batches against transformers' generate."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ LENGTHS = (20, 13, 5)
 
 @pytest.fixture(scope="module")
 def free(shallow: Twins) -> np.ndarray:
-    """40 new tokens behind the usual prompts where nothing ends them."""
+    """40 new tokens after the usual prompts, without end tokens."""
     return shallow.theirs(*prompts(LENGTHS), max_new_tokens=40)[:, max(LENGTHS) :]
 
 
@@ -25,7 +25,7 @@ def free(shallow: Twins) -> np.ndarray:
 def test_greedy_tokens(twins: Twins) -> None:
     answer = twins.same(*prompts(LENGTHS), max_new_tokens=256)
     assert answer.shape == (3, 276)
-    assert all(len(set(row[20:])) > 5 for row in answer), "a model that repeats itself tests little"
+    assert all(len(set(row[20:])) > 5 for row in answer), "a model that repeats itself tests nothing"
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_prompts_of_other_sizes(shallow: Twins, lengths: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_each_row_gets_what_it_gets_alone(shallow: Twins, side: str) -> None:
+def test_each_row_is_as_alone(shallow: Twins, side: str) -> None:
     ids, mask = prompts(LENGTHS, side)
     answer = shallow.ours(ids, mask, max_new_tokens=40)
     np.testing.assert_array_equal(answer[:, :20], ids)
@@ -62,16 +62,16 @@ def test_padding_between_the_tokens_of_a_prompt(shallow: Twins) -> None:
         np.testing.assert_array_equal(answer[row, 20:], expected[0, alone.shape[1] :])
 
 
-def test_padding_told_by_its_id(shallow: Twins, free: np.ndarray) -> None:
+def test_pad_token_id_marks_padding(shallow: Twins, free: np.ndarray) -> None:
     ids, mask = prompts(LENGTHS)
     np.testing.assert_array_equal(shallow.same(ids, None, max_new_tokens=40)[:, 20:], free)
-    # As an end token too it may well be one of the prompt's tokens: then all of them are.
-    counted = shallow.same(ids, None, max_new_tokens=40, eos_token_id=PAD)
-    assert (counted[1:, 20:] != free[1:]).any(axis=1).all()
+    # If it is also an end token, it may be part of the prompt, so nothing counts as padding.
+    as_tokens = shallow.same(ids, None, max_new_tokens=40, eos_token_id=PAD)
+    assert (as_tokens[1:, 20:] != free[1:]).any(axis=1).all()
     shallow.same(ids, mask, max_new_tokens=40, eos_token_id=PAD)
 
 
-def test_what_stands_in_the_padding_does_not_matter(shallow: Twins, free: np.ndarray) -> None:
+def test_ids_in_the_padding_do_not_matter(shallow: Twins, free: np.ndarray) -> None:
     ids, mask = prompts(LENGTHS)
     answer = shallow.ours(np.where(mask == 1, ids, 77), mask, max_new_tokens=40)
     np.testing.assert_array_equal(answer[:, 20:], free)
@@ -86,7 +86,7 @@ def test_end_tokens(shallow: Twins, free: np.ndarray) -> None:
         answer = shallow.same(*prompts(LENGTHS), max_new_tokens=40, eos_token_id=ends)[:, 20:]
         lengths = []
         for row, whole in zip(answer, free, strict=True):
-            first = next((at for at, token in enumerate(whole) if token in ends), 39)
+            first = next((index for index, token in enumerate(whole) if token in ends), 39)
             np.testing.assert_array_equal(row[: first + 1], whole[: first + 1])
             assert (row[first + 1 :] == PAD).all()
             lengths.append(first + 1)
@@ -129,12 +129,12 @@ def test_lengths(shallow: Twins, free: np.ndarray, options: dict[str, int]) -> N
 
 @stored(whole=True)
 def without_a_length(reference: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The reference's answer where nothing says how long; it warns of that."""
+    """Returns the reference's answer without any length, of which it warns."""
     with pytest.warns(UserWarning, match="model-agnostic default"):
         return ask(reference, ids, mask)
 
 
-def test_length_by_default(shallow: Twins) -> None:
+def test_default_length(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     answer = shallow.ours(ids, mask)
     np.testing.assert_array_equal(answer, without_a_length(shallow.reference, ids, mask))
@@ -163,7 +163,7 @@ def test_generation_configs(shallow: Twins, free: np.ndarray, monkeypatch: pytes
     ended = ours(generation_config=config, eos_token_id=int(free[0, 2]))
     assert (ended[0] == [*free[0, :3], *[PAD] * 6]).all()
 
-    # The model's own, and how a call takes its end token back.
+    # The model's own config, and calls that override its end token.
     own = shallow.model.generation_config
     assert own.eos_token_id == 2
     try:
@@ -182,7 +182,7 @@ def test_generation_configs(shallow: Twins, free: np.ndarray, monkeypatch: pytes
 
 
 def too_far(counts: np.ndarray, p: np.ndarray) -> bool:
-    """Whether counts are no draw from `p`: a chi-square test at 0.05%, rare outcomes taken together."""
+    """Returns whether counts are not drawn from `p`: a chi-square test at 0.05%, rare outcomes combined."""
     expected = p * counts.sum()
     rare = expected < 5
     if rare.any():
@@ -197,7 +197,7 @@ def too_far(counts: np.ndarray, p: np.ndarray) -> bool:
 
 @pytest.mark.slow
 def test_draws_follow_the_distribution(shallow: Twins) -> None:
-    """The first token's, and the second's behind the commonest first one."""
+    """Checks the first token, and the second one after the most frequent first one."""
     ids, mask = prompts((11,))
     options = {"do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "max_new_tokens": 2}
     drawn = np.concatenate(
@@ -205,15 +205,15 @@ def test_draws_follow_the_distribution(shallow: Twins) -> None:
     )
     assert drawn.shape == (20_000, 13)
     (first, _), *_ = Counter(drawn[:, 11].tolist()).most_common(1)
-    wanted = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 1}
-    for made in ([], [first]):
-        before = np.concatenate([ids, [made]], axis=1).astype(np.int64)
-        (scores,) = shallow.theirs(before, np.ones_like(before), **options | wanted).scores
+    recorded = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 1}
+    for new in ([], [first]):
+        before = np.concatenate([ids, [new]], axis=1).astype(np.int64)
+        (scores,) = shallow.theirs(before, np.ones_like(before), **options | recorded).scores
         p = softmax(scores[0])
-        follows = (drawn[:, 11 : 11 + len(made)] == made).all(axis=1)
-        counts = np.bincount(drawn[follows, 11 + len(made)], minlength=96)
+        follows = (drawn[:, 11 : 11 + len(new)] == new).all(axis=1)
+        counts = np.bincount(drawn[follows, 11 + len(new)], minlength=96)
         assert counts[p == 0].sum() == 0
-        assert (p > 0).sum() > 8, "a distribution of a few tokens tests little"
+        assert (p > 0).sum() > 8, "a distribution of a few tokens tests nothing"
         assert not too_far(counts, p)
         assert too_far(counts, np.roll(p, 1) * 0.5 + p * 0.5)
 
@@ -234,8 +234,10 @@ def test_seeds(shallow: Twins) -> None:
     first = answer(seed=5)
     np.testing.assert_array_equal(answer(seed=5), first)
     assert (answer(seed=6)[:, 20:] != first[:, 20:]).any(axis=1).all()
-    assert (answer()[:, 20:] != answer()[:, 20:]).any(axis=1).all(), "without a seed each call draws anew"
-    np.testing.assert_array_equal(answer(rows=5, seed=5)[:3], first, "rows beside it change no row's draw")
+    assert (answer()[:, 20:] != answer()[:, 20:]).any(axis=1).all(), (
+        "without a seed each call draws other tokens"
+    )
+    np.testing.assert_array_equal(answer(rows=5, seed=5)[:3], first, "other rows do not change a row's draw")
 
 
 @pytest.mark.slow
@@ -260,20 +262,20 @@ def test_several_answers_to_each_prompt(shallow: Twins) -> None:
         assert (row[length:] == PAD).all()
 
 
-# --- compilation, and what is refused ------------------------------------------------------------------
+# --- compilation ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
-    """Grows by one entry with each program that XLA compiles."""
-    seen: list[str] = []
+    """A list that gets an entry for each program that XLA compiles."""
+    events: list[str] = []
 
     def listen(event: str, duration: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
+            events.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
+    yield events
     jax.monitoring.unregister_event_duration_listener(listen)
 
 

@@ -1,4 +1,4 @@
-"""What runs on the host between the steps: a caller's processors and criteria, streamers; what is refused."""
+"""Tests what runs on the host between steps (processors, criteria, streamers) and rejected arguments."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,7 +25,7 @@ LENGTHS = (20, 13, 5)
 
 
 class Notes:
-    """A streamer that writes down what it is told."""
+    """A streamer that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -39,7 +39,7 @@ class Notes:
 
 @stored
 def streamed(reference: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> list[Any]:
-    """What the reference tells a streamer."""
+    """Returns the reference's calls of a streamer."""
     notes = Notes()
     ask(reference, ids, mask, streamer=notes, **options)
     return notes.calls
@@ -69,18 +69,18 @@ def test_streamed_batches(shallow: Twins) -> None:
 
 
 def bias_of(last: Any) -> Any:
-    """Which token a rule favours behind `last`."""
+    """Returns the token that a rule favours after `last`."""
     return (7 * last + 3) % 96
 
 
 def favour(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """A rule of transformers' kind, in NumPy."""
+    """Favours one token: a rule of transformers' kind, in NumPy."""
     scores[np.arange(len(ids)), bias_of(ids[:, -1])] += 3.0
     return scores
 
 
 def halve(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Another, which does not go with the first one in any order: even tokens of a text of even length."""
+    """Halves the scores of every other token; its order with `favour` matters."""
     factor = np.where((np.arange(96) + ids.shape[1]) % 2 == 0, 0.5, 1.0)
     return scores * factor.astype(np.float32)
 
@@ -88,7 +88,7 @@ def halve(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Favour(LogitsProcessor):
-    """`favour` on the device."""
+    """Does what `favour` does, on the device."""
 
     by: Any
 
@@ -114,7 +114,7 @@ BEAMS = {"repetition_penalty": 1.2, "num_beams": 2}
     ("mix", "options"),
     [*((mix, GREEDY) for mix in MIXES), ("device", BEAMS), ("device between hosts", BEAMS)],
 )
-def test_processors_of_the_caller(shallow: Twins, mix: str, options: dict[str, Any]) -> None:
+def test_user_processors(shallow: Twins, mix: str, options: dict[str, Any]) -> None:
     ids, mask = prompts(LENGTHS)
     own, others = MIXES[mix]
     theirs = list(map(named, others))
@@ -125,7 +125,7 @@ def test_processors_of_the_caller(shallow: Twins, mix: str, options: dict[str, A
 
 
 class Seen:
-    """A rule that changes nothing and keeps what it is shown."""
+    """A rule that changes nothing and records its arguments."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[np.ndarray, np.ndarray]] = []
@@ -137,14 +137,14 @@ class Seen:
 
 @stored(whole=True)
 def shown(reference: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> list[Any]:
-    """The ids and scores that the reference shows a processor at each step."""
+    """Returns the ids and scores that the reference passes to a processor at each step."""
     seen = Seen()
     ask(reference, ids, mask, logits_processor=[seen], **options)
     return seen.calls
 
 
-def test_a_host_processor_sees_what_transformers_shows(shallow: Twins) -> None:
-    """Ids with padding, ended rows included, and the scores of the others."""
+def test_a_host_processor_gets_the_arguments_of_transformers(shallow: Twins) -> None:
+    """Compares ids with padding and ended rows, and the scores of the other rows."""
     ids, mask = prompts(LENGTHS)
     free = shallow.theirs(ids, mask, max_new_tokens=12)[:, 20:]
     options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": [int(free[0, 2]), int(free[1, 6])]}
@@ -158,7 +158,7 @@ def test_a_host_processor_sees_what_transformers_shows(shallow: Twins) -> None:
 
 
 def test_allowed_tokens(shallow: Twins) -> None:
-    """The host's form, the device's and the reference's."""
+    """Compares the host's form, the device's and the reference's."""
 
     def allowed(row: int, ids: Any) -> list[int]:
         return [token for token in range(96) if (token + int(ids[-1]) + row) % 3 == 0]
@@ -181,14 +181,14 @@ def test_allowed_tokens(shallow: Twins) -> None:
 
 
 def unseen(twins: Twins) -> list[int]:
-    """Two tokens that never come, as the reference pads ended rows only where there are end tokens."""
+    """Returns two tokens that never occur: the reference pads ended rows only if it has end tokens."""
     answer = twins.theirs(*prompts(LENGTHS), max_new_tokens=40)
     return [token for token in range(4, 96) if token not in answer[:, 20:]][:2]
 
 
 @pytest.mark.slow
-def test_a_criterion_for_single_rows(twins: Twins) -> None:
-    """Rows stop where it says, the others go on, and so does a conversation from the cache behind them."""
+def test_a_criterion_ends_single_rows(twins: Twins) -> None:
+    """Rows end where the criterion says, the others continue, and the cache continues a conversation."""
     ids, mask = prompts(LENGTHS)
     free = twins.theirs(ids, mask, max_new_tokens=30)[:, 20:]
     stops = np.array([23, 41, 36])
@@ -203,19 +203,22 @@ def test_a_criterion_for_single_rows(twins: Twins) -> None:
         np.testing.assert_array_equal(answer[row, :length], free[row, :length])
         assert (answer[row, length:] == PAD).all()
     more, more_mask = prompts((4, 6, 2), "right", seed=1)
-    held = np.arange(21) < (stops - 20)[:, None]
+    is_token = np.arange(21) < (stops - 20)[:, None]
     longer = np.concatenate([ids, answer, more], axis=1)
-    longer_mask = np.concatenate([mask, held, more_mask], axis=1)
-    then = twins.ours(longer, longer_mask, max_new_tokens=10, past_key_values=out.past_key_values)
-    np.testing.assert_array_equal(then[:, longer.shape[1] :], alone(twins, longer, longer_mask, 10))
+    longer_mask = np.concatenate([mask, is_token, more_mask], axis=1)
+    second = twins.ours(longer, longer_mask, max_new_tokens=10, past_key_values=out.past_key_values)
+    np.testing.assert_array_equal(second[:, longer.shape[1] :], alone(twins, longer, longer_mask, 10))
 
 
-def test_criteria_as_transformers_has_them(shallow: Twins) -> None:
+def test_criteria_match_transformers(shallow: Twins) -> None:
     def thirteenth(ids: np.ndarray, scores: Any, **_: Any) -> np.ndarray:
         return ids[:, -1] % 13 == 0
 
     ids, mask = prompts(LENGTHS)
-    options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": unseen(shallow)}  # so that theirs pads
+    options: dict[str, Any] = {
+        "max_new_tokens": 40,
+        "eos_token_id": unseen(shallow),
+    }  # so that the reference pads
     options["stopping_criteria"] = [named(thirteenth)]
     expected = shallow.same(ids, mask, **options)
     assert (expected[:, -1] == PAD).any()
@@ -224,7 +227,7 @@ def test_criteria_as_transformers_has_them(shallow: Twins) -> None:
 
 
 class Characters:
-    """A token for each visible character of ASCII, space and newline."""
+    """A tokenizer with a token for each visible ASCII character, space and newline."""
 
     def __init__(self) -> None:
         characters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
@@ -238,7 +241,7 @@ class Characters:
 def stopped_by_strings(
     reference: Any, characters: Characters, ids: np.ndarray, mask: np.ndarray, **options: Any
 ) -> np.ndarray:
-    """The reference's answer with a tokenizer of those characters."""
+    """Returns the reference's answer with a tokenizer of those characters."""
     import transformers
 
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=characters.tokenizer)
@@ -306,7 +309,7 @@ def test_max_time(shallow: Twins) -> None:
     assert beams.shape[1] < 30
 
 
-# --- what is refused -----------------------------------------------------------------------------------
+# --- rejected arguments --------------------------------------------------------------------------------
 
 LONG = np.full((1, 512), 5)
 GOOD = np.full((2, 4), 5)
@@ -340,27 +343,27 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "greedy copies": ({"num_return_sequences": 2}, ValueError, "2 times the same greedy answer"),
     "more than beams": ({"num_return_sequences": 3, "num_beams": 2}, ValueError, "raise num_beams"),
-    "unread strings": ({"stop_strings": "a"}, ValueError, "stop_strings need the tokenizer"),
+    "no tokenizer": ({"stop_strings": "a"}, ValueError, "stop_strings need the tokenizer"),
     "shape": ({"logits_processor": [lambda ids, s: s[:, 1:]]}, ValueError, r"\(2, 95\); expected \(2, 96\)"),
     "criterion": ({"stopping_criteria": [lambda ids, s: [True]]}, ValueError, "returned shape"),
     "not a bool": ({"stopping_criteria": [lambda ids, s: 1]}, TypeError, "returned 1; expected a bool"),
     "no token": ({"prefix_allowed_tokens_fn": lambda row, ids: []}, ValueError, "allows no token for row 0"),
     "cold": ({"do_sample": True, "temperature": 0.0}, ValueError, "cannot be sampled from"),
-    "unread setting": ({"temperature": 0.5}, ValueError, "set do_sample=True"),
-    "unasked scores": ({"output_scores": True}, ValueError, "return_dict_in_generate"),
+    "unused setting": ({"temperature": 0.5}, ValueError, "set do_sample=True"),
+    "unused scores": ({"output_scores": True}, ValueError, "return_dict_in_generate"),
     "end token": ({"eos_token_id": 96}, ValueError, "96"),
     "not supported": ({"num_beam_groups": 2}, ValueError, "num_beam_groups=2 is not supported"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_calls(shallow: Twins, case: str) -> None:
+def test_rejects_bad_calls(shallow: Twins, case: str) -> None:
     arguments, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         shallow.model.generate(**{"input_ids": GOOD, "max_new_tokens": 3, "eos_token_id": []} | arguments)
 
 
-def test_bad_models_and_caches(shallow: Twins) -> None:
+def test_rejects_other_models_and_caches(shallow: Twins) -> None:
     model = shallow.model
     with pytest.raises(ValueError, match="num_beams exclude each other"):
         model.generate(GOOD, assistant_model=model, num_beams=2)

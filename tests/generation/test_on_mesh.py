@@ -1,4 +1,4 @@
-"""Every way of generating, divided over eight devices: the ids of one device."""
+"""Tests that generation on eight devices returns the same ids as on one device."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def one():
-    """Longrope whose short list ends at 16 tokens, which some rows cross."""
+    """A longrope model whose short list ends at 16 tokens, which some rows pass."""
     return Phi3ForCausalLM(small_config(**GROUPED, **LONG))
 
 
@@ -36,8 +36,8 @@ FEW = ("greedy",)
     "mode", [*FEW, *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode not in FEW)]
 )
 @pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", *OTHERS])
-def test_generate_equals_one_device(one, mesh, mode):
-    """Three rows on two or eight devices, of unequal lengths, padded on the left."""
+def test_generate_matches_one_device(one, mesh, mode):
+    """Three rows of different lengths, padded on the left, run on two or eight devices."""
     ids, mask = prompts([5, 14, 11])
     options = {"max_new_tokens": 12, "eos_token_id": [], "pad_token_id": PAD} | MODES[mode]
     several = on_mesh(one, make_mesh(mesh))
@@ -52,22 +52,22 @@ def test_an_assistant_on_the_same_mesh(one):
     ids, mask = prompts([5, 14, 11])
     options = {"max_new_tokens": 12, "eos_token_id": [], "pad_token_id": PAD, "do_sample": False}
     expected = np.asarray(one.generate(ids, mask, assistant_model=assistant, **options))
-    made = on_mesh(one, mesh).generate(ids, mask, assistant_model=on_mesh(assistant, mesh), **options)
-    np.testing.assert_array_equal(np.asarray(made), expected)
+    ids_on_mesh = on_mesh(one, mesh).generate(ids, mask, assistant_model=on_mesh(assistant, mesh), **options)
+    np.testing.assert_array_equal(np.asarray(ids_on_mesh), expected)
 
 
 @pytest.mark.slow
-def test_a_returned_cache_goes_on(one):
+def test_continues_from_a_returned_cache(one):
     several = on_mesh(one, make_mesh("fsdp=2,context=2,tensor=2"))
     options = {"eos_token_id": [], "pad_token_id": PAD, "do_sample": False, "return_dict_in_generate": True}
-    made = []
+    results = []
     for model in (one, several):
         ids, _ = prompts([9, 9])
         first = model.generate(ids, max_new_tokens=5, **options)
         more = np.concatenate([np.asarray(first.sequences), [[7, 8], [9, 10]]], axis=1)
         second = model.generate(more, max_new_tokens=8, past_key_values=first.past_key_values, **options)
-        made.append(np.asarray(second.sequences))
-    np.testing.assert_array_equal(made[1], made[0])
+        results.append(np.asarray(second.sequences))
+    np.testing.assert_array_equal(results[1], results[0])
 
 
 def test_a_ring_on_a_mesh():

@@ -1,4 +1,4 @@
-"""What generate returns with `return_dict_in_generate`, and going on from the cache in it."""
+"""Tests the outputs of `return_dict_in_generate`, and continuing from the cache in them."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -21,13 +21,13 @@ ALL = {"return_dict_in_generate": True, **{f"output_{name}": True for name in NA
 
 @pytest.fixture(params=["whole", "in chunks"])
 def prefill(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts computed at once, or 8 columns at a time."""
+    """Computes prompts at once, or 8 slots at a time."""
     if request.param == "in chunks":
         monkeypatch.setattr(sizes, "PREFILL_CHUNK", 8)
 
 
 def assert_same_output(ours: Any, theirs: Any, mask: np.ndarray) -> None:
-    """All four tuples, prompts at their tokens only; windows may hide what theirs has dropped."""
+    """Compares all four tuples; prompts without padding, windows without keys that the reference dropped."""
     np.testing.assert_array_equal(ours.sequences, theirs.sequences)
     rows, width = mask.shape
     for name in ("scores", "logits"):
@@ -40,16 +40,17 @@ def assert_same_output(ours: Any, theirs: Any, mask: np.ndarray) -> None:
         for step, (own, other) in enumerate(zip(own_steps, other_steps, strict=True)):
             assert len(own) == len(other)
             queries = mask.astype(bool) if step == 0 else np.ones((rows, 1), bool)
-            for mine, others in zip(own, other, strict=True):
+            for layer, expected in zip(own, other, strict=True):
                 if name == "hidden_states":
-                    assert distance(mine, others, queries[:, :, None]) < 1e-5
+                    assert distance(layer, expected, queries[:, :, None]) < 1e-5
                     continue
-                keys = others.shape[-1]
-                assert mine.shape == (rows, 4, queries.shape[1], width + step)
-                assert distance(mine[..., -keys:], others, queries[:, None, :, None]) < 1e-5
-                assert not np.asarray(mine[..., :-keys]).any()
+                keys = expected.shape[-1]
+                is_query = queries[:, None, :, None]
+                assert layer.shape == (rows, 4, queries.shape[1], width + step)
+                assert distance(layer[..., -keys:], expected, is_query) < 1e-5
+                assert not np.asarray(layer[..., :-keys]).any()
                 if step == 0:
-                    assert not np.asarray(mine)[np.broadcast_to(~queries[:, None, :, None], mine.shape)].any()
+                    assert not np.asarray(layer)[np.broadcast_to(~is_query, layer.shape)].any()
 
 
 def test_tuples(twins: Twins, prefill: None) -> None:
@@ -67,7 +68,7 @@ def test_tuples_of_a_sliding_window(twins_of: Callable[..., Twins], prefill: Non
 
 
 def test_tuples_of_right_padded_prompts(twins: Twins) -> None:
-    """Each row's are those that the reference gives it alone."""
+    """Each row's tuples are those of the reference for that row alone."""
     ids, mask = prompts(LENGTHS, "right")
     ours = twins.ours(ids, mask, max_new_tokens=4, **ALL)
     for row, length in enumerate(LENGTHS):
@@ -77,13 +78,13 @@ def test_tuples_of_right_padded_prompts(twins: Twins) -> None:
         assert distance(ours.hidden_states[0][2][only, :length], theirs.hidden_states[0][2]) < 1e-5
         assert distance(ours.attentions[0][1][only, :, :length, :length], theirs.attentions[0][1]) < 1e-5
         for step in range(1, 4):
-            held = [*range(length), *range(20, 20 + step)]
-            own = np.asarray(ours.attentions[step][1])[only][..., held]
+            keys = [*range(length), *range(20, 20 + step)]
+            own = np.asarray(ours.attentions[step][1])[only][..., keys]
             assert distance(own, theirs.attentions[step][1]) < 1e-5
             assert distance(ours.hidden_states[step][2][only], theirs.hidden_states[step][2]) < 1e-5
 
 
-def test_only_what_is_asked_for(twins: Twins) -> None:
+def test_returns_only_the_requested_tuples(twins: Twins) -> None:
     for name in ("scores", "hidden_states"):
         options = {"return_dict_in_generate": True, f"output_{name}": True, "max_new_tokens": 3}
         out = twins.ours(*prompts(LENGTHS), **options)
@@ -95,7 +96,7 @@ def test_only_what_is_asked_for(twins: Twins) -> None:
 
 @stored(whole=True)
 def newly_recorded(reference: Reference, ids: np.ndarray, mask: np.ndarray, **options: Any) -> dict[str, Any]:
-    """The reference's last hidden states and first attentions of each token but the first, and all logits."""
+    """Returns the reference's logits, and one layer's states and attentions of all tokens after the first."""
     out = ask(reference, ids, mask, **options)
     return {
         "sequences": out["sequences"],
@@ -106,7 +107,7 @@ def newly_recorded(reference: Reference, ids: np.ndarray, mask: np.ndarray, **op
 
 
 def test_rows_that_have_ended(twins: Twins) -> None:
-    """Tuples are as long as the longest row, and right in each as long as it goes on."""
+    """Tuples are as long as the longest row, and right in each row up to its end."""
     ids, mask = prompts(LENGTHS)
     free = SimpleNamespace(**newly_recorded(twins.reference, ids, mask, max_new_tokens=12, **ALL))
     new = free.sequences[:, 20:]
@@ -124,7 +125,7 @@ def test_rows_that_have_ended(twins: Twins) -> None:
 
 
 def test_tuples_of_prompt_lookup(twins: Twins) -> None:
-    """Token by token, as without drafts."""
+    """The tuples are by token, as without drafts."""
     ids, mask = prompts(LENGTHS)
     ids[0] = np.tile(ids[0, :5], 4)
     ours = twins.ours(ids, mask, max_new_tokens=20, prompt_lookup_num_tokens=3, **ALL)
@@ -132,7 +133,7 @@ def test_tuples_of_prompt_lookup(twins: Twins) -> None:
 
 
 def test_tuples_of_several_answers(twins: Twins) -> None:
-    """A prompt's are repeated for each of its answers."""
+    """A prompt's entries are repeated for each of its answers."""
     ids, mask = prompts(LENGTHS)
     options: dict[str, Any] = {"max_new_tokens": 6} | ALL
     ours = twins.ours(ids, mask, do_sample=True, top_k=1, num_return_sequences=2, seed=0, **options)
@@ -159,20 +160,22 @@ def test_tuples_of_beams(twins: Twins, prefill: None) -> None:
             assert distance(own, other, at[:, None, :, None]) < 1e-5
 
 
-# --- going on ------------------------------------------------------------------------------------------
+# --- continuing ----------------------------------------------------------------------------------------
 
 
-def behind(out: Any, mask: np.ndarray, more: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of `out` and `more` new ones in each row, padded on the right, with their mask."""
+def extend(out: Any, mask: np.ndarray, more: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of `out` and `more` new ones in each row, padded on the right, and their mask."""
     sequences = np.asarray(out.sequences)
-    held = np.concatenate([mask, np.ones((len(mask), sequences.shape[1] - mask.shape[1]), np.int64)], axis=1)
+    old_mask = np.concatenate(
+        [mask, np.ones((len(mask), sequences.shape[1] - mask.shape[1]), np.int64)], axis=1
+    )
     added, added_mask = prompts(more, "right", seed)
-    return np.concatenate([sequences, added], axis=1), np.concatenate([held, added_mask], axis=1)
+    return np.concatenate([sequences, added], axis=1), np.concatenate([old_mask, added_mask], axis=1)
 
 
-def go_on(twins: Twins, out: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> Any:
-    """The next 10 tokens from the cache of `out`, which must be those that each row gets from scratch."""
-    then = twins.ours(
+def check_continuation(twins: Twins, out: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> Any:
+    """Checks that 10 tokens from the cache of `out` equal those without a cache; returns the output."""
+    continuation = twins.ours(
         ids,
         mask,
         past_key_values=out.past_key_values,
@@ -180,39 +183,39 @@ def go_on(twins: Twins, out: Any, ids: np.ndarray, mask: np.ndarray, **options: 
         return_dict_in_generate=True,
         **options,
     )
-    new = np.asarray(then.sequences)[:, ids.shape[1] :]
+    new = np.asarray(continuation.sequences)[:, ids.shape[1] :]
     np.testing.assert_array_equal(new, alone(twins, ids, mask, 10))
-    return then
+    return continuation
 
 
 @pytest.mark.parametrize("more", [[1, 1, 1], [3, 3, 3], [2, 20, 7]])
-def test_going_on(twins: Twins, more: list[int]) -> None:
+def test_continues(twins: Twins, more: list[int]) -> None:
     ids, mask = prompts(LENGTHS)
     out = twins.ours(ids, mask, max_new_tokens=10, return_dict_in_generate=True)
-    longer, longer_mask = behind(out, mask, more)
-    go_on(twins, out, longer, longer_mask)
-    go_on(twins, out, longer, longer_mask)  # the cache is the user's, and still whole
-    go_on(twins, out, *behind(out, mask, more, seed=1))
+    longer, longer_mask = extend(out, mask, more)
+    check_continuation(twins, out, longer, longer_mask)
+    check_continuation(twins, out, longer, longer_mask)  # the user's cache is unchanged
+    check_continuation(twins, out, *extend(out, mask, more, seed=1))
 
 
-def test_going_on_without_new_tokens(twins: Twins) -> None:
+def test_continues_without_new_tokens(twins: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     out = twins.ours(ids, mask, max_new_tokens=10, return_dict_in_generate=True)
-    held = np.concatenate([mask, np.ones((3, 10), np.int64)], axis=1)
-    go_on(twins, out, np.asarray(out.sequences), held)
+    mask = np.concatenate([mask, np.ones((3, 10), np.int64)], axis=1)
+    check_continuation(twins, out, np.asarray(out.sequences), mask)
     for cut in (1, 2, 7, 14):
-        go_on(twins, out, np.asarray(out.sequences)[:, :-cut], held[:, :-cut])
+        check_continuation(twins, out, np.asarray(out.sequences)[:, :-cut], mask[:, :-cut])
 
 
 def test_a_conversation(twins: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     out = twins.ours(ids, mask, max_new_tokens=10, return_dict_in_generate=True)
     for turn, more in enumerate(([4, 9, 1], [1, 3, 6], [18, 2, 2])):
-        ids, mask = behind(out, mask, more, turn)
-        out = go_on(twins, out, ids, mask)
+        ids, mask = extend(out, mask, more, turn)
+        out = check_continuation(twins, out, ids, mask)
 
 
-def test_going_on_behind_rows_that_ended(twins: Twins) -> None:
+def test_continues_after_rows_that_ended(twins: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     new = twins.theirs(ids, mask, max_new_tokens=12)[:, 20:]
     out = twins.ours(
@@ -222,19 +225,19 @@ def test_going_on_behind_rows_that_ended(twins: Twins) -> None:
         eos_token_id=[int(new[0, 2]), int(new[1, 6])],
         return_dict_in_generate=True,
     )
-    longer, longer_mask = behind(out, mask, [3, 5, 4])
-    answered = np.asarray(out.sequences)[:, 20:]
-    longer_mask[:, 20:-5] = answered != PAD
-    assert (answered == PAD).any()
-    go_on(twins, out, longer, longer_mask)
+    longer, longer_mask = extend(out, mask, [3, 5, 4])
+    new = np.asarray(out.sequences)[:, 20:]
+    longer_mask[:, 20:-5] = new != PAD
+    assert (new == PAD).any()
+    check_continuation(twins, out, longer, longer_mask)
 
 
-def test_going_on_in_other_ways(twins: Twins) -> None:
-    """Beams, drafts and several answers from the same cache."""
+def test_continues_in_other_modes(twins: Twins) -> None:
+    """Beams, drafts and several answers continue from the same cache."""
     ids, mask = prompts(LENGTHS)
     out = twins.ours(ids, mask, max_new_tokens=10, return_dict_in_generate=True)
-    longer, longer_mask = behind(out, mask, [3, 5, 4])
-    go_on(twins, out, longer, longer_mask, prompt_lookup_num_tokens=3)
+    longer, longer_mask = extend(out, mask, [3, 5, 4])
+    check_continuation(twins, out, longer, longer_mask, prompt_lookup_num_tokens=3)
     past = {"past_key_values": out.past_key_values, "max_new_tokens": 10}
     for options in ({"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "seed": 0}):
         expected = twins.ours(longer, longer_mask, max_new_tokens=10, **options)
@@ -251,7 +254,7 @@ def continued(
     longer_mask: np.ndarray,
     **options: Any,
 ) -> Any:
-    """The reference's answer behind `longer` from the cache of its own first answer of `count` tokens."""
+    """Returns the reference's continuation of `longer` from the cache of its first `count` tokens."""
     import torch
 
     first = reference.model.generate(
@@ -267,16 +270,18 @@ def continued(
 
 
 def test_tuples_of_a_continuation(twins: Twins) -> None:
-    """Attentions and hidden states of the new tokens only, over all keys, as the reference has it."""
+    """Attentions and hidden states are those of new tokens over all keys, as in the reference."""
     ids, mask = prompts(LENGTHS)
     ours = twins.ours(ids, mask, max_new_tokens=5, return_dict_in_generate=True)
-    longer, longer_mask = behind(ours, mask, [6, 6, 6])
+    longer, longer_mask = extend(ours, mask, [6, 6, 6])
     options: dict[str, Any] = {"max_new_tokens": 4} | ALL
-    then = twins.ours(longer, longer_mask, past_key_values=ours.past_key_values, **options)
+    continuation = twins.ours(longer, longer_mask, past_key_values=ours.past_key_values, **options)
     expected = SimpleNamespace(**continued(twins.reference, ids, mask, 5, longer, longer_mask, **options))
-    np.testing.assert_array_equal(then.sequences, expected.sequences)
+    np.testing.assert_array_equal(continuation.sequences, expected.sequences)
     for step in range(4):
-        assert distance(then.logits[step], expected.logits[step]) < 1e-5
+        assert distance(continuation.logits[step], expected.logits[step]) < 1e-5
         for name in ("hidden_states", "attentions"):
-            for own, other in zip(getattr(then, name)[step], getattr(expected, name)[step], strict=True):
+            for own, other in zip(
+                getattr(continuation, name)[step], getattr(expected, name)[step], strict=True
+            ):
                 assert distance(own, other) < 1e-5

@@ -1,4 +1,4 @@
-"""Logits processors against transformers' own, row by row and as a whole chain."""
+"""Tests logits processors against those of transformers, row by row and as a whole chain."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from phi3_jax.generation.chain import logits_processors
 from phi3_jax.generation.processors import LogitsProcessor, LogitsProcessorList
 from phi3_jax.generation.sequences import Sequences
 
-VOCAB, COLUMNS, PAD, JUNK = 96, 24, 3, 7
+VOCAB, SLOTS, PAD, JUNK = 96, 24, 3, 7
 ENDS = [2, 5]
 FORBIDDEN = np.array([4, 11, 50], np.int32)
 
@@ -31,15 +31,15 @@ def apply(processor: LogitsProcessor, sequences: Sequences, scores: Any) -> Any:
 
 
 def make_sequences(rows: list[tuple[int, int, int]], seed: int = 0) -> Sequences:
-    """Rows of (padding, prompt tokens, new tokens), with few different tokens so that they repeat."""
+    """Returns rows of (padding, prompt tokens, new tokens) with few different tokens, so that they repeat."""
     rng = np.random.default_rng(seed)
-    ids = np.full((len(rows), COLUMNS), JUNK, np.int32)
+    ids = np.full((len(rows), SLOTS), JUNK, np.int32)
     mask = np.zeros(ids.shape, bool)
     for row, (padding, prompt, new) in enumerate(rows):
         ids[row, :padding] = PAD
-        held = slice(padding, padding + prompt + new)
-        ids[row, held] = rng.integers(8, 12, prompt + new)
-        mask[row, held] = True
+        used = slice(padding, padding + prompt + new)
+        ids[row, used] = rng.integers(8, 12, prompt + new)
+        mask[row, used] = True
     length, new = np.array([sum(row) for row in rows]), np.array([row[2] for row in rows])
     return Sequences(*map(jnp.asarray, (ids, mask, length.astype(np.int32), new.astype(np.int32))))
 
@@ -58,7 +58,7 @@ def make_scores(rows: int, kind: str = "normal", vocab: int = VOCAB, seed: int =
 
 @dataclass(frozen=True)
 class Call:
-    """A processor of the reference, and the ids and scores that it is given."""
+    """A processor of the reference, and its arguments: ids and scores."""
 
     name: str
     settings: tuple[Any, ...]
@@ -71,7 +71,7 @@ class Call:
 
 
 def theirs(*calls: Call) -> list[np.ndarray]:
-    """The scores that the reference makes of those of each call."""
+    """Returns the reference's scores for each call."""
     return unpack([call.scores for call in calls], _process(calls))
 
 
@@ -90,14 +90,14 @@ def _process(calls: Sequence[Call]) -> dict[str, np.ndarray]:
 
 
 def pack(scores: Sequence[np.ndarray], processed: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Which of the scores, all in a row, became -inf, as bits, and which others changed to what."""
+    """Returns which scores became -inf, as bits over all arrays, and which others changed to what."""
     before, after = (np.concatenate([each.ravel() for each in arrays]) for arrays in (scores, processed))
     changed = np.flatnonzero(~np.isneginf(after) & (after != before))
     return {"forbidden": np.packbits(np.isneginf(after)), "changed": changed, "values": after[changed]}
 
 
 def unpack(scores: Sequence[np.ndarray], packed: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """The processed scores of `pack`."""
+    """Returns the processed scores that `pack` packed."""
     after = np.concatenate([each.ravel() for each in scores])
     after[np.unpackbits(packed["forbidden"], count=after.size).astype(bool)] = -np.inf
     after[packed["changed"]] = packed["values"]
@@ -106,7 +106,7 @@ def unpack(scores: Sequence[np.ndarray], packed: dict[str, np.ndarray]) -> list[
 
 
 def own_ids(sequences: Sequences, row: int) -> np.ndarray:
-    """A row's tokens without padding, and without what comes after them."""
+    """Returns a row's tokens without padding and unused slots."""
     return np.asarray(sequences.ids)[row : row + 1, np.asarray(sequences.mask)[row]]
 
 
@@ -117,7 +117,7 @@ def check(ours: Any, theirs: Any) -> None:
 
 
 UNEQUAL = [(0, 5, 9), (4, 3, 0), (9, 1, 2), (0, 1, 0), (2, 6, 4), (1, 2, 19), (3, 4, 1), (0, 12, 3)]
-"""Rows of every kind: padded or not, with none or many new tokens, as long as the columns or much shorter."""
+"""Rows with and without padding, with no and many new tokens, that fill all slots or few of them."""
 
 BIASES = {(9,): 2.5, (10, 11): -3.0, (8, 9, 12): 4.0, (11, 12): -math.inf, (9, 10, 11, 8): 1.0, (8, 11): 7.0}
 
@@ -132,7 +132,7 @@ def bias_table(biases: dict[tuple[int, ...], float]) -> Any:
     )[0]
 
 
-# Name: our processor, and the reference's with its settings for a row with so many prompt tokens.
+# Name: our processor, and the reference's with its settings for a row of `prompt` prompt tokens.
 ON_ROWS: dict[str, tuple[LogitsProcessor, str, Any]] = {
     "bias": (bias_table(BIASES), "SequenceBiasLogitsProcessor", lambda prompt: (dict(BIASES),)),
     "single_bias": (
@@ -156,7 +156,7 @@ ON_ROWS: dict[str, tuple[LogitsProcessor, str, Any]] = {
             "NoRepeatNGramLogitsProcessor",
             lambda prompt, size=size: (size,),
         )
-        for size in (1, 2, 3, COLUMNS, COLUMNS + 1)
+        for size in (1, 2, 3, SLOTS, SLOTS + 1)
     },
     "min_new_tokens": (
         processors.MinNewTokensLengthLogitsProcessor(3, np.array(ENDS)),
@@ -197,7 +197,7 @@ ON_ROWS: dict[str, tuple[LogitsProcessor, str, Any]] = {
 
 @pytest.mark.parametrize("kind", ["normal", "masked", "peaked"])
 @pytest.mark.parametrize("name", ON_ROWS)
-def test_each_row_is_what_the_reference_makes_of_it_alone(name, kind):
+def test_each_row_matches_transformers_alone(name, kind):
     ours, reference, settings = ON_ROWS[name]
     sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL), kind)
     calls = [
@@ -222,7 +222,7 @@ def test_invalid_scores_become_numbers():
 
 @stored(whole=True)
 def penalized(ids: np.ndarray, padding: list[int], scores: np.ndarray) -> np.ndarray:
-    """The reference's scores under a penalty of 1.5 that leaves out each row's padding."""
+    """Returns the reference's scores under a penalty of 1.5 that ignores each row's padding."""
     import torch
     from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -231,7 +231,7 @@ def penalized(ids: np.ndarray, padding: list[int], scores: np.ndarray) -> np.nda
 
 
 @pytest.mark.parametrize("kind", ["normal", "masked"])
-def test_repetition_penalty_leaves_out_padding_as_the_reference_does(kind):
+def test_repetition_penalty_ignores_padding_as_transformers_does(kind):
     rows = [(4, 5, 3), (0, 9, 3), (8, 1, 3)]
     sequences, scores = make_sequences(rows), make_scores(3, kind)
     ours = apply(processors.RepetitionPenaltyLogitsProcessor(1.5), sequences, scores)
@@ -239,7 +239,7 @@ def test_repetition_penalty_leaves_out_padding_as_the_reference_does(kind):
     np.testing.assert_array_equal(ours[:, [PAD, JUNK]], scores[:, [PAD, JUNK]])
 
 
-def test_what_is_not_a_rows_own_never_matches():
+def test_padding_and_unused_slots_never_match():
     ids = jnp.array([[PAD, PAD, PAD, 9, JUNK, JUNK], [8, PAD, 10, PAD, 12, PAD]], jnp.int32)
     mask = jnp.array([[0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0]], bool)
     sequences = Sequences(ids, mask, jnp.array([4, 5]), jnp.array([1, 2]))
@@ -269,8 +269,8 @@ def test_frequency_and_presence_count_generated_tokens():
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class Doubled(LogitsProcessor):
-    """A user's, with as many settings as others have."""
+class Scale(LogitsProcessor):
+    """A user's processor with one setting, as some of ours have."""
 
     by: Any
 
@@ -279,11 +279,11 @@ class Doubled(LogitsProcessor):
 
 
 def test_lists_of_different_classes_differ_in_structure():
-    """Or a cache of `jit` may take one's program for the other's; jaxlib overlooks a dataclass's class."""
+    """Otherwise a cache of `jit` may mix up programs: jaxlib does not compare the class of a dataclass."""
     repetition = processors.RepetitionPenaltyLogitsProcessor(0.3)
     frequency = processors.FrequencyPenaltyLogitsProcessor(0.3)
-    mine = Doubled(0.3)
-    lists = [[], [repetition], [frequency], [mine], [mine, frequency], [frequency, mine]]
+    own = Scale(0.3)
+    lists = [[], [repetition], [frequency], [own], [own, frequency], [frequency, own]]
     structures = [jax.tree.structure(LogitsProcessorList(each)) for each in lists]
     for index, structure in enumerate(structures):
         assert structures.index(structure) == index
@@ -293,10 +293,10 @@ def test_lists_of_different_classes_differ_in_structure():
 
 
 def test_a_list_is_a_pytree_of_its_processors():
-    chain = LogitsProcessorList([processors.RepetitionPenaltyLogitsProcessor(1.5), Doubled(2.0)])
+    chain = LogitsProcessorList([processors.RepetitionPenaltyLogitsProcessor(1.5), Scale(2.0)])
     doubled = jax.tree.map(lambda x: 2 * x, chain)
     assert isinstance(doubled, LogitsProcessorList)
-    assert [type(each) for each in doubled] == [processors.RepetitionPenaltyLogitsProcessor, Doubled]
+    assert [type(each) for each in doubled] == [processors.RepetitionPenaltyLogitsProcessor, Scale]
     assert jax.tree.leaves(doubled) == [3.0, 4.0]
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(chain)]
     assert paths == ["[0].penalty", "[1].by"]
@@ -317,7 +317,7 @@ def test_forced_bos_is_the_second_token(prompt):
 
 @stored(whole=True)
 def constrained(table: np.ndarray, last: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
-    """The reference's scores where `table` has the tokens that may follow each one."""
+    """Returns the reference's scores if `table` marks the tokens that may follow each token."""
     import torch
     from transformers import PrefixConstrainedLogitsProcessor
 
@@ -328,7 +328,7 @@ def constrained(table: np.ndarray, last: np.ndarray, scores: np.ndarray) -> dict
     return pack([scores], [out.numpy()])
 
 
-def test_allowed_tokens_are_the_references_prefix_constraint():
+def test_allowed_tokens_match_transformers_prefix_constraint():
     table = np.random.default_rng(1).random((VOCAB, VOCAB)) < 0.1
     sequences, scores = make_sequences(UNEQUAL), make_scores(len(UNEQUAL), "masked")
     last = np.asarray(sequences.last(1)[0])[:, 0]
@@ -342,7 +342,7 @@ def test_allowed_tokens_are_the_references_prefix_constraint():
 
 NO_IDS = np.zeros((1, 0), np.int64)
 
-# Name: our warper of the number of tokens that must stay, and the reference's with its settings.
+# Name: our warper that keeps at least `keep` tokens, and the reference's with its settings.
 WARPERS: dict[str, tuple[Any, str, Any]] = {
     "temperature": (
         lambda keep: warpers.TemperatureLogitsWarper(0.7),
@@ -376,8 +376,8 @@ WARPERS: dict[str, tuple[Any, str, Any]] = {
 }
 
 
-def warped(name: str, keep: int, scores: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Our scores of that warper, and the reference's."""
+def both_scores(name: str, keep: int, scores: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Returns our scores of a warper, and the reference's."""
     make, reference, settings = WARPERS[name]
     ours = apply(make(keep), make_sequences(UNEQUAL[: len(scores)]), scores)
     (expected,) = theirs(Call(reference, settings(keep), NO_IDS, scores))
@@ -387,21 +387,21 @@ def warped(name: str, keep: int, scores: np.ndarray) -> tuple[Any, np.ndarray]:
 @pytest.mark.parametrize("keep", [1, 3])
 @pytest.mark.parametrize("kind", ["normal", "masked", "peaked"])
 @pytest.mark.parametrize("name", WARPERS)
-def test_warpers(name, kind, keep):
+def test_warpers_match_transformers(name, kind, keep):
     if kind == "peaked" and keep > 1 and name.startswith("typical"):
-        pytest.skip("which of the equally far tokens stay, the reference leaves to its sort")
-    check(*warped(name, keep, make_scores(len(UNEQUAL), kind)))
+        pytest.skip("in the reference its sort decides which of equally distant tokens stay")
+    check(*both_scores(name, keep, make_scores(len(UNEQUAL), kind)))
 
 
 @pytest.mark.parametrize("keep", [1, 3])
 @pytest.mark.parametrize("name", ["temperature", "top_k_17", "min_p_0.1", "typical_0.4", "epsilon_0.05"])
 def test_warpers_on_ties(name, keep):
     if keep > 1 and name.startswith(("typical", "min_p")):
-        pytest.skip("which of equals is among the three that stay, the reference leaves to its sort")
-    check(*warped(name, keep, make_scores(len(UNEQUAL), "tied")))
+        pytest.skip("in the reference its sort decides which of equal tokens stay")
+    check(*both_scores(name, keep, make_scores(len(UNEQUAL), "tied")))
 
 
-def test_top_p_keeps_ties_together_and_never_less_than_the_reference():
+def test_top_p_keeps_ties_together():
     scores = make_scores(8, "tied")
     ours = np.asarray(apply(warpers.TopPLogitsWarper(0.6), make_sequences(UNEQUAL), scores))
     (expected,) = theirs(Call("TopPLogitsWarper", (0.6,), NO_IDS, scores))
@@ -420,12 +420,12 @@ def test_zeros_of_both_signs_are_equal():
     "name", ["top_k_17", "top_p_0.5", "top_p_0.9", "top_p_0.999", "typical_0.4", "typical_0.95"]
 )
 def test_a_large_vocabulary(name):
-    """The sets differ, if at all, by tokens that the rounding of a sum decides on."""
+    """Only rounding of sums may change which tokens stay."""
     scores = make_scores(3, vocab=32064)
-    kept, expected = map(np.isfinite, warped(name, 1, scores))
-    assert np.all(np.sum(softmax(scores) * (kept != expected), axis=1) < 2e-6)
+    stays, expected = map(np.isfinite, both_scores(name, 1, scores))
+    assert np.all(np.sum(softmax(scores) * (stays != expected), axis=1) < 2e-6)
     if name.startswith("top_k"):
-        np.testing.assert_array_equal(kept, expected)
+        np.testing.assert_array_equal(stays, expected)
 
 
 def build(config: Any, prompt_length: int, **changes: Any) -> LogitsProcessorList:
@@ -435,7 +435,7 @@ def build(config: Any, prompt_length: int, **changes: Any) -> LogitsProcessorLis
 
 @lru_cache
 def their_model() -> Any:
-    """A model of the reference, whose weights matter to nothing here."""
+    """Returns a model of the reference with any weights."""
     import transformers
 
     config = transformers.Phi3Config(
@@ -454,7 +454,7 @@ def their_model() -> Any:
 def their_chain(
     settings: dict[str, Any], mask: np.ndarray, steps: list[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The names of the reference's processors for these settings, and its scores for those of each step."""
+    """Returns the names of the reference's processors for these settings, and its scores of each step."""
     import torch
     import transformers
 
@@ -465,21 +465,21 @@ def their_chain(
         config, True, config.min_length is None, "input_ids", prompt, None
     )
     chain = model._get_logits_processor(config, prompt, model_kwargs={"attention_mask": torch.tensor(mask)})
-    found = [
+    processed = [
         chain(torch.tensor(ids, dtype=torch.long), torch.tensor(scores)).numpy() for ids, scores in steps
     ]
-    return expected_names(chain, config, prompt), pack([scores for _, scores in steps], found)
+    return expected_names(chain, config, prompt), pack([scores for _, scores in steps], processed)
 
 
 def random_settings(rng: np.random.Generator, prompt_length: int) -> dict[str, Any]:
-    """Each setting on or off by chance; lists name tokens that occur.
+    """Returns random settings, each on or off; lists name tokens that occur.
 
-    No ties, of which the reference's sort would choose: one end token is forced, and beams, which keep
-    several tokens, come without scores that are all set to the least number. Nor does the length penalty come
-    with those, which it raises to infinity there.
+    There are no ties, among which the reference's sort would choose: only one end token is forced, and beams,
+    which keep several tokens, come without `remove_invalid_values`. Neither does the length penalty, which
+    would raise the finite scores to infinity.
     """
 
-    def some(value: Any) -> Any:
+    def maybe(value: Any) -> Any:
         return value if rng.random() < 0.4 else None
 
     def token() -> int:
@@ -489,30 +489,30 @@ def random_settings(rng: np.random.Generator, prompt_length: int) -> dict[str, A
         return [[token() for _ in range(rng.integers(1, 4))] for _ in range(12)]
 
     beams = int(rng.integers(1, 3))
-    decay = some((int(rng.integers(0, 4)), float(rng.uniform(0.8, 1.5))))
+    decay = maybe((int(rng.integers(0, 4)), float(rng.uniform(0.8, 1.5))))
     settings = {
-        "sequence_bias": some({tuple(word): float(rng.normal()) for word in words()}),
-        "repetition_penalty": some(float(rng.uniform(0.7, 1.6))),
-        "no_repeat_ngram_size": some(int(rng.integers(2, 4))),
-        "bad_words_ids": some([*words(), [ENDS[0]]]),
-        "min_length": some(prompt_length + int(rng.integers(0, 5))),
-        "min_new_tokens": some(int(rng.integers(0, 5))),
-        "forced_bos_token_id": some(6),
-        "forced_eos_token_id": some([ENDS[:1], ENDS[1]][rng.integers(2)]),
+        "sequence_bias": maybe({tuple(word): float(rng.normal()) for word in words()}),
+        "repetition_penalty": maybe(float(rng.uniform(0.7, 1.6))),
+        "no_repeat_ngram_size": maybe(int(rng.integers(2, 4))),
+        "bad_words_ids": maybe([*words(), [ENDS[0]]]),
+        "min_length": maybe(prompt_length + int(rng.integers(0, 5))),
+        "min_new_tokens": maybe(int(rng.integers(0, 5))),
+        "forced_bos_token_id": maybe(6),
+        "forced_eos_token_id": maybe([ENDS[:1], ENDS[1]][rng.integers(2)]),
         "remove_invalid_values": bool(beams == 1 and decay is None and rng.random() < 0.5),
         "exponential_decay_length_penalty": decay,
-        "suppress_tokens": some([token(), token()]),
-        "begin_suppress_tokens": some([token(), token()]),
+        "suppress_tokens": maybe([token(), token()]),
+        "begin_suppress_tokens": maybe([token(), token()]),
         "do_sample": bool(rng.random() < 0.8),
         "num_beams": beams,
-        "temperature": some(float(rng.uniform(0.3, 2.0))),
-        "top_h": some(float(rng.uniform(0.5, 0.95))),
-        "top_k": some(int(rng.integers(1, 90))),
-        "top_p": some(float(rng.uniform(0.5, 1.0))),
-        "min_p": some(float(rng.uniform(0.0, 0.1))),
-        "typical_p": some(float(rng.uniform(0.3, 1.0))),
-        "epsilon_cutoff": some(float(rng.uniform(0.0, 0.02))),
-        "eta_cutoff": some(float(rng.uniform(0.0, 0.02))),
+        "temperature": maybe(float(rng.uniform(0.3, 2.0))),
+        "top_h": maybe(float(rng.uniform(0.5, 0.95))),
+        "top_k": maybe(int(rng.integers(1, 90))),
+        "top_p": maybe(float(rng.uniform(0.5, 1.0))),
+        "min_p": maybe(float(rng.uniform(0.0, 0.1))),
+        "typical_p": maybe(float(rng.uniform(0.3, 1.0))),
+        "epsilon_cutoff": maybe(float(rng.uniform(0.0, 0.02))),
+        "eta_cutoff": maybe(float(rng.uniform(0.0, 0.02))),
         "renormalize_logits": bool(rng.random() < 0.3),
     }
     ends = [ENDS, ENDS[:1]][rng.integers(2)]
@@ -521,7 +521,7 @@ def random_settings(rng: np.random.Generator, prompt_length: int) -> dict[str, A
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_chain_is_the_references(seed):
+def test_the_chain_matches_transformers(seed):
     rng = np.random.default_rng(seed)
     prompt = int(rng.choice([1, 2, 7]))
     settings = random_settings(rng, prompt)
@@ -542,14 +542,14 @@ def test_the_chain_is_the_references(seed):
 
 
 def expected_names(chain: Any, config: Any, prompt: int) -> list[str]:
-    """The names of the reference's processors, less those that can do nothing after such a prompt."""
-    made = [type(processor).__name__.replace("MinLength", "MinNewTokensLength") for processor in chain]
+    """Returns the names of the reference's processors, without those that do nothing after this prompt."""
+    names = [type(processor).__name__.replace("MinLength", "MinNewTokensLength") for processor in chain]
     idle = set()
     if prompt > 1:
         idle.add("ForcedBOSTokenLogitsProcessor")
     if (config.min_length or 0) <= prompt:
         idle.add("MinNewTokensLengthLogitsProcessor")
-    return [name for name in dict.fromkeys(made) if name not in idle]
+    return [name for name in dict.fromkeys(names) if name not in idle]
 
 
 AFTER_FORCED_BOS = (
@@ -591,7 +591,7 @@ FULL = {
     "eta_cutoff": 0.001,
     "renormalize_logits": True,
 }
-"""Every setting."""
+"""A value for every setting."""
 
 
 def test_order_with_every_setting():
@@ -643,7 +643,7 @@ def test_other_numbers_do_not_compile_again():
     assert run._cache_size() == 1
 
 
-def test_nothing_asked_for_is_nothing_done():
+def test_settings_that_are_off_make_no_processor():
     assert build(SimpleNamespace(), 3) == ()
     off = {
         **dict.fromkeys(FULL),
@@ -667,19 +667,19 @@ def test_nothing_asked_for_is_nothing_done():
     assert build(SimpleNamespace(**off), 3) == ()
 
 
-def test_greedy_search_ignores_what_shapes_the_distribution():
+def test_greedy_search_ignores_settings_of_the_distribution():
     assert build(SimpleNamespace(do_sample=False, temperature=0.0, top_p=0.5), 3) == ()
 
 
 @pytest.mark.parametrize(
     ("min_length", "min_new_tokens", "expected"), [(9, None, 5), (9, 2, 2), (4, None, None)]
 )
-def test_min_length_counts_the_prompt_and_min_new_tokens_goes_first(min_length, min_new_tokens, expected):
+def test_min_new_tokens_overrides_min_length(min_length, min_new_tokens, expected):
     chain = build(SimpleNamespace(min_length=min_length, min_new_tokens=min_new_tokens), 4)
     assert [processor.min_new_tokens for processor in chain] == ([] if expected is None else [expected])
 
 
-def test_end_tokens_outside_the_vocabulary_never_matter():
+def test_ignores_end_tokens_outside_the_vocabulary():
     chain = build(SimpleNamespace(min_new_tokens=3), 4, eos_token_ids=[-1, 2, VOCAB])
     result = compiled(chain, make_sequences([(0, 4, 0)]), np.zeros((1, VOCAB), np.float32))
     assert list(np.flatnonzero(np.asarray(result)[0])) == [2]
@@ -687,12 +687,12 @@ def test_end_tokens_outside_the_vocabulary_never_matter():
 
 
 @pytest.mark.parametrize(("beams", "ends", "keep"), [(1, ENDS, 1), (4, ENDS, 3), (4, [2], 2), (4, [], 2)])
-def test_beams_keep_a_token_that_is_no_end(beams, ends, keep):
+def test_beams_keep_a_token_that_does_not_end(beams, ends, keep):
     (warper,) = build(SimpleNamespace(do_sample=True, top_k=1, num_beams=beams), 4, eos_token_ids=ends)
     assert warper.min_tokens_to_keep == keep
 
 
-def test_a_users_processor_takes_the_place_of_its_class():
+def test_a_user_processor_replaces_its_class():
     own = processors.RepetitionPenaltyLogitsProcessor(2.0)
     config = SimpleNamespace(repetition_penalty=1.2, no_repeat_ngram_size=2)
     chain = build(config, 4, user=[own, print])
@@ -757,7 +757,7 @@ def test_a_users_processor_takes_the_place_of_its_class():
     ],
     ids=str,
 )
-def test_settings_that_cannot_be(settings, message):
+def test_rejects_other_values(settings, message):
     with pytest.raises(ValueError, match=message):
         build(SimpleNamespace(do_sample=True, **settings), 4)
 

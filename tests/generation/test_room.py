@@ -1,4 +1,4 @@
-"""What keys and values there is room for, before and after a model is loaded."""
+"""Tests how many tokens memory has room for, before and after a model is loaded."""
 
 import math
 from pathlib import Path
@@ -23,23 +23,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("axes", [None, {"data": 2}, {"fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
-def test_a_model_that_is_not_loaded_takes_its_own_memory_first(
+def test_an_abstract_model_reserves_its_own_memory(
     folder: Path, dtype: str, axes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is free once the model lies in memory leaves as many columns as were promised before."""
+    """The capacity computed before loading equals the one after loading."""
     mesh = None if axes is None else make_mesh(axes, jax.devices()[: math.prod(axes.values())])
     planned = CompiledModel(load_abstract(Phi3ForCausalLM, folder, dtype=dtype, mesh=mesh))
     loaded = CompiledModel(load_model(Phi3ForCausalLM, folder, dtype=dtype, mesh=mesh))
     assert planned.on_cpu
     assert planned.model.dtype == loaded.model.dtype
     assert memory.token_bytes(planned) == memory.token_bytes(loaded)
-    held = sum(
+    model_bytes = sum(
         shard.data.nbytes for leaf in jax.tree.leaves(loaded.model) for shard in leaf.addressable_shards
     )
     free = 10_000_000
     monkeypatch.setattr(memory, "_free", lambda device: free)
-    promised = memory.token_capacity(planned)
-    monkeypatch.setattr(memory, "_free", lambda device: free - held)
-    assert memory.token_capacity(loaded) == promised > 0
-    monkeypatch.setattr(memory, "_free", lambda device: held // 2)
+    planned_capacity = memory.token_capacity(planned)
+    monkeypatch.setattr(memory, "_free", lambda device: free - model_bytes)
+    assert memory.token_capacity(loaded) == planned_capacity > 0
+    monkeypatch.setattr(memory, "_free", lambda device: model_bytes // 2)
     assert memory.token_capacity(planned) == 0

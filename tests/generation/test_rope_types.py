@@ -110,6 +110,6 @@ def test_without_recomputation_tokens_differ(
     register: Callable[..., None], model: Phi3ForCausalLM, expected: np.ndarray
 ) -> None:
     register("test-kept", switching, recompute=False)
-    kept = generate(model_of("test-kept", at=20))
+    new = generate(model_of("test-kept", at=20))
     short = np.array(LENGTHS) <= 20
-    np.testing.assert_array_equal((kept != expected).any(axis=1), short)
+    np.testing.assert_array_equal((new != expected).any(axis=1), short)

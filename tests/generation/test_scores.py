@@ -1,4 +1,4 @@
-"""Every logits processor as a setting of generate, alone and in combinations, against transformers."""
+"""Tests every logits processor as a setting of generate, alone and combined, against transformers."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ RECORDED = {"return_dict_in_generate": True, "output_scores": True}
 
 @pytest.fixture(scope="module")
 def free(shallow: Twins) -> np.ndarray:
-    """30 new tokens of each row where no rule holds."""
+    """30 new tokens of each row without any rule."""
     return shallow.theirs(*prompts(LENGTHS), max_new_tokens=30)[:, 20:]
 
 
 def ends_of(free: np.ndarray) -> list[int]:
-    """End tokens: one that the last row comes upon, one that is never seen."""
+    """Returns two end tokens: one that the last row generates, and one that never occurs."""
     return [int(free[2, 7]), next(token for token in range(4, 96) if token not in free)]
 
 
 def rules(free: np.ndarray) -> dict[str, dict[str, Any]]:
-    """StepSettings that each change these answers.
+    """Returns settings that each change these answers.
 
-    The reference takes a prompt's padding for n-grams too, which shows behind a padding token: none is made.
+    The reference counts n-grams of a prompt's padding too, so no padding token may be generated.
     """
     row, other, third = free.tolist()
     bias = {(row[2],): -3.0, (row[5], row[6]): -9.0, (other[1], other[2], other[3]): -20.0, (50,): 2.5}
@@ -45,7 +45,7 @@ NAMES = list(rules(np.arange(90).reshape(3, 30)))
 
 
 def check_scores(ours: Any, theirs: Any, rows: Any = slice(None)) -> None:
-    """Forbidden tokens are the same, and the others' scores."""
+    """Checks that the forbidden tokens and the other tokens' scores are the same."""
     ours, theirs = np.asarray(ours)[rows], theirs[rows]
     np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -66,7 +66,7 @@ def test_biases_as_a_list(shallow: Twins, free: np.ndarray) -> None:
 
 
 def test_forced_first_token(shallow: Twins) -> None:
-    """Transformers' first token is a sequence's second one: only behind a prompt of one is it forced."""
+    """Transformers forces a sequence's second token, so only the one after a prompt of one token."""
     ids, mask = prompts((1, 1, 1))
     options = {"max_new_tokens": 6, "forced_bos_token_id": 44}
     answer = shallow.same(ids, mask, **options, begin_suppress_tokens=[int(ids[0, 0]), 44])
@@ -78,12 +78,12 @@ def test_forced_first_token(shallow: Twins) -> None:
     "seed", [pytest.param(0, marks=pytest.mark.slow), 1, 2, pytest.param(3, marks=pytest.mark.slow)]
 )
 def test_processors_together(shallow: Twins, free: np.ndarray, seed: int) -> None:
-    """The order of transformers, and scores as it records them."""
+    """Processors apply in transformers' order, and its recorded scores are equal."""
     rng = np.random.default_rng(seed)
     options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": ends_of(free)}
     for name in rng.choice(NAMES, 5, replace=False):
         options |= rules(free)[name]
-    # Forbidden tokens made finite overflow in the reference where anything follows that multiplies or sums.
+    # Forbidden tokens with finite scores overflow in the reference if a later rule multiplies or sums.
     finite = seed % 2 and "exponential_decay_length_penalty" not in options
     options |= {"remove_invalid_values" if finite else "renormalize_logits": True} | RECORDED
     ours, theirs = shallow.ours(*prompts(LENGTHS), **options), shallow.theirs(*prompts(LENGTHS), **options)
@@ -111,7 +111,7 @@ def test_processors_together(shallow: Twins, free: np.ndarray, seed: int) -> Non
         {"temperature": 1.2, "top_k": 9, "repetition_penalty": 1.3, "renormalize_logits": True},
     ],
 )
-def test_distributions_drawn_from(shallow: Twins, options: dict[str, Any]) -> None:
+def test_distributions_match_transformers(shallow: Twins, options: dict[str, Any]) -> None:
     options = options | RECORDED | {"do_sample": True, "max_new_tokens": 1}
     ids, mask = prompts(LENGTHS)
     (ours,), (theirs,) = (
@@ -120,13 +120,13 @@ def test_distributions_drawn_from(shallow: Twins, options: dict[str, Any]) -> No
     )
     check_scores(ours, theirs)
     if set(options) & {"top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}:
-        kept = np.isfinite(theirs).sum(axis=1)
-        assert (kept < 80).all()
-        assert (kept > 1).any()
+        count = np.isfinite(theirs).sum(axis=1)
+        assert (count < 80).all()
+        assert (count > 1).any()
 
 
-def test_values_compile_nothing(shallow: Twins) -> None:
-    """StepSettings are data: another value of the same ones takes effect in the same programs."""
+def test_other_values_take_effect(shallow: Twins) -> None:
+    """Settings are data, so other values take effect in the same programs."""
     for temperature, k, p in ((0.5, 3, 0.6), (2.0, 40, 0.99)):
         options = {"do_sample": True, "max_new_tokens": 1, "temperature": temperature, "top_k": k, "top_p": p}
         ids, mask = prompts(LENGTHS)

@@ -1,4 +1,4 @@
-"""Drafted tokens, from an assistant or the text itself, change nothing: neither greedy text nor the draws."""
+"""Tests that drafts, from an assistant or earlier text, change neither greedy text nor the distribution."""
 
 import itertools
 from collections.abc import Callable
@@ -42,12 +42,12 @@ def expected(pair_of: Twins) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def assistant() -> Phi3ForCausalLM:
-    """One layer of other weights."""
+    """A model of one layer with other weights."""
     return Phi3ForCausalLM(small_config(num_hidden_layers=1, **CONTEXT), rngs=5)
 
 
 def drafts(twins: Twins, assistant: Phi3ForCausalLM, name: str) -> dict[str, Any]:
-    """Options that draft: by another model, by the model itself, from the text."""
+    """Returns options that draft with another model, with the model itself, or from earlier text."""
     return {
         "assistant": {"assistant_model": assistant, "num_assistant_tokens": 5},
         "itself": {
@@ -59,9 +59,9 @@ def drafts(twins: Twins, assistant: Phi3ForCausalLM, name: str) -> dict[str, Any
     }[name]
 
 
-def some(*given: Any, slow: bool = True) -> Any:
-    """Parameters for the slow run only."""
-    return pytest.param(*given, marks=pytest.mark.slow if slow else ())
+def slow(*values: Any) -> Any:
+    """Marks parameters for the slow run only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def some(*given: Any, slow: bool = True) -> Any:
     [
         (1, 1),
         (10, 3),
-        *(some(tokens, ngram) for tokens in (1, 3, 10) for ngram in (1, 2, 3) if tokens == 3 or ngram == 2),
+        *(slow(tokens, ngram) for tokens in (1, 3, 10) for ngram in (1, 2, 3) if tokens == 3 or ngram == 2),
     ],
 )
 def test_prompt_lookup(pair_of: Twins, expected: np.ndarray, tokens: int, ngram: int) -> None:
@@ -77,7 +77,7 @@ def test_prompt_lookup(pair_of: Twins, expected: np.ndarray, tokens: int, ngram:
     np.testing.assert_array_equal(new, expected)
 
 
-@pytest.mark.parametrize("tokens", [some(1), 5, some(20)])
+@pytest.mark.parametrize("tokens", [slow(1), 5, slow(20)])
 def test_an_assistant(pair_of: Twins, assistant: Phi3ForCausalLM, expected: np.ndarray, tokens: int) -> None:
     for confidence in (0.0, 0.4, 1.0):
         new = answers(
@@ -91,7 +91,7 @@ def test_an_assistant(pair_of: Twins, assistant: Phi3ForCausalLM, expected: np.n
         np.testing.assert_array_equal(new, expected)
 
 
-@pytest.mark.parametrize("tokens", [some(1), some(5), 20])
+@pytest.mark.parametrize("tokens", [slow(1), slow(5), 20])
 def test_a_model_that_assists_itself(pair_of: Twins, expected: np.ndarray, tokens: int) -> None:
     for confidence in (0.0, 0.4):
         new = answers(
@@ -109,17 +109,17 @@ def test_a_model_that_assists_itself(pair_of: Twins, expected: np.ndarray, token
 def test_any_number_of_tokens(
     pair_of: Twins, assistant: Phi3ForCausalLM, expected: np.ndarray, count: int
 ) -> None:
-    """Drafts that the limit cuts short."""
+    """The limit of tokens cuts drafts short."""
     options = drafts(pair_of, assistant, "assistant") | {"assistant_confidence_threshold": 0.0}
     np.testing.assert_array_equal(answers(pair_of, *BATCH, count, **options), expected[:, :count])
 
 
 def ends_of(new: np.ndarray) -> list[int]:
-    """Two tokens that end the rows at different places."""
+    """Returns two tokens that end the rows at different positions."""
     return [int(new[0, 8]), int(new[1, 23])]
 
 
-@pytest.mark.parametrize("name", ["lookup", some("itself"), some("assistant")])
+@pytest.mark.parametrize("name", ["lookup", slow("itself"), slow("assistant")])
 def test_end_tokens(pair_of: Twins, assistant: Phi3ForCausalLM, expected: np.ndarray, name: str) -> None:
     ends = ends_of(expected)
     plain = pair_of.theirs(*BATCH, max_new_tokens=COUNT, eos_token_id=ends)
@@ -130,8 +130,8 @@ def test_end_tokens(pair_of: Twins, assistant: Phi3ForCausalLM, expected: np.nda
     np.testing.assert_array_equal(ours, plain)
 
 
-@pytest.mark.parametrize("name", ["assistant", some("lookup"), some("itself")])
-@pytest.mark.parametrize("only", [None, *(some(processor) for processor in PROCESSORS)])
+@pytest.mark.parametrize("name", ["assistant", slow("lookup"), slow("itself")])
+@pytest.mark.parametrize("only", [None, *(slow(processor) for processor in PROCESSORS)])
 def test_logits_processors(
     pair_of: Twins, assistant: Phi3ForCausalLM, expected: np.ndarray, name: str, only: str | None
 ) -> None:
@@ -143,7 +143,7 @@ def test_logits_processors(
     np.testing.assert_array_equal(pair_of.ours(*BATCH, **options | drafts(pair_of, assistant, name)), theirs)
 
 
-@pytest.mark.parametrize("name", ["lookup", some("itself"), some("assistant")])
+@pytest.mark.parametrize("name", ["lookup", slow("itself"), slow("assistant")])
 def test_sliding_windows(windowed: Twins, assistant: Phi3ForCausalLM, name: str) -> None:
     expected = alone(windowed, *BATCH, COUNT)
     assert_varied(expected)
@@ -151,9 +151,9 @@ def test_sliding_windows(windowed: Twins, assistant: Phi3ForCausalLM, name: str)
     np.testing.assert_array_equal(answers(windowed, *BATCH, COUNT, **options), expected)
 
 
-@pytest.mark.parametrize("name", ["lookup", some("assistant"), some("itself")])
+@pytest.mark.parametrize("name", ["lookup", slow("assistant"), slow("itself")])
 def test_recorded_scores(pair_of: Twins, assistant: Phi3ForCausalLM, name: str) -> None:
-    """One entry for each token, as when tokens come one by one."""
+    """Outputs have an entry for each token, as without drafts."""
     options = {
         "max_new_tokens": COUNT,
         "repetition_penalty": 1.3,
@@ -172,10 +172,10 @@ def test_recorded_scores(pair_of: Twins, assistant: Phi3ForCausalLM, name: str) 
 
 
 @pytest.mark.slow
-def test_rows_that_ended_have_no_scores_of_others(
+def test_rows_that_ended_keep_their_own_logits(
     pair_of: Twins, assistant: Phi3ForCausalLM, expected: np.ndarray
 ) -> None:
-    """Up to each row's end its records are those of plain search, however far the others' drafts reach."""
+    """Up to each row's end its logits are those without drafts, however long the others' drafts are."""
     options = {
         "max_new_tokens": COUNT,
         "eos_token_id": ends_of(expected),
@@ -187,8 +187,8 @@ def test_rows_that_ended_have_no_scores_of_others(
     assert len(plain.logits) == len(drafted.logits)
     ours, one_by_one = np.stack(drafted.logits, axis=1), np.stack(plain.logits, axis=1)
     for row, new in enumerate(expected):
-        found = np.flatnonzero(np.isin(new, options["eos_token_id"]))
-        length = found[0] + 1 if found.size else len(new)
+        ends = np.flatnonzero(np.isin(new, options["eos_token_id"]))
+        length = ends[0] + 1 if ends.size else len(new)
         assert distance(ours[row, :length], one_by_one[row, :length]) <= 1e-5
 
 
@@ -201,20 +201,20 @@ PROMPT = np.array([[5, 9, 4, 11, 5, 9]])
 
 @pytest.fixture(scope="module")
 def few_tokens(twins_of: Callable[..., Twins]) -> Twins:
-    """A vocabulary so small that every text of a few tokens is drawn often."""
+    """A pair whose vocabulary is so small that every text of a few tokens is drawn often."""
     return twins_of(num_hidden_layers=1, vocab_size=VOCABULARY, initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")
 def other_opinion() -> Phi3ForCausalLM:
-    """An assistant for that vocabulary that disagrees enough to be refused often."""
+    """An assistant for that vocabulary whose drafts are often rejected."""
     changes = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "initializer_range": 0.1}
     return Phi3ForCausalLM(small_config(**CONTEXT | changes), rngs=9)
 
 
 @stored(whole=True)
 def probabilities(reference: Any, length: int, top_k: int) -> np.ndarray:
-    """How likely each text of `length` tokens is after `PROMPT`, in the order of `itertools.product`."""
+    """Returns each text's probability after `PROMPT`, for all texts of `itertools.product` in its order."""
     import torch
 
     texts = np.array(list(itertools.product(range(VOCABULARY), repeat=length)))
@@ -227,23 +227,23 @@ def probabilities(reference: Any, length: int, top_k: int) -> np.ndarray:
 
 
 def assert_drawn_from(counts: np.ndarray, likely: np.ndarray) -> None:
-    """Pearson's test at a level of 1e-5; cells that expect fewer than eight draws count as one.
+    """Does Pearson's test at a level of 1e-5; cells with fewer than eight expected draws are combined.
 
     The quantile is Wilson and Hilferty's approximation.
     """
     assert counts[likely == 0].sum() == 0
-    wanted = likely * counts.sum()
-    rare = wanted < 8
-    wanted, counts = (np.append(x[~rare], x[rare].sum()) for x in (wanted, counts))
-    wanted, counts = wanted[wanted > 0], counts[wanted > 0]
-    freedom = len(wanted) - 1
+    expected = likely * counts.sum()
+    rare = expected < 8
+    expected, counts = (np.append(x[~rare], x[rare].sum()) for x in (expected, counts))
+    expected, counts = expected[expected > 0], counts[expected > 0]
+    freedom = len(expected) - 1
     assert freedom > 20
     limit = freedom * (1 - 2 / (9 * freedom) + 4.265 * np.sqrt(2 / (9 * freedom))) ** 3
-    assert ((counts - wanted) ** 2 / wanted).sum() <= limit
+    assert ((counts - expected) ** 2 / expected).sum() <= limit
 
 
-def drawn(twins: Twins, length: int, **options: Any) -> np.ndarray:
-    """How often each text of `length` tokens was drawn, in the order of `probabilities`."""
+def draw_counts(twins: Twins, length: int, **options: Any) -> np.ndarray:
+    """Counts how often each text of `length` tokens is drawn, in the order of `probabilities`."""
     rows, counts = 2_000, np.zeros(VOCABULARY**length)
     for seed in range(DRAWS // rows):
         texts = answers(
@@ -262,13 +262,13 @@ def drawn(twins: Twins, length: int, **options: Any) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("top_k", "confidence"), [(VOCABULARY, 0.0), some(VOCABULARY, 0.15), some(4, 0.0), some(4, 0.4)]
+    ("top_k", "confidence"), [(VOCABULARY, 0.0), slow(VOCABULARY, 0.15), slow(4, 0.0), slow(4, 0.4)]
 )
 def test_an_assistant_keeps_the_distribution(
     few_tokens: Twins, other_opinion: Phi3ForCausalLM, top_k: int, confidence: float
 ) -> None:
-    """The first token comes without a draft, the others from drafts or, if refused, the model."""
-    counts = drawn(
+    """The first token comes without a draft, the others from drafts or, if rejected, the model."""
+    counts = draw_counts(
         few_tokens,
         4 if top_k < VOCABULARY else 3,
         assistant_model=other_opinion,
@@ -280,8 +280,8 @@ def test_an_assistant_keeps_the_distribution(
     assert_drawn_from(counts, probabilities(few_tokens.reference, length, top_k))
 
 
-def test_the_test_of_the_distribution(few_tokens: Twins, other_opinion: Phi3ForCausalLM) -> None:
-    """It passes what is drawn right and fails what the assistant would draw."""
+def test_the_test_detects_another_distribution(few_tokens: Twins) -> None:
+    """`assert_drawn_from` passes right draws and fails draws from a distribution a little off."""
     likely = probabilities(few_tokens.reference, 3, VOCABULARY)
     np.testing.assert_allclose(likely.sum(), 1.0, rtol=1e-6)
     rng = np.random.default_rng(0)
@@ -302,5 +302,7 @@ def test_prompt_lookup_draws_the_same_text(pair_of: Twins) -> None:
 
 @pytest.mark.slow
 def test_prompt_lookup_keeps_the_distribution(few_tokens: Twins) -> None:
-    counts = drawn(few_tokens, 3, prompt_lookup_num_tokens=2, max_matching_ngram_size=1, top_k=VOCABULARY)
+    counts = draw_counts(
+        few_tokens, 3, prompt_lookup_num_tokens=2, max_matching_ngram_size=1, top_k=VOCABULARY
+    )
     assert_drawn_from(counts, probabilities(few_tokens.reference, 3, VOCABULARY))

@@ -1,4 +1,4 @@
-"""Stopping criteria against transformers 5.23, on vocabularies of bytes and of pieces made here."""
+"""Tests stopping criteria against transformers 5.23, on small vocabularies of bytes and of pieces."""
 
 import io
 import random
@@ -52,19 +52,19 @@ def sentence_pieces() -> bytes:
     return model.getvalue()
 
 
-def twin_of(content: bytes) -> Tokenizer:
-    """The same pieces as a tokenizer.json, as transformers would have it."""
+def transformers_tokenizer(content: bytes) -> Tokenizer:
+    """Returns a tokenizer of the same pieces, as transformers converts it."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-    twin = Tokenizer(
+    tokenizer = Tokenizer(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
     )
-    twin.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    twin.decoder = decoders.Sequence(
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    twin.add_special_tokens(["<unk>", "<s>", "</s>", "<|end|>"])
-    return twin
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<|end|>"])
+    return tokenizer
 
 
 def byte_level() -> Tokenizer:
@@ -84,7 +84,7 @@ def byte_level() -> Tokenizer:
 
 
 def word_pieces() -> Tokenizer:
-    """A decoder that is not known token by token."""
+    """Returns a tokenizer whose decoder is not known token by token."""
     words = [
         "[UNK]",
         "a",
@@ -108,7 +108,7 @@ def word_pieces() -> Tokenizer:
 
 
 class Vocabulary:
-    """A tokenizer for the reference, which stored answers know by its name and the ids that it gives."""
+    """A tokenizer for the reference; its name and ids identify it in stored answers."""
 
     def __init__(self, name: str, tokenizer: Tokenizer):
         self.answer_key = name
@@ -117,10 +117,10 @@ class Vocabulary:
 
 @pytest.fixture(scope="module", params=["bytes", "pieces", "model", "words"])
 def pair(request: pytest.FixtureRequest) -> tuple[Phi3Tokenizer, Vocabulary]:
-    """The same vocabulary twice: ours, and the reference's."""
+    """Our tokenizer and the reference's of the same vocabulary."""
     if request.param in ("pieces", "model"):
         content = sentence_pieces()
-        theirs = twin_of(content)
+        theirs = transformers_tokenizer(content)
         ours: Any = JsonBackend(theirs.to_str())
         if request.param == "model":
             ours = SentencePieceBackend(content)
@@ -133,7 +133,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Phi3Tokenizer, Vocabulary]:
 
 @stored
 def theirs_stopped(vocabulary: Vocabulary, stops: list[str], texts: list[list[list[int]]]) -> Any:
-    """Whether the reference stops after each row of the `texts`, as bits; None where it refuses `stops`."""
+    """Returns whether the reference stops after each row of `texts`, as bits; None if it rejects `stops`."""
     import torch
     from transformers import PreTrainedTokenizerFast
     from transformers import StopStringCriteria as TheirStopStrings
@@ -143,25 +143,27 @@ def theirs_stopped(vocabulary: Vocabulary, stops: list[str], texts: list[list[li
         criterion = TheirStopStrings(tokenizer, stops)
     except ValueError:
         return None
-    found = [bool(each) for rows in texts for each in criterion(torch.tensor(rows), None)]
-    return np.packbits(found)
+    stopped = [bool(each) for rows in texts for each in criterion(torch.tensor(rows), None)]
+    return np.packbits(stopped)
 
 
 def assert_stops_as_theirs(
     tokenizer: Phi3Tokenizer, vocabulary: Vocabulary, stops: list[str], texts: list[list[list[int]]]
 ) -> None:
-    """Both stop after the same rows; where the reference refuses the texts to stop at, ours never stops."""
+    """Checks that both stop after the same rows; if the reference rejects `stops`, ours never stops."""
     criterion, expected = StopStringCriteria(tokenizer, stops), theirs_stopped(vocabulary, stops, texts)
     if expected is None:
-        assert len(tokenizer) < 20, "only the little vocabulary lacks such characters"
+        assert len(tokenizer) < 20, "only the smallest vocabulary lacks such characters"
     rest = iter(np.unpackbits(expected).astype(bool).tolist() if expected is not None else ())
     for rows in texts:
-        wanted = [next(rest, False) for _ in rows]
-        assert criterion(np.array(rows), None).tolist() == wanted, tokenizer.convert_ids_to_tokens(rows[0])
+        expected_rows = [next(rest, False) for _ in rows]
+        assert criterion(np.array(rows), None).tolist() == expected_rows, tokenizer.convert_ids_to_tokens(
+            rows[0]
+        )
 
 
 def ids_of(tokenizer: Phi3Tokenizer, kind: int, generator: random.Random) -> list[int]:
-    """At random: any tokens, the tokens of words put together, or the characters' own tokens."""
+    """Returns random ids: of any tokens, of joined words, or of single characters."""
     if kind == 0:
         return generator.choices(range(len(tokenizer)), k=30)
     text = "".join(generator.choices(FRAGMENTS, k=8))
@@ -172,7 +174,7 @@ def ids_of(tokenizer: Phi3Tokenizer, kind: int, generator: random.Random) -> lis
 
 
 @pytest.mark.parametrize("stops", [*[[text] for text in STOPS], STOPS[:3], STOPS[6:10]], ids=repr)
-def test_stop_strings_are_transformers(pair: tuple[Phi3Tokenizer, Vocabulary], stops: list[str]) -> None:
+def test_stop_strings_match_transformers(pair: tuple[Phi3Tokenizer, Vocabulary], stops: list[str]) -> None:
     generator, texts = random.Random(0), []
     for kind in (0, 0, 1, 1, 1, 2, 2):
         ids = ids_of(pair[0], kind, generator)
@@ -220,16 +222,16 @@ def test_characters_of_several_tokens() -> None:
 def test_cost_does_not_grow_with_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Phi3Tokenizer(byte_level_of("b", "c"))
     criterion = StopStringCriteria(tokenizer, ["bcbc", "bb"])
-    looked_at = []
+    reads = []
 
     class Row(np.ndarray):
         def __getitem__(self, index: Any) -> Any:
-            looked_at.append(index)
+            reads.append(index)
             return super().__getitem__(index)
 
     row = np.zeros(5000, int).view(Row)
     assert criterion.completed(row) is True
-    assert len(looked_at) == 4
+    assert len(reads) == 4
     assert StopStringCriteria(tokenizer, "b")(np.zeros((3, 0), int)).tolist() == [False] * 3
 
 
@@ -237,7 +239,9 @@ def test_ids_without_a_token() -> None:
     tokenizer = Phi3Tokenizer(byte_level_of("b", "c"))
     criterion = StopStringCriteria(tokenizer, "bc")
     rows = np.array([[0, 99, 1], [0, 1, 99], [99, 0, 1], [0, -1, 1]])
-    assert criterion(rows).tolist() == [True, False, True, True], "they have no text, as in decode"
+    assert criterion(rows).tolist() == [True, False, True, True], (
+        "ids without a token have no text, as in decode"
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_ids_without_a_token() -> None:
         (["\ud800"], ValueError, "not valid Unicode"),
     ],
 )
-def test_stop_strings_that_cannot_be(stops: Any, error: type[Exception], message: str) -> None:
+def test_rejects_other_stop_strings(stops: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         StopStringCriteria(Phi3Tokenizer(byte_level_of("b")), stops)
 
@@ -312,7 +316,7 @@ def test_one_criterion_is_enough(array: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "error", "message"),
+    ("result", "error", "message"),
     [
         (None, TypeError, "returned None; expected a bool"),
         (1, TypeError, "returned 1; expected a bool"),
@@ -322,10 +326,10 @@ def test_one_criterion_is_enough(array: Any) -> None:
         ([True], ValueError, r"shape \(1,\)"),
     ],
 )
-def test_answers_that_cannot_be(answer: Any, error: type[Exception], message: str) -> None:
+def test_rejects_other_results(result: Any, error: type[Exception], message: str) -> None:
     class MyCriterion:
         def __call__(self, input_ids: np.ndarray, scores: Any, **kwargs: Any) -> Any:
-            return answer
+            return result
 
     with pytest.raises(error, match=f"MyCriterion.*{message}"):
         StoppingCriteriaList([MyCriterion()])(np.zeros((2, 3), int))

@@ -1,4 +1,4 @@
-"""Streamed tokens and text: what transformers makes of prompts of any length, and how a stream ends."""
+"""Tests streamed tokens and text against transformers, and how a stream ends."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -49,7 +49,7 @@ def test_greedy_tokens(twins_of: TwinsOf, case: str, length: int) -> None:
     prompt = prompt_of(length)
     expected = theirs(twins, prompt, 40)
     assert ours(twins, prompt, 40) == expected
-    assert len(set(expected)) > 3, "a model that repeats itself tests little"
+    assert len(set(expected)) > 3, "a model that repeats itself tests nothing"
 
 
 @pytest.mark.parametrize("case", ["multi-head", "window"])
@@ -71,7 +71,7 @@ def test_prompts_in_chunks(
 def test_longrope_across_its_original_length(
     twins_of: TwinsOf, monkeypatch: pytest.MonkeyPatch, length: int, chunk: int
 ) -> None:
-    """The tokens up to `original` = 16 come from the short list, the others from the long one."""
+    """Tokens up to 16 use the short list, later ones the long list."""
     monkeypatch.setattr(prompts_module, "PREFILL_CHUNK", chunk)
     twins = twins_of(**longrope())
     prompt = prompt_of(length, seed=2)
@@ -79,7 +79,7 @@ def test_longrope_across_its_original_length(
 
 
 @pytest.mark.slow
-def test_as_generate_with_every_option(twins: Twins) -> None:
+def test_matches_generate_with_every_option(twins: Twins) -> None:
     ids = np.array([prompt_of(20)])
     for options in (
         {"prompt_lookup_num_tokens": 3},
@@ -108,8 +108,8 @@ def test_end_tokens_stop(shallow: Twins) -> None:
     assert ours(shallow, prompt, 30, max_time=1e-9) == free[:1]
 
 
-def test_ids_that_mean_padding_elsewhere(shallow: Twins) -> None:
-    """A prompt that is streamed has none: the padding token is a token there."""
+def test_the_padding_token_is_a_token(shallow: Twins) -> None:
+    """A streamed prompt has no padding."""
     prompt = prompt_of(12)
     prompt[5] = shallow.config.pad_token_id or 0
     assert ours(shallow, prompt, 20) == theirs(shallow, prompt, 20)
@@ -127,8 +127,8 @@ def test_the_context_ends_the_answer(twins_of: TwinsOf, length: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("draft", [{}, {"prompt_lookup_num_tokens": 3}])
-def test_a_reader_who_has_seen_enough(shallow: Twins, count: int, draft: dict[str, int]) -> None:
-    """What was given out is the result, and a cache of it can be gone on from."""
+def test_a_reader_stops_early(shallow: Twins, count: int, draft: dict[str, int]) -> None:
+    """The tokens up to then are the result, and its cache continues them."""
     prompt, options = prompt_of(10), {"eos_token_id": [], "do_sample": False, "max_new_tokens": 20}
     whole = ours(shallow, prompt, 20)
     call = single_sequence_call(shallow.model, prompt, return_dict_in_generate=True, **options, **draft)
@@ -144,7 +144,7 @@ def test_a_reader_who_has_seen_enough(shallow: Twins, count: int, draft: dict[st
     assert [next(more) for _ in range(20 - count)] == whole[count:]
 
 
-def test_nothing_is_computed_for_nobody(shallow: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computes_nothing_before_the_first_read(shallow: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a step")
 
@@ -185,7 +185,7 @@ def test_seeds_reproduce(shallow: Twins) -> None:
 
 @stored(whole=True)
 def ranks(reference: Any, prompt: list[int], answer: list[int]) -> np.ndarray:
-    """How many tokens the reference holds likelier than each of the answer's."""
+    """Returns how many tokens the reference ranks above each token of the answer."""
     import torch
 
     with torch.no_grad():
@@ -196,11 +196,11 @@ def ranks(reference: Any, prompt: list[int], answer: list[int]) -> np.ndarray:
 def test_draws_stay_within_top_k(shallow: Twins) -> None:
     prompt = prompt_of(9)
     answer = ours(shallow, prompt, 40, do_sample=True, temperature=5.0, top_k=4, seed=3)
-    found = set(ranks(shallow.reference, prompt, answer).tolist())
-    assert found == {0, 1, 2, 3}, "hot enough to draw each of them, and no other"
+    drawn = set(ranks(shallow.reference, prompt, answer).tolist())
+    assert drawn == {0, 1, 2, 3}, "the temperature is high enough to draw each of them"
 
 
-def test_sizes_are_few() -> None:
+def test_padded_sizes_are_few() -> None:
     assert [padded_length(n) for n in (1, 16, 17, 33, 129, 512, 513, 1024, 1025)] == [
         *(16, 16, 32, 64, 256, 512, 640, 1024, 1152)
     ]
@@ -217,7 +217,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompiledModel,
 
 
 @pytest.mark.slow
-def test_text_adds_up_to_what_decode_gives(chat_model: tuple[CompiledModel, Phi3Tokenizer]) -> None:
+def test_pieces_add_up_to_the_decoded_text(chat_model: tuple[CompiledModel, Phi3Tokenizer]) -> None:
     compiled, tokenizer = chat_model
     ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)
     for prompt, encoded in ((PROMPT, tokenizer.encode(PROMPT)), (ids, ids)):
@@ -233,12 +233,12 @@ def test_text_adds_up_to_what_decode_gives(chat_model: tuple[CompiledModel, Phi3
     assert first == pieces[0] or "\ufffd" in first
 
 
-def test_text_that_stops(chat_model: tuple[CompiledModel, Phi3Tokenizer]) -> None:
+def test_stop_strings_end_the_text(chat_model: tuple[CompiledModel, Phi3Tokenizer]) -> None:
     compiled, tokenizer = chat_model
     options = {"max_new_tokens": 30, "do_sample": False}
     text = "".join(stream_text(compiled, tokenizer, PROMPT, **options))
-    place = next(at for at in range(3, 20) if text[at].isascii() and text[at].isprintable())
-    stopped = "".join(stream_text(compiled, tokenizer, PROMPT, stop_strings=[text[place]], **options))
-    assert stopped == text[: text.index(text[place]) + 1]
+    stop = next(letter for letter in text[3:20] if letter.isascii() and letter.isprintable())
+    stopped = "".join(stream_text(compiled, tokenizer, PROMPT, stop_strings=[stop], **options))
+    assert stopped == text[: text.index(stop) + 1]
     with pytest.raises(ValueError, match="the prompt is empty"):
         stream_text(compiled, tokenizer, "")

@@ -1,4 +1,4 @@
-"""Streamers: the pieces are the whole text, in transformers' order of calls."""
+"""Tests that the pieces of streamers add up to the whole text, in transformers' order of calls."""
 
 import queue
 import random
@@ -31,7 +31,7 @@ def byte_level() -> Tokenizer:
 
 
 def pieces() -> Tokenizer:
-    """SentencePiece's kind: `▁` for spaces, bytes for what has no piece."""
+    """Returns a tokenizer of SentencePiece's kind: `▁` for spaces, bytes for characters without a piece."""
     letters = sorted({letter for letter in TEXT.replace(" ", "▁") if ord(letter) < 0x2600})
     tokens = ["<unk>", *[f"<0x{byte:02X}>" for byte in range(256)], *letters, "▁▁", "▁t"]
     merges = [("▁", "▁"), ("▁", "t")]
@@ -51,7 +51,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Phi3Tokenizer:
 
 
 class Recorder(TextStreamer):
-    """Keeps the texts, and which one was told to be the last."""
+    """Records the texts, and which one was the last."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -62,7 +62,7 @@ class Recorder(TextStreamer):
 
 
 def feed(streamer: BaseStreamer, prompt: list[int], answer: list[int]) -> None:
-    """As `generate` does it."""
+    """Feeds a streamer as `generate` does."""
     streamer.put(np.array([prompt]))
     for token in answer:
         streamer.put(np.array([token]))
@@ -80,7 +80,7 @@ def some_ids(tokenizer: Phi3Tokenizer, seed: int) -> tuple[list[int], list[int]]
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("skip_special_tokens", [None, False, True])
 @pytest.mark.parametrize("skip_prompt", [False, True])
-def test_pieces_are_the_whole(
+def test_pieces_add_up_to_the_whole(
     tokenizer: Phi3Tokenizer, skip_prompt: bool, skip_special_tokens: bool | None, seed: int
 ) -> None:
     options = {} if skip_special_tokens is None else {"skip_special_tokens": skip_special_tokens}
@@ -102,13 +102,13 @@ def test_text_comes_as_soon_as_it_is_certain() -> None:
     streamer = Recorder(tokenizer, skip_prompt=True)
     ids = tokenizer.encode("é quick\x80😁")
     streamer.put([[5, 6]])
-    seen = []
+    pieces = []
     for token in ids:
         streamer.texts.clear()
         streamer.put([token])
-        seen.append("".join(text for text, _ in streamer.texts))
+        pieces.append("".join(text for text, _ in streamer.texts))
     whole = [tokenizer.decode(ids[: n + 1]).rstrip("\ufffd") for n in range(len(ids))]
-    assert ["".join(seen[: n + 1]) for n in range(len(ids))] == whole
+    assert ["".join(pieces[: n + 1]) for n in range(len(ids))] == whole
     assert len(set(whole)) > 4
 
 
@@ -129,7 +129,7 @@ def torch_tensor(values: Any) -> Any:
 @pytest.mark.parametrize(
     "make", [np.array, jnp.array, list, pytest.param(torch_tensor, marks=pytest.mark.live)]
 )
-def test_any_array(tokenizer: Phi3Tokenizer, make: Any) -> None:
+def test_takes_any_array(tokenizer: Phi3Tokenizer, make: Any) -> None:
     streamer = Recorder(tokenizer)
     ids = tokenizer.encode("the fox", add_special_tokens=False)
     streamer.put(make([ids[:3]]))
@@ -140,7 +140,7 @@ def test_any_array(tokenizer: Phi3Tokenizer, make: Any) -> None:
     assert "".join(text for text, _ in streamer.texts) == "the fox"
 
 
-def test_one_row_only(tokenizer: Phi3Tokenizer) -> None:
+def test_rejects_several_rows(tokenizer: Phi3Tokenizer) -> None:
     for streamer in (TextStreamer(tokenizer), TextIteratorStreamer(tokenizer, skip_prompt=True)):
         with pytest.raises(
             ValueError, match=rf"{type(streamer).__name__} takes one row .*got shape \(2, 3\)"
@@ -161,19 +161,19 @@ def test_another_thread_reads(tokenizer: Phi3Tokenizer) -> None:
         assert "".join(texts) == tokenizer.decode(answer)
 
 
-def test_readers_do_not_wait_for_ever(tokenizer: Phi3Tokenizer) -> None:
+def test_readers_do_not_wait_forever(tokenizer: Phi3Tokenizer) -> None:
     streamer = TextIteratorStreamer(tokenizer, timeout=0.01)
     with pytest.raises(queue.Empty):
         next(streamer)
 
 
-def test_options(tokenizer: Phi3Tokenizer) -> None:
+def test_rejects_other_options(tokenizer: Phi3Tokenizer) -> None:
     with pytest.raises(
         TypeError, match=r"no option clean_up_tokenization_spaces=True; decoding takes skip_special"
     ):
         TextStreamer(tokenizer, clean_up_tokenization_spaces=True)
-    unfinished = BaseStreamer()
+    base = BaseStreamer()
     with pytest.raises(NotImplementedError, match=r"needs a method put\(value\)"):
-        unfinished.put(np.zeros(1, int))
+        base.put(np.zeros(1, int))
     with pytest.raises(NotImplementedError, match=r"needs a method end\(\)"):
-        unfinished.end()
+        base.end()

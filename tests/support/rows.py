@@ -1,4 +1,4 @@
-"""A batch taken row by row: its prompts, its answers, and what the reference makes of each row alone."""
+"""Helpers for batches by row: prompts, our answers, and the reference's answers to each row alone."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from twins import Twins
 
 
 def rows_of(ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-    """Each row's tokens without padding."""
+    """Returns each row's tokens without padding."""
     return [row[used] for row, used in zip(ids, mask.astype(bool), strict=True)]
 
 
 def alone(twins: Twins, ids: np.ndarray, mask: np.ndarray, count: int, **options: Any) -> np.ndarray:
-    """The `count` new tokens that the reference gives each row when it is by itself."""
+    """Returns the reference's `count` new tokens of each row alone."""
     new = [
         twins.theirs(row[None], np.ones_like(row)[None], max_new_tokens=count, **options)[0, len(row) :]
         for row in rows_of(ids, mask)
@@ -23,20 +23,20 @@ def alone(twins: Twins, ids: np.ndarray, mask: np.ndarray, count: int, **options
 
 
 def answers(twins: Twins, ids: np.ndarray, mask: np.ndarray, count: int, **options: Any) -> np.ndarray:
-    """Our new tokens for the whole batch."""
+    """Returns our new tokens for the whole batch."""
     return twins.ours(ids, mask, max_new_tokens=count, **options)[:, ids.shape[1] :]
 
 
 def assert_varied(new: np.ndarray) -> None:
-    """Rows that repeat one token would agree with too many wrong answers."""
+    """Checks that no row repeats few tokens, as such rows would agree with too many wrong answers."""
     assert min(len(set(row)) for row in new.tolist()) > 5
 
 
 @stored
 def logits_along(reference: Reference, tokens: np.ndarray, start: int) -> np.ndarray:
-    """The reference's logits after each prefix of one row from `start` tokens on, as if it were all there is.
+    """Returns the reference's logits after each prefix of a row from `start` tokens on.
 
-    Two forwards without a cache: up to `original_max_position_embeddings` and over everything.
+    Two forwards without a cache: up to `original_max_position_embeddings`, and over the whole row.
     """
     import torch
 

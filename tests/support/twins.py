@@ -1,4 +1,4 @@
-"""A model of transformers and ours with the same weights, generating from the same prompts."""
+"""Pairs of a model of transformers and ours with the same weights, which generate from the same prompts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,36 +16,36 @@ CONTEXT = {"max_position_embeddings": 512, "original_max_position_embeddings": 5
 
 
 class Twins:
-    """`ours` and `theirs`, without end tokens unless a call names some."""
+    """A model of ours and the reference's; they have no end tokens unless a call names some."""
 
     def __init__(self, config: Phi3Config, folder: Path, seed: int = 0):
         self.config = config
         self.model, self.reference = pair("causal", config, folder, seed)
 
     def ours(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
-        """Our answer: ids as NumPy, or the whole output where `return_dict_in_generate` asks for it."""
+        """Returns our ids as NumPy, or the whole output with `return_dict_in_generate`."""
         out = self.model.generate(ids, mask, **{"eos_token_id": [], "pad_token_id": PAD} | options)
         return out if hasattr(out, "sequences") else np.asarray(out)
 
     def theirs(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
-        """The reference's answer, as `ask` gives it; of a whole output a namespace."""
+        """Returns the reference's ids, or its whole output as a namespace."""
         return _namespace(_generate(self.reference, ids, mask, **options))
 
     def sampled(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
-        """`theirs`, with a `Sample` of each large array where the answer is a stored one."""
+        """Does what `theirs` does; stored answers have a `Sample` of each large array."""
         return _namespace(_generate_sampled(self.reference, ids, mask, **options))
 
     def same(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> np.ndarray:
-        """What both answer, which must be the same ids."""
+        """Checks that both return the same ids, and returns them."""
         expected = self.theirs(ids, mask, **options)
         np.testing.assert_array_equal(self.ours(ids, mask, **options), expected)
         return expected
 
 
 def ask(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
-    """The reference's ids, or the arrays of its whole output by their names.
+    """Returns the reference's ids, or the arrays of its whole output by name.
 
-    Processors and criteria among the options are functions of NumPy arrays; no end token is an empty list.
+    Processors and criteria in the options are functions of NumPy arrays; an empty list means no end token.
     """
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
@@ -70,7 +70,7 @@ def ask(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **option
         name: torch.tensor(value) if isinstance(value, np.ndarray) else value
         for name, value in options.items()
     }
-    torch.manual_seed(0)  # sampled tokens are of no use to a test, and stored with the rest
+    torch.manual_seed(0)  # no test uses sampled tokens, but they are stored with the rest
     reference.model.generation_config.eos_token_id = None
     mask = None if mask is None else torch.tensor(mask)
     out = reference.model.generate(torch.tensor(ids), attention_mask=mask, **options)
@@ -94,30 +94,30 @@ def _namespace(answer: Any) -> Any:
 
 
 def named(function: Callable[..., Any], *settings: Any) -> Callable[..., Any]:
-    """The function, which stored answers know by its name and the `settings` that it was made with."""
+    """Returns the function, which stored answers identify by its name and its `settings`."""
     function.answer_key = (function.__name__, *settings)  # type: ignore[attr-defined]
     return function
 
 
 def beside(theirs: Any, *ours: Any) -> tuple[np.ndarray, ...]:
-    """The elements that `theirs` has, and the same of each of `ours`, which broadcast to its shape."""
+    """Returns the elements of `theirs`, and the same elements of each of `ours`, which broadcast to it."""
     if isinstance(theirs, Sample):
         return theirs.values, *map(theirs.at, ours)
     return np.asarray(theirs), *(np.broadcast_to(np.asarray(each), np.shape(theirs)) for each in ours)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities along the last axis, in float64."""
+    """Returns probabilities along the last axis, in float64."""
     likely = np.exp(np.float64(logits) - logits.max(axis=-1, keepdims=True))
     return likely / likely.sum(axis=-1, keepdims=True)
 
 
 def prompts(lengths: Sequence[int], side: str = "left", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Random prompts of those lengths, padded on `side`, and their mask."""
+    """Returns random prompts of these lengths, padded on `side`, and their mask."""
     rng, width = np.random.default_rng([seed, *lengths]), max(lengths)
     ids, mask = np.full((len(lengths), width), PAD), np.zeros((len(lengths), width), np.int64)
     for row, length in enumerate(lengths):
-        held = slice(width - length, width) if side == "left" else slice(0, length)
-        ids[row, held] = rng.integers(4, 96, length)
-        mask[row, held] = 1
+        used = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[row, used] = rng.integers(4, 96, length)
+        mask[row, used] = 1
     return ids, mask
