@@ -330,7 +330,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "no new tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens=0 must be a positive integer"),
     "min above max": ({"max_new_tokens": 3, "min_new_tokens": 4}, ValueError, "contradict each other"),
-    "two lengths": ({"max_new_tokens": 3, "max_length": 40}, ValueError, "two limits for one thing"),
+    "two lengths": ({"max_new_tokens": 3, "max_length": 40}, ValueError, "limit the same length"),
     "streamed beams": ({"streamer": Notes(), "num_beams": 2}, ValueError, "leave num_beams at 1"),
     "drafted beams": ({"prompt_lookup_num_tokens": 2, "num_beams": 2}, ValueError, "exclude each other"),
     "guided drafts": ({"prompt_lookup_num_tokens": 2, "guidance_scale": 2}, ValueError, "exclude each other"),
