@@ -42,11 +42,9 @@ class GGUFSource:
         self._check_shapes()
 
     def names(self) -> Sequence[str]:
-        """Returns every tensor's Hugging Face name, in the model's order."""
         return list(self._recipes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the tensor's shape in Hugging Face's layout."""
         return self._recipe(name).shape
 
     def dtype(self, name: str) -> np.dtype:
@@ -68,7 +66,6 @@ class GGUFSource:
         return out
 
     def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
-        """Returns these runs of the tensor's rows, cut to these columns."""
         if self._latest is None or self._latest[0] != name:
             self._latest = None  # freed before the next one is read
             self._latest = name, self.read(name)
@@ -115,7 +112,6 @@ class GGUFSource:
         }
 
     def write_companions(self, directory: Path) -> None:
-        """Writes the `tokenizer_files`."""
         for name, content in self.tokenizer_files().items():
             text = json.dumps(content, ensure_ascii=False, indent=2)
             (directory / name).write_text(text, encoding="utf-8")

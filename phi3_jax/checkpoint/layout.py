@@ -17,11 +17,11 @@ Index = tuple[slice, ...]
 """A part of a parameter: for each axis a slice without a step."""
 
 
-def _in_order(shape: tuple[int, ...]) -> Int[np.ndarray, "..."]:
+def _plain_order(shape: tuple[int, ...]) -> Int[np.ndarray, "..."]:
     return np.arange(math.prod(shape)).reshape(shape)
 
 
-def _grouped(shape: tuple[int, ...]) -> Int[np.ndarray, "K slots H"]:
+def _group_order(shape: tuple[int, ...]) -> Int[np.ndarray, "K slots H"]:
     """Returns the numbers of [all q, all k, all v] rows as [K, G + 2, H]: of each group its q, k and v."""
     kv_heads, slots, head_dim = shape
     heads = np.arange(kv_heads * slots)
@@ -38,7 +38,7 @@ class TensorLayout:
 
     row_axes: int
     """The number of the parameter's first axes that are stored as rows; the others are columns."""
-    rows: Callable[[tuple[int, ...]], Int[np.ndarray, "..."]] = _in_order
+    rows: Callable[[tuple[int, ...]], Int[np.ndarray, "..."]] = _plain_order
     """Returns the numbers of the stored rows on row axes of these sizes."""
 
     def checkpoint_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ class TensorLayout:
             UserError: the part's columns are not adjacent.
         """
         rows = self.rows(shape[: self.row_axes])[index[: self.row_axes]]
-        columns = _in_order(shape[self.row_axes :])[index[self.row_axes :]]
+        columns = _plain_order(shape[self.row_axes :])[index[self.row_axes :]]
         adjacent = _runs(columns.reshape(-1))
         if len(adjacent) != 1:
             raise UserError(
@@ -65,7 +65,7 @@ class TensorLayout:
     def to_checkpoint(self, parameter: np.ndarray) -> np.ndarray:
         """Returns the whole parameter as it is stored."""
         stored = parameter.reshape(self.checkpoint_shape(parameter.shape))
-        if self.rows is _in_order:
+        if self.rows is _plain_order:
             return stored
         moved = np.empty_like(stored)
         moved[self.rows(parameter.shape[: self.row_axes]).reshape(-1)] = stored
@@ -80,7 +80,7 @@ def _runs(numbers: Int[np.ndarray, " n"]) -> list[slice]:
 
 
 LAYOUTS = {
-    "qkv_proj.weight": TensorLayout(3, _grouped),
+    "qkv_proj.weight": TensorLayout(3, _group_order),
     "gate_up_proj.weight": TensorLayout(2),
     "o_proj.weight": TensorLayout(1),
 }

@@ -65,10 +65,10 @@ def _explain_names(cls: type) -> type:
     names = {f.name for f in dataclasses.fields(cls)}
 
     @functools.wraps(plain)
-    def explaining(self: Any, **given: Any) -> None:
+    def init(self: Any, **given: Any) -> None:
         plain(self, **checks.check_names(given, names))
 
-    cls.__init__ = explaining  # type: ignore[misc]
+    cls.__init__ = init  # type: ignore[misc]
     return cls
 
 
