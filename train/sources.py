@@ -93,8 +93,7 @@ def load_data(settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config) 
             )
         return gathered
 
-    train: Examples | PackedExamples = examples("train")
-    assert isinstance(train, Examples)
+    train = examples("train")
     if _has(settings, "validation"):
         validation = examples("validation")
     else:
@@ -105,10 +104,11 @@ def load_data(settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config) 
         counts["bad rows skipped"] = bad.count
         logger.warning("%d bad rows were skipped; the first: %s", bad.count, "; ".join(bad.first))
     weights = _class_weights(settings, labels, train)
+    rows: Examples | PackedExamples = train
     if settings.packing:
-        train = _pack(train, settings.max_length, config)
-        counts["train rows, packed"] = len(train)
-    return Data(task, labels, train, validation, test, counts, weights)
+        rows = _pack(train, settings.max_length, config)
+        counts["train rows, packed"] = len(rows)
+    return Data(task, labels, rows, validation, test, counts, weights)
 
 
 def _pack(train: Examples, width: int, config: Phi3Config) -> PackedExamples:
