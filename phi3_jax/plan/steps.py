@@ -12,7 +12,7 @@ from phi3_jax.costs.work import AbstractStep, Work
 from phi3_jax.errors import UserError
 from phi3_jax.lora import add_lora
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.model.abstract import abstract_cache, abstract_model
+from phi3_jax.model.abstract import abstract_cache, abstract_model, with_shardings
 from phi3_jax.parallel.sharding import replicate, sharding
 from phi3_jax.trainer import Trainer
 

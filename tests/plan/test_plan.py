@@ -11,13 +11,16 @@ from rich.console import Console
 from toy_step import FFN, HIDDEN, LAYERS, needs_libtpu, toy_step
 
 from phi3_jax import Phi3Config
+from phi3_jax.costs.shapes import lora_parameters
 from phi3_jax.errors import UserError
+from phi3_jax.parallel.sharding import make_mesh
 from phi3_jax.plan import AbstractStep, Plan, Work, plan, render, to_dict, topology
 from phi3_jax.plan.analytic import analyse
 from phi3_jax.plan.collectives import Collective
 from phi3_jax.plan.program import Memory, Program, Refusal
 from phi3_jax.plan.roofline import roofline
 from phi3_jax.plan.search import obstacles, sensible_meshes
+from phi3_jax.plan.steps import abstract_step
 
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 MINI = Phi3Config.preset("phi-3-mini-4k-instruct")
@@ -232,6 +235,13 @@ def test_the_search_compiles_the_best_meshes_and_ranks_all(small: Phi3Config) ->
     compiled = [one.roofline.step_seconds for one in everything if one.program is not None]
     assert compiled == sorted(compiled)
     assert "Meshes, best first" in rendered(planned)
+
+
+def test_a_step_with_adapters_trains_only_them(small: Phi3Config) -> None:
+    work, mesh = Work(small, "finetune", 2, 16, lora=4), make_mesh("fsdp=2", jax.devices()[:2])
+    moments = jax.tree.leaves(abstract_step(work, mesh).parts["optimizer"])
+    sizes = sum(leaf.size for leaf in moments if leaf.ndim > 0)
+    assert sizes == 2 * lora_parameters(small, 4)
 
 
 def test_an_error_of_the_step_reaches_the_caller(small: Phi3Config) -> None:
