@@ -81,6 +81,7 @@ def load_model(
         name_or_path = resolve(name_or_path, local_files_only=local_files_only, **hub)
     source, own_config = open_checkpoint(name_or_path)
     path = source.path
+    config_changes.pop("use_cache", None)  # users of transformers pass it; here each call says so
     config = (config or own_config).replace(**config_changes)
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
     build: Callable[..., Model] = cls
