@@ -77,9 +77,9 @@ def check_prompts(
         mask = mask != 0
     outside = mask & ((ids < 0) | (ids >= config.vocab_size))
     if outside.any():
-        row, column = np.argwhere(outside)[0]
+        row, position = np.argwhere(outside)[0]
         raise UserError(
-            f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of "
+            f"input_ids[{row}, {position}] = {ids[row, position]} is outside the vocabulary of "
             f"{config.vocab_size} tokens; is this the tokenizer of another model?"
         )
     tokens = mask.sum(axis=1)
