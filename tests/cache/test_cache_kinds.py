@@ -341,7 +341,7 @@ def test_int8_takes_half_the_bytes(head_dim, most):
     assert size("int8") <= most * size("bfloat16")
 
 
-def test_rejects_dtypes():
+def test_rejects_unsupported_dtypes():
     model = Phi3ForCausalLM(window_config(num_hidden_layers=1))
     for dtype in ("int16", "uint8", "bool"):
         with pytest.raises(ValueError, match=f"dtype={dtype}: a cache holds floating-point numbers or int8"):

@@ -56,7 +56,7 @@ def test_a_step_equals_the_steps_of_each_cache(name: str, mesh: str | None) -> N
     assert [part.shape[2] for part in whole.keys[0].parts] == [12, 32]
 
 
-def test_rejects_output_attentions() -> None:
+def test_a_ragged_cache_gives_no_attentions() -> None:
     model = Phi3ForCausalLM(small_config())
     ids = np.full((1, 3), 7)
     cache = KVCache.concatenate([prefill(model, ids, 8), prefill(model, ids, 16)])

@@ -139,7 +139,7 @@ def test_sequence_classifier_without_a_padding_token_takes_one_row(tmp_path):
         ),
     ],
 )
-def test_sequence_classifier_rejects_labels(settings, labels, message):
+def test_sequence_classifier_rejects_invalid_labels(settings, labels, message):
     model = Phi3ForSequenceClassification(small_config(**settings))
     with pytest.raises(ValueError, match=message):
         model(np.array([[5, 6], [7, 8]]), labels=np.asarray(labels))
@@ -192,7 +192,7 @@ def test_token_classifier_has_the_dropout_rate_of_transformers(rates, expected, 
     assert ours.classifier_dropout == dropout_rate(theirs) == expected
 
 
-def test_token_classifier_rejects_labels():
+def test_token_classifier_rejects_invalid_labels():
     model = Phi3ForTokenClassification(small_config(num_labels=5))
     ids = np.array([[5, 6], [7, 8]])
     with pytest.raises(ValueError, match=r"labels\[1, 0\] = 5; expected 0 to 4, or -100"):
@@ -232,12 +232,12 @@ def test_logits_to_keep_matches_transformers(tied, tmp_path):
         (np.array([[0], [1]]), r"logits_to_keep is int\d+\[2, 1\]; .* of shape \[kept\] or \[1, kept\]"),
     ],
 )
-def test_rejects_logits_to_keep(keep, message):
+def test_rejects_invalid_logits_to_keep(keep, message):
     with pytest.raises(ValueError, match=message):
         Phi3ForCausalLM(small_config(num_hidden_layers=1))(np.array([[5, 6, 7]]), logits_to_keep=keep)
 
 
-def test_causal_lm_rejects_labels():
+def test_causal_lm_rejects_invalid_labels():
     model = Phi3ForCausalLM(small_config())
     ids = np.array([[5, 6], [7, 8]])
     with pytest.raises(ValueError, match=r"labels\[0, 1\] = 96; expected 0 to 95, or -100"):

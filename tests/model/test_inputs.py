@@ -100,7 +100,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 @pytest.mark.parametrize("case", ERRORS)
-def test_rejects(case, convert, model):
+def test_rejects_arguments(case, convert, model):
     arguments, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         model(**{name: convert(value) for name, value in arguments.items()})

@@ -227,7 +227,7 @@ def test_classifier_with_a_resized_vocabulary_keeps_its_score():
         ({"new_num_tokens": 100, "pad_to_multiple_of": 0}, "pad_to_multiple_of=0 must be positive"),
     ],
 )
-def test_rejects_sizes_of_the_vocabulary(arguments, message):
+def test_rejects_impossible_vocabulary_sizes(arguments, message):
     model = Phi3ForCausalLM(small_config())
     with pytest.raises(ValueError, match=message):
         model.resize_token_embeddings(**arguments)

@@ -202,7 +202,7 @@ def test_new_frequencies_cause_no_compilation():
 
 
 @pytest.mark.parametrize("shape", [(5,), (12,), (2, 7), (1, 2, 6), ()])
-def test_rejects_shapes_of_frequencies(shape):
+def test_rejects_frequencies_of_the_wrong_shape(shape):
     model = Phi3ForCausalLM(small_vocabulary_config(num_hidden_layers=1))
     with pytest.raises(
         ValueError, match=r"inv_freq has shape .*; expected \[6\], \[2, 6\] or \[2, 2, 6\], half of the 12"

@@ -34,6 +34,12 @@ ROWS = [[9, 14, 5, 16, 12], [20, 30], [3, 16, 16, 16], [40, 17]]
 """The examples' lengths, row by row. Longrope's original length is 16: rows are all short or all long."""
 
 
+def grouped_config(length=512, **changes):
+    """Returns a config with a context of `length` tokens."""
+    lengths = {"max_position_embeddings": length, "original_max_position_embeddings": length}
+    return small_config(**GROUPED, **lengths, **changes)
+
+
 def packed_rows(rows=ROWS, length=LENGTH, seed=0):
     """Returns token ids and segments [B, T], with padding at the end; segment numbers are not in order."""
     rng = np.random.default_rng(seed)
@@ -144,9 +150,7 @@ def test_examples_in_one_row_equal_examples_alone_in_stacked_layers():
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_each_kernel_equals_examples_alone(implementation):
     """Rows are longer than a block of XLA's attention and of the Pallas kernel, which is interpreted."""
-    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
-    config = small_config(**GROUPED, **sizes, sliding_window=90)
-    model = Phi3ForCausalLM(config)
+    model = Phi3ForCausalLM(grouped_config(sliding_window=90))
     chosen = on_mesh(model, None)
     chosen.set_attn_implementation(implementation)
     assert_equals_examples_alone(model, *packed_rows([[130, 70, 60], [100, 110]], 271), packed_model=chosen)
@@ -192,9 +196,7 @@ def test_a_gpu_takes_xla_by_default():
 )
 def test_a_mesh_equals_one_device(implementation, length):
     """Queries are divided over `context`; keys and their segments are not."""
-    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
-    config = small_config(**GROUPED, sliding_window=7, **sizes)
-    one = Phi3ForCausalLM(config)
+    one = Phi3ForCausalLM(grouped_config(sliding_window=7))
     several = on_mesh(one, make_mesh("fsdp=2,context=2,tensor=2"))
     several.set_attn_implementation(implementation)
     scale = length // LENGTH
@@ -304,7 +306,7 @@ def test_every_head_passes_segments_to_the_decoder(kind):
         ({"past_key_values": 16}, "segment_ids go without a cache"),
     ],
 )
-def test_rejects_segments(changes, message):
+def test_rejects_segments_that_do_not_fit(changes, message):
     model = Phi3ForCausalLM(small_config())
     arguments = {"segment_ids": np.ones((2, 8), np.int64)} | changes
     if "past_key_values" in changes:
@@ -316,9 +318,7 @@ def test_rejects_segments(changes, message):
 def test_a_training_step_for_a_tpu_has_no_mask_of_length_squared():
     """Lowered for an absent TPU, a step over packed rows has three kernels a layer, and nothing of T x T."""
     length = 1024
-    sizes = {"max_position_embeddings": length, "original_max_position_embeddings": length}
-    config = small_config(**GROUPED, **sizes, num_hidden_layers=1)
-    model = Phi3ForCausalLM(config, dtype=jnp.bfloat16)
+    model = Phi3ForCausalLM(grouped_config(length, num_hidden_layers=1), dtype=jnp.bfloat16)
     ids, segments = packed_rows([[500, 400]], length)
 
     def loss(model, ids, segments):
