@@ -20,6 +20,7 @@ PREFILLS: list[tuple[int, dict[str, Any], str]] = [
     (256, {"segments": True}, "splash xla xla"),
     (256, {"platform": "tpu"}, "splash xla xla"),
     (256, {"platform": "gpu"}, "splash cudnn xla"),
+    (256, {"platform": "gpu", "context": 2}, "splash xla xla"),  # cuDNN needs all queries of a prefill
     (256, {"platform": "cpu"}, "splash xla xla"),
     (256, {"platform": "tpu", "context": 2}, "splash xla xla"),
     (384, {"platform": "tpu", "context": 1}, "splash xla xla"),
@@ -51,7 +52,7 @@ CACHES: list[tuple[int, int, dict[str, Any], str]] = [
     (2, 512, {"segments": True}, "xla xla xla"),
     (2, 512, {"dtype": jnp.float32}, "cached xla xla"),
     (2, 512, {"platform": "cpu"}, "cached xla xla"),
-    (2, 512, {"platform": "gpu", "context": 2, "output_lse": True}, "cached xla xla"),
+    (2, 512, {"platform": "gpu", "context": 2}, "cached xla xla"),
     (32, 512, {"int8": True}, "cached xla xla"),
     (32, 512, {"implementation": "xla"}, "xla xla xla"),
     (1, 8, {"implementation": "pallas"}, "cached cached cached"),
@@ -60,7 +61,7 @@ CACHES: list[tuple[int, int, dict[str, Any], str]] = [
     (1, 8, {"implementation": "cudnn"}, "xla cudnn xla"),
     (32, 512, {"implementation": "cudnn"}, "xla cudnn xla"),
     (2, 512, {"implementation": "cudnn", "int8": True}, "xla xla xla"),
-    (2, 512, {"implementation": "cudnn", "output_lse": True}, "xla xla xla"),
+    (2, 512, {"implementation": "cudnn", "context": 2}, "xla xla xla"),
 ]
 """Lengths, slots, options, and the kernels."""
 

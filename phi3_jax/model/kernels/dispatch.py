@@ -41,7 +41,6 @@ def choose_kernels(
     *,
     platform: str | None = None,
     context: int = 1,
-    output_lse: bool = False,
 ) -> dict[str, str]:
     """Returns the name of the kernel for a TPU, for CUDA and for any other platform ("default").
 
@@ -49,8 +48,7 @@ def choose_kernels(
         query, key, mask: as in `xla_attention`.
         implementation: one of `IMPLEMENTATIONS`.
         platform: the only one that matters; None: the program may be lowered for any.
-        context: devices over which the queries of a prefill are divided.
-        output_lse: whether the kernel must return the log-sum-exp of the scores.
+        context: devices over which the queries of a prefill, or else the keys, are divided; cuDNN needs all.
     """
     length, floats = query.shape[1], isinstance(key, Array)
     many_scores = length >= LEAST_QUERIES if mask.prefill else key.shape[2] >= LEAST_SLOTS
@@ -69,7 +67,7 @@ def choose_kernels(
     no_mask = mask.key_segments is None and (mask.window is None or mask.window >= length)
     suits_cudnn = many_scores and (no_mask if mask.prefill else length > 1 and mask.key_segments is None)
     use_cudnn = implementation == "cudnn" or (implementation is None and suits_cudnn)
-    use_cudnn = use_cudnn and floats and not output_lse and platform in (None, "gpu")
+    use_cudnn = use_cudnn and floats and context == 1 and platform in (None, "gpu")
     return {
         "tpu": pallas if implementation is None and many_scores and pallas_works else default,
         "cuda": "cudnn" if use_cudnn and cudnn.supported(query.dtype, query.shape[-1]) else default,
@@ -116,9 +114,7 @@ def attend_on_mesh(
     """
     platform, context = mesh.devices.flat[0].platform, mesh.shape["context"]
     combined = not mask.prefill and context > 1
-    kernels = choose_kernels(
-        query, key, mask, implementation, platform=platform, context=context, output_lse=combined
-    )
+    kernels = choose_kernels(query, key, mask, implementation, platform=platform, context=context)
     name = kernels.get("cuda" if platform == "gpu" else platform, kernels["default"])
     interpret = platform != "tpu"
     operand, operand_specs = None, None
