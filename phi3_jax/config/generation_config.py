@@ -79,7 +79,7 @@ class GenerationConfig:
 
     Lists, arrays and mappings become tuples. `cache_implementation`: None, "static" and "dynamic" are the
     preallocated cache, "quantized" keeps it as int8. `frequency_penalty`, `presence_penalty` and `rope_list`
-    are not in transformers. `rope_list` is for longrope models: a row changes to the long list when it
+    are not in transformers. `rope_list` is for ropes with two lists: a row changes to the long one when it
     outgrows the short one ("switch", as transformers), has one list from the start ("long", "short"), or the
     list for its planned length ("planned"). `extra` holds the other keys of a generation_config.json.
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3_jax.errors import UserError
+from phi3_jax.generation.sequences import common_prefix_length
 from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.tokenizer import Phi3Tokenizer
 
@@ -66,7 +67,7 @@ def _end(
     if turn + 1 < len(messages):
         until_here = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
     # Some templates add a token to the end of the conversation, which is not there if messages follow.
-    end = start + _common(text[start:], until_here[start:])
+    end = start + common_prefix_length([*text[start:]], [*until_here[start:]])
     backend = tokenizer.backend
     specials = filter(None, map(backend.id_to_token, backend.special_ids))
     ends = [at + len(special) for special in specials if (at := text.rfind(special, start, end)) >= 0]
@@ -89,10 +90,4 @@ def _token_at(text: str, at: int, ids: list[int], offset: tuple[int, int], token
     if ids[count : count + len(piece)] == piece:
         return count + len(piece)
     # The tokenizer splits the piece differently within the text. Encoding from the start is safe, but slower.
-    return _common(tokenizer.encode(text[:at], add_special_tokens=False), ids)
-
-
-def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Returns the length of the common prefix of two sequences."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return common_prefix_length(tokenizer.encode(text[:at], add_special_tokens=False), ids)

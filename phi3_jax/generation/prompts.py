@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
-from phi3_jax.sizes import round_up
+from phi3_jax.sizes import power_of_two, round_up
 
 PREFILL_CHUNK = 512
 """Prompt slots computed at a time, which bounds the memory of activations."""
@@ -34,7 +34,7 @@ def cache_length(slots: int) -> int:
 
 def padded_rows(rows: int, shards: int = 1) -> int:
     """Returns the batch size for `rows`: a power of two up to 8, then a multiple of 8; always of `shards`."""
-    padded = 1 << (rows - 1).bit_length() if rows <= 8 else round_up(rows, 8)
+    padded = power_of_two(rows) if rows <= 8 else round_up(rows, 8)
     return round_up(padded, shards)
 
 

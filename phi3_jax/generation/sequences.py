@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,8 @@ def token_counts(
     return jnp.zeros((ids.shape[0], vocab_size), jnp.int32).at[rows, index].add(1, mode="drop")
 
 
-def common_prefix_length(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
-    """Returns how many tokens `a` and `b` share from the first one on."""
+def common_prefix_length(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarray) -> int:
+    """Returns how many elements `a` and `b` share from the first one on."""
     length = min(len(a), len(b))
     different = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
     return int(different[0]) if different.size else length

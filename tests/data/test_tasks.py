@@ -168,7 +168,7 @@ def test_encodes_numbers(plain: Phi3Tokenizer) -> None:
         ({"text": ""}, "'text' is empty"),
         ({"text": " \n"}, "'text' is empty"),
         ({"text": None}, "'text' is None; expected text"),
-        ({"text": "half \ud800"}, "half a surrogate pair"),
+        ({"text": "half \ud800"}, "half of a surrogate pair"),
         ({"sentence": "a", "label": 1}, "there is no column 'text'; the columns are 'sentence', 'label'"),
     ],
 )
@@ -293,7 +293,7 @@ def test_labels_all_pieces_of_a_word(plain: Phi3Tokenizer) -> None:
         (["a"], "O", "'labels' is 'O'; expected a list of labels"),
         (["a"], [None], "'labels': label is missing"),
         (["a"], ["B-x"], "label 'B-x' is not one of"),
-        (["\ud800"], ["O"], "half a surrogate pair"),
+        (["\ud800"], ["O"], "half of a surrogate pair"),
     ],
 )
 def test_rejects_bad_sentences(plain: Phi3Tokenizer, words: Any, labels: Any, fault: str) -> None:
