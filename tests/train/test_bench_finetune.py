@@ -253,8 +253,12 @@ def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_the_command_passes_settings_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, "torch", "transformers", "peft")
     called: list[Any] = []
-    monkeypatch.setattr("phi3_jax.cli.bench_finetune.run_turns", lambda *args, **named: called.append((args, named)))
-    monkeypatch.setattr("phi3_jax.cli.bench_finetune.run_whole", lambda *args, **named: called.append((args, named)))
+    monkeypatch.setattr(
+        "phi3_jax.cli.bench_finetune.run_turns", lambda *args, **named: called.append((args, named))
+    )
+    monkeypatch.setattr(
+        "phi3_jax.cli.bench_finetune.run_whole", lambda *args, **named: called.append((args, named))
+    )
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 0.5\nmax_length: 99\n")
     assert command(str(file), "--max-length", "77", "--steps", "5", "--no-dropout") is None
