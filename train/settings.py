@@ -145,7 +145,8 @@ class Settings(BaseModel):
             except FileNotFoundError:
                 raise UserError(f"there is no file {path}") from None
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise UserError(f"{path} cannot be read: {error}") from error
+                reason = " ".join(str(error).split())  # YAML's has several lines
+                raise UserError(f"{path} cannot be read: {reason}") from error
             if not isinstance(given, dict):
                 raise UserError(
                     f"{path} holds {type(given).__name__}; expected settings, one `name: value` a line"

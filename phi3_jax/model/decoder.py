@@ -150,7 +150,7 @@ class Phi3Model(Phi3PreTrainedModel):
         mesh: of `phi3_jax.make_mesh`; parameters, activations and caches are divided over it.
 
     Raises:
-        ValueError: sizes that the mesh does not divide, an unknown `hidden_act`.
+        UserError: sizes that the mesh does not divide, an unknown `hidden_act`.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ def test_options_take_precedence_over_the_file(tmp_path):
         ("learning_rate: fast\nseed: x", "learning_rate='fast': .*; seed='x': "),
         ("optim: sgd", "optim='sgd': Input should be 'adamw', 'adafactor' or 'lion'"),
         ("- seed", "holds list; expected settings"),
-        ("seed: [1", "cannot be read"),
+        ("seed: [1", r"cannot be read: .*line 1, column 7: .*expected"),
         ("train_batch_size: 8\ngradient_accumulation_steps: 3", "train_batch_size=8 does not divide into"),
         ("packing: true", "packing is for causal-lm, not for sequence-classification"),
         ("trained: head\ntask: causal-lm", "trained=head is for classification"),
