@@ -20,6 +20,7 @@ from reference import (
 )
 
 from phi3_jax import KVCache, Phi3ForCausalLM
+from phi3_jax.cache.layer_cache import write_slots
 
 TOLERANCE = 1e-5
 LENGTH = 14
@@ -289,3 +290,14 @@ def test_rejects_a_cache_of_another_model():
             model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="max_length=0: a cache needs at least one slot"):
         model.init_cache(2, 0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_writes_each_row_at_its_own_first_free_slot(batch):
+    slots = np.zeros((batch, 2, 9, 4), np.float32)
+    new = np.random.default_rng(0).standard_normal((batch, 2, 3, 4), np.float32)
+    start = np.array([2, 0, 6])[:batch]
+    written = np.asarray(write_slots(jnp.asarray(slots), jnp.asarray(new), jnp.asarray(start)))
+    for row, first in enumerate(start):
+        slots[row, :, first : first + 3] = new[row]
+    np.testing.assert_array_equal(written, slots)
