@@ -123,7 +123,8 @@ def _cell(example: Example) -> str:
         return ""
     if example.language == "python":
         return example.code
-    return f"%%bash --no-raise-error\n{{ {example.code.rstrip()}\n}} 2>&1\n"
+    # The kernel asks for colours, which a page cannot show.
+    return f"%%bash --no-raise-error\nunset FORCE_COLOR CLICOLOR_FORCE\n{{ {example.code.rstrip()}\n}} 2>&1\n"
 
 
 def printed(cell: Any) -> str:
