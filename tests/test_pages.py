@@ -59,6 +59,11 @@ def test_accepts_options_of_documented_command(arguments: list[str]) -> None:
         context = command.make_context(name, rest, parent=context)
 
 
+def test_commands_without_redirections() -> None:
+    code = "cat a | phi3-jax batch --input - --top-k 2 \\\n  --output - 2> /dev/null; phi3-jax chat 2>&1\n"
+    assert pages.commands(code) == [["batch", "--input", "-", "--top-k", "2", "--output", "-"], ["chat"]]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_page_has_known_blocks_only(name: str) -> None:
     """Each block of code has a language, and all Python and commands are where these tests find them."""

@@ -81,7 +81,8 @@ def _examples_at(tokens: list[Token], index: int) -> Iterator[Example]:
 def commands(code: str) -> list[list[str]]:
     """Returns the arguments of each `phi3-jax` in a command of the shell."""
     found: list[list[str]] = []
-    words = shlex.shlex(code.replace("\\\n", " "), posix=True, punctuation_chars="|&;<>()")
+    code = re.sub(r"(?<=\s)\d+(?=[<>])", "", code.replace("\\\n", " "))  # 2> is no argument
+    words = shlex.shlex(code, posix=True, punctuation_chars="|&;<>()")
     words.whitespace_split, words.commenters = True, "#"
     is_argument = False
     for word in words:
