@@ -19,12 +19,12 @@ from transformers import Phi3ForCausalLM as TransformersModel
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.checkpoint.default_model import default_model
 
-TEXT = """The wind rose in the night, and by morning the harbour was white with foam. Fishermen stood on the
-quay
-and looked out at the sea, and none of them spoke for a while. Then the oldest said that the storm would
-last three days, and he went home to mend his nets, while the others stayed and watched the waves break
-over the wall. In the evening the lamps were lit along the street, and children ran between the houses
-with bread and letters. No ship had come in since the spring, but the old man kept his boat ready."""
+TEXT = """The wind rose in the night, and by morning the harbour was white with foam. Fishermen stood on
+the quay and looked out at the sea, and none of them spoke for a while. Then the oldest said
+that the storm would last three days, and he went home to mend his nets, while the others
+stayed and watched the waves break over the wall. In the evening the lamps were lit along the
+street, and children ran between the houses with bread and letters. No ship had come in since
+the spring, but the old man kept his boat ready."""
 ORIGINAL_LENGTH, STEPS = 64, 40
 PROMPTS = (44, 24)
 """The prompts' lengths; the second row ends within the original length."""
