@@ -31,6 +31,7 @@ COMMANDS = [
 
 @pytest.mark.slow
 @pytest.mark.optimized
+@pytest.mark.live
 @pytest.mark.parametrize("name", RUNS)
 def test_page_shows_what_its_examples_print(
     name: str, shared_data: Callable[..., Path], tmp_path: Path
@@ -121,3 +122,7 @@ def test_compare_with_numbers_that_vary() -> None:
     pages.compare("a 1 2.5", "a 7 0.1", numbers_vary=True)
     with pytest.raises(AssertionError):
         pages.compare("a 1 2.5", "b 7 0.1", numbers_vary=True)
+
+
+def test_readme_is_one_page() -> None:
+    assert len((pages.ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
