@@ -29,7 +29,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
-nitpicky = False
 
 html_theme = "furo"
 html_title = "phi3-jax"
@@ -44,6 +43,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_custom_sections = [("Further options", "params_style")]
 
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks are stored with their outputs, which tests compare

@@ -57,21 +57,23 @@ class GenerationMixin:
             attention_mask: 1 for tokens, 0 for padding; default: `pad_token_id` marks padding, unless it is
                 also an end token.
             generation_config: overrides `self.generation_config`, which supplies the rest.
-            options: any field of `GenerationConfig`, which overrides both configs, and
-                past_key_values: the cache that an earlier call returned; `input_ids` still has all tokens.
-                logits_processor: `LogitsProcessor`s, or transformers' kind (input_ids, scores) -> scores in
-                    NumPy, which run on the host at every step.
-                prefix_allowed_tokens_fn: (row, ids) -> allowed tokens, on the host;
-                    `AllowedTokensLogitsProcessor` does the same on the device.
-                stopping_criteria: (input_ids, scores) -> bool or bools [rows], on the host.
-                tokenizer: for `stop_strings`.
-                assistant_model: a small model that drafts tokens; `prompt_lookup_num_tokens` needs none.
-                negative_prompt_ids, negative_prompt_attention_mask: prompts that `guidance_scale` avoids.
-                inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2]
-                    or, for positions 0, 1, ..., [B, positions, rotary_dim / 2] (the last holds beyond them).
-                attention_scaling: factor on cosine and sine in place of the config's, a number or [B].
-                streamer: `put` gets the prompts, then every step's tokens, `end` comes last.
-                seed: of the draws; default: another one for every call.
+            options: any field of `GenerationConfig`, which overrides both configs, and the options below.
+
+        Further options:
+            past_key_values: the cache that an earlier call returned; `input_ids` still has all tokens.
+            logits_processor: a list. A `LogitsProcessor` runs on the device; a function of NumPy arrays,
+                (input_ids, scores) -> scores, runs on the host at every step, as in transformers.
+            prefix_allowed_tokens_fn: (row, ids) -> allowed tokens, on the host;
+                `AllowedTokensLogitsProcessor` does the same on the device.
+            stopping_criteria: (input_ids, scores) -> bool or bools [rows], on the host.
+            tokenizer: for `stop_strings`.
+            assistant_model: a small model that drafts tokens; `prompt_lookup_num_tokens` needs none.
+            negative_prompt_ids, negative_prompt_attention_mask: prompts that `guidance_scale` avoids.
+            inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2]
+                or, for positions 0, 1, ..., [B, positions, rotary_dim / 2] (the last holds beyond them).
+            attention_scaling: factor on cosine and sine in place of the config's, a number or [B].
+            streamer: `put` gets the prompts, then every step's tokens, `end` comes last.
+            seed: of the draws; default: another one for every call.
 
         Raises:
             UserError: settings contradict each other, or a prompt or argument does not fit.

@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 class LoRA(nnx.Module):
     """An adapter of a projection, which adds `scaling * B(A(x))`; B starts at zero.
 
-    `a` is [rank, *inputs] and `b` is [*outputs, rank], both float32 and sharded like the projection.
+    `a` is `[rank, *inputs]` and `b` is `[*outputs, rank]`, both float32 and sharded like the projection.
     """
 
     def __init__(self, base: Linear, *, rank: int, alpha: float, rslora: bool, rngs: nnx.Rngs):
@@ -55,7 +55,7 @@ class LoRA(nnx.Module):
         )
 
     def weight(self) -> Float[Array, "..."]:
-        """Returns the adapter as one weight [*outputs, *inputs], float32."""
+        """Returns the adapter as one weight `[*outputs, *inputs]`, float32."""
         a, b = self.a[...], self.b[...]
         return self.scaling * jax.lax.dot_general(b, a, (((b.ndim - 1,), (0,)), ((), ())))
 

@@ -102,7 +102,7 @@ class Trainer:
         shapes.decoder.remat_policy = REMAT_POLICIES[remat]
         self._structure: nnx.GraphDef[Any] = nnx.graphdef(shapes)
         self.state_shapes = with_shardings(jax.eval_shape(self._start, model), mesh)
-        """The state as `jax.ShapeDtypeStruct`s with their shardings."""
+        """The state as a tree of `jax.ShapeDtypeStruct` with shardings."""
         shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, self.state_shapes)
         both = None if mesh is None else (shardings, NamedSharding(mesh, PartitionSpec()))
         self.start = jax.jit(self._start, out_shardings=shardings)
