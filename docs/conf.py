@@ -1,8 +1,10 @@
 """Settings of Sphinx: `sphinx-build -W docs site` builds the pages."""
 
+import inspect
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,3 +54,18 @@ nb_execution_mode = "off"  # the notebooks are stored with their outputs, which 
 copybutton_prompt_text = r"\$ |> "
 copybutton_prompt_is_regexp = True
 copybutton_line_continuation_character = "\\"
+
+
+def constructor_signature(
+    app: Any, what: str, name: str, member: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """Returns the arguments of a module's `__init__`, which Flax's metaclass hides."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    arguments = list(inspect.signature(member.__init__).parameters.values())[1:]
+    plain = [argument.replace(annotation=inspect.Parameter.empty) for argument in arguments]
+    return str(inspect.Signature(plain)), returns
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", constructor_signature)

@@ -28,7 +28,7 @@ class Answer:
     request: Request
     text: str
     finish_reason: str
-    """ "stop": an end token or a stop string; "length": the limit of tokens."""
+    """ "stop" (an end token or a stop string) or "length" (the limit of tokens)."""
     prompt_tokens: int
     completion_tokens: int
 

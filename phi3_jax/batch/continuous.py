@@ -49,7 +49,7 @@ class Continuation(NamedTuple):
     tokens: list[int]
     """The new tokens, with the end token if there is one."""
     finish_reason: str
-    """ "stop": an end token or `should_stop`; "length": `max_new_tokens` were generated."""
+    """ "stop" (an end token or `should_stop`) or "length" (`max_new_tokens` were generated)."""
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ class KVCache:
     mask: Bool[Array, "B S"]
     """Slots that hold a token, not padding."""
     tokens: Int[Array, " B"]
-    """Tokens in each row, without padding: the next token's position."""
+    """Tokens in each row without padding, which is the next token's position."""
     rope_length: Int[Array, " B"]
     """The length by which the rope frequencies of the cached keys were chosen."""
     window: int | None = field(default=None, metadata={"static": True})
-    """The sliding window of a ring; None: the cache keeps every slot."""
+    """The sliding window of a ring; None if the cache keeps every slot."""
 
     @classmethod
     def create(
@@ -113,7 +113,7 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
-        """The slots of a row: all that there can be, or those of the ring."""
+        """The slots of a row, either all that there can be or those of the ring."""
         return self.mask.shape[1]
 
     def get_seq_length(self) -> int:

@@ -232,7 +232,7 @@ class Phi3Config:
 
     @property
     def context_length(self) -> int:
-        """The most tokens of a text: `max_position_embeddings`, or `factor` times that for dynamic NTK."""
+        """The most tokens of a text, `max_position_embeddings` or, for dynamic NTK, `factor` times that."""
         return self.rope_scaling.context(self.rope_base)
 
     @property

@@ -105,7 +105,7 @@ class Topology:
 
     @property
     def links(self) -> int:
-        """The links of each chip: two along each dimension, one along a dimension of two chips.
+        """The links of each chip, two along each dimension, one along a dimension of two chips.
 
         Without wrap-around the outermost chips have fewer; this bound takes the best case.
         """

@@ -26,7 +26,7 @@ class Phi3PreTrainedModel(nnx.Module):
 
     @property
     def decoder(self) -> Any:
-        """Returns the `Phi3Model` inside: the model itself or what its head sits on."""
+        """Returns the `Phi3Model`, which is the model itself or the model under its head."""
         raise NotImplementedError
 
     @property
@@ -47,7 +47,7 @@ class Phi3PreTrainedModel(nnx.Module):
 
     @property
     def cache_dtype(self) -> jnp.dtype:
-        """The dtype with which a cache of this model is fastest: float32 on CPU, elsewhere the model's.
+        """The dtype with which a cache of this model is fastest, float32 on CPU and elsewhere the model's.
 
         On CPU, XLA has no 16-bit updates: it would widen and copy the whole cache at every step.
         """

@@ -32,7 +32,7 @@ class Plan:
     problem: str | None = None
     """The reason why the step could not be built on this mesh."""
     part_bytes: dict[str, int] = field(default_factory=dict)
-    """One chip's bytes of the step's arguments: parameters, optimizer, cache, batch."""
+    """One chip's bytes of the step's arguments, such as parameters, optimizer, cache and batch."""
     others: "tuple[Plan, ...]" = ()
     """The plans on the other meshes, best first."""
 
