@@ -89,6 +89,9 @@ def test_page_has_known_blocks_only(name: str) -> None:
         ("loss 104.0", "loss 104.9"),
         ("in 2.1 s, 28 tokens/s", "in 10.7 s, 3.5 tokens/s"),
         ("│ a │ 1 │", "a     1"),
+        ("a\nb", "a\n256 of 768 tokens, 33%\nstep 3/9, loss 0.533, 0:00:09 left\nb"),
+        ("a\nb", "a\n1/2 lines, 3 tokens/s in, 1 of 48 slots, 50%, 0:00:14 left\nb"),
+        ("a\nb", "none at 1,024, window 10 of 12, 481 tokens/s, 67%, 0:00:05 left\na\nb"),
     ],
 )
 def test_compare_accepts(shown: str, printed: str) -> None:
@@ -111,6 +114,8 @@ def test_compare_accepts(shown: str, printed: str) -> None:
         ("37 tokens", "38 tokens"),
         ("37 tokens", "tokens"),
         ("1.5", "text"),
+        ("a", "a\nnone 100% 50%"),
+        ("a", "a\ntest: accuracy 33%"),
     ],
 )
 def test_compare_rejects(shown: str, printed: str) -> None:

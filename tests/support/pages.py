@@ -28,6 +28,8 @@ DATA = {"war_and_peace.txt": "long_text/war_and_peace.txt"}
 
 NOT_RUN, VARY = re.compile(r"<!-- not run: (.+) -->"), "<!-- numbers vary -->"
 UNITS = {"s", "ms", "minutes", "tokens/s"}
+PROGRESS = re.compile(r".+, \d+%(?:, [\d:]+ left)?|step \d+/\d+, .+ left")
+"""Lines of long commands, whose number depends on the time that they take."""
 NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
@@ -141,7 +143,8 @@ def compare(shown: str, printed: str, numbers_vary: bool = False) -> None:
     """Checks that a text shows what was printed.
 
     Times and rates may differ, and numbers with a decimal point by 1 % or by two in their last digit.
-    White space and the lines of tables do not count. A line `...` stands for any number of lines.
+    White space, the lines of tables and lines of progress do not count. A line `...` stands for any number of
+    lines.
 
     Raises:
         AssertionError: they differ.
@@ -172,8 +175,9 @@ def compare(shown: str, printed: str, numbers_vary: bool = False) -> None:
 
 
 def _lines(text: str) -> list[list[str]]:
-    """Splits a text into lines, and these into words; empty lines do not count."""
-    return [words for line in text.splitlines() if (words := _words(line))]
+    """Splits a text into lines, and these into words; empty lines and lines of progress do not count."""
+    lines = (line for line in text.splitlines() if not PROGRESS.fullmatch(line.strip()))
+    return [words for line in lines if (words := _words(line))]
 
 
 def _words(line: str) -> list[str]:
