@@ -221,7 +221,7 @@ def test_answers_on_a_mesh(pipeline: Pipeline) -> None:
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_three_hundred_mixed_prompts(tmp_path: Path) -> None:
+def test_mixed_prompts(tmp_path: Path) -> None:
     """Prompts have 1 to 2,000 tokens, before, across and after longrope's switch; any number of slots."""
     write_checkpoint(
         tmp_path,
@@ -231,9 +231,9 @@ def test_three_hundred_mixed_prompts(tmp_path: Path) -> None:
     pipeline = Pipeline.load(tmp_path, dtype="float32")
     draws = random.Random(7)
     requests: list[dict[str, Any]] = []
-    for number in range(300):
+    for number in range(120):
         length, new = min(int(2 ** draws.uniform(0, 11)), 2000), int(2 ** draws.uniform(0, 6))
-        if number % 10 == 0:
+        if number % 6 == 0:
             length, new = draws.randrange(1000, 1024), draws.randrange(60, 70)
         text = "".join(draws.choices("abcdefghijklmnopqrstuvwxyz .", k=length))
         requests.append({"prompt": text, "max_new_tokens": new})
@@ -247,13 +247,13 @@ def test_three_hundred_mixed_prompts(tmp_path: Path) -> None:
     for slots in (1, 7, 48):
         answers = run(Engine(pipeline.compiled, pipeline.tokenizer, slots=slots), *requests)
         assert [
-            (answers[number].text, answers[number].completion_tokens) for number in range(300)
+            (answers[number].text, answers[number].completion_tokens) for number in range(120)
         ] == expected
 
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_three_thousand_prompts_reuse_the_programs_of_three_hundred(pipeline: Pipeline) -> None:
+def test_a_thousand_prompts_reuse_the_programs_of_three_hundred(pipeline: Pipeline) -> None:
     """Prompts of all lengths, with and without system prompts, greedy and sampled."""
     draws = random.Random(5)
     systems = ["".join(draws.choices("abc .", k=draws.randrange(30, 1500))) for _ in range(40)]
@@ -271,6 +271,6 @@ def test_three_thousand_prompts_reuse_the_programs_of_three_hundred(pipeline: Pi
     engine = engine_of(pipeline, slots=24, max_length=2047)
     run(engine, *[request() for _ in range(300)])
     with compilations() as counted:
-        answers = run(engine, *[request() for _ in range(3000)])
+        answers = run(engine, *[request() for _ in range(1000)])
     assert counted == []
     assert all(isinstance(one, Answer) for one in answers.values())

@@ -22,9 +22,9 @@ def start(folder: Path, output: Path) -> "subprocess.Popen[str]":
         "model": folder / "model",
         "text": folder / "text.txt",
         "output": output,
-        "length": 2048,
-        "population": 12,
-        "iterations": 6,
+        "length": 1024,
+        "population": 8,
+        "iterations": 4,
         "initial-tokens": "0,4",
         "batch-size": 2,
     }

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import HIDES_TORCH
 from pair import Ended, run_pair
 from phi3_jax.train.finetune import finetune
 from runs import losses, settings_of, write_base, write_rows
 from safetensors.numpy import load_file
 
 OPTIONS: dict[str, Any] = {"max_steps": 8, "eval_steps": 4, "max_buckets": 2}
-COMMAND = ("-c", "from phi3_jax.cli import main; main()", "finetune")
+COMMAND = ("-c", f"{HIDES_TORCH}from phi3_jax.cli import main\nmain()", "finetune")
 PROGRAM = ("-m", "phi3_jax.train")
 
 
@@ -78,16 +79,25 @@ def test_two_processes_match_one(
         assert np.linalg.norm(mine[name] - other[name]) <= 1e-4 * np.linalg.norm(other[name]), name
 
 
+LONG = {"max_steps": 40, "eval_steps": 20}
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_rows(folder / "train.jsonl", 64)
+    ended = run_both(base, folder, folder, "fsdp=4", command=PROGRAM, **LONG)
+    assert [one.code for one in ended] == [0, 0], ended
+    return folder
+
+
 @pytest.mark.parametrize("receiver", [0, 1])
 def test_sigterm_in_one_process_saves_in_both_and_the_same_command_resumes(
-    base: Path, tmp_path: Path, receiver: int
+    base: Path, whole: Path, tmp_path: Path, receiver: int
 ) -> None:
     write_rows(tmp_path / "train.jsonl", 64)
-    changes = {"max_steps": 40, "eval_steps": 20}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    ended = run_both(base, tmp_path, whole, "fsdp=4", command=PROGRAM, **changes)
-    assert [one.code for one in ended] == [0, 0], ended
-
+    cut = tmp_path / "cut"
     log, sent = cut / "run" / "log.jsonl", []
 
     def end_one(processes: Any) -> None:
@@ -95,11 +105,11 @@ def test_sigterm_in_one_process_saves_in_both_and_the_same_command_resumes(
             os.kill(processes[receiver].pid, signal.SIGTERM)
             sent.append(receiver)
 
-    ended = run_both(base, tmp_path, cut, "fsdp=4", watch=end_one, **changes)
+    ended = run_both(base, tmp_path, cut, "fsdp=4", watch=end_one, **LONG)
     assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended
     assert "which is saved; the same command resumes the run from there" in ended[0].err
     assert 0 < len(losses(cut)) < 40
-    ended = run_both(base, tmp_path, cut, "fsdp=4", **changes)
+    ended = run_both(base, tmp_path, cut, "fsdp=4", **LONG)
     assert [one.code for one in ended] == [0, 0], ended
     assert losses(cut) == losses(whole)
     for name in ("model.safetensors", "config.json"):

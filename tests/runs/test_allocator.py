@@ -22,9 +22,9 @@ def work(x):
     return y[:, ::4096].sum()
 
 x = jnp.arange(2.0 ** 21)
-for turn in range(24):
+for turn in range(16):
     work(x).block_until_ready()
-    if turn == 15:  # memory is allocated by then
+    if turn == 7:  # memory is allocated by then
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

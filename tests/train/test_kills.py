@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from commands import HIDES_TORCH
 from runs import losses, write_base, write_rows
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,8 @@ def command(base, folder, output):
         "--cache-dir": folder / "cache",
     }
     words = [str(word) for pair in settings.items() for word in pair]
-    return [sys.executable, "-c", "from phi3_jax.cli import main; main()", "finetune", *words]
+    code = f"{HIDES_TORCH}from phi3_jax.cli import main\nmain()"
+    return [sys.executable, "-c", code, "finetune", *words]
 
 
 def start(base, folder, output):
