@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.files import remove_leftovers
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.runs.resume import RunFile
 
@@ -18,7 +19,8 @@ class Journal:
     entered. One process at a time has the file.
 
     Args:
-        path: a JSON file; its directory is created, and removed again if it stays empty.
+        path: a JSON file; its directory is created, and removed again if it stays empty. What killed
+            processes left in it is deleted.
         options: everything that the entries depend on, for JSON.
         overwrite: start over if the file is broken or was started with other options.
 
@@ -41,6 +43,7 @@ class Journal:
         self._directory.mkdir(parents=True, exist_ok=True)
         try:
             self._file.lock()
+            remove_leftovers(self._directory)  # of figures and reports, too
             if self.path.exists() and (state := self._file.read(_state)):
                 self._decisions, self.entries = state
         except BaseException:

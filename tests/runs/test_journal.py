@@ -23,6 +23,16 @@ def test_resumes_with_its_entries(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["state.json"]
 
 
+def test_removes_what_killed_processes_left(tmp_path):
+    path = tmp_path / "state.json"
+    for name in (".search.png.123.phi3-jax-partial", ".state.json.123.phi3-jax-partial", ".mine.partial"):
+        (tmp_path / name).touch()
+    (tmp_path / ".model.abcdefgh.phi3-jax-partial").mkdir()
+    with Journal(path, OPTIONS) as journal:
+        journal.add([1])
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".mine.partial", "state.json"]
+
+
 def test_rejects_other_options(tmp_path):
     path = tmp_path / "state.json"
     with Journal(path, OPTIONS) as journal:
