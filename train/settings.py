@@ -1,11 +1,13 @@
 """The settings of a run: one flat list, named as in transformers' TrainingArguments."""
 
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from phi3_jax.config.rope_types import is_number, is_positive
 from phi3_jax.data.tasks import ProblemType
 from phi3_jax.errors import UserError
 
@@ -15,7 +17,7 @@ TaskName = Literal["sequence-classification", "token-classification", "causal-lm
 class Settings(BaseModel):
     """The settings of `phi3-jax finetune`. Each field is a key of the YAML file and an option."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     task: TaskName = Field("sequence-classification", description="What the model learns.")
     model: str | None = Field(
@@ -66,7 +68,7 @@ class Settings(BaseModel):
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of parameters and activations.")
     trained: Literal["full", "lora", "head"] = Field("full", description="Which parameters are trained.")
     lora_rank: int = Field(16, ge=1)
-    lora_alpha: float | None = Field(None, description="Default: twice the rank.")
+    lora_alpha: float | None = Field(None, gt=0, description="Default: twice the rank.")
     lora_targets: list[str] = Field(
         ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], description="Projections with adapters."
     )
@@ -97,7 +99,7 @@ class Settings(BaseModel):
     class_weights: dict[str, float] | Literal["balanced"] | None = Field(
         None, description="By label; balanced: rarer classes count more."
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     logging_steps: int = Field(1, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="Default: once an epoch.")
@@ -106,6 +108,22 @@ class Settings(BaseModel):
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after this many evaluations without a better one."
     )
+
+    @model_validator(mode="after")
+    def _fits_the_device(self) -> "Settings":
+        for name, value in self._numbers():
+            if isinstance(value, int) and name != "seed" and value >= 2**31:
+                raise UserError(f"{name}={value} must be below 2**31")
+            if not (value == 0 or is_positive(abs(value))) or not is_number(value):
+                raise UserError(f"{name}={value} is outside float32's range of 1.2e-38 to 3.4e38")
+        return self
+
+    def _numbers(self) -> Iterator[tuple[str, int | float]]:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for key, each in value.items() if isinstance(value, dict) else [(None, value)]:
+                if isinstance(each, int | float) and not isinstance(each, bool):
+                    yield name if key is None else f"{name}[{key!r}]", each
 
     @model_validator(mode="after")
     def _fits(self) -> "Settings":
@@ -141,7 +159,7 @@ class Settings(BaseModel):
         given: Any = {}
         if path is not None:
             try:
-                given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+                given = parse_yaml(path.read_text(encoding="utf-8")) or {}
             except FileNotFoundError:
                 raise UserError(f"there is no file {path}") from None
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -156,6 +174,28 @@ class Settings(BaseModel):
         except ValidationError as error:
             faults = "; ".join(map(_fault, error.errors()))
             raise UserError(f"{path or 'settings'}: {faults}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key, _), value in zip(node.value, keys, strict=True):
+            if keys.count(value) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {value!r} is there twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Returns the value of a text in YAML.
+
+    Raises:
+        yaml.YAMLError: the text is not valid YAML, or has a key twice.
+    """
+    return yaml.load(text, _Loader)
 
 
 def _fault(error: Any) -> str:

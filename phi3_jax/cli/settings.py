@@ -7,10 +7,9 @@ from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-import yaml
 from pydantic.fields import FieldInfo
 
-from phi3_jax.train.settings import Settings
+from phi3_jax.train.settings import Settings, parse_yaml
 
 
 def read_settings(config: Path | None, given: dict[str, Any]) -> Settings:
@@ -25,7 +24,7 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> Settings:
 def _parse(value: Any) -> Any:
     """Parses a list or mapping in YAML; returns any other value as it is."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
-        return yaml.safe_load(value)
+        return parse_yaml(value)
     return value
 
 

@@ -11,7 +11,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _is_tokens(value: Any) -> bool:
@@ -36,21 +36,24 @@ def _number(words: str, holds: Callable[[float], bool] = lambda v: True) -> Rule
 
 
 _flag: Rule = ("True or False", lambda v: type(v) is bool)
-_size: Rule = ("a positive integer", lambda v: _is_count(v) and v > 0)
+_size: Rule = ("a positive integer below 2**31", lambda v: _is_count(v) and v > 0)
 _token: Rule = ("a token id (an integer, 0 or more)", _is_count)
 _tokens: Rule = ("a list of token ids, not an empty one", _is_tokens)
 _fraction = _number("a number from 0 to 1", lambda v: 0 <= v <= 1)
 _cutoff = _number("a number from 0 (off) to below 1", lambda v: 0 <= v < 1)
 
-# The rule of each field that is set, in words and as a test. Lists have become tuples before.
+# The rule of each field that is set, in words and as a test. Lists have become tuples before. The device
+# holds int32 and float32: scores of 1e8 stay finite when they are divided by the smallest numbers here.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("max_length", "max_new_tokens", "num_beams", "num_return_sequences"), _size),
     **dict.fromkeys(("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"), _size),
     **dict.fromkeys(("do_sample", "renormalize_logits", "remove_invalid_values"), _flag),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), _flag),
     "return_dict_in_generate": _flag,
-    **dict.fromkeys(("min_length", "min_new_tokens"), ("an integer, 0 or more", _is_count)),
-    **dict.fromkeys(("top_k", "no_repeat_ngram_size"), ("an integer, 0 (off) or more", _is_count)),
+    **dict.fromkeys(("min_length", "min_new_tokens"), ("an integer, 0 or more, below 2**31", _is_count)),
+    **dict.fromkeys(
+        ("top_k", "no_repeat_ngram_size"), ("an integer, 0 (off) or more, below 2**31", _is_count)
+    ),
     "early_stopping": _one_of(True, False, "never"),
     "max_time": _number("a positive number of seconds", lambda v: v > 0),
     "stop_strings": (
@@ -62,11 +65,11 @@ RULES: dict[str, Rule] = {
         lambda v: v is True,
     ),
     "cache_implementation": _one_of("static", "dynamic", "sliding_window", "quantized"),
-    "temperature": _number("a number, 0 or more", lambda v: v >= 0),
+    "temperature": _number("0, or a number of at least 1e-30", lambda v: v == 0 or v >= 1e-30),
     **dict.fromkeys(("top_p", "min_p", "assistant_confidence_threshold"), _fraction),
     **dict.fromkeys(("top_h", "typical_p"), _number("above 0 and at most 1 (off)", lambda v: 0 < v <= 1)),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), _cutoff),
-    "repetition_penalty": _number("a positive number, such as 1.1", lambda v: v > 0),
+    "repetition_penalty": _number("a number from 1e-30 to 1e30, such as 1.1", lambda v: 1e-30 <= v <= 1e30),
     **dict.fromkeys(
         ("frequency_penalty", "presence_penalty", "length_penalty", "guidance_scale"),
         _number("a finite number"),

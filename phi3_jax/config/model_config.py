@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from phi3_jax.config.rope_scaling import RopeScaling
-from phi3_jax.config.rope_types import RopeBase, is_number
+from phi3_jax.config.rope_types import RopeBase, is_number, is_positive
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing
 from phi3_jax.runs.text import read_json
@@ -38,8 +38,12 @@ _ROPE_DEFAULTS = {
 _UNREAD = {"use_cache": True}
 
 
+MOST_LABELS = 2**20
+"""Their default names are all in memory."""
+
+
 def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**31
 
 
 def _is_rate(value: Any) -> bool:
@@ -51,10 +55,14 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
         (
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "head_dim", "num_labels"),
+            *("num_key_value_heads", "head_dim"),
             *("max_position_embeddings", "original_max_position_embeddings"),
         ),
-        ("a positive integer", _is_size),
+        ("a positive integer below 2**31", _is_size),
+    ),
+    "num_labels": (
+        f"a positive integer, at most {MOST_LABELS:,}",
+        lambda v: _is_size(v) and v <= MOST_LABELS,
     ),
     **dict.fromkeys(
         ("resid_pdrop", "embd_pdrop", "attention_dropout"),
@@ -65,7 +73,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("a rate from 0 (no dropout) to below 1, or None", lambda v: v is None or _is_rate(v)),
     ),
     "initializer_range": ("a number, 0 or more", lambda v: is_number(v) and v >= 0),
-    "rms_norm_eps": ("a positive number, such as 1e-05", lambda v: is_number(v) and v > 0),
+    "rms_norm_eps": ("a positive number of float32's range, such as 1e-05", is_positive),
+    "tie_word_embeddings": ("true or false", lambda v: type(v) is bool),
     "rope_theta": ("a number above 1, such as 10000.0", lambda v: is_number(v) and v > 1),
     "partial_rotary_factor": ("above 0 and at most 1 (all dims)", lambda v: is_number(v) and 0 < v <= 1),
     "sliding_window": ("a positive integer, or None for no window", lambda v: v is None or _is_size(v)),
@@ -156,7 +165,11 @@ class Phi3Config:
             self._set(num_labels=2 if self.num_labels is None else self.num_labels)
             self._check("num_labels")
             self._set(id2label=_default_labels(self.num_labels))
-        labels = {int(key): name for key, name in self.id2label.items()}  # JSON makes strings of them
+        if not isinstance(self.id2label, Mapping) or not all(map(_is_label, self.id2label.items())):
+            raise UserError(
+                f"id2label={self.id2label!r:.200} must map 0, 1, 2, ... to names, as in {{0: 'no', 1: 'yes'}}"
+            )
+        labels = {int(key): str(name) for key, name in self.id2label.items()}  # JSON makes strings of keys
         if not labels or sorted(labels) != list(range(len(labels))):
             raise UserError(f"id2label has the keys {sorted(labels)}; use 0, 1, 2, ... without gaps")
         if self.num_labels not in (None, len(labels)):
@@ -384,6 +397,11 @@ class Phi3Config:
 
 def _field_names() -> set[str]:
     return {f.name for f in dataclasses.fields(Phi3Config)}
+
+
+def _is_label(item: tuple[Any, Any]) -> bool:
+    key, name = item
+    return (type(key) is int or (isinstance(key, str) and key.isdecimal())) and isinstance(name, str | int)
 
 
 def _default_labels(count: int) -> dict[int, str]:

@@ -21,6 +21,11 @@ def _canonical(name: str | None, parameters: Mapping[str, Any]) -> str:
     return "longrope" if name == "su" else name or "default"
 
 
+def _is_rewritten(old: str, new: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether transformers 5 wrote its `rope_type` beside the `type` of an early Phi-3, which it keeps."""
+    return _canonical(old, parameters) == "phi3-yarn" and new == "longrope"
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """A rope type with its parameters; hashable. Lists become tuples, and `parameters` is sorted by key."""
@@ -40,15 +45,28 @@ class RopeScaling:
         Keys that the type does not use are kept, with a warning; with `strict` they are an error.
 
         Raises:
-            UserError: the type is unknown, or the entry has one rope for each kind of layer.
+            UserError: the type is unknown or not named, `type` and `rope_type` differ, or the entry has one
+            rope for each kind of layer.
         """
         parameters = {key: value for key, value in (mapping or {}).items() if value is not None}
         old_name, new_name = parameters.pop("type", None), parameters.pop("rope_type", None)
+        for key, named in (("type", old_name), ("rope_type", new_name)):
+            if named is not None and not isinstance(named, str):
+                raise UserError(f"rope_scaling[{key!r}]={named!r:.100} must be the name of a rope type")
         name = _canonical(new_name or old_name, parameters)
-        if old_name and _canonical(old_name, parameters) != name:
-            logger.warning("rope_scaling: rope_type=%r is used, not type=%r", new_name, old_name)
         if nested := sorted(key for key, value in parameters.items() if isinstance(value, Mapping)):
             raise UserError(f"rope_scaling[{nested[0]!r}] is a mapping; Phi-3 has one rope for all layers")
+        if old_name and _canonical(old_name, parameters) != name:
+            if not _is_rewritten(old_name, new_name, parameters):
+                raise UserError(
+                    f"rope_scaling: type={old_name!r} contradicts rope_type={new_name!r}; give one of them"
+                )
+            logger.warning("rope_scaling: rope_type=%r is used, not type=%r", new_name, old_name)
+        if parameters and not (old_name or new_name):
+            raise UserError(
+                f"rope_scaling has {', '.join(sorted(parameters))}, but no rope_type, which says what they "
+                "mean; add one, such as 'rope_type': 'linear'"
+            )
         frozen = ((k, tuple(v) if isinstance(v, list) else v) for k, v in parameters.items())
         scaling = cls(name, tuple(sorted(frozen)))
         keys = scaling._type.keys

@@ -51,6 +51,9 @@ class RopeBase:
         return np.float32(1) / self.tokens_per_radian()
 
 
+# Plain floats: NumPy's cannot be compared with integers of any size.
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+
 # Returns the complaint about a key's value, worded to follow the key's name, or None.
 Rule: TypeAlias = Callable[[Any, RopeBase], str | None]
 
@@ -60,11 +63,16 @@ def _must_be(expected: str, holds: Callable[[Any], bool]) -> Rule:
 
 
 def is_number(value: Any) -> bool:
-    """Whether the value is a finite int or float; a bool is not a number here."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether the value is an int or float that is finite in float32; a bool is not a number here."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-_positive = _must_be("a positive number", lambda v: is_number(v) and v > 0)
+def is_positive(value: Any) -> bool:
+    """Whether the value is a number above 0, also in float32 without subnormal numbers."""
+    return is_number(value) and value >= SMALLEST
+
+
+_positive = _must_be("a positive number of float32's range", is_positive)
 
 
 def _per_pair(value: Any, base: RopeBase) -> str | None:

@@ -1,6 +1,8 @@
-"""Text that comes from outside: JSON with the position of its errors, and valid Unicode."""
+"""Text that comes from outside: JSON with the position of its errors and without a key twice, and valid
+Unicode."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ def parse_json(content: str | bytes, name: object) -> Any:
     """Returns the value of a JSON text; `name` says in errors where the text is from.
 
     Raises:
-        UserError: the text is not valid JSON or not valid UTF-8; the message has the position.
+        UserError: the text is not valid JSON or not valid UTF-8, or an object has a key twice. The message
+            has the position or the key.
     """
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_without_repetition)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{name} is not valid JSON: {error.msg} at {where}") from error
@@ -22,8 +25,16 @@ def parse_json(content: str | bytes, name: object) -> Any:
         raise UserError(f"{name} is not valid UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
         raise UserError(f"{name} is not valid JSON: it is nested too deeply") from error
-    except ValueError as error:  # a number with too many digits
+    except ValueError as error:  # a key twice, or a number with too many digits
         raise UserError(f"{name} is not valid JSON: {error}") from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise UserError(f"it has the key {twice!r} twice, and one of the values would be ignored")
+    return values
 
 
 def read_json(path: Path) -> Any:

@@ -117,6 +117,11 @@ def test_continues_after_invalid_requests(pipeline: Pipeline) -> None:
             "invalid_option",
             "max_new_tokens=2.5 must be a whole number",
         ),
+        ({"prompt": "x", "temperature": 1e-40}, "invalid_option", "temperature=1e-40 must be 0, or"),
+        ({"prompt": "x", "temperature": 10**310}, "invalid_option", "temperature=1000"),
+        ({"prompt": "x", "frequency_penalty": 1e300}, "invalid_option", "must be a finite number"),
+        ({"prompt": "x", "top_k": 2**31}, "invalid_option", "top_k=2147483648 must be"),
+        ({"prompt": "x", "min_new_tokens": 10**30}, "invalid_option", "min_new_tokens=1000"),
         ({"prompt": "x", "stop_strings": [""]}, "invalid_option", "stop_strings holds an empty text"),
         ({"prompt": "x", "stop_strings": [1]}, "invalid_option", "stop_strings holds int"),
         (

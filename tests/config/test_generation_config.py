@@ -49,19 +49,22 @@ VALUES: dict[str, tuple[Any, Any]] = {
 
 BAD: dict[str, list[Any]] = {
     **{
-        key: [0, -1, True, 2.0]
+        key: [0, -1, True, 2.0, 2**31]
         for key in ("max_length", "max_new_tokens", "num_beams", "num_return_sequences")
     },
     **{
         key: [0, "2"]
         for key in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size")
     },
-    **{key: [-1, False, 1.5] for key in ("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size")},
+    **{
+        key: [-1, False, 1.5, 2**31]
+        for key in ("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size")
+    },
     **{key: [1, 0, "yes"] for key in ("do_sample", "renormalize_logits", "remove_invalid_values")},
     **{key: [1, "no"] for key in [name for name in NAMES if name.startswith(("output_", "return_dict"))]},
     **{key: [-0.1, 1.1, True, float("nan")] for key in ("top_p", "min_p", "assistant_confidence_threshold")},
     **{key: [-0.1, 1.0, "0"] for key in ("epsilon_cutoff", "eta_cutoff")},
-    **{key: [float("inf"), "1", False] for key in ("frequency_penalty", "presence_penalty")},
+    **{key: [float("inf"), 1e300, "1", False] for key in ("frequency_penalty", "presence_penalty")},
     **{key: [float("nan"), True] for key in ("length_penalty", "guidance_scale")},
     **{key: [-1, 1.0, [1], True] for key in ("forced_bos_token_id", "pad_token_id", "bos_token_id")},
     **{key: [[], [-1], [True], 5, "ab"] for key in ("suppress_tokens", "begin_suppress_tokens")},
@@ -70,9 +73,9 @@ BAD: dict[str, list[Any]] = {
     "stop_strings": ["", [], ["a", ""], ["a", 1], 5],
     "use_cache": [False, 1],
     "cache_implementation": ["offloaded", "Static", 1],
-    "temperature": [-0.5, "hot", True, float("nan")],
+    "temperature": [-0.5, "hot", True, float("nan"), 1e-40, 1e300, 10**400],
     **{key: [0, 0.0, 1.5, True] for key in ("typical_p", "top_h")},
-    "repetition_penalty": [0, -1.0, True],
+    "repetition_penalty": [0, -1.0, True, 1e-40, 1e300],
     "bad_words_ids": [[], [[]], [1], [[1], [-2]], 3],
     "sequence_bias": [{}, {5: 1.0}, {(5,): "x"}, {(): 1.0}, [[1, 2]], [[[1], 1.0, 2]], 4],
     "forced_eos_token_id": [[], -1, [1.5], "x"],

@@ -201,7 +201,7 @@ def test_reads_every_spelling(entry, name, caplog):
     assert not caplog.records
 
 
-def test_rope_type_wins_over_type(caplog):
+def test_rope_type_wins_over_the_type_of_an_early_phi3(caplog):
     """transformers 5 keeps the old `type` beside `rope_type`, which it uses."""
     entry = {"type": "yarn", "rope_type": "longrope", **LISTS}
     assert RopeScaling.from_dict(entry).rope_type == "longrope"
@@ -272,6 +272,22 @@ INVALID = {
     "original": ({**YARN, "original_max_position_embeddings": 0}, "=0 must be a positive integer"),
     "betas": ({**YARN, "beta_fast": 1, "beta_slow": 32}, "beta_fast=1 must not be below beta_slow=32"),
     "bands": ({**LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
+    "two types": (
+        {"type": "linear", "rope_type": "yarn", "factor": 2.0},
+        "type='linear' contradicts rope_type='yarn'; give one of them",
+    ),
+    "plain and another": (
+        {"type": "default", "rope_type": "linear", "factor": 2.0},
+        "type='default' contradicts rope_type='linear'",
+    ),
+    "no type": ({"factor": 2.0}, "rope_scaling has factor, but no rope_type, which says what they mean"),
+    "type of another kind": ({"rope_type": ["linear"]}, r"\['rope_type'\]=\['linear'\] must be the name"),
+    "infinite in float32": ({**LONG, "factor": 1e300}, r"\['factor'\]=1e\+300 must be"),
+    "zero in float32": (
+        {**LONG, "short_mscale": 1e-50},
+        r"\['short_mscale'\]=1e-50 must be a positive number",
+    ),
+    "no float": ({"type": "linear", "factor": 10**400}, r"\['factor'\]=1000"),
     "nested": (
         {"full_attention": {"rope_type": "default"}},
         r"\['full_attention'\] is a mapping; Phi-3 has one",

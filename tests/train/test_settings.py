@@ -29,6 +29,17 @@ def test_options_take_precedence_over_the_file(tmp_path):
         ("dataset: ag_news\ntrain_file: a.csv", "give dataset or train_file, not both"),
         ("test_file: a.csv", "need a train_file beside them"),
         ("dataset: ag_news\ndataset_splits: {test: test}", "must name a split for"),
+        ("seed: 1\noptim: lion\nseed: 2", r"the key 'seed' is there twice .*line 1, column 1"),
+        ("class_weights: {a: 1, b: 2, a: 3}", "the key 'a' is there twice"),
+        ("learning_rate: .inf", "learning_rate=inf: Input should be a finite number"),
+        ("weight_decay: .nan", "weight_decay=nan: "),
+        ("learning_rate: 1.0e-50", "learning_rate=1e-50 is outside float32's range"),
+        ("weight_decay: 1.0e+300", "weight_decay=1e\\+300 is outside float32's range"),
+        ("class_weights: {a: 1.0e-50}", r"class_weights\['a'\]=1e-50 is outside float32's range"),
+        ("lora_alpha: -1", "lora_alpha=-1: Input should be greater than 0"),
+        ("seed: -1", "seed=-1: Input should be greater than or equal to 0"),
+        (f"max_steps: {2**31}", r"max_steps=2147483648 must be below 2\*\*31"),
+        (f"max_length: {10**30}", r"max_length=1000000000000000000000000000000 must be below 2\*\*31"),
     ],
 )
 def test_names_errors_in_settings(tmp_path, text, words):
