@@ -71,11 +71,12 @@ def finetune(
     """
     recipe = make_recipe(settings, mesh, cache_dir)
     directory = RunDirectory(recipe)
-    finished = distributed.from_primary(directory.open)
-    if finished is not None:
-        logger.warning("%s is finished; nothing is left to do", directory.path)
-        return finished
     with ExitStack() as stack:
+        stack.callback(directory.release)
+        finished = distributed.from_primary(directory.open)
+        if finished is not None:
+            logger.warning("%s is finished; nothing is left to do", directory.path)
+            return finished
         run = FinetuneRun(recipe, mesh)
         run.open(directory.path, stack)
         run.train(show and distributed.is_primary())

@@ -17,13 +17,15 @@ from phi3_jax.runs.json_values import RUN
 from phi3_jax.runs.resume import RunFile
 
 from .checkpoints import remove_checkpoints
-from .logs import LOG, read_log
+from .logs import LOG, TENSORBOARD, read_log
 from .recipe import Recipe
 from .report import Results, write_report
 from .settings import FREE
 
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 """Folders of checkpoints and, beside the merged model, of adapters."""
+
+_WRITTEN = (CHECKPOINTS, ADAPTER, TENSORBOARD, LOG, "config.json", "model.safetensors", "tokenizer.json")
 
 SplitMetrics = dict[str, dict[str, float]]
 """Metrics by split and name."""
@@ -53,26 +55,37 @@ class RunDirectory:
     def open(self) -> SplitMetrics | None:
         """Makes the directory, or checks that it holds this very run; returns the results of a finished one.
 
+        Until `release`, no other run can open it.
+
         Raises:
-            UserError: the directory holds something else, or a run with other settings or data.
+            UserError: the directory holds something else, or a run with other settings or data; another run
+                has it.
         """
         overwrite = self._recipe.settings.overwrite_output_dir
+        if self.path.exists() and self.path.samefile(self._recipe.base):
+            raise UserError(f"{self.path} is the base model itself; choose another --output-dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._file.lock()
         if overwrite:
             self._file.path.unlink(missing_ok=True)
         if self._file.path.exists():
             results = self._file.read(self._check_data)
             remove_leftovers(self.path)
             return results
-        if (self.path / "config.json").exists() and not overwrite:
+        found = [name for name in _WRITTEN if (self.path / name).exists()]
+        if found and not overwrite:
             raise UserError(
-                f"{self.path} holds a model that no run of finetune wrote; choose another --output-dir, or "
-                "give --overwrite-output-dir"
+                f"{self.path} holds {' and '.join(found)}, which no run of finetune wrote; choose another "
+                "--output-dir, or give --overwrite-output-dir"
             )
         remove_checkpoints(self.path / CHECKPOINTS)
-        self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         self._file.write(**self._state)
         return None
+
+    def release(self) -> None:
+        """Lets other runs open the directory."""
+        self._file.release()
 
     def _check_data(self, before: dict[str, Any]) -> SplitMetrics | None:
         for name, words in {"data": "the data are", "base": "the base model is"}.items():

@@ -181,15 +181,26 @@ class AnswerFile:
     def close(self) -> None:
         """Writes everything to the disk and releases the file."""
         if not self._file.closed:
-            self._sync(0)
+            os.fsync(self._file.fileno())
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._stack.close()
+
+    def check_name(self) -> None:
+        """Checks that the file still has its name.
+
+        Raises:
+            UserError: it was removed or replaced, so that nobody could read the answers.
+        """
+        written = os.fstat(self._file.fileno())
+        if not self.path.exists() or not os.path.samestat(written, self.path.stat()):
+            raise UserError(f"{self.path} was removed or replaced during the run; start it again")
 
     def _sync(self, seconds: float) -> None:
         """Forces a write to the disk unless there was one in the last `seconds`."""
         if time.monotonic() - self._sync_time < seconds:
             return
         os.fsync(self._file.fileno())
+        self.check_name()
         self._sync_time, self._synced_bytes = time.monotonic(), self._file.tell()
 
     def _count_answer(self, id: str | int) -> None:

@@ -39,9 +39,14 @@ class Record:
     def open(self, overwrite: bool) -> dict[str, Any] | None:
         """Starts or resumes the output; returns the summary if it is finished.
 
+        Until `release`, no other run can open it.
+
         Raises:
-            UserError: the output is something else, or was started with other options.
+            UserError: the output is something else, was started with other options, or another run has it.
         """
+        if not self.output.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.output.parent} to write {self.output.name} to")
+        self._file.lock()
         parts = list(self.output.parent.glob(f"{glob.escape(self.output.name)}.part-*"))
         path = self._file.path
         if overwrite:
@@ -54,10 +59,6 @@ class Record:
                     f"{self.output} already exists, and there is no {path.name} with its options; choose "
                     "another output, or give --overwrite to start over"
                 )
-            if not self.output.parent.is_dir():
-                raise FileNotFoundError(
-                    f"there is no folder {self.output.parent} to write {self.output.name} to"
-                )
             self._file.write(processes=self._processes)
             return None
         finished = self._file.read(self._finished)
@@ -65,6 +66,10 @@ class Record:
             for old in parts:  # of a process that was killed when everything was done
                 old.unlink()
         return finished
+
+    def release(self) -> None:
+        """Lets other runs open the output."""
+        self._file.release()
 
     def finish(self, summary: BatchSummary) -> None:
         """Writes the summary of the finished output."""

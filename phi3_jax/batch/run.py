@@ -5,7 +5,7 @@ import logging
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,18 +154,21 @@ def batch_file(
         summary = answer_lines(_StandardOutput())
     else:
         record = Record(output, options, processes)
-        finished = distributed.from_primary(lambda: record.open(overwrite))
-        if finished is not None:
-            logger.warning("%s is finished; nothing is left to do", output)
-            return BatchSummary(**finished)
-        part = output if processes == 1 else part_path(output, index, processes)
-        with closing(AnswerFile(part)) as answers:
-            if index == 0:
-                remove_leftovers(output.parent, output.name)
-            if answers.count:
-                logger.warning("resuming: %d lines of %s are done", answers.count, source)
-            summary = answer_lines(answers)
-        summary = combine_parts(record, part, summary, processes, index)
+        with ExitStack() as stack:
+            stack.callback(record.release)
+            finished = distributed.from_primary(lambda: record.open(overwrite))
+            if finished is not None:
+                logger.warning("%s is finished; nothing is left to do", output)
+                return BatchSummary(**finished)
+            part = output if processes == 1 else part_path(output, index, processes)
+            with closing(AnswerFile(part)) as answers:
+                if index == 0:
+                    remove_leftovers(output.parent, output.name)
+                if answers.count:
+                    logger.warning("resuming: %d lines of %s are done", answers.count, source)
+                summary = answer_lines(answers)
+                answers.check_name()
+            summary = combine_parts(record, part, summary, processes, index)
     if stats is not None:
         summary.write(stats)
     return summary

@@ -13,6 +13,7 @@ from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.cli import common, options
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
+from phi3_jax.runs.files import check_outputs
 
 SOME_ERRORS = 3
 """The exit code where every line has an answer and some answers are errors."""
@@ -81,6 +82,10 @@ def batch(
         "stop_strings": stop or [],
     }
     path = common.model_path(model, cache_dir)
+    check_outputs(
+        {"--output": None if output == "-" else Path(output), "--stats": stats},
+        {"--input": None if source == "-" else Path(source), "--model": path},
+    )
 
     def engine() -> Engine:
         pipeline = common.load_pipeline(str(path), dtype, cache_dir, where, rope)

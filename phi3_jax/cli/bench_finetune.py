@@ -10,6 +10,7 @@ from typer import Argument, Option
 from phi3_jax.cli import options
 from phi3_jax.cli.settings import read_settings, with_settings
 from phi3_jax.errors import UserError
+from phi3_jax.runs.files import check_outputs
 from phi3_jax.train.bench import run_turns, run_whole
 
 app = typer.Typer(add_completion=False)
@@ -43,6 +44,11 @@ def _bench_finetune(
         raise UserError(f"the comparison needs {' and '.join(absent)}; pip install {' '.join(absent)}")
     if output is not None and not whole_run:
         raise UserError("--output is for the metrics of --whole-run; add --whole-run or omit --output")
+    files = (settings.train_file, settings.validation_file, settings.test_file)
+    check_outputs(
+        {"--output": output},
+        {"the settings": config} | {f"the data {file}": Path(file) for file in files if file is not None},
+    )
     if whole_run:
         run_whole(settings, output=output, cache_dir=cache_dir)
     else:

@@ -12,7 +12,7 @@ from phi3_jax.cli import common, options
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.evaluate import evaluate as evaluate_text
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.runs.files import replacing
+from phi3_jax.runs.files import check_outputs, replacing
 from phi3_jax.runs.json_values import json_value
 
 app = typer.Typer(add_completion=False)
@@ -51,6 +51,7 @@ def evaluate(
         raise FileNotFoundError(f"there is no file {text}")
     where = prepare(mesh, False)
     path = common.model_path(model, cache_dir)
+    check_outputs({"--output": output}, {"the text": text, "--model": path})
     result = evaluate_text(
         common.load_pipeline(str(path), dtype, cache_dir, where),
         text,

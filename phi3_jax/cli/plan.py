@@ -13,7 +13,7 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.plan import Work, render, to_dict
 from phi3_jax.plan import plan as make_plan
 from phi3_jax.plan.absent import keep_to_the_compiler
-from phi3_jax.runs.files import write_text
+from phi3_jax.runs.files import check_outputs, write_text
 
 app = typer.Typer(add_completion=False)
 
@@ -57,6 +57,10 @@ def plan(
     """
     keep_to_the_compiler()
     config = model_config(model)
+    check_outputs(
+        {"--json": None if json_file in (None, "-") else Path(json_file)},
+        {"--model": Path(model) if Path(model).exists() else None},
+    )
     if layers is not None:
         config = config.replace(num_hidden_layers=layers)
     work = Work(

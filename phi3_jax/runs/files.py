@@ -3,12 +3,50 @@
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTIAL, REPLACED = ".partial", ".replaced"
+from phi3_jax.errors import UserError
+
+PARTIAL, REPLACED = ".phi3-jax-partial", ".phi3-jax-replaced"
 """Endings of hidden files and directories: those being written, and those moved away for new ones."""
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+    """Checks that a command would not write over what it reads, nor two of its outputs into one file.
+
+    Symbolic and hard links count as the file itself. A directory among the inputs stands for its files.
+
+    Args:
+        outputs: the files to write, by the names of their options; None is skipped.
+        inputs: the files and directories that are read, by name.
+
+    Raises:
+        UserError: two of them are one file, or an output is not a regular file, such as a device.
+    """
+    taken: dict[Hashable, str] = {}
+    for name, path in inputs.items():
+        if path is not None:
+            taken |= {_identity(each): name for each in (path.iterdir() if path.is_dir() else [path])}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if path.exists() and not path.is_file():
+            raise UserError(f"{name} {path} is not a regular file; choose a file's name")
+        identity = _identity(path)
+        if identity in taken:
+            raise UserError(f"{name} {path} is a file of {taken[identity]}; choose another {name}")
+        taken[identity] = name
+
+
+def _identity(path: Path) -> Hashable:
+    """Returns a value that is equal for names of one file."""
+    try:
+        stat = path.stat()
+        return stat.st_dev, stat.st_ino
+    except OSError:
+        return path.resolve()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from phi3_jax.batch import answers as module
 from phi3_jax.batch.answers import Answer, AnswerFile, IdSet, answer_line, error_line
 from phi3_jax.batch.requests import BadRequestError, Request
 
@@ -118,6 +119,23 @@ def test_rejects_a_second_writer(path: Path) -> None:
         AnswerFile(path)
     file.close()
     AnswerFile(path).close()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_notices_that_its_file_is_gone(path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool) -> None:
+    monkeypatch.setattr(module, "SYNC_SECONDS", 0)
+    file = AnswerFile(path)
+    file.add([answer(1)])
+    file.check_name()
+    path.unlink()
+    if replaced:
+        path.write_text("mine")
+    with pytest.raises(ValueError, match="was removed or replaced during the run; start it again"):
+        file.check_name()
+    with pytest.raises(ValueError, match="was removed or replaced"):
+        file.add([answer(2)])
+    file.close()
+    assert not replaced or path.read_text() == "mine"
 
 
 def test_keeps_whole_lines_on_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

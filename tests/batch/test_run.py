@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from small_checkpoint import write_checkpoint
 
 from phi3_jax import cli
@@ -121,11 +122,14 @@ def test_answers_a_file_once(batch: Batch, tmp_path: Path) -> None:
     assert batch.output.read_bytes() == before
     assert "-> 3; seed: 0 -> 5" in batch("--seed", 5, "--max-new-tokens", 3)[2]
     assert "max_new_tokens: 6 -> 3" in batch("--max-new-tokens", 3)[2]
+    with FileLock(batch.output.with_name(".out.jsonl.run.json.lock")):  # as another run has it
+        code, _, err = batch("--overwrite")
+    assert (code, "another process is writing" in err, batch.output.read_bytes()) == (1, True, before)
     assert batch("--max-new-tokens", 3, "--overwrite")[0] == 0
     assert {line["usage"]["completion_tokens"] for line in batch.lines()} == {3}
     batch.write(31)
     assert "input_size: " in batch("--max-new-tokens", 3)[2]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*partial"))
 
 
 def test_writes_errors_for_invalid_lines(batch: Batch) -> None:
@@ -231,7 +235,7 @@ def test_resumes_after_twenty_kills(batch: Batch) -> None:
     assert sorted(line["id"] for line in lines) == list(range(400))
     assert {line["id"]: line for line in lines} == whole
     names = {path.name for path in batch.output.parent.iterdir()}
-    assert not [name for name in names if name.endswith(".partial")]
+    assert not [name for name in names if name.endswith("partial")]
 
 
 @pytest.mark.slow

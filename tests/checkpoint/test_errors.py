@@ -468,7 +468,7 @@ def test_killed_while_converting(tmp_path: Path, sharded: Path, existing: bool) 
             assert int(process.stdout.readline()) == signal.SIGKILL
             if step == "replace":
                 assert_rejected(target, "is not a checkpoint", "config.json")
-                (kept,) = target.glob(".target.*.replaced")
+                (kept,) = target.glob(".target.*.phi3-jax-replaced")
                 if number == 4:
                     assert_rejected(kept)
                 else:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi3_jax.runs.files import replacing
+from phi3_jax.runs.files import check_outputs, replacing
 from phi3_jax.runs.json_values import json_value
 
 
@@ -27,6 +27,43 @@ def test_replaces_a_whole_file_or_nothing(tmp_path: Path) -> None:
         assert path.read_text() == "before"
     assert path.read_text() == "after"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("link", ["itself", "dots", "symbolic", "hard", "of a folder"])
+def test_rejects_outputs_that_are_inputs(tmp_path: Path, link: str) -> None:
+    source, output = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("text")
+    if link == "itself":
+        output = source
+    elif link == "dots":
+        (tmp_path / "folder").mkdir()
+        output = tmp_path / "folder" / ".." / "in.txt"
+    elif link == "hard":
+        output.hardlink_to(source)
+    else:
+        output.symlink_to(source)
+    read = tmp_path if link == "of a folder" else source
+    with pytest.raises(ValueError, match=r"^--output .* is a file of --input; choose another --output$"):
+        check_outputs({"--output": output}, {"--input": read})
+
+
+def test_rejects_one_file_for_two_outputs(tmp_path: Path) -> None:
+    output = tmp_path / "out.txt"
+    with pytest.raises(ValueError, match=r"--stats .* is a file of --output; choose another --stats"):
+        check_outputs({"--output": output, "--stats": tmp_path / "." / "out.txt"}, {})
+
+
+def test_rejects_devices_and_directories(tmp_path: Path) -> None:
+    for path in (Path("/dev/null"), tmp_path):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            check_outputs({"--output": path}, {})
+
+
+def test_accepts_different_files(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").touch()
+    (tmp_path / "out.txt").touch()
+    outputs = {"--output": tmp_path / "out.txt", "--stats": tmp_path / "new.json", "--json": None}
+    check_outputs(outputs, {"--input": tmp_path / "in.txt", "--model": None, "--text": tmp_path / "absent"})
 
 
 def test_json_value_converts_other_types() -> None:

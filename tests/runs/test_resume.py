@@ -54,8 +54,8 @@ def test_rejects_a_broken_file(tmp_path: Path, content: str) -> None:
 
 
 def test_lock_keeps_others_out_and_deletes_leftovers(tmp_path: Path) -> None:
-    (tmp_path / ".out[1].json.123.partial").touch()
-    (tmp_path / ".other.json.123.partial").touch()
+    (tmp_path / ".out[1].json.123.phi3-jax-partial").touch()
+    (tmp_path / ".other.json.123.phi3-jax-partial").touch()
     first, second = run_file(tmp_path / "out[1].json"), run_file(tmp_path / "out[1].json")
     first.lock()
     with pytest.raises(ValueError, match="another process is writing OUTPUT"):
@@ -66,7 +66,7 @@ def test_lock_keeps_others_out_and_deletes_leftovers(tmp_path: Path) -> None:
     first.release()
     second.lock()
     second.release()
-    assert [file.name for file in tmp_path.iterdir()] == [".other.json.123.partial"]
+    assert [file.name for file in tmp_path.iterdir()] == [".other.json.123.phi3-jax-partial"]
 
 
 def test_resumes_files_of_earlier_versions(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 from phi3_jax.train import finetune as module
 from phi3_jax.train.finetune import InterruptedRunError, NotFiniteError, finetune
 from reference import distance
@@ -161,7 +163,7 @@ def test_removes_temporary_files_of_killed_processes(folder, base, monkeypatch):
         work.touch()
         os.link(work, work.with_name(work.name.replace(str(os.getpid()), "1")))  # as if killed
     (folder / "run" / "curves.png").unlink()
-    (folder / "run" / ".run.abcdefgh.replaced").mkdir()
+    (folder / "run" / ".run.abcdefgh.phi3-jax-replaced").mkdir()
     (folder / "run" / ".mine").touch()
     assert [path.name for path in (folder / "run").glob(".curves.png.*")]
     run(folder, base, max_steps=2)
@@ -193,9 +195,44 @@ def test_rejects_a_directory_with_another_run(folder, base):
         run(folder, base, max_steps=2)
 
 
+def test_one_run_at_a_time(folder, base):
+    run(folder, base, max_steps=1)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").iterdir()}
+    with (
+        FileLock(folder / "run" / ".run.json.lock"),
+        pytest.raises(ValueError, match=r"another process is writing .*run"),
+    ):
+        run(folder, base, max_steps=1, overwrite_output_dir=True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 def test_does_not_overwrite_a_model(folder, base):
-    with pytest.raises(ValueError, match="holds a model that no run of finetune wrote"):
-        run(folder, base, output_dir=base)
+    with pytest.raises(ValueError, match="is the base model itself; choose another --output-dir"):
+        run(folder, base, output_dir=base, overwrite_output_dir=True)
+    other = folder / "other"
+    shutil.copytree(base, other)
+    with pytest.raises(
+        ValueError, match=r"holds config\.json and model\.safetensors .*, which no run of finetune"
+    ):
+        run(folder, base, output_dir=other)
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints/mine.txt", "adapter/mine.txt", "log.jsonl", "tensorboard/mine.txt"]
+)
+def test_removes_nothing_that_no_run_wrote(folder, base, name):
+    mine = folder / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    other = folder / "run" / ".notes.partial"
+    other.write_text("mine")
+    with pytest.raises(
+        ValueError, match=f"run holds {name.partition('/')[0]}, which no run of finetune wrote"
+    ):
+        run(folder, base, max_steps=1)
+    assert (mine.read_text(), other.read_text()) == ("mine", "mine")
+    run(folder, base, max_steps=1, overwrite_output_dir=True)
+    assert other.read_text() == "mine"
 
 
 def test_losses_that_are_not_finite_stop_the_run(folder, base):
