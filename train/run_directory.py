@@ -25,7 +25,11 @@ from .settings import FREE
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 """Folders of checkpoints and, beside the merged model, of adapters."""
 
-_WRITTEN = (CHECKPOINTS, ADAPTER, TENSORBOARD, LOG, "config.json", "model.safetensors", "tokenizer.json")
+_WRITTEN = (
+    *(CHECKPOINTS, ADAPTER, TENSORBOARD, LOG, "report.md", "metrics.json"),
+    *("config.json", "model.safetensors", "tokenizer.json"),
+)
+"""Files and folders by which a directory is taken for somebody's, if it has no `run.json`."""
 
 SplitMetrics = dict[str, dict[str, float]]
 """Metrics by split and name."""

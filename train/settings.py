@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from phi3_jax.config.rope_types import is_number, is_positive
+from phi3_jax.config.rope_types import is_positive
 from phi3_jax.data.tasks import ProblemType
 from phi3_jax.errors import UserError
 
@@ -114,7 +114,7 @@ class Settings(BaseModel):
         for name, value in self._numbers():
             if isinstance(value, int) and name != "seed" and value >= 2**31:
                 raise UserError(f"{name}={value} must be below 2**31")
-            if not (value == 0 or is_positive(abs(value))) or not is_number(value):
+            if value != 0 and not is_positive(abs(value)):
                 raise UserError(f"{name}={value} is outside float32's range of 1.2e-38 to 3.4e38")
         return self
 
@@ -180,8 +180,9 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which PyYAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key, _), value in zip(node.value, keys, strict=True):
+        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<` is no key
+        keys = [self.construct_object(key, deep=True) for key in nodes]
+        for key, value in zip(nodes, keys, strict=True):
             if keys.count(value) > 1:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {value!r} is there twice", problem_mark=key.start_mark

@@ -7,8 +7,10 @@ from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+import yaml
 from pydantic.fields import FieldInfo
 
+from phi3_jax.errors import UserError
 from phi3_jax.train.settings import Settings, parse_yaml
 
 
@@ -18,14 +20,19 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> Settings:
     Raises:
         UserError: as in `Settings.read`.
     """
-    return Settings.read(config, {name: _parse(value) for name, value in given.items() if value is not None})
+    return Settings.read(
+        config, {name: _parse(name, value) for name, value in given.items() if value is not None}
+    )
 
 
-def _parse(value: Any) -> Any:
+def _parse(name: str, value: Any) -> Any:
     """Parses a list or mapping in YAML; returns any other value as it is."""
-    if isinstance(value, str) and value[:1] in ("[", "{"):
+    if not (isinstance(value, str) and value[:1] in ("[", "{")):
+        return value
+    try:
         return parse_yaml(value)
-    return value
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}={value!r} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -401,7 +402,8 @@ def _field_names() -> set[str]:
 
 def _is_label(item: tuple[Any, Any]) -> bool:
     key, name = item
-    return (type(key) is int or (isinstance(key, str) and key.isdecimal())) and isinstance(name, str | int)
+    is_index = isinstance(key, Integral) and not isinstance(key, bool)  # NumPy's, too
+    return (is_index or (isinstance(key, str) and key.isdecimal())) and isinstance(name, str | int)
 
 
 def _default_labels(count: int) -> dict[int, str]:

@@ -27,8 +27,10 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
     """
     taken: dict[Hashable, str] = {}
     for name, path in inputs.items():
-        if path is not None:
-            taken |= {_identity(each): name for each in (path.iterdir() if path.is_dir() else [path])}
+        if path is not None and path.is_dir():
+            taken |= {_identity(each): f"in {name}" for each in path.iterdir()}
+        elif path is not None:
+            taken[_identity(path)] = f"also {name}"
     for name, path in outputs.items():
         if path is None:
             continue
@@ -36,8 +38,8 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
             raise UserError(f"{name} {path} is not a regular file; choose a file's name")
         identity = _identity(path)
         if identity in taken:
-            raise UserError(f"{name} {path} is a file of {taken[identity]}; choose another {name}")
-        taken[identity] = name
+            raise UserError(f"{name} {path} is {taken[identity]}; choose another {name}")
+        taken[identity] = f"also {name}"
 
 
 def _identity(path: Path) -> Hashable:

@@ -1,5 +1,4 @@
-"""Text that comes from outside: JSON with the position of its errors and without a key twice, and valid
-Unicode."""
+"""Text that comes from outside: JSON without a key twice, the position of its errors, and valid Unicode."""
 
 import json
 from collections import Counter

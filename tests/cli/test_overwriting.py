@@ -40,7 +40,7 @@ def test_keeps_the_input(
     result = run(*words, name, "--model", model_folder)
     option = words[-1]
     assert (result.code, result.out) == (1, "")
-    assert f"phi3-jax: {option} {name} is a file of " in result.err
+    assert f"phi3-jax: {option} {name} is also " in result.err
     assert result.err.endswith(f"; choose another {option}\n")
     assert source.read_text() == TEXT
     assert {path.name for path in source.parent.iterdir()} == before
@@ -57,7 +57,7 @@ def test_keeps_the_model(run: Any, model_folder: Path, source: Path) -> None:
     for words in commands:
         result = run(*words, "--model", model_folder)
         assert result.code == 1
-        assert "is a file of --model; choose another" in result.err
+        assert "is in --model; choose another" in result.err
     assert (weights.read_bytes(), config.read_bytes()) == before
 
 

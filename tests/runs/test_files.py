@@ -43,13 +43,14 @@ def test_rejects_outputs_that_are_inputs(tmp_path: Path, link: str) -> None:
     else:
         output.symlink_to(source)
     read = tmp_path if link == "of a folder" else source
-    with pytest.raises(ValueError, match=r"^--output .* is a file of --input; choose another --output$"):
+    where = "in" if link == "of a folder" else "also"
+    with pytest.raises(ValueError, match=rf"^--output .* is {where} --input; choose another --output$"):
         check_outputs({"--output": output}, {"--input": read})
 
 
 def test_rejects_one_file_for_two_outputs(tmp_path: Path) -> None:
     output = tmp_path / "out.txt"
-    with pytest.raises(ValueError, match=r"--stats .* is a file of --output; choose another --stats"):
+    with pytest.raises(ValueError, match=r"--stats .* is also --output; choose another --stats"):
         check_outputs({"--output": output, "--stats": tmp_path / "." / "out.txt"}, {})
 
 

@@ -3,6 +3,7 @@
 import pytest
 from phi3_jax.train.settings import FREE, Settings
 
+from phi3_jax.cli.settings import read_settings
 from phi3_jax.runs.resume import differences
 
 
@@ -47,6 +48,25 @@ def test_names_errors_in_settings(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ValueError, match=words):
         Settings.read(path, {})
+
+
+def test_reads_merged_mappings(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("class_weights: &own {a: 1, b: 2}\n<<: {seed: 3}\n")
+    settings = Settings.read(path, {})
+    assert (settings.seed, settings.class_weights) == (3, {"a": 1.0, "b": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("{a: 1, a: 2}", "class_weights='{a: 1, a: 2}' is not valid YAML: the key 'a' is there twice"),
+        ("{a", "is not valid YAML"),
+    ],
+)
+def test_names_errors_in_options(value, words):
+    with pytest.raises(ValueError, match=words):
+        read_settings(None, {"class_weights": value})
 
 
 def test_rejects_a_missing_file(tmp_path):
