@@ -12,6 +12,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.lora import merge_lora, save_adapters
 from phi3_jax.model.saving import save_model
 from phi3_jax.parallel import distributed
+from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.files import remove_leftovers
 from phi3_jax.runs.json_values import RUN
 from phi3_jax.runs.resume import RunFile
@@ -70,6 +71,7 @@ class RunDirectory:
             raise UserError(f"{self.path} is the base model itself; choose another --output-dir")
         self.path.mkdir(parents=True, exist_ok=True)
         self._file.lock()
+        restore(self.path)
         if overwrite:
             self._file.path.unlink(missing_ok=True)
         if self._file.path.exists():

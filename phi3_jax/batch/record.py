@@ -108,7 +108,7 @@ def combine_parts(
     parts = [part_path(output, other, processes) for other in range(processes)]
     while not all(_done(each).exists() for each in parts):
         time.sleep(POLL_SECONDS)
-    with replacing(output, sync=True) as work, work.open("wb") as file:
+    with replacing(output) as work, work.open("wb") as file:
         for each in parts:
             with each.open("rb") as lines:
                 shutil.copyfileobj(lines, file, 1 << 20)

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from phi3_jax.checkpoint.atomic import atomic_directory
+from phi3_jax.checkpoint.companions import CHECKPOINT_FILES
 from phi3_jax.checkpoint.opening import open_checkpoint
 from phi3_jax.checkpoint.safetensors import cast, parameter_dtype, write_tensors
 from phi3_jax.checkpoint.source import CheckpointError
-from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
+from phi3_jax.runs.exchange import exchanging
 
 
 def convert_checkpoint(
@@ -25,7 +26,7 @@ def convert_checkpoint(
 
     Args:
         source_path: a directory in Hugging Face's layout or a GGUF file.
-        destination_dir: another directory; weights in it are replaced.
+        destination_dir: another directory; a checkpoint in it is replaced, other files stay.
         dtype: the tensors' new dtype; None keeps each as it is.
         max_shard_size: the largest file, such as "5GB".
         config: written in place of the checkpoint's own.
@@ -44,7 +45,7 @@ def convert_checkpoint(
         raise CheckpointError(f"{destination} is a file; name a directory")
     stored = kind or source.dtype(next(iter(source.names())))
     extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"}
-    with atomic_directory(destination) as work:
+    with exchanging(destination, config=CONFIG_NAME, replaced=CHECKPOINT_FILES) as work:
         write_tensors(cast(source, kind), work, max_shard_size)
         source.write_companions(work)
         config.replace(extra=extra | {"dtype": str(stored)}).save_pretrained(work)

@@ -5,12 +5,12 @@ import os
 import shutil
 from pathlib import Path
 
-from phi3_jax.checkpoint.atomic import atomic_directory
-from phi3_jax.checkpoint.companions import copy_companions
+from phi3_jax.checkpoint.companions import CHECKPOINT_FILES, copy_companions, own_file
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.safetensors import INDEX
 from phi3_jax.checkpoint.source import CheckpointError
-from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
+from phi3_jax.runs.exchange import exchanging
 
 
 def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) -> None:
@@ -27,11 +27,11 @@ def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) 
     if not source.is_dir():
         convert_checkpoint(source, destination, config=config)
         return
-    with atomic_directory(destination) as work:
+    with exchanging(destination, config=CONFIG_NAME, replaced=CHECKPOINT_FILES) as work:
         copy_companions(source, work)
         for pattern in ("*.safetensors", INDEX):
             for path in source.glob(pattern):
-                _link(path.resolve(), work / path.name)  # the Hub's cache has symbolic links
+                _link(own_file(path), work / path.name)
         config.save_pretrained(work)
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from phi3_jax.config.generation_config import GenerationConfig
-from phi3_jax.errors import UserError
+from phi3_jax.errors import CheckpointError as CheckpointError
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 
@@ -68,7 +68,3 @@ class CheckpointSource(TensorSource, Protocol):
     def write_companions(self, directory: Path) -> None:
         """Writes the checkpoint's files other than weights and config.json, above all its tokenizer's."""
         ...
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the message says what is wrong with it and what to do."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.config.rope_types import RopeBase, is_number, is_positive
 from phi3_jax.errors import UserError
+from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.files import replacing
 from phi3_jax.runs.text import read_json
 
@@ -357,6 +358,8 @@ class Phi3Config:
         Raises:
             FileNotFoundError: there is no such file. UserError: as `from_json_file`.
         """
+        if Path(path).is_dir():
+            restore(Path(path))
         file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
         if not file.is_file():
             missing = (

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from phi3_jax.checkpoint.atomic import atomic_directory
 from phi3_jax.checkpoint.layout import TensorLayout, layout_of
 from phi3_jax.checkpoint.parts import put_parameter
 from phi3_jax.checkpoint.safetensors import SafetensorsSource, some, write_file
@@ -25,6 +24,7 @@ from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import with_shardings
 from phi3_jax.model.layers import Linear
 from phi3_jax.model.saving import ParameterSource, write_in_one
+from phi3_jax.runs.exchange import exchanging, restore
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS = re.compile(r"adapter_model\..*")
 PREFIX = "base_model.model."
 """PEFT adds this to the names of the model that it wraps."""
 
@@ -88,7 +89,7 @@ def save_adapters(
     tensors = _tensors(config, {name: linear.adapter for name, linear in adapted.items()}, model)
 
     def write(source: TensorSource) -> None:
-        with atomic_directory(config.path, config=CONFIG, weights=re.compile(r"adapter_model\..*")) as work:
+        with exchanging(config.path, config=CONFIG, replaced=_WEIGHTS) as work:
             write_file(source, source.names(), work / WEIGHTS)
             text = json.dumps(config.fields, indent=2, sort_keys=True)
             (work / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -113,6 +114,7 @@ def load_adapters(model: Model, directory: str | os.PathLike[str]) -> Model:
     linears = dict(projections(model))
     if any(linear.adapter is not None for linear in linears.values()):
         raise UserError("the model already has adapters; merge them first (merge_lora)")
+    restore(path)
     config = read_adapter_config(path / CONFIG, model)
     source = _AdapterSource(path)
     adapters = _abstract_adapters(config, linears)

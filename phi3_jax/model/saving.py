@@ -10,13 +10,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from phi3_jax.checkpoint.atomic import atomic_directory
+from phi3_jax.checkpoint.companions import MODEL_FILES
 from phi3_jax.checkpoint.layout import TensorLayout, layout_of
 from phi3_jax.checkpoint.safetensors import write_tensors
 from phi3_jax.checkpoint.source import TensorSource
+from phi3_jax.config.model_config import CONFIG_NAME
 from phi3_jax.errors import UserError
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.parallel import distributed
+from phi3_jax.runs.exchange import exchanging
 
 
 class ParameterSource:
@@ -90,8 +92,9 @@ def save_model(model: Any, directory: str | os.PathLike[str], *, max_shard_size:
 
     A causal language model also gets `generation_config.json`.
 
-    Files get their names when all are written; other files of the directory stay. All processes call this;
-    process 0 writes, and the others wait for its end or its error.
+    Files get their names when all are written, and an earlier model's are removed; other files of the
+    directory, such as a tokenizer's, stay. All processes call this; process 0 writes, and the others wait for
+    its end or its error.
 
     Raises:
         UserError: the model has adapters, for which a checkpoint has no names.
@@ -129,7 +132,7 @@ def _write(model: Any, source: TensorSource, directory: Path, max_shard_size: in
     config = model.config
     summary = {"architectures": [type(model).__name__], "dtype": str(model.dtype)}
     extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"} | summary
-    with atomic_directory(directory) as work:
+    with exchanging(directory, config=CONFIG_NAME, replaced=MODEL_FILES) as work:
         write_tensors(source, work, max_shard_size)
         if isinstance(model, GenerationMixin):
             model.generation_config.save_pretrained(work)

@@ -1,5 +1,6 @@
 """Files that change as a whole, and the leftovers of killed processes."""
 
+import errno
 import glob
 import os
 import shutil
@@ -52,28 +53,37 @@ def _identity(path: Path) -> Hashable:
 
 
 @contextmanager
-def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path, whose file replaces `path` when the block ends, unless it raised.
 
-    A killed process leaves the temporary file; `remove_leftovers` deletes it.
-
-    Args:
-        sync: wait until the file is on the disk.
+    The file is on the disk before it gets its name, and the name when this returns. A killed process leaves
+    the temporary file; `remove_leftovers` deletes it.
     """
     work = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield work
-        if sync:
-            with work.open("rb+") as file:
-                os.fsync(file.fileno())
+        sync(work)
         os.replace(work, path)
+        sync(path.parent)
     finally:
         work.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, *, sync: bool = False) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes a file of text as `replacing` does."""
-    with replacing(path, sync=sync) as work:
+    with replacing(path) as work:
         work.write_text(text, encoding="utf-8")
 
 

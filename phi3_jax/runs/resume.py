@@ -71,7 +71,7 @@ class RunFile:
     def write(self, *, indent: int | None = 2, **state: Any) -> None:
         """Writes the options and the state; they are on the disk when this returns."""
         text = json.dumps({self._key: self._options} | state, indent=indent)
-        write_text(self.path, text + "\n", sync=True)
+        write_text(self.path, text + "\n")
 
     def mismatch(self, *changed: str) -> UserError:
         """Returns the error for work that was started with other options."""

@@ -5,10 +5,12 @@ It needs neither JAX nor transformers, so that data preparation and servers can 
 
 from ._backends import Backend, JsonBackend, SentencePieceBackend
 from ._batching import BatchEncoding
+from ._files import TOKENIZER_FILES
 from ._stream import IncrementalDecoder
 from ._tokenizer import Phi3Tokenizer
 
 __all__ = [
+    "TOKENIZER_FILES",
     "Backend",
     "BatchEncoding",
     "IncrementalDecoder",

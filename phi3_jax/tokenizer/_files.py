@@ -1,6 +1,6 @@
 """Reads a tokenizer's files, with errors that name them, and writes them whole or not at all."""
 
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from phi3_jax.errors import UserError
-from phi3_jax.runs.files import replacing
+from phi3_jax.runs.exchange import exchanging, restore
 from phi3_jax.runs.text import parse_json
 
 from ._backends import Backend, JsonBackend, SentencePieceBackend
@@ -18,6 +18,9 @@ TEMPLATE = "chat_template.jinja"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 _CONFIGS = (CONFIG, "special_tokens_map.json", "added_tokens.json")
 TEMPLATES = (TEMPLATE, "chat_template.json")
+TOKENIZER_FILES = (*_VOCABULARIES, *_CONFIGS, *TEMPLATES)
+"""Names of all files that a tokenizer is read from."""
+_ANY_FILE = re.compile("|".join(map(re.escape, TOKENIZER_FILES)))
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -33,8 +36,10 @@ def read_folder(directory: Path) -> tuple[Backend, dict[str, Any], dict[str, byt
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no tokenizer at {directory}: there is no such folder")
-    names = (*_VOCABULARIES, *_CONFIGS, *TEMPLATES)
-    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+    restore(directory)
+    files = {
+        name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()
+    }
     backend: Backend
     if "tokenizer.json" in files:
         backend = JsonBackend(files["tokenizer.json"], str(directory / "tokenizer.json"))
@@ -61,13 +66,15 @@ def read_folder(directory: Path) -> tuple[Backend, dict[str, Any], dict[str, byt
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Writes each file whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        with replacing(directory / name) as work, work.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    """Writes the files, which replace those of an earlier tokenizer; all or none.
+
+    Raises:
+        CheckpointError: the disk is full, or the directory cannot be written.
+    """
+    vocabulary = next(name for name in _VOCABULARIES if name in files)
+    with exchanging(directory, config=vocabulary, replaced=_ANY_FILE) as work:
+        for name, content in files.items():
+            (work / name).write_bytes(content)
 
 
 def phi3_config() -> dict[str, Any]:

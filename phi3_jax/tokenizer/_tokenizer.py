@@ -293,7 +293,13 @@ class Phi3Tokenizer:
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Writes the files that it was read from, with later changes, each whole; returns their paths."""
+        """Writes the files that it was read from, with later changes; returns their paths.
+
+        Files of an earlier tokenizer are removed; all or nothing changes.
+
+        Raises:
+            CheckpointError: the disk is full, or the directory cannot be written.
+        """
         name, content = self.backend.file
         files = {**self._files, name: content}
         config = json.loads(files[_files.CONFIG]) if _files.CONFIG in files else self._config_to_write()

@@ -68,14 +68,36 @@ def test_copies_weights_where_links_are_impossible(source, tmp_path, monkeypatch
 
 
 def test_follows_symbolic_links_of_the_hubs_cache(source, tmp_path):
-    hub = tmp_path / "hub" / "snapshot"
+    hub = tmp_path / "models--org--name" / "snapshots" / "1234"
     hub.mkdir(parents=True)
-    for path in source.iterdir():
-        (hub / path.name).symlink_to(Path("..") / ".." / "source" / path.name)
+    source.rename(tmp_path / "models--org--name" / "blobs")
+    for path in (tmp_path / "models--org--name" / "blobs").iterdir():
+        (hub / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
     reconfigure_checkpoint(hub, tmp_path / "out", stretched(hub))
     found = list((tmp_path / "out").iterdir())
     assert found
     assert not any(path.is_symlink() for path in found)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "other.safetensors"])
+@pytest.mark.parametrize("place", ["models--org--name/snapshots/1234", "plain"])
+def test_rejects_links_to_files_elsewhere(source, tmp_path, name, place):
+    folder = tmp_path / place
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(folder)
+    (tmp_path / "secret").write_text("mine")
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(
+        CheckpointError, match=rf"{name} is a link to .*secret, which is not in the checkpoint"
+    ):
+        reconfigure_checkpoint(folder, tmp_path / "out", stretched(folder))
+    if name == "notes.txt":
+        with pytest.raises(CheckpointError, match="put a copy of the file in its place, or remove the link"):
+            convert_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / "config.json")  # within the checkpoint
+    convert_checkpoint(folder, tmp_path / "out")
 
 
 def test_rejects_impossible_destinations(source, tmp_path):

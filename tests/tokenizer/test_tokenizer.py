@@ -17,6 +17,7 @@ import sentencepiece
 from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from phi3_jax.errors import CheckpointError
 from phi3_jax.tokenizer import IncrementalDecoder, JsonBackend, Phi3Tokenizer, SentencePieceBackend, _chat
 
 SENTENCES = [
@@ -862,15 +863,16 @@ def test_failed_save_leaves_the_old_file(piece_folders, tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     tokenizer.padding_side = "right"
 
-    replace = os.replace
+    replace, refused = os.replace, list[Path]()
 
-    def refuse(source: str, target: Path) -> None:
-        if target.name == "tokenizer_config.json":
+    def refuse(source: Path, target: Path) -> None:
+        if target == tmp_path / "tokenizer_config.json" and not refused:
+            refused.append(target)
             raise OSError("disk full")
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full; nothing was changed"):
         tokenizer.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
