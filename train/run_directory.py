@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.errors import UserError
 from phi3_jax.lora import merge_lora, save_adapters
 from phi3_jax.model.saving import save_model
@@ -15,7 +16,7 @@ from phi3_jax.parallel import distributed
 from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.files import remove_leftovers
 from phi3_jax.runs.json_values import RUN
-from phi3_jax.runs.resume import RunFile
+from phi3_jax.runs.resume import RunFile, differences
 
 from .checkpoints import remove_checkpoints
 from .logs import LOG, TENSORBOARD, read_log
@@ -47,6 +48,7 @@ class RunDirectory:
             "data": recipe.data.fingerprint(),
             "steps": recipe.total_steps,
             "base": recipe.config.to_dict(),
+            "base_files": fingerprint(recipe.base) if distributed.is_primary() else {},
         }
         self._file = RunFile(
             self.path / RUN,
@@ -94,9 +96,11 @@ class RunDirectory:
         self._file.release()
 
     def _check_data(self, before: dict[str, Any]) -> SplitMetrics | None:
-        for name, words in {"data": "the data are", "base": "the base model is"}.items():
-            if before.get(name) != self._state[name]:
-                raise self._file.mismatch(f"{words} not the same")
+        if before.get("data") != self._state["data"]:
+            raise self._file.mismatch("the data are not the same")
+        known = {"base", "base_files"}
+        if changed := differences(before, self._state, free=(before.keys() | self._state.keys()) - known):
+            raise self._file.mismatch(*changed)
         return before.get("finished")
 
     def finish(self, results: SplitMetrics) -> None:

@@ -1,15 +1,37 @@
 """Fingerprints of models, by which a resumed run recognises its model."""
 
 import hashlib
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from phi3_jax.config.generation_config import GENERATION_CONFIG_NAME
+from phi3_jax.config.model_config import CONFIG_NAME
+from phi3_jax.tokenizer import TOKENIZER_FILES
 
-def fingerprint(path: Path) -> str:
-    """Returns a digest of small files' contents and of the weights' sizes and times."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in [path] if path.is_file() else sorted([path / "config.json", *path.glob("tokenizer*")]):
-        if file.suffix != ".gguf":
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
-    return digest.hexdigest()
+_READ = (CONFIG_NAME, GENERATION_CONFIG_NAME, *TOKENIZER_FILES)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LENGTH = 16
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """Returns a digest of each file that a model's results follow from, by the file's name.
+
+    Weights are read whole, since a file may change within its size and time; those in the Hub's cache are
+    named by their digest already.
+    """
+    files = [path] if path.is_file() else [path / name for name in _READ if (path / name).is_file()]
+    if path.is_dir():
+        files += sorted(path.glob("*.safetensors"))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(_digest, files))
+    return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+
+
+def _digest(path: Path) -> str:
+    file = path.resolve()
+    if file.parent.name == "blobs" and _SHA256.fullmatch(file.name):
+        return file.name[:_LENGTH]
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:_LENGTH]

@@ -103,9 +103,15 @@ class RunFile:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, free: Set[str] = frozenset()
 ) -> list[str]:
-    """Returns the options that changed, as "name: before -> now", except those that are `free` to."""
-    return [
-        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted((before.keys() | now.keys()) - free)
-        if before.get(name) != now.get(name)
-    ]
+    """Returns the options that changed, as "name: before -> now", except those that are `free` to.
+
+    Of options by name within an option, only those that changed are returned, as "outer.name".
+    """
+    changed = []
+    for name in sorted((before.keys() | now.keys()) - free):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += [f"{name}.{inner}" for inner in differences(old, new)]
+        elif old != new:
+            changed.append(f"{name}: {old!r} -> {new!r}")
+    return changed

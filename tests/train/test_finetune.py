@@ -173,7 +173,7 @@ def test_removes_temporary_files_of_killed_processes(folder, base, monkeypatch):
 def test_a_finished_run_changes_nothing(folder, base, caplog):
     results = run(folder, base, max_steps=2)
     record = json.loads((folder / "run" / "run.json").read_text())
-    assert record.keys() == {"settings", "data", "steps", "base", "finished"}
+    assert record.keys() == {"settings", "data", "steps", "base", "base_files", "finished"}
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").iterdir()}
     with caplog.at_level(logging.WARNING):
         assert run(folder, base, max_steps=2) == results
@@ -189,6 +189,13 @@ def test_rejects_a_directory_with_another_run(folder, base):
     with pytest.raises(ValueError, match="the data are not the same"):
         run(folder, base, max_steps=2)
     run(folder, base, max_steps=2, overwrite_output_dir=True)
+    for name in ("model.safetensors", "tokenizer_config.json"):
+        content = (base / name).read_bytes()
+        (base / name).write_bytes(content[:-1] + (b"\0" if name == "model.safetensors" else b" }"))
+        with pytest.raises(ValueError, match=rf"resumed: base_files\.{name}: '"):
+            run(folder, base, max_steps=2)
+        (base / name).write_bytes(content)
+    run(folder, base, max_steps=2)
     assert len(losses(folder)) == 2
     (folder / "run" / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is broken"):
