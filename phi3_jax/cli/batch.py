@@ -11,6 +11,7 @@ from phi3_jax.batch.run import batch_file
 from phi3_jax.batch.summary import BatchSummary
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.cli import common, options
+from phi3_jax.evaluation.scorer import frequencies_key
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 from phi3_jax.runs.files import check_outputs
@@ -112,7 +113,12 @@ def _model_options(path: Path, dtype: str, rope: str | None) -> dict[str, Any]:
         "dtype": dtype,
     }
     if rope is not None:
-        options["rope"] = common.config_with(path, rope).rope_parameters
+        config = common.config_with(path, rope)
+        lengths = (config.original_max_position_embeddings, config.context_length)
+        # The numbers, too, since the file that defines a type may change.
+        options["rope"] = config.rope_parameters | {
+            "frequencies": [frequencies_key(config, length) for length in lengths]
+        }
     return options
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from phi3_jax.config.rope_types import ROPE_TYPES, Frequencies, RopeBase, RopeType, rule_of
+from phi3_jax.config.rope_types import ROPE_TYPES, Frequencies, RopeBase, RopeType, rope_type, rule_of
 from phi3_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,33 @@ class RopeScaling:
         """Returns the longest row in tokens."""
         context = self._type.context
         return base.max_position_embeddings if context is None else context(base, dict(self.parameters))
+
+    def check_formula(self, base: RopeBase) -> None:
+        """Checks the numbers of a type of the user's own; those of others follow from checked parameters.
+
+        Raises:
+            UserError: there are not `dim / 2` frequencies for each row, or a value is not finite in float32.
+        """
+        if self._type.formula.__module__ == rope_type.__module__:
+            return
+        original, longest = base.original_max_position_embeddings, self.context(base)
+        lengths = np.array([1, original, original + 1, longest], np.int32)
+        with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
+            frequencies, factor = self.frequencies(base, jnp.asarray(lengths))
+            frequencies, factor = np.asarray(frequencies, np.float32), np.asarray(factor, np.float32)
+        rows, pairs = len(lengths), base.dim // 2
+        if frequencies.shape not in ((pairs,), (rows, pairs)) or factor.shape not in ((), (rows,)):
+            raise UserError(
+                f"rope type {self.rope_type!r} gives frequencies of shape {list(frequencies.shape)} and an "
+                f"attention factor of shape {list(factor.shape)} for {rows} rows; expected [{pairs}] or "
+                f"[{rows}, {pairs}], and a number or [{rows}]"
+            )
+        finite = np.broadcast_to(np.isfinite(frequencies).all(-1) & np.isfinite(factor), rows)
+        if not finite.all():
+            raise UserError(
+                f"rope type {self.rope_type!r} gives numbers that are not finite in float32 for rows of "
+                f"{lengths[np.argmin(finite)]} tokens"
+            )
 
     def depends_on_length(self, base: RopeBase) -> bool:
         """Whether rows of different lengths may have different frequencies or attention factors."""

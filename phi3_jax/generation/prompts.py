@@ -102,8 +102,12 @@ def check_frequencies(
     """Returns the user's rope frequencies and attention scaling for each of `batch` rows.
 
     Raises:
-        UserError: a shape does not fit `batch` rows or `pairs` pairs of rotary dims.
+        UserError: a value is not finite; a shape does not fit `batch` rows or `pairs` pairs of rotary dims.
     """
+    for name, values in {"inv_freq": inv_freq, "attention_scaling": scaling}.items():
+        with np.errstate(over="ignore"):
+            if values is not None and not np.isfinite(np.asarray(values, np.float32)).all():
+                raise UserError(f"{name} has values that are not finite in float32")
     if inv_freq is not None:
         inv_freq = np.asarray(inv_freq, np.float32)
         fits = inv_freq.ndim in (1, 2, 3) and inv_freq.shape[-1] == pairs

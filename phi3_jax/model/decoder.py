@@ -150,7 +150,8 @@ class Phi3Model(Phi3PreTrainedModel):
         mesh: of `phi3_jax.make_mesh`; parameters, activations and caches are divided over it.
 
     Raises:
-        UserError: sizes that the mesh does not divide, an unknown `hidden_act`.
+        UserError: sizes that the mesh does not divide, an unknown `hidden_act`, a rope type of the user's own
+            whose numbers are not finite.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Phi3Model(Phi3PreTrainedModel):
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
         dtype = jnp.dtype(dtype)
         activation(config.hidden_act)  # an unknown name fails here, not in the first forward
+        config.rope_scaling.check_formula(config.rope_base)
         self.config = config
         self.mesh = mesh
         self.remat_policy: Callable[..., bool] | None = None

@@ -320,3 +320,30 @@ def test_registers_a_new_type_with_one_function():
             RopeScaling("test-halved").validate(base_of())
     finally:
         del ROPE_TYPES["test-halved"]
+
+
+BAD_FORMULAS = {
+    "not a number": (lambda base, seq_len: (base.inv_freq() * np.nan, 1.0), "for rows of 1 tokens"),
+    "infinite when long": (
+        lambda base, seq_len: (base.inv_freq() / jnp.maximum(100 - seq_len, 0)[:, None], 1.0),
+        "not finite in float32 for rows of 100 tokens",
+    ),
+    "infinite factor": (
+        lambda base, seq_len: (base.inv_freq(), jnp.exp(8.0 * seq_len)),
+        "of 64 tok",
+    ),
+    "beyond float32": (lambda base, seq_len: (base.inv_freq(), 1e39), "not finite in float32 for rows of 1 "),
+    "too few": (lambda base, seq_len: (base.inv_freq()[1:], 1.0), r"expected \[4\] or \[4, 4\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FORMULAS)
+def test_rejects_a_type_whose_numbers_are_not_finite(case):
+    formula, message = BAD_FORMULAS[case]
+    rope_type("test-bad")(formula)
+    try:
+        scaling = RopeScaling("test-bad")
+        with pytest.raises(ValueError, match=message):
+            scaling.check_formula(base_of(head_dim=8, maximum=100, original=64))
+    finally:
+        del ROPE_TYPES["test-bad"]

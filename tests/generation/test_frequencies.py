@@ -134,6 +134,10 @@ def test_rejects_other_shapes(shallow: Twins) -> None:
     ids, mask = prompts(LENGTHS)
     with pytest.raises(ValueError, match=r"inv_freq has shape \[5\]; expected \[6\], \[3, 6\] or"):
         answers(shallow.model, ids, mask, inv_freq=np.ones(5))
+    with pytest.raises(ValueError, match="inv_freq has values that are not finite in float32"):
+        answers(shallow.model, ids, mask, inv_freq=np.array([1, 1, 1, np.nan, 1, 1]))
+    with pytest.raises(ValueError, match="attention_scaling has values that are not finite in float32"):
+        answers(shallow.model, ids, mask, attention_scaling=1e39)
     with pytest.raises(ValueError, match=r"inv_freq has shape \[2, 6\]"):
         answers(shallow.model, ids, mask, inv_freq=np.ones((2, 6)))
     with pytest.raises(ValueError, match=r"attention_scaling has shape \[2\]; expected a number or \[3\]"):
