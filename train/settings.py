@@ -194,9 +194,12 @@ def parse_yaml(text: str) -> Any:
     """Returns the value of a text in YAML.
 
     Raises:
-        yaml.YAMLError: the text is not valid YAML, or has a key twice.
+        yaml.YAMLError: the text is not valid YAML, has a key twice, or is nested too deeply.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def _fault(error: Any) -> str:

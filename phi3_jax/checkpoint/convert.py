@@ -32,9 +32,11 @@ def convert_checkpoint(
         config: written in place of the checkpoint's own.
 
     Raises:
-        CheckpointError: the source is not a checkpoint, or the destination cannot be written.
+        CheckpointError: the source is not a checkpoint, or the destination has no name or cannot be written.
         UserError: the dtype is not one of parameters, or the size cannot be read.
     """
+    if not os.fspath(destination_dir):
+        raise CheckpointError("the destination's name is empty; write . for the current directory")
     source_path, destination = Path(source_path), Path(destination_dir)
     kind = None if dtype is None else parameter_dtype(dtype)
     source, own_config = open_checkpoint(source_path)

@@ -21,6 +21,7 @@ from phi3_jax.classification.output import OutputState, PartialOutput, Table, ch
 from phi3_jax.data.rows import BadRowError, BadRows, Row, read_rows
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.errors import UserError
+from phi3_jax.runs.files import check_outputs
 from phi3_jax.runs.progress import FileProgress
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def classify_file(
     """
     check_format(output)
     path = resolve(model)
+    check_outputs({"the output": output}, {"the input": source, "the model": path})
     config = open_checkpoint(path).config
     head = Head.from_checkpoint(path, config)
     task = task_of_model(path, config, head, **columns)
@@ -109,8 +111,6 @@ def _open_table(
     first = next(rows, None)
     if first is None:
         raise UserError(f"{source} has no row that can be read: {unreadable.first[0]}")
-    if output.exists() and output.samefile(source):
-        raise UserError(f"{source} is the input and the output; choose another output")
     of_words = isinstance(task, TokenClassification)
     separator = " " if isinstance(task, TokenClassification) else task.label_separator
     listed = head.labels if of_words or head.kind == "multi_label_classification" else ()

@@ -1,12 +1,11 @@
 """The command `phi3-jax` and the list of its sub-commands."""
 
 import logging
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from phi3_jax.cli.lazy import lazy_group
-from phi3_jax.parallel.messages import run_program
 
 COMMANDS = {
     "generate": "Answer one prompt.",
@@ -44,8 +43,3 @@ def common(
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
     )
-
-
-def main() -> NoReturn:
-    """Runs the command."""
-    run_program(app)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from phi3_jax.checkpoint import convert_checkpoint, resolve
+from phi3_jax.cli.options import directory
 from phi3_jax.parallel.distributed import from_primary
 from phi3_jax.parallel.processes import join
 
@@ -15,7 +16,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub name.")],
-    destination: Annotated[Path, typer.Argument(help="The directory to write.", file_okay=False)],
+    destination: Annotated[
+        Path, typer.Argument(help="The directory to write.", parser=directory, metavar="destination")
+    ],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import BadParameter, Option
 
 from phi3_jax.errors import UserError
 
@@ -68,6 +68,19 @@ RepetitionPenalty = Annotated[
 PromptLookup = Annotated[
     int | None, Option(min=1, help="Draft this many tokens from earlier text; the answer stays the same.")
 ]
+
+
+def directory(text: str) -> Path:
+    """Parses the name of a directory to write.
+
+    An empty name, as of a variable that is not set, would be the current directory.
+    """
+    if not text:
+        raise BadParameter("the name is empty; write . for the current directory")
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise BadParameter(f"{text!r} is a file; name a directory")
+    return path
 
 
 def numbers(name: str, text: str, *, least: int) -> list[int]:

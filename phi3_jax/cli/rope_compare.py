@@ -10,7 +10,8 @@ from typer import Option
 from phi3_jax.cli import common, options
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.rope_compare import compare_ropes
-from phi3_jax.evaluation.rope_report import table, write_comparison
+from phi3_jax.evaluation.rope_report import FILES, table, write_comparison
+from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 
@@ -23,7 +24,12 @@ def compare(
         Path, Option(help="A text file with at least as many tokens as the longest length.", dir_okay=False)
     ],
     lengths: Annotated[str, Option(help="Context lengths in tokens, such as 2048,4096,8192.")],
-    output: Annotated[Path, Option(help="A directory for tables, figures and report.", file_okay=False)],
+    output: Annotated[
+        Path,
+        Option(
+            help="A directory for tables, figures and report.", parser=options.directory, metavar="DIRECTORY"
+        ),
+    ],
     model: options.Model = None,
     rope: options.Ropes = None,
     stride: Annotated[
@@ -54,8 +60,10 @@ def compare(
     context_lengths = options.numbers("lengths", lengths, least=2)
     where = prepare(mesh, False)
     common.keep_compiled_programs(cache_dir)
+    path = common.model_path(model, cache_dir)
+    check_output(output, FILES, model=path, text=text)
     comparison = compare_ropes(
-        common.model_path(model, cache_dir),
+        path,
         text,
         output,
         arguments,

@@ -10,8 +10,9 @@ from typer import Option
 from phi3_jax.cli import common, options
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.passkey_report import table, write_passkey_report
+from phi3_jax.evaluation.passkey_report import FILES, table, write_passkey_report
 from phi3_jax.evaluation.passkey_run import measure_passkeys
+from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 
@@ -22,7 +23,12 @@ app = typer.Typer(add_completion=False)
 def passkey(
     lengths: Annotated[str, Option(help="The tokens of prompt and answer together, such as 2048,4096,8192.")],
     output: Annotated[
-        Path, Option(help="A directory for rates, answers, heat map and report.", file_okay=False)
+        Path,
+        Option(
+            help="A directory for rates, answers, heat map and report.",
+            parser=options.directory,
+            metavar="DIRECTORY",
+        ),
     ],
     rope: options.Ropes = None,
     model: options.Model = None,
@@ -61,8 +67,10 @@ def passkey(
     shares = [_share(each) for each in depths.split(",")]
     where = prepare(mesh, False)
     common.keep_compiled_programs(cache_dir)
+    path = common.model_path(model, cache_dir)
+    check_output(output, FILES, model=path, text=text)
     done = measure_passkeys(
-        common.model_path(model, cache_dir),
+        path,
         output,
         ropes,
         lengths=tokens,

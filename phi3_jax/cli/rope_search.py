@@ -10,8 +10,9 @@ from typer import Option
 from phi3_jax.cli import common, options
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.rope_search import Evolution
-from phi3_jax.evaluation.rope_search_results import MODEL, table
+from phi3_jax.evaluation.rope_search_results import FILES, MODEL, table
 from phi3_jax.evaluation.rope_search_run import SearchResult, search_ropes
+from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 
@@ -25,7 +26,12 @@ def search(
     ],
     length: Annotated[int, Option(min=2, help="The context length in tokens to search for.")],
     output: Annotated[
-        Path, Option(help="A directory for factors, history, figure and model.", file_okay=False)
+        Path,
+        Option(
+            help="A directory for factors, history, figure and model.",
+            parser=options.directory,
+            metavar="DIRECTORY",
+        ),
     ],
     model: options.Model = None,
     windows: Annotated[
@@ -77,8 +83,10 @@ def search(
     unscaled = options.numbers("initial-tokens", initial_tokens, least=0)
     where = prepare(mesh, False)
     common.keep_compiled_programs(cache_dir)
+    path = common.model_path(model, cache_dir)
+    check_output(output, FILES, model=path, text=text)
     done = search_ropes(
-        common.model_path(model, cache_dir),
+        path,
         text,
         output,
         length=length,

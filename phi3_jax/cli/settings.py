@@ -10,6 +10,7 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
+from phi3_jax.cli.options import directory
 from phi3_jax.errors import UserError
 from phi3_jax.train.settings import Settings, parse_yaml
 
@@ -45,7 +46,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     if default is not None and "efault" not in text:
         shown = ", ".join(default) if isinstance(default, list) else default
         text = f"{text} [default: {shown}]".strip()
-    annotation = Annotated[kind | None, typer.Option(help=text, rich_help_panel="Settings")]
+    how: dict[str, Any] = {"parser": directory, "metavar": "DIRECTORY"} if kind is Path else {}
+    annotation = Annotated[kind | None, typer.Option(help=text, rich_help_panel="Settings", **how)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

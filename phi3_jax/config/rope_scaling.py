@@ -126,8 +126,8 @@ class RopeScaling:
         original, longest = base.original_max_position_embeddings, self.context(base)
         lengths = np.array([1, original, original + 1, longest], np.int32)
         with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
-            frequencies, factor = self.frequencies(base, jnp.asarray(lengths))
-            frequencies, factor = np.asarray(frequencies, np.float32), np.asarray(factor, np.float32)
+            numbers = self.frequencies(base, jnp.asarray(lengths))
+            frequencies, factor = (np.asarray(each, np.float32) for each in numbers)
         rows, pairs = len(lengths), base.dim // 2
         if frequencies.shape not in ((pairs,), (rows, pairs)) or factor.shape not in ((), (rows,)):
             raise UserError(

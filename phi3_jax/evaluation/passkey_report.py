@@ -16,6 +16,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from phi3_jax.evaluation.passkey_run import PasskeyResult, Trial
+from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.runs import plots
 from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.runs.json_values import json_value
@@ -23,6 +24,7 @@ from phi3_jax.runs.tables import markdown_table
 from phi3_jax.sizes import ceil_div
 
 RATES, ANSWERS, FIGURE, REPORT = "passkey.csv", "passkey.json", "passkey.png", "report.md"
+FILES = (RATES, ANSWERS, FIGURE, REPORT, STATE)
 
 LISTED = 100
 """The most failures of a rope in the report; the JSON file has all of them."""

@@ -17,7 +17,7 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import RopeArgument
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, has_key
-from phi3_jax.evaluation.run_options import model_options
+from phi3_jax.evaluation.run_options import STATE, model_options
 from phi3_jax.evaluation.scorer import frequencies_for, frequencies_key
 from phi3_jax.evaluation.texts import read_text, text_digest
 from phi3_jax.generation import generate
@@ -140,7 +140,7 @@ def measure_passkeys(
     options = model_options(model, dtype, mesh) | _options(grid, frequencies, prompts)
     options |= {"text_digest": content and text_digest(content), "batch_size": batch_size}
     began = monotonic()
-    with Journal(output / "state.json", options, overwrite=overwrite) as journal:
+    with Journal(output / STATE, options, overwrite=overwrite) as journal:
         before = len(journal.entries)
         if before < grid.size:
             longest = config.replace(max_position_embeddings=max(*lengths, config.max_position_embeddings))

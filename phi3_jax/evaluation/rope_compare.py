@@ -19,7 +19,7 @@ from phi3_jax.config.rope_argument import RopeArgument
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.compile_time import CompileTime
 from phi3_jax.evaluation.perplexity import TextLoss, Window, windows
-from phi3_jax.evaluation.run_options import model_options
+from phi3_jax.evaluation.run_options import STATE, model_options
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for, frequencies_key
 from phi3_jax.evaluation.texts import first_tokens, read_text, text_digest
 from phi3_jax.model import Phi3ForCausalLM
@@ -28,7 +28,6 @@ from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.journal import Journal
 from phi3_jax.runs.progress import FileProgress, time_left
 
-STATE = "state.json"
 """The file of the output directory with every measured window."""
 
 Key = tuple[str, Window]

@@ -13,6 +13,7 @@ from rich.table import Table
 from phi3_jax.config.rope_argument import trained_length
 from phi3_jax.evaluation.rope_compare import Comparison, scaled_frequencies
 from phi3_jax.evaluation.rope_plots import perplexities, wavelengths
+from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.evaluation.scorer import frequencies_for
 from phi3_jax.runs import plots
 from phi3_jax.runs.files import replacing, write_text
@@ -21,6 +22,7 @@ from phi3_jax.runs.tables import markdown_table
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "report.md"
 PERPLEXITY, WAVELENGTHS = "perplexity.png", "wavelengths.png"
+FILES = (CSV, JSON, MARKDOWN, PERPLEXITY, WAVELENGTHS, STATE)
 
 COLUMNS = ("rope", "length", "stride", "tokens", "loss", "perplexity", "seconds")
 

@@ -16,11 +16,13 @@ from rich.table import Table
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.evaluation.rope_search import RopeSearch, Scored
+from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.runs import plots
 from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.runs.json_values import json_value
 
 FACTORS, HISTORY, FIGURE, MODEL = "factors.json", "history.csv", "search.png", "model"
+FILES = (FACTORS, HISTORY, FIGURE, MODEL, STATE)
 
 KNOWN_COLOURS = {
     "none": "#6E6E6E",

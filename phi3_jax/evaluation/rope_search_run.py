@@ -28,7 +28,7 @@ from phi3_jax.evaluation.rope_search import (
     known_scalings,
 )
 from phi3_jax.evaluation.rope_search_results import write_results
-from phi3_jax.evaluation.run_options import model_options
+from phi3_jax.evaluation.run_options import STATE, model_options
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
 from phi3_jax.evaluation.texts import read_text, text_digest
 from phi3_jax.model import Phi3ForCausalLM
@@ -129,7 +129,7 @@ def search_ropes(
     options |= {"text_digest": text_digest(content), "length": length, "windows": windows}
     options |= {"skip_tokens": skip_tokens, "batch_size": batch_size}
     began = monotonic()
-    with Journal(output / "state.json", options, overwrite=overwrite) as journal:
+    with Journal(output / STATE, options, overwrite=overwrite) as journal:
         _restore(search, journal)
         before = len(search.scored)
         if search.waiting:

@@ -27,6 +27,10 @@ Message = dict[str, str]
 """`role` and `content`, as in chat templates."""
 
 
+_LARGEST = 1 << 28
+"""Bytes; no conversation is longer."""
+
+
 class ContextFullError(UserError):
     """The conversation has no room for an answer in the model's context."""
 
@@ -183,9 +187,21 @@ class ChatSession:
         self.history = []  # a new list, because a running answer still writes into the old one
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the messages as JSON, whole or not at all; process 0 writes for all."""
+        """Writes the messages as JSON, whole or not at all; process 0 writes for all.
+
+        Raises:
+            UserError: there is a file of that name which is no saved conversation. OSError: it cannot be
+                written.
+        """
         content = json.dumps({"messages": self.messages}, indent=2, ensure_ascii=False) + "\n"
-        from_primary_on(self.compiled.mesh, lambda: write_text(Path(path), content))
+        file = Path(path)
+
+        def write() -> None:
+            if file.exists() and not _is_conversation(file):
+                raise UserError(f"{file} exists and is no saved conversation; choose another name")
+            write_text(file, content)
+
+        from_primary_on(self.compiled.mesh, write)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continues the conversation that `save` wrote, with its system message; process 0 reads for all.
@@ -202,6 +218,17 @@ class ChatSession:
         system = messages[:1] if messages and messages[0]["role"] == "system" else []
         self.system = system[0]["content"] if system else None
         self.history = messages[len(system) :]
+
+
+def _is_conversation(file: Path) -> bool:
+    """Returns whether `save` may have written the file; a file of weights is not read for that."""
+    if not file.is_file() or file.stat().st_size > _LARGEST:
+        return False
+    try:
+        _check_messages(parse_json(file.read_bytes(), file))
+    except UserError:
+        return False
+    return True
 
 
 def _check_messages(content: Any) -> list[Message]:

@@ -19,8 +19,15 @@ from phi3_jax.generation.chain import logits_processors
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.engine import DecodingEngine
 from phi3_jax.generation.host import HostProcessors, PrefixConstraint, split_at_host
+from phi3_jax.generation.memory import check_cache
 from phi3_jax.generation.outputs import Recorder
-from phi3_jax.generation.prompts import PromptLayout, check_frequencies, check_prompts, padded_rows
+from phi3_jax.generation.prompts import (
+    PromptLayout,
+    cache_length,
+    check_frequencies,
+    check_prompts,
+    padded_rows,
+)
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, StepSettings
@@ -211,6 +218,8 @@ class GenerationRequest:
         if self.guided:  # without a negative prompt the last token alone, as in the reference
             rows = rows + (self.negative or [row[-1:] for row in prompts]) + padding
         model = self.compiled.model
+        tokens = self.ids.shape[1] + (1 if grows else self.config.max_new_tokens)
+        check_cache(self.compiled, len(rows) * self.copies, cache_length(tokens), self.new_cache)
         return DecodingEngine(
             self.compiled,
             PromptLayout(rows, self.past),

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from phi3_jax.errors import UserError
 from phi3_jax.runs.platforms import skip_absent_tpu
+from phi3_jax.runs.streams import complete_standard_streams
 
 
 def _process_index() -> int:
@@ -32,14 +33,24 @@ def tell_error(error: BaseException) -> None:
 def run_program(program: Callable[[], object]) -> NoReturn:
     """Runs a program and exits; errors that the user can mend are one line, others keep their traceback."""
     skip_absent_tpu()
+    complete_standard_streams()
     try:
         program()
+        sys.stdout.flush()
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
     except (UserError, OSError) as error:
         tell_error(error)
         sys.exit(1)
+    except MemoryError as error:
+        tell_error(UserError(f"there is not enough memory ({error or 'MemoryError'})"))
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:  # XLA's errors
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        tell_error(UserError(f"there is not enough memory on a device ({str(error).splitlines()[0]})"))
+        sys.exit(1)
     sys.exit(0)

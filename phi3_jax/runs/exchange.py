@@ -171,6 +171,8 @@ def _locked(target: Path, place: Path, name: str, timeout: float) -> Iterator[No
     try:
         lock.acquire(timeout=timeout)
     except Timeout:
+        if not path.exists():  # the library takes some errors of file systems for a lock of others
+            raise OSError(errno.EACCES, "no file can be made in it") from None
         raise CheckpointError(f"another process is writing {target}; try again when it has ended") from None
     try:
         yield

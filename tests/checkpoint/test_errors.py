@@ -297,6 +297,8 @@ def test_rejects_a_read_only_destination(folder: Path, tmp_path: Path) -> None:
 
 
 def test_rejects_impossible_destinations(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the destination's name is empty"):
+        convert_checkpoint(folder, "")
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match="is the checkpoint itself; name another directory"):
         convert_checkpoint(folder, folder)

@@ -599,7 +599,7 @@ def test_rejects_bad_arguments_before_writing(
         check_refused(run("single", source, tmp_path / name), "use .csv, .tsv or .jsonl", tmp_path)
     check_refused(run("single", tmp_path / "no.csv", tmp_path / "out.csv"), "no such file", tmp_path)
     check_refused(run("single", source, tmp_path / "no" / "out.csv"), "there is no folder", tmp_path)
-    check_refused(run("single", source, source), "is the input and the output", tmp_path)
+    check_refused(run("single", source, source), "is also the input; choose another", tmp_path)
     check_refused(
         run("single", source, tmp_path / "out.csv", "--text-column", "body"),
         "has no column 'body'; its columns are 'id', 'text', 'note'",

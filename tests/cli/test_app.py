@@ -39,6 +39,7 @@ def test_an_error_that_the_user_can_mend_is_one_line(
         (generate_command(PROMPT, "--num-beams", 2, "--prompt-lookup", 2), "exclude each other"),
         (generate_command(PROMPT, "--repetition-penalty", 0), "repetition_penalty=0.0"),
         (generate_command("word " * 4096, "--raw"), "context is 4096"),
+        (generate_command(PROMPT, "--num-beams", 10**7), "10,000,000 rows of 640 tokens need 2,288"),
         (run("generate", PROMPT, "--model", model_folder, "--dtype", "int4"), "dtype=int4"),
         (run("convert", tmp_path / "absent", tmp_path / "out"), "absent"),
         (run("convert", model_folder, model_folder), "is the checkpoint itself"),
@@ -70,7 +71,27 @@ def test_a_system_error_is_one_line(run: Any, tmp_path: Path, monkeypatch: pytes
     )
 
 
-@pytest.mark.parametrize("error", [TypeError("wrong"), ValueError("wrong")])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("of 8 GiB"), "there is not enough memory (of 8 GiB)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nat"), "a device (RESOURCE_EXHAUSTED: 9 GiB)"),
+    ],
+)
+def test_full_memory_is_one_line(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("phi3_jax.cli.convert.convert_checkpoint", fail)
+    result = run("convert", tmp_path, tmp_path / "out")
+    assert result.code == 1
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [TypeError("wrong"), ValueError("wrong"), RuntimeError("wrong")])
 def test_a_programming_error_keeps_its_traceback(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -58,7 +58,66 @@ def test_keeps_the_model(run: Any, model_folder: Path, source: Path) -> None:
         result = run(*words, "--model", model_folder)
         assert result.code == 1
         assert "is in --model; choose another" in result.err
+    result = run("chat", "--model", model_folder, stdin=f"/save {config}\n")
+    assert f"{config} exists and is no saved conversation; choose another name" in result.err
     assert (weights.read_bytes(), config.read_bytes()) == before
+
+
+def plain(text: str) -> str:
+    """Returns an error without its box."""
+    return " ".join(text.replace("│", " ").split())
+
+
+ROPES = {
+    "compare": ("--lengths", "8"),
+    "search": ("--length", "512"),
+    "passkey": ("--lengths", "64"),
+}
+
+
+@pytest.mark.parametrize("command", ROPES)
+def test_rope_commands_keep_the_model_and_the_text(
+    run: Any, model_folder: Path, tmp_path: Path, command: str
+) -> None:
+    before = {path.name for path in model_folder.iterdir()}
+    (tmp_path / "state.json").write_text("a text")
+    (tmp_path / "link").symlink_to(model_folder)
+    words = ("rope", command, *ROPES[command], "--model", model_folder, "--text", tmp_path / "state.json")
+    for output in (model_folder, tmp_path / "link"):
+        result = run(*words, "--output", output)
+        assert f"--output {output} would write over the model {output}; choose another --output" in result.err
+    result = run(*words, "--output", tmp_path)
+    assert "state.json is also --text; choose another --output's state.json" in result.err
+    if command == "search":
+        (tmp_path / "model").symlink_to(model_folder)
+        result = run(*words, "--output", tmp_path)
+        assert f"would write over the model {tmp_path / 'model'}" in result.err
+    assert {path.name for path in model_folder.iterdir()} == before
+    assert (tmp_path / "state.json").read_text() == "a text"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "m"),
+        ("rope", "compare", "--text", "t", "--lengths", "8", "--output"),
+        ("rope", "search", "--text", "t", "--length", "8", "--output"),
+        ("rope", "passkey", "--lengths", "8", "--output"),
+        ("finetune", "--output-dir"),
+    ],
+    ids=" ".join,
+)
+def test_rejects_an_empty_name(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*words, "")
+    assert result.code == 2
+    assert "the name is empty; write . for the current directory" in plain(result.err)
+    (tmp_path / "file").touch()
+    result = run(*words, "file")
+    assert result.code == 2
+    assert "'file' is a file; name a directory" in plain(result.err)
 
 
 def test_rejects_a_device(run: Any, model_folder: Path, source: Path) -> None:

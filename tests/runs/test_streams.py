@@ -1,0 +1,54 @@
+"""Standard streams that are closed, and those of another encoding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import sys
+from phi3_jax.parallel.messages import run_program, tell
+
+def program():
+    text = sys.stdin.read()
+    tell("a note")
+    print("answer: " + text + "\\u00e9\\u4f60")
+
+run_program(program)
+"""
+
+
+def run(closed: str, tmp_path: Path, **environment: str) -> tuple[int, str, str]:
+    files = [tmp_path / "out", tmp_path / "err"]
+    command = f'"$0" -c "$1" >{files[0]} 2>{files[1]} {closed}'
+    (tmp_path / "in").write_text("hi ")
+    with (tmp_path / "in").open() as given:
+        done = subprocess.run(
+            ["sh", "-c", command, sys.executable, CODE], stdin=given, env=os.environ | environment
+        )
+    out, err = (file.read_text(encoding="utf-8") for file in files)
+    return done.returncode, out, err
+
+
+def test_a_closed_input_is_empty(tmp_path: Path) -> None:
+    assert run("<&-", tmp_path) == (0, "answer: é你\n", "a note\n")
+
+
+def test_a_closed_output_is_an_error(tmp_path: Path) -> None:
+    assert run(">&-", tmp_path) == (1, "", "a note\nphi3-jax: [Errno 9] Bad file descriptor\n")
+
+
+def test_notes_for_a_closed_stderr_do_not_go_to_the_output(tmp_path: Path) -> None:
+    assert run("2>&-", tmp_path) == (0, "answer: hi é你\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    assert run(">/dev/full", tmp_path)[::2] == (1, "a note\nphi3-jax: [Errno 28] No space left on device\n")
+
+
+def test_escapes_what_the_locale_cannot_express(tmp_path: Path) -> None:
+    code, out, _ = run("", tmp_path, PYTHONIOENCODING="ascii")
+    assert (code, out) == (0, "answer: hi \\xe9\\u4f60\n")
