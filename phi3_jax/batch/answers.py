@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from phi3_jax.batch.requests import CHAT, BadRequestError, Request
 from phi3_jax.errors import UserError
+from phi3_jax.runs.files import sync
 from phi3_jax.runs.text import parse_json
 
 SYNC_SECONDS = 1.0
@@ -143,6 +144,7 @@ class AnswerFile:
             self._sync_time = 0.0
             self._file.truncate(self._synced_bytes)
             self._file.seek(self._synced_bytes)
+            sync(path.parent)
             self._stack = stack.pop_all()
 
     def has(self, request: Request | BadRequestError) -> bool:

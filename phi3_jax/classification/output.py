@@ -12,6 +12,7 @@ from typing import Any
 
 from phi3_jax.data.rows import BadRowError, Row
 from phi3_jax.errors import UserError
+from phi3_jax.runs.files import sync
 from phi3_jax.runs.resume import ADVICE, RunFile
 from phi3_jax.runs.text import lone_surrogate
 
@@ -173,6 +174,8 @@ class PartialOutput:
         self._state_file.lock()
         try:
             if output.exists() and not overwrite:
+                if not self.path.exists():  # of a process that was killed when everything was done
+                    self._state_file.path.unlink(missing_ok=True)
                 raise UserError(f"{output} already exists; {ADVICE}")
             state = self._state_file.read(self._parse_state) if self.path.exists() else None
             if state is None:
@@ -182,6 +185,7 @@ class PartialOutput:
             self.state = state
             self._file = self.path.open("ab", buffering=0)
             self._file.truncate(self.state.bytes)
+            sync(self.path.parent)
         except BaseException:
             self._state_file.release()
             raise
@@ -224,6 +228,7 @@ class PartialOutput:
         """Renames the complete file to the output and removes the state."""
         self._file.close()
         os.replace(self.path, self.output)
+        sync(self.output.parent)
         self._state_file.path.unlink()
         self.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file
 
 from phi3_jax import Phi3ForSequenceClassification
 from phi3_jax.checkpoint import CheckpointError
+from phi3_jax.classification import Classifier
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.rows import BadRowError, Place, Row
 from phi3_jax.data.tasks import TokenClassification
@@ -263,6 +265,27 @@ def test_keeps_the_best_parameters(folder, base):
     assert best < 8
     assert results["validation"]["loss"] == scores[best]
     assert json.loads((folder / "run" / "metrics.json").read_text())["best_step"] == best
+
+
+def test_exports_the_first_of_equally_good_models(folder, base):
+    """Small validation data tie often; the saved model, scored again, is the best of metrics.json."""
+    rows = write_rows(folder / "valid.jsonl", 4, start=50)
+    wild = {"learning_rate": 0.02, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "eval_steps": 1}
+    results = run(folder, base, max_steps=10, validation_file=str(rows), **wild)
+    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    validations = [record for record in log if record["kind"] == "validation"]
+    best = max(record["accuracy"] for record in validations)
+    equal = [record for record in validations if record["accuracy"] == best]
+    assert len(equal) > 1
+    assert len({record["loss"] for record in equal}) == len(equal)
+    report = json.loads((folder / "run" / "metrics.json").read_text())
+    assert report["best_step"] == equal[0]["step"]
+    assert results["validation"]["loss"] == equal[0]["loss"]
+    model = Classifier.from_pretrained(folder / "run", dtype="float32")
+    given = [json.loads(line) for line in rows.read_text().splitlines()]
+    scores = model.predict([row["text"] for row in given], all_scores=True)
+    again = [-math.log(score[f"score_{row['label']}"]) for score, row in zip(scores, given, strict=True)]
+    assert np.mean(again) == pytest.approx(report["metrics"]["validation"]["loss"], rel=1e-5)
 
 
 @pytest.mark.slow
