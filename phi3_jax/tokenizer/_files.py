@@ -108,6 +108,11 @@ def added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
     return tokens
 
 
+def token_entry(token: AddedToken) -> dict[str, Any]:
+    """Returns an entry of `added_tokens_decoder`."""
+    return {"content": token.content, **{flag: getattr(token, flag) for flag in _FLAGS}}
+
+
 def token_text(entry: str | Mapping[str, Any] | None) -> str | None:
     """Returns the text of a token, which the configs write as such or as a dict with `content`."""
     return entry["content"] if isinstance(entry, Mapping) else entry
