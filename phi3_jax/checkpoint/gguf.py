@@ -79,7 +79,7 @@ class GGUFSource:
 
     def generation_config(self) -> GenerationConfig:
         """Returns the generation settings that the file's special tokens make."""
-        return GenerationConfig.from_dict(generation_config(self._file.metadata, self._vocabulary))
+        return GenerationConfig.from_dict(generation_config(self._file.metadata, self._vocabulary), self.path)
 
     def tokenizer(self) -> Phi3Tokenizer:
         """Returns the tokenizer of the metadata.
