@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from phi3_jax.config import generation_checks as checks
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.config.odd_values import evident_meaning, read_odd
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing
+from phi3_jax.runs.odd_values import evident_meaning, read_odd
 from phi3_jax.runs.text import read_json
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
-from phi3_jax.config.odd_values import read_odd
 from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.config.rope_types import RopeBase, is_number, is_positive
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing
+from phi3_jax.runs.odd_values import read_odd
 from phi3_jax.runs.text import read_json
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import sentencepiece
 import tokenizers
@@ -15,6 +15,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.runs.text import parse_json
 
 from ._assemblers import _BYTE_PIECE, PieceAssembler, TextAssembler, make_assembler
+from ._growth import check_growth
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class JsonBackend:
     def __init__(self, content: str | bytes, name: str = "tokenizer.json") -> None:
         self._content = content.encode("utf-8") if isinstance(content, str) else content
         try:
-            with _panics_as_errors(name):
+            with panics_as_errors(name):
                 self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
         except Exception as error:  # the library raises nothing narrower
             parse_json(self._content, name)
@@ -124,8 +125,13 @@ class JsonBackend:
         # Phi3Tokenizer cuts and pads.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        decoder = self._tokenizer.decoder
-        self._decoder = None if decoder is None else json.loads(decoder.__getstate__())
+        self._decoder = _section(self._tokenizer.decoder)
+        steps = {
+            "normalizer": _section(self._tokenizer.normalizer),
+            "pre_tokenizer": _section(self._tokenizer.pre_tokenizer),
+            "decoder": self._decoder,
+        }
+        check_growth(name, steps)
         self._read_added_tokens()
 
     def _read_added_tokens(self) -> None:
@@ -161,7 +167,7 @@ class JsonBackend:
         self._read_added_tokens()
 
     def extend(self, tokens: Sequence[AddedToken]) -> int:
-        with _panics_as_errors(self._name):
+        with panics_as_errors(self._name):
             # The library takes special tokens by another method.
             added = sum(
                 (self._tokenizer.add_special_tokens if token.special else self._tokenizer.add_tokens)([token])
@@ -188,17 +194,17 @@ class JsonBackend:
         return tuple(layout) if complete else None  # None: a vocabulary without "a"
 
     def encode(self, text: str) -> list[int]:
-        with _panics_as_errors(self._name):
+        with panics_as_errors(self._name):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def pieces(self, text: str | Sequence[str]) -> Pieces:
         words = not isinstance(text, str)
-        with _panics_as_errors(self._name):
+        with panics_as_errors(self._name):
             found = self._tokenizer.encode(text, is_pretokenized=words, add_special_tokens=False)
         return Pieces(found.ids, found.offsets, found.word_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        with _panics_as_errors(self._name):
+        with panics_as_errors(self._name):
             return self._tokenizer.decode([i for i in ids if i < 2**32], skip_special_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
@@ -212,12 +218,17 @@ class JsonBackend:
 
     def _join(self, tokens: list[str]) -> str:
         decoder = self._tokenizer.decoder
-        with _panics_as_errors(self._name):
+        with panics_as_errors(self._name):
             return " ".join(tokens) if decoder is None else decoder.decode(tokens)
 
 
+def _section(part: Any) -> dict[str, Any] | None:
+    """Returns a section of tokenizer.json."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
 @contextmanager
-def _panics_as_errors(name: str) -> Iterator[None]:
+def panics_as_errors(name: str) -> Iterator[None]:
     """Makes an error of a panic of the `tokenizers` library, which no `except Exception` catches."""
     try:
         yield

@@ -806,3 +806,49 @@ def test_rejects_an_added_token_with_a_pieces_id(piece_folders):
     config = {"added_tokens_decoder": {"300": {"content": "<|user|>"}}}
     with pytest.raises(ValueError, match=r"'<\|user\|>' has id 300, which is the piece"):
         Phi3Tokenizer(SentencePieceBackend(model), config)
+
+
+def sequence(*steps: dict[str, object], kind: str = "normalizers") -> dict[str, object]:
+    return {"type": "Sequence", kind: list(steps)}
+
+
+def replace_step(old: object, new: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": old, "content": new}
+
+
+@pytest.mark.parametrize(
+    ("section", "steps", "says"),
+    [
+        (
+            "normalizer",
+            replace_step({"String": "a"}, "a" * 10**6),
+            "its normalizer may make 1,000,000 charact",
+        ),
+        (
+            "normalizer",
+            sequence(*[replace_step({"String": "a"}, "aa")] * 30),
+            "may make 128 characters of one",
+        ),
+        ("normalizer", replace_step({"Regex": "(?=.)"}, "b" * 64), "may make 65 characters"),
+        ("normalizer", replace_step({"Regex": "x*"}, "b" * 64), "may make 65 characters"),
+        ("normalizer", {"type": "Prepend", "prepend": "c" * 999}, "may make 1,000 characters"),
+        (
+            "decoder",
+            sequence(replace_step({"String": "a"}, "b" * 99), {"type": "Fuse"}, kind="decoders"),
+            "its decoder may make 99",
+        ),
+    ],
+)
+def test_rejects_files_that_multiply_texts(piece_folders, section, steps, says):
+    content = json.loads((piece_folders.json / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match=rf"here\.json: .*{says}"):
+        JsonBackend(json.dumps(content | {section: steps}), "here.json")
+
+
+def test_accepts_files_that_lengthen_texts_a_little(piece_folders):
+    content = json.loads((piece_folders.json / "tokenizer.json").read_bytes())
+    steps = sequence(
+        {"type": "NFKC"}, replace_step({"Regex": " {2,}"}, "▁"), replace_step({"String": "``"}, '"')
+    )
+    backend = JsonBackend(json.dumps(content | {"normalizer": steps}), "here.json")
+    assert backend.encode("a")
