@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3_jax.checkpoint.gguf_file import GGUFFile, shortest_decimal
+from phi3_jax.sources.gguf_file import GGUFFile, shortest_decimal
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that hold parameters of the config's rope entry."""

@@ -7,8 +7,10 @@ from typing import Protocol
 import numpy as np
 
 from phi3_jax.config.generation_config import GenerationConfig
-from phi3_jax.errors import UserError
+from phi3_jax.errors import CheckpointError
 from phi3_jax.tokenizer import Phi3Tokenizer
+
+__all__ = ["CheckpointError", "CheckpointSource", "TensorSource"]
 
 
 class TensorSource(Protocol):
@@ -68,7 +70,3 @@ class CheckpointSource(TensorSource, Protocol):
     def write_companions(self, directory: Path) -> None:
         """Writes the checkpoint's files other than weights and config.json, above all its tokenizer's."""
         ...
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the message says what is wrong with it and what to do."""

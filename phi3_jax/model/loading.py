@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
-from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.layout import ignorable, layout_of
 from phi3_jax.checkpoint.opening import Checkpoint, open_checkpoint, read_generation_config
 from phi3_jax.checkpoint.parts import put_parameter
@@ -21,6 +20,7 @@ from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.abstract import abstract_model
+from phi3_jax.sources.hub import resolve
 
 logger = logging.getLogger(__name__)
 

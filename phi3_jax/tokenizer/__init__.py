@@ -3,7 +3,7 @@
 It needs neither JAX nor transformers, so that data preparation and servers can use it alone.
 """
 
-from ._backends import Backend, JsonBackend, SentencePieceBackend, panics_as_errors
+from ._backends import Backend, JsonBackend, SentencePieceBackend
 from ._batching import BatchEncoding
 from ._stream import IncrementalDecoder
 from ._tokenizer import Phi3Tokenizer
@@ -15,5 +15,4 @@ __all__ = [
     "JsonBackend",
     "Phi3Tokenizer",
     "SentencePieceBackend",
-    "panics_as_errors",
 ]

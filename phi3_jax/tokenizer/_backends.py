@@ -4,7 +4,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
 
 import sentencepiece
@@ -12,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.panics import panics_as_errors
 from phi3_jax.runs.text import parse_json
 
 from ._assemblers import _BYTE_PIECE, PieceAssembler, TextAssembler, make_assembler
@@ -225,17 +225,6 @@ class JsonBackend:
 def _section(part: Any) -> dict[str, Any] | None:
     """Returns a section of tokenizer.json."""
     return None if part is None else json.loads(part.__getstate__())
-
-
-@contextmanager
-def panics_as_errors(name: str) -> Iterator[None]:
-    """Makes an error of a panic of the `tokenizers` library, which no `except Exception` catches."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{name} breaks the library `tokenizers`: {error}") from None
 
 
 class SentencePieceBackend:

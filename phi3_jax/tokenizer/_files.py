@@ -65,6 +65,25 @@ def read_folder(directory: Path) -> tuple[Backend, dict[str, Any], dict[str, byt
     return backend, config, files
 
 
+def read_gguf(path: Path) -> tuple[Backend, dict[str, Any], dict[str, bytes]]:
+    """Returns the vocabulary and the configuration of a GGUF file, and no files.
+
+    Raises:
+        CheckpointError: the file is broken, or its kind of tokenizer is not supported.
+        FileNotFoundError: it has none.
+    """
+    # These import the packages `gguf` and `ml_dtypes`, which other tokenizers do not need.
+    from phi3_jax.sources.gguf_file import GGUFFile
+    from phi3_jax.sources.gguf_tokenizer import Vocabulary
+
+    file = GGUFFile(path)
+    vocabulary = Vocabulary.of(path, file.metadata)
+    if vocabulary is None:
+        raise FileNotFoundError(f"{path} holds no tokenizer")
+    backend = JsonBackend(vocabulary.tokenizer().to_str(), str(path))
+    return backend, vocabulary.tokenizer_config(file.require("{arch}.context_length")), {}
+
+
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Writes each file whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -12,14 +12,15 @@ import numpy as np
 
 from phi3_jax.errors import UserError
 from phi3_jax.runs.text import lone_surrogate
+from phi3_jax.sources.hub import is_hub_name, resolve
 
 from . import _batching as batching
 from . import _chat, _files
-from ._arguments import CALL, CHAT, DECODE, ENCODE, PAD, refuse
+from ._arguments import CALL, CHAT, DECODE, ENCODE, LOAD, PAD, refuse
 from ._backends import Backend, JsonBackend, Pieces, SpecialTokenLayout
 from ._batching import BatchEncoding
 from ._stream import IncrementalDecoder, as_ids
-from ._vocabulary import Vocabulary
+from ._vocabulary import EXTRA_TOKENS, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -65,20 +66,43 @@ class Phi3Tokenizer(Vocabulary):
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         padding_side: Literal["left", "right"] | None = None,
         truncation_side: Literal["left", "right"] | None = None,
         model_max_length: int | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **more: Any,
     ) -> Self:
-        """Reads a tokenizer from a local folder: tokenizer.json, else tokenizer.model with added tokens.
+        """Reads a tokenizer from a local folder, a GGUF file or a name on the Hub.
 
-        A folder with tokenizer.model and no tokenizer configuration gets Phi-3's added tokens and flags.
+        A folder has tokenizer.json, else tokenizer.model with added tokens; one with tokenizer.model and no
+        tokenizer configuration gets Phi-3's added tokens and flags. From the Hub only the tokenizer's files
+        are fetched.
+
+        Args:
+            pretrained_model_name_or_path: the folder, the `.gguf` file, or `org/name`.
+            padding_side, truncation_side, model_max_length, chat_template: in place of the files'.
+            revision, token, cache_dir, local_files_only: for the Hub, as in `from_pretrained` of a model.
+            more: tokens with a role, such as `pad_token="<pad>"`, added where the vocabulary lacks them.
 
         Raises:
-            FileNotFoundError: there is neither file. UserError: a file is broken; the message says where.
+            FileNotFoundError: there is no tokenizer. UserError: a file is broken; the message says where.
+            CheckpointError: the files cannot be fetched.
         """
-        backend, config, files = _files.read_folder(Path(directory))
+        roles = {name: more.pop(name) for name in (*_files.NAMED_TOKENS, *EXTRA_TOKENS) if name in more}
+        refuse("from_pretrained", more, LOAD, (*_LOAD_ARGUMENTS, *_files.NAMED_TOKENS))
+        path = Path(pretrained_model_name_or_path).expanduser()
+        name = os.fspath(pretrained_model_name_or_path)
+        if not path.exists() and isinstance(pretrained_model_name_or_path, str) and is_hub_name(name):
+            hub: Any = {"revision": revision, "token": token, "cache_dir": cache_dir}
+            path = resolve(name, local_files_only=local_files_only, tokenizer_only=True, **hub)
+        is_gguf = path.suffix == ".gguf" and path.is_file()
+        backend, config, files = _files.read_gguf(path) if is_gguf else _files.read_folder(path)
         tokenizer = cls(
             backend,
             config,
@@ -87,6 +111,10 @@ class Phi3Tokenizer(Vocabulary):
             model_max_length=model_max_length,
         )
         tokenizer._files = files
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        if roles := {name: value for name, value in roles.items() if value is not None}:
+            tokenizer.add_special_tokens(roles)
         return tokenizer
 
     def __repr__(self) -> str:
@@ -531,5 +559,6 @@ def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(each.name for each in named if each.kind != each.VAR_KEYWORD and each.name != "self")
 
 
+_LOAD_ARGUMENTS = _arguments(Phi3Tokenizer.from_pretrained)
 _CALL_ARGUMENTS = _arguments(Phi3Tokenizer.__call__)
 _CHAT_ARGUMENTS = _arguments(Phi3Tokenizer.apply_chat_template)

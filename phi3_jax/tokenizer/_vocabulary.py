@@ -15,7 +15,7 @@ from ._stream import as_ids
 
 logger = logging.getLogger(__name__)
 
-_EXTRA = ("extra_special_tokens", "additional_special_tokens")
+EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 
 
 def _role(name: str) -> Any:
@@ -174,12 +174,12 @@ class Vocabulary:
             UserError: there is no such role.
         """
         roles = dict(special_tokens_dict)
-        extra = next((roles.pop(name) for name in _EXTRA if name in roles), None)
+        extra = next((roles.pop(name) for name in EXTRA_TOKENS if name in roles), None)
         if unknown := sorted(roles.keys() - set(_files.NAMED_TOKENS)):
-            known = ", ".join((*_files.NAMED_TOKENS, _EXTRA[0]))
+            known = ", ".join((*_files.NAMED_TOKENS, EXTRA_TOKENS[0]))
             raise UserError(f"no special token is called {unknown[0]!r}; use {known}")
         if isinstance(extra, str | AddedToken):
-            raise UserError(f"{_EXTRA[0]} must be a list of tokens, got {extra!r}")
+            raise UserError(f"{EXTRA_TOKENS[0]} must be a list of tokens, got {extra!r}")
         added = self.add_tokens([*roles.values(), *(extra or [])], special_tokens=True)
         for role, token in roles.items():
             self._name_token(role, token)

@@ -22,14 +22,16 @@ from reference import run
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM
-from phi3_jax.checkpoint import gguf_file, open_checkpoint
+from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.checkpoint.default_model import GGUF_MEMBER, PACKAGE, WHEEL
 from phi3_jax.checkpoint.gguf import GGUFSource
-from phi3_jax.checkpoint.gguf_tokenizer import SPLITS
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.errors import UserError
 from phi3_jax.model.loading import load_abstract
+from phi3_jax.sources import gguf_file
+from phi3_jax.sources.gguf_tokenizer import SPLITS
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 128, 64, 2, 4, 2, 32, 40
 SHORT = [round(1 + i / 50, 2) for i in range(HEAD_DIM // 2)]
@@ -884,6 +886,18 @@ def test_smollm2_matches_llama_cpp(smollm2: Path) -> None:
     ].tolist()
     assert answer == [504, 3575, 282, 4649, 314, 7042, 30, 2]
     assert tokenizer.decode(answer, skip_special_tokens=False) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_tokenizer_of_a_file_alone(tmp_path: Path) -> None:
+    """It needs neither JAX nor the tensors, and can be saved."""
+    source = tokenizer_source(tmp_path, sentencepiece())
+    ours = Phi3Tokenizer.from_pretrained(str(source.path), padding_side="right")
+    assert ours.encode("a ab<|end|>") == source.tokenizer().encode("a ab<|end|>")
+    assert (ours.model_max_length, ours.padding_side) == (256, "right")
+    ours.save_pretrained(tmp_path / "saved")
+    assert Phi3Tokenizer.from_pretrained(tmp_path / "saved").encode("a ab") == ours.encode("a ab")
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+        Phi3Tokenizer.from_pretrained(tokenizer_source(tmp_path, {}).path)
 
 
 # Limits.

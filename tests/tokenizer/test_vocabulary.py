@@ -343,3 +343,36 @@ def test_flags_of_added_tokens_are_kept(tmp_path, piece_folders):
         i: repr(token) for i, token in tokenizer.added_tokens_decoder.items()
     }
     assert again[len(piece_folders.pieces) + len(ADDED)].lstrip
+
+
+# --- loading
+
+
+def test_from_pretrained_takes_roles_and_a_template(piece_folders):
+    tokenizer = Phi3Tokenizer.from_pretrained(
+        piece_folders.json,
+        pad_token="<pad>",
+        eos_token="<tool>",
+        unk_token=None,
+        additional_special_tokens=["<x>"],
+        chat_template="{{ messages[0].content }}",
+        use_fast=True,
+        trust_remote_code=True,
+    )
+    assert (tokenizer.pad_token_id, tokenizer.eos_token, tokenizer.unk_token) == (408, "<tool>", "<unk>")
+    assert tokenizer.extra_special_tokens == ["<x>"]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False) == "the"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"subfolder": "tokenizer"}, ValueError, "subfolder='tokenizer' is not supported"),
+        ({"add_bos_token": True}, ValueError, "the files decide it"),
+        ({"pading_side": "left"}, TypeError, "did you mean 'padding_side'"),
+        ({"gguf_file": "a.gguf"}, ValueError, "give the path of the file itself"),
+    ],
+)
+def test_from_pretrained_rejects_what_it_would_ignore(piece_folders, options, error, says):
+    with pytest.raises(error, match=says):
+        Phi3Tokenizer.from_pretrained(piece_folders.json, **options)

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.errors import CheckpointError
 
 ARCHITECTURES = ("llama", "phi3")
 

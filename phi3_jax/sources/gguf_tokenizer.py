@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from phi3_jax.checkpoint.source import CheckpointError
-from phi3_jax.tokenizer import panics_as_errors
+from phi3_jax.errors import CheckpointError
+from phi3_jax.runs.panics import panics_as_errors
 
 Metadata = Callable[..., Any]
 """Returns the value of a metadata key, or None (or the given default) where the file lacks it."""
