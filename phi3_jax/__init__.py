@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CheckpointError": "checkpoint.source",
+    "CheckpointError": "errors",
     "GenerationConfig": "config",
     "KVCache": "cache",
     "Phi3Config": "config",

@@ -7,7 +7,6 @@ from itertools import chain, islice
 from typing import Any
 
 import jax
-from jinja2 import TemplateError
 
 from phi3_jax.batch.answers import Answer
 from phi3_jax.batch.continuous import Continuation, ContinuousBatch, Load, Prompt, slot_length
@@ -170,7 +169,7 @@ class Engine:
             return error("invalid_option", exception)
         try:
             ids = self._encode(request)
-        except (ValueError, TypeError, TemplateError) as exception:
+        except (ValueError, TypeError) as exception:
             return error("invalid_messages", exception)
         if not ids:
             return error("invalid_request", "the prompt has no tokens")
@@ -189,7 +188,9 @@ class Engine:
         if request.messages is None:
             assert request.prompt is not None
             return self.tokenizer.encode(request.prompt)
-        return self.tokenizer.apply_chat_template(request.messages, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            request.messages, tools=request.tools, add_generation_prompt=True
+        )
 
     def _stop_criteria(self, stop_strings: tuple[str, ...]) -> StopStringCriteria | None:
         return _stop_criteria(self.tokenizer, stop_strings) if stop_strings else None

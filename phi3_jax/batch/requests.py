@@ -30,7 +30,8 @@ _OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "logit_bias": ({},),
-    "tools": ([],),
+    "tool_choice": ("auto",),
+    "parallel_tool_calls": (True,),
     "response_format": ({"type": "text"},),
 }
 """Unsupported options of the body, with the values that ask for nothing."""
@@ -53,6 +54,8 @@ class Request:
     """The `url` of a line in OpenAI's form; the answer has the same form."""
     model: str | None = None
     """The model's name in OpenAI's form; the answer repeats it."""
+    tools: list[dict[str, Any]] | None = None
+    """Schemas of tools for the chat template."""
 
 
 class BadRequestError(UserError):
@@ -126,7 +129,7 @@ class _LineParser:
     def parse_plain(self) -> Request:
         values = self._values
         id = self._require_id("id")
-        if unknown := sorted(values.keys() - {"id", "prompt", "messages", *OPTIONS}):
+        if unknown := sorted(values.keys() - {"id", "prompt", "messages", "tools", *OPTIONS}):
             self._reject("unknown_option", f"there is no option {unknown[0]!r}; use {', '.join(OPTIONS)}")
         prompt, messages = values.get("prompt"), values.get("messages")
         if (prompt is None) == (messages is None):
@@ -136,7 +139,8 @@ class _LineParser:
         else:
             self._check_messages(messages)
         options = {name: values[name] for name in OPTIONS if values.get(name) is not None}
-        return Request(self._number, id, prompt, messages, options)
+        tools = self._tools(values, messages)
+        return Request(self._number, id, prompt, messages, options, tools=tools)
 
     def parse_openai(self) -> Request:
         values = self._values
@@ -148,7 +152,7 @@ class _LineParser:
             self._reject("invalid_url", f"url is {url!r}; expected {CHAT!r} or {COMPLETION!r}")
         if not isinstance(body, dict):
             self._reject("invalid_request", f"body is {_json_type(body)}; expected an object")
-        options = self._openai_options(body, "messages" if url == CHAT else "prompt")
+        options = self._openai_options(body, ("messages", "tools") if url == CHAT else ("prompt",))
         prompt, messages = (None, body.get("messages")) if url == CHAT else (body.get("prompt"), None)
         if url == CHAT:
             self._check_messages(messages)
@@ -157,13 +161,20 @@ class _LineParser:
             self._check_prompt(prompt)
         model = body.get("model")
         return Request(
-            self._number, id, prompt, messages, options, url, model if isinstance(model, str) else None
+            self._number,
+            id,
+            prompt,
+            messages,
+            options,
+            url,
+            model if isinstance(model, str) else None,
+            self._tools(body, messages) if url == CHAT else None,
         )
 
-    def _openai_options(self, body: Mapping[str, Any], content: str) -> dict[str, Any]:
+    def _openai_options(self, body: Mapping[str, Any], contents: tuple[str, ...]) -> dict[str, Any]:
         options: dict[str, Any] = {}
         for name, value in body.items():
-            if value is None or name == content or name in _OPENAI_UNUSED:
+            if value is None or name in contents or name in _OPENAI_UNUSED:
                 continue
             if name in _OPENAI_OPTIONS:
                 our_name = _OPENAI_OPTIONS[name]
@@ -177,8 +188,8 @@ class _LineParser:
 
     def _join_content(self, message: dict[str, Any]) -> dict[str, Any]:
         """Returns a message with the text of its content, which may be a list of text parts."""
-        content = message["content"]
-        if isinstance(content, str):
+        content = message.get("content")
+        if content is None or isinstance(content, str):
             return message
         texts: list[str] = []
         for part in content:
@@ -213,9 +224,22 @@ class _LineParser:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 self._reject("invalid_request", f"messages[{number}] is not an object with a role")
             content = message.get("content")
-            if not (isinstance(content, str) or (self._is_openai and isinstance(content, list))):
+            no_text = content is None and message.get("tool_calls")  # the template says what it needs
+            if not (no_text or isinstance(content, str) or (self._is_openai and isinstance(content, list))):
                 self._reject("invalid_request", f"messages[{number}] has no content that is a string")
             self._check_text(json.dumps(message, ensure_ascii=False))
+
+    def _tools(self, values: Mapping[str, Any], messages: Any) -> list[dict[str, Any]] | None:
+        """Returns the schemas of tools, or None."""
+        tools = values.get("tools")
+        if tools is None:
+            return None
+        if messages is None:
+            self._reject("invalid_request", "tools need messages, whose chat template shows them")
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            self._reject("invalid_request", f"tools is {_json_type(tools)}; expected a list of objects")
+        self._check_text(json.dumps(tools, ensure_ascii=False))
+        return tools or None
 
     def _check_text(self, text: str) -> None:
         if lone_surrogate(text) is not None:

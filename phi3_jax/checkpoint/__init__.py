@@ -1,9 +1,9 @@
 """Checkpoint formats: safetensors and GGUF, their names and layouts, the Hub, conversion. Builds no model."""
 
 from phi3_jax.checkpoint.convert import convert_checkpoint
-from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.opening import Checkpoint, open_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
+from phi3_jax.sources.hub import resolve
 
 __all__ = [
     "Checkpoint",

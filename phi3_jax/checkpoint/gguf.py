@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from phi3_jax.checkpoint.gguf_config import ROPE_TENSORS, read_config
-from phi3_jax.checkpoint.gguf_file import GGUFFile
-from phi3_jax.checkpoint.gguf_tokenizer import Vocabulary, generation_config
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.generation_config import GenerationConfig
-from phi3_jax.tokenizer import JsonBackend, Phi3Tokenizer
+from phi3_jax.sources.gguf_file import GGUFFile
+from phi3_jax.sources.gguf_tokenizer import Vocabulary, generation_config
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 
 class GGUFSource:
@@ -79,7 +79,7 @@ class GGUFSource:
 
     def generation_config(self) -> GenerationConfig:
         """Returns the generation settings that the file's special tokens make."""
-        return GenerationConfig.from_dict(generation_config(self._file.metadata, self._vocabulary))
+        return GenerationConfig.from_dict(generation_config(self._file.metadata, self._vocabulary), self.path)
 
     def tokenizer(self) -> Phi3Tokenizer:
         """Returns the tokenizer of the metadata.
@@ -87,10 +87,10 @@ class GGUFSource:
         Raises:
             CheckpointError: the file has no vocabulary, or one as in `tokenizer_files`.
         """
-        files = self.tokenizer_files()
-        if "tokenizer.json" not in files:
-            raise CheckpointError(f"{self.path} holds no tokenizer")
-        return Phi3Tokenizer(JsonBackend(json.dumps(files["tokenizer.json"])), files["tokenizer_config.json"])
+        try:
+            return Phi3Tokenizer.from_pretrained(self.path)
+        except FileNotFoundError as error:
+            raise CheckpointError(str(error)) from error
 
     def tokenizer_files(self) -> dict[str, dict[str, Any]]:
         """Returns tokenizer.json, tokenizer_config.json and generation_config.json, by file name.

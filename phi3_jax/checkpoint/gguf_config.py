@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3_jax.checkpoint.gguf_file import GGUFFile, shortest_decimal
+from phi3_jax.sources.gguf_file import GGUFFile, shortest_decimal
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that hold parameters of the config's rope entry."""
@@ -50,10 +50,14 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
         )
     context = file.require("{arch}.context_length")
     layers = file.require("{arch}.block_count")
+    if layers > len(file.names()):
+        raise file.error(
+            f"{file.architecture}.block_count = {layers}, but the file has {len(file.names())} tensors"
+        )
     config: dict[str, Any] = {
         "model_type": "phi3",
         "architectures": ["Phi3ForCausalLM"],
-        "vocab_size": file.shape("token_embd.weight")[0],
+        "vocab_size": (file.shape("token_embd.weight") or (0,))[0],
         "hidden_size": hidden,
         "intermediate_size": _same_in_all_layers(file, "{arch}.feed_forward_length"),
         "num_hidden_layers": layers,
@@ -101,16 +105,15 @@ def _rope_scaling(file: GGUFFile, config: Mapping[str, Any], rotary: int) -> dic
     kind = file.metadata("{arch}.rope.scaling.type", "none")
     factor = file.metadata("{arch}.rope.scaling.factor", file.metadata("{arch}.rope.scale_linear", 0.0))
     attention_factor = file.metadata("{arch}.rope.scaling.attn_factor")
-    lists = {
-        name: [shortest_decimal(x) for x in file.values(name).astype(np.float32)]
-        for name in ROPE_TENSORS
-        if name in file
-    }
-    for name, values in lists.items():
-        if len(values) != rotary // 2:
+    lists = {}
+    for name in ROPE_TENSORS:
+        if name not in file:
+            continue
+        if (shape := file.shape(name)) != (rotary // 2,):
             raise file.error(
-                f"tensor {name!r} has {len(values)} factors; {rotary} rotary dims need {rotary // 2}"
+                f"tensor {name!r} has {math.prod(shape)} factors; {rotary} rotary dims need {rotary // 2}"
             )
+        lists[name] = [shortest_decimal(x) for x in file.values(name).astype(np.float32)]
     if "rope_factors_long.weight" in lists or "rope_factors_short.weight" in lists:
         return _longrope(file, config, lists, attention_factor)
     if (factors := lists.get("rope_freqs.weight")) and set(factors) != {1.0}:

@@ -27,7 +27,10 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
         return path
     if path.suffix == ".gguf" and not path.is_dir():
         gguf = GGUFSource(path)
-        return Checkpoint(gguf, Phi3Config.from_dict(gguf.config_dict()))
+        try:
+            return Checkpoint(gguf, Phi3Config.from_dict(gguf.config_dict(), path))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     if not path.is_dir():
         problem = "is a file; name its directory, or a .gguf file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {problem}")

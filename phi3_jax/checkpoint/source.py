@@ -7,8 +7,10 @@ from typing import Protocol
 import numpy as np
 
 from phi3_jax.config.generation_config import GenerationConfig
-from phi3_jax.errors import CheckpointError as CheckpointError
+from phi3_jax.errors import CheckpointError
 from phi3_jax.tokenizer import Phi3Tokenizer
+
+__all__ = ["CheckpointError", "CheckpointSource", "TensorSource"]
 
 
 class TensorSource(Protocol):

@@ -182,7 +182,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         expected, holds = RULES[name]
         if value is not None and not holds(value):
-            raise UserError(f"{name}={value!r} must be {expected}")
+            raise UserError(f"{name}={value!r:.80} must be {expected}")
 
 
 # Fields without effect unless another field has a value: their neutral values; the need, as test and advice.
@@ -215,7 +215,7 @@ def check_together(values: Mapping[str, Any], explicit: Collection[str]) -> None
         value = values[name]
         if name in explicit and value is not None and value not in neutral and not holds(values[other]):
             raise UserError(
-                f"{name}={value!r} has no effect with {other}={values[other]!r}; set {advice}, or leave "
+                f"{name}={value!r:.80} has no effect with {other}={values[other]!r}; set {advice}, or leave "
                 f"{name} out"
             )
     if values["do_sample"] and values["temperature"] == 0:

@@ -16,6 +16,7 @@ from phi3_jax.config import generation_checks as checks
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing
+from phi3_jax.runs.odd_values import evident_meaning, read_odd
 from phi3_jax.runs.text import read_json
 
 logger = logging.getLogger(__name__)
@@ -181,18 +182,22 @@ class GenerationConfig:
         )
 
     @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any]) -> "GenerationConfig":
-        """Reads the contents of a generation_config.json, of any transformers version.
+    def from_dict(
+        cls, mapping: Mapping[str, Any], where: object = GENERATION_CONFIG_NAME
+    ) -> "GenerationConfig":
+        """Reads the contents of a generation_config.json, of any transformers version; `where` names it.
 
         Unknown keys are kept in `extra`, and so are settings of transformers' cache. A warning names those
-        that would change transformers' output.
+        that would change transformers' output. A setting that its field cannot have is left out, with a
+        warning, since it may not be needed.
         """
         known = {name: value for name, value in mapping.items() if name in checks.RULES and value is not None}
         extra = {name: value for name, value in mapping.items() if name not in checks.RULES}
         for name in ("use_cache", "cache_implementation"):
             if name in known and not checks.RULES[name][1](known[name]):
                 extra[name] = known.pop(name)
-        config = cls(**known, extra=extra)
+        settings = {name: _read_setting(name, value, where) for name, value in known.items()}
+        config = cls(**settings, extra=extra)
         ignored = [
             f"{name}={extra[name]!r:.60}"
             for name, unsupported in checks.UNSUPPORTED.items()
@@ -227,7 +232,7 @@ class GenerationConfig:
         try:
             if not isinstance(mapping, dict):
                 raise UserError(f"holds a {type(mapping).__name__}; a generation config is a JSON object")
-            return cls.from_dict(mapping)
+            return cls.from_dict(mapping, file)
         except ValueError as error:
             raise UserError(f"{file}: {error}") from error
 
@@ -366,6 +371,26 @@ def _special_tokens(values: Mapping[str, Any], config: Phi3Config, batch_size: i
         "bos_token_id": config.bos_token_id if bos is None else bos,
         "stop_strings": checks.as_tuple(values["stop_strings"]) or None,
     }
+
+
+def _read_setting(name: str, value: Any, where: object) -> Any:
+    """Returns the value of a setting in a file, None if it has no meaning."""
+    words, rule = checks.RULES[name]
+    if isinstance(value, list) and name in ("eos_token_id", "forced_eos_token_id"):
+        # Of several end tokens the good ones stay.
+        found = [one if rule(one) else evident_meaning(one) for one in value]
+        kept = [one for one in found if rule(one)]
+        if kept and kept != value:
+            logger.warning("%s: %s=%.80r must be %s; assumed: %r", where, name, value, words, kept)
+            return kept
+
+    def holds(one: Any) -> bool:
+        try:
+            return rule(_plain(one))
+        except (TypeError, ValueError, RecursionError):
+            return False
+
+    return read_odd(name, value, holds, None, where, words)
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from phi3_jax.config.rope_types import RopeBase, is_number, is_positive
 from phi3_jax.errors import UserError
 from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.files import replacing
+from phi3_jax.runs.odd_values import read_odd
 from phi3_jax.runs.text import read_json
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,14 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+# Fields on which no number of the forward depends: what a file has there is read as far as it can be.
+_FORGIVING = (
+    *("resid_pdrop", "embd_pdrop", "attention_dropout", "classifier_dropout", "hidden_dropout"),
+    *("initializer_range", "problem_type"),
+)
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 @dataclass(frozen=True)
 class Phi3Config:
     """A Phi-3 model's sizes and settings, under transformers' names; hashable. `replace` changes a copy.
@@ -147,7 +156,7 @@ class Phi3Config:
         for name in names:
             expected, holds = _RULES[name]
             if not holds(value := getattr(self, name)):
-                raise UserError(f"{name}={value!r} must be {expected}")
+                raise UserError(f"{name}={value!r:.80} must be {expected}")
 
     def _derive_heads(self) -> None:
         self._check("hidden_size", "num_attention_heads")
@@ -176,7 +185,7 @@ class Phi3Config:
             raise UserError(f"id2label has the keys {sorted(labels)}; use 0, 1, 2, ... without gaps")
         if self.num_labels not in (None, len(labels)):
             raise UserError(
-                f"num_labels={self.num_labels!r} contradicts id2label, which names {len(labels)} labels; "
+                f"num_labels={self.num_labels!r:.80} contradicts id2label, which names {len(labels)} labels; "
                 "give one of them"
             )
         self._set(num_labels=len(labels), id2label=dict(sorted(labels.items())))
@@ -215,7 +224,7 @@ class Phi3Config:
         for name, token in tokens:
             if token is not None and (type(token) is not int or not 0 <= token < self.vocab_size):
                 raise UserError(
-                    f"{name}={token!r} is outside the vocabulary; with vocab_size={self.vocab_size} use "
+                    f"{name}={token!r:.80} is outside the vocabulary; with vocab_size={self.vocab_size} use "
                     f"0 to {self.vocab_size - 1}, or None for no such token"
                 )
 
@@ -293,8 +302,11 @@ class Phi3Config:
         return type(self)(**(values | changes))
 
     @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any]) -> "Phi3Config":
-        """Reads the contents of a `config.json` of any transformers version.
+    def from_dict(cls, mapping: Mapping[str, Any], where: object = CONFIG_NAME) -> "Phi3Config":
+        """Reads the contents of a `config.json` of any transformers version; `where` names it in warnings.
+
+        Odd values on which no number of the forward depends (tokens, dropout, names of labels) are left out,
+        with a warning.
 
         Raises:
             UserError: the model is not a Phi-3, or a value does not fit.
@@ -303,11 +315,15 @@ class Phi3Config:
         model_type = extra.pop("model_type", cls.model_type)
         if model_type not in SUPPORTED_MODEL_TYPES:
             supported = ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
-            raise UserError(f"model_type={model_type!r} is not supported; supported: {supported}")
+            raise UserError(f"model_type={model_type!r:.80} is not supported; supported: {supported}")
         label2id = extra.pop("label2id", None)
         fields = {name: extra.pop(name) for name in _field_names() - {"extra"} if name in extra}
+        label2id = read_odd(
+            "label2id", label2id, _is_label2id, None, where, "a mapping from names to 0, 1, 2"
+        )
         if label2id and not fields.get("id2label"):
             fields["id2label"] = {index: name for name, index in label2id.items()}
+        _forgive(fields, where)
         config = cls(**fields, extra=extra)
         if label2id and label2id != config.label2id:
             logger.warning("label2id=%r is not the inverse of id2label=%r", label2id, config.id2label)
@@ -347,7 +363,7 @@ class Phi3Config:
         try:
             if not isinstance(mapping, dict):
                 raise UserError(f"holds a {type(mapping).__name__}; a config is a JSON object")
-            return cls.from_dict(mapping)
+            return cls.from_dict(mapping, path)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
 
@@ -403,6 +419,47 @@ def _field_names() -> set[str]:
     return {f.name for f in dataclasses.fields(Phi3Config)}
 
 
+def _forgive(fields: dict[str, Any], where: object) -> None:
+    """Replaces odd values among a file's fields where no number of the forward depends on them."""
+    defaults = {each.name: each.default for each in dataclasses.fields(Phi3Config)}
+    for name in fields.keys() & set(_FORGIVING):
+        words, holds = _RULES[name]
+        fields[name] = read_odd(name, fields[name], holds, defaults[name], where, words)
+    if fields.get("id2label") is not None:
+        words = "a mapping from 0, 1, 2, ... to names"
+        fields["id2label"] = read_odd("id2label", fields["id2label"], _is_id2label, None, where, words)
+    size = fields.get("vocab_size", defaults["vocab_size"])
+    if not _is_size(size):
+        return  # an error of its own
+    for name in fields.keys() & set(_TOKENS):
+
+        def holds(token: Any, name: str = name) -> bool:
+            if isinstance(token, list | tuple):
+                return name == "eos_token_id" and all(map(_is_token, token))
+            return token is None or _is_token(token)
+
+        def _is_token(token: Any) -> bool:
+            return type(token) is int and 0 <= token < size
+
+        words = f"a token id, 0 to {size - 1}, or null for no such token"
+        value = fields[name]
+        if name == "eos_token_id" and isinstance(value, list):
+            found = [read_odd(name, each, _is_token, None, where, words) for each in value]
+            value = [each for each in found if each is not None] or None
+        fields[name] = read_odd(name, value, holds, None, where, words)
+
+
+def _is_id2label(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not all(map(_is_label, value.items())):
+        return False
+    return sorted(int(key) for key in value) == list(range(len(value)))
+
+
+def _is_label2id(value: Any) -> bool:
+    inverted = isinstance(value, Mapping) and all(isinstance(each, int | str) for each in value.values())
+    return value is None or (inverted and _is_id2label({index: name for name, index in value.items()}))
+
+
 def _is_label(item: tuple[Any, Any]) -> bool:
     key, name = item
     is_index = isinstance(key, Integral) and not isinstance(key, bool)  # NumPy's, too
@@ -425,9 +482,14 @@ def _rope_scaling(name: str, entry: Any) -> RopeScaling:
         return RopeScaling(entry.rope_type, own)
     if not isinstance(entry, Mapping):
         raise UserError(
-            f"{name}={entry!r} must be a mapping, such as {{'rope_type': 'linear', 'factor': 2.0}}"
+            f"{name}={entry!r:.80} must be a mapping, such as {{'rope_type': 'linear', 'factor': 2.0}}"
         )
-    return RopeScaling.from_dict({key: value for key, value in entry.items() if key not in _ROPE_DEFAULTS})
+    try:
+        return RopeScaling.from_dict(
+            {key: value for key, value in entry.items() if key not in _ROPE_DEFAULTS}
+        )
+    except UserError as error:  # it speaks of rope_scaling, which is the older name
+        raise UserError(str(error).replace("rope_scaling", name, 1)) from error
 
 
 def _common_value(spellings: Iterable[tuple[str, Any]], default: Any) -> Any:
@@ -435,5 +497,7 @@ def _common_value(spellings: Iterable[tuple[str, Any]], default: Any) -> Any:
     given = [(name, value) for name, value in spellings if value is not None]
     for name, value in given[1:]:
         if value != given[0][1]:
-            raise UserError(f"{given[0][0]}={given[0][1]!r} contradicts {name}={value!r}; give one of them")
+            raise UserError(
+                f"{given[0][0]}={given[0][1]!r:.80} contradicts {name}={value!r:.80}; give one of them"
+            )
     return given[0][1] if given else default

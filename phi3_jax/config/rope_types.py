@@ -59,7 +59,7 @@ Rule: TypeAlias = Callable[[Any, RopeBase], str | None]
 
 
 def _must_be(expected: str, holds: Callable[[Any], bool]) -> Rule:
-    return lambda value, base: None if holds(value) else f"={value!r} must be {expected}"
+    return lambda value, base: None if holds(value) else f"={value!r:.80} must be {expected}"
 
 
 def is_number(value: Any) -> bool:
@@ -78,7 +78,7 @@ _positive = _must_be("a positive number of float32's range", is_positive)
 def _per_pair(value: Any, base: RopeBase) -> str | None:
     needed = base.dim // 2
     if not isinstance(value, tuple):
-        return f"={value!r} must be a list of {needed} positive numbers"
+        return f"={value!r:.80} must be a list of {needed} positive numbers"
     if len(value) != needed:
         return (
             f" has {len(value)} entries; give {needed}, one for each pair of the {base.dim} dims that rotate "

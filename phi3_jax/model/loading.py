@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
-from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.layout import ignorable, layout_of
 from phi3_jax.checkpoint.opening import Checkpoint, open_checkpoint, read_generation_config
 from phi3_jax.checkpoint.parts import put_parameter
@@ -21,6 +20,7 @@ from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.abstract import abstract_model
+from phi3_jax.sources.hub import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def load_model(
     config_changes.pop("use_cache", None)  # users of transformers pass it; here each call says so
     config = (config or own_config).replace(**config_changes)
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+    _check_layers(source, config, path)
     build: Callable[..., Model] = cls
     shapes = abstract_model(cls, config, mesh=mesh)
     shapes.set_attn_implementation(attn_implementation)
@@ -124,8 +125,23 @@ def load_abstract(
         CheckpointError, UserError: as `load_model`; tensors are not checked.
     """
     source, own_config = open_checkpoint(path)
+    _check_layers(source, config or own_config, source.path)
     parameters_dtype = _requested_dtype(dtype) or _stored_dtype(source, source.names())
     return abstract_model(cls, config or own_config, dtype=parameters_dtype, mesh=mesh)
+
+
+def _check_layers(source: TensorSource, config: Phi3Config, path: Path) -> None:
+    """Checks the number of layers before they are built, one by one.
+
+    Raises:
+        CheckpointError: there are fewer tensors than layers.
+    """
+    tensors = len(source.names())
+    if config.num_hidden_layers > tensors:
+        raise CheckpointError(
+            f"{path} does not fit its config: num_hidden_layers={config.num_hidden_layers}, and the files "
+            f"have {tensors} tensors"
+        )
 
 
 def _requested_dtype(dtype: Any) -> np.dtype | None:

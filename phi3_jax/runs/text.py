@@ -7,6 +7,9 @@ from typing import Any
 
 from phi3_jax.errors import UserError
 
+MOST_NESTED = 100
+"""The levels of lists and objects in a JSON text; no file of ours has more than ten."""
+
 
 def parse_json(content: str | bytes, name: object) -> Any:
     """Returns the value of a JSON text; `name` says in errors where the text is from.
@@ -16,16 +19,34 @@ def parse_json(content: str | bytes, name: object) -> Any:
             has the position or the key.
     """
     try:
-        return json.loads(content, object_pairs_hook=_without_repetition)
+        text = content.removeprefix("\ufeff") if isinstance(content, str) else content
+        value = json.loads(text, object_pairs_hook=_without_repetition)
+        brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+        if sum(map(text.count, brackets)) > MOST_NESTED:  # type: ignore[arg-type]
+            _check_depth(value)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{name} is not valid JSON: {error.msg} at {where}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not valid UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
-        raise UserError(f"{name} is not valid JSON: it is nested too deeply") from error
+        raise UserError(
+            f"{name} is not valid JSON: it is nested too deeply, in more than {MOST_NESTED} levels"
+        ) from error
     except ValueError as error:  # a key twice, or a number with too many digits
         raise UserError(f"{name} is not valid JSON: {error}") from error
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises RecursionError for a value that is nested too deeply to be copied or compared."""
+    level = [value]
+    for _ in range(MOST_NESTED):
+        inner = [list(each.values()) if isinstance(each, dict) else each for each in level]
+        level = [one for each in inner for one in each if isinstance(one, dict | list)]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import sentencepiece
 import tokenizers
 from tokenizers import AddedToken
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.panics import panics_as_errors
 from phi3_jax.runs.text import parse_json
 
-from ._assemblers import PieceAssembler, TextAssembler, make_assembler
+from ._assemblers import _BYTE_PIECE, PieceAssembler, TextAssembler, make_assembler
+from ._growth import check_growth
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,16 @@ SpecialTokenLayout = tuple[int | Literal["A", "B"], ...]
 _WHITE_SPACE = "".join(chr(n) for n in range(0x3001) if chr(n).isspace() and not 0x1C <= n <= 0x1F)
 _SPACES = re.compile(f"[{_WHITE_SPACE}]*")
 _WORD = re.compile(r"\w")
+
+
+class Pieces(NamedTuple):
+    """The ids of a text with what is known of each."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    """The characters that each stands for: start and stop in the text, or in its word."""
+    words: list[int | None]
+    """The number of the word that each belongs to; without given words, of the part between added tokens."""
 
 
 class Backend(Protocol):
@@ -53,12 +65,31 @@ class Backend(Protocol):
         """Makes these ids added tokens, or changes their flags."""
         ...
 
+    def extend(self, tokens: Sequence[AddedToken]) -> int:
+        """Adds tokens after all others, or makes pieces added tokens; returns how many were not added before.
+
+        `file` then has them.
+        """
+        ...
+
+    def vocabulary(self) -> dict[str, int]:
+        """Returns the id of every token."""
+        ...
+
     def layout(self, pair: bool) -> SpecialTokenLayout | None:
         """Returns the layout of special tokens around a text or a pair, or None if the file has none."""
         ...
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text without the special tokens around it."""
+        ...
+
+    def pieces(self, text: str | Sequence[str]) -> Pieces:
+        """Returns the ids of a text, or of its words, without the special tokens around it.
+
+        Raises:
+            UserError: the vocabulary changes texts so that offsets are unknown.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -82,17 +113,25 @@ class JsonBackend:
     def __init__(self, content: str | bytes, name: str = "tokenizer.json") -> None:
         self._content = content.encode("utf-8") if isinstance(content, str) else content
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
+            with panics_as_errors(name):
+                self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
         except Exception as error:  # the library raises nothing narrower
             parse_json(self._content, name)
             raise UserError(
                 f"{name} is JSON, but not a tokenizer that `tokenizers` can read: {error}"
             ) from error
+        self._name = name
+        self._extended = False
         # Phi3Tokenizer cuts and pads.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        decoder = self._tokenizer.decoder
-        self._decoder = None if decoder is None else json.loads(decoder.__getstate__())
+        self._decoder = _section(self._tokenizer.decoder)
+        steps = {
+            "normalizer": _section(self._tokenizer.normalizer),
+            "pre_tokenizer": _section(self._tokenizer.pre_tokenizer),
+            "decoder": self._decoder,
+        }
+        check_growth(name, steps)
         self._read_added_tokens()
 
     def _read_added_tokens(self) -> None:
@@ -101,6 +140,8 @@ class JsonBackend:
 
     @property
     def file(self) -> tuple[str, bytes]:
+        if self._extended:
+            return "tokenizer.json", self._tokenizer.to_str(pretty=True).encode("utf-8")
         return "tokenizer.json", self._content
 
     @property
@@ -125,6 +166,20 @@ class JsonBackend:
                 self._tokenizer.add_tokens([token])
         self._read_added_tokens()
 
+    def extend(self, tokens: Sequence[AddedToken]) -> int:
+        with panics_as_errors(self._name):
+            # The library takes special tokens by another method.
+            added = sum(
+                (self._tokenizer.add_special_tokens if token.special else self._tokenizer.add_tokens)([token])
+                for token in tokens
+            )
+        self._extended = True
+        self._read_added_tokens()
+        return added
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def layout(self, pair: bool) -> SpecialTokenLayout | None:
         if self._tokenizer.post_processor is None:
             return None
@@ -139,10 +194,18 @@ class JsonBackend:
         return tuple(layout) if complete else None  # None: a vocabulary without "a"
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with panics_as_errors(self._name):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def pieces(self, text: str | Sequence[str]) -> Pieces:
+        words = not isinstance(text, str)
+        with panics_as_errors(self._name):
+            found = self._tokenizer.encode(text, is_pretokenized=words, add_special_tokens=False)
+        return Pieces(found.ids, found.offsets, found.word_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([i for i in ids if i < 2**32], skip_special_tokens=False)
+        with panics_as_errors(self._name):
+            return self._tokenizer.decode([i for i in ids if i < 2**32], skip_special_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -155,7 +218,13 @@ class JsonBackend:
 
     def _join(self, tokens: list[str]) -> str:
         decoder = self._tokenizer.decoder
-        return " ".join(tokens) if decoder is None else decoder.decode(tokens)
+        with panics_as_errors(self._name):
+            return " ".join(tokens) if decoder is None else decoder.decode(tokens)
+
+
+def _section(part: Any) -> dict[str, Any] | None:
+    """Returns a section of tokenizer.json."""
+    return None if part is None else json.loads(part.__getstate__())
 
 
 class SentencePieceBackend:
@@ -168,7 +237,7 @@ class SentencePieceBackend:
     """
 
     def __init__(self, content: bytes, name: str = "tokenizer.model") -> None:
-        self._content = content
+        self._content, self._name = content, name
         if not content:  # the library accepts it, and then returns 0 for everything
             raise UserError(f"{name} is empty; expected a SentencePiece model")
         try:
@@ -211,11 +280,75 @@ class SentencePieceBackend:
         contents = sorted(self._added_ids, key=len, reverse=True)
         self._added_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
 
+    def extend(self, tokens: Sequence[AddedToken]) -> int:
+        # As with `tokenizers`: a token without text, or one that is added already, does not count.
+        news: dict[int, AddedToken] = {}
+        last = max(self.vocab_size - 1, *self.added_tokens)
+        for token in tokens:
+            # It is cut out of the text as it is written: the text is changed within SentencePiece only.
+            flags = {flag: getattr(token, flag) for flag in ("single_word", "lstrip", "rstrip", "special")}
+            token = AddedToken(token.content, normalized=False, **flags)
+            token_id = self.token_to_id(token.content)
+            token_id = next((i for i, new in news.items() if new.content == token.content), token_id)
+            known = news.get(token_id, self.added_tokens.get(token_id)) if token_id is not None else None
+            if token.content and repr(known) != repr(token):
+                last += token_id is None
+                news[last if token_id is None else token_id] = token
+        self.add_tokens(news)
+        return len(news)
+
+    def vocabulary(self) -> dict[str, int]:
+        pieces = {self._model.id_to_piece(i): i for i in range(self.vocab_size)}
+        return pieces | {token.content: i for i, token in self.added_tokens.items()}
+
     def layout(self, pair: bool) -> SpecialTokenLayout | None:
         return None
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
+        for start, stop, token_id in self._parts(text):
+            ids += self._model.encode(text[start:stop]) if token_id is None else [token_id]
+        return ids
+
+    def pieces(self, text: str | Sequence[str]) -> Pieces:
+        found = Pieces([], [], [])
+        if not isinstance(text, str):
+            for number, word in enumerate(text):
+                ids, offsets, _ = self.pieces(word)
+                found.ids.extend(ids)
+                found.offsets.extend(offsets)
+                found.words.extend([number] * len(ids))
+            return found
+        for number, (start, stop, token_id) in enumerate(self._parts(text)):
+            ids = self._model.encode(text[start:stop]) if token_id is None else [token_id]
+            found.ids.extend(ids)
+            offsets = self._offsets(text[start:stop], ids) if token_id is None else [(0, stop - start)]
+            found.offsets.extend((start + first, start + end) for first, end in offsets)
+            found.words.extend([number] * len(ids))
+        return found
+
+    def _offsets(self, part: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns the characters of each piece; the first one begins with a `▁` that is no character."""
+        offsets: list[tuple[int, int]] = []
+        at, of_bytes = -1, 0
+        for token in map(self._model.id_to_piece, ids):
+            if _BYTE_PIECE.fullmatch(token) is None:
+                offsets.append((max(at, 0), max(at + len(token), 1)))
+                at += len(token)
+                continue
+            at, of_bytes = max(at, 0), of_bytes + 1
+            if of_bytes == len(part[at : at + 1].encode()):  # the last byte of a character
+                offsets += [(at, at + 1)] * of_bytes
+                at, of_bytes = at + 1, 0
+        if at != len(part) or of_bytes:
+            raise UserError(
+                f"{self._name} changes texts before it splits them, so that their offsets are unknown; use a "
+                "tokenizer.json"
+            )
+        return offsets
+
+    def _parts(self, text: str) -> Iterator[tuple[int, int, int | None]]:
+        """Yields the start and the stop of each added token, with its id, and of the texts between them."""
         done = 0
         for match in self._added_pattern.finditer(text):
             start, stop = match.span()
@@ -228,13 +361,12 @@ class SentencePieceBackend:
                 start = done + len(text[done:start].rstrip(_WHITE_SPACE))
             if token.rstrip and (spaces := _SPACES.match(text, stop)):
                 stop = spaces.end()
-            ids += self._pieces(text[done:start])
-            ids.append(token_id)
+            if start > done:
+                yield done, start, None
+            yield start, stop, token_id
             done = stop
-        return ids + self._pieces(text[done:])
-
-    def _pieces(self, text: str) -> list[int]:
-        return self._model.encode(text) if text else []
+        if len(text) > done:
+            yield done, len(text), None
 
     def decode(self, ids: Sequence[int]) -> str:
         assembler = self.assembler()

@@ -1,7 +1,7 @@
 """Reads a tokenizer's files, with errors that name them, and writes them whole or not at all."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 
 from phi3_jax.errors import UserError
 from phi3_jax.runs.exchange import exchanging, restore
+from phi3_jax.runs.odd_values import read_odd
 from phi3_jax.runs.text import parse_json
 
 from ._backends import Backend, JsonBackend, SentencePieceBackend
@@ -61,8 +62,31 @@ def read_folder(directory: Path) -> tuple[Backend, dict[str, Any], dict[str, byt
             config |= phi3_config() if backend.vocab_size == _PHI3_PIECES else {}
         config = backend.named_tokens | config
     if TEMPLATE in files:
-        config["chat_template"] = files[TEMPLATE].decode("utf-8")
+        try:
+            config["chat_template"] = files[TEMPLATE].decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{directory / TEMPLATE} is not valid UTF-8: {error.reason}") from error
+    _forgive(config, directory / CONFIG)
     return backend, config, files
+
+
+def read_gguf(path: Path) -> tuple[Backend, dict[str, Any], dict[str, bytes]]:
+    """Returns the vocabulary and the configuration of a GGUF file, and no files.
+
+    Raises:
+        CheckpointError: the file is broken, or its kind of tokenizer is not supported.
+        FileNotFoundError: it has none.
+    """
+    # These import the packages `gguf` and `ml_dtypes`, which other tokenizers do not need.
+    from phi3_jax.sources.gguf_file import GGUFFile
+    from phi3_jax.sources.gguf_tokenizer import Vocabulary
+
+    file = GGUFFile(path)
+    vocabulary = Vocabulary.of(path, file.metadata)
+    if vocabulary is None:
+        raise FileNotFoundError(f"{path} holds no tokenizer")
+    backend = JsonBackend(vocabulary.tokenizer().to_str(), str(path))
+    return backend, vocabulary.tokenizer_config(file.require("{arch}.context_length")), {}
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -104,7 +128,12 @@ def phi3_config() -> dict[str, Any]:
 def added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
     """Returns the tokens of `added_tokens_decoder`, by id."""
     tokens = {}
-    for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, Mapping):
+        raise UserError(f"added_tokens_decoder must be an object of ids and tokens, got {decoder!r:.80}")
+    for token_id, entry in decoder.items():
+        if not str(token_id).isdecimal() or len(str(token_id)) > 10:
+            raise UserError(f"added_tokens_decoder has the key {token_id!r:.40}, which is not a token id")
         entry = _flags(entry, special=True) if isinstance(entry, str) else entry
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
             raise UserError(
@@ -113,6 +142,11 @@ def added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
         flags = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
         tokens[int(token_id)] = AddedToken(entry["content"], **({"normalized": False} | flags))
     return tokens
+
+
+def token_entry(token: AddedToken) -> dict[str, Any]:
+    """Returns an entry of `added_tokens_decoder`."""
+    return {"content": token.content, **{flag: getattr(token, flag) for flag in _FLAGS}}
 
 
 def token_text(entry: str | Mapping[str, Any] | None) -> str | None:
@@ -132,34 +166,83 @@ def chat_templates(entry: Any) -> str | dict[str, str] | None:
     """Returns the templates of a `chat_template` entry: one, or several by name."""
     if entry is None or isinstance(entry, str):
         return entry
-    if isinstance(entry, Mapping):
-        return dict(entry)
     try:
-        return {named["name"]: named["template"] for named in entry}
-    except (TypeError, KeyError) as error:
+        named = dict(entry) if isinstance(entry, Mapping) else {one["name"]: one["template"] for one in entry}
+    except (TypeError, KeyError):
+        named = {"": None}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
         raise UserError(
             f"chat_template must be a template or a list of dicts with name and template, got {entry!r:.80}"
-        ) from error
+        )
+    return named
+
+
+# The fields that a config may be without: what each must be, in words and as a test.
+_OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(NAMED_TOKENS, ("a token, or an object with content", lambda v: _is_token(v))),
+    **dict.fromkeys(
+        ("padding_side", "truncation_side"), ("'left' or 'right'", ("left", "right").__contains__)
+    ),
+    "model_max_length": ("a positive number", lambda v: type(v) in (int, float) and 0 < v < 1e40),
+    **dict.fromkeys(("add_bos_token", "add_eos_token"), ("true or false", lambda v: type(v) is bool)),
+    **dict.fromkeys(
+        ("additional_special_tokens", "extra_special_tokens"),
+        (
+            "a list of tokens",
+            lambda v: (
+                isinstance(v, list | dict) and all(map(_is_token, v.values() if isinstance(v, dict) else v))
+            ),
+        ),
+    ),
+}
+
+
+def _token_entries(value: Any) -> list[Any]:
+    """Returns the tokens of a field, which has one, or a list or an object of several."""
+    if isinstance(value, list):
+        return value
+    return list(value.values()) if isinstance(value, Mapping) and not _is_token(value) else [value]
+
+
+def _is_token(entry: Any) -> bool:
+    return isinstance(entry, str) or (isinstance(entry, Mapping) and isinstance(entry.get("content"), str))
+
+
+def _forgive(config: dict[str, Any], path: Path) -> None:
+    """Leaves out fields whose values have no meaning, with warnings that name the file.
+
+    Raises:
+        UserError: the added tokens or the chat template have no meaning.
+    """
+    for name, (words, holds) in _OPTIONAL.items():
+        if config.get(name) is not None:
+            config[name] = read_odd(name, config[name], holds, None, path, words)
+    try:
+        added_tokens(config)
+        chat_templates(config.get("chat_template"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _merge(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    special_map = texts.get("special_tokens_map.json", {})
+    names = (*NAMED_TOKENS, "additional_special_tokens", "extra_special_tokens")
+    special_map = {
+        name: entry
+        for name, entry in texts.get("special_tokens_map.json", {}).items()
+        if name in names and _OPTIONAL[name][1](entry)
+    }
     config = {**special_map, **texts.get(CONFIG, {})}
-    named = {token_text(special_map.get(name)) for name in NAMED_TOKENS}
-    dicts = [entry for entry in special_map.values() if isinstance(entry, Mapping)]
-    dicts += [
-        entry for entry in special_map.get("additional_special_tokens", []) if isinstance(entry, Mapping)
-    ]
-    flags = {entry["content"]: entry for entry in dicts if "content" in entry}
-    specials = (
-        named | set(extra_special_tokens(special_map)) | {token_text(config.get(n)) for n in NAMED_TOKENS}
-    )
+    entries = [each for values in map(_token_entries, special_map.values()) for each in values]
+    flags = {entry["content"]: entry for entry in entries if isinstance(entry, Mapping)}
+    roles = [config.get(name) for name in NAMED_TOKENS]
+    specials = {token_text(entry) for entry in (*entries, *roles) if _is_token(entry)}
     added = {
         str(token_id): {**_flags(content, special=content in specials), **flags.get(content, {})}
         for content, token_id in texts.get("added_tokens.json", {}).items()
     }
-    if added or config.get("added_tokens_decoder"):
-        config["added_tokens_decoder"] = added | (config.get("added_tokens_decoder") or {})
+    decoder = config.get("added_tokens_decoder") or {}
+    if added and isinstance(decoder, Mapping):
+        config["added_tokens_decoder"] = added | dict(decoder)
     if "chat_template" in texts.get("chat_template.json", {}):
         config["chat_template"] = texts["chat_template.json"]["chat_template"]
     return config

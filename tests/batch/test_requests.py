@@ -47,6 +47,21 @@ def test_parses_openai_lines() -> None:
     assert request == Request(1, "a", "Once", None, {"seed": 1}, "/v1/completions", None)
 
 
+def test_passes_tools_and_their_calls_to_the_template() -> None:
+    """An answer that calls tools has no content, or null; the chat template says what it needs."""
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+    calls = [{"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]
+    answers = [{"role": "assistant", "tool_calls": calls}]
+    answers.append({"role": "assistant", "content": None, "tool_calls": calls})
+    for answer in answers:
+        messages = [*HELLO, answer, {"role": "tool", "tool_call_id": "1", "content": "12:00"}]
+        request = parse_request(openai(messages=messages, tools=tools, tool_choice="auto"), 1)
+        assert (request.messages, request.tools) == (messages, tools)
+        request = parse_request(line(id=1, messages=messages, tools=tools), 1)
+        assert (request.messages, request.tools) == (messages, tools)
+    assert parse_request(openai(messages=HELLO, tools=[]), 1).tools is None
+
+
 @pytest.mark.parametrize(
     ("bad", "code", "id", "words"),
     [
@@ -85,7 +100,10 @@ def test_parses_openai_lines() -> None:
         (openai(messages=HELLO, n=2), "unsupported_option", "a", "n=2 is not supported"),
         (openai(messages=HELLO, n=True), "unsupported_option", "a", "n=True is not supported"),
         (openai(messages=HELLO, stream=True), "unsupported_option", "a", "stream=True is not supported"),
-        (openai(messages=HELLO, tools=[{}]), "unsupported_option", "a", "tools=[{}] is not supported"),
+        (openai(messages=HELLO, tools=["f"]), "invalid_request", "a", "expected a list of objects"),
+        (openai(messages=HELLO, tool_choice="required"), "unsupported_option", "a", "tool_choice='required'"),
+        (line(id=1, prompt="a", tools=[{}]), "invalid_request", 1, "tools need messages"),
+        (openai(messages=[{"role": "user", "content": None}]), "invalid_request", "a", "has no content"),
         (openai(messages=HELLO, tempature=1), "unknown_option", "a", "unknown option 'tempature'"),
         (openai(messages=HELLO, prompt="a"), "unknown_option", "a", "unknown option 'prompt'"),
         (

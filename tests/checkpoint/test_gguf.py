@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,16 @@ from reference import run
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM
+from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.checkpoint.default_model import GGUF_MEMBER, PACKAGE, WHEEL
 from phi3_jax.checkpoint.gguf import GGUFSource
-from phi3_jax.checkpoint.gguf_tokenizer import SPLITS
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.errors import UserError
+from phi3_jax.model.loading import load_abstract
+from phi3_jax.sources import gguf_file
+from phi3_jax.sources.gguf_tokenizer import SPLITS
+from phi3_jax.tokenizer import Phi3Tokenizer
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 128, 64, 2, 4, 2, 32, 40
 SHORT = [round(1 + i / 50, 2) for i in range(HEAD_DIM // 2)]
@@ -880,3 +886,142 @@ def test_smollm2_matches_llama_cpp(smollm2: Path) -> None:
     ].tolist()
     assert answer == [504, 3575, 282, 4649, 314, 7042, 30, 2]
     assert tokenizer.decode(answer, skip_special_tokens=False) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_tokenizer_of_a_file_alone(tmp_path: Path) -> None:
+    """It needs neither JAX nor the tensors, and can be saved."""
+    source = tokenizer_source(tmp_path, sentencepiece())
+    ours = Phi3Tokenizer.from_pretrained(str(source.path), padding_side="right")
+    assert ours.encode("a ab<|end|>") == source.tokenizer().encode("a ab<|end|>")
+    assert (ours.model_max_length, ours.padding_side) == (256, "right")
+    ours.save_pretrained(tmp_path / "saved")
+    assert Phi3Tokenizer.from_pretrained(tmp_path / "saved").encode("a ab") == ours.encode("a ab")
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+        Phi3Tokenizer.from_pretrained(tokenizer_source(tmp_path, {}).path)
+
+
+# Limits.
+
+
+def opened(path: Path) -> str | None:
+    """Reads all but the tensors; returns the message of the error, or None."""
+    try:
+        source, _ = open_checkpoint(path)
+        source.generation_config()
+        source.tokenizer()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("llama.attention.head_count", 0, r"llama\.attention\.head_count = 0 must be a positive integer"),
+        ("llama.block_count", 2**31 - 1, r"block_count = 2147483647, but the file has \d+ tensors"),
+        ("llama.embedding_length", "wide", r"llama\.embedding_length = 'wide' must be a positive integer"),
+        ("llama.feed_forward_length", [64, 0], r"feed_forward_length = \[64, 0\] must be"),
+        ("llama.rope.freq_base", float("nan"), r"llama\.rope\.freq_base = nan must be a finite number"),
+        ("llama.rope.freq_base", 0.5, r"rope_theta=0\.5 must be a number above 1"),
+        ("llama.attention.layer_norm_rms_epsilon", 0.0, r"rms_norm_eps=0\.0 must be a positive number"),
+        ("llama.rope.scaling.type", 3, r"llama\.rope\.scaling\.type = 3 must be a text"),
+        ("tokenizer.ggml.tokens", [1, 2], r"tokenizer\.ggml\.tokens = \[1, 2\] must be a list of texts"),
+        ("tokenizer.ggml.eos_token_id", "x", r"eos_token_id = 'x' must be a token id"),
+        ("tokenizer.ggml.scores", ["a"], r"tokenizer\.ggml\.scores = \['a'\] must be a list of numbers"),
+        ("tokenizer.ggml.model", True, r"tokenizer\.ggml\.model = True must be a text"),
+        ("split.count", "2", r"split\.count = '2' must be an integer"),
+    ],
+)
+def test_odd_metadata_is_a_named_error(tmp_path: Path, key: str, value: object, says: str) -> None:
+    tokenizer = {name: each for name, each in sentencepiece().items() if name != key}
+    tensors = stored_layout(weights(fused=False))
+    path = write_gguf(tmp_path / "a.gguf", "llama", tensors, extra={key: value}, tokenizer=tokenizer)
+    message = opened(path)
+    assert message is not None
+    assert message.startswith(f"{path}: ")
+    assert re.search(says, message)
+
+
+class Values:
+    """Stands in for the reader of a file that has one value under every key."""
+
+    def __init__(self, value: object):
+        self.types: list[object] = []
+        self.contents = lambda: value
+        self.get_field = lambda key: self
+
+
+@pytest.mark.parametrize("key", gguf_file._RULES)
+def test_every_key_has_a_rule_for_its_value(key: str) -> None:
+    file = object.__new__(gguf_file.GGUFFile)
+    file.path, file.architecture = Path("here.gguf"), "llama"
+    refused = 0
+    for value in (0, -1, 2**62, 1.5, float("nan"), "x", True, [1], [0, 0], ["a"], "9" * 999):
+        file._reader = Values(value)
+        try:
+            assert file.metadata(key) == value
+        except CheckpointError as error:
+            refused += 1
+            pattern = rf"here\.gguf: {re.escape(key.replace('{arch}', 'llama'))} = .{{1,80}} must be "
+            assert re.match(pattern, str(error))  # noqa: PT017
+    assert refused >= 6
+
+
+def header(keys: int, tensors: int, rest: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + rest
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def array(kind: int, count: int, content: bytes = b"") -> bytes:
+    return text("some.key") + struct.pack("<IIQ", 9, kind, count) + content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(1, 0, array(0, 10**10)),
+        header(1, 0, array(8, 10**10)),
+        header(1, 0, array(0, 2**63)),
+        header(1, 0, array(0, gguf_file.MOST_ELEMENTS + 1, bytes(2 * gguf_file.MOST_ELEMENTS))),
+        header(1, 0, text("some.key") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
+        header(2**40, 0, bytes(100)),
+        header(0, 2**40, bytes(100)),
+        header(1, 0, text("some.key") + struct.pack("<IQ", 8, 2**50)),
+        header(0, 1, text("a") + struct.pack("<I", 2**31)),
+        header(0, 1, text("a") + struct.pack("<I", 2) + struct.pack("<QQ", 2**40, 2**40) + bytes(12)),
+    ],
+    ids=[
+        *("bytes", "texts", "overflow", "many", "nested", "keys", "tensors", "text", "dimensions", "product"),
+    ],
+)
+def test_counts_of_a_header_are_limited(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(content)
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError, match=rf"^{path}: the (GGUF header is damaged|file is cut short)"):
+        GGUFSource(path)
+    assert time.monotonic() - begin < 2
+
+
+def test_layers_are_counted_before_they_are_built(llama_file: Path) -> None:
+    config = Phi3Config.from_dict(GGUFSource(llama_file).config_dict()).replace(num_hidden_layers=2**30)
+    with pytest.raises(
+        CheckpointError, match=r"num_hidden_layers=1073741824, and the files have \d+ tensors"
+    ):
+        Phi3ForCausalLM.from_pretrained(llama_file, config=config)
+    with pytest.raises(CheckpointError, match="num_hidden_layers=1073741824"):
+        load_abstract(Phi3ForCausalLM, llama_file, config=config)
+
+
+def test_long_pieces_are_refused(tmp_path: Path) -> None:
+    """Every split of a piece is tried."""
+    metadata = sentencepiece()
+    tokens = list(metadata["tokenizer.ggml.tokens"])  # type: ignore[call-overload]
+    normal = metadata["tokenizer.ggml.token_type"].index(1)  # type: ignore[attr-defined]
+    tokens[normal] = "a" * 10**6
+    source = tokenizer_source(tmp_path, metadata | {"tokenizer.ggml.tokens": tokens})
+    with pytest.raises(CheckpointError, match="a piece of 1,000,000 characters; at most 256 are read"):
+        source.tokenizer()

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from phi3_jax.checkpoint.hub import resolve
 from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.sources.hub import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -25,7 +26,17 @@ FILES = {
     "pytorch_model.bin": b"pickle",
     "README.md": b"# tiny",
 }
-SERVED = ("org/tiny", "org/private", "org/empty")
+WORDS = Tokenizer(models.WordLevel({"the": 0, "dog": 1, "<unk>": 2}, unk_token="<unk>"))
+WORDS.pre_tokenizer = pre_tokenizers.Whitespace()
+REPOSITORIES = {
+    **dict.fromkeys(("org/tiny", "org/private"), FILES),
+    "org/empty": {"README.md": FILES["README.md"]},
+    "org/words": {
+        "tokenizer.json": WORDS.to_str().encode(),
+        "tokenizer_config.json": b'{"unk_token": "<unk>", "model_max_length": 8}',
+        "model.safetensors": b"weights",
+    },
+}
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -47,14 +58,14 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].strip("/")
         parts = path.removeprefix("api/models/").split("/")
         name, rest = "/".join(parts[:2]), parts[2:]
-        files = {"README.md": FILES["README.md"]} if name == "org/empty" else FILES
+        files = REPOSITORIES.get(name, FILES)
         if name == "org/gated":
             self._send(403, {"X-Error-Code": "GatedRepo"})
         elif name == "org/private" and self.headers.get("Authorization") != "Bearer good":
             self._send(401, {"X-Error-Code": "RepoNotFound"})
         elif name == "org/broken":
             self._send(500, {})
-        elif name not in SERVED:
+        elif name not in REPOSITORIES:
             self._send(404, {"X-Error-Code": "RepoNotFound"})
         elif rest[0] == "resolve":
             content = files[rest[2]]
@@ -109,7 +120,7 @@ def server() -> Iterator[Server]:
 
 SCRIPT = """
 import json, sys
-from phi3_jax.checkpoint.hub import resolve
+from phi3_jax.sources.hub import resolve
 from phi3_jax.checkpoint.source import CheckpointError
 for name, options in json.load(sys.stdin):
     try:
@@ -119,7 +130,22 @@ for name, options in json.load(sys.stdin):
 """
 
 
-def run(url: str, home: Path, *calls: tuple[str, dict[str, Any]], **variables: str) -> list[dict[str, str]]:
+TOKENIZE = """
+import json, sys
+from phi3_jax.tokenizer import Phi3Tokenizer
+for name, options in json.load(sys.stdin):
+    try:
+        tokenizer = Phi3Tokenizer.from_pretrained(name, **options)
+        print(json.dumps({"ids": tokenizer.encode("the dog"), "length": tokenizer.model_max_length}))
+    except (ValueError, OSError) as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+print(json.dumps({"jax": "jax" in sys.modules}))
+"""
+
+
+def run(
+    url: str, home: Path, *calls: tuple[str, dict[str, Any]], script: str = SCRIPT, **variables: str
+) -> list[dict[str, Any]]:
     """Resolves names in a new process, since huggingface_hub reads its variables when it is imported."""
     kept = {
         k: v
@@ -129,7 +155,7 @@ def run(url: str, home: Path, *calls: tuple[str, dict[str, Any]], **variables: s
     environment = kept | {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | variables
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         input=json.dumps(calls),
         env=environment | {"PYTHONPATH": root},
         capture_output=True,
@@ -196,6 +222,28 @@ def test_errors_give_advice(server: Server, tmp_path: Path) -> None:
     assert "org/empty holds no config.json" in empty["error"]
     assert "nor a valid name on the Hub" in invalid["error"]
     assert "answered with status 500" in broken["error"]
+
+
+def test_tokenizer_by_name_fetches_its_files_only(server: Server, tmp_path: Path) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("org/words", {}),
+        ("org/words", {"local_files_only": True, "model_max_length": 5}),
+        ("org/words", {"revision": "v9"}),
+        ("org/private", {"token": "bad"}),
+        ("org/empty", {}),
+        ("org/words.gguf", {}),
+    ]
+    fetched, again, revision, private, empty, file, modules = run(
+        server.url, tmp_path, *calls, script=TOKENIZE
+    )
+    assert fetched == {"ids": [0, 1], "length": 8}
+    assert again == {"ids": [0, 1], "length": 5}
+    assert "CheckpointError: org/words has no revision 'v9'" in revision["error"]
+    assert "CheckpointError: org/private is neither" in private["error"]
+    assert "CheckpointError: org/empty holds no tokenizer" in empty["error"]
+    assert "FileNotFoundError: no tokenizer at org/words.gguf" in file["error"]
+    assert not any("safetensors" in request for request in server.handler.requests)
+    assert modules == {"jax": False}
 
 
 def test_token_from_the_environment(server: Server, tmp_path: Path) -> None:

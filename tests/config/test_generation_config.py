@@ -344,8 +344,6 @@ def test_warns_of_ignored_settings_that_change_the_output(
     [
         ("{", "is not valid JSON: .* line 1 column 2"),
         ("[1]", "holds a list; a generation config is a JSON object"),
-        ('{"top_p": 3}', "top_p=3 must be a number from 0 to 1"),
-        ('{"eos_token_id": "x"}', "eos_token_id='x'"),
     ],
 )
 def test_rejects_broken_files(tmp_path: Path, content: str, message: str) -> None:

@@ -1,5 +1,6 @@
 """JSON that comes from outside."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,21 @@ from phi3_jax.runs.text import parse_json, read_json
         ('{"a": }', "a.json is not valid JSON: Expecting value at line 1 column 7"),
         (b'"\xff"', "a.json is not valid UTF-8: .* at byte 1"),
         ("[" * 100_000, "a.json is not valid JSON: it is nested too deeply"),
+        ("[" * 101 + "]" * 101, "a.json is not valid JSON: it is nested too deeply, in more than 100 levels"),
+        ('{"a":' * 101 + "1" + "}" * 101, "it is nested too deeply"),
         ("1" * 5000, "a.json is not valid JSON: Exceeds the limit"),
     ],
 )
 def test_names_errors(content: str | bytes, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse_json(content, "a.json")
+
+
+def test_reads_what_is_wide_or_within_the_limit() -> None:
+    wide = [[[1], {"a": [2]}]] * 500
+    assert parse_json(json.dumps(wide), "a.json") == wide
+    assert parse_json("[" * 100 + "]" * 100, "a.json")
+    assert parse_json("\ufeff[]", "a.json") == []
 
 
 def test_reads_equal_keys_of_different_objects(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Phi3Tokenizer matches transformers 5.23 and Microsoft's files, and its back ends match each other."""
 
-import io
 import json
 import os
 import random
@@ -9,34 +8,16 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sentencepiece
+from small_tokenizers import ADDED, reference, write_json
 from their_tokenizer import TheirTokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, processors
 
 from phi3_jax.errors import CheckpointError
 from phi3_jax.tokenizer import IncrementalDecoder, JsonBackend, Phi3Tokenizer, SentencePieceBackend, _chat
 
-SENTENCES = [
-    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
-    "A tokenizer turns text into ids; the model never sees a single letter of it.",
-    "  Two leading spaces, then 12345 digits, then a\ttab and more of the same text.",
-    "She said: don't stop, it isn't late, we're here and they've been there before.",
-] * 6
-# Names with all flags, and texts in which a space or a newline makes a difference.
-ADDED = {
-    "<|end|>": {"rstrip": True, "special": True},
-    "<|user|>": {"rstrip": True, "special": True},
-    "<|assistant|>": {"special": True},
-    "<|system|>": {"special": True},
-    "<tool>": {"special": False},
-    "<tool>s": {"special": False},
-    "<left>": {"lstrip": True, "special": True},
-    "word": {"single_word": True, "special": False},
-}
 FRAGMENTS = [
     *ADDED,
     "<s>",
@@ -60,109 +41,6 @@ FRAGMENTS += ["é", "😀", "👩‍👩‍👧", "漢字", "12", "<|", "|>", "<
 def texts(seed: int, count: int = 200) -> list[str]:
     generator = random.Random(seed)
     return ["".join(generator.choices(FRAGMENTS, k=generator.randint(0, 10))) for _ in range(count)]
-
-
-def config_of(first_id: int, **more: object) -> dict[str, object]:
-    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    added = {
-        str(first_id + n): {"content": content, **flags, **own}
-        for n, (content, own) in enumerate(ADDED.items())
-    }
-    return {"added_tokens_decoder": added, "tokenizer_class": "PreTrainedTokenizerFast", **more}
-
-
-def write_json(path: Path, value: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def piece_folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A small Llama-like vocabulary as tokenizer.model and as tokenizer.json, with the same config."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        minloglevel=2,
-    )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in pieces[259:]
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    same = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    same.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    same.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    same.add_special_tokens(["<unk>", "<s>", "</s>"])
-    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
-    config = config_of(len(pieces), padding_side="left", **roles)
-    folders = SimpleNamespace(
-        model=tmp_path_factory.mktemp("model"), json=tmp_path_factory.mktemp("json"), pieces=pieces
-    )
-    (folders.model / "tokenizer.model").write_bytes(model.getvalue())
-    (folders.json / "tokenizer.json").write_text(same.to_str(), encoding="utf-8")
-    for folder in (folders.model, folders.json):
-        write_json(folder / "tokenizer_config.json", config)
-    return folders
-
-
-@pytest.fixture(scope="session")
-def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small GPT-2-like vocabulary that separates digits, then splits into bytes."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    folder = tmp_path_factory.mktemp("bytes")
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    spaced = {"content": "<a b>é", "special": False, "normalized": False}
-    added = {str(tokenizer.get_vocab_size()): spaced}
-    write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added, **roles},
-    )
-    return folder
-
-
-@pytest.fixture(params=["model", "json", "bytes"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    if request.param == "bytes":
-        return request.getfixturevalue("byte_level_folder")
-    return getattr(request.getfixturevalue("piece_folders"), request.param)
-
-
-@pytest.fixture
-def tokenizer(folder: Path) -> Phi3Tokenizer:
-    return Phi3Tokenizer.from_pretrained(folder)
-
-
-def reference(name: str, folder: Path, **options: object) -> TheirTokenizer:
-    """Returns transformers' tokenizer that reads tokenizer.json unchanged, as for `model_type` phi3."""
-    return TheirTokenizer(name, folder, "PreTrainedTokenizerFast", **options)
 
 
 def phi3(find, name: str) -> Phi3Tokenizer:
@@ -252,7 +130,7 @@ def test_phi3_revisions_match_transformers(shared_data, tmp_path, name, add_spec
     write_json(tmp_path / "config.json", {"model_type": "phi3"})
     theirs, ours = TheirTokenizer(name, tmp_path), Phi3Tokenizer.from_pretrained(tmp_path)
     given_texts = ["Hello world", " x", "<s>Hi<|end|>\n", "</s> a <s>  b <|end|>  c\n", "😀\n\n<|user|> 漢"]
-    ids = [ours.encode(text, add_special_tokens) for text in given_texts]
+    ids = [ours.encode(text, add_special_tokens=add_special_tokens) for text in given_texts]
     assert ids == theirs.ask("encode", given_texts, add_special_tokens=add_special_tokens)
     for skip in (True, False):
         assert [ours.decode(row, skip) for row in ids] == theirs.ask("decode", ids, skip_special_tokens=skip)
@@ -790,6 +668,7 @@ def test_reports_failing_templates(piece_folders, template, says):
         ([CHAT[0], {"role": "user"}], r"messages\[1\] has no content"),
         ([{}], r"messages\[0\] has no role and no content"),
         ([{"role": 1, "content": "Hi"}], "must be a str, got 1"),
+        ([{"role": "user", "contents": "Hi"}], r"messages\[0\] has no content; its keys"),
         ([{"role": "user", "content": object()}], "must consist of JSON values"),
         ([{"role": "owner", "content": "Hi"}], "role 'owner' is not system, user or assistant"),
     ],
@@ -929,3 +808,49 @@ def test_rejects_an_added_token_with_a_pieces_id(piece_folders):
     config = {"added_tokens_decoder": {"300": {"content": "<|user|>"}}}
     with pytest.raises(ValueError, match=r"'<\|user\|>' has id 300, which is the piece"):
         Phi3Tokenizer(SentencePieceBackend(model), config)
+
+
+def sequence(*steps: dict[str, object], kind: str = "normalizers") -> dict[str, object]:
+    return {"type": "Sequence", kind: list(steps)}
+
+
+def replace_step(old: object, new: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": old, "content": new}
+
+
+@pytest.mark.parametrize(
+    ("section", "steps", "says"),
+    [
+        (
+            "normalizer",
+            replace_step({"String": "a"}, "a" * 10**6),
+            "its normalizer may make 1,000,000 charact",
+        ),
+        (
+            "normalizer",
+            sequence(*[replace_step({"String": "a"}, "aa")] * 30),
+            "may make 128 characters of one",
+        ),
+        ("normalizer", replace_step({"Regex": "(?=.)"}, "b" * 64), "may make 65 characters"),
+        ("normalizer", replace_step({"Regex": "x*"}, "b" * 64), "may make 65 characters"),
+        ("normalizer", {"type": "Prepend", "prepend": "c" * 999}, "may make 1,000 characters"),
+        (
+            "decoder",
+            sequence(replace_step({"String": "a"}, "b" * 99), {"type": "Fuse"}, kind="decoders"),
+            "its decoder may make 99",
+        ),
+    ],
+)
+def test_rejects_files_that_multiply_texts(piece_folders, section, steps, says):
+    content = json.loads((piece_folders.json / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match=rf"here\.json: .*{says}"):
+        JsonBackend(json.dumps(content | {section: steps}), "here.json")
+
+
+def test_accepts_files_that_lengthen_texts_a_little(piece_folders):
+    content = json.loads((piece_folders.json / "tokenizer.json").read_bytes())
+    steps = sequence(
+        {"type": "NFKC"}, replace_step({"Regex": " {2,}"}, "▁"), replace_step({"String": "``"}, '"')
+    )
+    backend = JsonBackend(json.dumps(content | {"normalizer": steps}), "here.json")
+    assert backend.encode("a")

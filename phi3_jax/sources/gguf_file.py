@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.errors import CheckpointError
 
 ARCHITECTURES = ("llama", "phi3")
 
@@ -19,6 +19,73 @@ _STORED = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+MOST_KEYS = 1 << 16
+"""Metadata keys or tensors; the largest models have about two thousand."""
+
+MOST_ELEMENTS = 1 << 22
+"""Elements of all arrays together; the largest vocabularies, with merges and scores, have 1.3 million."""
+
+_Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_list(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(holds, value))
+
+
+def _is_kind(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds
+
+
+_size: _Rule = ("a positive integer below 2**31", _is_size)
+_sizes: _Rule = ("a positive integer, or one for each layer", lambda v: _is_size(v) or _is_list(_is_size)(v))
+_number: _Rule = ("a finite number", lambda v: type(v) in (int, float) and math.isfinite(v))
+_text: _Rule = ("a text", _is_kind(str))
+_flag: _Rule = ("true or false", _is_kind(bool))
+_texts: _Rule = ("a list of texts", _is_list(_is_kind(str)))
+_integers: _Rule = ("a list of integers", _is_list(_is_kind(int)))
+_numbers: _Rule = ("a list of numbers", _is_list(_is_kind(int, float)))
+_token: _Rule = ("a token id, 0 or more", lambda v: type(v) is int and 0 <= v < 2**31)
+
+# What the values of the keys that are read must be, in words and as a test.
+_RULES: dict[str, _Rule] = {
+    "split.count": ("an integer", _is_kind(int)),
+    "{arch}.embedding_length": _size,
+    "{arch}.context_length": _size,
+    "{arch}.block_count": _size,
+    "{arch}.feed_forward_length": _sizes,
+    "{arch}.attention.head_count": _sizes,
+    "{arch}.attention.head_count_kv": _sizes,
+    "{arch}.attention.key_length": _size,
+    "{arch}.attention.value_length": _size,
+    "{arch}.attention.layer_norm_rms_epsilon": _number,
+    "{arch}.attention.sliding_window": ("an integer, 0 or more", _token[1]),
+    "{arch}.rope.dimension_count": _size,
+    "{arch}.rope.freq_base": _number,
+    "{arch}.rope.scale_linear": _number,
+    "{arch}.rope.scaling.type": _text,
+    "{arch}.rope.scaling.factor": _number,
+    "{arch}.rope.scaling.attn_factor": _number,
+    "{arch}.rope.scaling.original_context_length": _size,
+    "{arch}.rope.scaling.yarn_beta_fast": _number,
+    "{arch}.rope.scaling.yarn_beta_slow": _number,
+    **{f"tokenizer.ggml.{name}": _text for name in ("model", "pre")},
+    "tokenizer.chat_template": _text,
+    "tokenizer.ggml.tokens": _texts,
+    "tokenizer.ggml.merges": _texts,
+    "tokenizer.ggml.token_type": _integers,
+    "tokenizer.ggml.scores": _numbers,
+    **{f"tokenizer.ggml.add_{name}": _flag for name in ("bos_token", "eos_token", "space_prefix")},
+    **{
+        f"tokenizer.ggml.{name}_token_id": _token
+        for name in ("bos", "eos", "eot", "eom", "unknown", "padding")
+    },
 }
 
 
@@ -77,12 +144,27 @@ class GGUFFile:
         return self._dequantize(tensor.data, tensor.tensor_type)
 
     def metadata(self, key: str, default: Any = None) -> Any:
-        """Returns the value of a metadata key, in which "{arch}." stands for the file's architecture."""
-        field = self._reader.get_field(key.replace("{arch}", self.architecture))
+        """Returns the value of a metadata key, in which "{arch}." stands for the file's architecture.
+
+        Raises:
+            CheckpointError: the value is not of the kind that the key has.
+        """
+        name = key.replace("{arch}", self.architecture)
+        field = self._reader.get_field(name)
         if field is None:
             return default
-        value = field.contents()
-        return shortest_decimal(value) if [kind.name for kind in field.types] == ["FLOAT32"] else value
+        try:
+            value = field.contents()
+        except (UnicodeDecodeError, IndexError) as error:  # an array without elements has no kind
+            if not isinstance(error, IndexError):
+                raise self.error(f"{name} is not valid UTF-8") from error
+            value = []
+        if [kind.name for kind in field.types] == ["FLOAT32"]:
+            value = shortest_decimal(value)
+        expected, holds = _RULES.get(key, ("", lambda _: True))
+        if not holds(value):
+            raise self.error(f"{name} = {value!r:.80} must be {expected}")
+        return value
 
     def require(self, key: str) -> Any:
         """Returns the value of a metadata key.
@@ -124,10 +206,35 @@ class GGUFFile:
 def _open(path: Path) -> Any:
     """Returns the gguf package's reader of a file whose tensors are known to lie within it."""
     from gguf import GGUFReader
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
     from gguf.gguf_reader import ReaderField
 
     class CheckedReader(GGUFReader):
+        elements = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+            # A slice beyond the end is shorter than asked, so that a wrong count would be read to its end.
+            end = offset + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data):
+                raise IndexError(f"it asks for byte {end:,} of {len(self.data):,}")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY:
+                if self._get(orig_offs, np.uint32)[0] == GGUFValueType.ARRAY:
+                    raise ValueError("it has arrays of arrays")
+                self.elements += int(self._get(orig_offs + 4, np.uint64)[0])
+                _check_count("elements of arrays", self.elements, MOST_ELEMENTS)
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _build_fields(self, offs: int, count: int) -> int:
+            _check_count("metadata keys", count, MOST_KEYS)
+            return super()._build_fields(offs, count)
+
+        def _build_tensor_info(self, offs: int, count: int) -> Any:
+            _check_count("tensors", count, MOST_KEYS)
+            return super()._build_tensor_info(offs, count)
+
         def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
             for field in fields:
                 name = bytes(field.parts[1]).decode("utf-8", "replace")
@@ -169,6 +276,11 @@ def _open(path: Path) -> Any:
             f"{path}: written for the other byte order; turn it round with gguf-convert-endian"
         )
     return reader
+
+
+def _check_count(what: str, count: int, most: int) -> None:
+    if int(count) > most:
+        raise ValueError(f"it counts {int(count):,} {what}; at most {most:,} are read")
 
 
 def shortest_decimal(value: float) -> float:

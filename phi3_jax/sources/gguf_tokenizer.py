@@ -9,7 +9,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.errors import CheckpointError
+from phi3_jax.runs.panics import panics_as_errors
 
 Metadata = Callable[..., Any]
 """Returns the value of a metadata key, or None (or the given default) where the file lacks it."""
@@ -43,6 +44,8 @@ SPLITS = {
     "dbrx": _LLAMA3_SPLIT,
     "gpt-4o": _GPT4O_SPLIT,
 }
+# Every split of every piece is tried, which takes time with the square of its length.
+_MOST_CHARACTERS = 256
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _END_TOKENS = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 # The only special tokens of Phi-3's SentencePiece model that keep the white space after them.
@@ -187,7 +190,8 @@ class Vocabulary:
 
     def _bpe(self, merges: list[tuple[str, str]], **options: Any) -> Tokenizer:
         try:
-            return Tokenizer(BPE(self._vocab(), merges, **options))
+            with panics_as_errors(str(self.path)):
+                return Tokenizer(BPE(self._vocab(), merges, **options))
         except Exception as error:  # the library raises nothing more specific
             raise CheckpointError(f"{self.path}: the vocabulary and merges do not fit: {error}") from error
 
@@ -252,6 +256,11 @@ class Vocabulary:
             if kind == TokenType.NORMAL
         }
         ids = self._vocab()
+        if (longest := max(map(len, pieces), default=0)) > _MOST_CHARACTERS:
+            raise CheckpointError(
+                f"{self.path}: tokenizer.ggml.tokens holds a piece of {longest:,} characters; at most "
+                f"{_MOST_CHARACTERS} are read"
+            )
         return [
             (piece[:cut], piece[cut:])
             for piece in sorted(pieces, key=pieces.__getitem__, reverse=True)

@@ -3,12 +3,19 @@
 import errno
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.errors import CheckpointError
 
 # Weights only as safetensors: the pickled formats run code when they are opened.
 WANTED_FILES = ("*.json", "*.safetensors", "*tokenizer.model", "*.jinja", "*chat_template*.txt")
+
+TOKENIZER_FILES = (
+    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.json", "*.jinja"),
+)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKEN = "pass a token that may read it (HF_TOKEN, or `hf auth login`)"
@@ -22,11 +29,12 @@ def resolve(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    tokenizer_only: bool = False,
 ) -> Path:
     """Returns the local directory or .gguf file of a model; fetches a model called `org/name` from the Hub.
 
-    Cache, endpoint, token and offline mode are huggingface_hub's own (HF_HOME, HF_ENDPOINT, HF_TOKEN,
-    HF_HUB_OFFLINE).
+    `tokenizer_only` fetches only the tokenizer's files. Cache, endpoint, token and offline mode are
+    huggingface_hub's own (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
 
     Raises:
         CheckpointError: there is no such model, or it cannot be fetched.
@@ -37,34 +45,44 @@ def resolve(
         return path
     if name and path.exists():
         raise CheckpointError(f"{name} is neither a model's directory nor a .gguf file")
-    if not isinstance(name_or_path, str) or name.endswith(_FILE_SUFFIXES) or not _HUB_NAME.fullmatch(name):
+    if not isinstance(name_or_path, str) or not is_hub_name(name):
         raise CheckpointError(
             f"{name!r} does not exist; give a directory, a .gguf file, or a model on the Hub as org/name"
         )
-    return _fetch(name, revision, token, cache_dir, local_files_only)
+    folder = _fetch(
+        name,
+        TOKENIZER_FILES if tokenizer_only else WANTED_FILES,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        local_files_only=local_files_only,
+    )
+    model = _name(name, revision)
+    if tokenizer_only and not folder.is_dir():
+        raise CheckpointError(f"{model} holds no tokenizer")
+    if not tokenizer_only and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{model} holds no config.json: it is not a model in Hugging Face's layout")
+    return folder
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this may be the name of a repository on the Hub, and not of a file."""
+    return not name.endswith(_FILE_SUFFIXES) and _HUB_NAME.fullmatch(name) is not None
+
+
+def _name(model: str, revision: str | None) -> str:
+    return model if revision is None else f"{model} at revision {revision}"
 
 
 def _fetch(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
+    name: str, files: Sequence[str], *, revision: str | None, local_files_only: bool, **options: Any
 ) -> Path:
     from huggingface_hub import errors, snapshot_download  # not needed for local models
 
-    model = name if revision is None else f"{name} at revision {revision}"
+    model = _name(name, revision)
+    options |= {"revision": revision, "local_files_only": local_files_only}
     try:
-        folder = Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=local_files_only,
-                allow_patterns=list(WANTED_FILES),
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=list(files), **options))
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated: accept its conditions on its page on the Hub, then {_TOKEN}"
@@ -85,9 +103,6 @@ def _fetch(
     except Exception as error:
         # Network errors come from whichever HTTP library this version of huggingface_hub is built on.
         raise CheckpointError(_failure_message(model, error)) from error
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{model} holds no config.json: it is not a model in Hugging Face's layout")
-    return folder
 
 
 def _cache_miss_message(model: str, error: Exception, local_files_only: bool) -> str:
