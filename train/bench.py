@@ -30,7 +30,7 @@ from phi3_jax.runs.files import write_text
 from phi3_jax.runs.json_values import json_value
 
 from .bench_torch import TransformersTraining
-from .evaluate import EvaluationState, Evaluator
+from .evaluate import EvaluationState, Evaluator, check_finite
 from .progress import Progress
 from .recipe import Recipe, make_recipe, make_trainer, new_model, with_adapters
 from .settings import Settings
@@ -233,6 +233,7 @@ def _train(
                 continue
             with _timed(evaluation_seconds):
                 validation[step], _ = validate(training)
+            check_finite(validation[step], recipe.metric, f"the evaluation after step {step}")
             progress.say(f"step {step}, validation: {_listed(validation[step])}")
             state = state.with_score(step, validation[step][recipe.metric], recipe.sign)
             if state.best_step == step:

@@ -14,13 +14,12 @@ from jax.sharding import Mesh
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Batch, load
-from phi3_jax.errors import UserError
 from phi3_jax.parallel import distributed
 from phi3_jax.trainer.batches import local_rows, to_devices
 from phi3_jax.trainer.step import Metrics
 
 from .checkpoints import Checkpoints
-from .evaluate import EvaluationState, Evaluator, scorer
+from .evaluate import EvaluationState, Evaluator, NotFiniteError, check_finite, scorer
 from .interrupts import Interrupts
 from .logs import RunLog
 from .predictions import Predictions
@@ -32,10 +31,6 @@ from .settings import Settings
 from .speed import Speed
 
 logger = logging.getLogger(__name__)
-
-
-class NotFiniteError(UserError):
-    """The loss or the gradient norm is infinite or NaN."""
 
 
 class InterruptedRunError(Exception):
@@ -65,7 +60,7 @@ def finetune(
         Metrics of the parameters that are kept, by split.
 
     Raises:
-        UserError: settings or data do not fit, or the loss is not finite.
+        UserError: settings or data do not fit, or the loss or a metric is not finite.
         OSError: a file cannot be read or written; `CheckpointError` for models and checkpoints.
         InterruptedRunError: SIGTERM or Ctrl-C came; the state is saved.
     """
@@ -139,7 +134,7 @@ class FinetuneRun:
         """Takes all steps, or fewer if evaluations stop getting better; evaluates and saves in between.
 
         Raises:
-            NotFiniteError: the loss or the gradient norm is not finite.
+            NotFiniteError: the loss, the gradient norm or the metric of an evaluation is not finite.
             InterruptedRunError: a signal came; the state is saved.
         """
         total = self._recipe.total_steps
@@ -202,6 +197,7 @@ class FinetuneRun:
         metrics, _ = self._validate(self._state)
         metric = self._recipe.metric
         score = metrics[metric]
+        check_finite(metrics, metric, f"the evaluation of the validation data after step {self.step}")
         self._record("validation", self.step, metrics)
         self._progress.update(self.step, {metric: score, "validation_loss": metrics["loss"]})
         self.evaluation = self.evaluation.with_score(self.step, score, self._recipe.sign)
@@ -223,12 +219,23 @@ class FinetuneRun:
             logger.warning("%s; the last parameters are kept instead of the best", error)
 
     def evaluate(self) -> tuple[SplitMetrics, Predictions | None]:
-        """Returns the metrics of every split, and the predictions of the last one."""
+        """Returns the metrics of every split, and the predictions of the last one.
+
+        Raises:
+            NotFiniteError: the loss or the metric is not finite.
+        """
+        metric, kept = self._recipe.metric, self.evaluation.best_step or self.step
         metrics, predictions = self._validate(self._state)
+        check_finite(
+            metrics, metric, f"the evaluation of the validation data with the parameters of step {kept}"
+        )
         results = {"validation": metrics}
         test = self._recipe.data.test
         if test is not None:
             results["test"], predictions = self._evaluator("test", test)(self._state)
+            check_finite(
+                results["test"], metric, f"the evaluation of the test data with the parameters of step {kept}"
+            )
             self._record("test", self.evaluation.best_step or self.step, results["test"])
         return results, predictions
 

@@ -3,11 +3,13 @@
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -33,6 +35,7 @@ from phi3_jax.trainer.objectives import Objective
 from phi3_jax.trainer.optimizers import make_optimizer, make_schedule
 from phi3_jax.trainer.step import Trainer
 
+from .labels import base_head
 from .metrics import direction
 from .settings import Settings
 from .sources import Data, load_data
@@ -89,7 +92,8 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
         lambda: default_model(cache_dir) if settings.model is None else resolve(settings.model)
     )
     tokenizer = Phi3Tokenizer.from_pretrained(path)
-    _, config = open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
     if settings.rope is not None:
         config = as_longrope(parse_rope(settings.rope).config_to_save(config))
         saved = config.rope_scaling.to_dict(config.rope_base)
@@ -98,7 +102,7 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
                 "transformers has no %s rope for Phi-3, and will not load the trained model",
                 config.rope_scaling.rope_type,
             )
-    data = distributed.run_everywhere(lambda: load_data(settings, tokenizer, config))
+    data = distributed.run_everywhere(lambda: load_data(settings, tokenizer, config, base_head(checkpoint)))
     pad = next(
         (i for i in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
     )
@@ -129,16 +133,23 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
         changes["id2label"] = dict(enumerate(labels.names))
     if settings.task == "sequence-classification":
         changes["problem_type"] = settings.problem_type
-    return load_model(
+    rows = recipe.data.base_rows
+    model = load_model(
         MODELS[settings.task],
         recipe.base,
         dtype="float32" if settings.trained == "full" else settings.dtype,
         mesh=mesh,
         rngs=settings.seed,
         config=recipe.config,
-        ignore_mismatched_sizes=True,
+        new_head=rows is None,
         **changes,
     )
+    if isinstance(model, Phi3ForSequenceClassification | Phi3ForTokenClassification) and rows is not None:
+        score = nnx.state(model.score)
+        shardings = jax.tree.map(lambda x: x.sharding, score)
+        take = jax.jit(partial(jax.tree.map, lambda x: x[np.array(rows)]), out_shardings=shardings)
+        nnx.update(model.score, take(score))
+    return model
 
 
 def with_adapters(model: Phi3PreTrainedModel, settings: Settings) -> Phi3PreTrainedModel:

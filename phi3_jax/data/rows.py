@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from phi3_jax.errors import UserError
-from phi3_jax.runs.text import lone_surrogate
+from phi3_jax.runs.text import lone_surrogate, parse_json
 
 _LONGEST_FIELD = 2**24
 _PARQUET_BATCH = 1024
@@ -72,6 +72,13 @@ class BadRows:
         self.count += 1
         if len(self.first) < 5:
             self.first.append(str(error))
+
+    def summary(self) -> str:
+        """Returns how many rows were skipped and what is wrong with the first ones; empty without any."""
+        if not self.count:
+            return ""
+        rows = "1 bad row was" if self.count == 1 else f"{self.count} bad rows were"
+        return f"{rows} skipped; the first: {'; '.join(self.first)}"
 
 
 def read_rows(
@@ -241,15 +248,25 @@ def _read_jsonl(path: Path, columns: Collection[str], only_columns: bool) -> Ite
         fault = _encoding_fault(line)
         if fault is None:
             try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                fault = f"not valid JSON: {error.msg} at column {error.colno}"
-            except (ValueError, RecursionError) as error:  # a number is too long, or the nesting too deep
-                fault = f"JSON cannot be read: {error}"
+                values = parse_json(line, "the line")
+            except UserError as error:
+                fault = f"{_json_fault(error)}; expected a JSON object in each line, got {line.strip():.40}"
             else:
                 if not isinstance(values, dict):
                     fault = f"expected a JSON object in each line, got {line.strip():.40}"
+            if fault and line.lstrip()[:1] == "[":
+                fault += ", which starts an array; write each object on a line of its own (jq -c '.[]' does)"
         yield BadRowError(place, fault) if fault else Row(values, place)
+
+
+def _json_fault(error: UserError) -> str:
+    """Returns what is wrong with a line, without the number that it has as a text by itself."""
+    cause = error.__cause__
+    return (
+        f"not valid JSON: {cause.msg} at column {cause.colno}"
+        if isinstance(cause, json.JSONDecodeError)
+        else str(error)
+    )
 
 
 def _read_parquet(path: Path, columns: Collection[str], only_columns: bool) -> Iterator[Row]:

@@ -107,8 +107,10 @@ def test_encodes_one_label(plain: Phi3Tokenizer) -> None:
         row(text="c", kind=10.0),
         row(text="d", kind=None),
     ]
-    labels = task.label_set(rows)
+    labels = task.label_set(rows, BadRows(skip=True))
     assert labels.names == ("9", "10")
+    with pytest.raises(BadRowError, match=r"^rows\.csv, line 7: 'kind': label is missing"):
+        task.label_set(rows)
     assert [only(task.encode(r, plain, labels)).labels for r in rows[:3]] == [1, 0, 1]
     with pytest.raises(BadRowError, match=r"^rows\.csv, line 7: 'kind': label is missing"):
         task.encode(rows[3], plain, labels)

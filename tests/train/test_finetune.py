@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from phi3_jax.train import finetune as module
-from phi3_jax.train.finetune import InterruptedRunError, NotFiniteError, finetune
+from phi3_jax.train.evaluate import NotFiniteError
+from phi3_jax.train.finetune import InterruptedRunError, finetune
 from reference import distance
 from reference import run as outputs
 from runs import files, losses, run, settings_of, write_base, write_rows
@@ -352,11 +353,29 @@ def test_rejects_settings_that_do_not_fit_the_data(folder, base, changes, words)
         run(folder, base, **changes)
 
 
-def test_rejects_a_validation_label_that_training_lacks(folder, base):
-    validation = folder / "validation.jsonl"
-    validation.write_text('{"text": "rain", "label": "never seen"}\n')
-    with pytest.raises(BadRowError, match=r"validation\.jsonl, line 1: .*'never seen'"):
-        run(folder, base, validation_file=str(validation))
+@pytest.mark.parametrize(("score", "at"), [("loss", 2), ("accuracy", 3)])
+def test_an_evaluation_that_is_not_finite_stops_the_run(folder, base, monkeypatch, score, at):
+    """No model is written, the checkpoint before it stays, and the same command tries again."""
+    write_rows(folder / "test.jsonl", 4)
+    options = {"test_file": str(folder / "test.jsonl"), "max_steps": 2, "eval_steps": 1}
+    call, calls = module.Evaluator.__call__, []
+
+    def broken(self, state):
+        calls.append(None)
+        metrics, predictions = call(self, state)
+        return (metrics | {score: np.nan} if len(calls) >= at else metrics), predictions
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Evaluator, "__call__", broken)
+        with pytest.raises(
+            NotFiniteError, match=rf"the evaluation of the validation data .* has {score} nan"
+        ):
+            run(folder, base, **options)
+    assert not (folder / "run" / "model.safetensors").exists()
+    kept = {path.name for path in (folder / "run" / "checkpoints").iterdir()}
+    assert kept == ({"1"} if at == 2 else {"1", "2"})
+    if at == 2:
+        assert set(run(folder, base, **options)) == {"validation", "test"}
 
 
 def test_names_or_counts_bad_rows(folder, base, caplog):
@@ -367,7 +386,7 @@ def test_names_or_counts_bad_rows(folder, base, caplog):
         run(folder, base)
     with caplog.at_level(logging.WARNING):
         run(folder, base, skip_bad_rows=True, max_steps=1)
-    assert "1 bad rows were skipped; the first: " in caplog.text
+    assert "1 bad row was skipped; the first: " in caplog.text
     assert json.loads((folder / "run" / "metrics.json").read_text())["data"]["bad rows skipped"] == 1
 
 
