@@ -100,7 +100,7 @@ class Evaluator:
             self._examples,
             self._plan,
             pad_token_id=self._recipe.pad_token_id,
-            stop=self._plan.steps_per_epoch,
+            stop=self._plan.batches_per_epoch,
             local_rows=self._own_rows,
         )
         try:

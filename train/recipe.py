@@ -29,6 +29,7 @@ from phi3_jax.model import (
 )
 from phi3_jax.model.loading import load_model
 from phi3_jax.parallel import distributed
+from phi3_jax.parallel.sharding import shards
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.trainer.batches import check_rows, width_multiple
 from phi3_jax.trainer.objectives import Objective
@@ -56,6 +57,10 @@ BEST_BY = {
     "causal-lm": "loss",
 }
 """The metric that chooses the best parameters, unless the user names another."""
+
+
+STEP_BATCHES = 4
+"""Batches of a step, where its rows divide: short and long rows learn together, with little padding."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,14 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
         if settings.packing
         else bucket_widths(data.train.lengths, most=settings.max_buckets, multiple=width_multiple(mesh))
     )
+    batches = _step_batches(settings, len(widths), mesh)
     plan = BatchPlan(
-        data.train.lengths, rows=settings.train_batch_size, widths=widths, shuffle=True, seed=settings.seed
+        data.train.lengths,
+        rows=settings.train_batch_size // batches,
+        widths=widths,
+        shuffle=True,
+        step_batches=batches,
+        seed=settings.seed,
     )
     total = settings.max_steps or math.ceil(settings.num_train_epochs * plan.steps_per_epoch)
     schedule = make_schedule(
@@ -123,6 +134,23 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
         warmup_steps=int(settings.warmup_ratio * total),
     )
     return Recipe(settings, path, tokenizer, config, data, pad, plan, total, schedule, kind, metric, sign)
+
+
+def _step_batches(settings: Settings, widths: int, mesh: Mesh | None) -> int:
+    """Returns how many batches a step takes, each with a width of its own.
+
+    It is a multiple of the micro-batches that the settings ask for. With one width, or where the devices
+    divide the rows so far, it is 1, and the trainer divides the batch into the micro-batches.
+    """
+    if widths == 1:
+        return 1
+    least = settings.gradient_accumulation_steps
+    devices = 1 if mesh is None else shards(mesh, "batch")
+    for batches in range(max(STEP_BATCHES, least), 1, -1):
+        rows, rest = divmod(settings.train_batch_size, batches)
+        if batches % least == 0 and not rest and rows % devices == 0 and (rows > 1 or batches == least):
+            return batches
+    return 1
 
 
 def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
@@ -187,7 +215,7 @@ def make_trainer(recipe: Recipe, model: Phi3PreTrainedModel, mesh: Mesh | None) 
             epsilon=settings.adam_epsilon,
         ),
         objective=Objective(settings.label_smoothing, recipe.data.class_weights),
-        accumulate=settings.gradient_accumulation_steps,
+        accumulate=settings.gradient_accumulation_steps if recipe.plan.step_batches == 1 else 1,
         wrt=wrt,
         compute_dtype=jnp.dtype(settings.dtype),
         remat=settings.remat or ("none" if on_cpu else "full"),

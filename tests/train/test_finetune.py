@@ -13,6 +13,7 @@ from filelock import FileLock
 from phi3_jax.train import finetune as module
 from phi3_jax.train.evaluate import NotFiniteError
 from phi3_jax.train.finetune import InterruptedRunError, finetune
+from phi3_jax.train.recipe import make_recipe
 from reference import distance
 from reference import run as outputs
 from runs import files, losses, run, settings_of, write_base, write_rows
@@ -123,6 +124,26 @@ def test_transformers_loads_the_saved_model_with_the_reported_loss(folder, base,
             total += theirs(ids, labels=labels).loss.item() * number
         count += number
     np.testing.assert_allclose(total / count, reported, rtol=1e-5)
+
+
+def test_steps_take_several_batches_where_rows_divide(folder, base):
+    """Each has a row for every device, and they are a multiple of the micro-batches."""
+
+    def batches(mesh=None, **changes):
+        recipe = make_recipe(settings_of(folder, base, **{"max_buckets": 3} | changes), mesh, None)
+        assert recipe.plan.rows * recipe.plan.step_batches == recipe.settings.train_batch_size
+        return recipe.plan.step_batches
+
+    assert batches() == 4
+    assert batches(max_buckets=1) == 1
+    assert batches(train_batch_size=4) == 2
+    assert batches(train_batch_size=9) == 3
+    assert batches(train_batch_size=7) == 1
+    assert batches(train_batch_size=12, gradient_accumulation_steps=3) == 3
+    assert batches(gradient_accumulation_steps=8) == 8
+    mesh = make_mesh("data=4", jax.devices()[:4])
+    assert batches(mesh) == 2
+    assert batches(mesh, train_batch_size=4) == 1
 
 
 def interrupted_after(monkeypatch, step):
@@ -330,11 +351,10 @@ def test_a_run_on_a_mesh_has_the_same_losses(folder, tmp_path_factory):
     base = write_base(
         tmp_path_factory.mktemp("mesh") / "model", num_attention_heads=8, num_key_value_heads=4, head_dim=8
     )
-    run(folder, base, max_steps=3)
+    options = {"max_steps": 3, "train_batch_size": 16, "max_buckets": 2}
+    run(folder, base, **options)
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
-    finetune(
-        settings_of(folder, base, max_steps=3, output_dir=folder / "mesh" / "run"), mesh=mesh, show=False
-    )
+    finetune(settings_of(folder, base, **options, output_dir=folder / "mesh" / "run"), mesh=mesh, show=False)
     ours, expected = (np.asarray([loss for _, loss in losses(each)]) for each in (folder / "mesh", folder))
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
