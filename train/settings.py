@@ -67,6 +67,11 @@ class Settings(BaseModel):
     )
     label_separator: str = Field("|", description="Separates several labels of a row.")
     label_all_pieces: bool = Field(False, description="Label every piece of a word, not just its first.")
+    prefix_space: bool = Field(
+        True,
+        description="A space before every word but the first, as in a text; false: words as transformers "
+        "reads them with is_split_into_words.",
+    )
     max_length: int = Field(512, ge=2, description="Tokens of an example; longer ones are cut.")
     packing: bool = Field(False, description="Several examples in one row of max_length tokens (causal-lm).")
 

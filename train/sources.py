@@ -70,6 +70,7 @@ def make_task(settings: Settings) -> Task:
             words=settings.words_column,
             labels=settings.tags_column,
             label_all_pieces=settings.label_all_pieces,
+            prefix_space=settings.prefix_space,
             max_length=settings.max_length,
         )
     messages = settings.messages_column or ("messages" if settings.generated else None)
@@ -194,7 +195,13 @@ def _rows(settings: Settings, split: Any, task: Task, bad: BadRows) -> Iterable[
     if settings.dataset is not None:
         return read_dataset(settings.dataset, settings.dataset_splits[split])
     path = getattr(settings, f"{split}_file")
-    return read_rows(path, file_format=settings.file_format, columns=task.columns, bad=bad)
+    return read_rows(
+        path,
+        file_format=settings.file_format,
+        columns=task.columns,
+        optional=task.optional_columns,
+        bad=bad,
+    )
 
 
 def _class_weights(settings: Settings, labels: Labels | None, train: Examples) -> tuple[float, ...] | None:

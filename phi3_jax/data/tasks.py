@@ -74,6 +74,11 @@ class SequenceClassification:
         return (self.text, *filter(None, [self.text_pair]), *self._label_columns)
 
     @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that are read where rows have them."""
+        return ()
+
+    @property
     def _label_columns(self) -> tuple[str, ...]:
         return (self.label,) if isinstance(self.label, str) else self.label or ()
 
@@ -174,6 +179,11 @@ class TokenClassification:
         """Columns that rows must have."""
         return (self.words, *filter(None, [self.labels]))
 
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that are read where rows have them."""
+        return ()
+
     def label_set(self, rows: Iterable[Row], bad: BadRows | None = None) -> Labels:
         """Returns the tags of the good rows.
 
@@ -266,6 +276,8 @@ class TokenClassification:
 class CausalLM:
     """Predicts the next token of raw texts, or of the assistant's answers in conversations.
 
+    Beside its messages a row may have `tools`, descriptions of functions for the chat template.
+
     Args:
         messages: column of conversations, which the tokenizer's chat template formats; or None.
         text: column of raw texts, if `messages` is None.
@@ -285,6 +297,11 @@ class CausalLM:
         """Columns that rows must have."""
         return (self.text if self.messages is None else self.messages,)
 
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that are read where rows have them."""
+        return () if self.messages is None else (TOOLS, *_NOT_READ)
+
     def label_set(self, rows: Iterable[Row], bad: BadRows | None = None) -> None:
         """Returns None: the classes are the vocabulary."""
 
@@ -303,8 +320,12 @@ class CausalLM:
         """
         if self.messages is not None:
             messages = read_list(row, self.messages)
+            for column in _NOT_READ:
+                if row.values.get(column):
+                    raise BadRowError(row.place, f"the column {column!r} is not read; remove it")
+            tools = read_list(row, TOOLS) if row.values.get(TOOLS) else None
             with errors_of(row):
-                ids, targets, truncated = encode_chat(messages, tokenizer, self.max_length)
+                ids, targets, truncated = encode_chat(messages, tokenizer, self.max_length, tools)
             return [Example(ids, targets, row.place, truncated=truncated)]
         ids = self._text_ids(row, tokenizer)
         starts = range(0, len(ids) - 1, self.max_length - 1)
@@ -323,6 +344,10 @@ class CausalLM:
             )
         return ids
 
+
+TOOLS = "tools"
+_NOT_READ = ("functions", "documents", "chat_template_kwargs")
+"""Columns that other programs hand to the chat template."""
 
 Task = SequenceClassification | TokenClassification | CausalLM
 
