@@ -23,14 +23,14 @@ from rich.table import Table
 
 from phi3_jax.bench.turns import take_turns
 from phi3_jax.data.examples import Examples
-from phi3_jax.data.loader import Loader, load
+from phi3_jax.data.loader import load
 from phi3_jax.errors import UserError
 from phi3_jax.runs.allocator import keep_freed_memory
 from phi3_jax.runs.files import write_text
 from phi3_jax.runs.json_values import json_value
 
 from .bench_torch import TransformersTraining
-from .evaluate import EvaluationState, Evaluator
+from .evaluate import EvaluationState, Evaluator, check_finite
 from .progress import Progress
 from .recipe import Recipe, make_recipe, make_trainer, new_model, with_adapters
 from .settings import Settings
@@ -96,7 +96,7 @@ def _ours(options: TurnOptions) -> Callable[[], TurnResult]:
         began = time.perf_counter()
         losses = []
         for arrays in batches:
-            state, metrics = trainer.step(state, arrays)
+            state, metrics = trainer.step_in_batches(state, arrays)
             losses.append(metrics.loss)
         numbers = [float(loss) for loss in losses]
         jax.block_until_ready(state)
@@ -124,9 +124,9 @@ def _theirs(options: TurnOptions) -> Callable[[], TurnResult]:
     return turn
 
 
-def _first_batches(recipe: Recipe, steps: int) -> list[Any]:
-    with _batches(recipe, steps) as batches:
-        return [batch.arrays for batch in batches]
+def _first_batches(recipe: Recipe, steps: int) -> list[list[Any]]:
+    with _steps(recipe, steps) as every:
+        return list(every)
 
 
 def _print_turns(results: Mapping[str, list[TurnResult]], options: TurnOptions) -> None:
@@ -220,11 +220,11 @@ def _train(
     evaluate_every = settings.eval_steps or recipe.plan.steps_per_epoch
     state, best = EvaluationState(), training.trained()
     validation: dict[int, dict[str, float]] = {}
-    with Progress(total, 0, show=True) as progress, _batches(recipe, total) as batches:
-        for batch in batches:
-            step, rate = batch.step + 1, float(recipe.schedule(batch.step))
+    with Progress(total, 0, show=True) as progress, _steps(recipe, total) as every:
+        for step, batches in enumerate(every, 1):
+            rate = float(recipe.schedule(step - 1))
             with _timed(step_seconds):
-                loss = training.step(batch.arrays, rate)
+                loss = training.step(batches, rate)
             if not math.isfinite(loss):
                 raise UserError(f"step {step} has the loss {loss}; try a smaller learning_rate")
             median = statistics.median(step_seconds)
@@ -233,6 +233,7 @@ def _train(
                 continue
             with _timed(evaluation_seconds):
                 validation[step], _ = validate(training)
+            check_finite(validation[step], recipe.metric, f"the evaluation after step {step}")
             progress.say(f"step {step}, validation: {_listed(validation[step])}")
             state = state.with_score(step, validation[step][recipe.metric], recipe.sign)
             if state.best_step == step:
@@ -250,11 +251,12 @@ def _evaluator(recipe: Recipe, split: str, examples: Examples) -> Evaluator:
 
 
 @contextmanager
-def _batches(recipe: Recipe, stop: int) -> Iterator[Loader]:
-    """Yields a loader of the run's batches before step `stop`."""
-    batches = load(recipe.data.train, recipe.plan, pad_token_id=recipe.pad_token_id, stop=stop)
+def _steps(recipe: Recipe, stop: int) -> Iterator[Iterator[list[Any]]]:
+    """Yields the batches of each of the run's steps before step `stop`."""
+    number = recipe.plan.step_batches
+    batches = load(recipe.data.train, recipe.plan, pad_token_id=recipe.pad_token_id, stop=stop * number)
     try:
-        yield batches
+        yield ([next(batches).arrays for _ in range(number)] for _ in range(stop))
     finally:
         batches.close()
 

@@ -5,7 +5,8 @@ PyTorch and transformers are optional, so only the functions that need them impo
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -65,16 +66,17 @@ class TransformersTraining:
             fused=True,
         )
 
-    def step(self, arrays: Mapping[str, np.ndarray], learning_rate: float) -> float:
-        """Updates the parameters; returns the batch's loss before the update."""
+    def step(self, batches: Sequence[Mapping[str, np.ndarray]], learning_rate: float) -> float:
+        """Updates the parameters by the batches of a step; returns their loss before the update."""
         import torch
 
-        rows = self._tensors(arrays)
-        count = self._count(rows["labels"], self._objective)
-        parts = self._settings.gradient_accumulation_steps
+        tensors = [self._tensors(arrays) for arrays in batches]
+        count = sum(self._count(rows["labels"], self._objective) for rows in tensors) or 1.0
+        # As in `finetune`, several batches are themselves the micro-batches.
+        parts = self._settings.gradient_accumulation_steps if len(batches) == 1 else 1
         self._model.train()
         loss = 0.0
-        for part in range(parts):
+        for rows, part in product(tensors, range(parts)):
             some = {name: x[part::parts] for name, x in rows.items()}
             if not len(some["input_ids"]):
                 continue
@@ -98,7 +100,7 @@ class TransformersTraining:
         self._model.eval()
         with torch.no_grad():
             logits, labels = self._forward(rows)
-            losses = self._loss_sum(logits, labels, plain).item(), self._count(rows["labels"], plain)
+            losses = self._loss_sum(logits, labels, plain).item(), self._count(rows["labels"], plain) or 1.0
         outputs: tuple[np.ndarray, ...] = ()
         if self._kind in PROBLEM_TYPES:
             outputs = (logits.cpu().numpy(),)
@@ -158,13 +160,13 @@ class TransformersTraining:
         )
 
     def _count(self, labels: Tensor, objective: Objective) -> float:
-        """Returns what divides the sum of the losses: the labels that count, by their weights."""
+        """Returns the labels that count, by their weights; their number divides the sum of the losses."""
         if labels.is_floating_point():
             return float(labels.numel())
         labels = labels[:, 1:] if self._kind == "causal-lm" else labels
         counted = labels[labels != IGNORE_INDEX]
         weights = self._weights(objective)
-        return float(counted.numel() if weights is None else weights[counted].sum()) or 1.0
+        return float(counted.numel() if weights is None else weights[counted].sum())
 
     def _weights(self, objective: Objective) -> Tensor | None:
         import torch

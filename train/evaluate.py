@@ -1,6 +1,7 @@
 """Scoring a state on examples: the loss, the metrics of the task, and the prediction for each row."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from phi3_jax.config.model_config import PROBLEM_TYPES
 from phi3_jax.data.batches import BatchPlan, bucket_widths
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import load
+from phi3_jax.errors import UserError
+from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.parallel.sharding import replicate
 from phi3_jax.trainer.batches import local_rows, to_devices, width_multiple
 from phi3_jax.trainer.objectives import Batch, Objective, model_inputs
@@ -24,6 +27,10 @@ from .recipe import Recipe
 
 Score = Callable[[Any, Any], tuple[Any, Any, tuple[Any, ...]]]
 """From a state and a batch to the sum of the losses, the count that divides it, and arrays of the rows."""
+
+
+class NotFiniteError(UserError):
+    """The loss, the gradient norm or a metric is infinite or NaN."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,27 @@ class EvaluationState:
     def patience_is_over(self, patience: int | None) -> bool:
         """Returns whether `patience` evaluations came after the best one."""
         return patience is not None and self.worse >= patience
+
+
+def check_finite(metrics: Mapping[str, float], metric: str, what: str) -> None:
+    """Checks the loss and the metric of an evaluation, which say nothing if they are not finite.
+
+    Args:
+        metrics: of the evaluation.
+        metric: the name of the metric that chooses the best parameters.
+        what: the step and the split, for the message.
+
+    Raises:
+        NotFiniteError: one is not finite.
+    """
+    odd = {name: metrics[name] for name in ("loss", metric) if not math.isfinite(metrics[name])}
+    if odd:
+        values = " and ".join(f"{name} {value}" for name, value in odd.items())
+        raise NotFiniteError(
+            f"{what} has {values}. Nothing was saved since the last checkpoint before it, and no model was "
+            "written; try a smaller learning_rate, a longer warm-up, a smaller max_grad_norm or dtype "
+            "float32, and look at the rows of that data"
+        )
 
 
 class Evaluator:
@@ -72,12 +100,13 @@ class Evaluator:
             self._examples,
             self._plan,
             pad_token_id=self._recipe.pad_token_id,
-            stop=self._plan.steps_per_epoch,
+            stop=self._plan.batches_per_epoch,
             local_rows=self._own_rows,
         )
         try:
             for batch in batches:
-                arrays = to_devices(batch.arrays, self._plan.rows, self._mesh, self._own_rows)
+                own = self._with_known_labels(batch.arrays)
+                arrays = to_devices(own, self._plan.rows, self._mesh, self._own_rows)
                 loss, counted, outputs = jax.device_get(self._score(state, arrays))
                 total, count = total + float(loss), count + float(counted)
                 for row, index in enumerate(batch.indices):
@@ -86,6 +115,15 @@ class Evaluator:
         finally:
             batches.close()
         return self._measure(total, count, results)
+
+    def _with_known_labels(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns a batch whose loss leaves out the labels that the model does not have."""
+        known, labels = self._recipe.data.labels, arrays["labels"]
+        if known is None:
+            return arrays
+        if np.issubdtype(labels.dtype, np.floating):
+            return arrays | {"labels": labels[:, : len(known)]}
+        return arrays | {"labels": np.where(labels < len(known), labels, IGNORE_INDEX)}
 
     def _measure(
         self, total: float, count: float, results: list[Any]
@@ -97,8 +135,14 @@ class Evaluator:
         loss = {"loss": total / max(count, 1.0)}
         if kind in PROBLEM_TYPES:
             logits = np.stack([row[0] for row in results])
-            labels = self._examples.labels
+            labels, every = self._examples.labels, self._recipe.data.all_labels
             assert labels is not None
+            assert every is not None
+            # No row is predicted to have a label that the model does not have.
+            unknown = (0, 0), (0, len(every) - logits.shape[1])
+            logits = np.pad(logits, unknown, constant_values=-np.inf)
+            if labels.ndim == 2:
+                labels = np.pad(labels, ((0, 0), (0, len(every) - labels.shape[1])))
             predicted, scores = predict(kind, logits)
             metrics = sequence_metrics(kind, logits, labels)
             return loss | metrics, Predictions(self._split, labels, predicted, scores, places)
@@ -108,7 +152,7 @@ class Evaluator:
 
     def _word_tags(self, results: list[Any]) -> tuple[list[list[str]], list[list[str]], list[np.ndarray]]:
         """Returns the true tags, the predicted ones and their probabilities: the words of each sentence."""
-        labels = self._recipe.data.labels
+        labels = self._recipe.data.all_labels
         assert labels is not None
         true: list[list[str]] = []
         tags: list[list[str]] = []

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Batch, load
-from phi3_jax.errors import UserError
 from phi3_jax.parallel import distributed
 from phi3_jax.trainer.batches import local_rows, to_devices
 from phi3_jax.trainer.step import Metrics
 
 from .checkpoints import Checkpoints
-from .evaluate import EvaluationState, Evaluator, scorer
+from .evaluate import EvaluationState, Evaluator, NotFiniteError, check_finite, scorer
 from .interrupts import Interrupts
 from .logs import RunLog
 from .predictions import Predictions
@@ -32,10 +32,6 @@ from .settings import Settings
 from .speed import Speed
 
 logger = logging.getLogger(__name__)
-
-
-class NotFiniteError(UserError):
-    """The loss or the gradient norm is infinite or NaN."""
 
 
 class InterruptedRunError(Exception):
@@ -65,7 +61,7 @@ def finetune(
         Metrics of the parameters that are kept, by split.
 
     Raises:
-        UserError: settings or data do not fit, or the loss is not finite.
+        UserError: settings or data do not fit, or the loss or a metric is not finite.
         OSError: a file cannot be read or written; `CheckpointError` for models and checkpoints.
         InterruptedRunError: SIGTERM or Ctrl-C came; the state is saved.
     """
@@ -102,10 +98,10 @@ class FinetuneRun:
         self._evaluate_every = self._settings.eval_steps or recipe.plan.steps_per_epoch
         self._save_every = self._settings.save_steps or self._evaluate_every
         self._dropout_key = jax.random.key(self._settings.seed) if self._settings.dropout else None
-        self._own_rows = local_rows(self._settings.train_batch_size, mesh)
+        self._own_rows = local_rows(recipe.plan.rows, mesh)
         # On CPU a step is done when it has been sent: nothing would run while its numbers are recorded.
         self._records_later = jax.default_backend() != "cpu"
-        self._unrecorded: tuple[Batch, Metrics] | None = None
+        self._unrecorded: tuple[list[Batch], Metrics] | None = None
         self.step = 0
         """How many steps are done."""
         self.evaluation = EvaluationState()
@@ -120,17 +116,21 @@ class FinetuneRun:
             self.step, self._state = restored.step, restored.state
             self.evaluation = EvaluationState(**restored.about["standing"])
             logger.warning("resuming after step %d of %d", self.step, recipe.total_steps)
+        start = self.step * recipe.plan.step_batches
+        if restored is not None and restored.about["loader"]["next_index"] != start:
+            logger.warning(
+                "the steps before had other batches (other devices, or another version): the rest of this "
+                "epoch has other examples than it would have had"
+            )
         self._batches = load(
             recipe.data.train,
             recipe.plan,
             pad_token_id=recipe.pad_token_id,
-            start=self.step,
-            stop=recipe.total_steps,
+            start=start,
+            stop=recipe.total_steps * recipe.plan.step_batches,
             local_rows=self._own_rows,
         )
         stack.callback(self._batches.close)
-        if restored is not None:
-            self._batches.set_state(restored.about["loader"])
         self._log = None
         if distributed.is_primary():
             self._log = stack.enter_context(RunLog(directory, resume_at=self.step))
@@ -139,7 +139,7 @@ class FinetuneRun:
         """Takes all steps, or fewer if evaluations stop getting better; evaluates and saves in between.
 
         Raises:
-            NotFiniteError: the loss or the gradient norm is not finite.
+            NotFiniteError: the loss, the gradient norm or the metric of an evaluation is not finite.
             InterruptedRunError: a signal came; the state is saved.
         """
         total = self._recipe.total_steps
@@ -164,30 +164,35 @@ class FinetuneRun:
         return self.evaluation.patience_is_over(self._settings.early_stopping_patience)
 
     def _take_step(self) -> None:
-        batch = next(self._batches)
-        arrays = to_devices(batch.arrays, self._settings.train_batch_size, self._mesh, self._own_rows)
-        self._state, metrics = self._trainer.step(self._state, arrays, self._dropout_key)
+        plan = self._recipe.plan
+        batches = [next(self._batches) for _ in range(plan.step_batches)]
+        arrays = [to_devices(each.arrays, plan.rows, self._mesh, self._own_rows) for each in batches]
+        self._state, metrics = self._trainer.step_in_batches(self._state, arrays, self._dropout_key)
         if self._records_later:
             self._record_step()  # the one before, while this one runs
-        self._unrecorded = batch, metrics
+        self._unrecorded = batches, metrics
         if not self._records_later:
             self._record_step()
-        self.step = batch.step + 1
+        self.step += 1
 
     def _record_step(self) -> None:
         """Checks, logs and shows the numbers of the last step, unless that is done."""
         if self._unrecorded is None:
             return
-        (batch, metrics), self._unrecorded = self._unrecorded, None
+        (batches, metrics), self._unrecorded = self._unrecorded, None
         recipe, settings = self._recipe, self._settings
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
-        rate = float(recipe.schedule(batch.step))
+        done = batches[0].number // recipe.plan.step_batches
+        rate = float(recipe.schedule(done))
+        indices = np.concatenate([batch.indices for batch in batches])
+        indices = indices[indices >= 0]
+        step = done + 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFiniteError(_not_finite_message(loss, norm, rate, batch, recipe))
-        tokens = int(recipe.data.train.lengths[batch.indices[batch.indices >= 0]].sum())
-        speed = self._speed.after_step(tokens, settings.train_batch_size, batch.width)
+            raise NotFiniteError(_not_finite_message(loss, norm, rate, step, indices, recipe))
+        tokens = int(recipe.data.train.lengths[indices].sum())
+        shapes = [(recipe.plan.rows, batch.width) for batch in batches]
+        speed = self._speed.after_step(tokens, shapes)
         values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate} | speed
-        step = batch.step + 1
         if step % settings.logging_steps == 0 or step == recipe.total_steps:
             self._record("train", step, {name: x for name, x in values.items() if x is not None})
         self._progress.update(step, values)
@@ -202,6 +207,7 @@ class FinetuneRun:
         metrics, _ = self._validate(self._state)
         metric = self._recipe.metric
         score = metrics[metric]
+        check_finite(metrics, metric, f"the evaluation of the validation data after step {self.step}")
         self._record("validation", self.step, metrics)
         self._progress.update(self.step, {metric: score, "validation_loss": metrics["loss"]})
         self.evaluation = self.evaluation.with_score(self.step, score, self._recipe.sign)
@@ -223,12 +229,23 @@ class FinetuneRun:
             logger.warning("%s; the last parameters are kept instead of the best", error)
 
     def evaluate(self) -> tuple[SplitMetrics, Predictions | None]:
-        """Returns the metrics of every split, and the predictions of the last one."""
+        """Returns the metrics of every split, and the predictions of the last one.
+
+        Raises:
+            NotFiniteError: the loss or the metric is not finite.
+        """
+        metric, kept = self._recipe.metric, self.evaluation.best_step or self.step
         metrics, predictions = self._validate(self._state)
+        check_finite(
+            metrics, metric, f"the evaluation of the validation data with the parameters of step {kept}"
+        )
         results = {"validation": metrics}
         test = self._recipe.data.test
         if test is not None:
             results["test"], predictions = self._evaluator("test", test)(self._state)
+            check_finite(
+                results["test"], metric, f"the evaluation of the test data with the parameters of step {kept}"
+            )
             self._record("test", self.evaluation.best_step or self.step, results["test"])
         return results, predictions
 
@@ -240,12 +257,14 @@ class FinetuneRun:
         return Evaluator(self._score, examples, self._recipe, split=split, mesh=self._mesh)
 
 
-def _not_finite_message(loss: float, norm: float, rate: float, batch: Batch, recipe: Recipe) -> str:
-    rows = [recipe.data.train.place(int(index)) for index in batch.indices if index >= 0]
+def _not_finite_message(
+    loss: float, norm: float, rate: float, step: int, indices: np.ndarray, recipe: Recipe
+) -> str:
+    rows = [recipe.data.train.place(int(index)) for index in indices]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-    epoch = batch.step // recipe.plan.steps_per_epoch + 1
+    epoch = (step - 1) // recipe.plan.steps_per_epoch + 1
     return (
-        f"step {batch.step + 1} (epoch {epoch}) has the loss {loss} and the gradient norm "
-        f"{norm} at learning rate {rate:.3g}; its batch is {', '.join(rows[:3])}{more}. Nothing was saved "
+        f"step {step} (epoch {epoch}) has the loss {loss} and the gradient norm "
+        f"{norm} at learning rate {rate:.3g}; its rows are {', '.join(rows[:3])}{more}. Nothing was saved "
         "since; try a smaller learning_rate, a longer warm-up, a smaller max_grad_norm or dtype float32"
     )

@@ -3,11 +3,13 @@
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -27,12 +29,14 @@ from phi3_jax.model import (
 )
 from phi3_jax.model.loading import load_model
 from phi3_jax.parallel import distributed
+from phi3_jax.parallel.sharding import shards
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.trainer.batches import check_rows, width_multiple
 from phi3_jax.trainer.objectives import Objective
 from phi3_jax.trainer.optimizers import make_optimizer, make_schedule
 from phi3_jax.trainer.step import Trainer
 
+from .labels import base_head
 from .metrics import direction
 from .settings import Settings
 from .sources import Data, load_data
@@ -53,6 +57,10 @@ BEST_BY = {
     "causal-lm": "loss",
 }
 """The metric that chooses the best parameters, unless the user names another."""
+
+
+STEP_BATCHES = 4
+"""Batches of a step, where its rows divide: short and long rows learn together, with little padding."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
         lambda: default_model(cache_dir) if settings.model is None else resolve(settings.model)
     )
     tokenizer = Phi3Tokenizer.from_pretrained(path)
-    _, config = open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
     if settings.rope is not None:
         config = as_longrope(parse_rope(settings.rope).config_to_save(config))
         saved = config.rope_scaling.to_dict(config.rope_base)
@@ -98,7 +107,7 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
                 "transformers has no %s rope for Phi-3, and will not load the trained model",
                 config.rope_scaling.rope_type,
             )
-    data = distributed.run_everywhere(lambda: load_data(settings, tokenizer, config))
+    data = distributed.run_everywhere(lambda: load_data(settings, tokenizer, config, base_head(checkpoint)))
     pad = next(
         (i for i in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
     )
@@ -108,8 +117,14 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
         if settings.packing
         else bucket_widths(data.train.lengths, most=settings.max_buckets, multiple=width_multiple(mesh))
     )
+    batches = _step_batches(settings, len(widths), mesh)
     plan = BatchPlan(
-        data.train.lengths, rows=settings.train_batch_size, widths=widths, shuffle=True, seed=settings.seed
+        data.train.lengths,
+        rows=settings.train_batch_size // batches,
+        widths=widths,
+        shuffle=True,
+        step_batches=batches,
+        seed=settings.seed,
     )
     total = settings.max_steps or math.ceil(settings.num_train_epochs * plan.steps_per_epoch)
     schedule = make_schedule(
@@ -121,6 +136,23 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
     return Recipe(settings, path, tokenizer, config, data, pad, plan, total, schedule, kind, metric, sign)
 
 
+def _step_batches(settings: Settings, widths: int, mesh: Mesh | None) -> int:
+    """Returns how many batches a step takes, each with a width of its own.
+
+    It is a multiple of the micro-batches that the settings ask for. With one width, or where the devices
+    divide the rows so far, it is 1, and the trainer divides the batch into the micro-batches.
+    """
+    if widths == 1:
+        return 1
+    least = settings.gradient_accumulation_steps
+    devices = 1 if mesh is None else shards(mesh, "batch")
+    for batches in range(max(STEP_BATCHES, least), 1, -1):
+        rows, rest = divmod(settings.train_batch_size, batches)
+        if batches % least == 0 and not rest and rows % devices == 0 and (rows > 1 or batches == least):
+            return batches
+    return 1
+
+
 def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
     """Returns the base model with the task's head, as it is before the first step."""
     settings, labels = recipe.settings, recipe.data.labels
@@ -129,16 +161,23 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
         changes["id2label"] = dict(enumerate(labels.names))
     if settings.task == "sequence-classification":
         changes["problem_type"] = settings.problem_type
-    return load_model(
+    rows = recipe.data.base_rows
+    model = load_model(
         MODELS[settings.task],
         recipe.base,
         dtype="float32" if settings.trained == "full" else settings.dtype,
         mesh=mesh,
         rngs=settings.seed,
         config=recipe.config,
-        ignore_mismatched_sizes=True,
+        new_head=rows is None,
         **changes,
     )
+    if isinstance(model, Phi3ForSequenceClassification | Phi3ForTokenClassification) and rows is not None:
+        score = nnx.state(model.score)
+        shardings = jax.tree.map(lambda x: x.sharding, score)
+        take = jax.jit(partial(jax.tree.map, lambda x: x[np.array(rows)]), out_shardings=shardings)
+        nnx.update(model.score, take(score))
+    return model
 
 
 def with_adapters(model: Phi3PreTrainedModel, settings: Settings) -> Phi3PreTrainedModel:
@@ -176,7 +215,7 @@ def make_trainer(recipe: Recipe, model: Phi3PreTrainedModel, mesh: Mesh | None) 
             epsilon=settings.adam_epsilon,
         ),
         objective=Objective(settings.label_smoothing, recipe.data.class_weights),
-        accumulate=settings.gradient_accumulation_steps,
+        accumulate=settings.gradient_accumulation_steps if recipe.plan.step_batches == 1 else 1,
         wrt=wrt,
         compute_dtype=jnp.dtype(settings.dtype),
         remat=settings.remat or ("none" if on_cpu else "full"),

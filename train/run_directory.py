@@ -127,7 +127,7 @@ class RunDirectory:
         if not distributed.is_primary():
             return
         recipe = self._recipe
-        labels = recipe.data.labels
+        labels = recipe.data.all_labels
         write_report(
             self.path,
             task=recipe.kind,

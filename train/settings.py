@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,6 +52,11 @@ class Settings(BaseModel):
     text_column: str = Field("text", description="For sequence classification and raw text.")
     text_pair_column: str | None = Field(None, description="A second text.")
     label_column: str | list[str] = Field("label", description="Several: numbers, or 0 and 1 for each label.")
+    labels: list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = Field(
+        None,
+        description="The classes in the order of their ids; default: the base model's order if the rows have "
+        "its labels, else sorted.",
+    )
     words_column: str = Field("words", description="For token classification.")
     tags_column: str = Field("labels", description="For token classification: a label for each word.")
     messages_column: str | None = Field(
@@ -62,6 +67,11 @@ class Settings(BaseModel):
     )
     label_separator: str = Field("|", description="Separates several labels of a row.")
     label_all_pieces: bool = Field(False, description="Label every piece of a word, not just its first.")
+    prefix_space: bool = Field(
+        True,
+        description="A space before every word but the first, as in a text; false: words as transformers "
+        "reads them with is_split_into_words.",
+    )
     max_length: int = Field(512, ge=2, description="Tokens of an example; longer ones are cut.")
     packing: bool = Field(False, description="Several examples in one row of max_length tokens (causal-lm).")
 

@@ -1,7 +1,9 @@
 """The examples of a run: rows of files, of data sets or generated ones, tokenised and split."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,13 @@ from phi3_jax.data.examples import Examples
 from phi3_jax.data.generated import generated_rows
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.packing import PackedExamples, pack
-from phi3_jax.data.rows import BadRows, Row, read_dataset, read_rows
+from phi3_jax.data.rows import BadRowError, BadRows, Row, read_dataset, read_rows
 from phi3_jax.data.tasks import CausalLM, SequenceClassification, Task, TokenClassification, encode_rows
 from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.tokenizer import Phi3Tokenizer
 
+from .labels import BaseHead, ModelLabels, given_labels, match_labels
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,11 @@ class Data:
 
     task: Task
     labels: Labels | None
+    """Of the model."""
+    base_rows: tuple[int, ...] | None
+    """The row of the base's head that each label starts from; None: the head is new."""
+    all_labels: Labels | None
+    """Those of the model, then those that only validation and test rows have."""
     train: Examples | PackedExamples
     validation: Examples
     test: Examples | None
@@ -62,13 +70,16 @@ def make_task(settings: Settings) -> Task:
             words=settings.words_column,
             labels=settings.tags_column,
             label_all_pieces=settings.label_all_pieces,
+            prefix_space=settings.prefix_space,
             max_length=settings.max_length,
         )
     messages = settings.messages_column or ("messages" if settings.generated else None)
     return CausalLM(messages=messages, text=settings.text_column, max_length=settings.max_length)
 
 
-def load_data(settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config) -> Data:
+def load_data(
+    settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config, base: BaseHead | None = None
+) -> Data:
     """Reads, tokenises and splits the rows.
 
     Raises:
@@ -76,14 +87,16 @@ def load_data(settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config) 
     """
     task = make_task(settings)
     bad = BadRows(settings.skip_bad_rows)
-    labels = task.label_set(_rows(settings, "train", task, BadRows(skip=True)))
+    model = _model_labels(settings, task, base)
+    labels, base_rows = (None, None) if model is None else (model.labels, model.base_rows)
+    all_labels = labels
     counts: dict[str, int] = {}
 
     def examples(split: str) -> Examples:
         rows = _rows(settings, split, task, bad)
-        gathered = Examples.gather(encode_rows(task, rows, tokenizer, labels, bad=bad))
+        gathered = Examples.gather(encode_rows(task, rows, tokenizer, all_labels, bad=bad))
         if not len(gathered):
-            raise UserError(f"the {split} rows hold no example")
+            raise UserError(f"the {split} rows hold no example. {bad.summary()}".strip())
         counts[f"{split} examples"] = len(gathered)
         if cut := int(np.count_nonzero(gathered.truncated)):
             counts[f"{split} examples cut"] = cut
@@ -94,6 +107,8 @@ def load_data(settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config) 
         return gathered
 
     train = examples("train")
+    if all_labels is not None:
+        all_labels = _with_unknown(all_labels, settings, task)
     if _has(settings, "validation"):
         validation = examples("validation")
     else:
@@ -102,13 +117,47 @@ def load_data(settings: Settings, tokenizer: Phi3Tokenizer, config: Phi3Config) 
     test = examples("test") if _has(settings, "test") else None
     if bad.count:
         counts["bad rows skipped"] = bad.count
-        logger.warning("%d bad rows were skipped; the first: %s", bad.count, "; ".join(bad.first))
+        logger.warning("%s", bad.summary())
     weights = _class_weights(settings, labels, train)
     rows: Examples | PackedExamples = train
     if settings.packing:
         rows = _pack(train, settings.max_length, config)
         counts["train rows, packed"] = len(rows)
-    return Data(task, labels, rows, validation, test, counts, weights)
+    return Data(task, labels, base_rows, all_labels, rows, validation, test, counts, weights)
+
+
+def _model_labels(settings: Settings, task: Task, base: BaseHead | None) -> ModelLabels | None:
+    """Returns the labels of the model; None for a language model."""
+    given = given_labels(settings)
+    bad = BadRows(settings.skip_bad_rows)
+    labels = given or task.label_set(_rows(settings, "train", task, bad), bad)
+    if labels is None:
+        return None
+    columns = isinstance(task, SequenceClassification) and task.has_label_columns
+    kind = settings.task if settings.task == "token-classification" else settings.problem_type
+    return match_labels(labels, base, kind, ordered=columns or given is not None)
+
+
+def _with_unknown(labels: Labels, settings: Settings, task: Task) -> Labels:
+    """Returns the labels and those that only validation or test rows have, which the model cannot predict."""
+    every = labels
+    for split in ("validation", "test"):
+        if settings.generated or not _has(settings, split):
+            continue
+        counts: Counter[str] = Counter()
+        for row in _rows(settings, split, task, BadRows(skip=True)):
+            with suppress(BadRowError):  # reported when the row is encoded
+                counts.update(set(task.label_names(row)) - set(labels.names))
+        if counts:
+            shown = ", ".join(f"{name!r} ({count})" for name, count in counts.most_common(5))
+            more = f" and {len(counts) - 5} more" if len(counts) > 5 else ""
+            logger.warning(
+                "%s rows have labels that the model does not have: %s%s. They count as wrong, and the loss "
+                "leaves them out",
+                *(split, shown, more),
+            )
+            every = every.extended(counts)
+    return every
 
 
 def _pack(train: Examples, width: int, config: Phi3Config) -> PackedExamples:
@@ -146,7 +195,13 @@ def _rows(settings: Settings, split: Any, task: Task, bad: BadRows) -> Iterable[
     if settings.dataset is not None:
         return read_dataset(settings.dataset, settings.dataset_splits[split])
     path = getattr(settings, f"{split}_file")
-    return read_rows(path, file_format=settings.file_format, columns=task.columns, bad=bad)
+    return read_rows(
+        path,
+        file_format=settings.file_format,
+        columns=task.columns,
+        optional=task.optional_columns,
+        bad=bad,
+    )
 
 
 def _class_weights(settings: Settings, labels: Labels | None, train: Examples) -> tuple[float, ...] | None:

@@ -1,6 +1,7 @@
 """The speed of a run: tokens, operations, and their share of the chips' peak."""
 
 import time
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -25,21 +26,20 @@ class Speed:
         """Leaves out the time until the next step, which went into other work."""
         self._last = None
 
-    def after_step(self, tokens: int, rows: int, width: int) -> dict[str, float | None]:
+    def after_step(self, tokens: int, shapes: Sequence[tuple[int, int]]) -> dict[str, float | None]:
         """Returns the speed of a step that is done; nothing for the first one.
 
         Tokens a second are without padding, the model's operations with it.
 
         Args:
             tokens: of the step's examples.
-            rows: of the batch.
-            width: tokens of a row, padding included.
+            shapes: rows of each batch, and tokens of a row, padding included.
         """
         now, last = time.perf_counter(), self._last
         self._last = now
         if last is None or now <= last:
             return {}
-        rate = self._flops(rows, width) / (now - last)
+        rate = sum(self._flops(*shape) for shape in shapes) / (now - last)
         return {
             "tokens_per_second": tokens / (now - last),
             "flops_per_second": rate,

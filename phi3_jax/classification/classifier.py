@@ -196,7 +196,7 @@ class Classifier:
                     done += 1
             after_batch(done)
 
-        batches = load(examples, plan, pad_token_id=pad, stop=plan.steps_per_epoch)
+        batches = load(examples, plan, pad_token_id=pad, stop=plan.batches_per_epoch)
         # The device computes one batch while the predictions of the batch before are collected.
         started: tuple[Batch, Any] | None = None
         try:
@@ -252,7 +252,10 @@ def task_of_model(
     trained = _training_settings(path)
     columns = {name: trained.get(name) if value is None else value for name, value in given.items()}
     # The classes name these fields differently; a field that nobody set keeps its default.
-    fields: dict[str, Any] = {"words": columns["words_column"]}
+    fields: dict[str, Any] = {
+        "words": columns["words_column"],
+        "prefix_space": trained.get("prefix_space"),
+    }
     if not for_words:
         fields = {name: columns[f"{name}_column"] for name in ("text", "text_pair")}
         fields["label_separator"] = trained.get("label_separator")

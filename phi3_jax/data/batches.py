@@ -1,4 +1,4 @@
-"""Assigns examples to steps: batch widths with little padding, and a plan of the batches of each epoch."""
+"""Assigns examples to batches: widths with little padding, and a plan of the batches of each epoch."""
 
 import threading
 from collections.abc import Sequence
@@ -9,21 +9,31 @@ from jaxtyping import Int
 from phi3_jax.errors import UserError
 from phi3_jax.sizes import ceil_div
 
+MIXED_STEPS = 8
+"""Steps that share a sample of the examples. More steps pad less, and fewer mix better: with 8 steps of 4
+batches, the classes of a step are as mixed as in a sample of its own, even where they differ in length."""
+
 
 class BatchPlan:
     """The examples of every step of every epoch.
 
-    Each step is a batch of `rows` examples that are no longer than its width. The plan depends only on its
-    arguments, not on the number of processes, and its steps can be read in any order.
+    A step takes one batch or several, each of `rows` examples that are no longer than its width. The plan
+    depends only on its arguments, not on the number of processes, and its batches can be read in any order.
 
-    An epoch shuffles the examples and sorts them into the narrowest widths that hold them. Examples that do
-    not fill a batch of their width start one of the next wider; only the widest may have empty rows. Then
-    the batches are shuffled. Without `shuffle`, every epoch has the examples in order, longest first.
+    An epoch shuffles the examples. With several batches a step, each `MIXED_STEPS` steps take the next
+    examples, a random sample. The sample is sorted by width and divided into as many ranges as a step has
+    batches, and every step gets one batch of each range. So a step has short and long examples, and what
+    comes with their length, such as a class. The last steps of an epoch may have empty rows.
+
+    With one batch a step, all examples are sorted into the narrowest widths that hold them, and the batches
+    are shuffled. Examples that do not fill a batch of their width start one of the next wider; only the
+    widest may have empty rows. Without `shuffle`, every epoch has the examples in order, longest first.
 
     Args:
         lengths: number of tokens of each example.
         rows: rows of a batch, over all processes.
         widths: widths that batches may have, in tokens.
+        step_batches: batches of a step.
         seed: seeds the shuffles, together with the number of the epoch.
 
     Raises:
@@ -37,10 +47,11 @@ class BatchPlan:
         rows: int,
         widths: Sequence[int],
         shuffle: bool,
+        step_batches: int = 1,
         seed: int = 0,
     ):
         lengths = np.asarray(lengths)
-        self.rows = rows
+        self.rows, self.step_batches = rows, step_batches
         self.widths = tuple(sorted(widths))
         _check(lengths, rows, self.widths)
         self._lengths = lengths
@@ -53,18 +64,22 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return ceil_div(len(self._lengths), self.rows)
+        return ceil_div(len(self._lengths), self.rows * self.step_batches)
 
-    def step(self, number: int) -> tuple[int, Int[np.ndarray, "B"]]:
-        """Returns the width and the examples of a step, counted over all epochs; -1 is an empty row."""
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.steps_per_epoch * self.step_batches
+
+    def batch(self, number: int) -> tuple[int, Int[np.ndarray, "B"]]:
+        """Returns the width and the examples of a batch, counted over all epochs; -1 is an empty row."""
         if number < 0:
-            raise IndexError(f"step {number} does not exist; steps are counted from 0")
-        epoch, within = divmod(number, self.steps_per_epoch)
+            raise IndexError(f"batch {number} does not exist; batches are counted from 0")
+        epoch, within = divmod(number, self.batches_per_epoch)
         buckets, indices = self._epoch(epoch if self._shuffle else 0)
         return self.widths[buckets[within]], indices[within]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the bucket and the examples of every step; keeps the two epochs that were computed last."""
+        """Returns the bucket and the examples of every batch; keeps the last two epochs."""
         with self._lock:  # several loader threads may reach a new epoch at once
             if epoch not in self._epochs:
                 while len(self._epochs) > 1:
@@ -73,19 +88,40 @@ class BatchPlan:
             return self._epochs[epoch]
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._shuffle:
-            order = permutation(len(self._lengths), self._seed, epoch)
-            order = order[np.argsort(self._buckets[order], kind="stable")]
+        if not self._shuffle:
+            indices = self._batches(np.argsort(-self._lengths, kind="stable"))
+        elif self.step_batches == 1:
+            indices = self._batches(self._by_width(permutation(len(self._lengths), self._seed, epoch)))
+            indices = indices[permutation(len(indices), self._seed, epoch, 1)]
         else:
-            order = np.argsort(-self._lengths, kind="stable")
-        indices = np.full((self.steps_per_epoch, self.rows), -1, np.int64)
-        indices.flat[: len(order)] = order
+            indices = self._mixed_batches(epoch)
         buckets = np.where(indices < 0, 0, self._buckets[indices]).max(axis=1)
-        if self._shuffle:
-            order = permutation(len(indices), self._seed, epoch, 1)
-            indices, buckets = indices[order], buckets[order]
         indices.flags.writeable = False
         return buckets, indices
+
+    def _batches(self, order: np.ndarray) -> np.ndarray:
+        """Returns the examples of each batch; the last one may have empty rows."""
+        indices = np.full((self.batches_per_epoch, self.rows), -1, np.int64)
+        indices.flat[: len(order)] = order
+        return indices
+
+    def _by_width(self, order: np.ndarray) -> np.ndarray:
+        """Sorts examples by width; those of one width keep their order."""
+        return order[np.argsort(self._buckets[order], kind="stable")]
+
+    def _mixed_batches(self, epoch: int) -> np.ndarray:
+        """Returns the examples of each batch; the batches of a step have examples of different lengths."""
+        order = permutation(len(self._lengths), self._seed, epoch)
+        indices = np.full((self.steps_per_epoch, self.step_batches, self.rows), -1, np.int64)
+        for first in range(0, len(indices), MIXED_STEPS):
+            sample = indices[first : first + MIXED_STEPS]
+            start = first * self.step_batches * self.rows
+            taken = self._by_width(order[start : start + sample.size])
+            ranges = np.full(sample.size, -1, np.int64)
+            ranges[sample.size - len(taken) :] = taken  # empty rows count as the shortest
+            for number, own in enumerate(ranges.reshape(self.step_batches, len(sample), self.rows)):
+                sample[:, number] = own[permutation(len(sample), self._seed, epoch, 1, first, number)]
+        return indices.reshape(self.batches_per_epoch, self.rows)
 
 
 def _check(lengths: np.ndarray, rows: int, widths: tuple[int, ...]) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from phi3_jax.data.labels import Labels, label_name
-from phi3_jax.data.rows import BadRowError, Row
+from phi3_jax.data.rows import BadRowError, BadRows, Row
 from phi3_jax.errors import UserError
+from phi3_jax.runs.text import lone_surrogate
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -36,7 +37,16 @@ def read_text(row: Row, column: str, *, may_be_empty: bool = False) -> str:
         raise BadRowError(row.place, f"{column!r} is {value!r:.40}; expected text")
     if not (may_be_empty or value.strip()):
         raise BadRowError(row.place, f"{column!r} is empty")
+    check_characters(row, column, value)
     return value
+
+
+def check_characters(row: Row, column: str, text: str) -> None:
+    """Raises the row's error if a text has half of a surrogate pair, which no tokenizer can read."""
+    if (at := lone_surrogate(text)) is not None:
+        raise BadRowError(
+            row.place, f"{column!r} has half of a surrogate pair at character {at + 1}, which is not text"
+        )
 
 
 def read_list(row: Row, column: str) -> list[Any]:
@@ -78,15 +88,35 @@ def label_id(row: Row, labels: Labels, name: str) -> int:
         return labels.id(name)
 
 
-def collect_labels(rows: Iterable[Row], names_of: Callable[[Row], list[str]]) -> Labels:
-    """Collects the labels of all good rows; raises the first bad row's error if there are none."""
+def collect_labels(rows: Iterable[Row], names_of: Callable[[Row], list[str]], bad: BadRows) -> Labels:
+    """Collects the labels of all good rows.
+
+    Raises:
+        BadRowError: a row is bad, and `bad` does not skip it.
+        UserError: no row has a label.
+    """
     names: set[str] = set()
-    fault = None
     for row in rows:
         try:
             names.update(names_of(row))
         except BadRowError as error:
-            fault = fault or error
+            bad(error)
     if not names:
-        raise fault or UserError("the rows have no labels; expected at least one")
+        raise UserError(f"the rows have no labels; expected at least one{_also(bad)}")
     return Labels.from_names(names)
+
+
+def check_two_classes(labels: Labels, bad: BadRows) -> None:
+    """Checks that there are two classes to tell apart.
+
+    Raises:
+        UserError: there is only one.
+    """
+    if len(labels) == 1:
+        raise UserError(
+            f"all rows have the label {labels.names[0]!r}; expected at least two classes{_also(bad)}"
+        )
+
+
+def _also(bad: BadRows) -> str:
+    return f". {bad.summary()}" if bad.count else ""

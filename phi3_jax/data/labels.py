@@ -45,6 +45,11 @@ class Labels:
         """Returns the labels that a model was trained with."""
         return cls(tuple(config.id2label.values()))
 
+    def extended(self, names: Iterable[str]) -> "Labels":
+        """Returns these labels, followed by those of `names` that are not among them, sorted."""
+        new = set(names) - set(self.names)
+        return Labels(self.names + self.from_names(new).names) if new else self
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -37,13 +37,14 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The examples of one step, padded on the right to the step's width.
+    """The examples of one batch, padded on the right to its width.
 
     A row without an example is all padding: its mask is 0 and its labels are -100. Labels of whole examples
     come with `weights`, 1 for an example and 0 for none.
     """
 
-    step: int
+    number: int
+    """Counted over all epochs."""
     width: int
     arrays: dict[str, Shaped[np.ndarray, "B ..."]]
     """The model's inputs, for the rows of this process."""
@@ -100,7 +101,7 @@ def load(
     threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
-    """Loads the batches of a plan from step `start` up to, but not including, `stop`.
+    """Loads the batches of a plan from number `start` up to, but not including, `stop`.
 
     Args:
         stop: default: never.
@@ -110,10 +111,10 @@ def load(
     """
     stop = sys.maxsize if stop is None else stop
     if not 0 <= start <= stop:
-        raise UserError(f"batches from step {start} to {stop}; expected 0 <= start <= stop")
+        raise UserError(f"batches from {start} to {stop}; expected 0 <= start <= stop")
     maker = _BatchMaker(examples, plan, pad_token_id, local_rows)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    # The source counts from 0, not from `start`, so that a state means the same step to every loader.
+    # The source counts from 0, not from `start`, so that a state means the same batch to every loader.
     batches = iter(grain.MapDataset.source(range(stop)).map(maker).to_iter_dataset(options))
     loader = Loader(batches, stop)
     loader.set_state({"next_index": start})
@@ -122,22 +123,22 @@ def load(
 
 @dataclass(frozen=True)
 class _BatchMaker:
-    """Makes the batch of a step; threads call it."""
+    """Makes the batch of a number; threads call it."""
 
     examples: BatchSource
     plan: BatchPlan
     pad_token_id: int
     local_rows: Int[np.ndarray, "B"] | None
 
-    def __call__(self, step: int) -> Batch:
-        width, indices = self.plan.step(step)
+    def __call__(self, number: int) -> Batch:
+        width, indices = self.plan.batch(number)
         own = indices if self.local_rows is None else indices[self.local_rows]
-        arrays = self._pad_rows(step, width, own)
+        arrays = self._pad_rows(number, width, own)
         if self.examples.labels is not None:
             arrays |= _whole_labels(self.examples.labels, own)
-        return Batch(step, width, arrays, indices)
+        return Batch(number, width, arrays, indices)
 
-    def _pad_rows(self, step: int, width: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def _pad_rows(self, number: int, width: int, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the values per token, padded, and the attention mask."""
         padding = PADDING | {"input_ids": self.pad_token_id}
         shape = len(indices), width
@@ -153,7 +154,9 @@ class _BatchMaker:
                     arrays[name][row, :length] = column
             except Exception as error:
                 where = self.examples.place(index)
-                raise RuntimeError(f"cannot make row {row} of step {step} from {where}: {error}") from error
+                raise RuntimeError(
+                    f"cannot make row {row} of batch {number} from {where}: {error}"
+                ) from error
             mask[row, :length] = 1
         return arrays
 

@@ -4,21 +4,23 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from phi3_jax.errors import UserError
-from phi3_jax.runs.text import lone_surrogate
+from phi3_jax.runs.text import lone_surrogate, parse_json, read_json
 
 _LONGEST_FIELD = 2**24
 _PARQUET_BATCH = 1024
+_CONLLU = 10
 
 
 class Place(NamedTuple):
@@ -73,25 +75,36 @@ class BadRows:
         if len(self.first) < 5:
             self.first.append(str(error))
 
+    def summary(self) -> str:
+        """Returns how many rows were skipped and what is wrong with the first ones; empty without any."""
+        if not self.count:
+            return ""
+        rows = "1 bad row was" if self.count == 1 else f"{self.count} bad rows were"
+        return f"{rows} skipped; the first: {'; '.join(self.first)}"
+
 
 def read_rows(
     path: str | PathLike[str],
     *,
     file_format: str | None = None,
     columns: Collection[str] = (),
+    optional: Collection[str] = (),
     only_columns: bool = True,
     bad: BadRows,
 ) -> Iterator[Row]:
     """Yields the rows of a file, reading as they are needed: memory does not grow with the file.
 
     CSV and TSV have a header line. CoNLL has one word and its tags per line, of which the last counts, and
-    blank lines between sentences; its columns are `words` and `labels`. Text is UTF-8, and may be compressed
-    (.gz).
+    blank lines between sentences; its columns are `words` and `labels`. Lines in front of a sentence that
+    start with # and have other fields than its words are comments. Text is UTF-8, and may be compressed
+    (.gz). A folder is one that `save_to_disk` of `datasets` wrote. Parquet files and such folders give class
+    names in place of class numbers, if their schema has names.
 
     Args:
         file_format: "csv", "tsv", "jsonl", "parquet" or "conll"; default: by the file's suffix.
         columns: columns that must exist; not checked in JSONL, where rows may have different ones.
-        only_columns: reads no other columns of Parquet, if `columns` names any.
+        optional: columns that are read, too, where they exist.
+        only_columns: reads no other columns of Parquet and of folders, if `columns` names any.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -99,12 +112,27 @@ def read_rows(
         BadRowError: a row is bad, and `bad` does not skip it.
     """
     path = Path(path)
+    wanted = _Columns(columns, optional, only_columns)
+    if path.is_dir():
+        _check_saved(path)
+        return _skip_bad_rows(_read_saved(path, wanted), path, bad)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no data at {path}: " + ("it is a folder" if path.is_dir() else "no such file")
-        )
-    rows = _READERS[_format_of(path, file_format)](path, columns, only_columns)
-    return _skip_bad_rows(rows, path, bad)
+        raise FileNotFoundError(f"no data at {path}: no such file")
+    return _skip_bad_rows(_READERS[_format_of(path, file_format)](path, wanted), path, bad)
+
+
+class _Columns(NamedTuple):
+    """The columns that are to be read."""
+
+    required: Collection[str]
+    optional: Collection[str]
+    only: bool
+
+    def of(self, existing: Sequence[str]) -> list[str]:
+        """Returns the columns to read among those that exist."""
+        if not self.required or not self.only:
+            return list(existing)
+        return [*self.required, *(name for name in self.optional if name in existing)]
 
 
 def read_dataset(name: str, split: str) -> Iterator[Row]:
@@ -120,23 +148,35 @@ def read_dataset(name: str, split: str) -> Iterator[Row]:
             f"the data set {name!r} needs the library datasets; pip install datasets, or give a file"
         ) from error
     data = datasets.load_dataset(name, split=split, streaming=True)
-    named = {}
-    for column, feature in (data.features or {}).items():
-        # The feature of a list, such as token labels, contains the feature of its items.
-        classes = getattr(feature, "feature", feature)
-        if isinstance(classes, datasets.ClassLabel):
-            named[column] = classes.names
+    features = {} if data.features is None else data.features.to_dict()
+    named = {column: names for column, each in features.items() if (names := _names_of(each))}
     for number, values in enumerate(data, 1):
-        for column, names in named.items():
-            values[column] = _class_names(values[column], names)
-        yield Row(values, Place(f"{name}, {split}", number, "row"))
+        yield Row(_with_names(values, named), Place(f"{name}, {split}", number, "row"))
+
+
+def _names_of(feature: Any) -> list[str] | None:
+    """Returns the class names in a feature of `datasets`, as it writes it; None if it has no classes."""
+    if isinstance(feature, list):  # an old spelling of a list
+        feature = {"feature": feature[0]} if feature else {}
+    if not isinstance(feature, dict):
+        return None
+    if feature.get("_type") == "ClassLabel":
+        return feature.get("names")
+    # The feature of a list, such as token labels, contains the feature of its items.
+    return _names_of(feature.get("feature"))
+
+
+def _with_names(values: dict[str, Any], named: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    for column in named.keys() & values.keys():
+        values[column] = _class_names(values[column], named[column])
+    return values
 
 
 def _class_names(value: Any, names: Sequence[str]) -> Any:
     if isinstance(value, list):
         return [_class_names(one, names) for one in value]
     # -1 means that the label is not published.
-    return names[value] if isinstance(value, int) and value >= 0 else None
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _format_of(path: Path, file_format: str | None) -> str:
@@ -189,15 +229,13 @@ def _check_columns(path: Path, existing: Collection[str], required: Collection[s
             raise UserError(f"{path} has no column {column!r}; its columns are {names}")
 
 
-def _read_delimited(
-    path: Path, columns: Collection[str], only_columns: bool, *, delimiter: str
-) -> Iterator[Row | BadRowError]:
+def _read_delimited(path: Path, columns: _Columns, *, delimiter: str) -> Iterator[Row | BadRowError]:
     # The default limit of csv, 131,072 characters, is too short for long documents. Without a limit, an open
     # quote would read the rest of the file into memory.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     header = _header(reader, path)
-    _check_columns(path, header, columns)
+    _check_columns(path, header, columns.required)
     while True:
         place = Place(str(path), reader.line_num + 1)
         try:
@@ -232,7 +270,7 @@ def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
     return header
 
 
-def _read_jsonl(path: Path, columns: Collection[str], only_columns: bool) -> Iterator[Row | BadRowError]:
+def _read_jsonl(path: Path, columns: _Columns) -> Iterator[Row | BadRowError]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -241,50 +279,142 @@ def _read_jsonl(path: Path, columns: Collection[str], only_columns: bool) -> Ite
         fault = _encoding_fault(line)
         if fault is None:
             try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                fault = f"not valid JSON: {error.msg} at column {error.colno}"
-            except (ValueError, RecursionError) as error:  # a number is too long, or the nesting too deep
-                fault = f"JSON cannot be read: {error}"
+                values = parse_json(line, "the line")
+            except UserError as error:
+                fault = f"{_json_fault(error)}; expected a JSON object in each line, got {line.strip():.40}"
             else:
                 if not isinstance(values, dict):
                     fault = f"expected a JSON object in each line, got {line.strip():.40}"
+            if fault and line.lstrip()[:1] == "[":
+                fault += ", which starts an array; write each object on a line of its own (jq -c '.[]' does)"
         yield BadRowError(place, fault) if fault else Row(values, place)
 
 
-def _read_parquet(path: Path, columns: Collection[str], only_columns: bool) -> Iterator[Row]:
+def _json_fault(error: UserError) -> str:
+    """Returns what is wrong with a line, without the number that it has as a text by itself."""
+    cause = error.__cause__
+    return (
+        f"not valid JSON: {cause.msg} at column {cause.colno}"
+        if isinstance(cause, json.JSONDecodeError)
+        else str(error)
+    )
+
+
+def _read_parquet(path: Path, columns: _Columns) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, columns)
-            selected = list(columns) if columns and only_columns else None
-            done = 0
-            for batch in file.iter_batches(_PARQUET_BATCH, columns=selected):
-                for number, values in enumerate(batch.to_pylist(), done + 1):
-                    yield Row(values, Place(str(path), number, "row"))
-                done += len(batch)
+            schema = file.schema_arrow
+            _check_columns(path, schema.names, columns.required)
+            batches = file.iter_batches(_PARQUET_BATCH, columns=columns.of(schema.names))
+            yield from _read_batches(path, batches, _schema_names(schema))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a Parquet file, or is truncated: {error}") from error
 
 
-def _read_conll(path: Path, columns: Collection[str], only_columns: bool) -> Iterator[Row | BadRowError]:
-    _check_columns(path, ("words", "labels"), columns)
-    words: list[str] = []
-    labels: list[str] = []
-    start, error = 0, None
+def _read_batches(
+    path: Path, batches: Iterable[pyarrow.RecordBatch], named: Mapping[str, Sequence[str]]
+) -> Iterator[Row]:
+    done = 0
+    for batch in batches:
+        for number, values in enumerate(batch.to_pylist(), done + 1):
+            yield Row(_with_names(values, named), Place(str(path), number, "row"))
+        done += len(batch)
+
+
+def _schema_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
+    """Returns the class names by column that `datasets` wrote to a schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {column: names for column, feature in features.items() if (names := _names_of(feature))}
+
+
+def _check_saved(path: Path) -> None:
+    """Checks that a folder is one split that `save_to_disk` wrote.
+
+    Raises:
+        FileNotFoundError: it is not; UserError: it has several splits.
+    """
+    if (path / "dataset_dict.json").is_file():
+        splits = " or ".join(str(path / name) for name in read_json(path / "dataset_dict.json")["splits"])
+        raise UserError(f"{path} holds several splits; name one of them: {splits}")
+    if not (path / "state.json").is_file():
+        raise FileNotFoundError(
+            f"no data at {path}: it is a folder, and none that save_to_disk of datasets wrote"
+        )
+
+
+def _read_saved(path: Path, columns: _Columns) -> Iterator[Row]:
+    """Yields the rows of a folder that `save_to_disk` wrote."""
+    state = read_json(path / "state.json")
+    if state.get("_indices_data_files"):
+        raise UserError(f"{path} was saved with indices; call flatten_indices() and save it again")
+
+    def batches() -> Iterator[pyarrow.RecordBatch]:
+        for each in state["_data_files"]:
+            with pyarrow.OSFile(str(path / each["filename"])) as file:
+                for batch in pyarrow.ipc.open_stream(file):
+                    names = columns.of(batch.schema.names)
+                    for start in range(0, len(batch), _PARQUET_BATCH):
+                        yield batch.select(names).slice(start, _PARQUET_BATCH)
+
+    try:
+        first = path / state["_data_files"][0]["filename"]
+        with pyarrow.OSFile(str(first)) as file:
+            schema = pyarrow.ipc.open_stream(file).schema
+        _check_columns(path, schema.names, columns.required)
+        yield from _read_batches(path, batches(), _schema_names(schema))
+    except (pyarrow.ArrowException, OSError, LookupError) as error:
+        raise UserError(f"{path} is not a data set that save_to_disk wrote, or is broken: {error}") from error
+
+
+def _read_conll(path: Path, columns: _Columns) -> Iterator[Row | BadRowError]:
+    _check_columns(path, ("words", "labels"), columns.required)
+    lines: list[tuple[int, str]] = []
     for number, line in chain(_lines(path), [(0, "")]):
-        parts = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
         if not line.strip():
-            if error:
-                yield error
-            elif words:
-                yield Row({"words": words, "labels": labels}, Place(str(path), start))
-            words, labels, start, error = [], [], 0, None
-        elif parts[0].split()[:1] != ["-DOCSTART-"]:
-            start = start or number
-            if (fault := _word_fault(line, parts)) and error is None:
-                error = BadRowError(Place(str(path), number), fault)
-            words.append(parts[0])
-            labels.append(parts[-1])
+            if sentence := _without_comments(lines):
+                yield _sentence(path, sentence)
+            lines = []
+        elif _fields(line)[0].split()[:1] != ["-DOCSTART-"]:
+            lines.append((number, line))
+
+
+def _fields(line: str) -> list[str]:
+    return line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+
+
+def _without_comments(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Returns the lines of a sentence's words.
+
+    Lines in front of them that start with # are comments, unless they have as many fields as the words: then
+    # is a word.
+    """
+    comments = list(takewhile(lambda item: item[1].startswith("#"), lines))
+    words = lines[len(comments) :]
+    form = _form(words[0][1]) if words else (any("\t" in line for _, line in lines), 2)
+    return [item for item in comments if form == _form(item[1]) and form[1] > 1] + words
+
+
+def _form(line: str) -> tuple[bool, int]:
+    """Returns whether tabs separate the fields, and how many there are."""
+    return "\t" in line, len(_fields(line))
+
+
+def _sentence(path: Path, lines: Sequence[tuple[int, str]]) -> Row | BadRowError:
+    fields = [_fields(line) for _, line in lines]
+    for (number, line), parts in zip(lines, fields, strict=True):
+        if fault := _word_fault(line, parts):
+            return BadRowError(Place(str(path), number), fault)
+    place = Place(str(path), lines[0][0])
+    if all(len(parts) == _CONLLU and parts[0][:1].isdigit() for parts in fields):
+        return BadRowError(
+            place,
+            f"the lines have the {_CONLLU} columns of CoNLL-U, which count the words first; expected the "
+            "word first and its tag last",
+        )
+    return Row({"words": [parts[0] for parts in fields], "labels": [parts[-1] for parts in fields]}, place)
 
 
 def _word_fault(line: str, parts: Sequence[str]) -> str | None:
@@ -295,7 +425,7 @@ def _word_fault(line: str, parts: Sequence[str]) -> str | None:
     return None
 
 
-_READERS: dict[str, Callable[[Path, Collection[str], bool], Iterator[Row | BadRowError]]] = {
+_READERS: dict[str, Callable[[Path, _Columns], Iterator[Row | BadRowError]]] = {
     "csv": partial(_read_delimited, delimiter=","),
     "tsv": partial(_read_delimited, delimiter="\t"),
     "jsonl": _read_jsonl,

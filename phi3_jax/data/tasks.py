@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 from phi3_jax.data.chat_examples import encode_chat
 from phi3_jax.data.columns import (
+    check_characters,
+    check_two_classes,
     collect_labels,
     errors_of,
     label_id,
@@ -72,25 +74,44 @@ class SequenceClassification:
         return (self.text, *filter(None, [self.text_pair]), *self._label_columns)
 
     @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that are read where rows have them."""
+        return ()
+
+    @property
     def _label_columns(self) -> tuple[str, ...]:
         return (self.label,) if isinstance(self.label, str) else self.label or ()
 
-    def label_set(self, rows: Iterable[Row]) -> Labels:
-        """Returns the classes of the rows, or the names of the columns if each output has one.
+    @property
+    def has_label_columns(self) -> bool:
+        """Whether each output has a column, whose name is its label."""
+        return self.problem_type == "regression" or isinstance(self.label, tuple)
 
-        Bad rows are skipped; `encode` raises their errors.
+    def label_set(self, rows: Iterable[Row], bad: BadRows | None = None) -> Labels:
+        """Returns the classes of the good rows, or the names of the columns if each output has one.
 
         Raises:
+            BadRowError: a row is bad, and `bad` does not skip it.
             UserError: there are no labels, or there is only one class.
         """
         if self.label is None:
             raise UserError("label=None, so there are no classes; name the column that holds them")
-        if self.problem_type == "regression" or isinstance(self.label, tuple):
+        if self.has_label_columns:
             return Labels(self._label_columns)
-        labels = collect_labels(rows, self._names)
-        if self.problem_type == "single_label_classification" and len(labels) == 1:
-            raise UserError(f"all rows have the label {labels.names[0]!r}; expected at least two classes")
+        bad = bad or BadRows(skip=False)
+        labels = collect_labels(rows, self.label_names, bad)
+        if self.problem_type == "single_label_classification":
+            check_two_classes(labels, bad)
         return labels
+
+    def label_names(self, row: Row) -> list[str]:
+        """Returns the names of the row's classes; none where each output has a column.
+
+        Raises:
+            BadRowError: as `encode`.
+        """
+        self._texts(row)
+        return [] if self.label is None or self.has_label_columns else self._names(row)
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
         """Returns one example, with the ids of `tokenizer(text, text_pair, truncation=True)`.
@@ -98,8 +119,7 @@ class SequenceClassification:
         Raises:
             BadRowError: there is no text, or the label is missing, unknown or not a number.
         """
-        text = read_text(row, self.text)
-        pair = None if self.text_pair is None else read_text(row, self.text_pair, may_be_empty=True)
+        text, pair = self._texts(row)
         target = None if self.label is None else self._target(row, labels)
         cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
         with errors_of(row):
@@ -107,6 +127,10 @@ class SequenceClassification:
             if truncated := len(ids) > self.max_length:
                 ids = tokenizer(text, pair, padding=False, **cut).input_ids[0]
         return [Example(ids.tolist(), target, row.place, truncated=truncated)]
+
+    def _texts(self, row: Row) -> tuple[str, str | None]:
+        text = read_text(row, self.text)
+        return text, None if self.text_pair is None else read_text(row, self.text_pair, may_be_empty=True)
 
     def _target(self, row: Row, labels: Labels) -> int | list[float]:
         if self.problem_type == "regression":
@@ -155,15 +179,30 @@ class TokenClassification:
         """Columns that rows must have."""
         return (self.words, *filter(None, [self.labels]))
 
-    def label_set(self, rows: Iterable[Row]) -> Labels:
-        """Returns the tags of the rows. Bad rows are skipped; `encode` raises their errors.
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that are read where rows have them."""
+        return ()
+
+    def label_set(self, rows: Iterable[Row], bad: BadRows | None = None) -> Labels:
+        """Returns the tags of the good rows.
 
         Raises:
+            BadRowError: a row is bad, and `bad` does not skip it.
             UserError: there are no labels.
         """
         if self.labels is None:
             raise UserError("labels=None, so there are no tags; name the column that holds them")
-        return collect_labels(rows, self._all_names)
+        return collect_labels(rows, self.label_names, bad or BadRows(skip=False))
+
+    def label_names(self, row: Row) -> list[str]:
+        """Returns the tags of the row's words and, with `label_all_pieces`, of the words' other pieces.
+
+        Raises:
+            BadRowError: as `encode`.
+        """
+        names = self._names(row, self._words(row))
+        return names + [_inside(name) for name in names] if self.label_all_pieces else names
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
         """Returns one example, whose `firsts` are the tokens that predict their words' classes.
@@ -208,6 +247,7 @@ class TokenClassification:
         for index, word in enumerate(words):
             if not isinstance(word, str) or not word.strip():
                 raise BadRowError(row.place, f"{self.words}[{index}] is {word!r:.40}; expected a word")
+            check_characters(row, f"{self.words}[{index}]", word)
         return words
 
     def _names(self, row: Row, words: Sequence[str]) -> list[str]:
@@ -216,11 +256,6 @@ class TokenClassification:
         if len(names) != len(words):
             raise BadRowError(row.place, f"{len(words)} words and {len(names)} labels; expected one for each")
         return names
-
-    def _all_names(self, row: Row) -> list[str]:
-        """Returns a row's tags, and the tags of the other pieces of its words."""
-        names = self._names(row, self._words(row))
-        return names + [_inside(name) for name in names] if self.label_all_pieces else names
 
     def _pieces(self, row: Row, words: Sequence[str], tokenizer: Phi3Tokenizer) -> list[list[int]]:
         space = " " if self.prefix_space and not _marks_word_starts(tokenizer) else ""
@@ -241,6 +276,8 @@ class TokenClassification:
 class CausalLM:
     """Predicts the next token of raw texts, or of the assistant's answers in conversations.
 
+    Beside its messages a row may have `tools`, descriptions of functions for the chat template.
+
     Args:
         messages: column of conversations, which the tokenizer's chat template formats; or None.
         text: column of raw texts, if `messages` is None.
@@ -260,8 +297,17 @@ class CausalLM:
         """Columns that rows must have."""
         return (self.text if self.messages is None else self.messages,)
 
-    def label_set(self, rows: Iterable[Row]) -> None:
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that are read where rows have them."""
+        return () if self.messages is None else (TOOLS, *_NOT_READ)
+
+    def label_set(self, rows: Iterable[Row], bad: BadRows | None = None) -> None:
         """Returns None: the classes are the vocabulary."""
+
+    def label_names(self, row: Row) -> list[str]:
+        """Returns no names: the classes are the vocabulary."""
+        return []
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels | None = None) -> list[Example]:
         """Returns the example of a conversation, or the examples of a text; labels are ids, not shifted.
@@ -274,8 +320,12 @@ class CausalLM:
         """
         if self.messages is not None:
             messages = read_list(row, self.messages)
+            for column in _NOT_READ:
+                if row.values.get(column):
+                    raise BadRowError(row.place, f"the column {column!r} is not read; remove it")
+            tools = read_list(row, TOOLS) if row.values.get(TOOLS) else None
             with errors_of(row):
-                ids, targets, truncated = encode_chat(messages, tokenizer, self.max_length)
+                ids, targets, truncated = encode_chat(messages, tokenizer, self.max_length, tools)
             return [Example(ids, targets, row.place, truncated=truncated)]
         ids = self._text_ids(row, tokenizer)
         starts = range(0, len(ids) - 1, self.max_length - 1)
@@ -294,6 +344,10 @@ class CausalLM:
             )
         return ids
 
+
+TOOLS = "tools"
+_NOT_READ = ("functions", "documents", "chat_template_kwargs")
+"""Columns that other programs hand to the chat template."""
 
 Task = SequenceClassification | TokenClassification | CausalLM
 

@@ -1,6 +1,5 @@
 """Perplexity and bits per byte of a file of texts."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from phi3_jax.evaluation.scorer import Scorer
 from phi3_jax.evaluation.texts import first_tokens, read_text
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.progress import FileProgress
+from phi3_jax.runs.text import parse_json
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 
@@ -64,15 +64,18 @@ def read_texts(path: Path, key: str = "text") -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield content
         return
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
+        place = f"{path}, line {number}"
+        expected = f'expected a JSON object with {key!r}, as in {{"{key}": "..."}}'
         try:
-            text = json.loads(line)[key]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{path}, line {number}: expected a JSON object with {key!r}, as in {{"{key}": "..."}}'
-            ) from error
+            values = parse_json(line, place)
+        except UserError as error:
+            raise UserError(f"{error}; {expected}") from error
+        if not isinstance(values, dict) or key not in values:
+            raise UserError(f"{place}: {expected}")
+        text = values[key]
         if not isinstance(text, str):
             raise UserError(f"{path}, line {number}: {key!r} is {text!r}; expected text")
         yield text

@@ -42,6 +42,7 @@ def load_model(
     attn_implementation: str | None = None,
     config: Phi3Config | None = None,
     ignore_mismatched_sizes: bool = False,
+    new_head: bool = False,
     rngs: nnx.Rngs | int = 0,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -63,6 +64,7 @@ def load_model(
         attn_implementation: as in `set_attn_implementation`; default: by the platform.
         config: in place of the checkpoint's.
         ignore_mismatched_sizes: initialise `score` where the number of labels differs.
+        new_head: initialise `score`, also where the checkpoint has one that fits.
         rngs: initialise parameters that the checkpoint has not; an int is a seed.
         revision: branch, tag or commit on the Hub.
         token: the Hub's access token.
@@ -92,7 +94,7 @@ def load_model(
     flat = {".".join(map(str, keys)): (keys, leaf) for keys, leaf in nnx.to_flat_state(abstract)}
     parameters = {name: leaf.get_value() for name, (_, leaf) in flat.items()}
     expected = {name: leaf.shape for name, leaf in parameters.items()}
-    files = _match(cls, source, config, expected, ignore_mismatched_sizes, path)
+    files = _match(cls, source, config, expected, ignore_mismatched_sizes, new_head, path)
     if parameters_dtype is None:
         parameters_dtype = _stored_dtype(source, files.values())
     absent = {name: leaf.sharding for name, leaf in parameters.items() if name not in files}
@@ -160,6 +162,7 @@ def _match(
     config: Phi3Config,
     expected: dict[str, tuple[int, ...]],
     ignore_mismatched_sizes: bool,
+    new_head: bool,
     path: Path,
 ) -> dict[str, str]:
     """Returns the name in the checkpoint of every parameter that is loaded.
@@ -179,7 +182,7 @@ def _match(
             stored = f"model.{name}"
         if stored not in present and name.startswith("score."):
             stored = name.replace("score.", "classifier.")
-        if stored not in present:
+        if stored not in present or (new_head and name in INITIALISED):
             if name not in INITIALISED:
                 missing.append(stored)
             continue

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3PreTrainedModel
 from phi3_jax.model.losses import (
+    IGNORE_INDEX,
     cross_entropy_count,
     cross_entropy_sum,
     problem_type,
@@ -87,6 +89,17 @@ class Objective:
         if isinstance(model, Phi3ForCausalLM):
             labels = labels[:, 1:]
         return cross_entropy_count(labels, self.class_weights)
+
+    def counted(self, model: Phi3PreTrainedModel, batch: Batch) -> Float[Array, ""]:
+        """Returns `count`, or 0 where none counts, so that the counts of several batches add up."""
+        labels, weights = batch["labels"], batch.get("weights")
+        if isinstance(model, Phi3ForCausalLM):
+            labels = labels[:, 1:]
+        if not jnp.issubdtype(labels.dtype, jnp.floating):
+            some = jnp.any(labels != IGNORE_INDEX)
+        else:
+            some = jnp.any(weights > 0) if weights is not None else jnp.bool_(labels.size)
+        return jnp.where(some, self.count(model, batch), 0.0)
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

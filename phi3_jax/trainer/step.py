@@ -1,6 +1,6 @@
 """One training step: loss, gradients, update; parameters and optimizer state go in and come out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -48,6 +48,16 @@ class Metrics(NamedTuple):
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
+
+
+class _Sums(NamedTuple):
+    """What the batches of a step add up to."""
+
+    loss: Float[Array, ""]
+    counted: Float[Array, ""]
+    """The labels that count."""
+    gradients: nnx.State
+    """Of the sum of the losses."""
 
 
 class Trainer:
@@ -104,9 +114,15 @@ class Trainer:
         self.state_shapes = with_shardings(jax.eval_shape(self._start, model), mesh)
         """The state as a tree of `jax.ShapeDtypeStruct` with shardings."""
         shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        both = None if mesh is None else (shardings, NamedSharding(mesh, PartitionSpec()))
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        both = None if mesh is None else (shardings, everywhere)
         self.start = jax.jit(self._start, out_shardings=shardings)
         self.step = jax.jit(self._step, donate_argnames="state", out_shardings=both)
+        of_sums: Any = (everywhere, everywhere, None if shardings is None else shardings.trained)
+        sums = None if mesh is None else _Sums(*of_sums)
+        self._zeros = jax.jit(self._no_sums, out_shardings=sums)
+        self._add = jax.jit(self._add_batch, donate_argnames="sums", out_shardings=sums)
+        self._finish = jax.jit(self._update, donate_argnames="state", out_shardings=both)
 
     def _start(self, model: Phi3PreTrainedModel) -> TrainState:
         """Returns the state before the first step."""
@@ -114,6 +130,45 @@ class Trainer:
         trained = _cast(trained, self.master_dtype)
         frozen = _cast(frozen, self.compute_dtype)
         return TrainState(trained, frozen, self.optimizer.init(trained), jnp.zeros((), jnp.int32))
+
+    def step_in_batches(
+        self, state: TrainState, batches: Sequence[Batch], key: Key[Array, ""] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Takes one step with several batches, which may have different widths.
+
+        The result is that of one batch of all rows, but for rounding. Each width is compiled once. As with
+        `step`, the buffers of `state` are reused.
+        """
+        if len(batches) == 1:
+            return self.step(state, batches[0], key)
+        sums = self._zeros(state)
+        for number, batch in enumerate(batches):
+            sums = self._add(sums, state, batch, key, number)
+        return self._finish(state, sums)
+
+    def _no_sums(self, state: TrainState) -> "_Sums":
+        zero = jnp.zeros((), jnp.float32)
+        return _Sums(zero, zero, jax.tree.map(jnp.zeros_like, state.trained))
+
+    def _add_batch(
+        self,
+        sums: "_Sums",
+        state: TrainState,
+        batch: Batch,
+        key: Key[Array, ""] | None,
+        number: Int[Array, ""],
+    ) -> "_Sums":
+        """Returns the sums with those of one more batch."""
+        key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.step), number)
+        counted = self.objective.counted(nnx.merge(self._structure, state.trained, state.frozen), batch)
+        loss, gradients = self._gradients(state, batch, key, count=jnp.ones((), jnp.float32))
+        return jax.tree.map(jnp.add, sums, _Sums(loss, counted, gradients))
+
+    def _update(self, state: TrainState, sums: "_Sums") -> tuple[TrainState, Metrics]:
+        """Returns the state after an update by the sums of all batches of a step, and metrics."""
+        count = jnp.where(sums.counted == 0, 1.0, sums.counted)
+        gradients = jax.tree.map(lambda x: x / count, sums.gradients)
+        return self._updated(state, sums.loss / count, gradients)
 
     def model(self, state: TrainState) -> Any:
         """Returns the model with the parameters of `state` and a list of layers."""
@@ -128,17 +183,30 @@ class Trainer:
             UserError: the rows do not divide into micro-batches.
         """
         key = None if key is None else jax.random.fold_in(key, state.step)
-        value, gradients = self._gradients(state, batch, key)
+        return self._updated(state, *self._gradients(state, batch, key))
+
+    def _updated(
+        self, state: TrainState, loss: Float[Array, ""], gradients: nnx.State
+    ) -> tuple[TrainState, Metrics]:
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        metrics = Metrics(value, optax.tree.norm(gradients))
+        metrics = Metrics(loss, optax.tree.norm(gradients))
         return TrainState(trained, state.frozen, optimizer, state.step + 1), metrics
 
     def _gradients(
-        self, state: TrainState, batch: Batch, key: Key[Array, ""] | None
+        self,
+        state: TrainState,
+        batch: Batch,
+        key: Key[Array, ""] | None,
+        count: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], nnx.State]:
-        """Returns the loss of a batch, and its gradients in the master dtype."""
-        count = self.objective.count(nnx.merge(self._structure, state.trained, state.frozen), batch)
+        """Returns the loss of a batch, and its gradients in the master dtype.
+
+        Args:
+            count: divides the sum of the losses; default: the labels that count.
+        """
+        if count is None:
+            count = self.objective.count(nnx.merge(self._structure, state.trained, state.frozen), batch)
 
         def loss(trained: nnx.State, part: Batch, key: Key[Array, ""] | None) -> Float[Array, ""]:
             # Cast before the scan, so that a mesh gathers numbers of the compute dtype.

@@ -21,13 +21,15 @@ from reference import Reference, pair, small_config
 from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from phi3_jax import Phi3Config, Phi3ForCausalLM, cli
+from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3ForTokenClassification, cli
+from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.classification import Classifier, classify, classify_file
-from phi3_jax.classification.classifier import row_widths
+from phi3_jax.classification.classifier import row_widths, task_of_model
+from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import PartialOutput
 from phi3_jax.cli import common
 from phi3_jax.data.rows import BadRowError, BadRows, read_rows
-from phi3_jax.data.tasks import SequenceClassification
+from phi3_jax.data.tasks import SequenceClassification, TokenClassification
 from phi3_jax.runs import progress
 
 TOLERANCE = 1e-5
@@ -335,6 +337,10 @@ def test_columns_and_length_default_to_those_of_training(checkpoint: Any, tmp_pa
     assert task == expected
     given = Classifier.from_pretrained(folder, text_column="text", max_length=30).task
     assert given == SequenceClassification("text", "reply", None, label_separator=";", max_length=30)
+    (folder / "run.json").write_text(json.dumps({"settings": {"prefix_space": False}}))
+    tagger = Head(Phi3ForTokenClassification, "token-classification", ("O",))
+    words = task_of_model(folder, open_checkpoint(folder).config, tagger)
+    assert words == TokenClassification(labels=None, prefix_space=False, max_length=256)
     (folder / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is broken"):
         Classifier.from_pretrained(folder)

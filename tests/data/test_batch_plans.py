@@ -24,7 +24,7 @@ def plan_of(seed: int, shuffle: bool = True) -> tuple[BatchPlan, np.ndarray]:
 
 def epoch_of(plan: BatchPlan, epoch: int) -> list[tuple[int, list[int]]]:
     steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
-    return [(width, indices.tolist()) for width, indices in map(plan.step, steps)]
+    return [(width, indices.tolist()) for width, indices in map(plan.batch, steps)]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -60,7 +60,7 @@ def test_steps_do_not_depend_on_the_order_of_calls(seed: int) -> None:
     flat = list(itertools.chain(*steps))
     other = BatchPlan(lengths.tolist(), rows=plan.rows, widths=plan.widths[::-1], shuffle=True, seed=seed)
     for number in np.random.default_rng(seed).permutation(len(flat)):
-        width, indices = other.step(int(number))
+        width, indices = other.batch(int(number))
         assert (width, indices.tolist()) == flat[number]
 
 
@@ -90,6 +90,54 @@ def test_shuffles_batches_of_all_widths() -> None:
     assert len(partial) > 3
 
 
+def lengths_by_class(seed: int, count: int = 6000) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lengths of text messages, and which of them are spam: 13 in 100, mostly the long ones."""
+    rng = np.random.default_rng([99, seed])
+    spam = rng.random(count) < 0.134
+    short, long = rng.lognormal(2.75, 0.6, count), rng.normal(42, 8, count)
+    return np.where(spam, long.clip(8, 70), short.clip(3, 150)).astype(int), spam
+
+
+@pytest.mark.parametrize(("rows", "batches"), [(16, 4), (32, 4), (32, 8)])
+def test_classes_of_different_lengths_are_mixed_as_by_chance(rows: int, batches: int) -> None:
+    """Counts the spam of each step: how often there is none, how often most is, and how much counts vary."""
+    lengths, spam = lengths_by_class(rows)
+    widths = bucket_widths(lengths, most=6)
+    plan = BatchPlan(lengths, rows=rows // batches, widths=widths, shuffle=True, step_batches=batches)
+    taken = [plan.batch(number) for number in range(plan.batches_per_epoch)]
+    steps = np.array([indices for _, indices in taken]).reshape(-1, rows)
+    assert len(steps) == plan.steps_per_epoch
+    assert sorted(index for index in steps.ravel() if index >= 0) == list(range(len(lengths)))
+    counts = np.where(steps < 0, False, spam[steps]).sum(axis=1)
+    share = spam.mean()
+    assert np.mean(counts == 0) < 1.5 * (1 - share) ** rows + 0.02
+    assert np.mean(counts > rows / 2) == 0
+    assert counts.std() < 1.25 * np.sqrt(rows * share * (1 - share))
+    # The place of a step among those of its sample does not tell its lengths.
+    whole = steps[: len(steps) // 8 * 8 - 8]
+    means = lengths[whole].reshape(-1, 8, rows).mean(axis=(0, 2))
+    assert means.max() < 1.15 * means.min()
+    # Sorting all examples by their width pads little less.
+    by_width = BatchPlan(lengths, rows=rows, widths=widths, shuffle=True)
+    sizes = [by_width.batch(number)[0] * rows for number in range(by_width.batches_per_epoch)]
+    assert sum(width * rows // batches for width, _ in taken) < 1.15 * sum(sizes)
+    for width, indices in taken:
+        used = lengths[indices[indices >= 0]]
+        assert width == min(w for w in widths if w >= max(used, default=0))
+
+
+def test_steps_of_several_batches_differ_by_epoch_and_seed() -> None:
+    lengths, _ = lengths_by_class(0, 70)
+    options = {"rows": 2, "widths": bucket_widths(lengths, most=3), "shuffle": True, "step_batches": 4}
+    plans = [BatchPlan(lengths, seed=seed, **options) for seed in (0, 0, 1)]
+    assert plans[0].batches_per_epoch == 4 * plans[0].steps_per_epoch == 4 * 9
+    first, same, other = ([plan.batch(number)[1].tolist() for number in range(72)] for plan in plans)
+    assert first == same
+    assert first[:36] != first[36:]
+    assert first[:36] != other[:36]
+    assert sum(index < 0 for batch in first[:36] for index in batch) == 2
+
+
 def test_threads_share_a_new_epoch() -> None:
     plan, _ = plan_of(8)
     plan_epoch, epochs = plan._plan_epoch, []
@@ -101,19 +149,19 @@ def test_threads_share_a_new_epoch() -> None:
 
     plan._plan_epoch = slow  # type: ignore[method-assign]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(plan.step, range(8)))
+        list(pool.map(plan.batch, range(8)))
     assert epochs == [0]
     plan._plan_epoch = plan_epoch  # type: ignore[method-assign]
     numbers = list(range(plan.steps_per_epoch * 3)) * 4
     with ThreadPoolExecutor(8) as pool:
-        steps = list(pool.map(lambda number: plan.step(number)[1].tolist(), numbers))
-    assert steps == [plan.step(number)[1].tolist() for number in numbers]
+        steps = list(pool.map(lambda number: plan.batch(number)[1].tolist(), numbers))
+    assert steps == [plan.batch(number)[1].tolist() for number in numbers]
     assert len(plan._epochs) == 2
 
 
 def test_steps_are_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
-        plan_of(1)[0].step(0)[1][0] = 3
+        plan_of(1)[0].batch(0)[1][0] = 3
 
 
 def test_rejects_arguments_without_a_plan() -> None:
@@ -125,8 +173,8 @@ def test_rejects_arguments_without_a_plan() -> None:
         BatchPlan(np.array([], int), rows=2, widths=(8,), shuffle=True)
     with pytest.raises(ValueError, match=r"rows=0 and widths=\[8\]"):
         BatchPlan(np.array([3]), rows=0, widths=(8,), shuffle=True)
-    with pytest.raises(IndexError, match="step -1 does not exist"):
-        plan_of(1)[0].step(-1)
+    with pytest.raises(IndexError, match="batch -1 does not exist"):
+        plan_of(1)[0].batch(-1)
 
 
 def test_a_permutation_never_changes() -> None:
@@ -170,5 +218,5 @@ def test_plans_a_million_examples_in_seconds() -> None:
     start = time.process_time()
     widths = bucket_widths(lengths)
     plan = BatchPlan(lengths, rows=64, widths=widths, shuffle=True)
-    plan.step(plan.steps_per_epoch)
+    plan.batch(plan.steps_per_epoch)
     assert time.process_time() - start < 10

@@ -48,7 +48,7 @@ def packed_of(count: int = 30) -> PackedExamples:
 
 def same(one: Batch, other: Batch) -> bool:
     return (
-        (one.step, one.width) == (other.step, other.width)
+        (one.number, one.width) == (other.number, other.width)
         and one.indices.tolist() == other.indices.tolist()
         and one.arrays.keys() == other.arrays.keys()
         and all(
@@ -60,7 +60,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 def check_batch(batch: Batch, examples: Examples | PackedExamples, plan: BatchPlan) -> None:
     """Compares a batch with the plan, token by token."""
-    width, indices = plan.step(batch.step)
+    width, indices = plan.batch(batch.number)
     assert batch.width == width
     assert batch.indices.tolist() == indices.tolist()
     padding = {"input_ids": PAD, "labels": -100, "position_ids": 0, "segment_ids": 0}
@@ -83,7 +83,7 @@ def test_batches_follow_the_plan(kind: str, shuffle: bool) -> None:
     plan = plan_of(examples, shuffle=shuffle)
     stop = plan.steps_per_epoch * 2 + 1
     batches = list(load(examples, plan, pad_token_id=PAD, stop=stop))
-    assert [batch.step for batch in batches] == list(range(stop))
+    assert [batch.number for batch in batches] == list(range(stop))
     assert any(-1 in batch.indices for batch in batches)
     for batch in batches:
         check_batch(batch, examples, plan)
@@ -142,7 +142,7 @@ def test_processes_make_their_rows_of_the_batch(kind: str, processes: int) -> No
     for number, batch in enumerate(whole):
         for share, part in zip(shares, parts, strict=True):
             own = part[number]
-            assert (own.step, own.width) == (batch.step, batch.width)
+            assert (own.number, own.width) == (batch.number, batch.width)
             assert own.indices.tolist() == batch.indices.tolist()
             assert own.arrays.keys() == batch.arrays.keys()
             for name, array in own.arrays.items():
@@ -156,7 +156,7 @@ def test_never_stops_by_default() -> None:
     loader = load(examples, plan, pad_token_id=PAD, start=far)
     batch = next(loader)
     loader.close()
-    assert batch.step == far
+    assert batch.number == far
     check_batch(batch, examples, plan)
 
 
@@ -195,12 +195,12 @@ class Failing:
 def test_an_error_in_a_thread_names_the_row(threads: int) -> None:
     examples = examples_of("none")
     plan = plan_of(examples)
-    step = next(i for i in range(plan.steps_per_epoch) if 7 in plan.step(i)[1])
-    row = plan.step(step)[1].tolist().index(7)
+    step = next(i for i in range(plan.steps_per_epoch) if 7 in plan.batch(i)[1])
+    row = plan.batch(step)[1].tolist().index(7)
     loader = load(Failing(examples, 7), plan, pad_token_id=PAD, threads=threads)
-    taken = [next(loader).step for _ in range(step)]
+    taken = [next(loader).number for _ in range(step)]
     assert taken == list(range(step))
-    message = f"cannot make row {row} of step {step} from train.csv, line 8: the disk is gone"
+    message = f"cannot make row {row} of batch {step} from train.csv, line 8: the disk is gone"
     with pytest.raises(RuntimeError, match=message) as caught:
         next(loader)
     assert isinstance(caught.value.__cause__, OSError)
@@ -250,8 +250,8 @@ def test_makes_batches_ahead() -> None:
     plan = plan_of(examples)
     loader = load(examples, plan, pad_token_id=PAD, prefetch=3)
     steps: list[int] = []
-    step = plan.step
-    plan.step = lambda number: (steps.append(number), step(number))[1]  # type: ignore[method-assign]
+    step = plan.batch
+    plan.batch = lambda number: (steps.append(number), step(number))[1]  # type: ignore[method-assign]
     next(loader)
     deadline = time.monotonic() + 5
     while len(steps) < 4 and time.monotonic() < deadline:
@@ -261,9 +261,9 @@ def test_makes_batches_ahead() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3)])
-def test_rejects_a_bad_range_of_steps(start: int, stop: int) -> None:
+def test_rejects_a_bad_range_of_batches(start: int, stop: int) -> None:
     examples = examples_of("none")
-    with pytest.raises(ValueError, match=f"batches from step {start} to {stop}"):
+    with pytest.raises(ValueError, match=f"batches from {start} to {stop}"):
         load(examples, plan_of(examples), pad_token_id=PAD, start=start, stop=stop)
 
 

@@ -153,6 +153,78 @@ def test_reads_conll(tmp_path: Path) -> None:
     assert [row.place.line for row in rows] == [4, 7]
 
 
+def test_comments_of_conll_are_no_words(tmp_path: Path) -> None:
+    """A # with as many fields as the words is a word, and so is one after the first word."""
+    content = "# id = 7\n# text = New York\nNew B-city\nYork I-city\n# O\n\n# O\n1 O\n\n# the end of it\n"
+    rows = rows_of(write(tmp_path / "rows.conll", content))
+    assert [row.values["words"] for row in rows] == [["New", "York", "#"], ["#", "1"]]
+    assert [row.place.line for row in rows] == [3, 7]
+    tabs = "# newdoc\n# a b\n#\tO\n#tag\tO\n"
+    assert rows_of(write(tmp_path / "tabs.conll", tabs))[0].values["words"] == ["#", "#tag"]
+    universal = "# text = a\n1\ta\ta\tDET\t_\t_\t0\troot\t_\t_\n"
+    (fault,) = faults_of(write(tmp_path / "u.conll", universal))[1]
+    assert "u.conll, line 2: the lines have the 10 columns of CoNLL-U" in fault
+
+
+FEATURES = {
+    "label": {"names": ["ham", "spam"], "_type": "ClassLabel"},
+    "tags": {"feature": {"names": ["O", "B-x"], "_type": "ClassLabel"}, "_type": "List"},
+    "old": [{"names": ["O", "B-x"], "_type": "ClassLabel"}],
+    "number": {"dtype": "int64", "_type": "Value"},
+}
+
+
+def test_reads_class_names_of_a_parquet_schema(tmp_path: Path) -> None:
+    values = [
+        {"label": 1, "tags": [0, 1], "old": [1], "number": 1},
+        {"label": -1, "tags": [], "old": None, "number": 0},
+    ]
+    table = pyarrow.Table.from_pylist(values)
+    metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "rows.parquet")
+    assert [row.values for row in rows_of(tmp_path / "rows.parquet")] == [
+        {"label": "spam", "tags": ["O", "B-x"], "old": ["B-x"], "number": 1},
+        {"label": None, "tags": [], "old": None, "number": 0},
+    ]
+    some = rows_of(tmp_path / "rows.parquet", columns=("label",), optional=("tags", "none"))
+    assert list(some[0].values) == ["label", "tags"]
+
+
+def write_saved(folder: Path, values: list[dict[str, Any]], **state: Any) -> Path:
+    """Writes the files of `save_to_disk`."""
+    folder.mkdir(parents=True)
+    schema = pyarrow.Table.from_pylist(values).schema.with_metadata(
+        {"huggingface": json.dumps({"info": {"features": FEATURES}})}
+    )
+    names = [f"data-0000{number}-of-00002.arrow" for number in range(2)]
+    for name, part in zip(names, (values[:1], values[1:]), strict=True):
+        with pyarrow.OSFile(str(folder / name), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+            writer.write_table(pyarrow.Table.from_pylist(part, schema=schema))
+    saved = {"_data_files": [{"filename": name} for name in names]} | state
+    (folder / "state.json").write_text(json.dumps(saved))
+    return folder
+
+
+def test_reads_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    values = [{"text": f"row {number}", "label": number % 2} for number in range(5)]
+    folder = write_saved(tmp_path / "sets" / "train", values)
+    rows = rows_of(folder)
+    assert [row.values["label"] for row in rows] == ["ham", "spam", "ham", "spam", "ham"]
+    assert [row.values["text"] for row in rows] == [each["text"] for each in values]
+    assert list(rows_of(folder, columns=("text",))[0].values) == ["text"]
+    with pytest.raises(ValueError, match="has no column 'body'"):
+        rows_of(folder, columns=("body",))
+    (tmp_path / "sets" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(ValueError, match=r"holds several splits; name one of them: .*sets/train"):
+        read_rows(tmp_path / "sets", bad=BadRows(skip=True))
+    indexed = write_saved(tmp_path / "indexed", values, _indices_data_files=[{"filename": "indices.arrow"}])
+    with pytest.raises(ValueError, match="call flatten_indices"):
+        rows_of(indexed)
+    (folder / "data-00001-of-00002.arrow").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="is not a data set that save_to_disk wrote, or is broken"):
+        rows_of(folder)
+
+
 def test_names_and_skips_bad_sentences_of_conll(tmp_path: Path) -> None:
     content = b"a O\nb\nc\n\nd O\n\n\tO\n\ne\t\n\nf \xff O\n"
     rows, faults = faults_of(write(tmp_path / "rows.conll", content))
@@ -188,7 +260,7 @@ def test_rejects_missing_files_and_folders(tmp_path: Path) -> None:
     # The call itself raises, before any row is read.
     with pytest.raises(FileNotFoundError, match=r"rows\.csv: no such file"):
         read_rows(tmp_path / "rows.csv", bad=BadRows(skip=True))
-    with pytest.raises(FileNotFoundError, match="it is a folder"):
+    with pytest.raises(FileNotFoundError, match="it is a folder, and none that save_to_disk"):
         read_rows(tmp_path, bad=BadRows(skip=True))
 
 
@@ -256,17 +328,16 @@ class StandInData(list[dict[str, Any]]):
 
 
 def test_reads_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    class ClassLabel:
-        names = ("no", "yes")
-
+    classes = {"names": ["no", "yes"], "_type": "ClassLabel"}
+    features = {"text": {"_type": "Value"}, "label": classes, "tags": {"feature": classes, "_type": "List"}}
     data = StandInData([{"text": "a", "label": 1, "tags": [0, 1]}, {"text": "b", "label": -1, "tags": []}])
-    data.features = {"text": None, "label": ClassLabel(), "tags": SimpleNamespace(feature=ClassLabel())}
+    data.features = SimpleNamespace(to_dict=lambda: features)
 
     def load_dataset(name: str, *, split: str, streaming: bool) -> StandInData:
         assert (name, split, streaming) == ("some/data", "train", True)
         return data
 
-    stand_in = SimpleNamespace(load_dataset=load_dataset, ClassLabel=ClassLabel)
+    stand_in = SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", stand_in)  # type: ignore[arg-type]
     rows = list(read_dataset("some/data", "train"))
     assert rows[0].values == {"text": "a", "label": "yes", "tags": ["no", "yes"]}

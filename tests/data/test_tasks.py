@@ -107,8 +107,10 @@ def test_encodes_one_label(plain: Phi3Tokenizer) -> None:
         row(text="c", kind=10.0),
         row(text="d", kind=None),
     ]
-    labels = task.label_set(rows)
+    labels = task.label_set(rows, BadRows(skip=True))
     assert labels.names == ("9", "10")
+    with pytest.raises(BadRowError, match=r"^rows\.csv, line 7: 'kind': label is missing"):
+        task.label_set(rows)
     assert [only(task.encode(r, plain, labels)).labels for r in rows[:3]] == [1, 0, 1]
     with pytest.raises(BadRowError, match=r"^rows\.csv, line 7: 'kind': label is missing"):
         task.encode(rows[3], plain, labels)
@@ -268,6 +270,9 @@ def test_adds_the_space_of_running_text(folder: Path) -> None:
     example = only(TokenClassification(labels=None).encode(sentence(words), tokenizer, Labels(("x",))))
     assert example.input_ids == tokenizer.encode(SENTENCES[0])
     assert example.labels is None
+    spaced = [words[0], *(" " + word for word in words[1:])]
+    (theirs,) = TheirTokenizer(folder.name, folder).ask("__call__", [spaced], is_split_into_words=True)
+    assert example.input_ids == theirs["input_ids"]
     assert sum(example.firsts or []) == len(words)
 
 
@@ -403,6 +408,45 @@ def labelled_texts(example: Example, tokenizer: Phi3Tokenizer) -> list[str]:
     assert isinstance(example.labels, list)
     runs = groupby(example.labels, lambda label: label == -100)
     return [tokenizer.decode(list(run)) for ignored, run in runs if not ignored]
+
+
+def test_answers_of_weight_0_are_not_learnt(folder: Path) -> None:
+    tokenizer = Phi3Tokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATES["end of turn"]
+    messages: list[dict[str, Any]] = [*say("Which?", "bridge", "And?", "river on Monday")]
+    whole = only(CausalLM(messages="m").encode(row(m=messages), tokenizer))
+    weighted = [*messages[:1], messages[1] | {"weight": 0}, messages[2], messages[3] | {"weight": None}]
+    example = only(CausalLM(messages="m").encode(row(m=weighted), tokenizer))
+    assert example.input_ids == whole.input_ids
+    assert labelled_texts(example, tokenizer) == labelled_texts(whole, tokenizer)[1:]
+    none = [*messages[:1], messages[1] | {"weight": 0}]
+    with pytest.raises(BadRowError, match='no answer of the assistant with a "weight" other than 0'):
+        CausalLM(messages="m").encode(row(m=none), tokenizer)
+    with pytest.raises(BadRowError, match=r"messages\[1\] has the weight 0.5; expected 0 or 1"):
+        CausalLM(messages="m").encode(row(m=[messages[0], messages[1] | {"weight": 0.5}]), tokenizer)
+
+
+def test_the_template_writes_tools_or_they_are_refused(folder: Path) -> None:
+    tokenizer = Phi3Tokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATES["end of turn"]
+    tools = [{"name": "bridge"}]
+    task = CausalLM(messages="m")
+    example = only(task.encode(row(m=say("Which?", "bridge"), tools=tools), tokenizer))
+    assert tokenizer.decode(example.input_ids).startswith('[{"name": "bridge"}]')
+    assert labelled_texts(example, tokenizer) == ["bridge<|end|>"]
+    assert only(task.encode(row(m=say("Which?", "bridge"), tools=None), tokenizer)).labels
+    tokenizer.chat_template = TEMPLATES["end of turn"]
+    with pytest.raises(BadRowError, match="the chat template does not write tools; remove it, or give"):
+        task.encode(row(m=say("Which?", "bridge"), tools=tools), tokenizer)
+    called = [*say("Which?"), {"role": "assistant", "content": "", "tool_calls": tools}]
+    with pytest.raises(
+        BadRowError, match=r"messages\[1\] has 'tool_calls', which the chat template does not"
+    ):
+        task.encode(row(m=called), tokenizer)
+    with pytest.raises(BadRowError, match="the column 'functions' is not read; remove it"):
+        task.encode(row(m=say("Which?", "bridge"), functions=tools), tokenizer)
+    assert task.columns == ("m",)
+    assert "tools" in task.optional_columns
 
 
 @pytest.mark.parametrize("name", ["phi-3", "phi-3-mini"])

@@ -132,7 +132,8 @@ def test_a_part_may_have_another_rope_length(pipeline: Pipeline) -> None:
     [
         ('{"text": "abc"}\n{"txt": "abc"}\n', "line 2: expected a JSON object with 'text'"),
         ('{"text": 3}\n', "line 1: 'text' is 3; expected text"),
-        ("abc\n", "line 1: expected a JSON object"),
+        ("abc\n", "line 1 is not valid JSON: .*; expected a JSON object"),
+        ('{"text": "a\u2028b", "text": "c"}\n', "line 1 is not valid JSON: it has the key 'text' twice"),
         ('{"text": "a"}\n', "has no text of two tokens or more"),
         ("\n", "has no text"),
     ],

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from phi3_jax.train import finetune as module
-from phi3_jax.train.finetune import InterruptedRunError, NotFiniteError, finetune
+from phi3_jax.train.evaluate import NotFiniteError
+from phi3_jax.train.finetune import InterruptedRunError, finetune
+from phi3_jax.train.recipe import make_recipe
 from reference import distance
 from reference import run as outputs
 from runs import files, losses, run, settings_of, write_base, write_rows
@@ -124,6 +126,26 @@ def test_transformers_loads_the_saved_model_with_the_reported_loss(folder, base,
             total += theirs(ids, labels=labels).loss.item() * number
         count += number
     np.testing.assert_allclose(total / count, reported, rtol=1e-5)
+
+
+def test_steps_take_several_batches_where_rows_divide(folder, base):
+    """Each has a row for every device, and they are a multiple of the micro-batches."""
+
+    def batches(mesh=None, **changes):
+        recipe = make_recipe(settings_of(folder, base, **{"max_buckets": 3} | changes), mesh, None)
+        assert recipe.plan.rows * recipe.plan.step_batches == recipe.settings.train_batch_size
+        return recipe.plan.step_batches
+
+    assert batches() == 4
+    assert batches(max_buckets=1) == 1
+    assert batches(train_batch_size=4) == 2
+    assert batches(train_batch_size=9) == 3
+    assert batches(train_batch_size=7) == 1
+    assert batches(train_batch_size=12, gradient_accumulation_steps=3) == 3
+    assert batches(gradient_accumulation_steps=8) == 8
+    mesh = make_mesh("data=4", jax.devices()[:4])
+    assert batches(mesh) == 2
+    assert batches(mesh, train_batch_size=4) == 1
 
 
 def interrupted_after(monkeypatch, step):
@@ -359,11 +381,10 @@ def test_a_run_on_a_mesh_has_the_same_losses(folder, tmp_path_factory):
     base = write_base(
         tmp_path_factory.mktemp("mesh") / "model", num_attention_heads=8, num_key_value_heads=4, head_dim=8
     )
-    run(folder, base, max_steps=3)
+    options = {"max_steps": 3, "train_batch_size": 16, "max_buckets": 2}
+    run(folder, base, **options)
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
-    finetune(
-        settings_of(folder, base, max_steps=3, output_dir=folder / "mesh" / "run"), mesh=mesh, show=False
-    )
+    finetune(settings_of(folder, base, **options, output_dir=folder / "mesh" / "run"), mesh=mesh, show=False)
     ours, expected = (np.asarray([loss for _, loss in losses(each)]) for each in (folder / "mesh", folder))
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
@@ -382,11 +403,29 @@ def test_rejects_settings_that_do_not_fit_the_data(folder, base, changes, words)
         run(folder, base, **changes)
 
 
-def test_rejects_a_validation_label_that_training_lacks(folder, base):
-    validation = folder / "validation.jsonl"
-    validation.write_text('{"text": "rain", "label": "never seen"}\n')
-    with pytest.raises(BadRowError, match=r"validation\.jsonl, line 1: .*'never seen'"):
-        run(folder, base, validation_file=str(validation))
+@pytest.mark.parametrize(("score", "at"), [("loss", 2), ("accuracy", 3)])
+def test_an_evaluation_that_is_not_finite_stops_the_run(folder, base, monkeypatch, score, at):
+    """No model is written, the checkpoint before it stays, and the same command tries again."""
+    write_rows(folder / "test.jsonl", 4)
+    options = {"test_file": str(folder / "test.jsonl"), "max_steps": 2, "eval_steps": 1}
+    call, calls = module.Evaluator.__call__, []
+
+    def broken(self, state):
+        calls.append(None)
+        metrics, predictions = call(self, state)
+        return (metrics | {score: np.nan} if len(calls) >= at else metrics), predictions
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Evaluator, "__call__", broken)
+        with pytest.raises(
+            NotFiniteError, match=rf"the evaluation of the validation data .* has {score} nan"
+        ):
+            run(folder, base, **options)
+    assert not (folder / "run" / "model.safetensors").exists()
+    kept = {path.name for path in (folder / "run" / "checkpoints").iterdir()}
+    assert kept == ({"1"} if at == 2 else {"1", "2"})
+    if at == 2:
+        assert set(run(folder, base, **options)) == {"validation", "test"}
 
 
 def test_names_or_counts_bad_rows(folder, base, caplog):
@@ -397,7 +436,7 @@ def test_names_or_counts_bad_rows(folder, base, caplog):
         run(folder, base)
     with caplog.at_level(logging.WARNING):
         run(folder, base, skip_bad_rows=True, max_steps=1)
-    assert "1 bad rows were skipped; the first: " in caplog.text
+    assert "1 bad row was skipped; the first: " in caplog.text
     assert json.loads((folder / "run" / "metrics.json").read_text())["data"]["bad rows skipped"] == 1
 
 

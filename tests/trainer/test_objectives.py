@@ -102,6 +102,36 @@ def test_micro_batches_add_up_to_the_whole_batch(kind):
 
 
 @pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        ("sequence", Objective(class_weights=(0.5, 1.0, 3.0))),
+        ("token", Objective()),
+        *(
+            pytest.param(each, Objective(), marks=pytest.mark.slow)
+            for each in ("causal", "several", "regression")
+        ),
+    ],
+)
+def test_batches_of_different_widths_add_up_to_the_whole_batch(kind, objective):
+    """One batch has only the padding row, and the labels of the others are uneven."""
+    model, batch = model_of(kind), ragged(kind)
+    whole, expected = gradients(model, batch, objective=objective)
+    groups = [[3], [0, 1, 2], [4, 5, 6, 7]]
+    widths = [max(int(batch["attention_mask"][rows].sum(1).max()), 4) for rows in groups]
+    assert len(set(widths)) > 1
+    batches = [
+        {name: x[rows][:, :width] if x.shape == (8, 12) else x[rows] for name, x in batch.items()}
+        for rows, width in zip(groups, widths, strict=True)
+    ]
+    trainer = Trainer(model, keeping_gradients(), objective=objective)
+    state, metrics = trainer.step_in_batches(trainer.start(model), batches)
+    close(metrics.loss, whole.loss, 1e-6)
+    close(metrics.gradient_norm, whole.gradient_norm, 1e-6)
+    close(state.optimizer, expected, 1e-6)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize(
     "kind", ["causal", *(pytest.param(each, marks=pytest.mark.slow) for each in ("several", "token"))]
 )
 def test_devices_add_up_to_the_whole_batch(kind):
