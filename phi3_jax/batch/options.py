@@ -73,7 +73,8 @@ class GreedyRows(rules.LogitsProcessor):
     rows: Bool[Array, "R 1"]
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        best = jnp.arange(scores.shape[1]) == jnp.argmax(scores, axis=-1)[:, None]
+        tokens = jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
+        best = tokens == jnp.argmax(scores, axis=-1).astype(jnp.int32)[:, None]
         return jnp.where(self.rows & ~best, -jnp.inf, scores)
 
 

@@ -117,7 +117,7 @@ class PrefixCache:
         if not row.prefix_length:
             return []
         base = self._config.rope_base
-        frequencies = self._config.rope_scaling.frequencies(base, jnp.asarray([len(row.ids)]))
+        frequencies = self._config.rope_scaling.frequencies(base, jnp.asarray([len(row.ids)], jnp.int32))
         key = (
             b"".join(np.asarray(each).tobytes() for each in frequencies),
             tuple(row.ids[: row.prefix_length]),
@@ -174,7 +174,8 @@ def _write_block(model: Phi3ForCausalLM, state: State, block: Block, at: Int[Arr
     cache = state.cache
 
     def write(whole: Float[Array, "B K S H"], new: Float[Array, "1 K size H"]) -> Array:
-        return jax.lax.dynamic_update_slice(whole, new, (row, 0, number * new.shape[2], 0))
+        zero = jnp.int32(0)
+        return jax.lax.dynamic_update_slice(whole, new, (row, zero, number * new.shape[2], zero))
 
     keys, values = (
         [jax.tree.map(write, old, new) for old, new in zip(olds, news, strict=True)]
@@ -186,7 +187,7 @@ def _write_block(model: Phi3ForCausalLM, state: State, block: Block, at: Int[Arr
             cache,
             keys=keys,
             values=values,
-            mask=cache.mask.at[row].set(jnp.arange(cache.mask.shape[1]) < prefix_length),
+            mask=cache.mask.at[row].set(jnp.arange(cache.mask.shape[1], dtype=jnp.int32) < prefix_length),
             length=cache.length.at[row].set(prefix_length),
             tokens=cache.tokens.at[row].set(prefix_length),
             rope_length=cache.rope_length.at[row].set(length),

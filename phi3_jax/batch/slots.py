@@ -187,5 +187,5 @@ def _copy_row(
 
 def _write_row(whole: Array, row: Array, index: Int[Array, ""]) -> Array:
     """Writes a row, which may be shorter, to the first positions of row `index`."""
-    at: list[Any] = [index, *[0] * (whole.ndim - 1)]
+    at = [index, *[jnp.int32(0)] * (whole.ndim - 1)]
     return jax.lax.dynamic_update_slice(whole, row.astype(whole.dtype), at)

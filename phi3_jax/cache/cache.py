@@ -138,7 +138,7 @@ class KVCache:
         Raises:
             UserError: a ring cannot go back so far; not checked under `jit`.
         """
-        length = jnp.minimum(self.length, length)
+        length = jnp.minimum(self.length, jnp.asarray(length, jnp.int32))
         if self.window is not None and not isinstance(length, jax.core.Tracer):
             used, wanted = np.asarray(self.length), np.asarray(length)
             replaced = used - self.max_length  # the first slot that is still there

@@ -145,7 +145,9 @@ def write_part(
             slots = write_part(slots, new[:, :, piece : piece + size], start + piece)
         return slots
     at = jnp.clip(start, 0, size - length)
-    index = at[:, None] + jnp.arange(length) - start[:, None]  # [B, T], of the new vector for each slot
+    index = (
+        at[:, None] + jnp.arange(length, dtype=jnp.int32)[None] - start[:, None]
+    )  # [B, T], of the new vector for each slot
     inside = (index >= 0) & (index < length)
     extra = (1,) * (new.ndim - 3)
     index = jnp.clip(index, 0, length - 1).reshape(len(start), 1, length, *extra)
@@ -168,7 +170,7 @@ def write_ring(
         return write_slots(slots, new, first)
     wrapping = jnp.maximum(first + length - size, 0)
     rolled = jax.vmap(lambda chunk, by: jnp.roll(chunk, by, axis=1))(new, wrapping)
-    wraps = jnp.arange(length) < wrapping[:, None]
+    wraps = jnp.arange(length, dtype=jnp.int32)[None] < wrapping[:, None]
     wraps = wraps.reshape(len(start), 1, length, *[1] * (new.ndim - 3))
     at = first - wrapping
     slots = write_slots(slots, jnp.where(wraps, read_slots(slots, at, length), rolled), at)

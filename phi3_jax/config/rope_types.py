@@ -193,7 +193,7 @@ def dynamic(base: RopeBase, seq_len: Int[Array, "B"], *, factor: Scale) -> Frequ
     beyond = jnp.maximum(seq_len - base.max_position_embeddings, 0).astype(jnp.float32)
     growth = 1 + factor * beyond / base.max_position_embeddings  # [B]
     exponents = np.arange(0, base.dim, 2, dtype=np.float32) / np.float32(base.dim - 2)
-    return base.inv_freq() * growth[:, None] ** -exponents, 1.0  # [B, P]
+    return base.inv_freq()[None] * growth[:, None] ** -exponents[None], 1.0  # [B, P]
 
 
 def _frequency_bands_in_order(base: RopeBase, parameters: Mapping[str, Any]) -> str | None:
@@ -279,7 +279,7 @@ def _short_or_long(
     """Chooses each row's list by its length: the first up to the original window, the second beyond it."""
     is_long = seq_len > base.original_max_position_embeddings  # [B]
     short, long = (1 / (np.asarray(list_, np.float32) * base.tokens_per_radian()) for list_ in factors)
-    inv_freq = jnp.where(is_long[:, None], long, short)  # [B, P]
+    inv_freq = jnp.where(is_long[:, None], long[None], short[None])  # [B, P]
     short_attention, long_attention = attention_factors
     if short_attention == long_attention:
         return inv_freq, float(short_attention)

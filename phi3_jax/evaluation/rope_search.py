@@ -63,7 +63,7 @@ def attention_factor(base: RopeBase, method: str, stretch: float) -> float:
     if method == LONGROPE:
         parameters |= dict.fromkeys(("short_factor", "long_factor"), (1.0,) * (base.dim // 2))
     scaling = RopeScaling(method, tuple(sorted(parameters.items())))
-    return float(scaling.frequencies(base, jnp.zeros(1, int))[1])
+    return float(scaling.frequencies(base, jnp.zeros(1, jnp.int32))[1])
 
 
 def known_scalings(base: RopeBase, stretch: float) -> dict[str, Individual]:
@@ -74,7 +74,9 @@ def known_scalings(base: RopeBase, stretch: float) -> dict[str, Individual]:
     """
     pairs = base.dim // 2
     numbers = np.arange(pairs)
-    yarn, yarn_attention = RopeScaling("yarn", (("factor", stretch),)).frequencies(base, jnp.zeros(1, int))
+    yarn, yarn_attention = RopeScaling("yarn", (("factor", stretch),)).frequencies(
+        base, jnp.zeros(1, jnp.int32)
+    )
     curves = {
         PLAIN: (np.ones(pairs), 1.0),
         LINEAR: (np.full(pairs, stretch), 1.0),

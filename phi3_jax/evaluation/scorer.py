@@ -185,7 +185,7 @@ class Scorer:
 
 def frequencies_for(config: Phi3Config, length: int) -> tuple[Float[np.ndarray, " P"], float]:
     """Returns the inverse frequencies and attention factor of a config's rope for `length` tokens."""
-    inv_freq, scaling = config.rope_scaling.frequencies(config.rope_base, jnp.array([length]))
+    inv_freq, scaling = config.rope_scaling.frequencies(config.rope_base, jnp.array([length], jnp.int32))
     return np.atleast_2d(np.asarray(inv_freq))[0], float(np.ravel(scaling)[0])
 
 
@@ -209,9 +209,10 @@ def _feed(
     initial_tokens: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs the decoder on the next tokens; returns its output and the cache with them."""
-    positions = cache.length[:, None] + jnp.arange(ids.shape[1])  # [B, T]
+    positions = cache.length[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)[None]  # [B, T]
     unscaled = positions < initial_tokens[:, None]
-    frequencies = jnp.where(unscaled[..., None], model.config.rope_base.inv_freq(), inv_freq[:, None])
+    plain = model.config.rope_base.inv_freq()[None, None]
+    frequencies = jnp.where(unscaled[..., None], plain, inv_freq[:, None])
     out = model.decoder(ids, past_key_values=cache, inv_freq=frequencies, attention_scaling=attention_scaling)
     assert out.past_key_values is not None
     return out.last_hidden_state, out.past_key_values
@@ -231,7 +232,7 @@ def _score(
         hidden, targets = part
         logits = model.logits(hidden)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return losses, jnp.argmax(logits, axis=-1) == targets
+        return losses, jnp.argmax(logits, axis=-1).astype(jnp.int32) == targets
 
     scored = jax.lax.map(score, (blocks(hidden), blocks(targets)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, length), scored)

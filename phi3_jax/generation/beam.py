@@ -103,8 +103,9 @@ def propose(
     ranked = total
     if settings.key is not None:  # the largest of these sums are a draw without replacement (Gumbel's trick)
         key = jax.random.fold_in(settings.key, search.sequences.new[0])
-        draw = jax.vmap(lambda row: jax.random.gumbel(jax.random.fold_in(key, row), total.shape[1:]))
-        ranked = jax.nn.log_softmax(total, axis=-1) + draw(jnp.arange(batch))
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch, dtype=jnp.int32))
+        draws = jax.vmap(lambda row: jax.random.gumbel(row, total.shape[1:], jnp.float32))(keys)
+        ranked = jax.nn.log_softmax(total, axis=-1) + draws
     _, index = jax.lax.top_k(ranked, count)
     return Candidates(
         jnp.take_along_axis(total, index, axis=1),
@@ -144,7 +145,7 @@ def advance(
     new = search.sequences.new[0]
     tokens, origins = extend(search, candidates)
 
-    running = candidates.scores + ending * IMPOSSIBLE
+    running = candidates.scores + _impossible_where(ending)
     running_scores, chosen = jax.lax.top_k(running, beams)
     parents = jnp.take_along_axis(candidates.beams, chosen, axis=1)
     rows = (parents + beams * jnp.arange(batch, dtype=jnp.int32)[:, None]).reshape(-1)
@@ -155,12 +156,12 @@ def advance(
     state = append(search.state.take(rows), next_tokens, jnp.ones(batch * beams, jnp.int32), unlimited)
 
     # Only the first n candidates may finish; the others exist so that n can continue.
-    finishing = ending & (jnp.arange(ending.shape[1]) < beams)
+    finishing = ending & (jnp.arange(ending.shape[1], dtype=jnp.int32)[None] < beams)
     scores = candidates.scores / (new + 1).astype(jnp.float32) ** length_penalty
     if rules.early_stopping is True:
-        scores += jnp.all(search.best_is_finished, axis=1, keepdims=True) * IMPOSSIBLE
-    scores += ~search.improvable * IMPOSSIBLE
-    scores += ~finishing * IMPOSSIBLE
+        scores += _impossible_where(jnp.all(search.best_is_finished, axis=1, keepdims=True))
+    scores += _impossible_where(~search.improvable)
+    scores += _impossible_where(~finishing)
     best_scores, best = jax.lax.top_k(jnp.concatenate([search.best_scores, scores], axis=1), beams)
 
     def merge(old: Array, added: Array) -> Array:
@@ -246,6 +247,11 @@ def loop(
         return search, tokens, records | score_records(logits, scores, outputs)
 
     return run_steps(one_step, model.config, search, settings, steps, most)
+
+
+def _impossible_where(never: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """Returns what makes the scores of such candidates impossible when it is added."""
+    return jnp.where(never, jnp.float32(IMPOSSIBLE), jnp.float32(0))
 
 
 def _gather(x: Any, beams: Int[Array, "prompts k"]) -> Any:

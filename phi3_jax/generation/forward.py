@@ -24,11 +24,13 @@ def feed(
     **arguments: Any,
 ) -> tuple[Any, State]:
     """Runs the next `count` <= `width` slots of each row through the model and into its cache."""
-    slots = state.cache.length[:, None] + jnp.arange(width)  # [B, width]
+    offsets = jnp.arange(width, dtype=jnp.int32)[None]
+    slots = state.cache.length[:, None] + offsets  # [B, width]
     ids = jnp.take_along_axis(state.sequences.ids, slots, axis=1, mode="clip")
     mask = jnp.take_along_axis(state.sequences.mask, slots, axis=1, mode="clip")
-    mask &= jnp.arange(width) < count[:, None]
-    positions = jnp.maximum(state.cache.tokens[:, None] + jnp.cumsum(mask, axis=1) - 1, 0)
+    mask &= offsets < count[:, None]
+    counts = state.cache.tokens[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    positions = jnp.maximum(counts - 1, 0)
     out = model(
         ids,
         mask,

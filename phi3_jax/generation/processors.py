@@ -70,9 +70,11 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         ids, is_token = sequences.last(self.prefixes.shape[1])
-        same = (ids[:, None] == self.prefixes) & is_token[:, None]  # [R, N, P]
-        matches = jnp.all(same | (self.prefixes < 0), axis=-1)
-        bias = jnp.zeros_like(scores).at[:, self.last].add(jnp.where(matches, self.bias, 0.0), mode="drop")
+        prefixes = self.prefixes[None]
+        same = (ids[:, None] == prefixes) & is_token[:, None]  # [R, N, P]
+        matches = jnp.all(same | (prefixes < 0), axis=-1)
+        added = jnp.where(matches, self.bias[None], 0.0)
+        bias = jnp.zeros_like(scores).at[:, self.last].add(added, mode="drop")
         return scores + bias
 
 
@@ -106,7 +108,8 @@ class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
     penalty: Number
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        return scores - self.penalty * sequences.counts(sequences.generated, scores.shape[1])
+        counts = sequences.counts(sequences.generated, scores.shape[1])
+        return scores - self.penalty * counts.astype(jnp.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -224,7 +227,7 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         past = jnp.maximum(sequences.new - self.start, 0)[:, None]
-        growth = jnp.where(past > 0, jnp.expm1(past * self.log_factor), 0.0)
+        growth = jnp.where(past > 0, jnp.expm1(past.astype(jnp.float32) * self.log_factor), 0.0)
         ends = scores[:, self.eos_token_ids]
         raised = jnp.where(jnp.isfinite(ends), ends + jnp.abs(ends) * growth, ends)
         return scores.at[:, self.eos_token_ids].set(raised)

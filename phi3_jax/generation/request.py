@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import index
 from types import MappingProxyType
 from typing import Any
 
@@ -296,7 +297,7 @@ class GenerationRequest:
         if config.do_sample:
             if self.seed is None:
                 self.seed = from_primary_on(self.compiled.mesh, lambda: secrets.randbits(32))
-            key = jax.random.key(self.seed)
+            key = jax.random.key(np.uint32(index(self.seed) & 0xFFFFFFFF))  # as without 64-bit integers
         rope = _rope_choice(model_config, config.rope_list, rows, config.max_new_tokens)
         return StepSettings(
             before_host=self.before_host,

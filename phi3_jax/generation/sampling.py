@@ -43,7 +43,7 @@ def row_keys(key: Key[Array, "..."], new: Int[Array, " R"]) -> Key[Array, " R"]:
     """Returns a key for each row's next token, from one for all or one for each."""
     if key.ndim:
         return jax.vmap(jax.random.fold_in)(key, new)
-    rows = jnp.arange(new.shape[0])
+    rows = jnp.arange(new.shape[0], dtype=jnp.int32)
     return jax.vmap(lambda row, count: jax.random.fold_in(jax.random.fold_in(key, row), count))(rows, new)
 
 

@@ -32,7 +32,8 @@ class Sequences:
     @property
     def generated(self) -> Bool[Array, "R S"]:
         """True where a slot holds a generated token."""
-        return self.mask & (jnp.arange(self.ids.shape[1]) >= (self.length - self.new)[:, None])
+        slots = jnp.arange(self.ids.shape[1], dtype=jnp.int32)[None]
+        return self.mask & (slots >= (self.length - self.new)[:, None])
 
     def first(self, rows: int) -> "Sequences":
         """Returns the first `rows` rows."""
@@ -43,7 +44,7 @@ class Sequences:
 
         Slots before a row's first one hold none.
         """
-        slot = self.length[:, None] - n + jnp.arange(n)
+        slot = self.length[:, None] - n + jnp.arange(n, dtype=jnp.int32)[None]
         inside = jnp.maximum(slot, 0)
         ids = jnp.take_along_axis(self.ids, inside, axis=1, mode="clip")
         return ids, (slot >= 0) & jnp.take_along_axis(self.mask, inside, axis=1, mode="clip")
@@ -57,7 +58,7 @@ def token_counts(
     ids: Int[Array, "R S"], among: Bool[Array, "R S"], vocab_size: int
 ) -> Int[Array, "R {vocab_size}"]:
     """Counts each token of the vocabulary in each row where `among` is True."""
-    rows = jnp.arange(ids.shape[0])[:, None]
+    rows = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
     index = jnp.where(among, ids, vocab_size)  # out of bounds: dropped
     return jnp.zeros((ids.shape[0], vocab_size), jnp.int32).at[rows, index].add(1, mode="drop")
 

@@ -86,7 +86,7 @@ def lookup(sequences: Sequences, tokens: int, max_ngram: int, end_tokens: Int[Ar
     A draft stops before an end token, because no token after it may be accepted.
     """
     slots = sequences.ids.shape[1]
-    slot = jnp.arange(slots)
+    slot = jnp.arange(slots, dtype=jnp.int32)[None]
     start = jnp.full(sequences.length.shape, slots, jnp.int32)  # the draft's first slot; `slots`: none yet
     for size in range(max_ngram, 0, -1):
         latest, is_token = sequences.last(size)
@@ -95,9 +95,9 @@ def lookup(sequences: Sequences, tokens: int, max_ngram: int, end_tokens: Int[Ar
             shifted = jnp.roll(sequences.ids, -offset, axis=1) == latest[:, offset, None]
             same &= shifted & jnp.roll(sequences.mask, -offset, axis=1)
         same &= (slot + size < sequences.length[:, None]) & jnp.all(is_token, axis=1)[:, None]
-        first = jnp.argmax(same, axis=1) + size
+        first = jnp.argmax(same, axis=1).astype(jnp.int32) + size
         start = jnp.where((start == slots) & jnp.any(same, axis=1), first, start)
-    sources = start[:, None] + jnp.arange(tokens)
+    sources = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
     draft = jnp.take_along_axis(sequences.ids, sources, axis=1, mode="clip")
     usable = (sources < sequences.length[:, None]) & ~jnp.isin(draft, end_tokens)
     return Draft(draft, _leading(usable), None)
@@ -131,7 +131,7 @@ def draft_with(
         scores = settings.after_host(state.sequences, process(logits, state.sequences, settings))
         token = choose(scores, state.sequences.new, key)
         probability = jnp.take_along_axis(jax.nn.softmax(scores, axis=-1), token[:, None], axis=1)[:, 0]
-        count += drafting
+        count += drafting.astype(jnp.int32)
         drafting &= (probability >= confidence) & (count < limit) & ~jnp.isin(token, settings.end_tokens)
         if key is not None:
             drawn = drawn.at[done].set(scores)
@@ -165,7 +165,7 @@ def draft_limit(
     def changes(drafted: Int[Array, ""]) -> Bool[Array, " R"]:
         return frequencies_change(config, settings.rope, now, sequences.tokens + drafted)
 
-    same = ~jax.vmap(changes, out_axes=1)(jnp.arange(1, most + 1))
+    same = ~jax.vmap(changes, out_axes=1)(jnp.arange(1, most + 1, dtype=jnp.int32))
     return jnp.minimum(limit, _leading(same))
 
 
@@ -175,7 +175,8 @@ def verify(
     """Runs the drafts through the model, accepts what it would have generated, and adds one token."""
     sequences = state.sequences
     width = draft.tokens.shape[1] + 1
-    offset = jnp.arange(sequences.ids.shape[1]) - sequences.length[:, None]
+    slots = jnp.arange(sequences.ids.shape[1], dtype=jnp.int32)[None]
+    offset = slots - sequences.length[:, None]
     is_draft = (offset >= 0) & (offset < draft.length[:, None])
     drafted = jnp.take_along_axis(draft.tokens, jnp.clip(offset, 0, width - 2), axis=1)
     ids = jnp.where(is_draft, drafted, sequences.ids)
@@ -194,10 +195,11 @@ def verify(
         )
         return settings.after_host(seen, process(logits, seen, settings))
 
-    scores = jax.vmap(score, in_axes=(0, 1), out_axes=1)(jnp.arange(width), out.logits)  # [R, k + 1, V]
+    positions = jnp.arange(width, dtype=jnp.int32)
+    scores = jax.vmap(score, in_axes=(0, 1), out_axes=1)(positions, out.logits)  # [R, k + 1, V]
     tokens, count = _accept(scores, sequences, draft, settings)
-    ends = jnp.isin(tokens, settings.end_tokens) & (jnp.arange(width) < count[:, None])
-    count = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, count)
+    ends = jnp.isin(tokens, settings.end_tokens) & (positions[None] < count[:, None])
+    count = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1).astype(jnp.int32) + 1, count)
 
     count = jnp.where(state.finished, 0, count)
     cache = fed.cache.rewind(jnp.where(state.finished, state.cache.length, sequences.length + count - 1))
@@ -205,7 +207,7 @@ def verify(
     records = select_outputs(out, outputs) | {
         name: value for name, value in {"logits": out.logits, "scores": scores}.items() if name in outputs
     }
-    return state, jnp.where(jnp.arange(width) < count[:, None], tokens, NO_TOKEN), records
+    return state, jnp.where(positions[None] < count[:, None], tokens, NO_TOKEN), records
 
 
 def _accept(
@@ -213,12 +215,12 @@ def _accept(
 ) -> tuple[Int[Array, "R n"], Int[Array, " R"]]:
     """Returns tokens of each row and how many of them count: the accepted drafts and one more."""
     width = scores.shape[1]
-    position = jnp.arange(width)
+    position = jnp.arange(width, dtype=jnp.int32)
     key = settings.key
     if draft.scores is None or key is None:
         # The model's own choice at every position is valid as long as the draft agrees with it.
         own = jax.vmap(lambda at, s: choose(s, sequences.new + at, key), (0, 1), 1)(position, scores)
-        agrees = (own[:, :-1] == draft.tokens) & (position[:-1] < draft.length[:, None])
+        agrees = (own[:, :-1] == draft.tokens) & (position[None, :-1] < draft.length[:, None])
         return own, _leading(agrees) + 1
 
     p = jax.nn.softmax(scores, axis=-1)
@@ -227,8 +229,8 @@ def _accept(
         jnp.take_along_axis(x, draft.tokens[..., None], axis=-1)[..., 0] for x in (p[:, :-1], q)
     )
     keys = row_keys(jax.random.fold_in(key, ACCEPT_KEY), sequences.new)
-    chance = jax.vmap(lambda key: jax.random.uniform(key, (width - 1,)))(keys)
-    accepted = _leading((chance * q_token < p_token) & (position[:-1] < draft.length[:, None]))
+    chance = jax.vmap(lambda key: jax.random.uniform(key, (width - 1,), jnp.float32))(keys)
+    accepted = _leading((chance * q_token < p_token) & (position[None, :-1] < draft.length[:, None]))
     # One more token: drawn from p - q after a refused one, from p after a whole draft.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     at = accepted[:, None, None]
@@ -237,7 +239,8 @@ def _accept(
     rest = jnp.where(refused, jnp.maximum(p_next - q_next, 0.0), p_next)
     rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, p_next)
     last = choose(jnp.log(rest), sequences.new + accepted, key)
-    tokens = jnp.where(position == accepted[:, None], last[:, None], jnp.pad(draft.tokens, ((0, 0), (0, 1))))
+    is_last = position[None] == accepted[:, None]
+    tokens = jnp.where(is_last, last[:, None], jnp.pad(draft.tokens, ((0, 0), (0, 1))))
     return tokens, accepted + 1
 
 
@@ -306,4 +309,4 @@ def assisted_loop(
 
 def _leading(true: Bool[Array, "R k"]) -> Int[Array, " R"]:
     """Counts the leading True values of each row."""
-    return jnp.sum(jnp.cumprod(true, axis=1), axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.cumprod(true, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)

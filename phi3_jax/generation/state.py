@@ -56,7 +56,7 @@ class State:
         """Keeps each row's first `new` generated tokens and ends the rows in `finished`."""
         excess = jnp.maximum(self.sequences.new - new, 0)
         length = self.sequences.length - excess
-        slots = jnp.arange(self.sequences.ids.shape[1])
+        slots = jnp.arange(self.sequences.ids.shape[1], dtype=jnp.int32)[None]
         sequences = replace(
             self.sequences,
             mask=self.sequences.mask & (slots < length[:, None]),
@@ -116,11 +116,12 @@ def append(state: State, tokens: Int[Array, "R n"], count: Int[Array, " R"], set
     sequences, rows = state.sequences, state.finished.shape[0]
     tokens = jnp.resize(tokens, (rows, tokens.shape[1]))  # unconditional rows get the same tokens
     count = jnp.where(state.finished, 0, jnp.resize(count, (rows,)))
-    offset = jnp.arange(sequences.ids.shape[1]) - sequences.length[:, None]  # [B, S]
+    slots = jnp.arange(sequences.ids.shape[1], dtype=jnp.int32)[None]
+    offset = slots - sequences.length[:, None]  # [B, S]
     is_new = (offset >= 0) & (offset < count[:, None])
     new_ids = jnp.take_along_axis(tokens, jnp.clip(offset, 0, tokens.shape[1] - 1), axis=1)
     new = sequences.new + count
-    counts = jnp.arange(tokens.shape[1]) < count[:, None]
+    counts = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < count[:, None]
     ends = jnp.any(jnp.isin(tokens, settings.end_tokens) & counts, axis=1)
     return State(
         Sequences(

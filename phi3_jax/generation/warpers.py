@@ -60,6 +60,7 @@ class TopKLogitsWarper(LogitsProcessor):
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         k = jnp.clip(self.top_k, min(self.min_tokens_to_keep, scores.shape[-1]), scores.shape[-1])
+        k = jnp.asarray(k, jnp.float32)  # counts are sums of weights
         highest = -threshold(-scores, jnp.ones_like(scores), lambda count: count >= k)
         return _keep_where(scores >= highest, scores)
 
@@ -76,7 +77,7 @@ class TopPLogitsWarper(LogitsProcessor):
     min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        tail = 1 - self.top_p
+        tail = 1 - jnp.asarray(self.top_p, jnp.float32)
         least = threshold(scores, jax.nn.softmax(scores, axis=-1), lambda mass: mass > tail)
         return _keep_where(
             scores >= jnp.minimum(least, _nth_largest(scores, self.min_tokens_to_keep)), scores
@@ -141,7 +142,8 @@ class EtaLogitsWarper(LogitsProcessor):
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         log_p = jax.nn.log_softmax(scores, axis=-1)
-        eta = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-_entropy(log_p)))
+        epsilon = jnp.asarray(self.epsilon, jnp.float32)
+        eta = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-_entropy(log_p)))
         likely = jax.nn.softmax(scores, axis=-1) >= eta
         return _keep_where(likely | (scores >= _nth_largest(scores, self.min_tokens_to_keep)), scores)
 

@@ -13,6 +13,7 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX, problem_type
 from phi3_jax.model.masks import CausalMask
+from phi3_jax.model.symbolic import is_certain
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _check_cache(config: Phi3Config, cache: KVCache, batch: int, length: int) ->
             )
         return
     used = cache.get_seq_length() if is_concrete(cache.length) else 0
-    if used + length > cache.max_length:
+    if is_certain(lambda: used + length > cache.max_length):
         raise UserError(
             f"the cache has {cache.max_length} slots a row: {used} are used and {length} more tokens do not "
             f"fit; make it with init_cache(batch_size, {used + length}) or enlarge it with "
@@ -189,7 +190,8 @@ def _check_mask(
             )
         mask = mask if jnp.issubdtype(mask.dtype, jnp.floating) else mask.astype(bool)
         return None, jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
-    if mask.ndim != 2 or mask.shape[0] != batch or not length <= mask.shape[1] <= keys:
+    fits = mask.ndim == 2 and mask.shape[0] == batch
+    if not fits or is_certain(lambda: mask.shape[1] < length) or is_certain(lambda: mask.shape[1] > keys):
         past = "" if cache is None else ", or with the cached tokens before them"
         raise UserError(f"attention_mask has shape {mask.shape}; expected {(batch, length)}{past}")
     if mask.shape[1] > length and cache is not None and is_concrete(cache.length):
@@ -212,10 +214,10 @@ def locate(new: NewTokens, cache: KVCache | None, config: Phi3Config, rope_lengt
     is_token = jnp.ones((batch, length), bool) if new.mask is None else new.mask
     if new.segment_ids is not None:
         is_token &= new.segment_ids != 0
-    offsets = jnp.arange(length, dtype=jnp.int32)
+    offsets = jnp.arange(length, dtype=jnp.int32)[None]
     if cache is None:
         start = past = jnp.zeros((batch,), jnp.int32)
-        key_slots, key_mask = offsets[None], is_token
+        key_slots, key_mask = offsets, is_token
     else:
         start, past = cache.length, cache.tokens
         key_slots = cache.slots(start + length)
@@ -256,7 +258,7 @@ def _positions(new: NewTokens, counts: Int[Array, "B T"], is_token: Bool[Array, 
     if new.segment_ids is None:
         return position_ids
     starts = jnp.diff(new.segment_ids, axis=1, prepend=0) != 0
-    in_others = jax.lax.cummax(jnp.where(starts, counts - is_token, 0), axis=1)
+    in_others = jax.lax.cummax(jnp.where(starts, counts - is_token.astype(jnp.int32), 0), axis=1)
     return jnp.maximum(position_ids - in_others, 0)
 
 
@@ -288,7 +290,10 @@ def select_positions(x: Float[Array, "B T D"], positions: Any) -> Float[Array, "
         outside = values[(values < -length) | (values >= length)]
         if outside.size:
             raise UserError(f"logits_to_keep names position {outside[0]} of {length} tokens")
-    return x[:, positions] if positions.ndim == 1 else x[jnp.arange(batch)[:, None], positions]
+    positions = jnp.asarray(positions, jnp.int32)
+    return (
+        x[:, positions] if positions.ndim == 1 else x[jnp.arange(batch, dtype=jnp.int32)[:, None], positions]
+    )
 
 
 def check_labels(labels: Any, shape: tuple[int, ...], classes: int) -> Array:

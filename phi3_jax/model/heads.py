@@ -173,7 +173,9 @@ class Phi3ForSequenceClassification(_ModelWithHead):
             x = x[:, -1]
         else:
             is_token = jnp.asarray(input_ids) != config.pad_token_id
-            last = jnp.argmax(jnp.arange(x.shape[1]) * is_token, axis=1)
+            last = jnp.argmax(
+                jnp.arange(x.shape[1], dtype=jnp.int32)[None] * is_token.astype(jnp.int32), axis=1
+            )
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         logits = self.score(x[:, None])[:, 0]
         loss = None

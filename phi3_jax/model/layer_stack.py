@@ -87,7 +87,7 @@ def _scan(
         index, layer = item
         return run(layer, x, tables, mask, None, None, False, _layer_key(key, index))[0], None
 
-    return jax.lax.scan(body, x, (jnp.arange(layers.count), layers.layer))[0]
+    return jax.lax.scan(body, x, (jnp.arange(layers.count, dtype=jnp.int32), layers.layer))[0]
 
 
 def _layer_key(key: Array | None, index: Array | int) -> Array | None:

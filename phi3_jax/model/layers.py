@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from phi3_jax.errors import UserError
@@ -109,6 +110,17 @@ def _contract_backward(axes: int, dtype: jnp.dtype, operands: Any, gradient: Arr
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
+def across(x: Float[Array, "..."], ndim: int) -> Float[Array, "..."]:
+    """Returns `x` with axes of length 1 in front, `ndim` in all, for `jax_numpy_rank_promotion="raise"`."""
+    return jnp.expand_dims(x, range(ndim - x.ndim))
+
+
+def wider_dtype(a: DTypeLike, b: DTypeLike) -> jnp.dtype:
+    """Returns the dtype to which JAX promotes two arrays, also where its promotion is strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
+
+
 def last_positions(x: Float[Array, "B T ..."], count: int | None) -> Float[Array, "B kept ..."]:
     """Returns the last `count` positions, or all if it is None."""
     return x if count is None else x[:, -count:]
@@ -118,7 +130,7 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
     """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate), given a key."""
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = jax.random.bernoulli(key, jnp.float32(1.0 - rate), x.shape)  # drawn in float32 in every mode
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
@@ -172,7 +184,7 @@ class Linear(nnx.Module):
             divided = any(shards(self.mesh, axis) > 1 for axis in inputs if axis != "embed")
             y = contract(x, weight, self.input_axes, x.dtype if divided else jnp.dtype(jnp.float32))
         if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
+            y = y + across(self.bias[...].astype(jnp.float32), y.ndim)
         return y if self.adapter is None else y + self.adapter(x)
 
 
@@ -186,7 +198,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * normed.astype(x.dtype)
+        return across(self.weight[...], x.ndim) * normed.astype(x.dtype)
 
 
 class Embedding(nnx.Module):

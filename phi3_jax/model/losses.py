@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, Num
 
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.model.layers import across
 
 IGNORE_INDEX = -100
 """The label of a token or row that does not count."""
@@ -27,7 +28,7 @@ def cross_entropy(
     add up to the loss of the whole batch.
     """
     count = cross_entropy_count(labels) if num_items_in_batch is None else num_items_in_batch
-    return cross_entropy_sum(logits, labels) / count
+    return cross_entropy_sum(logits, labels) / jnp.asarray(count, jnp.float32)
 
 
 def cross_entropy_sum(
@@ -45,8 +46,9 @@ def cross_entropy_sum(
     if not label_smoothing:
         return total
     classes = logits.shape[-1]
-    uniform = (jnp.ones(classes) if class_weights is None else jnp.asarray(class_weights)) / classes
-    spread = optax.losses.softmax_cross_entropy(logits, uniform.astype(jnp.float32))
+    weights = jnp.asarray((1.0,) * classes if class_weights is None else class_weights, jnp.float32)
+    uniform = across(weights / classes, logits.ndim)
+    spread = optax.losses.softmax_cross_entropy(logits, uniform)
     return (1 - label_smoothing) * total + label_smoothing * jnp.sum(jnp.where(counted, spread, 0.0))
 
 
@@ -111,8 +113,10 @@ def sequence_loss_sum(
         labels = (1 - label_smoothing) * labels + label_smoothing / 2
         losses = optax.sigmoid_binary_cross_entropy(logits, labels)
         if class_weights is not None:
-            losses = losses * jnp.asarray(class_weights, jnp.float32)
-    return jnp.sum(losses if row_weights is None else row_weights[:, None] * losses)
+            losses = losses * jnp.asarray(class_weights, jnp.float32)[None]
+    if row_weights is not None:
+        losses = losses * row_weights[:, None].astype(jnp.float32)
+    return jnp.sum(losses)
 
 
 def sequence_loss_count(
@@ -126,7 +130,7 @@ def sequence_loss_count(
         return cross_entropy_count(labels, class_weights)
     if row_weights is None:
         return jnp.float32(labels.size)
-    return _one_if_zero(jnp.sum(row_weights) * config.num_labels)
+    return _one_if_zero(jnp.sum(row_weights.astype(jnp.float32)) * config.num_labels)
 
 
 def _one_if_zero(count: Float[Array, ""]) -> Float[Array, ""]:

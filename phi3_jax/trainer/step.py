@@ -188,7 +188,8 @@ class Trainer:
     def _updated(
         self, state: TrainState, loss: Float[Array, ""], gradients: nnx.State
     ) -> tuple[TrainState, Metrics]:
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies its step counts by floats
+            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         metrics = Metrics(loss, optax.tree.norm(gradients))
         return TrainState(trained, state.frozen, optimizer, state.step + 1), metrics
@@ -224,7 +225,7 @@ class Trainer:
 
         zeros = jax.tree.map(jnp.zeros_like, (count, state.trained))
         parts = jax.tree.map(self._parts, batch)
-        return jax.lax.scan(add, zeros, (jnp.arange(self.accumulate), parts))[0]
+        return jax.lax.scan(add, zeros, (jnp.arange(self.accumulate, dtype=jnp.int32), parts))[0]
 
     def _parts(self, x: Array) -> Array:
         """Returns [rows, ...] as [micro-batches, rows of each, ...]; every device keeps its own rows."""

@@ -11,6 +11,7 @@ import pytest
 from compilations import compilations
 from reference import LONG, SHORT, on_mesh
 from small_checkpoint import NEVER, write_checkpoint
+from strict_settings import strict_settings
 
 from phi3_jax.batch import engine as module
 from phi3_jax.batch.answers import Answer
@@ -73,6 +74,22 @@ def test_answers_texts_and_conversations(pipeline: Pipeline) -> None:
         assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
         assert (answer.prompt_tokens, answer.completion_tokens) == (len(ids[number]), len(tokens))
         assert answer.finish_reason == "length"
+
+
+def test_answers_where_nothing_is_promoted(pipeline: Pipeline) -> None:
+    """With 64-bit numbers and JAX's strict promotion; the second and third prompt share a prefix."""
+    system = "You answer every question about the capitals of countries in one short word. " * 2
+    prompts = [f"{system}{question}" for question in ("France?", "Italy?", "Peru?")]
+    options = {"temperature": 0.8, "top_k": 20, "seed": 4, "repetition_penalty": 1.2, "min_new_tokens": 3}
+    with strict_settings():
+        engine = engine_of(pipeline, slots=1)
+        answers = run(engine, *({"prompt": prompt} for prompt in prompts), {"prompt": "x", **options})
+    tokenizer = pipeline.tokenizer
+    for number, prompt in enumerate([*prompts, "x"]):
+        tokens = alone(
+            pipeline, tokenizer.encode(prompt), **({"do_sample": True} | options if prompt == "x" else {})
+        )
+        assert answers[number].text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_stop_strings_end_an_answer(pipeline: Pipeline) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,3 +102,10 @@ def test_chooses_kernels_for_a_prefill(length: int, options: dict[str, Any], exp
 @pytest.mark.parametrize(("length", "slots", "options", "expected"), CACHES)
 def test_chooses_kernels_for_a_cache(length: int, slots: int, options: dict[str, Any], expected: str) -> None:
     assert chosen_kernels(length, slots, **options) == expected
+
+
+def test_chooses_no_pallas_kernel_for_a_tpu_with_64_bit_numbers() -> None:
+    """JAX cannot lower one then."""
+    with jax.enable_x64(True):
+        assert chosen_kernels(256, dtype=jnp.float32) == "xla xla xla"
+        assert chosen_kernels(1, 512, dtype=jnp.float32) == "xla xla xla"

@@ -58,7 +58,7 @@ def _attend(
 
         keys, values = (cut(x, 2).astype(query.dtype) for x in (key, value))
         segments = None if mask.key_segments is None else cut(mask.key_segments, 1)
-        is_new = at + jnp.arange(size) >= block * size
+        is_new = at + jnp.arange(size, dtype=jnp.int32)[None] >= block * size
         visible = replace(
             mask,
             key_slots=cut(mask.key_slots, 1),
@@ -93,7 +93,7 @@ def _visible_blocks(mask: CausalMask, size: int) -> tuple[Array, Array]:
     visible = mask.key_mask & (mask.key_slots <= jnp.max(mask.query_slots, axis=1, keepdims=True))
     if mask.window is not None:
         visible &= mask.key_slots > jnp.min(mask.query_slots, axis=1, keepdims=True) - mask.window
-    slots = jnp.arange(visible.shape[1], dtype=jnp.int32)
+    slots = jnp.arange(visible.shape[1], dtype=jnp.int32)[None]
     first = jnp.min(jnp.where(visible, slots, visible.shape[1]))
     last = jnp.max(jnp.where(visible, slots, -1))
     return first // size, last // size + 1

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from phi3_jax.cache.quantized import QuantizedVectors
+from phi3_jax.model.layers import wider_dtype
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.sizes import INT32_MAX, ceil_div, round_up
 
@@ -149,7 +150,8 @@ def visible_blocks(
     visible = visible.reshape(*first.shape, key_blocks, keys).any(axis=3)
     seen = jnp.cumsum(visible, axis=2, dtype=jnp.int32)
     counts = seen[:, :, -1]
-    rank = jnp.minimum(jnp.arange(key_blocks), jnp.maximum(counts[:, :, None] - 1, 0))
+    blocks = jnp.arange(key_blocks, dtype=jnp.int32)[None, None]
+    rank = jnp.minimum(blocks, jnp.maximum(counts[:, :, None] - 1, 0))
     # The index of the visible block of rank n is the number of blocks with at most n visible ones up to them.
     order = jnp.sum(seen[:, :, None] <= rank[..., None], axis=3, dtype=jnp.int32)
     return jnp.minimum(order, key_blocks - 1), counts
@@ -278,7 +280,7 @@ def _kernel(
     row, head_block, query_block, step = (pl.program_id(axis) for axis in range(4))
     at = row * shape.query_blocks + query_block
     heads, keys = rows_ref.shape[1], keys_at_ref.shape[2]
-    dtype = rows_ref.dtype if shape.quantized else jnp.promote_types(rows_ref.dtype, key_ref.dtype)
+    dtype = rows_ref.dtype if shape.quantized else wider_dtype(rows_ref.dtype, key_ref.dtype)
 
     @pl.when(step == 0)
     def start() -> None:

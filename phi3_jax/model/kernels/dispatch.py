@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from phi3_jax.cache.quantized import QuantizedVectors
+from phi3_jax.errors import UserError
 from phi3_jax.model.kernels import blockwise, cudnn, splash
 from phi3_jax.model.kernels.blockwise import blockwise_attention
 from phi3_jax.model.kernels.cached import cached_attention
@@ -49,8 +51,18 @@ def choose_kernels(
         implementation: one of `IMPLEMENTATIONS`.
         platform: the only one that matters; None: the program may be lowered for any.
         context: devices over which the queries of a prefill, or else the keys, are divided; cuDNN needs all.
+
+    Raises:
+        UserError: `jax.export` leaves the length open, and `implementation` is not XLA's.
     """
     length, floats = query.shape[1], isinstance(key, Array)
+    if is_symbolic_dim(length) or is_symbolic_dim(key.shape[2]):
+        if implementation not in (None, "xla"):
+            raise UserError(
+                f"attn_implementation={implementation!r} needs a length that is a number, and jax.export "
+                f"leaves {length} open; choose set_attn_implementation('xla') or export one length"
+            )
+        return dict.fromkeys(("tpu", "cuda", "default"), "xla")
     many_scores = length >= LEAST_QUERIES if mask.prefill else key.shape[2] >= LEAST_SLOTS
     blocks = implementation is None and not mask.prefill and floats and length >= blockwise.LEAST_QUERIES
     default = "blockwise" if blocks else "xla"
@@ -63,13 +75,16 @@ def choose_kernels(
     if implementation == "pallas" and pallas_works:
         return dict.fromkeys(("tpu", "cuda", "default"), pallas)
 
+    # With 64-bit numbers on, JAX cannot lower Pallas kernels for a TPU.
+    x64: bool = jax.config.jax_enable_x64  # type: ignore[attr-defined]  # set at run time
+    suits_pallas = many_scores and pallas_works and not x64
     # cuDNN would copy the cache for a single query, and needs a mask of T x T for a window or segments.
     no_mask = mask.key_segments is None and (mask.window is None or mask.window >= length)
     suits_cudnn = many_scores and (no_mask if mask.prefill else length > 1 and mask.key_segments is None)
     use_cudnn = implementation == "cudnn" or (implementation is None and suits_cudnn)
     use_cudnn = use_cudnn and floats and context == 1 and platform in (None, "gpu")
     return {
-        "tpu": pallas if implementation is None and many_scores and pallas_works else default,
+        "tpu": pallas if implementation is None and suits_pallas else default,
         "cuda": "cudnn" if use_cudnn and cudnn.supported(query.dtype, query.shape[-1]) else default,
         "default": default,
     }

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from phi3_jax.cache.quantized import QuantizedVectors
-from phi3_jax.model.layers import dropout, pad_single_row
+from phi3_jax.model.layers import dropout, pad_single_row, wider_dtype
 from phi3_jax.model.masks import CausalMask
+from phi3_jax.model.symbolic import is_certain
 from phi3_jax.sizes import ceil_div
 
 QUERY_BLOCK = 128
@@ -64,7 +65,7 @@ def xla_attention(
         "output_lse": output_lse,
     }
     attend = partial(_attend if isinstance(key, Array) else _attend_quantized, **options)
-    if output_weights or query.shape[1] <= QUERY_BLOCK:
+    if output_weights or is_certain(lambda: query.shape[1] <= QUERY_BLOCK):
         return attend(query, key, value, _dense(mask), dropout_key=dropout_key)
 
     @jax.checkpoint
@@ -109,7 +110,7 @@ def by_query_blocks(
         attended = attend(index, queries, visible)
         return attended.out, attended.lse
 
-    out, lse = jax.lax.map(attend_block, (jnp.arange(blocks), split(query, 1), rows))
+    out, lse = jax.lax.map(attend_block, (jnp.arange(blocks, dtype=jnp.int32), split(query, 1), rows))
     out = jnp.moveaxis(out, 0, 1)  # [B, blocks, size, K, G, H]
     out = out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
     if lse is not None:
@@ -160,7 +161,7 @@ def _attend_by_heads(
         queries = queries.swapaxes(0, 1)[None]
         return _attend(queries, keys, values, visible, dropout_key=block_key, **options)
 
-    out, weights, lse = jax.lax.map(attend_block, (jnp.arange(blocks), queries))
+    out, weights, lse = jax.lax.map(attend_block, (jnp.arange(blocks, dtype=jnp.int32), queries))
     out = out.reshape(batch, -1, length, heads, groups, width).swapaxes(1, 2).reshape(query.shape)
     if weights is not None:
         weights = weights.reshape(batch, kv_heads * groups, length, -1).astype(query.dtype)
@@ -186,7 +187,7 @@ def _attend(
     key, key_scale = _split(key)
     value, value_scale = _split(value)
     # A decode step reads a float32 cache unchanged; for more queries, casting it first is faster.
-    dtype = jnp.promote_types(query.dtype, key.dtype) if length == 1 else query.dtype
+    dtype = wider_dtype(query.dtype, key.dtype) if length == 1 else query.dtype
     key, value = key.astype(dtype), value.astype(dtype)
     folded = query.astype(dtype).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, width)
     products = jax.lax.platform_dependent(
