@@ -121,7 +121,7 @@ def test_rejects_a_missing_broken_or_foreign_config(folder: Path) -> None:
         good[:40]: ["config.json is not valid JSON", "line"],
         "[]": ["config.json", "holds a list"],
         "\xff\xfe": ["config.json"],
-        good.replace('"phi3"', '"llama"'): ["config.json", "model_type='llama'", "supported: 'phi3'"],
+        good.replace('"phi3"', '"qwen2"'): ["config.json", "model_type='qwen2'", "supported: 'phi3'"],
         good.replace('"hidden_size": 48', '"hidden_size": -1'): ["config.json", "hidden_size=-1"],
     }.items():
         file.write_text(text, encoding="latin-1")
