@@ -9,6 +9,7 @@ from phi3_jax.checkpoint.opening import open_checkpoint
 from phi3_jax.checkpoint.safetensors import cast, parameter_dtype, write_tensors
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
+from phi3_jax.config.rope_argument import as_longrope
 from phi3_jax.runs.exchange import exchanging
 
 
@@ -22,7 +23,8 @@ def convert_checkpoint(
 ) -> None:
     """Writes a checkpoint as a directory in Hugging Face's layout: safetensors, config, tokenizer.
 
-    It holds one tensor at a time in memory. The destination appears whole or not at all.
+    Llama's and Mistral's tensors are fused to Phi-3's, and their ropes written as longrope with the same
+    frequencies. It holds one tensor at a time in memory. The destination appears whole or not at all.
 
     Args:
         source_path: a directory in Hugging Face's layout or a GGUF file.
@@ -40,7 +42,7 @@ def convert_checkpoint(
     source_path, destination = Path(source_path), Path(destination_dir)
     kind = None if dtype is None else parameter_dtype(dtype)
     source, own_config = open_checkpoint(source_path)
-    config = config or own_config
+    config = config or as_longrope(own_config)  # the scaling that transformers reads of a Phi-3
     if destination.exists() and destination.samefile(source_path):
         raise CheckpointError(f"{destination} is the checkpoint itself; name another directory")
     if destination.exists() and not destination.is_dir():

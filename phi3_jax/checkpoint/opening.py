@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from phi3_jax.checkpoint.composed import compose
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.safetensors import SafetensorsSource
 from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource
@@ -38,7 +39,7 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
         config = Phi3Config.from_pretrained(path)
     except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint: {error}") from error
-    return Checkpoint(SafetensorsSource(path), config)
+    return Checkpoint(compose(SafetensorsSource(path), config), config)
 
 
 def read_generation_config(source: CheckpointSource, config: Phi3Config) -> GenerationConfig:

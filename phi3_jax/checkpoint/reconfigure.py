@@ -7,7 +7,8 @@ from pathlib import Path
 
 from phi3_jax.checkpoint.companions import CHECKPOINT_FILES, copy_companions, own_file
 from phi3_jax.checkpoint.convert import convert_checkpoint
-from phi3_jax.checkpoint.safetensors import INDEX
+from phi3_jax.checkpoint.opening import open_checkpoint
+from phi3_jax.checkpoint.safetensors import INDEX, SafetensorsSource
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
 from phi3_jax.runs.exchange import exchanging
@@ -16,15 +17,15 @@ from phi3_jax.runs.exchange import exchanging
 def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) -> None:
     """Writes the checkpoint with another config to another directory, whole or not at all.
 
-    The weights of a directory are hard links where the file system can, else copies; a GGUF file is
-    converted. Links are safe: no function of ours changes a weights file in place.
+    The weights of a directory are hard links where the file system can, else copies; a GGUF file, or a Llama
+    checkpoint, is converted. Links are safe: no function of ours changes a weights file in place.
 
     Raises:
         CheckpointError: the source is not a checkpoint, or the destination cannot be written.
     """
     if destination.exists() and destination.samefile(source):
         raise CheckpointError(f"{destination} is the checkpoint itself; name another directory")
-    if not source.is_dir():
+    if not isinstance(open_checkpoint(source).source, SafetensorsSource):  # its tensors need another order
         convert_checkpoint(source, destination, config=config)
         return
     with exchanging(destination, config=CONFIG_NAME, replaced=CHECKPOINT_FILES) as work:

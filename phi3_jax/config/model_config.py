@@ -13,6 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
+from phi3_jax.config.relatives import RELATIVES, as_phi3
 from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.config.rope_types import RopeBase, is_number, is_positive
 from phi3_jax.errors import UserError
@@ -24,7 +25,7 @@ from phi3_jax.runs.text import read_json
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
-SUPPORTED_MODEL_TYPES = ("phi3",)
+SUPPORTED_MODEL_TYPES = ("phi3", *RELATIVES)
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # The default of a field that is derived from others. No such field is None after `__post_init__`.
@@ -305,17 +306,19 @@ class Phi3Config:
     def from_dict(cls, mapping: Mapping[str, Any], where: object = CONFIG_NAME) -> "Phi3Config":
         """Reads the contents of a `config.json` of any transformers version; `where` names it in warnings.
 
-        Odd values on which no number of the forward depends (tokens, dropout, names of labels) are left out,
-        with a warning.
+        Llama's and Mistral's are read as Phi-3's, whose block is the same. Odd values on which no number of
+        the forward depends (tokens, dropout, names of labels) are left out, with a warning.
 
         Raises:
             UserError: the model is not a Phi-3, or a value does not fit.
         """
-        extra = {key: value for key, value in mapping.items() if (key, value) not in _UNREAD.items()}
-        model_type = extra.pop("model_type", cls.model_type)
+        model_type = mapping.get("model_type", cls.model_type)
         if model_type not in SUPPORTED_MODEL_TYPES:
             supported = ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
             raise UserError(f"model_type={model_type!r:.80} is not supported; supported: {supported}")
+        mapping = as_phi3(mapping) if model_type in RELATIVES else mapping
+        extra = {key: value for key, value in mapping.items() if (key, value) not in _UNREAD.items()}
+        extra.pop("model_type", None)
         label2id = extra.pop("label2id", None)
         fields = {name: extra.pop(name) for name in _field_names() - {"extra"} if name in extra}
         label2id = read_odd(

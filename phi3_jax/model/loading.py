@@ -20,6 +20,8 @@ from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.abstract import abstract_model
+from phi3_jax.model.loading_arguments import CONFIG_FIELDS, UNSUPPORTED
+from phi3_jax.runs.arguments import refuse
 from phi3_jax.sources.hub import resolve
 
 logger = logging.getLogger(__name__)
@@ -74,16 +76,20 @@ def load_model(
 
     Raises:
         CheckpointError: the checkpoint does not fit; the message names the tensors.
-        UserError: a dtype that parameters cannot have, config changes that contradict each other, or sizes
-            that the mesh does not divide.
+        TypeError: there is no such argument.
+        UserError: a dtype that parameters cannot have, config changes that contradict each other, sizes that
+            the mesh does not divide, or an argument of transformers that is not supported.
     """
+    dtype = config_changes.pop("torch_dtype", None) if dtype is None else dtype  # its older name
+    others = {name: value for name, value in config_changes.items() if name not in CONFIG_FIELDS}
+    refuse("from_pretrained", others, UNSUPPORTED, (*_ARGUMENTS, *CONFIG_FIELDS))
+    config_changes = {name: value for name, value in config_changes.items() if name in CONFIG_FIELDS}
     parameters_dtype = _requested_dtype(dtype)
     if not isinstance(name_or_path, Checkpoint):
         hub: Any = {"revision": revision, "token": token, "cache_dir": cache_dir}
         name_or_path = resolve(name_or_path, local_files_only=local_files_only, **hub)
     source, own_config = open_checkpoint(name_or_path)
     path = source.path
-    config_changes.pop("use_cache", None)  # users of transformers pass it; here each call says so
     config = (config or own_config).replace(**config_changes)
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
     _check_layers(source, config, path)
@@ -111,6 +117,9 @@ def load_model(
     if isinstance(model, GenerationMixin):
         model.generation_config = read_generation_config(source, config)
     return model
+
+
+_ARGUMENTS = ("dtype", "mesh", "attn_implementation", "config", "ignore_mismatched_sizes", "rngs")
 
 
 def load_abstract(

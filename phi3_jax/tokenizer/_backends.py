@@ -15,7 +15,7 @@ from phi3_jax.runs.panics import panics_as_errors
 from phi3_jax.runs.text import parse_json
 
 from ._assemblers import _BYTE_PIECE, PieceAssembler, TextAssembler, make_assembler
-from ._growth import check_growth
+from ._growth import check_growth, check_model_growth
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +244,7 @@ class SentencePieceBackend:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise UserError(f"{name} is not a SentencePiece model, or is cut short: {error}") from error
+        check_model_growth(name, content)
         self.vocab_size = self._model.get_piece_size()
         self.added_tokens: dict[int, AddedToken] = {}
         control = (

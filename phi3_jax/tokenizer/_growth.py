@@ -1,4 +1,4 @@
-"""Limits how much a tokenizer.json may lengthen a text before it splits it, or decoded text afterwards."""
+"""Limits how much a tokenizer may lengthen a text before it splits it, or decoded text afterwards."""
 
 import base64
 import binascii
@@ -31,6 +31,53 @@ def check_growth(name: str, sections: Mapping[str, Any]) -> None:
                 )
 
 
+def check_model_growth(name: str, content: bytes) -> None:
+    """Checks the map of texts in a SentencePiece model, `normalizer_spec.precompiled_charsmap`.
+
+    Raises:
+        UserError: it may make more than `MOST` characters of one.
+    """
+    for field, spec in _fields(content):
+        if field == _NORMALIZER:
+            maps = [charsmap for inner, charsmap in _fields(spec) if inner == _CHARSMAP]
+            if maps and (growth := _longest_replacement(maps[-1])) > MOST:
+                raise UserError(
+                    f"{name}: its map of characters may make {growth:,.0f} characters of one; at most {MOST} "
+                    "are accepted"
+                )
+
+
+_NORMALIZER, _CHARSMAP = 3, 2  # numbers of fields in sentencepiece_model.proto
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields the number and the bytes of each field of a Protocol Buffers message that has a length."""
+    at = 0
+    while at < len(message):
+        key, at = _number(message, at)
+        kind = key & 7
+        if kind == 2:
+            length, at = _number(message, at)
+            yield key >> 3, message[at : at + length]
+            at += length
+        elif kind == 0:
+            _, at = _number(message, at)
+        else:
+            at += {1: 8, 5: 4}.get(kind, len(message))
+
+
+def _number(message: bytes, at: int) -> tuple[int, int]:
+    """Returns the number of seven bits a byte at an offset, and the offset after it."""
+    value = shift = 0
+    while at < len(message):
+        byte, at = message[at], at + 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            break
+    return value, at
+
+
 def _steps(section: Any) -> Iterator[Mapping[str, Any]]:
     """Yields the steps of a section, those of sequences one by one."""
     pending = [section]
@@ -56,7 +103,11 @@ def _growth(step: Mapping[str, Any]) -> float:
     if kind == "Prepend":
         return 1.0 + len(str(step.get("prepend", "")))
     if kind == "Precompiled":
-        return _longest_replacement(str(step.get("precompiled_charsmap", "")))
+        try:
+            charsmap = base64.b64decode(str(step.get("precompiled_charsmap", "")))
+        except (binascii.Error, ValueError):
+            return 1.0  # the library refuses it
+        return _longest_replacement(charsmap)
     return 1.0
 
 
@@ -70,11 +121,7 @@ def _may_match_nothing(expression: str) -> bool:
         return True
 
 
-def _longest_replacement(charsmap: str) -> float:
+def _longest_replacement(charsmap: bytes) -> float:
     """Returns the length of the longest text in SentencePiece's map: a table, and texts that end with 0."""
-    try:
-        content = base64.b64decode(charsmap)
-    except (binascii.Error, ValueError):
-        return 1.0  # the library refuses it
-    texts = content[4 + int.from_bytes(content[:4], "little") :]
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
     return max(1.0, *(len(text.decode("utf-8", "replace")) for text in texts.split(b"\0")))

@@ -11,12 +11,13 @@ from typing import Any, Literal, Self, TypeVar, overload
 import numpy as np
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.arguments import refuse
 from phi3_jax.runs.text import lone_surrogate
 from phi3_jax.sources.hub import is_hub_name, resolve
 
 from . import _batching as batching
 from . import _chat, _files
-from ._arguments import CALL, CHAT, DECODE, ENCODE, LOAD, PAD, refuse
+from ._arguments import CALL, CHAT, DECODE, ENCODE, LOAD, PAD
 from ._backends import Backend, JsonBackend, Pieces, SpecialTokenLayout
 from ._batching import BatchEncoding
 from ._stream import IncrementalDecoder, as_ids

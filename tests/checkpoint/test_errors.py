@@ -120,7 +120,7 @@ def test_rejects_a_missing_broken_or_foreign_config(folder: Path) -> None:
         good[:40]: ["config.json is not valid JSON", "line"],
         "[]": ["config.json", "holds a list"],
         "\xff\xfe": ["config.json"],
-        good.replace('"phi3"', '"llama"'): ["config.json", "model_type='llama'", "supported: 'phi3'"],
+        good.replace('"phi3"', '"qwen2"'): ["config.json", "model_type='qwen2'", "supported: 'phi3'"],
         good.replace('"hidden_size": 48', '"hidden_size": -1'): ["config.json", "hidden_size=-1"],
     }.items():
         file.write_text(text, encoding="latin-1")
@@ -271,6 +271,37 @@ def test_rejects_dtypes_that_parameters_cannot_have(folder: Path, tmp_path: Path
         with pytest.raises(ValueError, match=r"dtype=.* cannot be .*; use float32, bfloat16, float16"):
             use()
     assert not (tmp_path / "out").exists()
+
+
+@pytestmark_reading
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"device_map": "auto"}, ValueError, "device_map='auto' is not supported; pass mesh=make_mesh"),
+        ({"load_in_4bit": True}, ValueError, "load_in_4bit=True is not supported"),
+        ({"subfolder": "model"}, ValueError, "subfolder='model' is not supported"),
+        ({"num_lables": 3}, TypeError, "no argument 'num_lables'; did you mean 'num_labels'"),
+        ({"dytpe": "float32"}, TypeError, "did you mean 'dtype'"),
+    ],
+)
+def test_rejects_arguments_that_are_not_supported(
+    folder: Path, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        Phi3ForCausalLM.from_pretrained(folder, **options)
+
+
+def test_accepts_arguments_of_transformers(folder: Path) -> None:
+    model = Phi3ForCausalLM.from_pretrained(
+        folder,
+        torch_dtype="bfloat16",
+        trust_remote_code=True,
+        low_cpu_mem_usage=True,
+        device_map=None,
+        use_cache=False,
+        use_safetensors=True,
+    )
+    assert model.dtype == "bfloat16"
 
 
 @pytestmark_reading

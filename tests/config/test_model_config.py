@@ -414,7 +414,7 @@ def test_rejects_invalid_values(case):
         small(**changes)
 
 
-@pytest.mark.parametrize("model_type", ["phimoe", "phi3small", "phi3_v", "llama"])
+@pytest.mark.parametrize("model_type", ["phimoe", "phi3small", "phi3_v", "qwen2"])
 def test_rejects_other_models(model_type, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": model_type}))

@@ -1,5 +1,7 @@
 """Phi3Tokenizer matches transformers 5.23 and Microsoft's files, and its back ends match each other."""
 
+import base64
+import io
 import json
 import os
 import random
@@ -11,12 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from small_tokenizers import ADDED, reference, write_json
 from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, decoders, models, processors
 
 from phi3_jax.errors import CheckpointError
-from phi3_jax.tokenizer import IncrementalDecoder, JsonBackend, Phi3Tokenizer, SentencePieceBackend, _chat
+from phi3_jax.tokenizer import (
+    IncrementalDecoder,
+    JsonBackend,
+    Phi3Tokenizer,
+    SentencePieceBackend,
+    _chat,
+    _growth,
+)
 
 FRAGMENTS = [
     *ADDED,
@@ -845,6 +855,28 @@ def test_rejects_files_that_multiply_texts(piece_folders, section, steps, says):
     content = json.loads((piece_folders.json / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match=rf"here\.json: .*{says}"):
         JsonBackend(json.dumps(content | {section: steps}), "here.json")
+
+
+def test_rejects_a_map_of_characters_that_multiplies_texts(piece_folders, tmp_path):
+    """SentencePiece compiles such a map into its model; a tokenizer.json has the same one."""
+    (tmp_path / "rules.tsv").write_text("78\t" + " ".join(["63"] * 99) + "\n")  # x becomes 99 times c
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b"] * 9),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=6,
+        normalization_rule_tsv=str(tmp_path / "rules.tsv"),
+        minloglevel=2,
+    )
+    with pytest.raises(ValueError, match="here: its map of characters may make 99 characters of one"):
+        SentencePieceBackend(model.getvalue(), "here")
+    spec = next(spec for number, spec in _growth._fields(model.getvalue()) if number == 3)
+    charsmap = next(content for number, content in _growth._fields(spec) if number == 2)
+    step = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+    content = json.loads((piece_folders.json / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match="here: its normalizer may make 99 characters"):
+        JsonBackend(json.dumps(content | {"normalizer": step}), "here")
 
 
 def test_accepts_files_that_lengthen_texts_a_little(piece_folders):
