@@ -228,7 +228,8 @@ def _train(
             if not math.isfinite(loss):
                 raise UserError(f"step {step} has the loss {loss}; try a smaller learning_rate")
             median = statistics.median(step_seconds)
-            progress.update(step, {"loss": loss, "learning_rate": rate, "seconds_per_step": median})
+            left = median * (total - step)
+            progress.update(step, {"loss": loss, "learning_rate": rate, "seconds_per_step": median}, left)
             if step % evaluate_every and step != total:
                 continue
             with _timed(evaluation_seconds):

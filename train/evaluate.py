@@ -92,6 +92,16 @@ class Evaluator:
         self._plan = BatchPlan(examples.lengths, rows=rows, widths=widths, shuffle=False)
         self._own_rows = local_rows(rows, mesh)
 
+    @property
+    def padded_tokens(self) -> int:
+        """The tokens of all batches, padding included."""
+        return self._plan.padded_tokens
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths of batches, each compiled once."""
+        return self._plan.widths
+
     def __call__(self, state: Any) -> tuple[dict[str, float], Predictions | None]:
         """Returns metrics by name, "loss" among them, and predictions in the order of the examples."""
         total = count = 0.0

@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 import jax
@@ -30,6 +31,7 @@ from .report import Results
 from .run_directory import CHECKPOINTS, RunDirectory, SplitMetrics
 from .settings import Settings
 from .speed import Speed
+from .time_left import TimeLeft
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,8 @@ class FinetuneRun:
         self._speed = Speed(model.config, self._settings, mesh)
         self._score = scorer(self._trainer, recipe.kind, mesh)
         self._validate = self._evaluator("validation", recipe.data.validation)
+        test = recipe.data.test
+        self._test = None if test is None else self._evaluator("test", test)
         self._evaluate_every = self._settings.eval_steps or recipe.plan.steps_per_epoch
         self._save_every = self._settings.save_steps or self._evaluate_every
         self._dropout_key = jax.random.key(self._settings.seed) if self._settings.dropout else None
@@ -102,6 +106,9 @@ class FinetuneRun:
         # On CPU a step is done when it has been sent: nothing would run while its numbers are recorded.
         self._records_later = jax.default_backend() != "cpu"
         self._unrecorded: tuple[list[Batch], Metrics] | None = None
+        self._first_evaluation = True
+        self._pending_widths = set(recipe.plan.widths)
+        self._time_left = TimeLeft(self._evaluation_steps())
         self.step = 0
         """How many steps are done."""
         self.evaluation = EvaluationState()
@@ -143,6 +150,7 @@ class FinetuneRun:
             InterruptedRunError: a signal came; the state is saved.
         """
         total = self._recipe.total_steps
+        self._recorded_at = perf_counter()
         with Progress(total, self.step, show) as self._progress, Interrupts() as interrupts:
             while self.step < total and not self._patience_is_over():
                 self._take_step()
@@ -195,7 +203,32 @@ class FinetuneRun:
         values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate} | speed
         if step % settings.logging_steps == 0 or step == recipe.total_steps:
             self._record("train", step, {name: x for name, x in values.items() if x is not None})
-        self._progress.update(step, values)
+        new = self._pending_widths & {batch.width for batch in batches}
+        self._pending_widths -= new
+        self._time_left.add_step(self._seconds_since_record(), len(new))
+        self._progress.update(step, values, self._seconds_left(step))
+
+    def _seconds_since_record(self) -> float:
+        now, before = perf_counter(), self._recorded_at
+        self._recorded_at = now
+        return now - before
+
+    def _seconds_left(self, step: int) -> float | None:
+        """Returns the seconds until the end of the run, with the evaluations at its end."""
+        total, every = self._recipe.total_steps, self._evaluate_every
+        evaluations: float = total // every - step // every + (total % every > 0 and step < total) + 1
+        widths = set(self._validate.widths) if self._first_evaluation else set()
+        if self._test is not None:
+            evaluations += self._test.padded_tokens / self._validate.padded_tokens
+            widths |= set(self._test.widths) - set(self._validate.widths)
+        return self._time_left.seconds(total - step, evaluations, len(self._pending_widths), len(widths))
+
+    def _evaluation_steps(self) -> float:
+        """Returns the time of an evaluation in steps, as it follows from its tokens."""
+        plan = self._recipe.plan
+        tokens = self._validate.padded_tokens / (plan.padded_tokens / plan.steps_per_epoch)
+        # A step's forward pass has this share of its operations.
+        return tokens * {"full": 1 / 3, "lora": 1 / 2, "head": 1}[self._settings.trained]
 
     def _record(
         self, kind: Literal["train", "validation", "test"], step: int, values: dict[str, float]
@@ -209,10 +242,15 @@ class FinetuneRun:
         score = metrics[metric]
         check_finite(metrics, metric, f"the evaluation of the validation data after step {self.step}")
         self._record("validation", self.step, metrics)
-        self._progress.update(self.step, {metric: score, "validation_loss": metrics["loss"]})
         self.evaluation = self.evaluation.with_score(self.step, score, self._recipe.sign)
         self._save(score)
         self._speed.pause()
+        first = self._first_evaluation
+        self._first_evaluation = False
+        new_widths = len(self._validate.widths) if first else 0
+        self._time_left.add_evaluation(self._seconds_since_record(), new_widths)
+        shown = {metric: score, "validation_loss": metrics["loss"]}
+        self._progress.update(self.step, shown, self._seconds_left(self.step))
 
     def _save(self, score: float) -> None:
         about = {"standing": asdict(self.evaluation), "loader": self._batches.get_state()}
@@ -240,9 +278,8 @@ class FinetuneRun:
             metrics, metric, f"the evaluation of the validation data with the parameters of step {kept}"
         )
         results = {"validation": metrics}
-        test = self._recipe.data.test
-        if test is not None:
-            results["test"], predictions = self._evaluator("test", test)(self._state)
+        if self._test is not None:
+            results["test"], predictions = self._test(self._state)
             check_finite(
                 results["test"], metric, f"the evaluation of the test data with the parameters of step {kept}"
             )

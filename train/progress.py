@@ -29,9 +29,8 @@ class Progress:
         self._total, self._step, self._show = total_steps, start, show
         self._values: dict[str, float] = {}
         self._began = self._printed = monotonic()
-        # Step and time of the first and the last update; the time before the first went into compiling.
-        self._first: tuple[int, float] | None = None
-        self._last = (start, self._began)
+        # The time at which the run will end.
+        self._end: float | None = None
         self._printed_step: int | None = None
         self._console = Console(stderr=True)
         self._live: Live | None = None
@@ -48,16 +47,19 @@ class Progress:
             self._print_line()
         self._stack.close()
 
-    def update(self, step: int, values: Mapping[str, float | None]) -> None:
+    def update(
+        self, step: int, values: Mapping[str, float | None], seconds_left: float | None = None
+    ) -> None:
         """Shows that `step` steps are done; values stay until newer ones come, None changes nothing.
 
-        tokens_per_second, flops_per_second and mfu (0 to 1) are shown with their units, others by name.
+        tokens_per_second, flops_per_second and mfu (0 to 1) are shown with their units, others by name. The
+        time left counts down between updates.
         """
         self._step = step
         # A new dict, because the bar's thread may be reading the old one.
         self._values = self._values | {name: value for name, value in values.items() if value is not None}
-        self._last = (step, monotonic())
-        self._first = self._first or self._last
+        if seconds_left is not None:
+            self._end = monotonic() + seconds_left
         if self._show and self._live is None and monotonic() - self._printed >= PLAIN_SECONDS:
             self._print_line()
 
@@ -87,12 +89,9 @@ class Progress:
 
     def _time(self) -> str:
         elapsed = f"{_clock(monotonic() - self._began)} elapsed"
-        (step, at), (first_step, first_at) = self._last, self._first or self._last
-        if step == first_step:
-            return elapsed
-        left = (at - first_at) / (step - first_step) * (self._total - step)
-        # The estimate counts down between updates.
-        return f"{elapsed}, {_clock(max(0.0, left - (monotonic() - at)))} left"
+        return (
+            elapsed if self._end is None else f"{elapsed}, {_clock(max(0.0, self._end - monotonic()))} left"
+        )
 
     def _numbers(self) -> list[str]:
         units = {

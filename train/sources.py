@@ -112,7 +112,10 @@ def load_data(
     if _has(settings, "validation"):
         validation = examples("validation")
     else:
-        train, validation = train.split(settings.validation_fraction, settings.seed)
+        members = None if labels is None else _members(settings, train, len(labels))
+        train, validation = train.split(settings.validation_fraction, settings.seed, members)
+        if labels is not None and settings.problem_type != "regression":
+            _warn_of_absent_labels(settings, labels, validation)
         counts |= {"train examples": len(train), "validation examples": len(validation)}
     test = examples("test") if _has(settings, "test") else None
     if bad.count:
@@ -158,6 +161,36 @@ def _with_unknown(labels: Labels, settings: Settings, task: Task) -> Labels:
             )
             every = every.extended(counts)
     return every
+
+
+def _members(settings: Settings, examples: Examples, labels: int) -> np.ndarray | None:
+    """Returns which labels each example has, [examples, labels]; None if each has one class or numbers."""
+    if settings.task == "token-classification":
+        members = np.zeros((len(examples), labels), bool)
+        for index, row in enumerate(members):
+            tags = examples.token_labels(index)
+            row[tags[tags != IGNORE_INDEX]] = True
+        return members
+    if settings.problem_type != "multi_label_classification" or examples.labels is None:
+        return None
+    return np.asarray(examples.labels > 0)
+
+
+def _warn_of_absent_labels(settings: Settings, labels: Labels, validation: Examples) -> None:
+    members = _members(settings, validation, len(labels))
+    if members is not None:
+        present = np.any(members, axis=0, keepdims=False)
+    else:
+        assert validation.labels is not None
+        present = np.isin(np.arange(len(labels)), validation.labels)
+    absent = [name for name, there in zip(labels.names, present, strict=True) if not there]
+    if absent:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        logger.warning(
+            "no validation row has the label %s%s: too few rows have it for validation_fraction=%g. Metrics "
+            "say nothing about it; give a larger fraction, or a validation_file",
+            *(", ".join(map(repr, absent[:5])), more, settings.validation_fraction),
+        )
 
 
 def _pack(train: Examples, width: int, config: Phi3Config) -> PackedExamples:

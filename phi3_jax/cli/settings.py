@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -27,28 +27,61 @@ def read_settings(config: Path | None, given: dict[str, Any]) -> Settings:
 
 
 def _parse(name: str, value: Any) -> Any:
-    """Parses a list or mapping in YAML; returns any other value as it is."""
-    if not (isinstance(value, str) and value[:1] in ("[", "{")):
+    """Parses a list or mapping, in YAML or as in a,b and a=1,b=2; returns any other value as it is."""
+    if not isinstance(value, str):
         return value
+    kinds = [get_origin(kind) or kind for kind in _kinds(Settings.model_fields[name])]
     try:
-        return parse_yaml(value)
+        if value[:1] in ("[", "{"):
+            return parse_yaml(value)
+        parts = [part.strip() for part in value.split(",")]
+        if dict in kinds and all("=" in part for part in parts):
+            pairs = [part.split("=", 1) for part in parts]
+            if len({key for key, _ in pairs}) < len(pairs):
+                raise UserError(f"{name}={value!r} has a key twice")
+            return {key: parse_yaml(text) for key, text in pairs}
     except yaml.YAMLError as error:
         raise UserError(f"{name}={value!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    return parts if list in kinds and (len(parts) > 1 or str not in kinds) else value
+
+
+def _kinds(field: FieldInfo) -> list[Any]:
+    """Returns the types of a setting's values, without None."""
+    union = get_origin(field.annotation) in (Union, UnionType)
+    kinds = get_args(field.annotation) if union else (field.annotation,)
+    return [kind for kind in kinds if kind is not type(None)]
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     """Returns a field of the settings as an option whose default is None."""
-    kinds = get_args(field.annotation) if get_origin(field.annotation) is UnionType else (field.annotation,)
+    kinds = _kinds(field)
     plain = [kind for kind in kinds if kind in (bool, int, float, Path)]
     kind = plain[0] if plain else str
-    default = field.get_default(call_default_factory=True)
-    text = field.description or ""
-    if default is not None and "efault" not in text:
-        shown = ", ".join(default) if isinstance(default, list) else default
-        text = f"{text} [default: {shown}]".strip()
     how: dict[str, Any] = {"parser": directory, "metavar": "DIRECTORY"} if kind is Path else {}
-    annotation = Annotated[kind | None, typer.Option(help=text, rich_help_panel="Settings", **how)]
+    annotation = Annotated[kind | None, typer.Option(help=_help(field), rich_help_panel="Settings", **how)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _help(field: FieldInfo) -> str:
+    """Returns the description of a setting with its choices, the form of its value, and its default."""
+    kinds, sentences = _kinds(field), [field.description] if field.description else []
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    forms = {list: "a,b,c", dict: "a=1,b=2"}
+    shown = [f"as in {forms[origin]}" for kind in kinds if (origin := get_origin(kind)) in forms]
+    if choices or shown:
+        words = " or ".join([*([", ".join(choices)] if choices else []), *shown])
+        sentences.append(f"{words[0].upper() if not choices else words[0]}{words[1:]}.")
+    default = field.get_default(call_default_factory=True)
+    if default is not None and "efault" not in " ".join(sentences):
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif isinstance(default, list | dict):
+            items = (
+                [f"{key}={value}" for key, value in default.items()] if isinstance(default, dict) else default
+            )
+            default = ",".join(items)
+        sentences.append(f"Default: {default}.")
+    return " ".join(sentences)
 
 
 def with_settings(name: str, command: Callable[..., None]) -> Any:

@@ -70,6 +70,12 @@ class BatchPlan:
     def batches_per_epoch(self) -> int:
         return self.steps_per_epoch * self.step_batches
 
+    @property
+    def padded_tokens(self) -> int:
+        """The tokens of the first epoch's batches, padding included."""
+        buckets, _ = self._epoch(0)
+        return int(np.asarray(self.widths)[buckets].sum()) * self.rows
+
     def batch(self, number: int) -> tuple[int, Int[np.ndarray, "B"]]:
         """Returns the width and the examples of a batch, counted over all epochs; -1 is an empty row."""
         if number < 0:

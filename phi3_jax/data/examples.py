@@ -99,15 +99,18 @@ class Examples:
             lines=_read_only(self.lines[chosen]),
         )
 
-    def split(self, fraction: float, seed: int) -> "tuple[Examples, Examples]":
+    def split(
+        self, fraction: float, seed: int, members: Bool[np.ndarray, "examples labels"] | None = None
+    ) -> "tuple[Examples, Examples]":
         """Returns training and validation examples, both in their original order.
 
-        All examples of one row of a file stay together. If each example has one class, the validation
-        examples have the same proportions of classes as far as whole numbers allow, and at least one example
-        of each class remains for training.
+        All examples of one row of a file stay together. At least one row of each label remains for training.
+        As far as the fraction allows, the validation rows have each label that at least two rows have. If
+        each example has one class, they have the same proportions of classes as far as whole numbers allow.
 
         Args:
             fraction: the fraction of the rows for validation; at least one row is taken.
+            members: whether an example has each of several labels, if it has not one class.
 
         Raises:
             UserError: the fraction is not between 0 and 1, or there are too few rows.
@@ -118,23 +121,19 @@ class Examples:
             )
         places = self.origin_numbers * (np.max(self.lines, initial=0) + 1) + self.lines
         _, first, row_of = np.unique(places, return_index=True, return_inverse=True)
-        rows = len(first)
-        classes = np.zeros(rows, int)
-        if self.labels is not None and self.labels.ndim == 1:
-            _, classes = np.unique(self.labels[first], return_inverse=True)
-        counts = np.bincount(classes)
-        spare = int(np.sum(counts - 1))
-        if not spare:
+        order, total = permutation(len(first), seed), max(1, round(fraction * len(first)))
+        if members is not None:
+            validation = _covering_rows(members[first], order, total)
+        else:
+            classes = np.zeros(len(first), int)
+            if self.labels is not None and self.labels.ndim == 1:
+                _, classes = np.unique(self.labels[first], return_inverse=True)
+            validation = _stratified_rows(classes, order, fraction, total)
+        if not validation.any():
             raise UserError(
-                f"none of {rows} rows can be used for validation, as each is the last of its class; add "
-                "rows, or give a validation file"
+                f"none of {len(first)} rows can be used for validation, as each is the last of its class; "
+                "add rows, or give a validation file"
             )
-        taken = _class_counts(counts, fraction, min(max(1, round(fraction * rows)), spare))
-        shuffled = permutation(rows, seed)
-        by_class = shuffled[np.argsort(classes[shuffled], kind="stable")]
-        rank = np.arange(rows) - np.repeat(np.cumsum(counts) - counts, counts)
-        validation = np.zeros(rows, bool)
-        validation[by_class] = rank < np.repeat(taken, counts)
         chosen = validation[row_of]
         return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
 
@@ -245,18 +244,63 @@ def _check_size(place: object, what: str, values: Sequence[float], ids: list[int
         raise UserError(f"{place} has {len(values)} {what}; expected one for each of its {len(ids)} tokens")
 
 
-def _class_counts(counts: np.ndarray, fraction: float, total: int) -> np.ndarray:
-    """Divides `total` over the classes: their fractions rounded down, then one more where most was lost.
+def _stratified_rows(
+    classes: Int[np.ndarray, "rows"], order: Int[np.ndarray, "rows"], fraction: float, total: int
+) -> Bool[np.ndarray, "rows"]:
+    """Chooses up to `total` rows, the first of each class in this order."""
+    counts = np.bincount(classes)
+    taken = _class_counts(counts, fraction, min(total, int(np.sum(counts - 1))))
+    by_class = order[np.argsort(classes[order], kind="stable")]
+    rank = np.arange(len(classes)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = np.zeros(len(classes), bool)
+    chosen[by_class] = rank < np.repeat(taken, counts)
+    return chosen
 
-    At least one of each class is left.
+
+def _class_counts(counts: np.ndarray, fraction: float, total: int) -> np.ndarray:
+    """Divides `total` over the classes.
+
+    Each class with two rows or more gets one, the largest first. More follow their fractions, rounded down,
+    then one more where most was lost. At least one of each class is left.
     """
     exact = counts * fraction
-    taken = np.floor(exact).astype(int)
-    while (missing := total - int(taken.sum())) > 0:
-        open_classes = np.flatnonzero(taken < counts - 1)
-        most_lost = np.argsort((taken - exact)[open_classes], kind="stable")
-        taken[open_classes[most_lost[:missing]]] += 1
+    least = np.zeros(len(counts), int)
+    least[np.argsort(-counts, kind="stable")[:total]] = 1
+    least[counts < 2] = 0
+    taken = np.maximum(np.floor(exact).astype(int), least)
+    while (missing := total - int(taken.sum())) != 0:
+        open_classes = np.flatnonzero(taken < counts - 1 if missing > 0 else taken > least)
+        lost = (exact - taken)[open_classes] * np.sign(missing)
+        taken[open_classes[np.argsort(-lost, kind="stable")[: abs(missing)]]] += np.sign(missing)
     return taken
+
+
+def _covering_rows(
+    members: Bool[np.ndarray, "rows labels"], order: Int[np.ndarray, "rows"], total: int
+) -> Bool[np.ndarray, "rows"]:
+    """Chooses up to `total` rows in this order: first those with labels that no chosen row has, rarest first.
+
+    A row is not chosen if it is the last that has one of its labels.
+    """
+    left = members.sum(axis=0)
+    chosen = np.zeros(len(members), bool)
+    covered = np.zeros(members.shape[1], bool)
+
+    def choose(rows: Iterable[int], most: int) -> None:
+        for row in rows:
+            if most <= 0:
+                return
+            if not chosen[row] and np.all(left[members[row]] > 1):
+                chosen[row] = True
+                left[members[row]] -= 1
+                covered[members[row]] = True
+                most -= 1
+
+    for label in np.argsort(left, kind="stable"):
+        if not covered[label] and chosen.sum() < total:
+            choose(order[members[order, label]], 1)
+    choose(order, total - int(chosen.sum()))
+    return chosen
 
 
 def _read_only(values: np.ndarray) -> np.ndarray:

@@ -177,6 +177,40 @@ def test_splits_leave_one_of_each_class(seed: int) -> None:
     assert set(train.labels.tolist()) == set(kinds.tolist())
 
 
+@pytest.mark.parametrize("sizes", [[3] * 10 + [100], [2] * 6 + [9] * 4 + [1], [5] * 20])
+def test_a_split_has_every_class_in_both_parts(sizes: list[int]) -> None:
+    """Each class of two rows or more, where the fraction allows one row of each."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    whole = Examples.gather(example([1], int(x), line=i) for i, x in enumerate(labels))
+    several = {index for index, size in enumerate(sizes) if size > 1}
+    for seed in range(5):
+        train, validation = whole.split(0.2, seed)
+        assert train.labels is not None
+        assert validation.labels is not None
+        assert set(train.labels.tolist()) == set(range(len(sizes)))
+        assert set(validation.labels.tolist()) == several
+        assert len(validation) == round(0.2 * len(labels))
+    # Too few rows for all: the largest classes have one.
+    few = whole.split(4 / len(labels), 0)[1].labels
+    assert few is not None
+    assert len(set(few.tolist())) == 4 or set(few.tolist()) == {10}
+    assert set(np.argsort(sizes, kind="stable")[-1:]) <= set(few.tolist()) or len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_split_has_every_label_in_both_parts(seed: int) -> None:
+    """Rows have several labels; one label is on a single row, which stays for training."""
+    rng = np.random.default_rng([3, seed])
+    members = rng.random((200, 12)) < np.geomspace(0.02, 0.5, 12)
+    members[:, 0] = np.arange(200) == 7
+    members[[1, 2, 3], 1] = True
+    whole = Examples.gather(example([1], line=i) for i in range(200))
+    train, validation = (part.lines for part in whole.split(0.1, seed, members))
+    assert len(validation) == 20
+    assert members[train].any(axis=0).all()
+    assert members[validation].any(axis=0).tolist() == (members.sum(axis=0) > 1).tolist()
+
+
 def test_a_split_keeps_the_examples_of_a_row_together() -> None:
     parts = [
         Example([1], [1], Place(file, line))

@@ -13,6 +13,7 @@ import pytest
 from phi3_jax.train import progress
 from phi3_jax.train.logs import RunLog, read_log
 from phi3_jax.train.progress import Progress
+from phi3_jax.train.time_left import TimeLeft
 from tensorboardX.proto.event_pb2 import Event
 
 
@@ -153,13 +154,12 @@ def test_prints_a_line_now_and_then_without_a_terminal(
                 "flops_per_second": 2.5e12,
                 "mfu": None if step < 215 else 0.412,
             }
-            shown.update(step, {"loss": 1 / step, **speed})
+            shown.update(step, {"loss": 1 / step, **speed}, 1200.0 - step)
             if step == 212:
                 shown.update(step, {"accuracy": 0.875})
                 shown.say("step 212: [saved]")
     out, err = capsys.readouterr()
     assert out == ""
-    # After ten seconds: 9 steps in the 9 seconds since the first one, and 990 to go.
     assert err.splitlines() == [
         "step 210/1,200, loss 0.004762, 12,346 tokens/s, 2.5 TFLOP/s, 0:00:10 elapsed, 0:16:30 left",
         "step 212: [saved]",
@@ -170,11 +170,72 @@ def test_prints_a_line_now_and_then_without_a_terminal(
     ]
 
 
+def test_the_time_left_counts_down_between_updates(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(9, start=0, show=True) as shown:
+        shown.update(1, {"loss": 1.0}, 100.0)
+        clock.now += 60
+        shown.update(2, {"loss": 0.5})
+    assert capsys.readouterr().err.splitlines() == ["step 2/9, loss 0.5, 0:01:00 elapsed, 0:00:40 left"]
+
+
+def simulate(steps: int, every: int, widths: int, evaluation: float, guess: float) -> dict[int, float]:
+    """Returns the estimates after each step of a run, relative to the time that is really left.
+
+    A step takes 2 seconds more or less, the compilation of a width 30, and that of an evaluation's 10. Two
+    evaluations follow the steps.
+    """
+    rng = np.random.default_rng(0)
+    left, new = TimeLeft(guess), {round(steps * share): 1 for share in np.linspace(0, 0.7, widths)}
+    durations: list[float] = []
+    estimates: dict[int, float] = {}
+    seen = 0
+    for step in range(steps):
+        seconds = float(rng.uniform(1, 3))
+        durations.append(seconds + 30 * new.get(step, 0))
+        left.add_step(durations[-1], new.get(step, 0))
+        seen += new.get(step, 0)
+        done = step + 1
+        evaluated = done // every
+        if done % every == 0:
+            durations[-1] += evaluation + 10 * (evaluated == 1)
+            left.add_evaluation(evaluation + 10 * (evaluated == 1), int(evaluated == 1))
+        estimate = left.seconds(
+            steps - done, steps // every - evaluated + 2, widths - seen, 0 if evaluated else 1
+        )
+        if estimate is not None:
+            estimates[done] = estimate
+    total = sum(durations) + 2 * evaluation
+    passed = np.cumsum(durations)
+    return {step: estimate / (total - passed[step - 1]) for step, estimate in estimates.items()}
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "widths", "evaluation", "guess"),
+    [(189, 63, 6, 60.0, 24.0), (60, 60, 4, 20.0, 10.0), (400, 10, 1, 15.0, 5.0), (1000, 500, 6, 3.0, 1.0)],
+)
+def test_the_time_left_is_right_within_30_percent_after_a_tenth(
+    steps: int, every: int, widths: int, evaluation: float, guess: float
+) -> None:
+    ratios = simulate(steps, every, widths, evaluation, guess)
+    late = [ratio for step, ratio in ratios.items() if step >= steps / 10]
+    assert len(late) > 0.85 * steps
+    assert 0.7 < min(late) <= max(late) < 1.3
+
+
+def test_there_is_no_estimate_before_a_step_without_compilation() -> None:
+    left = TimeLeft(3.0)
+    left.add_step(60.0, 2)
+    assert left.seconds(9, 1) is None
+    left.add_step(1.0, 0)
+    assert left.seconds(8, 1, widths=2, evaluation_widths=3) == pytest.approx(8 + 3 + 3 * 29.5)
+    assert left.seconds(0, 0) == 0
+
+
 def test_prints_the_last_step_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(2, start=0, show=True) as shown:
         shown.update(1, {"loss": 1.0})
         clock.now += 11
-        shown.update(2, {"loss": 0.5})
+        shown.update(2, {"loss": 0.5}, 0.0)
     assert capsys.readouterr().err.splitlines() == ["step 2/2, loss 0.5, 0:00:11 elapsed, 0:00:00 left"]
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 from phi3_jax.train.settings import FREE, Settings
+from typer.main import get_command
 
+from phi3_jax.cli.finetune import app
 from phi3_jax.cli.settings import read_settings
 from phi3_jax.runs.resume import differences
 
@@ -67,6 +69,48 @@ def test_reads_merged_mappings(tmp_path):
 def test_names_errors_in_options(value, words):
     with pytest.raises(ValueError, match=words):
         read_settings(None, {"class_weights": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("label_column", "a,b, c", ["a", "b", "c"]),
+        ("label_column", "a", "a"),
+        ("label_column", '["a,b"]', ["a,b"]),
+        ("labels", "ham,spam", ["ham", "spam"]),
+        ("lora_targets", "qkv_proj", ["qkv_proj"]),
+        ("class_weights", "ham=1,spam=4.5", {"ham": 1.0, "spam": 4.5}),
+        ("class_weights", "balanced", "balanced"),
+        ("class_weights", "{a: 1, b: 2}", {"a": 1.0, "b": 2.0}),
+        ("dataset_splits", "train=train,test=dev", {"train": "train", "test": "dev"}),
+        ("text_column", "a,b", "a,b"),
+    ],
+)
+def test_options_take_lists_and_mappings(name, value, expected):
+    assert getattr(read_settings(None, {name: value}), name) == expected
+
+
+def test_rejects_a_mapping_with_a_key_twice():
+    with pytest.raises(ValueError, match="class_weights='a=1,a=2' has a key twice"):
+        read_settings(None, {"class_weights": "a=1,a=2"})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("optim", "adamw, adafactor, lion. Default: adamw."),
+        ("lora_targets", "As in a,b,c. Default: qkv_proj,o_proj,gate_up_proj,down_proj."),
+        ("class_weights", "By label; balanced: rarer classes count more. balanced or as in a=1,b=2."),
+        ("dataset_splits", "As in a=1,b=2. Default: train=train."),
+        ("skip_bad_rows", "Count invalid rows instead of stopping. Default: off."),
+        ("learning_rate", "Default: 0.0001."),
+        ("validation_file", "Default: a part of the training rows."),
+    ],
+)
+def test_the_help_shows_choices_forms_and_defaults(name, words):
+    options = {option.name: option for option in get_command(app).params}
+    assert options[name].help.endswith(words)
+    assert "[" not in options[name].help  # the help would leave it out
 
 
 def test_rejects_a_missing_file(tmp_path):
