@@ -293,7 +293,7 @@ def parameter_dtype(dtype: Any) -> np.dtype:
     """
     try:
         kind = np.dtype(jnp.dtype(dtype))
-    except TypeError:
+    except (TypeError, ValueError):
         kind = None
     if kind is None or kind.name not in _PARAMETER_DTYPES:
         name = dtype if isinstance(dtype, str) or kind is None else kind

@@ -6,7 +6,7 @@ import sys
 
 
 def complete_standard_streams() -> None:
-    """Opens the standard streams that are closed, and escapes on output what the locale cannot express.
+    """Opens the standard streams that are closed, and escapes on output what its encoding cannot express.
 
     A closed input is empty, and writing to a closed output fails. Python has None in their place, where
     notes for stderr would go to stdout, and the next file to be opened would become the stream.
@@ -20,5 +20,5 @@ def complete_standard_streams() -> None:
             # Without a buffer, which would be written once more, and fail, at the end of the program.
             file = io.FileIO(descriptor, "r" if name == "stdin" else "w")
             setattr(sys, name, io.TextIOWrapper(file, encoding="utf-8", write_through=True))
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # UTF-8 cannot express all names of files

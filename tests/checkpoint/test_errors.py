@@ -262,7 +262,7 @@ def test_rejects_a_broken_index(sharded: Path, text: str, message: str) -> None:
 
 
 @pytestmark_reading
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "nonsense", int, 3])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "nonsense", "1e-45", int, 3])
 def test_rejects_dtypes_that_parameters_cannot_have(folder: Path, tmp_path: Path, dtype: Any) -> None:
     for use in (
         lambda: Phi3ForCausalLM.from_pretrained(folder, dtype=dtype),

@@ -52,3 +52,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 def test_escapes_what_the_locale_cannot_express(tmp_path: Path) -> None:
     code, out, _ = run("", tmp_path, PYTHONIOENCODING="ascii")
     assert (code, out) == (0, "answer: hi \\xe9\\u4f60\n")
+    name = os.fsdecode(b"\xff")
+    script = f"from phi3_jax.parallel.messages import run_program\nrun_program(lambda: print({name!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\\udcff\n")
