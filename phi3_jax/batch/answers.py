@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -168,7 +168,8 @@ class AnswerFile:
             end = self._synced_bytes
             self._sync(SYNC_SECONDS)
         except OSError as error:
-            self._file.close()  # so that the rest of its buffer is not written later
+            with suppress(OSError):  # it tries to write the rest of its buffer, and closes in any case
+                self._file.close()
             os.truncate(self.path, end)
             reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise OSError(

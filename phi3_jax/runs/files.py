@@ -65,6 +65,10 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(work)
         os.replace(work, path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write does not tell the name
     finally:
         work.unlink(missing_ok=True)
 

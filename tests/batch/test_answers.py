@@ -155,6 +155,24 @@ def test_keeps_whole_lines_on_a_full_disk(path: Path, monkeypatch: pytest.Monkey
     assert [line["id"] for line in lines_of(path)] == [1, 2]
 
 
+def test_keeps_whole_lines_where_half_a_line_fits(path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    write_answers(path, 1)
+    size = path.stat().st_size
+    file = AnswerFile(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))  # as if the disk were full there
+    try:
+        with pytest.raises(OSError, match=r"once that is fixed, the same command resumes: '.*jsonl'"):
+            file.add([answer(2)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        file.close()
+    assert path.stat().st_size == size
+    write_answers(path, 2)
+    assert [line["id"] for line in lines_of(path)] == [1, 2]
+
+
 WRITER = """
 import sys
 from pathlib import Path

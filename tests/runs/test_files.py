@@ -29,6 +29,16 @@ def test_replaces_a_whole_file_or_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_names_the_file(tmp_path: Path) -> None:
+    def fail() -> None:
+        with replacing(tmp_path / "report.md") as work:
+            work.touch()
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*report.md'"):
+        fail()
+
+
 @pytest.mark.parametrize("link", ["itself", "dots", "symbolic", "hard", "of a folder"])
 def test_rejects_outputs_that_are_inputs(tmp_path: Path, link: str) -> None:
     source, output = tmp_path / "in.txt", tmp_path / "out.txt"
