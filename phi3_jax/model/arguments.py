@@ -295,10 +295,8 @@ def _positions(new: NewTokens, counts: Int[Array, "B T"], is_token: Bool[Array, 
 
 def batch_shape(input_ids: Any, decoder_arguments: dict[str, Any]) -> tuple[int, int]:
     """Returns the batch size and the length of a forward's arguments."""
-    if input_ids is None:
-        shape = np.shape(decoder_arguments.get("inputs_embeds"))
-    else:
-        shape = input_ids.shape if hasattr(input_ids, "shape") else rectangle("input_ids", input_ids).shape
+    x: Any = decoder_arguments.get("inputs_embeds") if input_ids is None else input_ids
+    shape = np.shape(rectangle("input_ids", x) if isinstance(x, list | tuple) else x)
     if len(shape) < 2:
         raise UserError(f"input_ids has shape {list(shape)}; expected [batch, length]")
     return shape[0], shape[1]

@@ -125,8 +125,8 @@ class Phi3ForCausalLM(_ModelWithHead, GenerationMixin):
         """Returns the output layer, whose weight is [V, D]: the embeddings if they are tied."""
         return self.model.embed_tokens if self.lm_head is None else self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: Embedding | Linear) -> None:
-        """Replaces the output layer; where it is tied, the token embeddings as well.
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replaces the output layer, a `Linear`; where it is tied, the token embeddings, an `Embedding`.
 
         Raises:
             UserError: the layer is of another class than the present one, or its weight has another shape.

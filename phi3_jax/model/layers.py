@@ -110,7 +110,7 @@ def _contract_backward(axes: int, dtype: jnp.dtype, operands: Any, gradient: Arr
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
-def check_layer(name: str, value: Any, old: nnx.Module) -> None:
+def check_layer(name: str, value: Any, old: Any) -> None:
     """Checks that a layer may stand in place of `old`.
 
     Raises:
