@@ -145,7 +145,27 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "force_words_ids": Unsupported((), "use prefix_allowed_tokens_fn or sequence_bias"),
 }
 
+UNSUPPORTED_ARGUMENTS: dict[str, Unsupported] = {
+    "synced_gpus": Unsupported((False,), "all processes of a mesh run the same program; leave it out"),
+    "custom_generate": Unsupported((), "call the model in a loop of your own"),
+    "trust_remote_code": Unsupported((False,), "no code comes with a checkpoint; leave it out"),
+    "position_ids": Unsupported((), "generation counts positions along attention_mask"),
+    "labels": Unsupported((), "for a loss call model(input_ids, labels=labels)"),
+    "logits_to_keep": Unsupported((0, 1), "output_logits and output_scores return the logits of each step"),
+    "num_items_in_batch": Unsupported((), "for a loss call model(input_ids, labels=labels)"),
+    "token_type_ids": Unsupported((), "the model has no types of tokens"),
+    "output_router_logits": Unsupported((False,), "the model has no experts"),
+    "is_causal": Unsupported((True,), "the model is causal"),
+    "return_dict": Unsupported((True,), "set return_dict_in_generate"),
+    **dict.fromkeys(
+        ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+        Unsupported((), "give each text a row of its own"),
+    ),
+}
+"""As above, for arguments of transformers' generate, and of a forward, which generate passes on."""
+
 _OF_GENERATE = (
+    *("inputs", "input_ids", "attention_mask", "inputs_embeds", "generation_config", "inv_freq"),
     *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model", "streamer"),
     *("negative_prompt_ids", "negative_prompt_attention_mask", "tokenizer", "seed", "past_key_values"),
 )
@@ -153,7 +173,7 @@ _OF_GENERATE = (
 
 def is_neutral(name: str, value: Any) -> bool:
     """Whether this value of an unsupported setting has no effect in transformers."""
-    neutral = UNSUPPORTED[name].neutral
+    neutral = (UNSUPPORTED | UNSUPPORTED_ARGUMENTS)[name].neutral
     return value is None or (isinstance(value, bool | int | float | str) and value in neutral)
 
 
@@ -163,17 +183,18 @@ def check_names(given: Mapping[str, Any], fields: Collection[str]) -> dict[str, 
     Raises:
         UserError: a setting of transformers is not supported. TypeError: there is no such setting.
     """
+    unsupported = UNSUPPORTED | UNSUPPORTED_ARGUMENTS
     for name in given.keys() - set(fields):
         value = given[name]
         if name in _OF_GENERATE:
             raise TypeError(f"{name} is an argument of generate(), not of its configuration; pass it there")
-        if name not in UNSUPPORTED:
+        if name not in unsupported:
             close = sorted(field for field in fields if field.startswith(f"{name}_"))
-            close += difflib.get_close_matches(name, [*fields, *UNSUPPORTED], n=1, cutoff=0.5)
+            close += difflib.get_close_matches(name, [*fields, *_OF_GENERATE, *unsupported], n=1, cutoff=0.75)
             hint = f"did you mean {close[0]!r}?" if close else "see GenerationConfig for all settings"
             raise TypeError(f"no generation setting is called {name!r}; {hint}")
         if not is_neutral(name, value):
-            raise UserError(f"{name}={value!r:.60} is not supported; {UNSUPPORTED[name].advice}")
+            raise UserError(f"{name}={value!r:.60} is not supported; {unsupported[name].advice}")
     return {name: value for name, value in given.items() if name in fields}
 
 

@@ -1,6 +1,6 @@
 """The host's side of one call of generate: dispatches compiled steps and reads their reports."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ class DecodingEngine:
         grows: start with a cache for part of the tokens, and double it when that is full.
         on_host: logits processors that do not run on the device: (sequences, scores) -> scores.
         spare: slots after a row's last token that a step may write.
+        embeddings: of the first rows, in the place of their first ids.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class DecodingEngine:
         outputs: frozenset[str] = frozenset(),
         on_host: HostProcessors | None = None,
         spare: int = 0,
+        embeddings: Sequence[Float[np.ndarray, "n D"]] | None = None,
     ):
         self.compiled, self.settings, self.outputs, self.on_host = compiled, settings, outputs, on_host
         self.layout = layout
+        self._embeddings = None if embeddings is None else layout.embeddings(embeddings)
         self._new_cache, self.spare = new_cache, spare
         used = int(layout.length.max())
         # A write that reaches past the end would be moved back onto used slots. No step may do that, not
@@ -137,6 +140,7 @@ class DecodingEngine:
             next_logits,
             self.state,
             self.settings.rope,
+            self._embeddings,
             width=pending if aligned else min(padded_length(pending), prompts.PREFILL_CHUNK),
             aligned=aligned,
             outputs=self.outputs,
@@ -154,7 +158,7 @@ class DecodingEngine:
 
     def _fill(self, width: int) -> None:
         self.state, records = self.compiled(
-            fill, self.state, self.settings.rope, width=width, outputs=self.outputs
+            fill, self.state, self.settings.rope, self._embeddings, width=width, outputs=self.outputs
         )
         self.prefill_records.append(records)
 
@@ -164,6 +168,7 @@ class DecodingEngine:
         if times > 1:
             self.state = _take(self.state, rows)
             self.settings = self.settings._replace(rope=self.settings.rope.take(rows))
+            self._embeddings = self._embeddings and self._embeddings.take(rows)
         return rows
 
     def choose(self, logits: Float[Array, "B V"], records: Records) -> StepResult:
@@ -262,8 +267,9 @@ class DecodingEngine:
             self._new_cache(len(index), slots),
         )
         rope = self.settings.rope.take(index)
+        embeddings = self._embeddings and self._embeddings.take(index)
         pending = int(np.asarray(self.state.sequences.length)[numbers].max()) - 1
         width = recomputation_chunk(slots)
         for _ in range(0, pending, width):
-            part, _ = self.compiled(fill, part, rope, width=width, outputs=frozenset())
+            part, _ = self.compiled(fill, part, rope, embeddings, width=width, outputs=frozenset())
         self.state = self.state.with_cache(_put(self.state.cache, jnp.asarray(index), part.cache))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.generation.prompts import SlotEmbeddings
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.generation.state import RopeChoice, State, StepSettings
@@ -21,9 +22,13 @@ def feed(
     rope: RopeChoice,
     count: Int[Array, " B"],
     width: int,
+    embeddings: SlotEmbeddings | None = None,
     **arguments: Any,
 ) -> tuple[Any, State]:
-    """Runs the next `count` <= `width` slots of each row through the model and into its cache."""
+    """Runs the next `count` <= `width` slots of each row through the model and into its cache.
+
+    `embeddings` stand in the place of the ids of some slots.
+    """
     offsets = jnp.arange(width, dtype=jnp.int32)[None]
     slots = state.cache.length[:, None] + offsets  # [B, width]
     ids = jnp.take_along_axis(state.sequences.ids, slots, axis=1, mode="clip")
@@ -31,8 +36,10 @@ def feed(
     mask &= offsets < count[:, None]
     counts = state.cache.tokens[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32)
     positions = jnp.maximum(counts - 1, 0)
+    if embeddings is not None:
+        arguments |= {"inputs_embeds": _embedded(model, embeddings, ids, slots)}
     out = model(
-        ids,
+        ids if embeddings is None else None,
         mask,
         past_key_values=state.cache,
         rope_length=rope.length(state.sequences.tokens),
@@ -44,12 +51,30 @@ def feed(
     return out, State(state.sequences, state.finished, cache)
 
 
+def _embedded(
+    model: CausalLM, embeddings: SlotEmbeddings, ids: Int[Array, "B T"], slots: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Returns the embeddings of `slots`: those given, and elsewhere those of `ids`."""
+    own = model.decoder.embed_tokens(ids)
+    given, is_given = (jnp.asarray(x) for x in embeddings)
+    given = jnp.take_along_axis(given, slots[..., None], axis=1, mode="clip").astype(own.dtype)
+    is_given = jnp.take_along_axis(is_given, slots, axis=1, mode="fill", fill_value=False)
+    return jnp.where(is_given[..., None], given, own)
+
+
 def fill(
-    model: CausalLM, state: State, rope: RopeChoice, *, width: int, outputs: frozenset[str]
+    model: CausalLM,
+    state: State,
+    rope: RopeChoice,
+    embeddings: SlotEmbeddings | None = None,
+    *,
+    width: int,
+    outputs: frozenset[str],
 ) -> tuple[State, Records]:
     """Feeds up to `width` slots of each row, never its last one; computes no logits."""
     count = jnp.clip(state.pending - 1, 0, width)
-    out, state = feed(model, state, rope, count, width, logits_to_keep=1, **output_flags(outputs))
+    flags = output_flags(outputs)
+    out, state = feed(model, state, rope, count, width, embeddings, logits_to_keep=1, **flags)
     return state, select_outputs(out, outputs)
 
 
@@ -57,6 +82,7 @@ def next_logits(
     model: CausalLM,
     state: State,
     rope: RopeChoice,
+    embeddings: SlotEmbeddings | None = None,
     *,
     width: int,
     aligned: bool,
@@ -68,7 +94,8 @@ def next_logits(
     """
     count = state.pending
     keep = 1 if aligned else jnp.maximum(count - 1, 0)[:, None]
-    out, state = feed(model, state, rope, count, width, logits_to_keep=keep, **output_flags(outputs))
+    flags = output_flags(outputs)
+    out, state = feed(model, state, rope, count, width, embeddings, logits_to_keep=keep, **flags)
     return out.logits[:, 0], state, select_outputs(out, outputs)
 
 

@@ -13,7 +13,7 @@ from phi3_jax.generation.request import GenerationRequest
 from phi3_jax.generation.state import NO_TOKEN
 
 
-def generate(compiled: CompiledModel, input_ids: Any, *arguments: Any, **options: Any) -> Any:
+def generate(compiled: CompiledModel, input_ids: Any = None, *arguments: Any, **options: Any) -> Any:
     """Does what `Phi3ForCausalLM.generate` documents, with a model that is already flattened."""
     call = Call(compiled, input_ids, *arguments, **options)
     for _ in call.run():
@@ -27,7 +27,7 @@ class Call:
     All arguments are checked here, before any work.
     """
 
-    def __init__(self, compiled: CompiledModel, input_ids: Any, *arguments: Any, **options: Any):
+    def __init__(self, compiled: CompiledModel, input_ids: Any = None, *arguments: Any, **options: Any):
         self.request = GenerationRequest(compiled, input_ids, *arguments, **options)
         beams = self.request.config.num_beams > 1
         self._mode = BeamSearch(self.request) if beams else OneByOne(self.request)

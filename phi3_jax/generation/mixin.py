@@ -1,13 +1,15 @@
 """Adds `generate` and its configuration to a model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.generate import generate
+from phi3_jax.generation.outputs import transition_scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ class GenerationMixin:
 
     def generate(
         self,
-        input_ids: Int[Array, "B T"],
+        input_ids: Int[Array, "B T"] | None = None,
         attention_mask: Num[Array, "B T"] | None = None,
         generation_config: GenerationConfig | None = None,
         **options: Any,
@@ -53,13 +55,17 @@ class GenerationMixin:
         end token; with `return_dict_in_generate`, an output of `phi3_jax.generation.outputs`.
 
         Args:
-            input_ids: prompts, padded on either side.
+            input_ids: prompts, padded on either side; default: `bos_token_id` alone.
             attention_mask: 1 for tokens, 0 for padding; default: `pad_token_id` marks padding, unless it is
                 also an end token.
             generation_config: overrides `self.generation_config`, which supplies the rest.
             options: any field of `GenerationConfig`, which overrides both configs, and the options below.
 
         Further options:
+            inputs: another name of `input_ids`.
+            inputs_embeds: prompts as embeddings [B, T, D], which `attention_mask` then belongs to. Without
+                `input_ids` only the new tokens are returned, and logits processors see only these. With
+                `input_ids` [B, up to T], they see and return these, and the model runs on the embeddings.
             past_key_values: the cache that an earlier call returned; `input_ids` still has all tokens.
             logits_processor: a list. A `LogitsProcessor` runs on the device; a function of NumPy arrays,
                 (input_ids, scores) -> scores, runs on the host at every step, as in transformers.
@@ -80,3 +86,21 @@ class GenerationMixin:
             TypeError: there is no such argument.
         """
         return generate(CompiledModel(self), input_ids, attention_mask, generation_config, **options)
+
+    def compute_transition_scores(
+        self,
+        sequences: Int[Array, "R length"],
+        scores: Sequence[Float[Array, "beams V"]] | None,
+        beam_indices: Int[Array, "R new"] | None = None,
+        normalize_logits: bool = False,
+    ) -> Float[Array, "R new"]:
+        """Returns the score with which each new token was chosen; 0 after the end of a beam.
+
+        Args:
+            sequences, scores, beam_indices: of an output of `generate`; the last one only of beams.
+            normalize_logits: turn the scores of each step into log-probabilities first; those of beams are.
+
+        Raises:
+            UserError: there are no scores, or those of beams come without their indices.
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize_logits)

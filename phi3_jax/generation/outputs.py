@@ -1,6 +1,6 @@
 """The results of generate, under transformers' names, assembled from the records of the steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.cache.cache import KVCache
+from phi3_jax.errors import UserError
 from phi3_jax.generation.engine import StepResult
 from phi3_jax.generation.forward import Records
 from phi3_jax.generation.prompts import PromptLayout
@@ -49,6 +50,36 @@ class GenerateBeamDecoderOnlyOutput:
     hidden_states: tuple[tuple[Float[Array, "beams queries D"], ...], ...] | None = None
     past_key_values: KVCache | None = None
     """The cache of the returned sequences."""
+
+
+def transition_scores(
+    sequences: Int[Array, "R length"],
+    scores: Sequence[Float[Array, "beams V"]] | None,
+    beam_indices: Int[Array, "R new"] | None = None,
+    normalize_logits: bool = False,
+) -> Float[Array, "R new"]:
+    """Does what `Phi3ForCausalLM.compute_transition_scores` documents."""
+    if not scores:
+        raise UserError(
+            "there are no scores; call generate with return_dict_in_generate=True and output_scores=True"
+        )
+    of_steps = np.stack([np.asarray(step) for step in scores])  # [steps, beams, V]
+    if normalize_logits:
+        of_steps = np.asarray(jax.nn.log_softmax(of_steps, axis=-1))
+    ids = np.asarray(sequences)
+    if beam_indices is not None:
+        beams = np.asarray(beam_indices)
+    elif len(ids) == of_steps.shape[1]:
+        beams = np.broadcast_to(np.arange(len(ids))[:, None], (len(ids), len(of_steps)))
+    else:
+        raise UserError(
+            f"{len(ids)} sequences come from scores of {of_steps.shape[1]} beams; give beam_indices, too"
+        )
+    is_token = beams >= 0
+    count = int(is_token.sum(axis=1).max())
+    beams, is_token = np.where(is_token, beams, 0)[:, :count], is_token[:, :count]
+    picked = of_steps[np.arange(count), beams, ids[:, ids.shape[1] - count :]]
+    return jnp.asarray(np.where(is_token, picked, np.float32(0)))
 
 
 class Source(NamedTuple):

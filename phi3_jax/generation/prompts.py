@@ -2,10 +2,10 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
@@ -43,6 +43,24 @@ def recomputation_chunk(slots: int) -> int:
     return min(slots & -slots, 1 << (PREFILL_CHUNK.bit_length() - 1))
 
 
+def rectangle(name: str, rows: Any) -> Any:
+    """Returns `rows` as a NumPy array.
+
+    Raises:
+        UserError: the rows have different lengths.
+    """
+    try:
+        return np.asarray(rows)
+    except ValueError:
+        lengths = [len(row) for row in rows if hasattr(row, "__len__")]
+        if len(set(lengths)) < 2:
+            raise
+        raise UserError(
+            f"{name} has rows of {min(lengths)} to {max(lengths)} entries; pad them to one length, with 0 "
+            "for padding in attention_mask, as tokenizer(texts) does, or run them one at a time"
+        ) from None
+
+
 def check_prompts(
     config: Phi3Config,
     input_ids: Any,
@@ -58,7 +76,7 @@ def check_prompts(
         UserError: the ids are not integers of two dimensions or outside the vocabulary, the mask has another
             shape, or a row has no token or fills the context.
     """
-    ids = np.asarray(input_ids)
+    ids = rectangle("input_ids", input_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(
             f"input_ids is {ids.dtype}{list(ids.shape)}; expected integers of shape [batch, length]"
@@ -69,7 +87,7 @@ def check_prompts(
         has_padding = pad_token_id is not None and pad_token_id not in end_tokens
         mask = ids != pad_token_id if has_padding else np.ones(ids.shape, bool)
     else:
-        mask = np.asarray(attention_mask)
+        mask = rectangle("attention_mask", attention_mask)
         if mask.shape != ids.shape:
             raise UserError(
                 f"attention_mask has shape {list(mask.shape)}; expected that of input_ids, {list(ids.shape)}"
@@ -82,10 +100,15 @@ def check_prompts(
             f"input_ids[{row}, {position}] = {ids[row, position]} is outside the vocabulary of "
             f"{config.vocab_size} tokens; is this the tokenizer of another model?"
         )
+    _check_lengths(config, "input_ids", mask)
+    return ids.astype(np.int32), mask
+
+
+def _check_lengths(config: Phi3Config, name: str, mask: Bool[np.ndarray, "B T"]) -> None:
     tokens = mask.sum(axis=1)
     if not tokens.all():
         raise UserError(
-            f"row {np.flatnonzero(tokens == 0)[0]} of input_ids is all padding; give it at least one token"
+            f"row {np.flatnonzero(tokens == 0)[0]} of {name} is all padding; give it at least one token"
         )
     context = config.context_length
     if tokens.max() >= context:
@@ -93,7 +116,58 @@ def check_prompts(
             f"row {tokens.argmax()} has {tokens.max()} tokens and the model's context is {context}; "
             "shorten the prompt"
         )
-    return ids.astype(np.int32), mask
+
+
+class EmbeddedPrompts(NamedTuple):
+    """Prompts as embeddings, with the ids that generation returns and its logits processors see."""
+
+    ids: Int[np.ndarray, "B I"]
+    mask: Bool[np.ndarray, "B T"]
+    rows: list[Int[np.ndarray, " n"]]
+    """The ids of each row's embeddings; `vocab_size`, which is no token, where there is none."""
+    vectors: list[Float[np.ndarray, "n D"]]
+    """The embeddings of each row, without its padding."""
+
+
+def check_embedded_prompts(
+    config: Phi3Config, inputs_embeds: Any, input_ids: Any, attention_mask: Any
+) -> EmbeddedPrompts:
+    """Returns prompts that are given as embeddings [B, T, D].
+
+    Ids [B, I], of no more positions, belong to the last embeddings. As in the reference, they are only
+    returned and seen by logits processors.
+
+    Raises:
+        UserError: a shape does not fit, an id is outside the vocabulary, or a row is all padding or too long.
+    """
+    embeds = np.asarray(inputs_embeds)
+    if embeds.ndim != 3 or embeds.shape[2] != config.hidden_size or not embeds.size:
+        raise UserError(
+            f"inputs_embeds has shape {list(embeds.shape)}; expected [batch, length, {config.hidden_size}]"
+        )
+    batch, length, _ = embeds.shape
+    mask = np.ones((batch, length), bool)
+    if attention_mask is not None:
+        given = rectangle("attention_mask", attention_mask)
+        if given.shape != mask.shape:
+            raise UserError(
+                f"attention_mask has shape {list(given.shape)}; expected that of inputs_embeds, "
+                f"{list(mask.shape)}"
+            )
+        mask = given != 0
+    _check_lengths(config, "inputs_embeds", mask)
+    ids = np.zeros((batch, 0), np.int32)
+    if input_ids is not None:
+        ids, _ = check_prompts(config, input_ids, None, None, ())
+        if len(ids) != batch or ids.shape[1] > length:
+            raise UserError(
+                f"input_ids has shape {list(ids.shape)}, and inputs_embeds has {batch} rows of {length} "
+                "positions; give as many rows of ids and no more positions"
+            )
+    whole = np.full((batch, length), config.vocab_size, np.int32)
+    whole[:, length - ids.shape[1] :] = ids
+    rows = [row[used] for row, used in zip(whole, mask, strict=True)]
+    return EmbeddedPrompts(ids, mask, rows, [row[used] for row, used in zip(embeds, mask, strict=True)])
 
 
 def check_frequencies(
@@ -126,6 +200,17 @@ def check_frequencies(
             )
         scaling = np.broadcast_to(scaling, (batch,))
     return inv_freq, scaling
+
+
+class SlotEmbeddings(NamedTuple):
+    """The embeddings that stand in the place of ids in the slots of prompts."""
+
+    vectors: Float[np.ndarray | Array, "B S D"]
+    is_given: Bool[np.ndarray | Array, "B S"]
+
+    def take(self, rows: Int[np.ndarray, " n"]) -> "SlotEmbeddings":
+        """Returns these rows in this order; a number past the last row means that one."""
+        return SlotEmbeddings(*(np.take(x, rows, axis=0, mode="clip") for x in self))
 
 
 class PromptLayout:
@@ -169,6 +254,15 @@ class PromptLayout:
     def _most_pending(self) -> int:
         has_tokens = self.mask.any(axis=1)
         return int((self.length - self.cached)[has_tokens].max())
+
+    def embeddings(self, vectors: Sequence[Float[np.ndarray, "n D"]]) -> SlotEmbeddings:
+        """Returns the slots of the first rows' embeddings, which come before their other tokens."""
+        placed = np.zeros((*self.ids.shape, vectors[0].shape[1]), vectors[0].dtype)
+        is_given = np.zeros(self.ids.shape, bool)
+        for row, given in enumerate(vectors):
+            slots = self.slots[row][: len(given)]
+            placed[row, slots], is_given[row, slots] = given, True
+        return SlotEmbeddings(placed, is_given)
 
     def uncached(self) -> "PromptLayout":
         """Returns the same slots, none of them cached."""

@@ -25,9 +25,11 @@ from phi3_jax.generation.outputs import Recorder
 from phi3_jax.generation.prompts import (
     PromptLayout,
     cache_length,
+    check_embedded_prompts,
     check_frequencies,
     check_prompts,
     padded_rows,
+    rectangle,
 )
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.sequences import Sequences
@@ -56,10 +58,12 @@ class GenerationRequest:
     def __init__(
         self,
         compiled: CompiledModel,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         generation_config: GenerationConfig | None = None,
         *,
+        inputs: Any = None,
+        inputs_embeds: Any = None,
         past_key_values: KVCache | None = None,
         logits_processor: Sequence[Any] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
@@ -77,8 +81,13 @@ class GenerationRequest:
     ):
         self.compiled, self.past, self.seed = compiled, past_key_values, seed
         self.assistant_model, self.streamer = assistant_model, streamer
-        self.config = _resolve(compiled.model, generation_config, overrides, np.shape(input_ids))
-        self.ids, self.mask = self._check_prompts(input_ids, attention_mask)
+        if inputs is not None and input_ids is not None:
+            raise UserError("inputs is another name of input_ids; give one of them")
+        ids = inputs if input_ids is None else input_ids
+        ids = None if ids is None else rectangle("input_ids", ids)
+        batch_size, length = _prompt_sizes(ids, inputs_embeds)
+        self.config = _resolve(compiled.model, generation_config, overrides, batch_size, length)
+        self._read_prompts(ids, inputs_embeds, attention_mask)
         self.batch = len(self.ids)
         self.copies = max(self.config.num_beams, self.config.num_return_sequences)
         """Rows that continue each prompt."""
@@ -102,6 +111,22 @@ class GenerationRequest:
             if self.config.return_dict_in_generate and getattr(self.config, f"output_{name}")
         )
         self._check_together()
+
+    def _read_prompts(self, ids: np.ndarray | None, embeds: Any, mask: Any) -> None:
+        """Sets the prompts: the beginning of the answers, the mask, the tokens and embeddings of each row."""
+        self._embeddings: list[np.ndarray] | None = None
+        if embeds is not None:
+            embedded = check_embedded_prompts(self.compiled.model.config, embeds, ids, mask)
+            self.ids, self.mask, self._rows, self._embeddings = embedded
+            return
+        if ids is None:  # as in the reference
+            if self.config.bos_token_id is None:
+                raise UserError(
+                    "without input_ids an answer begins with bos_token_id, and there is none; give one"
+                )
+            ids, mask = np.array([[self.config.bos_token_id]]), np.ones((1, 1)) if mask is None else mask
+        self.ids, self.mask = self._check_prompts(ids, mask)
+        self._rows = [row[used] for row, used in zip(self.ids, self.mask, strict=True)]
 
     def _check_prompts(self, ids: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         config = self.config
@@ -167,6 +192,17 @@ class GenerationRequest:
             )
         elif past is not None and self.guided:
             problem = "guidance_scale cannot continue from past_key_values, which have no unconditional rows"
+        elif self._embeddings is not None and (past is not None or assistant is not None or self.guided):
+            given = (
+                "past_key_values"
+                if past is not None
+                else "guidance_scale"
+                if self.guided
+                else "assistant_model"
+            )
+            problem = (
+                f"{given} needs the ids of all tokens, and inputs_embeds have none; give input_ids alone"
+            )
         elif past is not None and past.batch_size != self.batch:
             problem = f"past_key_values has {past.batch_size} rows and input_ids {self.batch}"
         elif self.streamer is not None and config.num_beams > 1:
@@ -210,7 +246,7 @@ class GenerationRequest:
 
     def prompts(self, times: int = 1) -> list[Int[np.ndarray, " n"]]:
         """Returns the tokens of each prompt, `times` times."""
-        return [row[used] for row, used in zip(self.ids, self.mask, strict=True) for _ in range(times)]
+        return [row for row in self._rows for _ in range(times)]
 
     def engine(self, *, spare: int = 0, grows: bool = True) -> DecodingEngine:
         """Returns an engine with the prompts and their settings, then guidance's unconditional rows."""
@@ -232,6 +268,7 @@ class GenerationRequest:
             outputs=self.outputs,
             on_host=self.on_host,
             spare=spare,
+            embeddings=self._embeddings,
         )
 
     def assistant(self, engine: DecodingEngine) -> DecodingEngine:
@@ -261,6 +298,7 @@ class GenerationRequest:
             max_new_tokens=1,
             new_cache=self.new_cache,
             grows=not self.ring_cache,
+            embeddings=self._embeddings and [each for each in self._embeddings for _ in range(times)],
         )
         engine.fill_up()
         return engine.state.cache.take(jnp.arange(len(rows)))
@@ -336,16 +374,30 @@ class GenerationRequest:
         return Recorder(engine.layout, origins, self.mask[origins], engine.prefill_records)
 
 
+def _prompt_sizes(ids: np.ndarray | None, embeds: Any) -> tuple[int, int]:
+    """Returns the batch size, and the length that limits on whole sequences count.
+
+    Embeddings count as well as ids if their lengths differ, as in the reference.
+    """
+    shapes = [np.shape(x)[:2] for x in (ids, embeds) if x is not None]
+    sizes = [shape for shape in shapes if len(shape) == 2] or [(1, 1)]  # others are refused later
+    return sizes[0][0], sum({length for _, length in sizes})
+
+
 def _resolve(
-    model: CausalLM, config: GenerationConfig | None, overrides: Mapping[str, Any], shape: tuple[int, ...]
+    model: CausalLM,
+    config: GenerationConfig | None,
+    overrides: Mapping[str, Any],
+    batch_size: int,
+    prompt_length: int,
 ) -> ResolvedGeneration:
     default = model.generation_config
     return (default if config is None else config).resolve(
         overrides,
         model_default=default,
         config=model.config,
-        prompt_length=shape[1] if len(shape) == 2 else 1,
-        batch_size=shape[0] if shape else 1,
+        prompt_length=prompt_length,
+        batch_size=batch_size,
     )
 
 

@@ -186,7 +186,7 @@ def verify(
 
     count = jnp.where(state.finished, 0, draft.length + 1)
     out, fed = feed(
-        model, replace(state, sequences=extended), settings.rope, count, width, **output_flags(outputs)
+        model, replace(state, sequences=extended), settings.rope, count, width, None, **output_flags(outputs)
     )
 
     def score(position: Int[Array, ""], logits: Float[Array, "R V"]) -> Float[Array, "R V"]:

@@ -1,5 +1,6 @@
 """The arguments of a forward: checked, in one form, and located among the cache's slots."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
+from phi3_jax.generation.prompts import rectangle
 from phi3_jax.model.losses import IGNORE_INDEX, problem_type
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.symbolic import is_certain
@@ -56,6 +58,33 @@ class Location:
     def prefill(self) -> bool:
         """Whether the new tokens see only each other, by the causal mask."""
         return isinstance(self.mask, CausalMask) and self.mask.prefill
+
+
+_segments = "give segment_ids for several texts in a row"
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "return_dict": ((None, True), "take the fields of the output"),
+    "output_router_logits": ((None, False), "the model has no experts"),
+    "is_causal": ((None, True), "give a 4-D attention_mask to change who sees whom"),
+    "cache_position": ((None,), "the cache knows its next slot"),
+    "token_type_ids": ((None,), "the model has no types of tokens"),
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"), ((None,), _segments)),
+    "seq_idx": ((None,), _segments),
+}
+"""Arguments of transformers' forward that ours does not take: values without effect, and what to do."""
+
+
+def refuse(others: Mapping[str, Any]) -> None:
+    """Raises an error for arguments that the forward does not take, unless they ask for nothing.
+
+    Raises:
+        UserError: an argument of transformers is not supported. TypeError: there is no such argument.
+    """
+    for name, value in others.items():
+        if name not in UNSUPPORTED:
+            raise TypeError(f"the model has no argument {name!r}; see Phi3Model.__call__ for all")
+        neutral, advice = UNSUPPORTED[name]
+        if not any(value is each for each in neutral):
+            raise UserError(f"{name}={value!r:.60} is not supported; {advice}")
 
 
 def is_concrete(x: Any) -> bool:
@@ -120,7 +149,7 @@ def _check_integers(
 
 def _check_ids(config: Phi3Config, input_ids: Any) -> Array:
     if not isinstance(input_ids, jax.Array):
-        input_ids = np.asarray(input_ids)
+        input_ids = rectangle("input_ids", input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise UserError(
             f"input_ids is {input_ids.dtype}{list(input_ids.shape)}; "
@@ -173,6 +202,8 @@ def _check_mask(
     """Returns the mask of tokens and the 4-D mask, one of which is None."""
     if attention_mask is None:
         return None, None
+    if isinstance(attention_mask, list | tuple):
+        attention_mask = rectangle("attention_mask", attention_mask)
     mask = jnp.asarray(attention_mask)
     keys = length if cache is None else cache.max_length
     if cache is not None and cache.window is not None and mask.shape != (batch, length):
@@ -265,7 +296,7 @@ def _positions(new: NewTokens, counts: Int[Array, "B T"], is_token: Bool[Array, 
 def batch_shape(input_ids: Any, decoder_arguments: dict[str, Any]) -> tuple[int, int]:
     """Returns the batch size and the length of a forward's arguments."""
     x: Any = decoder_arguments.get("inputs_embeds") if input_ids is None else input_ids
-    shape = np.shape(x)
+    shape = np.shape(rectangle("input_ids", x) if isinstance(x, list | tuple) else x)
     if len(shape) < 2:
         raise UserError(f"input_ids has shape {list(shape)}; expected [batch, length]")
     return shape[0], shape[1]
@@ -302,7 +333,7 @@ def check_labels(labels: Any, shape: tuple[int, ...], classes: int) -> Array:
     Raises:
         UserError: the labels have another shape or dtype, or one is no class.
     """
-    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    labels = labels if isinstance(labels, jax.Array) else rectangle("labels", labels)
     _check_integers("labels", labels, shape)
     if is_concrete(labels):
         values = np.asarray(labels)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.cache.layer_cache import LayerCache, Vectors
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.model.arguments import check, locate
+from phi3_jax.model.arguments import check, locate, refuse
 from phi3_jax.model.attention import attention
 from phi3_jax.model.layer_stack import StackedLayers, run_layers
 from phi3_jax.model.layers import Embedding, Linear, RMSNorm, activation, dropout, last_positions
@@ -209,6 +209,7 @@ class Phi3Model(Phi3PreTrainedModel):
         rope_length: Int[Array, " B"] | None = None,
         hidden_states_to_keep: int | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        **others: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder over new tokens, after those in the cache if there is one.
 
@@ -233,10 +234,14 @@ class Phi3Model(Phi3PreTrainedModel):
             segment_ids: the number of every token's example in rows that hold several, 0 for padding. Tokens
                 see only their own example, and positions restart at 0 in each. All examples of a row share
                 the frequencies of the longest unless `rope_length` is given. Without a cache only.
+            others: arguments of transformers that ask for nothing, such as `return_dict=True`.
 
         Raises:
-            UserError: shapes that do not fit, ids outside the vocabulary, too many tokens for the cache.
+            UserError: shapes that do not fit, ids outside the vocabulary, too many tokens for the cache, an
+                argument of transformers that is not supported.
+            TypeError: there is no such argument.
         """
+        refuse(others)
         arguments = input_ids, inputs_embeds, attention_mask, position_ids, segment_ids
         new, cache = check(self.config, past_key_values, *arguments), past_key_values
         if cache is None and use_cache:

@@ -17,7 +17,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.arguments import batch_shape, check_labels, check_sequence_labels, select_positions
 from phi3_jax.model.decoder import Phi3Model
-from phi3_jax.model.layers import Linear, dropout, matmul
+from phi3_jax.model.layers import Embedding, Linear, check_layer, dropout, matmul
 from phi3_jax.model.losses import cross_entropy, sequence_loss_count, sequence_loss_sum
 from phi3_jax.model.outputs import (
     CausalLMOutputWithPast,
@@ -117,9 +117,25 @@ class Phi3ForCausalLM(_ModelWithHead, GenerationMixin):
         return self._logits(hidden_states, None)
 
     def _logits(self, x: Float[Array, "B T D"], length_axis: str | None) -> Float[Array, "B T V"]:
-        weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+        weight = self.get_output_embeddings().weight
         logits = matmul(x, gather(weight[...], self.model.mesh, weight.axes))
         return constrain(logits, self.model.mesh, "batch", length_axis, "vocab")
+
+    def get_output_embeddings(self) -> Embedding | Linear:
+        """Returns the output layer, whose weight is [V, D]: the embeddings if they are tied."""
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replaces the output layer, a `Linear`; where it is tied, the token embeddings, an `Embedding`.
+
+        Raises:
+            UserError: the layer is of another class than the present one, or its weight has another shape.
+        """
+        if self.lm_head is None:
+            self.set_input_embeddings(new_embeddings)
+        else:
+            check_layer("output embeddings", new_embeddings, self.lm_head)
+            self.lm_head = new_embeddings
 
     def _vocabulary_weights(self) -> list[nnx.Param]:
         own = [] if self.lm_head is None else [self.lm_head.weight]

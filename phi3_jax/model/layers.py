@@ -110,6 +110,21 @@ def _contract_backward(axes: int, dtype: jnp.dtype, operands: Any, gradient: Arr
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
+def check_layer(name: str, value: Any, old: Any) -> None:
+    """Checks that a layer may stand in place of `old`.
+
+    Raises:
+        UserError: it is of another class, or its weight has another shape.
+    """
+    weight = getattr(value, "weight", None)
+    if type(value) is not type(old) or weight is None or weight.shape != old.weight.shape:
+        shape = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
+        raise UserError(
+            f"the new {name} are a {type(value).__name__} with {shape}; expected a {type(old).__name__} with "
+            f"{list(old.weight.shape)} (resize_token_embeddings changes the vocabulary)"
+        )
+
+
 def across(x: Float[Array, "..."], ndim: int) -> Float[Array, "..."]:
     """Returns `x` with axes of length 1 in front, `ndim` in all, for `jax_numpy_rank_promotion="raise"`."""
     return jnp.expand_dims(x, range(ndim - x.ndim))

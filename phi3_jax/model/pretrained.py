@@ -12,7 +12,7 @@ from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.model.kernels.dispatch import IMPLEMENTATIONS
-from phi3_jax.model.layers import Embedding, normal
+from phi3_jax.model.layers import Embedding, Linear, check_layer, normal
 from phi3_jax.model.loading import load_model
 from phi3_jax.model.saving import save_model
 from phi3_jax.parallel.sharding import check_divides, place
@@ -105,6 +105,19 @@ class Phi3PreTrainedModel(nnx.Module):
     def get_input_embeddings(self) -> Embedding:
         return self.decoder.embed_tokens
 
+    def set_input_embeddings(self, value: Embedding) -> None:
+        """Replaces the token embeddings; where they are tied, the output layer as well.
+
+        Raises:
+            UserError: `value` is no `Embedding`, or its weight has another shape.
+        """
+        check_layer("embeddings", value, self.decoder.embed_tokens)
+        self.decoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> Embedding | Linear | None:
+        """Returns the output layer over the vocabulary, whose weight is [V, D]; None without one."""
+        return None
+
     def gradient_checkpointing_enable(self, policy: Any = None) -> None:
         """Makes the backward pass compute each layer again instead of keeping its activations.
 
@@ -118,7 +131,7 @@ class Phi3PreTrainedModel(nnx.Module):
 
     def resize_token_embeddings(
         self,
-        new_num_tokens: int,
+        new_num_tokens: int | None = None,
         pad_to_multiple_of: int | None = None,
         *,
         mean_resizing: bool = True,
@@ -127,16 +140,19 @@ class Phi3PreTrainedModel(nnx.Module):
         """Shortens or extends the vocabulary, the output layer and `config.vocab_size`.
 
         Args:
-            new_num_tokens: the new number of rows.
+            new_num_tokens: the new number of rows; default: as many as before.
             pad_to_multiple_of: rounds the rows up.
             mean_resizing: new rows are the mean of the old ones, so that new tokens change the others'
-                probabilities little; otherwise they are drawn from normal(0, initializer_range).
+                probabilities little (transformers adds a draw with the covariance of the old ones);
+                otherwise they are drawn from normal(0, initializer_range).
             rngs: for drawn rows.
 
         Raises:
             UserError: no row would remain, or not those of the config's pad, bos and eos tokens, or the mesh
                 does not divide the rows.
         """
+        if new_num_tokens is None:
+            new_num_tokens = self.config.vocab_size
         if pad_to_multiple_of is not None:
             if pad_to_multiple_of < 1:
                 raise UserError(f"pad_to_multiple_of={pad_to_multiple_of} must be positive")

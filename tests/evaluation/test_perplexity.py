@@ -8,6 +8,7 @@ import pytest
 from answers import stored
 from compilations import compilations
 from reference import LONG, Reference, longrope, on_mesh, pair, small_config
+from strict_settings import strict_settings
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, make_mesh
 from phi3_jax.config.rope_argument import RopeArgument, parse_rope
@@ -153,6 +154,18 @@ def test_matches_transformers(models: Any, scorer: Scorer, name: str, length: in
     if length > 16 and name != "none":
         plain = perplexity(scorer, text(), length=length, stride=stride)
         assert abs(plain.loss / expected - 1) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_matches_transformers_where_nothing_is_promoted(models: Any, name: str) -> None:
+    """With 64-bit numbers and JAX's strict promotion."""
+    ours, theirs = models
+    with strict_settings():
+        config = ROPES[name].apply(ours.config) if name != "longrope" else ours.config.replace(**longrope())
+        total = perplexity(Scorer(ours, chunk=8), text(), config, length=40, stride=20)
+    expected, count = perplexity_of_theirs(theirs, text(), 40, 20, Rope(config))
+    assert total.tokens == count
+    assert total.loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [8, 16, 512])

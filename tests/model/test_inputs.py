@@ -7,6 +7,7 @@ import pytest
 from reference import distance, padding_mask, pair, positions, random_ids, run, run_theirs, small_config
 
 from phi3_jax import Phi3ForCausalLM
+from phi3_jax.model.arguments import UNSUPPORTED
 
 TOLERANCE = 1e-5
 LENGTH = 9
@@ -104,6 +105,37 @@ def test_rejects_arguments(case, convert, model):
     arguments, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         model(**{name: convert(value) for name, value in arguments.items()})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"return_dict": False}, ValueError, "return_dict=False is not supported; take the fields"),
+        ({"is_causal": False}, ValueError, "is_causal=False is not supported; give a 4-D attention_mask"),
+        ({"cu_seq_lens_q": np.arange(2)}, ValueError, "cu_seq_lens_q=.* is not supported; give segment_ids"),
+        ({"positions": IDS}, TypeError, "the model has no argument 'positions'"),
+    ],
+)
+def test_refuses_other_arguments_by_name(arguments, error, message, model):
+    with pytest.raises(error, match=message):
+        model(IDS, **arguments)
+
+
+def test_accepts_arguments_that_ask_for_nothing(model):
+    neutral = {name: values[-1] for name, (values, _) in UNSUPPORTED.items()}
+    assert neutral["return_dict"] is True
+    jax.eval_shape(lambda model: model(IDS, **neutral), model)
+
+
+def test_rejects_lists_of_different_lengths(model):
+    with pytest.raises(ValueError, match="input_ids has rows of 1 to 3 entries; pad them to one length"):
+        model([[1, 2, 3], [4]])
+    with pytest.raises(ValueError, match="attention_mask has rows of 1 to 3 entries; pad them"):
+        model(IDS, [[1, 1, 1], [1]])
+    with pytest.raises(ValueError, match="input_ids has rows of 1 to 3 entries"):
+        model([[1, 2, 3], [4]], labels=[[1, 2, 3], [4]])
+    with pytest.raises(ValueError, match="labels has rows of 1 to 3 entries"):
+        model(IDS, labels=[[1, 2, 3], [4]])
 
 
 def test_checks_ids_before_they_become_int32(model):

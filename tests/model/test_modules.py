@@ -190,6 +190,38 @@ def test_transformers_loads_a_grown_model(tied, mean, tmp_path):
         assert distance(run(ours, input_ids=ids).logits, theirs(torch.tensor(ids)).logits) <= TOLERANCE
 
 
+def test_rows_are_rounded_up_alone():
+    model = Phi3ForCausalLM(small_config())
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    assert model.config.vocab_size == 96
+    assert model.resize_token_embeddings(pad_to_multiple_of=64).weight.shape == (128, 48)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_replaces_embeddings(tied):
+    """The logits are those of the model that the layers come from, where all else is equal."""
+    model, other = (
+        Phi3ForCausalLM(small_config(tie_word_embeddings=tied, num_hidden_layers=1), rngs=n) for n in (0, 1)
+    )
+    expected = jax.tree.map(lambda x: x, model)
+    expected.model.embed_tokens = other.model.embed_tokens
+    expected.lm_head = other.lm_head
+    assert model.get_output_embeddings() is (model.get_input_embeddings() if tied else model.lm_head)
+    model.set_output_embeddings(other.get_output_embeddings())
+    if not tied:
+        model.set_input_embeddings(other.get_input_embeddings())
+    assert jax.tree.all(jax.tree.map(np.array_equal, model, expected))
+    wrong = Phi3ForCausalLM(small_config(tie_word_embeddings=tied, vocab_size=64, num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"with a weight of shape \[64, 48\]; expected .* with \[96, 48\]"):
+        model.set_input_embeddings(wrong.get_input_embeddings())
+    with pytest.raises(ValueError, match=r"the new (output )?embeddings are a RMSNorm"):
+        model.set_output_embeddings(other.model.norm)
+
+
+def test_models_without_an_output_layer():
+    assert Phi3Model(small_config(num_hidden_layers=1)).get_output_embeddings() is None
+
+
 def test_new_rows_depend_on_the_seed():
     def new_rows(seed):
         model = Phi3ForCausalLM(small_config())

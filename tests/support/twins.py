@@ -22,27 +22,27 @@ class Twins:
         self.config = config
         self.model, self.reference = pair("causal", config, folder, seed)
 
-    def ours(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+    def ours(self, ids: np.ndarray | None, mask: np.ndarray | None, **options: Any) -> Any:
         """Returns our ids as NumPy, or the whole output with `return_dict_in_generate`."""
         out = self.model.generate(ids, mask, **{"eos_token_id": [], "pad_token_id": PAD} | options)
         return out if hasattr(out, "sequences") else np.asarray(out)
 
-    def theirs(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+    def theirs(self, ids: np.ndarray | None, mask: np.ndarray | None, **options: Any) -> Any:
         """Returns the reference's ids, or its whole output as a namespace."""
         return _namespace(_generate(self.reference, ids, mask, **options))
 
-    def sampled(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+    def sampled(self, ids: np.ndarray | None, mask: np.ndarray | None, **options: Any) -> Any:
         """Does what `theirs` does; stored answers have a `Sample` of each large array."""
         return _namespace(_generate_sampled(self.reference, ids, mask, **options))
 
-    def same(self, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> np.ndarray:
+    def same(self, ids: np.ndarray | None, mask: np.ndarray | None, **options: Any) -> np.ndarray:
         """Checks that both return the same ids, and returns them."""
         expected = self.theirs(ids, mask, **options)
         np.testing.assert_array_equal(self.ours(ids, mask, **options), expected)
         return expected
 
 
-def ask(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+def ask(reference: Reference, ids: np.ndarray | None, mask: np.ndarray | None, **options: Any) -> Any:
     """Returns the reference's ids, or the arrays of its whole output by name.
 
     Processors and criteria in the options are functions of NumPy arrays; an empty list means no end token.
@@ -72,20 +72,22 @@ def ask(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **option
     }
     torch.manual_seed(0)  # no test uses sampled tokens, but they are stored with the rest
     reference.model.generation_config.eos_token_id = None
-    mask = None if mask is None else torch.tensor(mask)
-    out = reference.model.generate(torch.tensor(ids), attention_mask=mask, **options)
+    ids, mask = (None if x is None else torch.tensor(x) for x in (ids, mask))
+    out = reference.model.generate(ids, attention_mask=mask, **options)
     if not hasattr(out, "sequences"):
         return out
     return {name: value for name, value in out.items() if name != "past_key_values"}
 
 
 @stored(whole=True)
-def _generate(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+def _generate(reference: Reference, ids: np.ndarray | None, mask: np.ndarray | None, **options: Any) -> Any:
     return ask(reference, ids, mask, **options)
 
 
 @stored
-def _generate_sampled(reference: Reference, ids: np.ndarray, mask: np.ndarray | None, **options: Any) -> Any:
+def _generate_sampled(
+    reference: Reference, ids: np.ndarray | None, mask: np.ndarray | None, **options: Any
+) -> Any:
     return ask(reference, ids, mask, **options)
 
 

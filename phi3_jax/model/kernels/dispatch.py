@@ -76,8 +76,7 @@ def choose_kernels(
         return dict.fromkeys(("tpu", "cuda", "default"), pallas)
 
     # With 64-bit numbers on, JAX cannot lower Pallas kernels for a TPU.
-    x64: bool = jax.config.jax_enable_x64  # type: ignore[attr-defined]  # set at run time
-    suits_pallas = many_scores and pallas_works and not x64
+    suits_pallas = many_scores and pallas_works and jax.dtypes.canonicalize_dtype(jnp.int64) != jnp.int64
     # cuDNN would copy the cache for a single query, and needs a mask of T x T for a window or segments.
     no_mask = mask.key_segments is None and (mask.window is None or mask.window >= length)
     suits_cudnn = many_scores and (no_mask if mask.prefill else length > 1 and mask.key_segments is None)
