@@ -1,5 +1,6 @@
 """Calls, added tokens, roles and padding have transformers' arguments, names and results."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +377,20 @@ def test_from_pretrained_takes_roles_and_a_template(piece_folders):
 def test_from_pretrained_rejects_what_it_would_ignore(piece_folders, options, error, says):
     with pytest.raises(error, match=says):
         Phi3Tokenizer.from_pretrained(piece_folders.json, **options)
+
+
+# --- Phi-3's own vocabulary
+
+
+def test_offsets_of_phi3_are_the_same_in_both_back_ends(shared_data):
+    """The library `tokenizers`, which transformers uses, gives those of tokenizer.json."""
+    vectors = json.loads(shared_data("phi3-tokenizer", "vectors.json").read_text(encoding="utf-8"))
+    by_json = Phi3Tokenizer.from_pretrained(shared_data("phi3-tokenizer", "phi-3-mini"))
+    by_model = Phi3Tokenizer.from_pretrained(shared_data("phi3-tokenizer", "sentencepiece"))
+    for text in [vector["text"] for vector in vectors] + [
+        vector["text"] * 2 + "<|end|> \n" for vector in vectors
+    ]:
+        expected, found = by_json.backend.pieces(text), by_model.backend.pieces(text)
+        assert found == expected, text
+        words = text.split(" ")
+        assert by_model.backend.pieces(words) == by_json.backend.pieces(words), text
