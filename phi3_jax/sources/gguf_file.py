@@ -213,11 +213,14 @@ def _open(path: Path) -> Any:
         elements = 0
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
-            # A slice beyond the end is shorter than asked, so that a wrong count would be read to its end.
-            end = offset + np.dtype(dtype).itemsize * int(count)
+            # The package's own slices are shorter than asked beyond the end, and a wrong count is read on.
+            # They are also slow, as each is a memory map of its own.
+            order = override_order or self.byte_order
+            kind = np.dtype(dtype) if order == "I" else np.dtype(dtype).newbyteorder(order)
+            end = int(offset) + kind.itemsize * int(count)
             if end > len(self.data):
                 raise IndexError(f"it asks for byte {end:,} of {len(self.data):,}")
-            return super()._get(offset, dtype, count, override_order)
+            return np.ndarray((int(count),), kind, self.data, int(offset))
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type == GGUFValueType.ARRAY:

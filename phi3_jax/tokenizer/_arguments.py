@@ -14,19 +14,14 @@ CALL: dict[str, UnsupportedArgument] = {
     "stride": _windows,
     "return_overflowing_tokens": _windows,
     "return_token_type_ids": UnsupportedArgument("models of this family have no token types", (False,)),
-    "split_special_tokens": UnsupportedArgument(
-        "special tokens within a text are always recognised; take them out of texts by strangers", (False,)
-    ),
     "verbose": UnsupportedArgument("", _any),
     "tokenizer_kwargs": UnsupportedArgument("pass them as arguments", ({},)),
 }
 PAD: dict[str, UnsupportedArgument] = {"verbose": CALL["verbose"]}
-ENCODE: dict[str, UnsupportedArgument] = {
-    name: CALL[name] for name in ("stride", "split_special_tokens", "verbose")
-}
+ENCODE: dict[str, UnsupportedArgument] = {name: CALL[name] for name in ("stride", "verbose")}
 CHAT: dict[str, UnsupportedArgument] = {
     "sanitize_control_tokens": UnsupportedArgument(
-        "take special tokens out of texts by strangers before the call", (False,)
+        "encode texts by strangers with split_special_tokens=True", (False,)
     ),
     "messages": UnsupportedArgument("pass the messages as `conversation`, the first argument"),
 }
@@ -48,5 +43,5 @@ LOAD: dict[str, UnsupportedArgument] = {
     "tokenizer_file": UnsupportedArgument("give the folder that has it"),
     "vocab_file": UnsupportedArgument("give the folder that has it"),
     **DECODE,
-    "split_special_tokens": CALL["split_special_tokens"],
+    "split_special_tokens": UnsupportedArgument("pass it in each call", (False,)),
 }

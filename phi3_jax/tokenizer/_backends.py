@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import sentencepiece
@@ -84,8 +85,10 @@ class Backend(Protocol):
         """Returns the ids of a text without the special tokens around it."""
         ...
 
-    def pieces(self, text: str | Sequence[str]) -> Pieces:
+    def pieces(self, text: str | Sequence[str], split_special: bool = False) -> Pieces:
         """Returns the ids of a text, or of its words, without the special tokens around it.
+
+        With `split_special`, special tokens within the text are text like any other.
 
         Raises:
             UserError: the vocabulary changes texts so that offsets are unknown.
@@ -134,7 +137,15 @@ class JsonBackend:
         check_growth(name, steps)
         self._read_added_tokens()
 
+    @cached_property
+    def _splitting(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, for texts whose special tokens are split."""
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
     def _read_added_tokens(self) -> None:
+        self.__dict__.pop("_splitting", None)
         self.added_tokens = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self.added_tokens.items() if token.special)
 
@@ -197,10 +208,11 @@ class JsonBackend:
         with panics_as_errors(self._name):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def pieces(self, text: str | Sequence[str]) -> Pieces:
+    def pieces(self, text: str | Sequence[str], split_special: bool = False) -> Pieces:
         words = not isinstance(text, str)
+        tokenizer = self._splitting if split_special else self._tokenizer
         with panics_as_errors(self._name):
-            found = self._tokenizer.encode(text, is_pretokenized=words, add_special_tokens=False)
+            found = tokenizer.encode(text, is_pretokenized=words, add_special_tokens=False)
         return Pieces(found.ids, found.offsets, found.word_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -280,6 +292,8 @@ class SentencePieceBackend:
         # The first alternative that matches wins, so the longest comes first.
         contents = sorted(self._added_ids, key=len, reverse=True)
         self._added_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
+        plain = [content for content in contents if not self.added_tokens[self._added_ids[content]].special]
+        self._plain_pattern = re.compile("|".join(map(re.escape, plain)) or r"(?!)")
 
     def extend(self, tokens: Sequence[AddedToken]) -> int:
         # As with `tokenizers`: a token without text, or one that is added already, does not count.
@@ -311,16 +325,16 @@ class SentencePieceBackend:
             ids += self._model.encode(text[start:stop]) if token_id is None else [token_id]
         return ids
 
-    def pieces(self, text: str | Sequence[str]) -> Pieces:
+    def pieces(self, text: str | Sequence[str], split_special: bool = False) -> Pieces:
         found = Pieces([], [], [])
         if not isinstance(text, str):
             for number, word in enumerate(text):
-                ids, offsets, _ = self.pieces(word)
+                ids, offsets, _ = self.pieces(word, split_special)
                 found.ids.extend(ids)
                 found.offsets.extend(offsets)
                 found.words.extend([number] * len(ids))
             return found
-        for number, (start, stop, token_id) in enumerate(self._parts(text)):
+        for number, (start, stop, token_id) in enumerate(self._parts(text, split_special)):
             ids = self._model.encode(text[start:stop]) if token_id is None else [token_id]
             found.ids.extend(ids)
             offsets = self._offsets(text[start:stop], ids) if token_id is None else [(0, stop - start)]
@@ -348,10 +362,11 @@ class SentencePieceBackend:
             )
         return offsets
 
-    def _parts(self, text: str) -> Iterator[tuple[int, int, int | None]]:
+    def _parts(self, text: str, split_special: bool = False) -> Iterator[tuple[int, int, int | None]]:
         """Yields the start and the stop of each added token, with its id, and of the texts between them."""
         done = 0
-        for match in self._added_pattern.finditer(text):
+        pattern = self._plain_pattern if split_special else self._added_pattern
+        for match in pattern.finditer(text):
             start, stop = match.span()
             token_id = self._added_ids[match[0]]
             token = self.added_tokens[token_id]

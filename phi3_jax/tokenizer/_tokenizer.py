@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
@@ -131,6 +132,7 @@ class Phi3Tokenizer(Vocabulary):
         """Returns the number of special tokens around a text or a pair."""
         return batching.overhead(self._pair if pair else self._single)
 
+    @overload
     def encode(
         self,
         text: str,
@@ -139,30 +141,63 @@ class Phi3Tokenizer(Vocabulary):
         *,
         truncation: bool | str | None = False,
         max_length: int | None = None,
+        return_tensors: None = None,
         **unsupported: Any,
-    ) -> list[int]:
+    ) -> list[int]: ...
+    @overload
+    def encode(
+        self,
+        text: str,
+        text_pair: str | None = None,
+        add_special_tokens: bool = True,
+        *,
+        truncation: bool | str | None = False,
+        max_length: int | None = None,
+        return_tensors: str,
+        **unsupported: Any,
+    ) -> Any: ...
+    def encode(
+        self,
+        text: str,
+        text_pair: str | None = None,
+        add_special_tokens: bool = True,
+        *,
+        truncation: bool | str | None = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        **unsupported: Any,
+    ) -> Any:
         """Returns the ids of a text; special tokens within the text are always recognised.
 
-        It takes the arguments of a call of the tokenizer that concern one text.
+        It takes the arguments of a call of the tokenizer that concern one text. With `return_tensors` the ids
+        are an array [1, T].
         """
-        if text_pair is None and not truncation and not unsupported:  # without the work for offsets
+        if (
+            text_pair is None and not truncation and not unsupported and return_tensors is None
+        ):  # without the work for offsets
             ids = self._encode(text, self.backend.encode)
             if not add_special_tokens:
                 return ids
             before = self._single.index("A")
-            return [*self._single[:before], *ids, *self._single[before + 1 :]]  # type: ignore[list-item]
-        supported = ("padding", "pad_to_multiple_of", "padding_side")
+            return [*self._single[:before], *ids, *self._single[before + 1 :]]
+        supported = ("padding", "pad_to_multiple_of", "padding_side", "split_special_tokens")
         options = {name: unsupported.pop(name) for name in supported if name in unsupported}
-        refuse("encode", unsupported, ENCODE, ("text_pair", "truncation", "max_length", *supported))
+        refuse(
+            "encode",
+            unsupported,
+            ENCODE,
+            ("text_pair", "truncation", "max_length", "return_tensors", *supported),
+        )
         batch = self(
             self._one_text(text),
             text_pair,
             add_special_tokens=add_special_tokens,
             truncation=truncation,
             max_length=max_length,
+            return_tensors=return_tensors,
             **{"padding": False} | options,
         )
-        return batch.input_ids[0].tolist()
+        return batch.input_ids[0].tolist() if return_tensors is None else batch.input_ids
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False) -> list[str]:
         """Returns the tokens of a text."""
@@ -206,6 +241,7 @@ class Phi3Tokenizer(Vocabulary):
         padding_side: str | None = None,
         add_special_tokens: bool = True,
         is_split_into_words: bool = False,
+        split_special_tokens: bool = False,
         return_tensors: str | None = None,
         return_attention_mask: bool | None = None,
         return_special_tokens_mask: bool = False,
@@ -226,6 +262,8 @@ class Phi3Tokenizer(Vocabulary):
             padding_side: in place of the tokenizer's.
             add_special_tokens: whether the special tokens of the files go around each text.
             is_split_into_words: texts are lists of words; `word_ids` of the result has each token's word.
+            split_special_tokens: special tokens within the texts are text like any other, so that texts by
+                strangers cannot contain them.
             return_tensors: "np" (default) or "jax".
             return_attention_mask: False leaves it out.
             return_special_tokens_mask: adds 1 for special tokens around the texts and for padding, else 0.
@@ -255,12 +293,13 @@ class Phi3Tokenizer(Vocabulary):
         if not add_special_tokens:
             layout = ("A",) if seconds is None else ("A", "B")
         nothing = Pieces([], [], [])
+        pieces = partial(self.backend.pieces, split_special=split_special_tokens)
         rows = []
         for index, first_text in enumerate(texts):
-            first = self._encode(first_text, self.backend.pieces, is_split_into_words)
+            first = self._encode(first_text, pieces, is_split_into_words)
             second = nothing
             if seconds is not None:
-                second = self._encode(seconds[index], self.backend.pieces, is_split_into_words)
+                second = self._encode(seconds[index], pieces, is_split_into_words)
             if cut is not None and max_length is not None:
                 room = max_length - batching.overhead(layout)
                 first, second = batching.truncate(first, second, cut, room, self.truncation_side)

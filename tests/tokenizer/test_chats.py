@@ -369,10 +369,9 @@ def test_forked_process_has_a_renderer_of_its_own(limited):
 
 
 def test_interrupt_leaves_no_reply_of_an_earlier_template(limited, monkeypatch):
-    exchange = _worker._exchange
-
     def interrupted(process: Any, request: bytes) -> None:
-        exchange(process, request)
+        process.stdin.write(len(request).to_bytes(8, "little") + request)
+        process.stdin.flush()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

@@ -1,5 +1,6 @@
 """Calls, added tokens, roles and padding have transformers' arguments, names and results."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def test_words_match_transformers(piece_folders, byte_level_folder, kind):
     assert batch.tokens(0)[-1] == ours.convert_ids_to_tokens(int(batch.input_ids[0, -1]))
 
 
+@pytest.mark.parametrize("kind", ["model", "json", "bytes"])
+def test_splits_special_tokens_as_transformers(piece_folders, byte_level_folder, kind):
+    """Other added tokens stay whole; those around the text do too."""
+    folder = byte_level_folder if kind == "bytes" else getattr(piece_folders, kind)
+    theirs = reference("bytes", folder) if kind == "bytes" else reference("pieces", piece_folders.json)
+    ours = Phi3Tokenizer.from_pretrained(folder)
+    given = ["a<|end|> b<tool>s <s>", "<|im_start|>user", "<left>", *TEXTS]
+    expected = theirs.ask("encode", given, split_special_tokens=True)
+    assert [ours.encode(text, split_special_tokens=True) for text in given] == expected
+    assert expected != [ours.encode(text) for text in given]
+    assert ours(given[0], split_special_tokens=True).input_ids[0].tolist() == expected[0]
+    ours.add_tokens(["<new>"], special_tokens=True)
+    new = ours.convert_tokens_to_ids("<new>")
+    assert new in ours.encode("a <new>")
+    assert new not in ours.encode("a <new>", split_special_tokens=True)
+
+
 def test_offsets_need_a_model_that_leaves_texts_as_they_are(piece_folders):
     content = (piece_folders.model / "tokenizer.model").read_bytes()
     backend = SentencePieceBackend(content)
@@ -103,7 +121,6 @@ def test_offsets_need_a_model_that_leaves_texts_as_they_are(piece_folders):
         (lambda t: t("a", return_overflowing_tokens=True), ValueError, "return_overflowing_tokens=True"),
         (lambda t: t("a", text_target="b"), ValueError, "pass its input_ids as labels"),
         (lambda t: t("a", return_token_type_ids=True), ValueError, "no token types"),
-        (lambda t: t("a", split_special_tokens=True), ValueError, "always recognised"),
         (lambda t: t("a", max_len=3), TypeError, "did you mean 'max_length'"),
         (lambda t: t("a", return_tensors="tf"), ValueError, "return_tensors='tf' is not supported"),
         (lambda t: t(["a", 3]), TypeError, "expected a text"),
@@ -152,6 +169,8 @@ def test_encode_matches_transformers(piece_folders, tokenizer, options, pair):
     (expected,) = theirs.ask("encode", [("the quick brown fox", pair)], **options)
     tokenizer.padding_side = "left"
     assert tokenizer.encode("the quick brown fox", pair, **options) == expected
+    array = tokenizer.encode("the quick brown fox", pair, return_tensors="np", **options)
+    assert (array.dtype, array.tolist()) == (np.int32, [expected])
 
 
 # --- padding
@@ -376,3 +395,20 @@ def test_from_pretrained_takes_roles_and_a_template(piece_folders):
 def test_from_pretrained_rejects_what_it_would_ignore(piece_folders, options, error, says):
     with pytest.raises(error, match=says):
         Phi3Tokenizer.from_pretrained(piece_folders.json, **options)
+
+
+# --- Phi-3's own vocabulary
+
+
+def test_offsets_of_phi3_are_the_same_in_both_back_ends(shared_data):
+    """The library `tokenizers`, which transformers uses, gives those of tokenizer.json."""
+    vectors = json.loads(shared_data("phi3-tokenizer", "vectors.json").read_text(encoding="utf-8"))
+    by_json = Phi3Tokenizer.from_pretrained(shared_data("phi3-tokenizer", "phi-3-mini"))
+    by_model = Phi3Tokenizer.from_pretrained(shared_data("phi3-tokenizer", "sentencepiece"))
+    for text in [vector["text"] for vector in vectors] + [
+        vector["text"] * 2 + "<|end|> \n" for vector in vectors
+    ]:
+        expected, found = by_json.backend.pieces(text), by_model.backend.pieces(text)
+        assert found == expected, text
+        words = text.split(" ")
+        assert by_model.backend.pieces(words) == by_json.backend.pieces(words), text
