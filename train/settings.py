@@ -40,6 +40,11 @@ class Settings(BaseModel):
     file_format: Literal["csv", "tsv", "jsonl", "parquet", "conll"] | None = Field(
         None, description="Format of the files; default: by their names."
     )
+    encoding: str = Field("utf-8", description="Of text files.")
+    quoting: bool = Field(True, description="Quotes enclose fields of CSV and TSV; off: they are text.")
+    column_names: list[str] | None = Field(
+        None, description="The columns of a CSV or TSV file without a header; default: its first line."
+    )
     dataset: str | None = Field(None, description="A name in `datasets`, in place of files.")
     dataset_splits: dict[Literal["train", "validation", "test"], str] = Field(
         {"train": "train"}, description="The data set's names of the splits to use."

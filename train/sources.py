@@ -16,7 +16,7 @@ from phi3_jax.data.examples import Examples
 from phi3_jax.data.generated import generated_rows
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.packing import PackedExamples, pack
-from phi3_jax.data.rows import BadRowError, BadRows, Row, read_dataset, read_rows
+from phi3_jax.data.rows import BadRowError, BadRows, Row, TextFormat, read_dataset, read_rows
 from phi3_jax.data.tasks import CausalLM, SequenceClassification, Task, TokenClassification, encode_rows
 from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
@@ -233,6 +233,7 @@ def _rows(settings: Settings, split: Any, task: Task, bad: BadRows) -> Iterable[
         file_format=settings.file_format,
         columns=task.columns,
         optional=task.optional_columns,
+        text=TextFormat(settings.encoding, settings.quoting, tuple(settings.column_names or ())),
         bad=bad,
     )
 

@@ -18,7 +18,7 @@ from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.classification.classifier import Classifier, ClassifierTask, EncodedRows, task_of_model
 from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import OutputState, PartialOutput, Table, check_format
-from phi3_jax.data.rows import BadRowError, BadRows, Row, read_rows
+from phi3_jax.data.rows import PLAIN_TEXT, BadRowError, BadRows, Row, TextFormat, read_rows
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.errors import UserError
 from phi3_jax.runs.progress import FileProgress
@@ -60,6 +60,7 @@ def classify_file(
     batch_size: int = 64,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
+    text: TextFormat = PLAIN_TEXT,
     show: bool = True,
     **columns: Any,
 ) -> Summary:
@@ -74,6 +75,7 @@ def classify_file(
         output: .csv, .tsv or .jsonl; OUTPUT.partial until it is complete.
         overwrite: replace an existing output, or a partial one that cannot be resumed.
         mesh: divides model and batches over the devices of one process.
+        text: the encoding of a text file, and the form of CSV and TSV.
         show: shows progress on standard error.
         columns: as `task_of_model` takes them.
 
@@ -87,8 +89,9 @@ def classify_file(
     head = Head.from_checkpoint(path, config)
     task = task_of_model(path, config, head, **columns)
     unreadable = BadRows(skip_bad_rows)
-    table, rows = _open_table(source, output, head, task, all_scores, unreadable)
-    options = _options(source, path, task, mesh, all_scores=all_scores, batch_size=batch_size, dtype=dtype)
+    table, rows = _open_table(source, output, head, task, all_scores, text, unreadable)
+    settings = {"all_scores": all_scores, "batch_size": batch_size, "dtype": dtype}
+    options = _options(source, path, task, mesh, **settings, **text._asdict())
     partial = _open_partial(source, output, options, overwrite)
     try:
         classifier = Classifier.from_pretrained(
@@ -101,11 +104,17 @@ def classify_file(
 
 
 def _open_table(
-    source: Path, output: Path, head: Head, task: ClassifierTask, all_scores: bool, unreadable: BadRows
+    source: Path,
+    output: Path,
+    head: Head,
+    task: ClassifierTask,
+    all_scores: bool,
+    text: TextFormat,
+    unreadable: BadRows,
 ) -> tuple[Table, Iterator[Row]]:
     """Checks the files; returns the table of the output and the rows of the input."""
     predicted = head.columns(all_scores)
-    rows = read_rows(source, columns=task.columns, only_columns=False, bad=unreadable)
+    rows = read_rows(source, columns=task.columns, only_columns=False, text=text, bad=unreadable)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{source} has no row that can be read: {unreadable.first[0]}")

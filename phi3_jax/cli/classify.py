@@ -8,7 +8,7 @@ from typer import Option
 
 from phi3_jax.classification import Summary, classify_file
 from phi3_jax.cli import common, options
-from phi3_jax.data.rows import BadRowError
+from phi3_jax.data.rows import BadRowError, TextFormat
 from phi3_jax.errors import UserError
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
@@ -31,6 +31,13 @@ def classify(
     words_column: Annotated[str | None, Option(help="Default: as in training, or words.")] = None,
     max_length: Annotated[
         int | None, Option(min=2, help="The most tokens of a row; default: as in training, or 512.")
+    ] = None,
+    encoding: Annotated[str, Option(help="Of a text file.")] = "utf-8",
+    quoting: Annotated[
+        bool, Option("--quoting/--no-quoting", help="Quotes enclose fields of CSV and TSV, or are text.")
+    ] = True,
+    column_names: Annotated[
+        str | None, Option(help="Columns of a CSV or TSV file without a header, as in id,text.")
     ] = None,
     all_scores: Annotated[bool, Option("--all-scores", help="Add every class's probability.")] = False,
     skip_bad_rows: Annotated[
@@ -65,6 +72,7 @@ def classify(
             batch_size=batch_size,
             dtype=dtype,
             mesh=where,
+            text=TextFormat(encoding, quoting, tuple(column_names.split(",")) if column_names else ()),
         )
     except BadRowError as error:
         raise UserError(

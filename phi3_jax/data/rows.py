@@ -1,5 +1,6 @@
 """Reads rows of CSV, TSV, JSONL, Parquet and CoNLL files, or of a data set, one by one."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -41,6 +42,36 @@ class Row(NamedTuple):
 
     values: dict[str, Any]
     place: Place
+
+
+class TextFormat(NamedTuple):
+    """How text files are read.
+
+    Raises:
+        UserError: on `check`, if the encoding is unknown.
+    """
+
+    encoding: str = "utf-8"
+    """One in which a line break is one byte."""
+    quoting: bool = True
+    """Whether quotes in CSV and TSV may enclose a field; otherwise they are characters of the text."""
+    column_names: tuple[str, ...] = ()
+    """The columns of a CSV or TSV file whose first line is a row; default: the first line names them."""
+
+    def check(self) -> None:
+        try:
+            one_byte = "\n".encode(self.encoding) == b"\n"
+        except LookupError as error:
+            raise UserError(
+                f"encoding={self.encoding!r} is unknown; use utf-8 or iso-8859-1, for example"
+            ) from error
+        if not one_byte:
+            raise UserError(
+                f"encoding={self.encoding!r} has line breaks of several bytes; save the file as utf-8"
+            )
+
+
+PLAIN_TEXT = TextFormat()
 
 
 class BadRowError(UserError):
@@ -90,6 +121,7 @@ def read_rows(
     columns: Collection[str] = (),
     optional: Collection[str] = (),
     only_columns: bool = True,
+    text: TextFormat = PLAIN_TEXT,
     bad: BadRows,
 ) -> Iterator[Row]:
     """Yields the rows of a file, reading as they are needed: memory does not grow with the file.
@@ -105,6 +137,7 @@ def read_rows(
         columns: columns that must exist; not checked in JSONL, where rows may have different ones.
         optional: columns that are read, too, where they exist.
         only_columns: reads no other columns of Parquet and of folders, if `columns` names any.
+        text: the encoding of text files, and the form of CSV and TSV.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -112,13 +145,14 @@ def read_rows(
         BadRowError: a row is bad, and `bad` does not skip it.
     """
     path = Path(path)
+    text.check()
     wanted = _Columns(columns, optional, only_columns)
     if path.is_dir():
         _check_saved(path)
         return _skip_bad_rows(_read_saved(path, wanted), path, bad)
     if not path.is_file():
         raise FileNotFoundError(f"no data at {path}: no such file")
-    return _skip_bad_rows(_READERS[_format_of(path, file_format)](path, wanted), path, bad)
+    return _skip_bad_rows(_READERS[_format_of(path, file_format)](path, wanted, text), path, bad)
 
 
 class _Columns(NamedTuple):
@@ -203,23 +237,29 @@ def _skip_bad_rows(items: Iterable[Row | BadRowError], path: Path, bad: BadRows)
         raise UserError(f"{path} has no rows")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields numbered lines with their ends; `_encoding_fault` finds the bytes that are not UTF-8."""
+def _lines(path: Path, text: TextFormat) -> Iterator[tuple[int, str]]:
+    """Yields numbered lines with their ends; `_encoding_fault` finds the bytes that cannot be decoded."""
     zipped = path.name.lower().endswith(".gz")
+    # utf-8-sig removes the byte order mark that some editors write first.
+    first = "utf-8-sig" if codecs.lookup(text.encoding).name == "utf-8" else text.encoding
     with gzip.open(path, "rb") if zipped else path.open("rb") as file:
         try:
             for number, line in enumerate(file, 1):
-                # utf-8-sig removes the byte order mark that some editors write first.
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
+                yield number, line.decode(first if number == 1 else text.encoding, "surrogateescape")
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path} is not a gzip file, or is truncated: {error}") from error
 
 
-def _encoding_fault(text: str) -> str | None:
-    # "surrogateescape" decodes such a byte to a lone surrogate, which UTF-8 itself never contains.
-    if (position := lone_surrogate(text)) is None:
+def _encoding_fault(line: str, text: TextFormat) -> str | None:
+    # "surrogateescape" decodes such a byte to a lone surrogate, which no encoding contains.
+    if (position := lone_surrogate(line)) is None:
         return None
-    return f"byte 0x{ord(text[position]) - 0xDC00:02x} is not valid UTF-8; save the file as UTF-8"
+    if codecs.lookup(text.encoding).name != "utf-8":
+        return (
+            f"byte 0x{ord(line[position]) - 0xDC00:02x} is not valid {text.encoding}; give another encoding"
+        )
+    byte = f"byte 0x{ord(line[position]) - 0xDC00:02x}"
+    return f"{byte} is not valid UTF-8; save the file as UTF-8, or give its encoding, such as iso-8859-1"
 
 
 def _check_columns(path: Path, existing: Collection[str], required: Collection[str]) -> None:
@@ -229,12 +269,20 @@ def _check_columns(path: Path, existing: Collection[str], required: Collection[s
             raise UserError(f"{path} has no column {column!r}; its columns are {names}")
 
 
-def _read_delimited(path: Path, columns: _Columns, *, delimiter: str) -> Iterator[Row | BadRowError]:
+def _read_delimited(
+    path: Path, columns: _Columns, text: TextFormat, *, delimiter: str
+) -> Iterator[Row | BadRowError]:
     # The default limit of csv, 131,072 characters, is too short for long documents. Without a limit, an open
     # quote would read the rest of the file into memory.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
-    header = _header(reader, path)
+    lines = (line for _, line in _lines(path, text))
+    reader = csv.reader(
+        lines,
+        delimiter=delimiter,
+        strict=True,
+        quoting=csv.QUOTE_MINIMAL if text.quoting else csv.QUOTE_NONE,
+    )
+    header = list(text.column_names) or _header(reader, path, text)
     _check_columns(path, header, columns.required)
     while True:
         place = Place(str(path), reader.line_num + 1)
@@ -243,24 +291,26 @@ def _read_delimited(path: Path, columns: _Columns, *, delimiter: str) -> Iterato
         except StopIteration:
             return
         except csv.Error as error:
-            yield BadRowError(place, f"{error}; look for a quote that is not closed or not doubled")
+            advice = "look for a quote that is not closed or not doubled, or turn quoting off"
+            yield BadRowError(place, f"{error}; {advice}")
             continue
         if not fields:  # a blank line
             continue
-        fault = _encoding_fault("".join(fields))
+        fault = _encoding_fault("".join(fields), text)
         if len(fields) != len(header):
-            fault = f"{len(fields)} fields, but the header has {len(header)}"
+            where = "there are" if text.column_names else "the header has"
+            fault = f"{len(fields)} fields, but {where} {len(header)}{' columns' * bool(text.column_names)}"
         yield BadRowError(place, fault) if fault else Row(dict(zip(header, fields, strict=True)), place)
 
 
-def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
+def _header(reader: Iterator[list[str]], path: Path, text: TextFormat) -> list[str]:
     try:
         header = next(reader, None)
     except csv.Error as error:
         raise UserError(f"{path}, line 1: {error}; expected the names of the columns") from error
     if header is None:
         raise UserError(f"{path} is empty; expected a line with the names of the columns, and rows")
-    fault = _encoding_fault("".join(header))
+    fault = _encoding_fault("".join(header), text)
     if not all(name.strip() for name in header) or not header:
         fault = f"a column has no name: {header}"
     elif twice := [name for name in header if header.count(name) > 1]:
@@ -270,13 +320,13 @@ def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
     return header
 
 
-def _read_jsonl(path: Path, columns: _Columns) -> Iterator[Row | BadRowError]:
-    for number, line in _lines(path):
+def _read_jsonl(path: Path, columns: _Columns, text: TextFormat) -> Iterator[Row | BadRowError]:
+    for number, line in _lines(path, text):
         if not line.strip():
             continue
         place = Place(str(path), number)
         values: Any = None
-        fault = _encoding_fault(line)
+        fault = _encoding_fault(line, text)
         if fault is None:
             try:
                 values = parse_json(line, "the line")
@@ -300,7 +350,7 @@ def _json_fault(error: UserError) -> str:
     )
 
 
-def _read_parquet(path: Path, columns: _Columns) -> Iterator[Row]:
+def _read_parquet(path: Path, columns: _Columns, text: TextFormat) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -369,13 +419,13 @@ def _read_saved(path: Path, columns: _Columns) -> Iterator[Row]:
         raise UserError(f"{path} is not a data set that save_to_disk wrote, or is broken: {error}") from error
 
 
-def _read_conll(path: Path, columns: _Columns) -> Iterator[Row | BadRowError]:
+def _read_conll(path: Path, columns: _Columns, text: TextFormat) -> Iterator[Row | BadRowError]:
     _check_columns(path, ("words", "labels"), columns.required)
     lines: list[tuple[int, str]] = []
-    for number, line in chain(_lines(path), [(0, "")]):
+    for number, line in chain(_lines(path, text), [(0, "")]):
         if not line.strip():
             if sentence := _without_comments(lines):
-                yield _sentence(path, sentence)
+                yield _sentence(path, sentence, text)
             lines = []
         elif _fields(line)[0].split()[:1] != ["-DOCSTART-"]:
             lines.append((number, line))
@@ -402,10 +452,10 @@ def _form(line: str) -> tuple[bool, int]:
     return "\t" in line, len(_fields(line))
 
 
-def _sentence(path: Path, lines: Sequence[tuple[int, str]]) -> Row | BadRowError:
+def _sentence(path: Path, lines: Sequence[tuple[int, str]], text: TextFormat) -> Row | BadRowError:
     fields = [_fields(line) for _, line in lines]
     for (number, line), parts in zip(lines, fields, strict=True):
-        if fault := _word_fault(line, parts):
+        if fault := _encoding_fault(line, text) or _word_fault(line, parts):
             return BadRowError(Place(str(path), number), fault)
     place = Place(str(path), lines[0][0])
     if all(len(parts) == _CONLLU and parts[0][:1].isdigit() for parts in fields):
@@ -418,14 +468,12 @@ def _sentence(path: Path, lines: Sequence[tuple[int, str]]) -> Row | BadRowError
 
 
 def _word_fault(line: str, parts: Sequence[str]) -> str | None:
-    if fault := _encoding_fault(line):
-        return fault
     if len(parts) < 2 or not parts[0].strip() or not parts[-1].strip():
         return f"expected a word and its tag, separated by a tab or by spaces, got {line.rstrip()!r:.60}"
     return None
 
 
-_READERS: dict[str, Callable[[Path, _Columns], Iterator[Row | BadRowError]]] = {
+_READERS: dict[str, Callable[[Path, _Columns, TextFormat], Iterator[Row | BadRowError]]] = {
     "csv": partial(_read_delimited, delimiter=","),
     "tsv": partial(_read_delimited, delimiter="\t"),
     "jsonl": _read_jsonl,

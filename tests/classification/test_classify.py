@@ -325,6 +325,14 @@ def test_reads_all_columns_of_parquet(run: Any, tmp_path: Path) -> None:
     assert [(row["when"], row["list"]) for row in rows] == [("1.5", "[1]"), ("", "[]"), ("2.0", "[2, 3]")]
 
 
+def test_reads_a_raw_file(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "new.tsv").write_bytes('1\tThe "caf\xe9\n2\t"old bridge\n'.encode("iso-8859-1"))
+    options = ("--encoding", "iso-8859-1", "--no-quoting", "--column-names", "id,text")
+    assert run("single", tmp_path / "new.tsv", tmp_path / "labelled.csv", *options)[0] == 0
+    rows = values(tmp_path / "labelled.csv")
+    assert [(row["id"], row["text"]) for row in rows] == [("1", 'The "café'), ("2", '"old bridge')]
+
+
 def test_columns_and_length_default_to_those_of_training(checkpoint: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from phi3_jax.data.rows import BadRowError, BadRows, Place, Row, read_dataset, read_rows
+from phi3_jax.data.rows import BadRowError, BadRows, Place, Row, TextFormat, read_dataset, read_rows
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -103,6 +103,34 @@ def test_reads_long_fields(tmp_path: Path) -> None:
     text = "word " * 100_000
     (row,) = rows_of(write(tmp_path / "rows.csv", f"text\n{text}\n"))
     assert row.values["text"] == text
+
+
+RAW = 'ham\tHe said "go\nspam\t£5 "now\n'.encode("iso-8859-1")
+
+
+def test_reads_text_as_it_is(tmp_path: Path) -> None:
+    """A file of the SMS collection has no header, quotes that are text, and another encoding."""
+    path = write(tmp_path / "rows.tsv", RAW)
+    form = TextFormat("iso-8859-1", quoting=False, column_names=("label", "text"))
+    rows = rows_of(path, columns=("text",), text=form)
+    assert [row.values for row in rows] == [
+        {"label": "ham", "text": 'He said "go'},
+        {"label": "spam", "text": '£5 "now'},
+    ]
+    assert [row.place.line for row in rows] == [1, 2]
+    with pytest.raises(
+        BadRowError, match=r"line 2: byte 0xa3 is not valid UTF-8; .*its encoding, such as iso"
+    ):
+        rows_of(path, text=form._replace(encoding="utf-8"))
+    with pytest.raises(BadRowError, match=r"line 1: .*, or turn quoting off"):
+        rows_of(write(tmp_path / "quote.tsv", b'"a"b\tc\n'), text=form._replace(quoting=True))
+    with pytest.raises(BadRowError, match="line 1: 2 fields, but there are 1 columns"):
+        rows_of(path, text=form._replace(column_names=("text",)))
+    with pytest.raises(BadRowError, match="byte 0x81 is not valid cp1252; give another encoding"):
+        rows_of(write(tmp_path / "odd.tsv", b"a\t\x81\n"), text=form._replace(encoding="cp1252"))
+    for encoding, words in (("latin-9999", "is unknown"), ("utf-16", "has line breaks of several bytes")):
+        with pytest.raises(ValueError, match=words):
+            read_rows(path, text=TextFormat(encoding), bad=BadRows(skip=True))
 
 
 def test_reads_jsonl(tmp_path: Path) -> None:
