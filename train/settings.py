@@ -65,7 +65,8 @@ class Settings(BaseModel):
     words_column: str = Field("words", description="For token classification.")
     tags_column: str = Field("labels", description="For token classification: a label for each word.")
     messages_column: str | None = Field(
-        None, description="Conversations, for chat; default: raw text, but for the generated data."
+        None,
+        description="Conversations, for chat; default: messages or conversations if there is no text.",
     )
     problem_type: ProblemType = Field(
         "single_label_classification", description="For sequence classification."

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -73,8 +73,31 @@ def make_task(settings: Settings) -> Task:
             prefix_space=settings.prefix_space,
             max_length=settings.max_length,
         )
-    messages = settings.messages_column or ("messages" if settings.generated else None)
+    messages = settings.messages_column or ("messages" if settings.generated else _found_messages(settings))
     return CausalLM(messages=messages, text=settings.text_column, max_length=settings.max_length)
+
+
+def _found_messages(settings: Settings) -> str | None:
+    """Returns the column of conversations in the first row; None if the row has the column of texts.
+
+    Raises:
+        UserError: the row has neither, but a prompt and a completion.
+    """
+    rows = _read(settings, "train", BadRows(skip=True))
+    first = next(iter(rows), None)
+    if first is None or settings.text_column in first.values:
+        return None
+    for name in ("messages", "conversations"):
+        if isinstance(first.values.get(name), list):
+            logger.warning("learning the answers in %r, as there is no column %r", name, settings.text_column)
+            return name
+    if {"prompt", "completion"} <= first.values.keys():
+        raise UserError(
+            f"{first.place}: prompt and completion are not read; write messages, as in "
+            '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}, '
+            "or one text"
+        )
+    return None
 
 
 def load_data(
@@ -223,16 +246,25 @@ def _has(settings: Settings, split: str) -> bool:
 
 
 def _rows(settings: Settings, split: Any, task: Task, bad: BadRows) -> Iterable[Row]:
+    return _read(settings, split, bad, task.columns, task.optional_columns)
+
+
+def _read(
+    settings: Settings,
+    split: Any,
+    bad: BadRows,
+    columns: Collection[str] = (),
+    optional: Collection[str] = (),
+) -> Iterable[Row]:
     if settings.generated:
         return generated_rows(split, settings.task)
     if settings.dataset is not None:
         return read_dataset(settings.dataset, settings.dataset_splits[split])
-    path = getattr(settings, f"{split}_file")
     return read_rows(
-        path,
+        getattr(settings, f"{split}_file"),
         file_format=settings.file_format,
-        columns=task.columns,
-        optional=task.optional_columns,
+        columns=columns,
+        optional=optional,
         text=TextFormat(settings.encoding, settings.quoting, tuple(settings.column_names or ())),
         bad=bad,
     )
