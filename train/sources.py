@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import jax
@@ -260,13 +261,13 @@ def _read(
         return generated_rows(split, settings.task)
     if settings.dataset is not None:
         return read_dataset(settings.dataset, settings.dataset_splits[split])
-    return read_rows(
-        getattr(settings, f"{split}_file"),
-        file_format=settings.file_format,
-        columns=columns,
-        optional=optional,
-        text=TextFormat(settings.encoding, settings.quoting, tuple(settings.column_names or ())),
-        bad=bad,
+    given = getattr(settings, f"{split}_file")
+    text = TextFormat(settings.encoding, settings.quoting, tuple(settings.column_names or ()))
+    options: Any = {"columns": columns, "optional": optional, "text": text, "bad": bad}
+    paths = [given] if isinstance(given, str) else given
+    # All files are looked for before the first row is read.
+    return chain.from_iterable(
+        [read_rows(path, file_format=settings.file_format, **options) for path in paths]
     )
 
 
