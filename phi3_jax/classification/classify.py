@@ -61,6 +61,7 @@ def classify_file(
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
     text: TextFormat = PLAIN_TEXT,
+    threshold: float | None = None,
     show: bool = True,
     **columns: Any,
 ) -> Summary:
@@ -76,6 +77,7 @@ def classify_file(
         overwrite: replace an existing output, or a partial one that cannot be resumed.
         mesh: divides model and batches over the devices of one process.
         text: the encoding of a text file, and the form of CSV and TSV.
+        threshold: the probability above which one of several labels is chosen; default: 0.5.
         show: shows progress on standard error.
         columns: as `task_of_model` takes them.
 
@@ -87,15 +89,18 @@ def classify_file(
     path = resolve(model)
     config = open_checkpoint(path).config
     head = Head.from_checkpoint(path, config)
+    head.check_threshold(threshold)
     task = task_of_model(path, config, head, **columns)
     unreadable = BadRows(skip_bad_rows)
     table, rows = _open_table(source, output, head, task, all_scores, text, unreadable)
-    settings = {"all_scores": all_scores, "batch_size": batch_size, "dtype": dtype}
+    settings: dict[str, Any] = {"all_scores": all_scores, "batch_size": batch_size, "dtype": dtype}
+    if threshold is not None:
+        settings["threshold"] = threshold
     options = _options(source, path, task, mesh, **settings, **text._asdict())
     partial = _open_partial(source, output, options, overwrite)
     try:
         classifier = Classifier.from_pretrained(
-            path, dtype=dtype, mesh=mesh, batch_size=batch_size, **columns
+            path, dtype=dtype, mesh=mesh, batch_size=batch_size, threshold=threshold, **columns
         )
         chunks = _Chunks(classifier, table, rows, partial.state, unreadable)
         return _classify_chunks(classifier, chunks, table, partial, _total_lines(source), all_scores, show)

@@ -40,6 +40,10 @@ def classify(
         str | None, Option(help="Columns of a CSV or TSV file without a header, as in id,text.")
     ] = None,
     all_scores: Annotated[bool, Option("--all-scores", help="Add every class's probability.")] = False,
+    threshold: Annotated[
+        float | None,
+        Option(min=0, max=1, help="The probability above which one of several labels counts; default: 0.5."),
+    ] = None,
     skip_bad_rows: Annotated[
         bool, Option("--skip-bad-rows", help="Leave bad rows out, and count them.")
     ] = False,
@@ -72,6 +76,7 @@ def classify(
             batch_size=batch_size,
             dtype=dtype,
             mesh=where,
+            threshold=threshold,
             text=TextFormat(encoding, quoting, tuple(column_names.split(",")) if column_names else ()),
         )
     except BadRowError as error:

@@ -21,13 +21,20 @@ from reference import Reference, pair, small_config
 from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3ForTokenClassification, cli
+from phi3_jax import (
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    cli,
+)
 from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.classification import Classifier, classify, classify_file
 from phi3_jax.classification.classifier import row_widths, task_of_model
 from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import PartialOutput
 from phi3_jax.cli import common
+from phi3_jax.data.labels import Labels
 from phi3_jax.data.rows import BadRowError, BadRows, read_rows
 from phi3_jax.data.tasks import SequenceClassification, TokenClassification
 from phi3_jax.runs import progress
@@ -323,6 +330,21 @@ def test_reads_all_columns_of_parquet(run: Any, tmp_path: Path) -> None:
     assert run("single", tmp_path / "new.parquet", tmp_path / "labelled.csv", "--batch-size", 2)[0] == 0
     rows = values(tmp_path / "labelled.csv")
     assert [(row["when"], row["list"]) for row in rows] == [("1.5", "[1]"), ("", "[]"), ("2.0", "[2, 3]")]
+
+
+def test_a_threshold_chooses_among_several_labels(run: Any, checkpoint: Any, tmp_path: Path) -> None:
+    head = Head(Phi3ForSequenceClassification, "multi_label_classification", ("a", "b", "c"))
+    logits = np.array([-1.0, 0.5, 3.0], np.float32)  # probabilities of 0.27, 0.62 and 0.95
+    for threshold, labels in ((None, ["b", "c"]), (0.2, ["a", "b", "c"]), (0.7, ["c"]), (1.0, [])):
+        assert head.predict_text(logits, False, threshold)["predicted_labels"] == labels
+    (tmp_path / "new.csv").write_text("text\nthe old bridge\n")
+    assert run("multi", tmp_path / "new.csv", tmp_path / "all.csv", "--threshold", 0)[0] == 0
+    names = Labels.from_config(open_checkpoint(checkpoint("multi")[0]).config).names
+    assert values(tmp_path / "all.csv")[0]["predicted_labels"] == "|".join(names)
+    code, _, err = run("single", tmp_path / "new.csv", tmp_path / "one.csv", "--threshold", 0.3)
+    assert (code, "threshold is for several labels of a text" in err) == (1, True)
+    with pytest.raises(ValueError, match=r"threshold=1\.5; expected a probability"):
+        head.check_threshold(1.5)
 
 
 def test_reads_a_raw_file(run: Any, tmp_path: Path) -> None:
