@@ -17,7 +17,7 @@ from phi3_jax.checkpoint import open_checkpoint, resolve
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.classification.classifier import Classifier, ClassifierTask, EncodedRows, task_of_model
 from phi3_jax.classification.head import Head
-from phi3_jax.classification.output import OutputState, PartialOutput, Table, check_format
+from phi3_jax.classification.output import CONLL, OutputState, PartialOutput, Sentences, Table, check_format
 from phi3_jax.data.rows import PLAIN_TEXT, BadRowError, BadRows, Row, TextFormat, read_rows
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.errors import UserError
@@ -73,7 +73,7 @@ def classify_file(
     Args:
         model: directory or hub name of a checkpoint whose config.json names a classifier.
         source: CSV, TSV, JSONL, Parquet or CoNLL, by its suffix.
-        output: .csv, .tsv or .jsonl; OUTPUT.partial until it is complete.
+        output: .csv, .tsv or .jsonl, or .conll for tags of words; OUTPUT.partial until it is complete.
         overwrite: replace an existing output, or a partial one that cannot be resumed.
         mesh: divides model and batches over the devices of one process.
         text: the encoding of a text file, and the form of CSV and TSV.
@@ -116,15 +116,19 @@ def _open_table(
     all_scores: bool,
     text: TextFormat,
     unreadable: BadRows,
-) -> tuple[Table, Iterator[Row]]:
+) -> tuple[Table | Sentences, Iterator[Row]]:
     """Checks the files; returns the table of the output and the rows of the input."""
     predicted = head.columns(all_scores)
+    if output.suffix.lower() == CONLL and not isinstance(task, TokenClassification):
+        raise UserError(f"{output} is for tags of words, and this model does {head.kind}; use .csv or .jsonl")
     rows = read_rows(source, columns=task.columns, only_columns=False, text=text, bad=unreadable)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{source} has no row that can be read: {unreadable.first[0]}")
     if output.exists() and output.samefile(source):
         raise UserError(f"{source} is the input and the output; choose another output")
+    if output.suffix.lower() == CONLL and isinstance(task, TokenClassification):
+        return Sentences(task.words, predicted[0]), chain([first], rows)
     of_words = isinstance(task, TokenClassification)
     separator = " " if isinstance(task, TokenClassification) else task.label_separator
     listed = head.labels if of_words or head.kind == "multi_label_classification" else ()
@@ -159,7 +163,7 @@ def _open_partial(source: Path, output: Path, options: dict[str, Any], overwrite
 def _classify_chunks(
     classifier: Classifier,
     chunks: "_Chunks",
-    table: Table,
+    table: Table | Sentences,
     partial: PartialOutput,
     total_lines: int | None,
     all_scores: bool,
@@ -234,7 +238,7 @@ class _Chunks:
     def __init__(
         self,
         classifier: Classifier,
-        table: Table,
+        table: Table | Sentences,
         rows: Iterator[Row],
         before: OutputState,
         unreadable: BadRows,

@@ -25,7 +25,9 @@ def classify(
         Path,
         Option("--input", help="A CSV, TSV, JSONL, Parquet or CoNLL file, by its suffix.", dir_okay=False),
     ],
-    output: Annotated[Path, Option(help="A .csv, .tsv or .jsonl file.", dir_okay=False)],
+    output: Annotated[
+        Path, Option(help="A .csv, .tsv or .jsonl file, or .conll for tags of words.", dir_okay=False)
+    ],
     text_column: Annotated[str | None, Option(help="Default: as in training, or text.")] = None,
     text_pair_column: Annotated[str | None, Option(help="Default: as in training, or none.")] = None,
     words_column: Annotated[str | None, Option(help="Default: as in training, or words.")] = None,

@@ -127,7 +127,8 @@ def read_rows(
     """Yields the rows of a file, reading as they are needed: memory does not grow with the file.
 
     CSV and TSV have a header line. CoNLL has one word and its tags per line, of which the last counts, and
-    blank lines between sentences; its columns are `words` and `labels`. Lines in front of a sentence that
+    blank lines between sentences; its columns are `words` and `labels`. If `columns` has no `labels`, a line
+    may be a word alone. Lines in front of a sentence that
     start with # and have other fields than its words are comments. Text is UTF-8, and may be compressed
     (.gz). A folder is one that `save_to_disk` of `datasets` wrote. Parquet files and such folders give class
     names in place of class numbers, if their schema has names.
@@ -421,11 +422,12 @@ def _read_saved(path: Path, columns: _Columns) -> Iterator[Row]:
 
 def _read_conll(path: Path, columns: _Columns, text: TextFormat) -> Iterator[Row | BadRowError]:
     _check_columns(path, ("words", "labels"), columns.required)
+    least = 2 if "labels" in columns.required or not columns.required else 1
     lines: list[tuple[int, str]] = []
     for number, line in chain(_lines(path, text), [(0, "")]):
         if not line.strip():
-            if sentence := _without_comments(lines):
-                yield _sentence(path, sentence, text)
+            if sentence := _without_comments(lines, least):
+                yield _sentence(path, sentence, least, text)
             lines = []
         elif _fields(line)[0].split()[:1] != ["-DOCSTART-"]:
             lines.append((number, line))
@@ -435,7 +437,7 @@ def _fields(line: str) -> list[str]:
     return line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
 
 
-def _without_comments(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
+def _without_comments(lines: list[tuple[int, str]], least: int) -> list[tuple[int, str]]:
     """Returns the lines of a sentence's words.
 
     Lines in front of them that start with # are comments, unless they have as many fields as the words: then
@@ -443,8 +445,8 @@ def _without_comments(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
     """
     comments = list(takewhile(lambda item: item[1].startswith("#"), lines))
     words = lines[len(comments) :]
-    form = _form(words[0][1]) if words else (any("\t" in line for _, line in lines), 2)
-    return [item for item in comments if form == _form(item[1]) and form[1] > 1] + words
+    form = _form(words[0][1]) if words else (any("\t" in line for _, line in lines), least)
+    return [item for item in comments if form == _form(item[1]) and form[1] >= least] + words
 
 
 def _form(line: str) -> tuple[bool, int]:
@@ -452,10 +454,13 @@ def _form(line: str) -> tuple[bool, int]:
     return "\t" in line, len(_fields(line))
 
 
-def _sentence(path: Path, lines: Sequence[tuple[int, str]], text: TextFormat) -> Row | BadRowError:
+def _sentence(
+    path: Path, lines: Sequence[tuple[int, str]], least: int, text: TextFormat
+) -> Row | BadRowError:
     fields = [_fields(line) for _, line in lines]
+    words_only = least == 1 and all(len(parts) == 1 for parts in fields)
     for (number, line), parts in zip(lines, fields, strict=True):
-        if fault := _encoding_fault(line, text) or _word_fault(line, parts):
+        if fault := _encoding_fault(line, text) or (None if words_only else _word_fault(line, parts)):
             return BadRowError(Place(str(path), number), fault)
     place = Place(str(path), lines[0][0])
     if all(len(parts) == _CONLLU and parts[0][:1].isdigit() for parts in fields):
@@ -464,7 +469,8 @@ def _sentence(path: Path, lines: Sequence[tuple[int, str]], text: TextFormat) ->
             f"the lines have the {_CONLLU} columns of CoNLL-U, which count the words first; expected the "
             "word first and its tag last",
         )
-    return Row({"words": [parts[0] for parts in fields], "labels": [parts[-1] for parts in fields]}, place)
+    values = {"words": [parts[0] for parts in fields]}
+    return Row(values if words_only else values | {"labels": [parts[-1] for parts in fields]}, place)
 
 
 def _word_fault(line: str, parts: Sequence[str]) -> str | None:

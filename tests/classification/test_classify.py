@@ -332,6 +332,24 @@ def test_reads_all_columns_of_parquet(run: Any, tmp_path: Path) -> None:
     assert [(row["when"], row["list"]) for row in rows] == [("1.5", "[1]"), ("", "[]"), ("2.0", "[2, 3]")]
 
 
+def test_reads_and_writes_conll(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "new.conll").write_text("# a comment of words\nthe\nold\nbridge\n\nthe O\nbridge X\n")
+    assert run("tokens", tmp_path / "new.conll", tmp_path / "new.jsonl")[0] == 0
+    assert run("tokens", tmp_path / "new.conll", tmp_path / "tagged.conll")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    first, second = (row["predicted_labels"] for row in rows)
+    expected = [f"{word}\t{tag}" for word, tag in zip(("the", "old", "bridge"), first, strict=True)]
+    expected += ["", f"the\tO\t{second[0]}", f"bridge\tX\t{second[1]}", ""]
+    assert (tmp_path / "tagged.conll").read_text().splitlines() == expected
+    assert run("tokens", tmp_path / "new.conll", tmp_path / "cut.conll", "--max-length", 3)[0] == 0
+    assert (tmp_path / "cut.conll").read_text().splitlines()[2] == "bridge\t_"
+    code, _, err = run("single", tmp_path / "new.jsonl", tmp_path / "one.conll")
+    assert (code, "one.conll is for tags of words" in err) == (1, True)
+    (tmp_path / "odd.jsonl").write_text('{"words": ["a\\tb"]}\n')
+    code, _, err = run("tokens", tmp_path / "odd.jsonl", tmp_path / "odd.conll")
+    assert (code, "line 1: the word 'a\\tb' cannot be written to a line; write .jsonl" in err) == (1, True)
+
+
 def test_a_threshold_chooses_among_several_labels(run: Any, checkpoint: Any, tmp_path: Path) -> None:
     head = Head(Phi3ForSequenceClassification, "multi_label_classification", ("a", "b", "c"))
     logits = np.array([-1.0, 0.5, 3.0], np.float32)  # probabilities of 0.27, 0.62 and 0.95

@@ -194,6 +194,20 @@ def test_comments_of_conll_are_no_words(tmp_path: Path) -> None:
     assert "u.conll, line 2: the lines have the 10 columns of CoNLL-U" in fault
 
 
+def test_reads_conll_of_words_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.conll", "# text = New York\nNew\nYork\n\n#\n1\n\na O\nb X\n")
+    rows = rows_of(path, columns=("words",))
+    assert [row.values for row in rows] == [
+        {"words": ["New", "York"]},
+        {"words": ["#", "1"]},
+        {"words": ["a", "b"], "labels": ["O", "X"]},
+    ]
+    with pytest.raises(BadRowError, match="line 2: expected a word and its tag"):
+        rows_of(path)
+    with pytest.raises(BadRowError, match="line 1: expected a word and its tag"):
+        rows_of(write(tmp_path / "mixed.conll", "a\nb O\n"), columns=("words",))
+
+
 FEATURES = {
     "label": {"names": ["ham", "spam"], "_type": "ClassLabel"},
     "tags": {"feature": {"names": ["O", "B-x"], "_type": "ClassLabel"}, "_type": "List"},
