@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.data.arrow_rows import read_dataset
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.generated import generated_rows
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.packing import PackedExamples, pack
-from phi3_jax.data.rows import BadRowError, BadRows, Row, TextFormat, read_dataset, read_rows
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.rows import BadRowError, BadRows, Row, TextFormat
 from phi3_jax.data.tasks import CausalLM, SequenceClassification, Task, TokenClassification, encode_rows
 from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX

@@ -18,7 +18,8 @@ from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.classification.classifier import Classifier, ClassifierTask, EncodedRows, task_of_model
 from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import CONLL, OutputState, PartialOutput, Sentences, Table, check_format
-from phi3_jax.data.rows import PLAIN_TEXT, BadRowError, BadRows, Row, TextFormat, read_rows
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.rows import PLAIN_TEXT, BadRowError, BadRows, Row, TextFormat
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.errors import UserError
 from phi3_jax.runs.progress import FileProgress

@@ -35,7 +35,8 @@ from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import PartialOutput
 from phi3_jax.cli import common
 from phi3_jax.data.labels import Labels
-from phi3_jax.data.rows import BadRowError, BadRows, read_rows
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.rows import BadRowError, BadRows
 from phi3_jax.data.tasks import SequenceClassification, TokenClassification
 from phi3_jax.runs import progress
 

@@ -14,7 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from phi3_jax.data.rows import BadRowError, BadRows, Place, Row, TextFormat, read_dataset, read_rows
+from phi3_jax.data.arrow_rows import read_dataset
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.rows import BadRowError, BadRows, Place, Row, TextFormat
 
 
 def write(path: Path, content: str | bytes) -> Path:
