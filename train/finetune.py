@@ -20,7 +20,7 @@ from phi3_jax.parallel import distributed
 from phi3_jax.trainer.batches import local_rows, to_devices
 from phi3_jax.trainer.step import Metrics
 
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, remove_checkpoints
 from .evaluate import EvaluationState, Evaluator, NotFiniteError, check_finite, scorer
 from .interrupts import Interrupts
 from .logs import RunLog
@@ -83,6 +83,9 @@ def finetune(
         directory.export(run.model())
         directory.report(Results(results, recipe.metric, run.evaluation.best_step, predictions))
         distributed.from_primary(lambda: directory.finish(results))
+        if not settings.keep_checkpoints:
+            run.close_checkpoints()
+            distributed.from_primary(lambda: remove_checkpoints(directory.path / CHECKPOINTS))
     return results
 
 
@@ -255,6 +258,10 @@ class FinetuneRun:
     def _save(self, score: float) -> None:
         about = {"standing": asdict(self.evaluation), "loader": self._batches.get_state()}
         self._checkpoints.save(self.step, self._state, about, score)
+
+    def close_checkpoints(self) -> None:
+        """Ends the threads that write checkpoints, so that their folder can be removed."""
+        self._checkpoints.close()
 
     def restore_best(self) -> None:
         """Restores the parameters with the best score; keeps the last ones if they cannot be read."""

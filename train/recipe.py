@@ -131,7 +131,9 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
         settings.lr_scheduler_type,
         settings.learning_rate,
         total_steps=total,
-        warmup_steps=int(settings.warmup_ratio * total),
+        warmup_steps=int(settings.warmup_ratio * total)
+        if settings.warmup_steps is None
+        else settings.warmup_steps,
     )
     return Recipe(settings, path, tokenizer, config, data, pad, plan, total, schedule, kind, metric, sign)
 

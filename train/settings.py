@@ -31,14 +31,20 @@ class Settings(BaseModel):
     output_dir: Path = Field(Path("runs/demo"), description="For the model, checkpoints, logs and report.")
     overwrite_output_dir: bool = Field(False, description="Start over where a run already exists.")
 
-    train_file: str | None = Field(
+    train_file: str | list[str] | None = Field(
         None,
-        description="CSV, TSV, JSONL, Parquet or CoNLL; default: generated commands, as a demonstration.",
+        description="CSV, TSV, JSONL, Parquet or CoNLL, one file or several; default: generated commands, "
+        "as a demonstration.",
     )
-    validation_file: str | None = Field(None, description="Default: a part of the training rows.")
-    test_file: str | None = Field(None, description="Scored at the end.")
+    validation_file: str | list[str] | None = Field(None, description="Default: a part of the training rows.")
+    test_file: str | list[str] | None = Field(None, description="Scored at the end.")
     file_format: Literal["csv", "tsv", "jsonl", "parquet", "conll"] | None = Field(
         None, description="Format of the files; default: by their names."
+    )
+    encoding: str = Field("utf-8", description="Of text files.")
+    quoting: bool = Field(True, description="Quotes enclose fields of CSV and TSV; off: they are text.")
+    column_names: list[str] | None = Field(
+        None, description="The columns of a CSV or TSV file without a header; default: its first line."
     )
     dataset: str | None = Field(None, description="A name in `datasets`, in place of files.")
     dataset_splits: dict[Literal["train", "validation", "test"], str] = Field(
@@ -60,7 +66,8 @@ class Settings(BaseModel):
     words_column: str = Field("words", description="For token classification.")
     tags_column: str = Field("labels", description="For token classification: a label for each word.")
     messages_column: str | None = Field(
-        None, description="Conversations, for chat; default: raw text, but for the generated data."
+        None,
+        description="Conversations, for chat; default: messages or conversations if there is no text.",
     )
     problem_type: ProblemType = Field(
         "single_label_classification", description="For sequence classification."
@@ -100,6 +107,7 @@ class Settings(BaseModel):
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps.")
+    warmup_steps: int | None = Field(None, ge=0, description="Replaces warmup_ratio.")
     weight_decay: float = Field(0.01, ge=0, description="Not applied to norms and biases.")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -114,6 +122,9 @@ class Settings(BaseModel):
     logging_steps: int = Field(1, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="Default: once an epoch.")
     save_steps: int | None = Field(None, ge=1, description="Default: with each evaluation.")
+    keep_checkpoints: bool = Field(
+        True, description="Keep checkpoints of a finished run; off: only the model stays."
+    )
     metric_for_best_model: str | None = Field(None, description="Default: accuracy, f1 or loss, by the task.")
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after this many evaluations without a better one."
@@ -220,5 +231,5 @@ def _fault(error: Any) -> str:
     return f"{name}={error['input']!r}: {message}" if name else message
 
 
-FREE = frozenset({"overwrite_output_dir", "output_dir", "logging_steps"})
+FREE = frozenset({"overwrite_output_dir", "output_dir", "logging_steps", "keep_checkpoints"})
 """Settings that may change when a run is resumed: no result depends on them."""

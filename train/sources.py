@@ -2,9 +2,10 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import jax
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.data.arrow_rows import read_dataset
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.generated import generated_rows
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.packing import PackedExamples, pack
-from phi3_jax.data.rows import BadRowError, BadRows, Row, read_dataset, read_rows
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.rows import BadRowError, BadRows, Row, TextFormat
 from phi3_jax.data.tasks import CausalLM, SequenceClassification, Task, TokenClassification, encode_rows
 from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
@@ -73,8 +76,31 @@ def make_task(settings: Settings) -> Task:
             prefix_space=settings.prefix_space,
             max_length=settings.max_length,
         )
-    messages = settings.messages_column or ("messages" if settings.generated else None)
+    messages = settings.messages_column or ("messages" if settings.generated else _found_messages(settings))
     return CausalLM(messages=messages, text=settings.text_column, max_length=settings.max_length)
+
+
+def _found_messages(settings: Settings) -> str | None:
+    """Returns the column of conversations in the first row; None if the row has the column of texts.
+
+    Raises:
+        UserError: the row has neither, but a prompt and a completion.
+    """
+    rows = _read(settings, "train", BadRows(skip=True))
+    first = next(iter(rows), None)
+    if first is None or settings.text_column in first.values:
+        return None
+    for name in ("messages", "conversations"):
+        if isinstance(first.values.get(name), list):
+            logger.warning("learning the answers in %r, as there is no column %r", name, settings.text_column)
+            return name
+    if {"prompt", "completion"} <= first.values.keys():
+        raise UserError(
+            f"{first.place}: prompt and completion are not read; write messages, as in "
+            '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}, '
+            "or one text"
+        )
+    return None
 
 
 def load_data(
@@ -223,17 +249,27 @@ def _has(settings: Settings, split: str) -> bool:
 
 
 def _rows(settings: Settings, split: Any, task: Task, bad: BadRows) -> Iterable[Row]:
+    return _read(settings, split, bad, task.columns, task.optional_columns)
+
+
+def _read(
+    settings: Settings,
+    split: Any,
+    bad: BadRows,
+    columns: Collection[str] = (),
+    optional: Collection[str] = (),
+) -> Iterable[Row]:
     if settings.generated:
         return generated_rows(split, settings.task)
     if settings.dataset is not None:
         return read_dataset(settings.dataset, settings.dataset_splits[split])
-    path = getattr(settings, f"{split}_file")
-    return read_rows(
-        path,
-        file_format=settings.file_format,
-        columns=task.columns,
-        optional=task.optional_columns,
-        bad=bad,
+    given = getattr(settings, f"{split}_file")
+    text = TextFormat(settings.encoding, settings.quoting, tuple(settings.column_names or ()))
+    options: Any = {"columns": columns, "optional": optional, "text": text, "bad": bad}
+    paths = [given] if isinstance(given, str) else given
+    # All files are looked for before the first row is read.
+    return chain.from_iterable(
+        [read_rows(path, file_format=settings.file_format, **options) for path in paths]
     )
 
 

@@ -9,6 +9,7 @@ from phi3_jax.checkpoint.safetensors import SafetensorsSource
 from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.runs.json_values import RUN
 
 
 class Checkpoint(NamedTuple):
@@ -35,6 +36,10 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
     if not path.is_dir():
         problem = "is a file; name its directory, or a .gguf file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {problem}")
+    if (path / RUN).is_file() and not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path} is an unfinished run of finetune, which has no model yet; its command finishes it"
+        )
     try:
         config = Phi3Config.from_pretrained(path)
     except (FileNotFoundError, ValueError) as error:

@@ -54,9 +54,11 @@ class Classifier:
         model: a `Phi3ForSequenceClassification` or `Phi3ForTokenClassification`.
         task: columns and maximum length; default: texts or words of at most 512 tokens.
         batch_size: rows of a batch, over all devices.
+        threshold: the probability above which one of several labels is chosen; default: 0.5.
 
     Raises:
-        UserError: the model or the task is of another kind, or the rows do not divide over the model's mesh.
+        UserError: the model or the task is of another kind, the rows do not divide over the model's mesh, or
+            the threshold does not fit.
     """
 
     def __init__(
@@ -66,8 +68,11 @@ class Classifier:
         *,
         task: ClassifierTask | None = None,
         batch_size: int = 64,
+        threshold: float | None = None,
     ):
         self.head = Head.from_class(type(model), model.config)
+        self.head.check_threshold(threshold)
+        self._threshold = threshold
         kind = _task_class(self.head)
         self.task = kind(**_unlabelled(kind)) if task is None else task
         if not isinstance(self.task, kind):
@@ -90,6 +95,7 @@ class Classifier:
         dtype: Any = "bfloat16",
         mesh: Mesh | None = None,
         batch_size: int = 64,
+        threshold: float | None = None,
         **columns: Any,
     ) -> "Classifier":
         """Loads a classifier that finetune wrote, or any checkpoint whose config.json names one.
@@ -97,6 +103,7 @@ class Classifier:
         Args:
             dtype: dtype of parameters and activations.
             mesh: divides the model.
+            threshold: the probability above which one of several labels is chosen; default: 0.5.
             columns: as `task_of_model` takes them.
 
         Raises:
@@ -112,7 +119,8 @@ class Classifier:
         ids = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad = next(token for token in ids if token is not None)
         model = load_model(head.model, checkpoint, dtype=dtype, mesh=mesh, pad_token_id=pad)
-        return cls(model, tokenizer, task=task_of_model(path, config, head, **columns), batch_size=batch_size)
+        task = task_of_model(path, config, head, **columns)
+        return cls(model, tokenizer, task=task, batch_size=batch_size, threshold=threshold)
 
     def predict(self, items: Iterable[Text], *, all_scores: bool = False) -> list[dict[str, Any]]:
         """Returns the predictions for texts, pairs, lists of words or rows, in their order.
@@ -224,7 +232,7 @@ class Classifier:
                 "checkpoint is broken"
             )
         if not isinstance(self.task, TokenClassification):
-            return self.head.predict_text(numbers, all_scores)
+            return self.head.predict_text(numbers, all_scores, self._threshold)
         words = len(row.values[self.task.words])
         return self.head.predict_words(outputs[0][positions], numbers, words, self.tokenizer.truncation_side)
 

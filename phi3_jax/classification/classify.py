@@ -17,8 +17,9 @@ from phi3_jax.checkpoint import open_checkpoint, resolve
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.classification.classifier import Classifier, ClassifierTask, EncodedRows, task_of_model
 from phi3_jax.classification.head import Head
-from phi3_jax.classification.output import OutputState, PartialOutput, Table, check_format
-from phi3_jax.data.rows import BadRowError, BadRows, Row, read_rows
+from phi3_jax.classification.output import CONLL, OutputState, PartialOutput, Sentences, Table, check_format
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.rows import PLAIN_TEXT, BadRowError, BadRows, Row, TextFormat
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import check_outputs
@@ -61,6 +62,8 @@ def classify_file(
     batch_size: int = 64,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
+    text: TextFormat = PLAIN_TEXT,
+    threshold: float | None = None,
     show: bool = True,
     **columns: Any,
 ) -> Summary:
@@ -72,9 +75,11 @@ def classify_file(
     Args:
         model: directory or hub name of a checkpoint whose config.json names a classifier.
         source: CSV, TSV, JSONL, Parquet or CoNLL, by its suffix.
-        output: .csv, .tsv or .jsonl; OUTPUT.partial until it is complete.
+        output: .csv, .tsv or .jsonl, or .conll for tags of words; OUTPUT.partial until it is complete.
         overwrite: replace an existing output, or a partial one that cannot be resumed.
         mesh: divides model and batches over the devices of one process.
+        text: the encoding of a text file, and the form of CSV and TSV.
+        threshold: the probability above which one of several labels is chosen; default: 0.5.
         show: shows progress on standard error.
         columns: as `task_of_model` takes them.
 
@@ -87,14 +92,18 @@ def classify_file(
     check_outputs({"the output": output}, {"the input": source, "the model": path})
     config = open_checkpoint(path).config
     head = Head.from_checkpoint(path, config)
+    head.check_threshold(threshold)
     task = task_of_model(path, config, head, **columns)
     unreadable = BadRows(skip_bad_rows)
-    table, rows = _open_table(source, output, head, task, all_scores, unreadable)
-    options = _options(source, path, task, mesh, all_scores=all_scores, batch_size=batch_size, dtype=dtype)
+    table, rows = _open_table(source, output, head, task, all_scores, text, unreadable)
+    settings: dict[str, Any] = {"all_scores": all_scores, "batch_size": batch_size, "dtype": dtype}
+    if threshold is not None:
+        settings["threshold"] = threshold
+    options = _options(source, path, task, mesh, **settings, **text._asdict())
     partial = _open_partial(source, output, options, overwrite)
     try:
         classifier = Classifier.from_pretrained(
-            path, dtype=dtype, mesh=mesh, batch_size=batch_size, **columns
+            path, dtype=dtype, mesh=mesh, batch_size=batch_size, threshold=threshold, **columns
         )
         chunks = _Chunks(classifier, table, rows, partial.state, unreadable)
         return _classify_chunks(classifier, chunks, table, partial, _total_lines(source), all_scores, show)
@@ -103,14 +112,24 @@ def classify_file(
 
 
 def _open_table(
-    source: Path, output: Path, head: Head, task: ClassifierTask, all_scores: bool, unreadable: BadRows
-) -> tuple[Table, Iterator[Row]]:
+    source: Path,
+    output: Path,
+    head: Head,
+    task: ClassifierTask,
+    all_scores: bool,
+    text: TextFormat,
+    unreadable: BadRows,
+) -> tuple[Table | Sentences, Iterator[Row]]:
     """Checks the files; returns the table of the output and the rows of the input."""
     predicted = head.columns(all_scores)
-    rows = read_rows(source, columns=task.columns, only_columns=False, bad=unreadable)
+    if output.suffix.lower() == CONLL and not isinstance(task, TokenClassification):
+        raise UserError(f"{output} is for tags of words, and this model does {head.kind}; use .csv or .jsonl")
+    rows = read_rows(source, columns=task.columns, only_columns=False, text=text, bad=unreadable)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{source} has no row that can be read: {unreadable.first[0]}")
+    if output.suffix.lower() == CONLL and isinstance(task, TokenClassification):
+        return Sentences(task.words, predicted[0]), chain([first], rows)
     of_words = isinstance(task, TokenClassification)
     separator = " " if isinstance(task, TokenClassification) else task.label_separator
     listed = head.labels if of_words or head.kind == "multi_label_classification" else ()
@@ -145,7 +164,7 @@ def _open_partial(source: Path, output: Path, options: dict[str, Any], overwrite
 def _classify_chunks(
     classifier: Classifier,
     chunks: "_Chunks",
-    table: Table,
+    table: Table | Sentences,
     partial: PartialOutput,
     total_lines: int | None,
     all_scores: bool,
@@ -220,7 +239,7 @@ class _Chunks:
     def __init__(
         self,
         classifier: Classifier,
-        table: Table,
+        table: Table | Sentences,
         rows: Iterator[Row],
         before: OutputState,
         unreadable: BadRows,

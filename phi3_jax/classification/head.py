@@ -71,8 +71,27 @@ class Head:
             return ["predicted_label", "score", *scores]
         return ["predicted_labels", "scores", *scores]
 
-    def predict_text(self, logits: Float[np.ndarray, " C"], all_scores: bool) -> dict[str, Any]:
-        """Returns the predictions for a text, by column."""
+    def check_threshold(self, threshold: float | None) -> None:
+        """Checks that labels can be chosen by a threshold.
+
+        Raises:
+            UserError: the head does not choose several labels, or the threshold is no probability.
+        """
+        if threshold is None:
+            return
+        if self.kind != "multi_label_classification":
+            raise UserError(f"threshold is for several labels of a text, and this model does {self.kind}")
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold={threshold}; expected a probability, from 0 to 1")
+
+    def predict_text(
+        self, logits: Float[np.ndarray, " C"], all_scores: bool, threshold: float | None = None
+    ) -> dict[str, Any]:
+        """Returns the predictions for a text, by column.
+
+        Args:
+            threshold: the probability above which one of several labels is chosen; default: 0.5.
+        """
         if self.kind == "regression":
             return dict(zip(self.columns(all_scores), map(_shorten, logits), strict=True))
         logits = logits.astype(np.float64)
@@ -84,7 +103,7 @@ class Head:
         else:
             # The sigmoid as a tanh, which never overflows.
             scores = (1 + np.tanh(logits / 2)) / 2
-            chosen = np.flatnonzero(logits > 0)
+            chosen = np.flatnonzero(scores > (0.5 if threshold is None else threshold))
             values = [[self.labels[i] for i in chosen], [_shorten(scores[i]) for i in chosen]]
         if all_scores:
             values += map(_shorten, scores)

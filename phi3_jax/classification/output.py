@@ -17,6 +17,7 @@ from phi3_jax.runs.resume import ADVICE, RunFile
 from phi3_jax.runs.text import lone_surrogate
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+CONLL = ".conll"
 
 
 class Table:
@@ -104,16 +105,59 @@ class Table:
         return None
 
 
+class Sentences:
+    """Turns sentences and the predicted tags of their words into CoNLL.
+
+    A line has a word, the tag that the input has for it, if any, and the predicted tag; a blank line ends
+    the sentence. A word that has no predicted tag gets `_`.
+
+    Args:
+        words: the column of words.
+        labels: the column of predicted tags.
+    """
+
+    def __init__(self, words: str, labels: str):
+        self._words, self._labels = words, labels
+
+    def check(self, row: Row) -> None:
+        """Checks that the row can be written.
+
+        Raises:
+            BadRowError: a word has a tab or a line break.
+        """
+        for word in row.values.get(self._words) or ():
+            if isinstance(word, str) and (lone_surrogate(word) is not None or set(word) & set("\t\n\r")):
+                raise BadRowError(
+                    row.place, f"the word {word!r:.40} cannot be written to a line; write .jsonl"
+                )
+
+    def header(self) -> bytes:
+        """Returns nothing: CoNLL has no header."""
+        return b""
+
+    def lines(self, rows: Iterable[Row], predictions: Iterable[Mapping[str, Any]]) -> bytes:
+        """Returns the lines of each sentence."""
+        return b"".join(self._sentence(row, one) for row, one in zip(rows, predictions, strict=True))
+
+    def _sentence(self, row: Row, prediction: Mapping[str, Any]) -> bytes:
+        words, own = row.values[self._words], row.values.get("labels")
+        tags = [tag or "_" for tag in prediction[self._labels]]
+        columns = [words, tags]
+        if isinstance(own, list) and len(own) == len(words):
+            columns.insert(1, own)
+        return ("\n".join("\t".join(map(str, line)) for line in zip(*columns, strict=True)) + "\n\n").encode()
+
+
 def check_format(path: Path) -> None:
     """Checks that the suffix names a format that can be written.
 
     Raises:
         UserError: it does not.
     """
-    if path.suffix.lower() not in (*DELIMITERS, ".jsonl"):
+    if path.suffix.lower() not in (*DELIMITERS, ".jsonl", CONLL):
         raise UserError(
             f"{path} cannot be written: {path.suffix or 'no suffix'!r} is not a format to which rows can be "
-            "appended; use .csv, .tsv or .jsonl"
+            "appended; use .csv, .tsv or .jsonl, or .conll for tags of words"
         )
 
 

@@ -8,7 +8,7 @@ from typer import Option
 
 from phi3_jax.classification import Summary, classify_file
 from phi3_jax.cli import common, options
-from phi3_jax.data.rows import BadRowError
+from phi3_jax.data.rows import BadRowError, TextFormat
 from phi3_jax.errors import UserError
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
@@ -25,14 +25,27 @@ def classify(
         Path,
         Option("--input", help="A CSV, TSV, JSONL, Parquet or CoNLL file, by its suffix.", dir_okay=False),
     ],
-    output: Annotated[Path, Option(help="A .csv, .tsv or .jsonl file.", dir_okay=False)],
+    output: Annotated[
+        Path, Option(help="A .csv, .tsv or .jsonl file, or .conll for tags of words.", dir_okay=False)
+    ],
     text_column: Annotated[str | None, Option(help="Default: as in training, or text.")] = None,
     text_pair_column: Annotated[str | None, Option(help="Default: as in training, or none.")] = None,
     words_column: Annotated[str | None, Option(help="Default: as in training, or words.")] = None,
     max_length: Annotated[
         int | None, Option(min=2, help="The most tokens of a row; default: as in training, or 512.")
     ] = None,
+    encoding: Annotated[str, Option(help="Of a text file.")] = "utf-8",
+    quoting: Annotated[
+        bool, Option("--quoting/--no-quoting", help="Quotes enclose fields of CSV and TSV, or are text.")
+    ] = True,
+    column_names: Annotated[
+        str | None, Option(help="Columns of a CSV or TSV file without a header, as in id,text.")
+    ] = None,
     all_scores: Annotated[bool, Option("--all-scores", help="Add every class's probability.")] = False,
+    threshold: Annotated[
+        float | None,
+        Option(min=0, max=1, help="The probability above which one of several labels counts; default: 0.5."),
+    ] = None,
     skip_bad_rows: Annotated[
         bool, Option("--skip-bad-rows", help="Leave bad rows out, and count them.")
     ] = False,
@@ -65,6 +78,8 @@ def classify(
             batch_size=batch_size,
             dtype=dtype,
             mesh=where,
+            threshold=threshold,
+            text=TextFormat(encoding, quoting, tuple(column_names.split(",")) if column_names else ()),
         )
     except BadRowError as error:
         raise UserError(

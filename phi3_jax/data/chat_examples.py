@@ -15,6 +15,35 @@ CONTENT_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Keys of a message that say something beside `content`, which many chat templates do not write."""
 
 
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+"""Roles by what ShareGPT's format calls them."""
+
+
+def as_messages(messages: Sequence[Any]) -> Sequence[Any]:
+    """Returns messages with `role` and `content`; those of ShareGPT's format have `from` and `value`.
+
+    Raises:
+        UserError: a message is from somebody unknown.
+    """
+    if not all(isinstance(one, Mapping) and {"from", "value"} <= one.keys() for one in messages):
+        return messages
+    odd = next((one["from"] for one in messages if one["from"] not in ROLES), None)
+    if odd is not None:
+        raise UserError(f"a message is from {odd!r:.40}; expected one of {', '.join(ROLES)}")
+    others = [{key: x for key, x in one.items() if key not in ("from", "value")} for one in messages]
+    return [
+        {"role": ROLES[one["from"]], "content": one["value"]} | rest
+        for one, rest in zip(messages, others, strict=True)
+    ]
+
+
 def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: Phi3Tokenizer,

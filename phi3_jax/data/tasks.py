@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from phi3_jax.data.chat_examples import encode_chat
+from phi3_jax.data.chat_examples import as_messages, encode_chat
 from phi3_jax.data.columns import (
     check_characters,
     check_two_classes,
@@ -279,7 +279,8 @@ class CausalLM:
     Beside its messages a row may have `tools`, descriptions of functions for the chat template.
 
     Args:
-        messages: column of conversations, which the tokenizer's chat template formats; or None.
+        messages: column of conversations, which the tokenizer's chat template formats; or None. Messages have
+            `role` and `content`, or ShareGPT's `from` and `value`.
         text: column of raw texts, if `messages` is None.
         max_length: truncates conversations; texts continue in the next example.
     """
@@ -325,7 +326,9 @@ class CausalLM:
                     raise BadRowError(row.place, f"the column {column!r} is not read; remove it")
             tools = read_list(row, TOOLS) if row.values.get(TOOLS) else None
             with errors_of(row):
-                ids, targets, truncated = encode_chat(messages, tokenizer, self.max_length, tools)
+                ids, targets, truncated = encode_chat(
+                    as_messages(messages), tokenizer, self.max_length, tools
+                )
             return [Example(ids, targets, row.place, truncated=truncated)]
         ids = self._text_ids(row, tokenizer)
         starts = range(0, len(ids) - 1, self.max_length - 1)

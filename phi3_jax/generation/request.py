@@ -255,7 +255,7 @@ class GenerationRequest:
         if self.guided:  # without a negative prompt the last token alone, as in the reference
             rows = rows + (self.negative or [row[-1:] for row in prompts]) + padding
         model = self.compiled.model
-        tokens = self.ids.shape[1] + (1 if grows else self.config.max_new_tokens)
+        tokens = max(map(len, rows)) + (1 if grows else self.config.max_new_tokens)
         check_cache(self.compiled, len(rows) * self.copies, cache_length(tokens), self.new_cache)
         return DecodingEngine(
             self.compiled,

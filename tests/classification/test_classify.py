@@ -21,14 +21,22 @@ from reference import Reference, pair, small_config
 from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3ForTokenClassification, cli
+from phi3_jax import (
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    cli,
+)
 from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.classification import Classifier, classify, classify_file
 from phi3_jax.classification.classifier import row_widths, task_of_model
 from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import PartialOutput
 from phi3_jax.cli import common
-from phi3_jax.data.rows import BadRowError, BadRows, read_rows
+from phi3_jax.data.labels import Labels
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.rows import BadRowError, BadRows
 from phi3_jax.data.tasks import SequenceClassification, TokenClassification
 from phi3_jax.runs import progress
 
@@ -323,6 +331,47 @@ def test_reads_all_columns_of_parquet(run: Any, tmp_path: Path) -> None:
     assert run("single", tmp_path / "new.parquet", tmp_path / "labelled.csv", "--batch-size", 2)[0] == 0
     rows = values(tmp_path / "labelled.csv")
     assert [(row["when"], row["list"]) for row in rows] == [("1.5", "[1]"), ("", "[]"), ("2.0", "[2, 3]")]
+
+
+def test_reads_and_writes_conll(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "new.conll").write_text("# a comment of words\nthe\nold\nbridge\n\nthe O\nbridge X\n")
+    assert run("tokens", tmp_path / "new.conll", tmp_path / "new.jsonl")[0] == 0
+    assert run("tokens", tmp_path / "new.conll", tmp_path / "tagged.conll")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    first, second = (row["predicted_labels"] for row in rows)
+    expected = [f"{word}\t{tag}" for word, tag in zip(("the", "old", "bridge"), first, strict=True)]
+    expected += ["", f"the\tO\t{second[0]}", f"bridge\tX\t{second[1]}", ""]
+    assert (tmp_path / "tagged.conll").read_text().splitlines() == expected
+    assert run("tokens", tmp_path / "new.conll", tmp_path / "cut.conll", "--max-length", 3)[0] == 0
+    assert (tmp_path / "cut.conll").read_text().splitlines()[2] == "bridge\t_"
+    code, _, err = run("single", tmp_path / "new.jsonl", tmp_path / "one.conll")
+    assert (code, "one.conll is for tags of words" in err) == (1, True)
+    (tmp_path / "odd.jsonl").write_text('{"words": ["a\\tb"]}\n')
+    code, _, err = run("tokens", tmp_path / "odd.jsonl", tmp_path / "odd.conll")
+    assert (code, "line 1: the word 'a\\tb' cannot be written to a line; write .jsonl" in err) == (1, True)
+
+
+def test_a_threshold_chooses_among_several_labels(run: Any, checkpoint: Any, tmp_path: Path) -> None:
+    head = Head(Phi3ForSequenceClassification, "multi_label_classification", ("a", "b", "c"))
+    logits = np.array([-1.0, 0.5, 3.0], np.float32)  # probabilities of 0.27, 0.62 and 0.95
+    for threshold, labels in ((None, ["b", "c"]), (0.2, ["a", "b", "c"]), (0.7, ["c"]), (1.0, [])):
+        assert head.predict_text(logits, False, threshold)["predicted_labels"] == labels
+    (tmp_path / "new.csv").write_text("text\nthe old bridge\n")
+    assert run("multi", tmp_path / "new.csv", tmp_path / "all.csv", "--threshold", 0)[0] == 0
+    names = Labels.from_config(open_checkpoint(checkpoint("multi")[0]).config).names
+    assert values(tmp_path / "all.csv")[0]["predicted_labels"] == "|".join(names)
+    code, _, err = run("single", tmp_path / "new.csv", tmp_path / "one.csv", "--threshold", 0.3)
+    assert (code, "threshold is for several labels of a text" in err) == (1, True)
+    with pytest.raises(ValueError, match=r"threshold=1\.5; expected a probability"):
+        head.check_threshold(1.5)
+
+
+def test_reads_a_raw_file(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "new.tsv").write_bytes('1\tThe "caf\xe9\n2\t"old bridge\n'.encode("iso-8859-1"))
+    options = ("--encoding", "iso-8859-1", "--no-quoting", "--column-names", "id,text")
+    assert run("single", tmp_path / "new.tsv", tmp_path / "labelled.csv", *options)[0] == 0
+    rows = values(tmp_path / "labelled.csv")
+    assert [(row["id"], row["text"]) for row in rows] == [("1", 'The "café'), ("2", '"old bridge')]
 
 
 def test_columns_and_length_default_to_those_of_training(checkpoint: Any, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from phi3_jax.data.rows import BadRowError, BadRows, Place, Row, read_dataset, read_rows
+from phi3_jax.data.arrow_rows import read_dataset
+from phi3_jax.data.reading import read_rows
+from phi3_jax.data.rows import BadRowError, BadRows, Place, Row, TextFormat
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -105,6 +107,34 @@ def test_reads_long_fields(tmp_path: Path) -> None:
     assert row.values["text"] == text
 
 
+RAW = 'ham\tHe said "go\nspam\t£5 "now\n'.encode("iso-8859-1")
+
+
+def test_reads_text_as_it_is(tmp_path: Path) -> None:
+    """A file of the SMS collection has no header, quotes that are text, and another encoding."""
+    path = write(tmp_path / "rows.tsv", RAW)
+    form = TextFormat("iso-8859-1", quoting=False, column_names=("label", "text"))
+    rows = rows_of(path, columns=("text",), text=form)
+    assert [row.values for row in rows] == [
+        {"label": "ham", "text": 'He said "go'},
+        {"label": "spam", "text": '£5 "now'},
+    ]
+    assert [row.place.line for row in rows] == [1, 2]
+    with pytest.raises(
+        BadRowError, match=r"line 2: byte 0xa3 is not valid UTF-8; .*its encoding, such as iso"
+    ):
+        rows_of(path, text=form._replace(encoding="utf-8"))
+    with pytest.raises(BadRowError, match=r"line 1: .*, or turn quoting off"):
+        rows_of(write(tmp_path / "quote.tsv", b'"a"b\tc\n'), text=form._replace(quoting=True))
+    with pytest.raises(BadRowError, match="line 1: 2 fields, but there are 1 columns"):
+        rows_of(path, text=form._replace(column_names=("text",)))
+    with pytest.raises(BadRowError, match="byte 0x81 is not valid cp1252; give another encoding"):
+        rows_of(write(tmp_path / "odd.tsv", b"a\t\x81\n"), text=form._replace(encoding="cp1252"))
+    for encoding, words in (("latin-9999", "is unknown"), ("utf-16", "has line breaks of several bytes")):
+        with pytest.raises(ValueError, match=words):
+            read_rows(path, text=TextFormat(encoding), bad=BadRows(skip=True))
+
+
 def test_reads_jsonl(tmp_path: Path) -> None:
     content = '{"text": "a", "label": 1}\n\n  \n{"text": "b\\n", "label": ["x", null]}'
     for name in ("rows.jsonl", "rows.json"):
@@ -164,6 +194,20 @@ def test_comments_of_conll_are_no_words(tmp_path: Path) -> None:
     universal = "# text = a\n1\ta\ta\tDET\t_\t_\t0\troot\t_\t_\n"
     (fault,) = faults_of(write(tmp_path / "u.conll", universal))[1]
     assert "u.conll, line 2: the lines have the 10 columns of CoNLL-U" in fault
+
+
+def test_reads_conll_of_words_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.conll", "# text = New York\nNew\nYork\n\n#\n1\n\na O\nb X\n")
+    rows = rows_of(path, columns=("words",))
+    assert [row.values for row in rows] == [
+        {"words": ["New", "York"]},
+        {"words": ["#", "1"]},
+        {"words": ["a", "b"], "labels": ["O", "X"]},
+    ]
+    with pytest.raises(BadRowError, match="line 2: expected a word and its tag"):
+        rows_of(path)
+    with pytest.raises(BadRowError, match="line 1: expected a word and its tag"):
+        rows_of(write(tmp_path / "mixed.conll", "a\nb O\n"), columns=("words",))
 
 
 FEATURES = {

@@ -410,6 +410,19 @@ def labelled_texts(example: Example, tokenizer: Phi3Tokenizer) -> list[str]:
     return [tokenizer.decode(list(run)) for ignored, run in runs if not ignored]
 
 
+def test_reads_messages_of_sharegpt(folder: Path) -> None:
+    tokenizer = Phi3Tokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATES["end of turn"]
+    messages = say("Which?", "bridge", "And?", "river")
+    theirs = [
+        {"from": "human" if one["role"] == "user" else "gpt", "value": one["content"]} for one in messages
+    ]
+    task = CausalLM(messages="m")
+    assert task.encode(row(m=theirs), tokenizer) == task.encode(row(m=messages), tokenizer)
+    with pytest.raises(BadRowError, match="a message is from 'nobody'; expected one of human, user, gpt"):
+        task.encode(row(m=[*theirs, {"from": "nobody", "value": ""}]), tokenizer)
+
+
 def test_answers_of_weight_0_are_not_learnt(folder: Path) -> None:
     tokenizer = Phi3Tokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATES["end of turn"]

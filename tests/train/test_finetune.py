@@ -205,6 +205,42 @@ def test_a_finished_run_changes_nothing(folder, base, caplog):
     assert {path: path.stat().st_mtime_ns for path in (folder / "run").iterdir()} == before
 
 
+def test_removes_the_checkpoints_of_a_finished_run_on_request(folder, base):
+    first = run(folder, base, max_steps=1, keep_checkpoints=False)
+    assert "checkpoints" not in files(folder)
+    assert run(folder, base, max_steps=1) == first
+
+
+def test_an_unfinished_run_is_no_model_yet(folder, base, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 1)
+        with pytest.raises(InterruptedRunError):
+            run(folder, base, max_steps=2)
+    with pytest.raises(CheckpointError, match="run is an unfinished run of finetune, which has no model yet"):
+        Classifier.from_pretrained(folder / "run")
+
+
+def test_trains_on_several_files_with_steps_of_warm_up(folder, base):
+    write_rows(folder / "more.jsonl", 10, start=100)
+    recipe = make_recipe(
+        settings_of(
+            folder,
+            base,
+            train_file=[str(folder / "train.jsonl"), str(folder / "more.jsonl")],
+            warmup_steps=2,
+            lr_scheduler_type="constant",
+        ),
+        None,
+        None,
+    )
+    assert len(recipe.data.train) + len(recipe.data.validation) == 58
+    assert [float(recipe.schedule(step)) for step in range(4)] == pytest.approx([0, 1.5e-3, 3e-3, 3e-3])
+    with pytest.raises(OSError, match=r"no data at .*none\.jsonl"):
+        make_recipe(
+            settings_of(folder, base, train_file=[str(folder / "train.jsonl"), "none.jsonl"]), None, None
+        )
+
+
 def test_rejects_a_directory_with_another_run(folder, base):
     run(folder, base, max_steps=2)
     with pytest.raises(ValueError, match=r"resumed: learning_rate: 0\.003 -> 0\.1; seed: 0 -> 1\. "):

@@ -104,7 +104,7 @@ def test_rejects_a_mapping_with_a_key_twice():
         ("dataset_splits", "As in a=1,b=2. Default: train=train."),
         ("skip_bad_rows", "Count invalid rows instead of stopping. Default: off."),
         ("learning_rate", "Default: 0.0001."),
-        ("validation_file", "Default: a part of the training rows."),
+        ("metric_for_best_model", "Default: accuracy, f1 or loss, by the task."),
     ],
 )
 def test_the_help_shows_choices_forms_and_defaults(name, words):

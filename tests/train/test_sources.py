@@ -1,15 +1,17 @@
-"""Packing the examples of a run: rope frequencies are the same for all examples of a row."""
+"""The examples of a run: the same rope frequencies in a packed row, and the columns that are found."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from phi3_jax.train.sources import Data, load_data
+from phi3_jax.train.sources import Data, load_data, make_task
 from runs import settings_of, write_base, write_rows
 
 from phi3_jax import Phi3Config
 from phi3_jax.data.packing import PackedExamples
+from phi3_jax.data.tasks import Task
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 SWITCH = 20
@@ -47,3 +49,19 @@ def test_packing_rejects_other_ropes_that_depend_on_the_length(tmp_path: Path) -
 def test_packs_where_the_rope_does_not_change_yet(tmp_path: Path) -> None:
     dynamic = {"rope_type": "dynamic", "factor": 4.0}
     assert isinstance(packed(tmp_path, dynamic, max_length=4 * SWITCH).train, PackedExamples)
+
+
+def chat_task(folder: Path, row: dict[str, Any]) -> Task:
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    return make_task(settings_of(folder, folder, task="causal-lm"))
+
+
+def test_finds_the_column_of_conversations(tmp_path: Path) -> None:
+    for name in ("messages", "conversations"):
+        assert chat_task(tmp_path, {"id": 1, name: [{}]}).columns == (name,)
+    for row in ({"text": "a", "messages": [{}]}, {"messages": "a"}):
+        assert chat_task(tmp_path, row).columns == ("text",)
+    with pytest.raises(
+        ValueError, match=r"line 1: prompt and completion are not read; write messages, as in"
+    ):
+        chat_task(tmp_path, {"prompt": "a", "completion": "b"})

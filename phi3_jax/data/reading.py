@@ -1,0 +1,86 @@
+"""Reads the rows of a file or folder by its format."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+from phi3_jax.data.arrow_rows import check_saved, read_parquet, read_saved
+from phi3_jax.data.rows import PLAIN_TEXT, BadRowError, BadRows, Columns, Row, TextFormat
+from phi3_jax.data.text_rows import read_conll, read_delimited, read_jsonl
+from phi3_jax.errors import UserError
+
+
+def read_rows(
+    path: str | PathLike[str],
+    *,
+    file_format: str | None = None,
+    columns: Collection[str] = (),
+    optional: Collection[str] = (),
+    only_columns: bool = True,
+    text: TextFormat = PLAIN_TEXT,
+    bad: BadRows,
+) -> Iterator[Row]:
+    """Yields the rows of a file, reading as they are needed: memory does not grow with the file.
+
+    CSV and TSV have a header line. CoNLL has one word and its tags per line, of which the last counts, and
+    blank lines between sentences; its columns are `words` and `labels`. If `columns` has no `labels`, a line
+    may be a word alone. Lines in front of a sentence that
+    start with # and have other fields than its words are comments. Text is UTF-8, and may be compressed
+    (.gz). A folder is one that `save_to_disk` of `datasets` wrote. Parquet files and such folders give class
+    names in place of class numbers, if their schema has names.
+
+    Args:
+        file_format: "csv", "tsv", "jsonl", "parquet" or "conll"; default: by the file's suffix.
+        columns: columns that must exist; not checked in JSONL, where rows may have different ones.
+        optional: columns that are read, too, where they exist.
+        only_columns: reads no other columns of Parquet and of folders, if `columns` names any.
+        text: the encoding of text files, and the form of CSV and TSV.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        UserError: the format is unknown, the file is broken or has no rows, or its header is wrong.
+        BadRowError: a row is bad, and `bad` does not skip it.
+    """
+    path = Path(path)
+    text.check()
+    wanted = Columns(columns, optional, only_columns)
+    if path.is_dir():
+        check_saved(path)
+        return _skip_bad_rows(read_saved(path, wanted), path, bad)
+    if not path.is_file():
+        raise FileNotFoundError(f"no data at {path}: no such file")
+    return _skip_bad_rows(_READERS[_format_of(path, file_format)](path, wanted, text), path, bad)
+
+
+def _format_of(path: Path, file_format: str | None) -> str:
+    known = ", ".join(map(repr, _READERS))
+    if file_format is not None:
+        if file_format not in _READERS:
+            raise UserError(f"file_format={file_format!r} is not known; use one of {known}")
+        return file_format
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    name = {".json": "jsonl"}.get(suffix, suffix.removeprefix("."))
+    if name not in _READERS:
+        raise UserError(f"the suffix of {path} is not a known format; give file_format= one of {known}")
+    return name
+
+
+def _skip_bad_rows(items: Iterable[Row | BadRowError], path: Path, bad: BadRows) -> Iterator[Row]:
+    item = None
+    for item in items:
+        if isinstance(item, BadRowError):
+            bad(item)
+        else:
+            yield item
+    if item is None:
+        raise UserError(f"{path} has no rows")
+
+
+_READERS: dict[str, Callable[[Path, Columns, TextFormat], Iterator[Row | BadRowError]]] = {
+    "csv": partial(read_delimited, delimiter=","),
+    "tsv": partial(read_delimited, delimiter="\t"),
+    "jsonl": read_jsonl,
+    "parquet": lambda path, columns, text: read_parquet(path, columns),
+    "conll": read_conll,
+}
