@@ -138,7 +138,7 @@ def _shared_prefix(source: CheckpointSource) -> str:
     prefix = ""
     while True:
         rest = [name.removeprefix(prefix) for name in names]
-        known = [each for each in _WRAPPERS if all(name.startswith(each) for name in rest)]
+        known = [each for each in _WRAPPERS if rest and all(name.startswith(each) for name in rest)]
         if not known or (with_adapters and known == ["base_model.model."]):
             break
         prefix += known[0]

@@ -16,7 +16,7 @@ from phi3_jax.runs.panics import panics_as_errors
 from phi3_jax.runs.text import parse_json
 
 from ._assemblers import _BYTE_PIECE, PieceAssembler, TextAssembler, make_assembler
-from ._growth import check_growth, check_model_growth
+from ._growth import MOST_IDS, check_growth, check_ids, check_model_growth
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class JsonBackend:
 
     def __init__(self, content: str | bytes, name: str = "tokenizer.json") -> None:
         self._content = content.encode("utf-8") if isinstance(content, str) else content
+        check_ids(name, self._content)
         try:
             with panics_as_errors(name):
                 self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
@@ -194,10 +195,15 @@ class JsonBackend:
     def layout(self, pair: bool) -> SpecialTokenLayout | None:
         if self._tokenizer.post_processor is None:
             return None
-        probe = self._tokenizer.encode("a", "a") if pair else self._tokenizer.encode("a")
+        with panics_as_errors(self._name):
+            probe = self._tokenizer.encode("a", "a") if pair else self._tokenizer.encode("a")
         layout: list[int | Literal["A", "B"]] = []
         for token_id, sequence in zip(probe.ids, probe.sequence_ids, strict=True):
             if sequence is None:
+                if token_id >= MOST_IDS:
+                    raise UserError(
+                        f"{self._name}: its post_processor adds the id {token_id}, which is no token"
+                    )
                 layout.append(token_id)
             elif (part := "AB"[sequence]) not in layout:
                 layout.append("A" if part == "A" else "B")
@@ -254,11 +260,15 @@ class SentencePieceBackend:
             raise UserError(f"{name} is empty; expected a SentencePiece model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter if its own message cannot be read
             raise UserError(f"{name} is not a SentencePiece model, or is cut short: {error}") from error
         check_model_growth(name, content)
         self.vocab_size = self._model.get_piece_size()
         self.added_tokens: dict[int, AddedToken] = {}
+        try:
+            self._model.id_to_piece(list(range(self.vocab_size)))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} holds a piece that is not valid UTF-8: {error.object!r:.60}") from error
         control = (
             i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)
         )

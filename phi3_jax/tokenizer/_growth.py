@@ -1,4 +1,4 @@
-"""Limits how much a tokenizer may lengthen a text before it splits it, or decoded text afterwards."""
+"""Limits what a tokenizer's files may ask for: the ids, and how much longer a text may become."""
 
 import base64
 import binascii
@@ -7,9 +7,39 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.text import parse_json
 
 MOST = 64
 """Characters for one; Unicode's own normal forms make up to 18 of one."""
+
+
+MOST_IDS = 10**7
+"""The ids that a vocabulary may have; the largest ones have 262,144."""
+
+_LARGE_NUMBER = re.compile(rb":\s*[0-9]{8}")
+
+
+def check_ids(name: str, content: bytes) -> None:
+    """Checks the ids of a tokenizer.json, since the library makes room for all up to the largest.
+
+    Raises:
+        UserError: an id is too large.
+    """
+    if _LARGE_NUMBER.search(content) is None:  # as in nearly all files, which need not be parsed twice
+        return
+    values = parse_json(content, name)
+    model = values.get("model") if isinstance(values, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    added = values.get("added_tokens") if isinstance(values, dict) else None
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict):
+            ids[str(token.get("content"))] = token.get("id")
+    for token, number in ids.items():
+        if isinstance(number, int) and number >= MOST_IDS:
+            raise UserError(
+                f"{name}: the token {token!r:.60} has the id {number}; ids below {MOST_IDS:,} are read"
+            )
 
 
 def check_growth(name: str, sections: Mapping[str, Any]) -> None:

@@ -231,6 +231,14 @@ def test_wrappers_prefixes_are_removed(
         Phi3ForCausalLM.from_pretrained(wrapped.path)
 
 
+def test_a_file_without_tensors_is_an_error_in_time(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "model", SIZES | MODELS["llama"]).path
+    save_file({}, folder / "model.safetensors")
+    assert open_checkpoint(folder).source.names() == []
+    with pytest.raises(CheckpointError, match="num_hidden_layers=2, and the files have 0 tensors"):
+        Phi3ForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("prefix", "extra", "says"),
     [

@@ -807,6 +807,12 @@ def test_rejects_a_broken_model(piece_folders, tmp_path, damage):
         Phi3Tokenizer.from_pretrained(tmp_path)
 
 
+def test_rejects_a_model_with_a_broken_piece(piece_folders):
+    content = (piece_folders.model / "tokenizer.model").read_bytes()
+    with pytest.raises(ValueError, match=r"here holds a piece that is not valid UTF-8"):
+        SentencePieceBackend(content.replace("▁the".encode(), b"\xff" * 6), "here")
+
+
 def test_rejects_an_added_token_without_text(piece_folders):
     content = (piece_folders.json / "tokenizer.json").read_bytes()
     with pytest.raises(ValueError, match=r"added_tokens_decoder\['500'\] must have a text"):
@@ -855,6 +861,43 @@ def test_rejects_files_that_multiply_texts(piece_folders, section, steps, says):
     content = json.loads((piece_folders.json / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match=rf"here\.json: .*{says}"):
         JsonBackend(json.dumps(content | {section: steps}), "here.json")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("model", "vocab", "▁the"), 2**31, "the token '▁the' has the id 2147483648; ids below 10,000,000"),
+        (("added_tokens", 0, "id"), 2**32 - 1, "the token '<unk>' has the id 4294967295"),
+        (
+            ("post_processor", "special_tokens", "<s>", "ids"),
+            [2**31],
+            "adds the id 2147483648, which is no token",
+        ),
+        (
+            ("post_processor", "single", 0, "SpecialToken", "id"),
+            "x",
+            "breaks the library `tokenizers`: no entry",
+        ),
+    ],
+)
+def test_rejects_ids_and_panics_of_hostile_files(piece_folders, path, value, says):
+    """The library makes room for every id up to the largest, and ends the process if there is none."""
+    raw = Tokenizer.from_file(str(piece_folders.json / "tokenizer.json"))
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)]
+    )
+    content = entry = json.loads(raw.to_str())
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = value
+    with pytest.raises(ValueError, match=rf"here\.json.*{says}"):
+        Phi3Tokenizer(JsonBackend(json.dumps(content), "here.json"))
+
+
+def test_large_numbers_in_texts_are_no_ids(piece_folders):
+    content = json.loads((piece_folders.json / "tokenizer.json").read_bytes())
+    content["added_tokens"].append(dict(content["added_tokens"][0], id=400, content='x": 123456789'))
+    assert JsonBackend(json.dumps(content), "here.json").token_to_id('x": 123456789') == 400
 
 
 def test_rejects_a_map_of_characters_that_multiplies_texts(piece_folders, tmp_path):
