@@ -191,6 +191,7 @@ def with_adapters(model: Phi3PreTrainedModel, settings: Settings) -> Phi3PreTrai
         settings.lora_rank,
         alpha=settings.lora_alpha,
         targets=settings.lora_targets,
+        rslora=settings.use_rslora,
         rngs=settings.seed,
     )
 

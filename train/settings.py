@@ -86,6 +86,9 @@ class Settings(BaseModel):
     trained: Literal["full", "lora", "head"] = Field("full", description="Which parameters are trained.")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float | None = Field(None, gt=0, description="Default: twice the rank.")
+    use_rslora: bool = Field(
+        False, description="Scale adapters by alpha / sqrt(rank), not by alpha / rank (rsLoRA)."
+    )
     lora_targets: list[str] = Field(
         ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], description="Projections with adapters."
     )

@@ -14,7 +14,7 @@ from filelock import FileLock
 from phi3_jax.train import finetune as module
 from phi3_jax.train.evaluate import NotFiniteError
 from phi3_jax.train.finetune import InterruptedRunError, finetune
-from phi3_jax.train.recipe import make_recipe
+from phi3_jax.train.recipe import make_recipe, with_adapters
 from reference import distance
 from reference import run as outputs
 from runs import files, losses, run, settings_of, write_base, write_rows
@@ -376,6 +376,13 @@ def test_trains_only_adapters_and_saves_them_beside_the_merged_model(folder, bas
     ids = np.arange(10, 18)[None]
     logits, merged_logits = (outputs(model, input_ids=ids).logits for model in (adapted, merged))
     assert distance(logits, merged_logits) <= 1e-5
+
+
+def test_adapters_have_the_scale_of_the_settings(folder, base):
+    for rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
+        settings = settings_of(folder, base, trained="lora", lora_rank=4, lora_alpha=8, use_rslora=rslora)
+        model = with_adapters(Phi3ForSequenceClassification.from_pretrained(base), settings)
+        assert model.model.layers[0].self_attn.qkv_proj.adapter.scaling == scale
 
 
 # PEFT uses a deprecated name of transformers.
