@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from answers import stored
 from reference import Reference, distance, longrope, small_config
-from twins import PAD, Twins, prompts
+from twins import PAD, Twins, ask, prompts
 
 from phi3_jax import Phi3ForCausalLM, Phi3Model
 from phi3_jax.config import generation_checks as checks
@@ -45,21 +45,37 @@ def test_embeddings_without_ids(shallow: Twins, options: dict[str, Any]) -> None
     assert answer.shape[1] == options.get("max_new_tokens", 9)
 
 
+@stored(whole=True)
+def with_a_penalty(reference: Reference, **options: Any) -> np.ndarray:
+    """Returns the reference's answer to embeddings, of which its penalty sees nothing, as it warns."""
+    with pytest.warns(UserWarning, match="Passing `repetition_penalty` with `inputs_embeds`"):
+        return ask(reference, None, None, **options)
+
+
+def test_processors_see_new_tokens_only(shallow: Twins) -> None:
+    """This penalty prefers tokens that occurred, each id of a prompt's too."""
+    options = {"inputs_embeds": EMBEDS, "max_new_tokens": 12, "repetition_penalty": 0.1}
+    expected = with_a_penalty(shallow.reference, **options)
+    np.testing.assert_array_equal(shallow.ours(None, None, **options), expected)
+
+
 @pytest.mark.parametrize("length", [20, 9])
 def test_embeddings_with_ids(shallow: Twins, length: int) -> None:
     """Ids are returned and seen by processors; they belong to the last embeddings."""
     ids = np.random.default_rng(3).integers(4, 96, (2, length))
-    rules = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": [PAD]}
-    embeds = {"inputs_embeds": EMBEDS, "max_new_tokens": 12}
-    answer = shallow.same(ids, BATCH[1], **embeds, **rules)
-    assert (answer != shallow.theirs(ids, BATCH[1], **embeds)).any(), "the rules see the ids"
+    rules = {"sequence_bias": {(int(row[-1]), 35): 50.0 for row in ids}, "no_repeat_ngram_size": 2}
+    rules |= {"suppress_tokens": [PAD], "inputs_embeds": EMBEDS}
+    if length == 20:
+        rules["repetition_penalty"] = 1.5
+    answer = shallow.same(ids, BATCH[1], max_new_tokens=12, **rules)
+    assert (answer[:, length] == 35).all(), "the bias sees the last id"
     shallow.same(ids, BATCH[1], inputs_embeds=EMBEDS, max_length=40)
 
 
 def test_embeddings_are_the_prompt_of_all_outputs(shallow: Twins) -> None:
     options = {"max_new_tokens": 3, "output_hidden_states": True, "output_attentions": True, **RECORDED}
     ours, theirs = (
-        ask(None, None, inputs_embeds=EMBEDS[:1], **options) for ask in (shallow.ours, shallow.theirs)
+        run(None, None, inputs_embeds=EMBEDS[:1], **options) for run in (shallow.ours, shallow.theirs)
     )
     assert_same_records(ours, theirs, "hidden_states", "attentions")
 
