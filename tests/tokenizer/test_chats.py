@@ -302,8 +302,8 @@ def test_rejects_tools_that_cannot_be_described(tokenizer, tools, says):
 
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Limits templates to a tenth of a second and 200 MB, in a process of their own."""
-    monkeypatch.setattr(_worker, "SECONDS", 0.1)
+    """Limits templates to a fifth of a second and 200 MB, in a process of their own."""
+    monkeypatch.setattr(_worker, "SECONDS", 0.2)
     monkeypatch.setattr(_worker, "MEMORY", 200 << 20)
     renderer = _worker.Renderer()
     yield renderer
