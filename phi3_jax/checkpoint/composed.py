@@ -92,9 +92,11 @@ def compose(source: CheckpointSource, config: Phi3Config) -> CheckpointSource:
     A checkpoint that has these names already is returned as it is.
 
     Raises:
-        CheckpointError: all names begin with another prefix, or parts of a projection are missing, do not fit
-            or have biases.
+        CheckpointError: there are no tensors, all names begin with another prefix, or parts of a projection
+            are missing, do not fit or have biases.
     """
+    if not source.names():
+        raise CheckpointError(f"{source.path} has no tensors")
     prefix = _shared_prefix(source)
     stored = {name.removeprefix(prefix): name for name in source.names()}
     parts: dict[str, tuple[str, ...]] = {}
@@ -138,7 +140,7 @@ def _shared_prefix(source: CheckpointSource) -> str:
     prefix = ""
     while True:
         rest = [name.removeprefix(prefix) for name in names]
-        known = [each for each in _WRAPPERS if rest and all(name.startswith(each) for name in rest)]
+        known = [each for each in _WRAPPERS if all(name.startswith(each) for name in rest)]
         if not known or (with_adapters and known == ["base_model.model."]):
             break
         prefix += known[0]

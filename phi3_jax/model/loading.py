@@ -102,7 +102,7 @@ def load_model(
     expected = {name: leaf.shape for name, leaf in parameters.items()}
     files = _match(cls, source, config, expected, ignore_mismatched_sizes, new_head, path)
     if parameters_dtype is None:
-        parameters_dtype = _stored_dtype(source, files.values())
+        parameters_dtype = _stored_dtype(source, files.values(), path)
     absent = {name: leaf.sharding for name, leaf in parameters.items() if name not in files}
     values = {}
     if absent:
@@ -137,7 +137,7 @@ def load_abstract(
     """
     source, own_config = open_checkpoint(path)
     _check_layers(source, config or own_config, source.path)
-    parameters_dtype = _requested_dtype(dtype) or _stored_dtype(source, source.names())
+    parameters_dtype = _requested_dtype(dtype) or _stored_dtype(source, source.names(), source.path)
     return abstract_model(cls, config or own_config, dtype=parameters_dtype, mesh=mesh)
 
 
@@ -159,9 +159,12 @@ def _requested_dtype(dtype: Any) -> np.dtype | None:
     return None if dtype in (None, "auto") else parameter_dtype(dtype)
 
 
-def _stored_dtype(source: TensorSource, names: Iterable[str]) -> np.dtype:
+def _stored_dtype(source: TensorSource, names: Iterable[str], path: Path) -> np.dtype:
     """Returns the dtype of the stored embedding."""
-    stored = source.dtype(next(name for name in names if name.endswith("embed_tokens.weight")))
+    name = next((name for name in names if name.endswith("embed_tokens.weight")), None)
+    if name is None:
+        raise CheckpointError(f"{path}: missing: model.embed_tokens.weight, among {some(source.names())}")
+    stored = source.dtype(name)
     return np.dtype(np.float32) if stored == np.float64 else stored  # JAX has no float64 by default
 
 

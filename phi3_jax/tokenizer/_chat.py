@@ -55,6 +55,8 @@ def default_template(token_to_id: Callable[[str], int | None], vocabulary: int) 
 
 def choose_template(chosen: str | None, own: str | Mapping[str, str] | None, tools: object) -> str:
     """Returns `chosen` (a template, or the name of one of several), else the tokenizer's own template."""
+    if chosen is not None and not isinstance(chosen, str):
+        raise UserError(f"chat_template must be a template or the name of one, got {chosen!r:.80}")
     if isinstance(own, str):
         return own if chosen is None else chosen
     named = own or {}

@@ -16,6 +16,7 @@ from phi3_jax.checkpoint import CheckpointError, open_checkpoint
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
 from phi3_jax.config.rope_argument import as_longrope
 from phi3_jax.errors import UserError
+from phi3_jax.model.loading import load_abstract
 from phi3_jax.model.saving import ModelSource
 
 SIZES: dict[str, Any] = {
@@ -234,9 +235,12 @@ def test_wrappers_prefixes_are_removed(
 def test_a_file_without_tensors_is_an_error_in_time(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "model", SIZES | MODELS["llama"]).path
     save_file({}, folder / "model.safetensors")
-    assert open_checkpoint(folder).source.names() == []
-    with pytest.raises(CheckpointError, match="num_hidden_layers=2, and the files have 0 tensors"):
-        Phi3ForCausalLM.from_pretrained(folder)
+    for use in (open_checkpoint, lambda path: convert_checkpoint(path, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match="has no tensors"):
+            use(folder)
+    save_file({"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: model\.embed_tokens\.weight, among a, b"):
+        load_abstract(Phi3ForCausalLM, folder)
 
 
 @pytest.mark.parametrize(

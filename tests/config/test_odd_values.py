@@ -85,7 +85,7 @@ def test_odd_value_in_the_config(name: str, tmp_path: Path, caplog: pytest.LogCa
             assert all(0 <= each < 99 for each in (tokens if isinstance(tokens, tuple) else (tokens or 0,)))
 
 
-@pytest.mark.parametrize("name", [*generation_checks.RULES, *generation_checks.UNSUPPORTED, "newer", "extra"])
+@pytest.mark.parametrize("name", [*generation_checks.RULES, "watermarking_config", "newer", "extra"])
 def test_odd_value_in_the_generation_config(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -100,6 +100,7 @@ def test_mask_of_assistant_tokens_matches_transformers(piece_folders, tokenizer)
         ({"messages": SHORT}, ValueError, "pass the messages as `conversation`"),
         ({"tokenizer_kwargs": {"stride": 4}}, ValueError, "stride=4 is not supported"),
         ({"truncation": True}, ValueError, "give max_length"),
+        ({"chat_template": 3}, ValueError, "must be a template or the name of one, got 3"),
     ],
 )
 def test_rejects_arguments_that_would_have_no_effect(tokenizer, options, error, says):
