@@ -22,8 +22,9 @@ class BatchPlan:
 
     An epoch shuffles the examples. With several batches a step, each `MIXED_STEPS` steps take the next
     examples, a random sample. The sample is sorted by width and divided into ranges, one for each batch of a
-    step or several, and every step gets as many examples of each range. So a step has short and long examples, and what
-    comes with their length, such as a class. The last steps of an epoch may have empty rows.
+    step or several, and every step gets as many examples of each range. So a step has short and long
+    examples, and what comes with their length, such as a class. The last steps of an epoch may have empty
+    rows.
 
     With one batch a step, all examples are sorted into the narrowest widths that hold them, and the batches
     are shuffled. Examples that do not fill a batch of their width start one of the next wider; only the
@@ -34,8 +35,8 @@ class BatchPlan:
         rows: rows of a batch, over all processes.
         widths: widths that batches may have, in tokens.
         step_batches: batches of a step.
-        step_ranges: ranges of widths that each step has examples of, a multiple of `step_batches`; default: as
-            many. Plans of the same ranges and rows a step have the same examples in each step.
+        step_ranges: ranges of widths that each step has examples of, a multiple of `step_batches`, which is
+            the default. Plans of the same ranges and rows a step have the same examples in each step.
         seed: seeds the shuffles, together with the number of the epoch.
 
     Raises:
