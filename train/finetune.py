@@ -126,8 +126,7 @@ class FinetuneRun:
             self.step, self._state = restored.step, restored.state
             self.evaluation = EvaluationState(**restored.about["standing"])
             logger.warning("resuming after step %d of %d", self.step, recipe.total_steps)
-        start = self.step * recipe.plan.step_batches
-        if restored is not None and restored.about["loader"]["next_index"] != start:
+        if restored is not None and restored.about.get("step_ranges", 1) != recipe.plan.step_ranges:
             logger.warning(
                 "the steps before had other batches (other devices, or another version): the rest of this "
                 "epoch has other examples than it would have had"
@@ -136,7 +135,7 @@ class FinetuneRun:
             recipe.data.train,
             recipe.plan,
             pad_token_id=recipe.pad_token_id,
-            start=start,
+            start=self.step * recipe.plan.step_batches,
             stop=recipe.total_steps * recipe.plan.step_batches,
             local_rows=self._own_rows,
         )
@@ -256,7 +255,7 @@ class FinetuneRun:
         self._progress.update(self.step, shown, self._seconds_left(self.step))
 
     def _save(self, score: float) -> None:
-        about = {"standing": asdict(self.evaluation), "loader": self._batches.get_state()}
+        about = {"standing": asdict(self.evaluation), "step_ranges": self._recipe.plan.step_ranges}
         self._checkpoints.save(self.step, self._state, about, score)
 
     def close_checkpoints(self) -> None:

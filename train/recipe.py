@@ -117,13 +117,14 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
         if settings.packing
         else bucket_widths(data.train.lengths, most=settings.max_buckets, multiple=width_multiple(mesh))
     )
-    batches = _step_batches(settings, len(widths), mesh)
+    batches, ranges = _step_batches(settings, len(widths), 1 if mesh is None else shards(mesh, "batch"))
     plan = BatchPlan(
         data.train.lengths,
         rows=settings.train_batch_size // batches,
         widths=widths,
         shuffle=True,
         step_batches=batches,
+        step_ranges=ranges,
         seed=settings.seed,
     )
     total = settings.max_steps or math.ceil(settings.num_train_epochs * plan.steps_per_epoch)
@@ -138,21 +139,23 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
     return Recipe(settings, path, tokenizer, config, data, pad, plan, total, schedule, kind, metric, sign)
 
 
-def _step_batches(settings: Settings, widths: int, mesh: Mesh | None) -> int:
-    """Returns how many batches a step takes, each with a width of its own.
+def _step_batches(settings: Settings, widths: int, devices: int) -> tuple[int, int]:
+    """Returns how many batches a step takes, each with a width of its own, and how many ranges of widths.
 
-    It is a multiple of the micro-batches that the settings ask for. With one width, or where the devices
-    divide the rows so far, it is 1, and the trainer divides the batch into the micro-batches.
+    The ranges do not depend on the devices, so that steps have the same examples on any of them. Batches are
+    a multiple of the micro-batches that the settings ask for, and of several ranges where the devices need
+    more rows. With one width, or if the devices leave one batch, the trainer divides it.
     """
-    if widths == 1:
-        return 1
-    least = settings.gradient_accumulation_steps
-    devices = 1 if mesh is None else shards(mesh, "batch")
-    for batches in range(max(STEP_BATCHES, least), 1, -1):
-        rows, rest = divmod(settings.train_batch_size, batches)
-        if batches % least == 0 and not rest and rows % devices == 0 and (rows > 1 or batches == least):
-            return batches
-    return 1
+    least, rows = settings.gradient_accumulation_steps, settings.train_batch_size
+    sizes = [
+        size for size in range(1, max(STEP_BATCHES, least) + 1) if rows % size == 0 and size % least == 0
+    ]
+    ranges = max((size for size in sizes if rows > size or size == least), default=1)
+    if widths == 1 or ranges == 1:
+        return 1, 1
+    fitting = [size for size in sizes if ranges % size == 0 and rows // size % devices == 0]
+    batches = max(fitting, default=1)
+    return (batches, ranges) if batches > 1 else (1, 1)
 
 
 def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:

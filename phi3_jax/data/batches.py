@@ -21,9 +21,10 @@ class BatchPlan:
     depends only on its arguments, not on the number of processes, and its batches can be read in any order.
 
     An epoch shuffles the examples. With several batches a step, each `MIXED_STEPS` steps take the next
-    examples, a random sample. The sample is sorted by width and divided into as many ranges as a step has
-    batches, and every step gets one batch of each range. So a step has short and long examples, and what
-    comes with their length, such as a class. The last steps of an epoch may have empty rows.
+    examples, a random sample. The sample is sorted by width and divided into ranges, one for each batch of a
+    step or several, and every step gets as many examples of each range. So a step has short and long
+    examples, and what comes with their length, such as a class. The last steps of an epoch may have empty
+    rows.
 
     With one batch a step, all examples are sorted into the narrowest widths that hold them, and the batches
     are shuffled. Examples that do not fill a batch of their width start one of the next wider; only the
@@ -34,6 +35,8 @@ class BatchPlan:
         rows: rows of a batch, over all processes.
         widths: widths that batches may have, in tokens.
         step_batches: batches of a step.
+        step_ranges: ranges of widths that each step has examples of, a multiple of `step_batches`, which is
+            the default. Plans of the same ranges and rows a step have the same examples in each step.
         seed: seeds the shuffles, together with the number of the epoch.
 
     Raises:
@@ -48,10 +51,12 @@ class BatchPlan:
         widths: Sequence[int],
         shuffle: bool,
         step_batches: int = 1,
+        step_ranges: int | None = None,
         seed: int = 0,
     ):
         lengths = np.asarray(lengths)
         self.rows, self.step_batches = rows, step_batches
+        self.step_ranges = step_ranges or step_batches
         self.widths = tuple(sorted(widths))
         _check(lengths, rows, self.widths)
         self._lengths = lengths
@@ -118,14 +123,15 @@ class BatchPlan:
     def _mixed_batches(self, epoch: int) -> np.ndarray:
         """Returns the examples of each batch; the batches of a step have examples of different lengths."""
         order = permutation(len(self._lengths), self._seed, epoch)
-        indices = np.full((self.steps_per_epoch, self.step_batches, self.rows), -1, np.int64)
+        rows = self.rows * self.step_batches // self.step_ranges
+        indices = np.full((self.steps_per_epoch, self.step_ranges, rows), -1, np.int64)
         for first in range(0, len(indices), MIXED_STEPS):
             sample = indices[first : first + MIXED_STEPS]
             start = first * self.step_batches * self.rows
             taken = self._by_width(order[start : start + sample.size])
             ranges = np.full(sample.size, -1, np.int64)
             ranges[sample.size - len(taken) :] = taken  # empty rows count as the shortest
-            for number, own in enumerate(ranges.reshape(self.step_batches, len(sample), self.rows)):
+            for number, own in enumerate(ranges.reshape(self.step_ranges, len(sample), rows)):
                 sample[:, number] = own[permutation(len(sample), self._seed, epoch, 1, first, number)]
         return indices.reshape(self.batches_per_epoch, self.rows)
 

@@ -126,6 +126,18 @@ def test_classes_of_different_lengths_are_mixed_as_by_chance(rows: int, batches:
         assert width == min(w for w in widths if w >= max(used, default=0))
 
 
+def test_batches_of_several_ranges_have_the_same_examples_in_each_step() -> None:
+    lengths, _ = lengths_by_class(1, 500)
+    options = {"widths": bucket_widths(lengths, most=3), "shuffle": True, "step_ranges": 4}
+    fine = BatchPlan(lengths, rows=2, step_batches=4, **options)
+    coarse = BatchPlan(lengths, rows=4, step_batches=2, **options)
+    ours, expected = (
+        np.array([plan.batch(number)[1] for number in range(plan.batches_per_epoch)]).reshape(-1, 8)
+        for plan in (coarse, fine)
+    )
+    np.testing.assert_array_equal(ours, expected)
+
+
 def test_steps_of_several_batches_differ_by_epoch_and_seed() -> None:
     lengths, _ = lengths_by_class(0, 70)
     options = {"rows": 2, "widths": bucket_widths(lengths, most=3), "shuffle": True, "step_batches": 4}

@@ -145,6 +145,8 @@ def test_steps_take_several_batches_where_rows_divide(folder, base):
     assert batches(gradient_accumulation_steps=8) == 8
     mesh = make_mesh("data=4", jax.devices()[:4])
     assert batches(mesh) == 2
+    assert batches(mesh, gradient_accumulation_steps=2) == 2
+    assert batches(mesh, train_batch_size=16) == 4
     assert batches(mesh, train_batch_size=4) == 1
 
 

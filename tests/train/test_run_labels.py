@@ -207,7 +207,7 @@ UNKNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", UNKNOWN)
+@pytest.mark.parametrize("kind", ["single", "tags", pytest.param("several", marks=pytest.mark.slow)])
 def test_test_rows_with_unknown_labels_count_as_wrong(
     tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
