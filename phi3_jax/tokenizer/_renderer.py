@@ -136,5 +136,8 @@ def _serve(requests: BinaryIO, replies: BinaryIO, seconds: float) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    if hasattr(signal, "SIGPROF"):  # a profiler in the process that asks may ignore or block it
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     _limit_memory(int(sys.argv[2]))
     _serve(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))

@@ -3,6 +3,7 @@
 import enum
 import json
 import os
+import signal
 import time
 from typing import Any, Literal
 
@@ -302,12 +303,17 @@ def test_rejects_tools_that_cannot_be_described(tokenizer, tools, says):
 
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Limits templates to a fifth of a second and 200 MB, in a process of their own."""
+    """Limits templates to a fifth of a second and 200 MB, in a process of their own.
+
+    This process ignores the signal that ends the other one, as profilers in libraries have it do.
+    """
+    handler = signal.signal(signal.SIGPROF, signal.SIG_IGN)
     monkeypatch.setattr(_worker, "SECONDS", 0.2)
     monkeypatch.setattr(_worker, "MEMORY", 200 << 20)
     renderer = _worker.Renderer()
     yield renderer
     renderer.close()
+    signal.signal(signal.SIGPROF, signal.SIG_DFL if handler is None else handler)
 
 
 DOUBLES = (
