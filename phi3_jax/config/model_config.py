@@ -79,6 +79,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "initializer_range": ("a number, 0 or more", lambda v: is_number(v) and v >= 0),
     "rms_norm_eps": ("a positive number of float32's range, such as 1e-05", is_positive),
     "tie_word_embeddings": ("true or false", lambda v: type(v) is bool),
+    "hidden_act": ("the name of an activation", lambda v: isinstance(v, str)),
     "rope_theta": ("a number above 1, such as 10000.0", lambda v: is_number(v) and v > 1),
     "partial_rotary_factor": ("above 0 and at most 1 (all dims)", lambda v: is_number(v) and 0 < v <= 1),
     "sliding_window": ("a positive integer, or None for no window", lambda v: v is None or _is_size(v)),
