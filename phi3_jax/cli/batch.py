@@ -96,7 +96,10 @@ def batch(
         engine,
         Path(source),
         Path(output),
-        options=_model_options(path, dtype, rope) | generation | {"max_length": max_length},
+        # Standard output cannot be resumed, so that the weights need not be read for a fingerprint.
+        options={}
+        if output == "-"
+        else _model_options(path, dtype, rope) | generation | {"max_length": max_length},
         overwrite=overwrite,
         stats=stats,
     )
