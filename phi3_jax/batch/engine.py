@@ -1,5 +1,6 @@
 """Answers requests: texts, chat templates and stop strings around continuous batching."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ from phi3_jax.generation.memory import token_capacity
 from phi3_jax.generation.stopping import StopStringCriteria
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.parallel.sharding import shards
-from phi3_jax.sizes import round_up
+from phi3_jax.sizes import power_of_two, round_up
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 SAMPLE = 256
@@ -100,6 +101,8 @@ class Engine:
         end = self.compiled.model.generation_config.eos_token_id
         self._end_tokens = [] if end is None else [end] if isinstance(end, int) else list(end)
         self._batch: ContinuousBatch | None = None
+        self._rows = 0.0
+        """The number of requests that `_batch` has slots for; infinity if it is for any number."""
         self.pools: list[PoolSize] = []
         """The slots, which are chosen when the first requests are known."""
 
@@ -132,15 +135,18 @@ class Engine:
         length = self.max_length + 1
         if complete and self._given_max_length is None:
             length = max((need for need, _ in needs), default=LENGTH_MULTIPLE)
-        if self._batch is not None and length <= self.pools[-1].length:
+        slots = self._slots or default_slots()
+        rows = power_of_two(max(1, len(first))) if complete and len(first) < slots else math.inf
+        if self._batch is not None and length <= self.pools[-1].length and rows <= self._rows:
             return self._batch
-        self._batch = None  # frees its memory
+        self._batch, self._rows = None, rows  # frees its memory
         self.pools = choose_pools(
             needs,
-            slots=self._slots or default_slots(),
+            slots=slots,
             length=min(round_up(length, LENGTH_MULTIPLE), self._capacity),
             capacity=self._capacity,
             multiple=shards(self.compiled.mesh, "batch"),
+            complete=complete,
         )
         self._batch = ContinuousBatch(
             self.compiled, self.pools, end_tokens=self._end_tokens, prefixes=PrefixFinder()

@@ -32,6 +32,8 @@ class Analytic:
     batch_bytes: int
     temporary_bytes: int
     """An estimate: saved activations, one layer's intermediates, logits, gradients, a gathered layer."""
+    gradient_sum_bytes: int
+    """What a training step in several batches, of different widths, holds besides: not in `total_bytes`."""
     hbm_traffic_bytes: float
     link_bytes: float
 
@@ -120,6 +122,7 @@ def analyse(work: Work, mesh: Mapping[str, int]) -> Analytic:
         cache_bytes=0 if work.task == "finetune" else chip.cache_bytes(work.seq),
         batch_bytes=_ID_ARRAYS[work.task] * chip.rows * ceil_div(length, chip.axis("context")) * 4,
         temporary_bytes=_temporary_bytes(chip),
+        gradient_sum_bytes=chip.trained * work.optimizer_item_bytes,
         hbm_traffic_bytes=_hbm_traffic(chip),
         link_bytes=_link_bytes(chip),
     )

@@ -16,7 +16,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 
     A key ends in its unit; bytes and FLOPs are of one chip unless the key ends in "total". `memory.source` is
     "compiler", or "shapes" for an estimate; its `parts_bytes` add up to `needed_bytes`, and `free_bytes` is
-    negative where the step does not fit. `compiler` and `collectives` are null where nothing was compiled;
+    negative where the step does not fit. `gradient_sum_bytes` is what a training step in several batches, of
+    different widths, needs besides. `compiler` and `collectives` are null where nothing was compiled;
     equal collectives share one entry. `others` has the other meshes, best first.
     """
     program = plan.program
@@ -32,6 +33,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             "needed_bytes": plan.needed_bytes,
             "usable_bytes": plan.usable_bytes,
             "free_bytes": plan.usable_bytes - plan.needed_bytes,
+            "gradient_sum_bytes": plan.analytic.gradient_sum_bytes,
         },
         "flops": _flops(plan),
         "traffic": {
@@ -266,6 +268,9 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"The compiler refused after {plan.refusal.compile_seconds:.1f} s: {plan.refusal.message}"
     if not plan.compiled:
         yield "Not compiled: parameters, optimizer and cache are exact, temporaries and traffic estimates."
+    if plan.analytic.gradient_sum_bytes:
+        sums = _bytes(plan.analytic.gradient_sum_bytes)
+        yield f"Training on rows of several widths holds the sums of gradients besides: {sums} a chip."
     if plan.topology.chip.devices_per_chip > 1:
         yield f"Numbers of a chip are those of one of its {plan.topology.chip.devices_per_chip} JAX devices."
 

@@ -107,7 +107,6 @@ def _exchange(work: Path, target: Path, config: str, replaced: re.Pattern[str]) 
         sync(kept)
         sync(target)
         (kept / _JOURNAL).unlink()  # from here on the new files count
-        sync(kept)
     except BaseException as error:
         try:
             _put_back(target, kept)
@@ -117,6 +116,13 @@ def _exchange(work: Path, target: Path, config: str, replaced: re.Pattern[str]) 
                 f"they are in {kept}, and the next command that opens {target} tries again"
             ) from error
         raise
+    try:
+        sync(kept)
+    except OSError as error:  # the old files stay beside the new: after a power cut the journal may be back
+        raise CheckpointError(
+            f"{target} has its new files, but the disk does not confirm that it keeps them: "
+            f"{error.strerror or error}"
+        ) from error
     shutil.rmtree(kept, ignore_errors=True)
 
 

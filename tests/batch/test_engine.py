@@ -214,7 +214,7 @@ def test_takes_requests_as_slots_become_free(pipeline: Pipeline) -> None:
 def test_one_engine_serves_several_runs(pipeline: Pipeline) -> None:
     engine = engine_of(pipeline, max_length=None)
     short = run(engine, {"prompt": "Hello"})[0].text
-    assert engine.pools[-1].length == 128
+    assert [(pool.slots, pool.length) for pool in engine.pools] == [(1, 128)]
     long = {"prompt": "Hello" * 30, "max_new_tokens": 3}
     assert run(engine, long)[0].prompt_tokens == len(pipeline.tokenizer.encode("Hello" * 30))
     assert list(engine.run([])) == []
@@ -223,6 +223,10 @@ def test_one_engine_serves_several_runs(pipeline: Pipeline) -> None:
     closed_early.close()
     assert engine.load.busy == 0
     assert run(engine, *[{"prompt": "Hello"}] * 5)[3].text == short
+    pools = engine.pools
+    assert sum(pool.slots for pool in pools) > 1
+    run(engine, {"prompt": "Hello"})
+    assert engine.pools is pools
 
 
 @pytest.mark.slow

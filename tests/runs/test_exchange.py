@@ -212,6 +212,41 @@ def test_an_error_changes_nothing(
     assert read(target) == OLD
 
 
+def test_an_error_of_any_sync_says_which_files_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = exchange.sync
+    ends = []
+    for at in range(1, 100):
+        target = tmp_path / f"target-{at}"
+        write(target, OLD)
+        calls: list[Path] = []
+
+        def fail(path: Path, at: int = at, calls: list[Path] = calls) -> None:
+            calls.append(path)
+            if len(calls) == at:
+                raise OSError(5, "Input/output error")
+            sync(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(exchange, "sync", fail)
+            message = ""
+            try:
+                exchange_files(target)
+            except CheckpointError as error:
+                message = str(error)
+        if not message:
+            break
+        assert "Input/output error" in message
+        ends.append("nothing was changed" in message)
+        assert visible(target) == (OLD if ends[-1] else AFTER)
+        assert ends[-1] or "has its new files" in message
+        exchange_files(target)
+        assert read(target) == AFTER
+    assert ends == [True] * (len(ends) - 1) + [False]
+    assert len(ends) > 6
+
+
 def test_old_files_that_cannot_be_put_back_are_put_back_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
