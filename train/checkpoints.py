@@ -32,7 +32,7 @@ class RestoredCheckpoint:
 
 
 class Checkpoints:
-    """The checkpoints of a run; the last two and the best are kept.
+    """The checkpoints of a run; the last ones and the best are kept.
 
     They hold what training changes: trained parameters, optimizer and step. Frozen parameters are the base
     model's. Each checkpoint has a checksum of its numbers, because the format has none. With several
@@ -41,9 +41,10 @@ class Checkpoints:
     Args:
         directory: made if it does not exist; leftovers of killed processes in it are removed.
         greater_is_better: whether a greater score is better.
+        last: how many checkpoints are kept beside the best.
     """
 
-    def __init__(self, directory: Path, *, greater_is_better: bool):
+    def __init__(self, directory: Path, *, greater_is_better: bool, last: int = 2):
         self.directory = directory.absolute()
 
         def score(metrics: Any) -> float:
@@ -59,7 +60,7 @@ class Checkpoints:
             best_fn=score,  # without it Orbax neither writes nor reads scores
             best_mode="max" if greater_is_better else "min",
             cleanup_tmp_directories=True,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(last), best]),
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -149,9 +150,10 @@ class Checkpoints:
             return restored
         return None
 
-    def keep(self, best: int | None) -> None:
-        """Deletes all checkpoints but the last two and the best, which a killed process may not have done."""
-        for step in self.steps()[:-2]:
+    def keep(self, best: int | None, last: int) -> None:
+        """Deletes all checkpoints but the best and the `last` ones; a killed process may have left more."""
+        steps = self.steps()
+        for step in steps[: len(steps) - last]:
             if step != best:
                 self._manager.delete(step)
 
@@ -167,6 +169,13 @@ class Checkpoints:
         reason = "there is no space left on the disk" if full else texts[0].strip().splitlines()[0][:200]
         name = self.directory if step is None else self.directory / str(step)
         return CheckpointError(f"{name} cannot be written: {reason}; the checkpoint before it is intact")
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Returns the steps that have a complete checkpoint in this folder, ascending, without reading them."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
 def remove_checkpoints(directory: Path) -> None:

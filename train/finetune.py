@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Batch, load
+from phi3_jax.errors import UserError
 from phi3_jax.parallel import distributed
 from phi3_jax.trainer.batches import local_rows, to_devices
 from phi3_jax.trainer.step import Metrics
@@ -28,7 +29,8 @@ from .predictions import Predictions
 from .progress import Progress
 from .recipe import Recipe, make_recipe, make_trainer, new_model, with_adapters
 from .report import Results
-from .run_directory import CHECKPOINTS, RunDirectory, SplitMetrics
+from .run_directory import ADVICE, CHECKPOINTS, RunDirectory, SplitMetrics
+from .saving import SavePlan
 from .settings import Settings
 from .speed import Speed
 from .time_left import TimeLeft
@@ -37,19 +39,20 @@ logger = logging.getLogger(__name__)
 
 
 class InterruptedRunError(Exception):
-    """A signal ended the run, which has saved its state."""
+    """A signal ended the run, which has saved its state if `save_strategy` allows."""
 
-    def __init__(self, step: int, signal: int):
-        super().__init__(
-            f"interrupted after step {step}, which is saved; the same command resumes the run from there"
-        )
+    def __init__(self, step: int, signal: int, saved: bool):
+        state = "which is saved; the same command resumes the run from there"
+        if not saved:
+            state = "and save_strategy=no saved nothing; the same command starts the run over"
+        super().__init__(f"interrupted after step {step}, {state}")
         self.signal = signal
 
 
 def finetune(
     settings: Settings, *, mesh: Mesh | None = None, cache_dir: Path | None = None, show: bool = True
 ) -> SplitMetrics:
-    """Trains, evaluates and saves; resumes an interrupted run with the same settings.
+    """Trains, evaluates and saves; resumes an interrupted run, or a finished one that is to take more steps.
 
     Several processes all call this, with the same settings.
 
@@ -65,7 +68,7 @@ def finetune(
     Raises:
         UserError: settings or data do not fit, or the loss or a metric is not finite.
         OSError: a file cannot be read or written; `CheckpointError` for models and checkpoints.
-        InterruptedRunError: SIGTERM or Ctrl-C came; the state is saved.
+        InterruptedRunError: SIGTERM or Ctrl-C came.
     """
     recipe = make_recipe(settings, mesh, cache_dir)
     directory = RunDirectory(recipe)
@@ -76,12 +79,13 @@ def finetune(
             logger.warning("%s is finished; nothing is left to do", directory.path)
             return finished
         run = FinetuneRun(recipe, mesh)
-        run.open(directory.path, stack)
+        run.open(directory, stack)
+        distributed.from_primary(directory.begin)
         run.train(show and distributed.is_primary())
         run.restore_best()
         results, predictions = run.evaluate()
         directory.export(run.model())
-        directory.report(Results(results, recipe.metric, run.evaluation.best_step, predictions))
+        directory.report(Results(results, recipe.metric, run.kept_step, predictions))
         distributed.from_primary(lambda: directory.finish(results))
         if not settings.keep_checkpoints:
             run.close_checkpoints()
@@ -103,7 +107,9 @@ class FinetuneRun:
         test = recipe.data.test
         self._test = None if test is None else self._evaluator("test", test)
         self._evaluate_every = self._settings.eval_steps or recipe.plan.steps_per_epoch
-        self._save_every = self._settings.save_steps or self._evaluate_every
+        self._save_plan = SavePlan.from_settings(
+            self._settings, epoch=recipe.plan.steps_per_epoch, total=recipe.total_steps
+        )
         self._dropout_key = jax.random.key(self._settings.seed) if self._settings.dropout else None
         self._own_rows = local_rows(recipe.plan.rows, mesh)
         # On CPU a step is done when it has been sent: nothing would run while its numbers are recorded.
@@ -115,17 +121,38 @@ class FinetuneRun:
         self.step = 0
         """How many steps are done."""
         self.evaluation = EvaluationState()
+        self.kept_step: int | None = None
+        """The step with the best score, if its parameters are kept; None: those of the last step are."""
+        self._checkpoints: Checkpoints | None = None
+        # Whether the state was evaluated. A run that is resumed to end earlier may not have done it.
+        self._evaluated = True
 
-    def open(self, directory: Path, stack: ExitStack) -> None:
-        """Opens checkpoints, batches and the log, which `stack` closes; restores the last checkpoint."""
-        recipe = self._recipe
-        self._checkpoints = Checkpoints(directory / CHECKPOINTS, greater_is_better=recipe.sign > 0)
-        stack.callback(self._checkpoints.close)
-        restored = self._checkpoints.restore_last(self._state)
+    def open(self, directory: RunDirectory, stack: ExitStack) -> None:
+        """Opens checkpoints, batches and the log, which `stack` closes; restores the last checkpoint.
+
+        Raises:
+            UserError: the run was finished early by `early_stopping_patience`, and is to take more steps.
+        """
+        recipe, restored = self._recipe, None
+        if self._save_plan.strategy != "no":
+            self._checkpoints = Checkpoints(
+                directory.path / CHECKPOINTS, greater_is_better=recipe.sign > 0, last=self._save_plan.last
+            )
+            stack.callback(self._checkpoints.close)
+            restored = self._checkpoints.restore_last(self._state)
         if restored is not None:
             self.step, self._state = restored.step, restored.state
             self.evaluation = EvaluationState(**restored.about["standing"])
+            self._evaluated = restored.about.get("evaluated", True)
             logger.warning("resuming after step %d of %d", self.step, recipe.total_steps)
+        elif directory.started:
+            logger.warning("no step of the run before was saved: starting over")
+        was_finished = distributed.from_primary(lambda: directory.finished_steps is not None)
+        if was_finished and self._patience_is_over():
+            raise UserError(
+                f"{directory.path} stopped early after step {self.step}, and would again with more steps: "
+                f"early_stopping_patience={self._settings.early_stopping_patience} is over; {ADVICE}"
+            )
         if restored is not None and restored.about.get("step_ranges", 1) != recipe.plan.step_ranges:
             logger.warning(
                 "the steps before had other batches (other devices, or another version): the rest of this "
@@ -142,33 +169,35 @@ class FinetuneRun:
         stack.callback(self._batches.close)
         self._log = None
         if distributed.is_primary():
-            self._log = stack.enter_context(RunLog(directory, resume_at=self.step))
+            self._log = stack.enter_context(RunLog(directory.path, resume_at=self.step))
 
     def train(self, show: bool) -> None:
         """Takes all steps, or fewer if evaluations stop getting better; evaluates and saves in between.
 
         Raises:
             NotFiniteError: the loss, the gradient norm or the metric of an evaluation is not finite.
-            InterruptedRunError: a signal came; the state is saved.
+            InterruptedRunError: a signal came.
         """
         total = self._recipe.total_steps
         self._recorded_at = perf_counter()
         with Progress(total, self.step, show) as self._progress, Interrupts() as interrupts:
+            if self.step == total and not self._evaluated:
+                self._evaluate_and_save(interrupted=False)
             while self.step < total and not self._patience_is_over():
                 self._take_step()
                 interrupted = interrupts.at(self.step)
-                if self.step % self._evaluate_every == 0 or self.step == total:
-                    self._record_step()
-                    self._validate_and_save()
-                elif interrupted or self.step % self._save_every == 0:
-                    self._record_step()
-                    self._save(-self._recipe.sign * sys.float_info.max)
+                self._evaluate_and_save(interrupted)
                 if interrupted:
-                    self._checkpoints.wait()
                     assert interrupts.received is not None
-                    raise InterruptedRunError(self.step, interrupts.received)
-            self._checkpoints.wait()
-            self._checkpoints.keep(self.evaluation.best_step)
+                    if self._checkpoints is not None:
+                        self._checkpoints.wait()
+                    raise InterruptedRunError(
+                        self.step, interrupts.received, saved=self._checkpoints is not None
+                    )
+            if self._checkpoints is not None:
+                self._checkpoints.wait()
+                last = 0 if self._save_plan.strategy == "best" else self._save_plan.last
+                self._checkpoints.keep(self.evaluation.best_step, last)
 
     def _patience_is_over(self) -> bool:
         return self.evaluation.patience_is_over(self._settings.early_stopping_patience)
@@ -238,39 +267,65 @@ class FinetuneRun:
         if self._log is not None:
             self._log.record(kind, step, values)
 
-    def _validate_and_save(self) -> None:
-        metrics, _ = self._validate(self._state)
-        metric = self._recipe.metric
-        score = metrics[metric]
-        check_finite(metrics, metric, f"the evaluation of the validation data after step {self.step}")
-        self._record("validation", self.step, metrics)
-        self.evaluation = self.evaluation.with_score(self.step, score, self._recipe.sign)
-        self._save(score)
+    def _evaluate_and_save(self, interrupted: bool) -> None:
+        """Evaluates and writes a checkpoint, each if the settings ask for it after this step."""
+        step, score = self.step, -self._recipe.sign * sys.float_info.max
+        self._evaluated = step % self._evaluate_every == 0 or step == self._recipe.total_steps
+        if self._evaluated:
+            self._record_step()
+            metrics, _ = self._validate(self._state)
+            score = metrics[self._recipe.metric]
+            check_finite(
+                metrics, self._recipe.metric, f"the evaluation of the validation data after step {step}"
+            )
+            self._record("validation", step, metrics)
+            self.evaluation = self.evaluation.with_score(step, score, self._recipe.sign)
+        best = self.evaluation.best_step == step
+        if self._save_plan.saves(step, evaluated=self._evaluated, best=best, interrupted=interrupted):
+            self._record_step()
+            self._save(score)
+        if self._evaluated:
+            self._after_evaluation({self._recipe.metric: score, "validation_loss": metrics["loss"]})
+
+    def _after_evaluation(self, shown: dict[str, float]) -> None:
+        """Takes the time of an evaluation with its checkpoint, and shows its numbers."""
         self._speed.pause()
-        first = self._first_evaluation
+        new_widths = len(self._validate.widths) if self._first_evaluation else 0
         self._first_evaluation = False
-        new_widths = len(self._validate.widths) if first else 0
         self._time_left.add_evaluation(self._seconds_since_record(), new_widths)
-        shown = {metric: score, "validation_loss": metrics["loss"]}
         self._progress.update(self.step, shown, self._seconds_left(self.step))
 
     def _save(self, score: float) -> None:
-        about = {"standing": asdict(self.evaluation), "step_ranges": self._recipe.plan.step_ranges}
+        assert self._checkpoints is not None
+        about = {
+            "standing": asdict(self.evaluation),
+            "evaluated": self._evaluated,
+            "step_ranges": self._recipe.plan.step_ranges,
+        }
         self._checkpoints.save(self.step, self._state, about, score)
 
     def close_checkpoints(self) -> None:
         """Ends the threads that write checkpoints, so that their folder can be removed."""
-        self._checkpoints.close()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
 
     def restore_best(self) -> None:
-        """Restores the parameters with the best score; keeps the last ones if they cannot be read."""
+        """Restores the parameters with the best score; keeps the last ones if they are not there."""
         best = self.evaluation.best_step
-        if best is None or best == self.step:
-            return
-        try:
-            self._state = self._checkpoints.restore(best, self._state).state
-        except CheckpointError as error:
-            logger.warning("%s; the last parameters are kept instead of the best", error)
+        if best is not None and best != self.step:
+            if self._checkpoints is None:
+                logger.warning(
+                    "save_strategy=no: the model is that of the last step, %d; step %d was better (%s %.4f "
+                    "on the validation data)",
+                    *(self.step, best, self._recipe.metric, self.evaluation.best_score),
+                )
+                return
+            try:
+                self._state = self._checkpoints.restore(best, self._state).state
+            except CheckpointError as error:
+                logger.warning("%s; the last parameters are kept instead of the best", error)
+                return
+        self.kept_step = best
 
     def evaluate(self) -> tuple[SplitMetrics, Predictions | None]:
         """Returns the metrics of every split, and the predictions of the last one.
@@ -278,7 +333,7 @@ class FinetuneRun:
         Raises:
             NotFiniteError: the loss or the metric is not finite.
         """
-        metric, kept = self._recipe.metric, self.evaluation.best_step or self.step
+        metric, kept = self._recipe.metric, self.kept_step or self.step
         metrics, predictions = self._validate(self._state)
         check_finite(
             metrics, metric, f"the evaluation of the validation data with the parameters of step {kept}"
@@ -289,7 +344,7 @@ class FinetuneRun:
             check_finite(
                 results["test"], metric, f"the evaluation of the test data with the parameters of step {kept}"
             )
-            self._record("test", self.evaluation.best_step or self.step, results["test"])
+            self._record("test", kept, results["test"])
         return results, predictions
 
     def model(self) -> Any:

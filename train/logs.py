@@ -22,8 +22,8 @@ class RunLog:
     """Writes `log.jsonl` and `tensorboard/` in a run's directory; only one process does.
 
     Every record is handed to the system when `record` returns, so that a killed run loses none. A log that is
-    resumed at a step continues after it: records of later steps and an incomplete last line are dropped. From
-    step 0 an older log is replaced.
+    resumed at a step continues after it: records of later steps and of the test data, and an incomplete last
+    line are dropped. From step 0 an older log is replaced.
 
     Raises:
         UserError: a line before the last is broken; the message names the file and the line.
@@ -34,7 +34,12 @@ class RunLog:
         path = directory / LOG
         kept = []
         if resume_at and path.exists():
-            kept = [line for line, record in _lines(path) if record["step"] <= resume_at]
+            # The end of the run scores the test data again.
+            kept = [
+                line
+                for line, record in _lines(path)
+                if record["step"] <= resume_at and record.get("kind") != "test"
+            ]
         with replacing(path) as work:
             work.write_bytes(b"".join(line + b"\n" for line in kept))
         self._events = _EventFile(directory / TENSORBOARD, resume_at)

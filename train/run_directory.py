@@ -18,11 +18,11 @@ from phi3_jax.runs.files import remove_leftovers
 from phi3_jax.runs.json_values import RUN
 from phi3_jax.runs.resume import RunFile, differences
 
-from .checkpoints import remove_checkpoints
+from .checkpoints import remove_checkpoints, saved_steps
 from .logs import LOG, TENSORBOARD, read_log
 from .recipe import Recipe
 from .report import Results, write_report
-from .settings import FREE
+from .settings import FREE, LENGTH
 
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 """Folders of checkpoints and, beside the merged model, of adapters."""
@@ -32,6 +32,8 @@ _WRITTEN = (
     *("config.json", "model.safetensors", "tokenizer.json"),
 )
 """Files and folders by which a directory is taken for somebody's, if it has no `run.json`."""
+
+ADVICE = "choose another --output-dir, or give --overwrite-output-dir to start over"
 
 SplitMetrics = dict[str, dict[str, float]]
 """Metrics by split and name."""
@@ -43,6 +45,10 @@ class RunDirectory:
     def __init__(self, recipe: Recipe):
         settings = recipe.settings
         self.path = settings.output_dir
+        self.started = False
+        """Whether the directory holds this run, started by an earlier process."""
+        self.finished_steps: int | None = None
+        """How many steps the run had when it was finished, before it was asked for more."""
         self._recipe = recipe
         self._state: dict[str, Any] = {
             "data": recipe.data.fingerprint(),
@@ -55,18 +61,18 @@ class RunDirectory:
             self.path,
             settings.model_dump(mode="json"),
             key="settings",
-            free=FREE,
-            advice="choose another --output-dir, or give --overwrite-output-dir to start over",
+            free=FREE | LENGTH,
+            advice=ADVICE,
         )
 
     def open(self) -> SplitMetrics | None:
         """Makes the directory, or checks that it holds this very run; returns the results of a finished one.
 
-        Until `release`, no other run can open it.
+        A run may get another number of steps; `begin` records it. Until `release`, no other run can open it.
 
         Raises:
-            UserError: the directory holds something else, or a run with other settings or data; another run
-                has it.
+            UserError: the directory holds something else, a run with other settings or data, or one that has
+                done more steps or cannot be continued; another run has it.
         """
         overwrite = self._recipe.settings.overwrite_output_dir
         if self.path.exists() and self.path.samefile(self._recipe.base):
@@ -77,8 +83,9 @@ class RunDirectory:
         if overwrite:
             self._file.path.unlink(missing_ok=True)
         if self._file.path.exists():
-            results = self._file.read(self._check_data)
+            results = self._file.read(self._check_state)
             remove_leftovers(self.path)
+            self.started = True
             return results
         found = [name for name in _WRITTEN if (self.path / name).exists()]
         if found and not overwrite:
@@ -88,20 +95,52 @@ class RunDirectory:
             )
         remove_checkpoints(self.path / CHECKPOINTS)
         remove_leftovers(self.path)
-        self._file.write(**self._state)
+        self.begin()
         return None
+
+    def begin(self) -> None:
+        """Writes what the run does, and that it is not finished."""
+        self._file.write(**self._state)
 
     def release(self) -> None:
         """Lets other runs open the directory."""
         self._file.release()
 
-    def _check_data(self, before: dict[str, Any]) -> SplitMetrics | None:
+    def _check_state(self, before: dict[str, Any]) -> SplitMetrics | None:
         if before.get("data") != self._state["data"]:
             raise self._file.mismatch("the data are not the same")
         known = {"base", "base_files"}
         if changed := differences(before, self._state, free=(before.keys() | self._state.keys()) - known):
             raise self._file.mismatch(*changed)
-        return before.get("finished")
+        if before["steps"] == self._state["steps"]:
+            return before.get("finished")
+        self._check_steps(before["steps"], "finished" in before)
+        return None
+
+    def _check_steps(self, before: int, finished: bool) -> None:
+        """Checks that the run can end after another number of steps than `before`.
+
+        Raises:
+            UserError: it has done more, or is finished and has no checkpoint to continue from.
+        """
+        saved, steps = saved_steps(self.path / CHECKPOINTS), self._state["steps"]
+        done = before if finished else max(saved, default=0)
+        if done > steps:
+            raise UserError(
+                f"{self.path} has done {done} steps, and cannot end after step {steps}; give more steps, "
+                f"{ADVICE}"
+            )
+        if finished and not saved:
+            reason = "keep_checkpoints=False removed them"
+            if self._recipe.settings.save_strategy == "no":
+                reason = "save_strategy=no writes none"
+            raise UserError(
+                f"{self.path} is finished after step {before} and has no checkpoint from which it could be "
+                f"continued to step {steps} ({reason}). To train its model further as a new run, give it as "
+                "--model beside another --output-dir; --overwrite-output-dir starts over"
+            )
+        if finished:
+            self.finished_steps = before
 
     def finish(self, results: SplitMetrics) -> None:
         """Writes that the run is finished, and its results."""

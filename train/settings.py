@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from phi3_jax.config.rope_types import is_positive
 from phi3_jax.data.tasks import ProblemType
@@ -124,7 +124,14 @@ class Settings(BaseModel):
 
     logging_steps: int = Field(1, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="Default: once an epoch.")
-    save_steps: int | None = Field(None, ge=1, description="Default: with each evaluation.")
+    save_strategy: Literal["steps", "epoch", "best", "no"] = Field(
+        "steps",
+        description="When to write checkpoints; best: after an evaluation better than all before; no: never, "
+        "so that a killed run starts over and the last parameters are the model.",
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="For save_strategy=steps; default: with each evaluation."
+    )
     keep_checkpoints: bool = Field(
         True, description="Keep checkpoints of a finished run; off: only the model stays."
     )
@@ -132,6 +139,12 @@ class Settings(BaseModel):
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after this many evaluations without a better one."
     )
+
+    @field_validator("save_strategy", mode="before")
+    @classmethod
+    def _no_in_yaml(cls, value: Any) -> Any:
+        """Reads a bare `no` of YAML, which is false there, as the word."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _fits_the_device(self) -> "Settings":
@@ -162,6 +175,11 @@ class Settings(BaseModel):
             raise UserError("trained=head is for classification: a language model's head is not new")
         if self.dataset is not None and self.train_file is not None:
             raise UserError("give dataset or train_file, not both")
+        if self.save_steps is not None and self.save_strategy != "steps":
+            raise UserError(
+                f"save_steps={self.save_steps} is for save_strategy=steps, not for "
+                f"{self.save_strategy}; leave one of the two out"
+            )
         if self.train_file is None and (self.validation_file or self.test_file):
             raise UserError("validation_file and test_file need a train_file beside them")
         if self.dataset is not None and "train" not in self.dataset_splits:
@@ -236,3 +254,6 @@ def _fault(error: Any) -> str:
 
 FREE = frozenset({"overwrite_output_dir", "output_dir", "logging_steps", "keep_checkpoints"})
 """Settings that may change when a run is resumed: no result depends on them."""
+
+LENGTH = frozenset({"max_steps", "num_train_epochs"})
+"""Settings that may change when a run is resumed, as long as it has not done more steps already."""

@@ -1,8 +1,11 @@
 """Small fine-tuning runs: a tiny base model and rows that it can learn."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
+from phi3_jax.train import finetune as module
 from phi3_jax.train.finetune import finetune
 from phi3_jax.train.settings import Settings
 from small_checkpoint import write_checkpoint
@@ -51,6 +54,17 @@ def settings_of(folder: Path, base: Path, **changes) -> Settings:
 
 def run(folder: Path, base: Path, **changes):
     return finetune(settings_of(folder, base, **changes), show=False)
+
+
+def interrupted_after(monkeypatch, step: int) -> None:
+    """Sends SIGTERM to the run in this step."""
+
+    def at(self, now):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.received is not None
+
+    monkeypatch.setattr(module.Interrupts, "at", at)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from phi3_jax.train.finetune import InterruptedRunError, finetune
 from phi3_jax.train.recipe import make_recipe, with_adapters
 from reference import distance
 from reference import run as outputs
-from runs import files, losses, run, settings_of, write_base, write_rows
+from runs import files, interrupted_after, losses, run, settings_of, write_base, write_rows
 from safetensors.numpy import load_file
 
 from phi3_jax import Phi3ForSequenceClassification
@@ -148,17 +147,6 @@ def test_steps_take_several_batches_where_rows_divide(folder, base):
     assert batches(mesh, gradient_accumulation_steps=2) == 2
     assert batches(mesh, train_batch_size=16) == 4
     assert batches(mesh, train_batch_size=4) == 1
-
-
-def interrupted_after(monkeypatch, step):
-    """Sends SIGTERM to the run in this step."""
-
-    def at(self, now):
-        if now == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return self.received is not None
-
-    monkeypatch.setattr(module.Interrupts, "at", at)
 
 
 @pytest.mark.slow
