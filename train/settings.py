@@ -33,8 +33,8 @@ class Settings(BaseModel):
 
     train_file: str | list[str] | None = Field(
         None,
-        description="CSV, TSV, JSONL, Parquet or CoNLL, one file or several; default: generated commands, "
-        "as a demonstration.",
+        description="CSV, TSV, JSONL, Parquet or CoNLL, one file or several, or a folder of them; default: "
+        "generated commands, as a demonstration.",
     )
     validation_file: str | list[str] | None = Field(None, description="Default: a part of the training rows.")
     test_file: str | list[str] | None = Field(None, description="Scored at the end.")

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.data.arrow_rows import read_dataset
 from phi3_jax.data.examples import Examples
+from phi3_jax.data.folders import files_of
 from phi3_jax.data.generated import generated_rows
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.packing import PackedExamples, pack
@@ -266,7 +268,11 @@ def _read(
     given = getattr(settings, f"{split}_file")
     text = TextFormat(settings.encoding, settings.quoting, tuple(settings.column_names or ()))
     options: Any = {"columns": columns, "optional": optional, "text": text, "bad": bad}
-    paths = [given] if isinstance(given, str) else given
+    paths = [
+        path
+        for each in ([given] if isinstance(given, str) else given)
+        for path in files_of(Path(each), split=split, file_format=settings.file_format)
+    ]
     # All files are looked for before the first row is read.
     return chain.from_iterable(
         [read_rows(path, file_format=settings.file_format, **options) for path in paths]

@@ -95,6 +95,11 @@ def _schema_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
     return {column: names for column, feature in features.items() if (names := _names_of(feature))}
 
 
+def is_saved(path: Path) -> bool:
+    """Returns whether `save_to_disk` wrote this folder: one split, or several."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def check_saved(path: Path) -> None:
     """Checks that a folder is one split that `save_to_disk` wrote.
 

@@ -50,20 +50,26 @@ def read_rows(
         return _skip_bad_rows(read_saved(path, wanted), path, bad)
     if not path.is_file():
         raise FileNotFoundError(f"no data at {path}: no such file")
-    return _skip_bad_rows(_READERS[_format_of(path, file_format)](path, wanted, text), path, bad)
+    return _skip_bad_rows(_READERS[_known_format(path, file_format)](path, wanted, text), path, bad)
 
 
-def _format_of(path: Path, file_format: str | None) -> str:
+def _known_format(path: Path, file_format: str | None) -> str:
     known = ", ".join(map(repr, _READERS))
     if file_format is not None:
         if file_format not in _READERS:
             raise UserError(f"file_format={file_format!r} is not known; use one of {known}")
         return file_format
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    name = {".json": "jsonl"}.get(suffix, suffix.removeprefix("."))
-    if name not in _READERS:
+    name = format_of(path)
+    if name is None:
         raise UserError(f"the suffix of {path} is not a known format; give file_format= one of {known}")
     return name
+
+
+def format_of(path: Path) -> str | None:
+    """Returns the format that the suffix of a file names; None if it names none."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    name = {".json": "jsonl"}.get(suffix, suffix.removeprefix("."))
+    return name if name in _READERS else None
 
 
 def _skip_bad_rows(items: Iterable[Row | BadRowError], path: Path, bad: BadRows) -> Iterator[Row]:

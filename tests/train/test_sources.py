@@ -65,3 +65,20 @@ def test_finds_the_column_of_conversations(tmp_path: Path) -> None:
         ValueError, match=r"line 1: prompt and completion are not read; write messages, as in"
     ):
         chat_task(tmp_path, {"prompt": "a", "completion": "b"})
+
+
+def test_reads_the_files_of_a_folder_by_split(tmp_path: Path) -> None:
+    """The examples are those of the files by name, in the order of the names."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    parts = [folder / f"train-{number:05}-of-00002.jsonl" for number in (1, 0)]
+    for number, path in enumerate([*parts, folder / "test.jsonl"]):
+        write_rows(path, 6, start=10 * number)
+    base = write_base(tmp_path / "base")
+    tokenizer, config = Phi3Tokenizer.from_pretrained(base), Phi3Config.from_pretrained(base)
+
+    def load(train: Any, test: Any) -> Data:
+        return load_data(settings_of(tmp_path, base, train_file=train, test_file=test), tokenizer, config)
+
+    by_name = load([str(path) for path in sorted(parts)], str(folder / "test.jsonl"))
+    assert load(str(folder), str(folder)).fingerprint() == by_name.fingerprint()
