@@ -151,12 +151,8 @@ class Classifier:
             return dict(zip((self.task.text, self.task.text_pair), item, strict=True))
         return {self.task.text: item}
 
-    def encode(self, rows: Iterable[Row], bad: BadRows) -> EncodedRows:
-        """Tokenises rows.
-
-        Raises:
-            BadRowError: a row is bad, and `bad` does not skip it.
-        """
+    def encode(self, rows: Iterable[Row], bad: Callable[[BadRowError], None]) -> EncodedRows:
+        """Tokenises rows; calls `bad` with the error of a bad one, which is left out, before the next row."""
         good: list[Row] = []
 
         def examples() -> Iterable[Example]:

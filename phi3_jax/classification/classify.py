@@ -17,8 +17,16 @@ from phi3_jax.checkpoint import open_checkpoint, resolve
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.classification.classifier import Classifier, ClassifierTask, EncodedRows, task_of_model
 from phi3_jax.classification.head import Head
-from phi3_jax.classification.output import CONLL, OutputState, PartialOutput, Sentences, Table, check_format
-from phi3_jax.data.reading import read_rows
+from phi3_jax.classification.output import (
+    CONLL,
+    DELIMITERS,
+    OutputState,
+    PartialOutput,
+    Sentences,
+    Table,
+    check_format,
+)
+from phi3_jax.data.reading import read_items
 from phi3_jax.data.rows import PLAIN_TEXT, BadRowError, BadRows, Row, TextFormat
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.errors import UserError
@@ -38,7 +46,7 @@ class Summary:
     rows: int
     """Rows of the output."""
     bad_rows: int
-    """Rows that were left out."""
+    """Rows among them that have no prediction."""
     faults: list[str]
     """What was wrong with the first of the bad rows that this process read."""
     cut: int
@@ -57,7 +65,7 @@ def classify_file(
     output: Path,
     *,
     all_scores: bool = False,
-    skip_bad_rows: bool = False,
+    keep_bad_rows: bool = False,
     overwrite: bool = False,
     batch_size: int = 64,
     dtype: str = "bfloat16",
@@ -76,6 +84,8 @@ def classify_file(
         model: directory or hub name of a checkpoint whose config.json names a classifier.
         source: CSV, TSV, JSONL, Parquet or CoNLL, by its suffix.
         output: .csv, .tsv or .jsonl, or .conll for tags of words; OUTPUT.partial until it is complete.
+        keep_bad_rows: writes a row that cannot be read or classified without a prediction, and in a column
+            `error` what is wrong with it (not in CoNLL). So the output has all rows of the input.
         overwrite: replace an existing output, or a partial one that cannot be resumed.
         mesh: divides model and batches over the devices of one process.
         text: the encoding of a text file, and the form of CSV and TSV.
@@ -84,7 +94,7 @@ def classify_file(
         columns: as `task_of_model` takes them.
 
     Raises:
-        UserError: an argument cannot be used; BadRowError: a row is bad, and bad rows are not skipped.
+        UserError: an argument cannot be used; BadRowError: a row is bad, and bad rows are not kept.
         OSError: a file cannot be read or written.
     """
     check_format(output)
@@ -94,18 +104,20 @@ def classify_file(
     head = Head.from_checkpoint(path, config)
     head.check_threshold(threshold)
     task = task_of_model(path, config, head, **columns)
-    unreadable = BadRows(skip_bad_rows)
-    table, rows = _open_table(source, output, head, task, all_scores, text, unreadable)
+    bad = BadRows(keep_bad_rows)
+    table, items = _open_table(source, output, head, task, all_scores, text, bad)
     settings: dict[str, Any] = {"all_scores": all_scores, "batch_size": batch_size, "dtype": dtype}
     if threshold is not None:
         settings["threshold"] = threshold
+    if output.suffix.lower() in DELIMITERS:  # their header has the column of errors
+        settings["keep_bad_rows"] = keep_bad_rows
     options = _options(source, path, task, mesh, **settings, **text._asdict())
     partial = _open_partial(source, output, options, overwrite)
     try:
         classifier = Classifier.from_pretrained(
             path, dtype=dtype, mesh=mesh, batch_size=batch_size, threshold=threshold, **columns
         )
-        chunks = _Chunks(classifier, table, rows, partial.state, unreadable)
+        chunks = _Chunks(classifier, table, items, partial.state, bad)
         return _classify_chunks(classifier, chunks, table, partial, _total_lines(source), all_scores, show)
     finally:
         partial.close()
@@ -118,23 +130,31 @@ def _open_table(
     task: ClassifierTask,
     all_scores: bool,
     text: TextFormat,
-    unreadable: BadRows,
-) -> tuple[Table | Sentences, Iterator[Row]]:
-    """Checks the files; returns the table of the output and the rows of the input."""
+    bad: BadRows,
+) -> tuple[Table | Sentences, Iterator[Row | BadRowError]]:
+    """Checks the files; returns the table of the output, and the input's rows and errors of bad rows."""
     predicted = head.columns(all_scores)
     if output.suffix.lower() == CONLL and not isinstance(task, TokenClassification):
         raise UserError(f"{output} is for tags of words, and this model does {head.kind}; use .csv or .jsonl")
-    rows = read_rows(source, columns=task.columns, only_columns=False, text=text, bad=unreadable)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{source} has no row that can be read: {unreadable.first[0]}")
+    items = read_items(source, columns=task.columns, only_columns=False, text=text)
+    leading: list[Row | BadRowError] = []
+    for item in items:
+        leading.append(item)
+        if isinstance(item, Row):
+            break
+        if not bad.skip:
+            raise item
+    first = leading[-1]
+    if isinstance(first, BadRowError):
+        raise UserError(f"{source} has no row that can be read: {leading[0]}")
+    items = chain(leading, items)
     if output.suffix.lower() == CONLL and isinstance(task, TokenClassification):
-        return Sentences(task.words, predicted[0]), chain([first], rows)
+        return Sentences(task.words, predicted[0]), items
     of_words = isinstance(task, TokenClassification)
     separator = " " if isinstance(task, TokenClassification) else task.label_separator
     listed = head.labels if of_words or head.kind == "multi_label_classification" else ()
-    table = Table(output, first, predicted, separator=separator, items=listed)
-    return table, chain([first], rows)
+    table = Table(output, first, predicted, separator=separator, items=listed, errors=bad.skip)
+    return table, items
 
 
 def _options(
@@ -156,7 +176,7 @@ def _options(
 
 def _open_partial(source: Path, output: Path, options: dict[str, Any], overwrite: bool) -> PartialOutput:
     partial = PartialOutput(output, options, overwrite)
-    if done := partial.state.read:
+    if done := partial.state.written:
         logger.warning("resuming after row %d of %s; earlier rows are in %s", done, source, partial.path)
     return partial
 
@@ -186,15 +206,16 @@ def _classify_chunks(
             predictions = classifier.predict_encoded(
                 chunk.encoded, all_scores=all_scores, after_batch=show_progress
             )
-            header = b"" if partial.state.read else table.header()
-            partial.add(header + table.lines(chunk.encoded.rows, predictions), chunk.state(partial.state))
+            header = b"" if partial.state.written else table.header()
+            lines = table.lines(*chunk.with_bad_rows(predictions))
+            partial.add(header + lines, chunk.state(partial.state))
             tokens += int(chunk.encoded.examples.lengths.sum())
     done = partial.state
     partial.finish()
     return Summary(
         rows=done.written,
-        bad_rows=done.unusable + chunks.unreadable.count,
-        faults=[*chunks.unreadable.first, *chunks.unusable.first][:5],
+        bad_rows=done.bad,
+        faults=chunks.bad.first,
         cut=done.cut,
         untagged=done.untagged,
         new_rows=done.written - resumed,
@@ -205,13 +226,14 @@ def _classify_chunks(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows that are read together, and the counts of the input after them."""
+    """Rows that are read together."""
 
     encoded: EncodedRows
+    """Those that can be classified."""
+    bad: dict[int, tuple[Row, BadRowError]]
+    """The others by their index, with what could be read of them."""
     words: int
-    """Words of all rows; 0 for texts."""
-    read: int
-    unusable: int
+    """Words of the rows that can be classified; 0 for texts."""
     lines: tuple[int, int]
     """Lines of the first and the last row."""
 
@@ -220,59 +242,77 @@ class _Chunk:
         first, last = self.lines
         return first + (last - first) * rows / max(len(self.encoded.rows), 1)
 
+    def with_bad_rows(
+        self, predictions: list[dict[str, Any]]
+    ) -> tuple[list[Row], list[dict[str, Any] | BadRowError]]:
+        """Returns all rows in order, and the prediction or the error of each."""
+        good = iter(zip(self.encoded.rows, predictions, strict=True))
+        count = len(self.encoded.rows) + len(self.bad)
+        pairs = [self.bad[index] if index in self.bad else next(good) for index in range(count)]
+        return [row for row, _ in pairs], [result for _, result in pairs]
+
     def state(self, before: OutputState) -> OutputState:
         """Returns the state of the output after this chunk is written."""
         examples = self.encoded.examples
         tagged = 0 if examples.flat_firsts is None else int(examples.flat_firsts.sum())
         return OutputState(
-            read=self.read,
-            written=before.written + len(examples),
-            unusable=self.unusable,
+            written=before.written + len(examples) + len(self.bad),
+            bad=before.bad + len(self.bad),
             cut=before.cut + int(np.count_nonzero(examples.truncated)),
             untagged=before.untagged + self.words - tagged,
         )
 
 
 class _Chunks:
-    """The rows of the input in chunks, without the rows that an earlier process read."""
+    """The rows of the input in chunks, without the rows that an earlier process wrote."""
 
     def __init__(
         self,
         classifier: Classifier,
         table: Table | Sentences,
-        rows: Iterator[Row],
+        items: Iterator[Row | BadRowError],
         before: OutputState,
-        unreadable: BadRows,
+        bad: BadRows,
     ):
-        self._classifier, self._table = classifier, table
-        self.unreadable, self.unusable = unreadable, BadRows(unreadable.skip)
-        self.unusable.count = before.unusable
-        self._read = before.read
-        # Skipping these counts the unreadable rows among them again, so they are not part of the state.
-        self._rows = islice(rows, before.read, None)
+        self._classifier, self._table, self.bad = classifier, table, bad
+        self._items = islice(items, before.written, None)
 
     def next(self) -> _Chunk | None:
-        """Returns the next chunk, or None after the last."""
-        rows = list(islice(self._rows, CHUNK_BATCHES * self._classifier.batch_size))
-        if not rows:
+        """Returns the next chunk, or None after the last.
+
+        Raises:
+            BadRowError: a row is bad, and bad rows are not kept.
+        """
+        items = list(islice(self._items, CHUNK_BATCHES * self._classifier.batch_size))
+        if not items:
             return None
-        encoded = self._classifier.encode(self._writable(rows), self.unusable)
-        self._read += len(rows)
+        bad: dict[int, tuple[Row, BadRowError]] = {}
+        index = 0
+
+        def add(error: BadRowError) -> None:
+            self.bad(error)
+            item = items[index]
+            bad[index] = Row(item.values, item.place), error
+
+        def good() -> Iterator[Row]:
+            nonlocal index
+            for number, item in enumerate(items):
+                index = number
+                try:
+                    if isinstance(item, BadRowError):
+                        raise item
+                    self._table.check(item)
+                except BadRowError as error:
+                    add(error)
+                else:
+                    yield item
+
+        encoded = self._classifier.encode(good(), add)
         task = self._classifier.task
         words = 0
         if isinstance(task, TokenClassification):
             words = sum(len(row.values[task.words]) for row in encoded.rows)
-        lines = rows[0].place.line, rows[-1].place.line
-        return _Chunk(encoded, words, self._read, self.unusable.count, lines)
-
-    def _writable(self, rows: list[Row]) -> Iterator[Row]:
-        for row in rows:
-            try:
-                self._table.check(row)
-            except BadRowError as error:
-                self.unusable(error)
-            else:
-                yield row
+        return _Chunk(encoded, bad, words, (items[0].place.line, items[-1].place.line))
 
 
 def _total_lines(source: Path) -> int | None:

@@ -18,6 +18,8 @@ from phi3_jax.runs.text import lone_surrogate
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CONLL = ".conll"
+ERROR = "error"
+"""The column that says why a row has no prediction."""
 
 
 class Table:
@@ -27,6 +29,7 @@ class Table:
         path: the output; its suffix is the format.
         first: a row of the input. In CSV and TSV all lines have its columns.
         predicted: the columns that are added.
+        errors: whether rows without a prediction are written, too. All rows then have the column `error`.
         separator: joins the items of a list in CSV and TSV.
         items: all items that a list may have; none may contain the separator.
 
@@ -36,11 +39,20 @@ class Table:
     """
 
     def __init__(
-        self, path: Path, first: Row, predicted: Sequence[str], *, separator: str, items: Sequence[str]
+        self,
+        path: Path,
+        first: Row,
+        predicted: Sequence[str],
+        *,
+        separator: str,
+        items: Sequence[str],
+        errors: bool = False,
     ):
         check_format(path)
+        if errors:
+            predicted = [*predicted, ERROR]
         self._delimiter = DELIMITERS.get(path.suffix.lower())
-        self._predicted = set(predicted)
+        self._predicted = list(predicted)
         if fault := self._name_clash(first):
             raise UserError(f"{first.place.file} {fault}")
         self._columns = [*first.values, *predicted]
@@ -72,13 +84,24 @@ class Table:
         """Returns the first line, which JSONL does not have."""
         return b"" if self._delimiter is None else self._line(self._columns)
 
-    def lines(self, rows: Iterable[Row], predictions: Iterable[Mapping[str, Any]]) -> bytes:
-        """Returns a line for each row: its own values, then those predicted."""
-        return b"".join(self._row(row, one) for row, one in zip(rows, predictions, strict=True))
+    def lines(self, rows: Iterable[Row], predictions: Iterable[Mapping[str, Any] | BadRowError]) -> bytes:
+        """Returns a line for each row: its own values, then those predicted, or what is wrong with it."""
+        return b"".join(
+            self._bad_row(row, one) if isinstance(one, BadRowError) else self._row(row, one)
+            for row, one in zip(rows, predictions, strict=True)
+        )
+
+    def _bad_row(self, row: Row, error: BadRowError) -> bytes:
+        if lone_surrogate(_json(row.values)) is not None:
+            row = row._replace(values={})
+        text = f"{error.place.unit} {error.place.line}: {error.fault}"
+        readable = text.encode("utf-8", "backslashreplace").decode()
+        return self._row(row, dict.fromkeys(self._predicted) | {ERROR: readable})
 
     def _row(self, row: Row, prediction: Mapping[str, Any]) -> bytes:
         if self._delimiter is None:
-            return (_json({**row.values, **prediction}) + "\n").encode()
+            added = {name: prediction.get(name) for name in self._predicted}
+            return (_json({**row.values, **added}) + "\n").encode()
         joined = {
             name: self._separator.join(map(_field, x)) if isinstance(x, list) else x
             for name, x in prediction.items()
@@ -100,7 +123,7 @@ class Table:
         return text.getvalue().encode()
 
     def _name_clash(self, row: Row) -> str | None:
-        if taken := row.values.keys() & self._predicted:
+        if taken := row.values.keys() & set(self._predicted):
             return f"already has a column {min(taken)!r}, which classify would write; rename or remove it"
         return None
 
@@ -109,7 +132,7 @@ class Sentences:
     """Turns sentences and the predicted tags of their words into CoNLL.
 
     A line has a word, the tag that the input has for it, if any, and the predicted tag; a blank line ends
-    the sentence. A word that has no predicted tag gets `_`.
+    the sentence. A word that has no predicted tag gets `_`, as do all words of a row without a prediction.
 
     Args:
         words: the column of words.
@@ -126,7 +149,7 @@ class Sentences:
             BadRowError: a word has a tab or a line break.
         """
         for word in row.values.get(self._words) or ():
-            if isinstance(word, str) and (lone_surrogate(word) is not None or set(word) & set("\t\n\r")):
+            if isinstance(word, str) and not _fits_a_line(word):
                 raise BadRowError(
                     row.place, f"the word {word!r:.40} cannot be written to a line; write .jsonl"
                 )
@@ -135,9 +158,22 @@ class Sentences:
         """Returns nothing: CoNLL has no header."""
         return b""
 
-    def lines(self, rows: Iterable[Row], predictions: Iterable[Mapping[str, Any]]) -> bytes:
-        """Returns the lines of each sentence."""
-        return b"".join(self._sentence(row, one) for row, one in zip(rows, predictions, strict=True))
+    def lines(self, rows: Iterable[Row], predictions: Iterable[Mapping[str, Any] | BadRowError]) -> bytes:
+        """Returns the lines of each sentence; words that cannot be read or written are `_`."""
+        return b"".join(
+            self._bad_sentence(row) if isinstance(one, BadRowError) else self._sentence(row, one)
+            for row, one in zip(rows, predictions, strict=True)
+        )
+
+    def _bad_sentence(self, row: Row) -> bytes:
+        words = row.values.get(self._words)
+        words = [
+            word if isinstance(word, str) and word.strip() and _fits_a_line(word) else "_"
+            for word in (words if isinstance(words, list) and words else [None])
+        ]
+        return self._sentence(
+            row._replace(values={**row.values, self._words: words}), {self._labels: [None] * len(words)}
+        )
 
     def _sentence(self, row: Row, prediction: Mapping[str, Any]) -> bytes:
         words, own = row.values[self._words], row.values.get("labels")
@@ -146,6 +182,10 @@ class Sentences:
         if isinstance(own, list) and len(own) == len(words):
             columns.insert(1, own)
         return ("\n".join("\t".join(map(str, line)) for line in zip(*columns, strict=True)) + "\n\n").encode()
+
+
+def _fits_a_line(word: str) -> bool:
+    return lone_surrogate(word) is None and not set(word) & set("\t\n\r")
 
 
 def check_format(path: Path) -> None:
@@ -176,11 +216,10 @@ def _json(value: Any) -> str:
 class OutputState:
     """How much of a file is done, counted from its start."""
 
-    read: int = 0
-    """Rows of the input that could be read."""
     written: int = 0
-    unusable: int = 0
-    """Rows that were read and left out."""
+    """Rows of the input, each of which has its place in the output."""
+    bad: int = 0
+    """Rows among them that have no prediction."""
     cut: int = 0
     """Rows that were longer than the maximum length."""
     untagged: int = 0

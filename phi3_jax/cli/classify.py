@@ -46,8 +46,9 @@ def classify(
         float | None,
         Option(min=0, max=1, help="The probability above which one of several labels counts; default: 0.5."),
     ] = None,
-    skip_bad_rows: Annotated[
-        bool, Option("--skip-bad-rows", help="Leave bad rows out, and count them.")
+    keep_bad_rows: Annotated[
+        bool,
+        Option("--keep-bad-rows", help="Write bad rows without a prediction, and why in a column error."),
     ] = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace an existing output; start over if it cannot be resumed.")
@@ -73,7 +74,7 @@ def classify(
             words_column=words_column,
             max_length=max_length,
             all_scores=all_scores,
-            skip_bad_rows=skip_bad_rows,
+            keep_bad_rows=keep_bad_rows,
             overwrite=overwrite,
             batch_size=batch_size,
             dtype=dtype,
@@ -83,15 +84,16 @@ def classify(
         )
     except BadRowError as error:
         raise UserError(
-            f"{error}. The same command with --skip-bad-rows leaves such rows out and resumes after the last "
-            "finished row"
+            f"{error}. --keep-bad-rows writes such rows without a prediction; for .jsonl and .conll the same "
+            "command with it resumes after the last finished row"
         ) from error
     _print_statistics(done, output)
 
 
 def _print_statistics(done: Summary, output: Path) -> None:
     if done.bad_rows:
-        tell(f"{done.bad_rows} bad rows were left out; among them: {'; '.join(done.faults)}")
+        among = f"; among them: {'; '.join(done.faults)}" if done.faults else ""
+        tell(f"{done.bad_rows} bad rows have no prediction{among}")
     if done.cut:
         words = f", and {done.untagged} words have no label" if done.untagged else ""
         tell(f"{done.cut} rows are longer than the maximum length and were cut{words}")

@@ -21,7 +21,43 @@ def read_rows(
     text: TextFormat = PLAIN_TEXT,
     bad: BadRows,
 ) -> Iterator[Row]:
-    """Yields the rows of a file, reading as they are needed: memory does not grow with the file.
+    """Yields the rows of a file as `read_items` does; `bad` raises the errors of bad ones, or counts them.
+
+    Raises:
+        UserError, FileNotFoundError: as in `read_items`.
+        BadRowError: a row is bad, and `bad` does not skip it.
+    """
+    items = read_items(
+        path,
+        file_format=file_format,
+        columns=columns,
+        optional=optional,
+        only_columns=only_columns,
+        text=text,
+    )
+    return _good_rows(items, bad)
+
+
+def _good_rows(items: Iterable[Row | BadRowError], bad: BadRows) -> Iterator[Row]:
+    for item in items:
+        if isinstance(item, BadRowError):
+            bad(item)
+        else:
+            yield item
+
+
+def read_items(
+    path: str | PathLike[str],
+    *,
+    file_format: str | None = None,
+    columns: Collection[str] = (),
+    optional: Collection[str] = (),
+    only_columns: bool = True,
+    text: TextFormat = PLAIN_TEXT,
+) -> Iterator[Row | BadRowError]:
+    """Yields the rows of a file and the errors of bad ones, in order.
+
+    Rows are read as they are needed: memory does not grow with the file.
 
     CSV and TSV have a header line. CoNLL has one word and its tags per line, of which the last counts, and
     blank lines between sentences; its columns are `words` and `labels`. If `columns` has no `labels`, a line
@@ -40,17 +76,16 @@ def read_rows(
     Raises:
         FileNotFoundError: the file does not exist.
         UserError: the format is unknown, the file is broken or has no rows, or its header is wrong.
-        BadRowError: a row is bad, and `bad` does not skip it.
     """
     path = Path(path)
     text.check()
     wanted = Columns(columns, optional, only_columns)
     if path.is_dir():
         check_saved(path)
-        return _skip_bad_rows(read_saved(path, wanted), path, bad)
+        return _some(read_saved(path, wanted), path)
     if not path.is_file():
         raise FileNotFoundError(f"no data at {path}: no such file")
-    return _skip_bad_rows(_READERS[_known_format(path, file_format)](path, wanted, text), path, bad)
+    return _some(_READERS[_known_format(path, file_format)](path, wanted, text), path)
 
 
 def _known_format(path: Path, file_format: str | None) -> str:
@@ -72,13 +107,11 @@ def format_of(path: Path) -> str | None:
     return name if name in _READERS else None
 
 
-def _skip_bad_rows(items: Iterable[Row | BadRowError], path: Path, bad: BadRows) -> Iterator[Row]:
+def _some(items: Iterable[Row | BadRowError], path: Path) -> Iterator[Row | BadRowError]:
+    """Yields the items, of which there must be one."""
     item = None
     for item in items:
-        if isinstance(item, BadRowError):
-            bad(item)
-        else:
-            yield item
+        yield item
     if item is None:
         raise UserError(f"{path} has no rows")
 

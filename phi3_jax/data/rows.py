@@ -58,11 +58,15 @@ PLAIN_TEXT = TextFormat()
 
 
 class BadRowError(UserError):
-    """A row that cannot be used: "train.csv, line 3: label is empty"."""
+    """A row that cannot be used: "train.csv, line 3: label is empty".
 
-    def __init__(self, place: Place, fault: str):
-        super().__init__(place, fault)
-        self.place, self.fault = place, fault
+    Attributes:
+        values: what could be read of it, by column.
+    """
+
+    def __init__(self, place: Place, fault: str, values: dict[str, Any] | None = None):
+        super().__init__(place, fault, values)
+        self.place, self.fault, self.values = place, fault, values or {}
 
     def __str__(self) -> str:
         return f"{self.place}: {self.fault}"

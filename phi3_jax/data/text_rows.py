@@ -168,7 +168,7 @@ def _sentence(
     words_only = least == 1 and all(len(parts) == 1 for parts in fields)
     for (number, line), parts in zip(lines, fields, strict=True):
         if fault := _encoding_fault(line, text) or (None if words_only else _word_fault(line, parts)):
-            return BadRowError(Place(str(path), number), fault)
+            return BadRowError(Place(str(path), number), fault, {"words": [parts[0] for parts in fields]})
     place = Place(str(path), lines[0][0])
     if all(len(parts) == _CONLLU and parts[0][:1].isdigit() for parts in fields):
         return BadRowError(

@@ -35,7 +35,7 @@ from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import PartialOutput
 from phi3_jax.cli import common
 from phi3_jax.data.labels import Labels
-from phi3_jax.data.reading import read_rows
+from phi3_jax.data.reading import read_items, read_rows
 from phi3_jax.data.rows import BadRowError, BadRows
 from phi3_jax.data.tasks import SequenceClassification, TokenClassification
 from phi3_jax.runs import progress
@@ -432,17 +432,17 @@ def test_reads_one_chunk_ahead(checkpoint: Any, tmp_path: Path, monkeypatch: pyt
 
     def count_rows(*arguments: Any, **options: Any) -> Iterator[Any]:
         nonlocal read
-        for row in read_rows(*arguments, **options):
+        for item in read_items(*arguments, **options):
             read += 1
-            yield row
+            yield item
 
     add = PartialOutput.add
 
     def watch(self: PartialOutput, *arguments: Any) -> None:
-        ahead.append(read - self.state.read)
+        ahead.append(read - self.state.written)
         add(self, *arguments)
 
-    monkeypatch.setattr(classify, "read_rows", count_rows)
+    monkeypatch.setattr(classify, "read_items", count_rows)
     monkeypatch.setattr(PartialOutput, "add", watch)
     source = write_rows(tmp_path / "new.csv", 400)
     classify_file(str(checkpoint("single")[0]), source, tmp_path / "out.csv", batch_size=2, dtype="float32")
@@ -472,46 +472,99 @@ def test_shows_progress(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # Bad rows, kills and other faults
 
 
-def test_names_or_skips_bad_rows(run: Any, tmp_path: Path) -> None:
+def test_keeps_a_line_for_each_bad_row(run: Any, tmp_path: Path) -> None:
+    """The line has what could be read, and what is wrong; good rows are as without bad ones."""
     lines = [f"{n},{text}" for n, text in enumerate(texts(300))]
-    lines[100] = "100, "  # nothing to classify
-    lines[150] = "150"  # cannot be read
+    good = tmp_path / "good.csv"
+    good.write_text("\n".join(["id,text", *lines]) + "\n")
+    assert run("single", good, tmp_path / "good.jsonl", "--batch-size", 2)[0] == 0
+    lines[0] = "0"  # cannot be read
     lines[20] = '20,"x"y'
-    source, output = tmp_path / "new.csv", tmp_path / "out.csv"
+    lines[100] = "100, "  # nothing to classify
+    source = tmp_path / "new.csv"
     source.write_text("\n".join(["id,text", *lines]) + "\n")
-    skip = ("--batch-size", 2, "--skip-bad-rows")
-    code, _, err = run("single", source, tmp_path / "whole.csv", *skip)
-    assert code == 0
-    assert "3 bad rows were left out" in err
-    assert f"{source}, line 102: 'text' is empty" in err
-    whole = (tmp_path / "whole.csv").read_bytes()
-    ids = [int(row["id"]) for row in values(tmp_path / "whole.csv")]
-    assert ids == [n for n in range(300) if n not in (20, 100, 150)]
+    for name in ("out.csv", "out.jsonl"):
+        code, out, err = run("single", source, tmp_path / name, "--batch-size", 2, "--keep-bad-rows")
+        assert code == 0
+        assert "300 rows; 300 in" in out
+        assert f"3 bad rows have no prediction; among them: {source}, line 2: 1 fields, but" in err
+        rows = values(tmp_path / name)
+        assert [n for n, row in enumerate(rows) if row["error"]] == [0, 20, 100]
+        absent = None if name.endswith("jsonl") else ""
+        expected = {"id": "100", "text": " ", "predicted_label": absent, "score": absent}
+        assert rows[100] == expected | {"error": "line 102: 'text' is empty"}
+        assert rows[0].get("id", "") == ""
+        assert rows[20]["error"].startswith("line 22: ")
+        for row, one in zip(rows, values(tmp_path / "good.jsonl"), strict=True):
+            if not row["error"]:
+                assert {**row, "score": float(row["score"])} == one | {
+                    "error": absent,
+                    "score": pytest.approx(one["score"], abs=TOLERANCE),
+                }
+    assert list(values(tmp_path / "good.jsonl")[0]) == ["id", "text", "predicted_label", "score"]
 
-    # The same in three runs: up to the first fault, then past it, then after a chunk with a fault.
-    source.write_text("\n".join(["id,text", *lines[:20], "", *lines[21:]]) + "\n")
+
+def test_a_run_with_bad_rows_resumes(run: Any, tmp_path: Path) -> None:
+    """In three parts: up to the first bad row, then past it, then after a chunk with a bad row."""
+    rows = [json.dumps({"id": n, "text": text}) for n, text in enumerate(texts(300))]
+    rows[100], rows[150] = '{"id": 100, "text": ""}', '{"id": 150'
+    source, output = tmp_path / "new.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(rows) + "\n")
+    keep = ("--batch-size", 2, "--keep-bad-rows")
+    assert run("single", source, tmp_path / "whole.jsonl", *keep)[0] == 0
     code, _, err = run("single", source, output, "--batch-size", 2)
     assert code == 1
-    assert f"{source}, line 102: 'text' is empty. The same command with --skip-bad-rows" in err
-    done = json.loads(partial_of(output).with_name("out.csv.partial.json").read_text())["done"]
+    assert f"{source}, line 101: 'text' is empty. --keep-bad-rows writes such rows without" in err
+    done = json.loads(partial_of(output).with_name("out.jsonl.partial.json").read_text())["done"]
     assert done["written"] == 64
     assert len(values_of_partial(output)) == 64
     add = PartialOutput.add
 
     def interrupt(self: PartialOutput, data: bytes, state: Any) -> None:
-        if state.read > 200:
+        if state.written > 200:
             raise KeyboardInterrupt
         add(self, data, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PartialOutput, "add", interrupt)
-        assert run("single", source, output, *skip)[0] == 130
-    code, out, err = run("single", source, output, *skip)
+        assert run("single", source, output, *keep)[0] == 130
+    code, out, err = run("single", source, output, *keep)
     assert code == 0
-    assert "297 rows; 106 in" in out
-    assert "2 bad rows were left out" in err
-    assert [row["id"] for row in values(output)] == [str(n) for n in ids]
-    assert whole.count(b"\n") == 298
+    assert "300 rows; 108 in" in out
+    assert "2 bad rows have no prediction\n" in err
+    ours, whole = values(output), values(tmp_path / "whole.jsonl")
+    assert [row.pop("error", None) for row in ours[:64]] == [None] * 64  # written without the option
+    assert [row for row in ours[64:] if row["error"]] == [row for row in whole if row["error"]]
+    assert len(ours) == len(whole) == 300
+    assert run("single", source, tmp_path / "o.csv", "--batch-size", 2)[0] == 1
+    changed = run("single", source, tmp_path / "o.csv", *keep)[2]  # the header lacks the column
+    assert "keep_bad_rows: False -> True. Choose another output, or give --overwrite" in changed
+
+
+def test_a_bad_sentence_keeps_its_words(run: Any, tmp_path: Path) -> None:
+    """CoNLL has no place for what is wrong; a sentence without readable words is one `_`."""
+    source, output = tmp_path / "new.conll", tmp_path / "out.conll"
+    source.write_bytes(b"the\tO\n\nold\tO\nbridge\n\ncaf\xe9\tO\nis\tO\n\nlate\tO\n\n")
+    code, _, err = run("tokens", source, output, "--batch-size", 2, "--keep-bad-rows")
+    assert code == 0
+    assert "2 bad rows have no prediction" in err
+    sentences = [
+        [line.split("\t") for line in sentence.splitlines()]
+        for sentence in output.read_text().removesuffix("\n\n").split("\n\n")
+    ]
+    assert [[line[0] for line in one] for one in sentences] == [
+        ["the"],
+        ["old", "bridge"],
+        ["_", "is"],
+        ["late"],
+    ]
+    assert [line[-1] for line in sentences[1] + sentences[2]] == ["_"] * 4
+    assert sentences[3][0][-1] in LABELS.values()
+    rows = tmp_path / "new.jsonl"
+    rows.write_text('{"words": ["a"]}\n{"words": ["a\\tb", "c"]}\n{"words": []}\n{"text": 1}\n')
+    assert run("tokens", rows, tmp_path / "rows.conll", "--batch-size", 2, "--keep-bad-rows")[0] == 0
+    kept = (tmp_path / "rows.conll").read_text().split("\n\n")
+    assert kept[1:] == ["_\t_\nc\t_", "_\t_", "_\t_", ""]
 
 
 def values_of_partial(output: Path) -> list[dict[str, Any]]:
@@ -536,7 +589,7 @@ def test_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
 
     def interrupt_after_a_chunk(self: PartialOutput, state: Any) -> None:
-        if state.read == 256:
+        if state.written == 256:
             raise KeyboardInterrupt
         write(self, state)
 
@@ -672,8 +725,8 @@ def test_rejects_bad_arguments_before_writing(
     broken = tmp_path / "broken.csv"
     broken.write_text('text,id\n"open')
     check_refused(run("single", broken, tmp_path / "out.csv"), "broken.csv, line 2: unexpected end", tmp_path)
-    skipped = run("single", broken, tmp_path / "out.csv", "--skip-bad-rows")
-    check_refused(skipped, "broken.csv has no row that can be read: ", tmp_path)
+    kept = run("single", broken, tmp_path / "out.csv", "--keep-bad-rows")
+    check_refused(kept, "broken.csv has no row that can be read: ", tmp_path)
     causal = tmp_path / "causal"
     Phi3ForCausalLM(config()).save_pretrained(causal)
     check_refused(run(causal, source, tmp_path / "out.csv"), "architectures=['Phi3ForCausalLM']", tmp_path)
@@ -705,11 +758,14 @@ def test_rejects_rows_that_cannot_be_written(run: Any, tmp_path: Path) -> None:
         code, _, err = run("single", source, tmp_path / name, *two)
         assert code == 1
         assert message in err
-    code, _, err = run("single", source, tmp_path / "out.jsonl", *two, "--skip-bad-rows")
-    assert code == 0
-    assert "2 bad rows were left out" in err
-    assert "half of a surrogate pair" in err
-    assert [row["text"] for row in values(tmp_path / "out.jsonl")] == ["a", "b", "d"]
+    for name, bad in (("kept.jsonl", [2, 4]), ("kept.csv", [1, 2, 4])):
+        code, _, err = run("single", source, tmp_path / name, *two, "--keep-bad-rows")
+        assert code == 0
+        assert f"{len(bad)} bad rows have no prediction" in err
+        assert "half of a surrogate pair" in err
+        kept = values(tmp_path / name)
+        assert [row.get("text") or "" for row in kept] == ["a", "b", "c", "d", ""]
+        assert [number for number, row in enumerate(kept) if not row["predicted_label"]] == bad
 
 
 def test_rejects_a_label_with_the_separator(run: Any, checkpoint: Any, tmp_path: Path) -> None:
