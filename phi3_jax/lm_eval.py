@@ -6,7 +6,6 @@ For older versions, up to 0.4.13, this module is the same command: `python -m ph
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,12 @@ from tqdm import tqdm
 
 from phi3_jax.batch import Engine
 from phi3_jax.batch.requests import BadRequestError
-from phi3_jax.checkpoint import open_checkpoint, resolve
 from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.score_all import Part, score_all
 from phi3_jax.evaluation.scorer import Scorer
+from phi3_jax.lora import find_model, open_model
 from phi3_jax.parallel.sharding import make_mesh
 from phi3_jax.pipeline import Pipeline
 
@@ -38,6 +37,8 @@ class Phi3JaxLM(TemplateLM):
 
     Args:
         pretrained: a directory, a GGUF file or a hub name; default: the default model.
+        peft: LoRA adapters in PEFT's format, a directory or a hub name; without `pretrained` they name the
+            base model.
         dtype: the dtype of parameters and activations.
         rope: a rope scaling that replaces the model's, in the form of `parse_rope`. With several parameters,
             use @FILE: lm-eval splits model_args at commas.
@@ -56,18 +57,19 @@ class Phi3JaxLM(TemplateLM):
         max_gen_toks: int = 256,
         batch_size: int | str | None = None,
         mesh: str | None = None,
+        peft: str | None = None,
         **unused: Any,
     ):
         super().__init__()
         if unknown := sorted(unused.keys() - {"device", "max_batch_size"}):
             raise UserError(f"phi3_jax takes no {', '.join(unknown)} in model_args")
-        path: Path = default_model() if pretrained is None else resolve(pretrained)
-        checkpoint = open_checkpoint(path)
+        paths = find_model(pretrained, peft, default_model)
+        checkpoint = open_model(paths)
         config = None if rope is None else parse_rope(rope).config_to_save(checkpoint.config)
         where = None if mesh is None else make_mesh(mesh.replace(";", ","))
-        pipeline = Pipeline.load(checkpoint, dtype=dtype, mesh=where, config=config)
+        pipeline = Pipeline.load(checkpoint, dtype=dtype, mesh=where, config=config, adapter=paths.adapter)
         self._pipeline, self.tokenizer = pipeline, pipeline.tokenizer
-        self._name = str(pretrained or path)
+        self._name = str(peft or pretrained or paths.base)
         self._scorer = Scorer(pipeline.compiled)
         self.max_length = max_length or self._scorer.config.context_length
         self.max_gen_toks = max_gen_toks

@@ -6,11 +6,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from phi3_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from phi3_jax.checkpoint import Checkpoint, CheckpointError
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.lora import ModelPaths, load_merged, open_model
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.model.loading import load_model
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 TURN_ENDS = ("<|end|>", "<|im_end|>", "<|endoftext|>")
@@ -32,17 +32,20 @@ class Pipeline:
         dtype: Any,
         mesh: Mesh | None = None,
         config: Phi3Config | None = None,
+        adapter: Path | None = None,
     ) -> "Pipeline":
         """Loads a directory in Hugging Face's layout or a GGUF file; `config` replaces the checkpoint's.
+
+        The adapters of the directory `adapter` are merged into the weights.
 
         A checkpoint without end tokens of its own gets those of its config and tokenizer.
 
         Raises:
             CheckpointError: the model cannot be loaded, or has no tokenizer.
         """
-        checkpoint = open_checkpoint(path)
+        checkpoint = path if isinstance(path, Checkpoint) else open_model(ModelPaths(path, adapter))
         tokenizer = checkpoint.source.tokenizer()
-        model = load_model(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh, config=config)
+        model = load_merged(Phi3ForCausalLM, checkpoint, adapter, dtype=dtype, mesh=mesh, config=config)
         if len(tokenizer) > model.config.vocab_size:
             raise CheckpointError(
                 f"{checkpoint.source.path}: the tokenizer has {len(tokenizer)} tokens and the model "

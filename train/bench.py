@@ -86,7 +86,7 @@ def _ours(options: TurnOptions) -> Callable[[], TurnResult]:
     """Returns a function that takes a turn of this package."""
     keep_freed_memory()  # as the command does
     recipe = make_recipe(options.settings, None, options.cache_dir)
-    model = with_adapters(new_model(recipe, None), options.settings)
+    model = with_adapters(new_model(recipe, None), recipe)
     trainer = make_trainer(recipe, model, None)
     state = trainer.start(model)
     batches = _first_batches(recipe, options.steps)

@@ -187,7 +187,7 @@ def _model(recipe: Recipe) -> Any:
         ours = new_model(recipe, None)
         save_model(ours, base)
         if settings.trained == "lora":
-            save_adapters(with_adapters(ours, settings), adapter, base_model=str(base))
+            save_adapters(with_adapters(ours, recipe), adapter, base_model=str(base))
         dtype = getattr(torch, ours.dtype.name)
         del ours
         config = transformers.AutoConfig.from_pretrained(base)

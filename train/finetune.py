@@ -98,7 +98,7 @@ class FinetuneRun:
 
     def __init__(self, recipe: Recipe, mesh: Mesh | None):
         self._recipe, self._settings, self._mesh = recipe, recipe.settings, mesh
-        model = with_adapters(new_model(recipe, mesh), self._settings)
+        model = with_adapters(new_model(recipe, mesh), recipe)
         self._trainer = make_trainer(recipe, model, mesh)
         self._state = self._trainer.start(model)
         self._speed = Speed(model.config, self._settings, mesh)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,19 +15,19 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from phi3_jax.checkpoint import resolve
 from phi3_jax.checkpoint.default_model import default_model
-from phi3_jax.checkpoint.opening import open_checkpoint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import as_longrope, parse_rope
 from phi3_jax.data.batches import BatchPlan, bucket_widths
-from phi3_jax.lora import add_lora
+from phi3_jax.lora import ModelPaths, add_lora, check_adapters, find_model, load_adapters, open_model
+from phi3_jax.lora.peft_config import AdapterConfig
 from phi3_jax.model import (
     Phi3ForCausalLM,
     Phi3ForSequenceClassification,
     Phi3ForTokenClassification,
     Phi3PreTrainedModel,
 )
+from phi3_jax.model.abstract import abstract_model
 from phi3_jax.model.loading import load_model
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import shards
@@ -36,6 +37,7 @@ from phi3_jax.trainer.objectives import Objective
 from phi3_jax.trainer.optimizers import make_optimizer, make_schedule
 from phi3_jax.trainer.step import Trainer
 
+from .adapters import with_adapter_settings
 from .labels import base_head
 from .metrics import direction
 from .settings import Settings
@@ -68,7 +70,9 @@ class Recipe:
     """The examples of a run and its steps, before there is a model."""
 
     settings: Settings
-    base: Path
+    paths: ModelPaths
+    """The base model, and the adapter that training starts from, if there is one."""
+    adapter: AdapterConfig | None
     tokenizer: Phi3Tokenizer
     config: Phi3Config
     """The base model's config, with the rope of the settings."""
@@ -93,12 +97,17 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
     check_rows(settings.train_batch_size, settings.gradient_accumulation_steps, mesh, "train_batch_size")
     check_rows(settings.eval_batch_size, 1, mesh, "eval_batch_size")
 
-    path = distributed.from_primary(
-        lambda: default_model(cache_dir) if settings.model is None else resolve(settings.model)
+    paths = distributed.from_primary(
+        lambda: find_model(settings.model, settings.adapter, lambda: default_model(cache_dir))
     )
-    tokenizer = Phi3Tokenizer.from_pretrained(path)
-    checkpoint = open_checkpoint(path)
+    tokenizer = Phi3Tokenizer.from_pretrained(paths.base)
+    checkpoint = open_model(paths)
     config = checkpoint.config
+    adapter = None
+    if paths.adapter is not None:
+        model = abstract_model(MODELS[settings.task], config)
+        adapter = check_adapters(model, paths.adapter)
+        settings = with_adapter_settings(settings, adapter, model)
     if settings.rope is not None:
         config = as_longrope(parse_rope(settings.rope).config_to_save(config))
         saved = config.rope_scaling.to_dict(config.rope_base)
@@ -136,7 +145,8 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
         if settings.warmup_steps is None
         else settings.warmup_steps,
     )
-    return Recipe(settings, path, tokenizer, config, data, pad, plan, total, schedule, kind, metric, sign)
+    model_parts = paths, adapter, tokenizer, config
+    return Recipe(settings, *model_parts, data, pad, plan, total, schedule, kind, metric, sign)
 
 
 def _step_batches(settings: Settings, widths: int, devices: int) -> tuple[int, int]:
@@ -169,7 +179,7 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
     rows = recipe.data.base_rows
     model = load_model(
         MODELS[settings.task],
-        recipe.base,
+        open_model(recipe.paths),
         dtype="float32" if settings.trained == "full" else settings.dtype,
         mesh=mesh,
         rngs=settings.seed,
@@ -185,8 +195,11 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
     return model
 
 
-def with_adapters(model: Phi3PreTrainedModel, settings: Settings) -> Phi3PreTrainedModel:
-    """Returns the model, with new adapters if the settings train adapters."""
+def with_adapters(model: Phi3PreTrainedModel, recipe: Recipe) -> Phi3PreTrainedModel:
+    """Returns the model of `new_model` with the adapters that are trained: none, given ones, or new ones."""
+    settings = recipe.settings
+    if recipe.paths.adapter is not None:
+        return load_adapters(model, recipe.paths.adapter, keep_head=True)  # the model has its head already
     if settings.trained != "lora":
         return model
     return add_lora(
@@ -199,13 +212,18 @@ def with_adapters(model: Phi3PreTrainedModel, settings: Settings) -> Phi3PreTrai
     )
 
 
+def _is_saved(adapter: AdapterConfig | None, path: Sequence[Any], value: Any) -> bool:
+    """Whether this parameter is of a module that the adapter has as a whole."""
+    return adapter is not None and adapter.saves(".".join(map(str, path[:-1])))
+
+
 def make_trainer(recipe: Recipe, model: Phi3PreTrainedModel, mesh: Mesh | None) -> Trainer:
     """Returns the trainer that the settings describe."""
     settings = recipe.settings
     head = nnx.PathContains("score")
     wrt: Any = nnx.Param
     if settings.trained == "lora":
-        wrt = nnx.LoRAParam if settings.task == "causal-lm" else nnx.Any(nnx.LoRAParam, head)
+        wrt = nnx.Any(nnx.LoRAParam, head, partial(_is_saved, recipe.adapter))
     elif settings.trained == "head":
         wrt = head
     on_cpu = jax.default_backend() == "cpu"

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from phi3_jax.checkpoint.fingerprint import fingerprint
+from phi3_jax.config.model_config import CONFIG_NAME
 from phi3_jax.errors import UserError
 from phi3_jax.lora import merge_lora, save_adapters
+from phi3_jax.lora.adapted import base_name, saved_modules
 from phi3_jax.model.saving import save_model
 from phi3_jax.parallel import distributed
 from phi3_jax.runs.exchange import restore
-from phi3_jax.runs.files import remove_leftovers
-from phi3_jax.runs.json_values import RUN
+from phi3_jax.runs.files import remove_leftovers, write_text
+from phi3_jax.runs.json_values import ADAPTER, RUN
 from phi3_jax.runs.resume import RunFile, differences
 
 from .checkpoints import remove_checkpoints, saved_steps
@@ -24,8 +26,8 @@ from .recipe import Recipe
 from .report import Results, write_report
 from .settings import FREE, LENGTH
 
-CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
-"""Folders of checkpoints and, beside the merged model, of adapters."""
+CHECKPOINTS = "checkpoints"
+"""The folder of checkpoints."""
 
 _WRITTEN = (
     *(CHECKPOINTS, ADAPTER, TENSORBOARD, LOG, "report.md", "metrics.json"),
@@ -54,8 +56,8 @@ class RunDirectory:
             "data": recipe.data.fingerprint(),
             "steps": recipe.total_steps,
             "base": recipe.config.to_dict(),
-            "base_files": fingerprint(recipe.base) if distributed.is_primary() else {},
-        }
+            "base_files": fingerprint(recipe.paths.base) if distributed.is_primary() else {},
+        } | (recipe.paths.adapter_record if distributed.is_primary() else {})
         self._file = RunFile(
             self.path / RUN,
             self.path,
@@ -75,8 +77,7 @@ class RunDirectory:
                 done more steps or cannot be continued; another run has it.
         """
         overwrite = self._recipe.settings.overwrite_output_dir
-        if self.path.exists() and self.path.samefile(self._recipe.base):
-            raise UserError(f"{self.path} is the base model itself; choose another --output-dir")
+        self._check_inputs()
         self.path.mkdir(parents=True, exist_ok=True)
         self._file.lock()
         restore(self.path)
@@ -102,6 +103,18 @@ class RunDirectory:
         """Writes what the run does, and that it is not finished."""
         self._file.write(**self._state)
 
+    def _check_inputs(self) -> None:
+        """Checks that the run would not write over the model or the adapter that it starts from."""
+        base, adapter = self._recipe.paths
+        if self.path.exists() and self.path.samefile(base):
+            raise UserError(f"{self.path} is the base model itself; choose another --output-dir")
+        if adapter is None:
+            return
+        adapter, own = adapter.resolve(), self.path.resolve()
+        written = own, (own / ADAPTER).resolve()
+        if adapter in written or own / CHECKPOINTS in adapter.parents:
+            raise UserError(f"{self.path} would write over --adapter {adapter}; choose another --output-dir")
+
     def release(self) -> None:
         """Lets other runs open the directory."""
         self._file.release()
@@ -109,7 +122,7 @@ class RunDirectory:
     def _check_state(self, before: dict[str, Any]) -> SplitMetrics | None:
         if before.get("data") != self._state["data"]:
             raise self._file.mismatch("the data are not the same")
-        known = {"base", "base_files"}
+        known = {"base", "base_files", "adapter", "adapter_files"}
         if changed := differences(before, self._state, free=(before.keys() | self._state.keys()) - known):
             raise self._file.mismatch(*changed)
         if before["steps"] == self._state["steps"]:
@@ -153,13 +166,26 @@ class RunDirectory:
         """
         settings = self._recipe.settings
         if settings.trained == "lora":
-            base = settings.model or str(self._recipe.base)
-            save_adapters(model, self.path / ADAPTER, base_model=base)
+            adapter, base = self._recipe.adapter, settings.model
+            if base is None and adapter is not None:
+                base = base_name(adapter.fields)
+            saved = None if adapter is None else saved_modules(adapter, model)
+            save_adapters(
+                model,
+                self.path / ADAPTER,
+                base_model=base or str(self._recipe.paths.base),
+                modules_to_save=saved,
+            )
             model = merge_lora(model)
         dtype = jnp.dtype(settings.dtype)
         save_model(jax.tree.map(lambda x: x.astype(dtype), model), self.path)
-        if distributed.is_primary():
-            self._recipe.tokenizer.save_pretrained(self.path)
+        if not distributed.is_primary():
+            return
+        self._recipe.tokenizer.save_pretrained(self.path)
+        if settings.trained == "lora":
+            # Labels and rope, which PEFT's files do not have.
+            text = (self.path / CONFIG_NAME).read_text(encoding="utf-8")
+            write_text(self.path / ADAPTER / CONFIG_NAME, text)
 
     def report(self, results: Results) -> None:
         """Writes the report; only process 0 does."""

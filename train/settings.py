@@ -23,6 +23,11 @@ class Settings(BaseModel):
     model: str | None = Field(
         None, description="A directory, a .gguf file or a hub name; default: SmolLM2-135M-Instruct."
     )
+    adapter: str | None = Field(
+        None,
+        description="LoRA adapters in PEFT's format to train further, a directory or a hub name. They have "
+        "their own rank, alpha and targets, and name the model if none is given.",
+    )
     rope: str | None = Field(
         None,
         description="Replaces the model's rope scaling, and is saved with it: linear:factor=4, "
@@ -146,6 +151,11 @@ class Settings(BaseModel):
         """Reads a bare `no` of YAML, which is false there, as the word."""
         return "no" if value is False else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _trains_the_adapter(cls, values: Any) -> Any:
+        return {"trained": "lora"} | values if values.get("adapter") is not None else values
+
     @model_validator(mode="after")
     def _fits_the_device(self) -> "Settings":
         for name, value in self._numbers():
@@ -173,6 +183,8 @@ class Settings(BaseModel):
             raise UserError(f"packing is for causal-lm, not for {self.task}")
         if self.trained == "head" and self.task == "causal-lm":
             raise UserError("trained=head is for classification: a language model's head is not new")
+        if self.adapter is not None and self.trained != "lora":
+            raise UserError(f"adapter needs trained=lora, and trained={self.trained}")
         if self.dataset is not None and self.train_file is not None:
             raise UserError("give dataset or train_file, not both")
         if self.save_steps is not None and self.save_strategy != "steps":

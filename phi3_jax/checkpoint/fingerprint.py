@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,9 +25,13 @@ def fingerprint(path: Path) -> dict[str, str]:
     files = [path] if path.is_file() else [path / name for name in _READ if (path / name).is_file()]
     if path.is_dir():
         files += sorted(path.glob("*.safetensors"))
+    return digests(files)
+
+
+def digests(files: Sequence[Path]) -> dict[str, str]:
+    """Returns a digest of each file, by its name."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_digest, files))
-    return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+        return dict(zip([file.name for file in files], pool.map(_digest, files), strict=True))
 
 
 def _digest(path: Path) -> str:

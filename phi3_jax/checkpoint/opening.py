@@ -10,6 +10,7 @@ from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.runs.json_values import RUN
+from phi3_jax.sources.hub import ADAPTER_CONFIG
 
 
 class Checkpoint(NamedTuple):
@@ -36,6 +37,8 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
     if not path.is_dir():
         problem = "is a file; name its directory, or a .gguf file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {problem}")
+    if (path / ADAPTER_CONFIG).is_file() and not any(path.glob("model*.safetensors*")):
+        raise CheckpointError(f"{path} holds adapters and no model; give it as the adapter (--adapter)")
     if (path / RUN).is_file() and not (path / "config.json").exists():
         raise CheckpointError(
             f"{path} is an unfinished run of finetune, which has no model yet; its command finishes it"

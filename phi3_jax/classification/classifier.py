@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from phi3_jax.checkpoint import CheckpointError, open_checkpoint, resolve
+from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.classification.head import Head
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.data.batches import BatchPlan
@@ -21,9 +21,9 @@ from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
 from phi3_jax.data.tasks import Example, SequenceClassification, TokenClassification
 from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
+from phi3_jax.lora import ModelPaths, find_model, load_merged, open_model
 from phi3_jax.model import Phi3PreTrainedModel
-from phi3_jax.model.loading import load_model
-from phi3_jax.runs.json_values import RUN
+from phi3_jax.runs.json_values import ADAPTER, RUN
 from phi3_jax.runs.text import read_json
 from phi3_jax.sizes import round_up
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -90,8 +90,9 @@ class Classifier:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | PathLike[str],
+        name_or_path: str | PathLike[str] | None = None,
         *,
+        adapter: str | PathLike[str] | None = None,
         dtype: Any = "bfloat16",
         mesh: Mesh | None = None,
         batch_size: int = 64,
@@ -101,6 +102,9 @@ class Classifier:
         """Loads a classifier that finetune wrote, or any checkpoint whose config.json names one.
 
         Args:
+            name_or_path: of the classifier; with an adapter, of its base model, and None is the one that the
+                adapter names.
+            adapter: the directory or hub name of the adapter of a classifier, in PEFT's format.
             dtype: dtype of parameters and activations.
             mesh: divides the model.
             threshold: the probability above which one of several labels is chosen; default: 0.5.
@@ -109,16 +113,17 @@ class Classifier:
         Raises:
             UserError: the checkpoint is not a classifier, or is broken.
         """
-        path = resolve(name_or_path)
-        checkpoint = open_checkpoint(path)
+        paths = find_classifier(name_or_path, adapter)
+        path = paths.adapter or paths.base
+        checkpoint = open_model(paths)
         config = checkpoint.config
         head = Head.from_checkpoint(path, config)
         if not {"score.weight", "classifier.weight"} & set(checkpoint.source.names()):
             raise CheckpointError(f"{path} has no score.weight, so it was never trained to classify")
-        tokenizer = Phi3Tokenizer.from_pretrained(path)
+        tokenizer = checkpoint.source.tokenizer()
         ids = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad = next(token for token in ids if token is not None)
-        model = load_model(head.model, checkpoint, dtype=dtype, mesh=mesh, pad_token_id=pad)
+        model = load_merged(head.model, checkpoint, paths.adapter, dtype=dtype, mesh=mesh, pad_token_id=pad)
         task = task_of_model(path, config, head, **columns)
         return cls(model, tokenizer, task=task, batch_size=batch_size, threshold=threshold)
 
@@ -233,6 +238,21 @@ class Classifier:
         return self.head.predict_words(outputs[0][positions], numbers, words, self.tokenizer.truncation_side)
 
 
+def find_classifier(
+    name_or_path: str | PathLike[str] | None, adapter: str | PathLike[str] | None
+) -> ModelPaths:
+    """Returns the paths of a classifier, and of its adapter if there is one.
+
+    Raises:
+        CheckpointError: there is no such model or adapter. UserError: neither is given.
+    """
+
+    def refuse() -> Path:
+        raise UserError("no model is given; name a classifier (--model) or the adapter of one (--adapter)")
+
+    return find_model(name_or_path, adapter, refuse)
+
+
 def task_of_model(
     path: Path,
     config: Phi3Config,
@@ -296,7 +316,12 @@ def _unlabelled(kind: type[ClassifierTask]) -> dict[str, Any]:
 
 
 def _training_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings of the run that trained the model; none if it has no run.json."""
+    """Returns the settings of the run that trained the model; none if it has no run.json.
+
+    A run of finetune has its adapters in a folder of its own.
+    """
+    if path.name == ADAPTER and not (path / RUN).exists():
+        path = path.parent
     try:
         return dict(read_json(path / RUN)["settings"])
     except (FileNotFoundError, NotADirectoryError):

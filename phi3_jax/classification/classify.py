@@ -13,9 +13,14 @@ import numpy as np
 import pyarrow.parquet
 from jax.sharding import Mesh
 
-from phi3_jax.checkpoint import open_checkpoint, resolve
 from phi3_jax.checkpoint.fingerprint import fingerprint
-from phi3_jax.classification.classifier import Classifier, ClassifierTask, EncodedRows, task_of_model
+from phi3_jax.classification.classifier import (
+    Classifier,
+    ClassifierTask,
+    EncodedRows,
+    find_classifier,
+    task_of_model,
+)
 from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import (
     CONLL,
@@ -30,6 +35,7 @@ from phi3_jax.data.reading import read_items
 from phi3_jax.data.rows import PLAIN_TEXT, BadRowError, BadRows, Row, TextFormat
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.errors import UserError
+from phi3_jax.lora import ModelPaths, open_model
 from phi3_jax.runs.files import check_outputs
 from phi3_jax.runs.progress import FileProgress
 
@@ -60,10 +66,11 @@ class Summary:
 
 
 def classify_file(
-    model: str,
+    model: str | None,
     source: Path,
     output: Path,
     *,
+    adapter: str | None = None,
     all_scores: bool = False,
     keep_bad_rows: bool = False,
     overwrite: bool = False,
@@ -81,11 +88,13 @@ def classify_file(
     written; the output is the same as without the kill.
 
     Args:
-        model: directory or hub name of a checkpoint whose config.json names a classifier.
+        model: directory or hub name of a checkpoint whose config.json names a classifier; with an adapter,
+            of its base model, and None is the one that the adapter names.
         source: CSV, TSV, JSONL, Parquet or CoNLL, by its suffix.
         output: .csv, .tsv or .jsonl, or .conll for tags of words; OUTPUT.partial until it is complete.
         keep_bad_rows: writes a row that cannot be read or classified without a prediction, and in a column
             `error` what is wrong with it (not in CoNLL). So the output has all rows of the input.
+        adapter: directory or hub name of the adapter of a classifier, in PEFT's format.
         overwrite: replace an existing output, or a partial one that cannot be resumed.
         mesh: divides model and batches over the devices of one process.
         text: the encoding of a text file, and the form of CSV and TSV.
@@ -98,12 +107,13 @@ def classify_file(
         OSError: a file cannot be read or written.
     """
     check_format(output)
-    path = resolve(model)
-    check_outputs({"the output": output}, {"the input": source, "the model": path})
-    config = open_checkpoint(path).config
-    head = Head.from_checkpoint(path, config)
+    paths = find_classifier(model, adapter)
+    read = {"the model": paths.base, "the adapter": paths.adapter}
+    check_outputs({"the output": output}, {"the input": source} | read)
+    config = open_model(paths).config
+    head = Head.from_checkpoint(paths.adapter or paths.base, config)
     head.check_threshold(threshold)
-    task = task_of_model(path, config, head, **columns)
+    task = task_of_model(paths.adapter or paths.base, config, head, **columns)
     bad = BadRows(keep_bad_rows)
     table, items = _open_table(source, output, head, task, all_scores, text, bad)
     settings: dict[str, Any] = {"all_scores": all_scores, "batch_size": batch_size, "dtype": dtype}
@@ -111,11 +121,17 @@ def classify_file(
         settings["threshold"] = threshold
     if output.suffix.lower() in DELIMITERS:  # their header has the column of errors
         settings["keep_bad_rows"] = keep_bad_rows
-    options = _options(source, path, task, mesh, **settings, **text._asdict())
+    options = _options(source, paths, task, mesh, **settings, **text._asdict())
     partial = _open_partial(source, output, options, overwrite)
     try:
         classifier = Classifier.from_pretrained(
-            path, dtype=dtype, mesh=mesh, batch_size=batch_size, threshold=threshold, **columns
+            model,
+            adapter=adapter,
+            dtype=dtype,
+            mesh=mesh,
+            batch_size=batch_size,
+            threshold=threshold,
+            **columns,
         )
         chunks = _Chunks(classifier, table, items, partial.state, bad)
         return _classify_chunks(classifier, chunks, table, partial, _total_lines(source), all_scores, show)
@@ -158,7 +174,7 @@ def _open_table(
 
 
 def _options(
-    source: Path, model: Path, task: ClassifierTask, mesh: Mesh | None, **settings: Any
+    source: Path, paths: ModelPaths, task: ClassifierTask, mesh: Mesh | None, **settings: Any
 ) -> dict[str, Any]:
     """Returns everything that the output depends on, as JSON values."""
     status = source.stat()
@@ -166,8 +182,9 @@ def _options(
         "input": str(source.resolve()),
         "input_size": status.st_size,
         "input_modified": status.st_mtime_ns,
-        "model": str(model.resolve()),
-        "model_files": fingerprint(model),
+        "model": str(paths.base.resolve()),
+        "model_files": fingerprint(paths.base),
+        **paths.adapter_record,
         "mesh": None if mesh is None else dict(mesh.shape),
         **asdict(task),
         **settings,

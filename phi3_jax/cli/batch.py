@@ -12,6 +12,7 @@ from phi3_jax.batch.summary import BatchSummary
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.cli import common, options
 from phi3_jax.evaluation.scorer import frequencies_key
+from phi3_jax.lora import ModelPaths
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 from phi3_jax.runs.files import check_outputs
@@ -34,6 +35,7 @@ def batch(
         ),
     ],
     model: options.Model = None,
+    adapter: options.Adapter = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
     top_p: Annotated[float, Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
@@ -82,14 +84,14 @@ def batch(
         "seed": seed,
         "stop_strings": stop or [],
     }
-    path = common.model_path(model, cache_dir)
+    paths = common.model_paths(model, adapter, cache_dir)
     check_outputs(
         {"--output": None if output == "-" else Path(output), "--stats": stats},
-        {"--input": None if source == "-" else Path(source), "--model": path},
+        {"--input": None if source == "-" else Path(source)} | paths.inputs,
     )
 
     def engine() -> Engine:
-        pipeline = common.load_pipeline(str(path), dtype, cache_dir, where, rope)
+        pipeline = common.load_pipeline(paths, dtype, cache_dir, where, rope)
         return Engine(pipeline.compiled, pipeline.tokenizer, slots=slots, max_length=max_length, **generation)
 
     summary = batch_file(
@@ -99,7 +101,7 @@ def batch(
         # Standard output cannot be resumed, so that the weights need not be read for a fingerprint.
         options={}
         if output == "-"
-        else _model_options(path, dtype, rope) | generation | {"max_length": max_length},
+        else _model_options(paths, dtype, rope) | generation | {"max_length": max_length},
         overwrite=overwrite,
         stats=stats,
     )
@@ -108,15 +110,15 @@ def batch(
         raise Exit(SOME_ERRORS)
 
 
-def _model_options(path: Path, dtype: str, rope: str | None) -> dict[str, Any]:
+def _model_options(paths: ModelPaths, dtype: str, rope: str | None) -> dict[str, Any]:
     """Returns what the answers depend on besides the options of generation."""
     options: dict[str, Any] = {
-        "model": str(path.resolve()),
-        "model_files": fingerprint(path),
+        "model": str(paths.base.resolve()),
+        "model_files": fingerprint(paths.base),
         "dtype": dtype,
-    }
+    } | paths.adapter_record
     if rope is not None:
-        config = common.config_with(path, rope)
+        config = common.config_with(paths, rope)
         lengths = (config.original_max_position_embeddings, config.context_length)
         # The numbers, too, since the file that defines a type may change.
         options["rope"] = config.rope_parameters | {

@@ -13,6 +13,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def chat(
     model: options.Model = None,
+    adapter: options.Adapter = None,
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
@@ -40,7 +41,9 @@ def chat(
         repetition_penalty=repetition_penalty,
         prompt_lookup=prompt_lookup,
     )
-    pipeline = common.load_pipeline(model, dtype, cache_dir, prepare(mesh, distributed), rope)
+    where = prepare(mesh, distributed)
+    paths = common.model_paths(model, adapter, cache_dir)
+    pipeline = common.load_pipeline(paths, dtype, cache_dir, where, rope)
     session = ChatSession(
         pipeline.compiled,
         pipeline.tokenizer,

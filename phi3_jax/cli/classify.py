@@ -18,9 +18,6 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def classify(
-    model: Annotated[
-        str, Option(help="The output of finetune, or any classifier: a directory or a hub name.")
-    ],
     source: Annotated[
         Path,
         Option("--input", help="A CSV, TSV, JSONL, Parquet or CoNLL file, by its suffix.", dir_okay=False),
@@ -28,6 +25,11 @@ def classify(
     output: Annotated[
         Path, Option(help="A .csv, .tsv or .jsonl file, or .conll for tags of words.", dir_okay=False)
     ],
+    model: Annotated[
+        str | None,
+        Option(help="The output of finetune, or any classifier: a directory or a hub name."),
+    ] = None,
+    adapter: options.Adapter = None,
     text_column: Annotated[str | None, Option(help="Default: as in training, or text.")] = None,
     text_pair_column: Annotated[str | None, Option(help="Default: as in training, or none.")] = None,
     words_column: Annotated[str | None, Option(help="Default: as in training, or words.")] = None,
@@ -69,6 +71,7 @@ def classify(
             model,
             source,
             output,
+            adapter=adapter,
             text_column=text_column,
             text_pair_column=text_pair_column,
             words_column=words_column,

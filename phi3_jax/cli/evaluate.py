@@ -24,6 +24,7 @@ def evaluate(
         Path, Argument(help="A text file, or a .jsonl file with one text a line.", dir_okay=False)
     ],
     model: options.Model = None,
+    adapter: options.Adapter = None,
     length: Annotated[
         int | None, Option(min=2, help="The tokens of a window; default: the model's context.")
     ] = None,
@@ -50,10 +51,10 @@ def evaluate(
     if not text.is_file():
         raise FileNotFoundError(f"there is no file {text}")
     where = prepare(mesh, False)
-    path = common.model_path(model, cache_dir)
-    check_outputs({"--output": output}, {"the text": text, "--model": path})
+    paths = common.model_paths(model, adapter, cache_dir)
+    check_outputs({"--output": output}, {"the text": text} | paths.inputs)
     result = evaluate_text(
-        common.load_pipeline(str(path), dtype, cache_dir, where),
+        common.load_pipeline(paths, dtype, cache_dir, where),
         text,
         rope=argument,
         length=length,
@@ -61,7 +62,13 @@ def evaluate(
         max_tokens=max_tokens,
         key=text_key,
     )
-    about = {"text": str(text), "model": str(path), "model_files": fingerprint(path), "dtype": dtype}
+    about = {
+        "text": str(text),
+        "model": str(paths.base),
+        "model_files": fingerprint(paths.base),
+        **paths.adapter_record,
+        "dtype": dtype,
+    }
     report = json.dumps(json_value(result.to_dict() | about | {"rope": rope}), indent=2, ensure_ascii=False)
     if output is None:
         print(report)

@@ -23,6 +23,7 @@ app = typer.Typer(add_completion=False)
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; standard input if absent or -.")] = None,
     model: options.Model = None,
+    adapter: options.Adapter = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = None,
@@ -70,7 +71,8 @@ def generate(
     assert text is not None
     if not text.strip():
         raise UserError("the prompt is empty")
-    pipeline = common.load_pipeline(model, dtype, cache_dir, where, rope)
+    paths = common.model_paths(model, adapter, cache_dir)
+    pipeline = common.load_pipeline(paths, dtype, cache_dir, where, rope)
     ids = _encode(pipeline, text, system, raw)
     context = pipeline.compiled.model.config.context_length
     settings["max_new_tokens"] = max(1, min(max_new_tokens, context - len(ids)))

@@ -11,6 +11,13 @@ Model = Annotated[
     str | None,
     Option(help="A directory, a .gguf file or a hub name; default: SmolLM2-135M-Instruct, fetched once."),
 ]
+Adapter = Annotated[
+    str | None,
+    Option(
+        help="LoRA adapters in PEFT's format: a directory, such as the adapter/ of a run of finetune, or a "
+        "hub name. Without --model, the base model is the one that they name."
+    ),
+]
 CacheDir = Annotated[
     Path | None,
     Option(

@@ -60,7 +60,7 @@ def compare(
     context_lengths = options.numbers("lengths", lengths, least=2)
     where = prepare(mesh, False)
     common.keep_compiled_programs(cache_dir)
-    path = common.model_path(model, cache_dir)
+    path = common.model_paths(model, None, cache_dir).base
     check_output(output, FILES, model=path, text=text)
     comparison = compare_ropes(
         path,

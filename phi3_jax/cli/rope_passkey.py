@@ -67,7 +67,7 @@ def passkey(
     shares = [_share(each) for each in depths.split(",")]
     where = prepare(mesh, False)
     common.keep_compiled_programs(cache_dir)
-    path = common.model_path(model, cache_dir)
+    path = common.model_paths(model, None, cache_dir).base
     check_output(output, FILES, model=path, text=text)
     done = measure_passkeys(
         path,

@@ -83,7 +83,7 @@ def search(
     unscaled = options.numbers("initial-tokens", initial_tokens, least=0)
     where = prepare(mesh, False)
     common.keep_compiled_programs(cache_dir)
-    path = common.model_path(model, cache_dir)
+    path = common.model_paths(model, None, cache_dir).base
     check_output(output, FILES, model=path, text=text)
     done = search_ropes(
         path,

@@ -119,11 +119,11 @@ class AdapterConfig:
             raise CheckpointError(f"{self.path}: {pattern!r} is not a regular expression: {error}") from error
 
 
-def read_adapter_config(path: Path, model: Phi3PreTrainedModel) -> AdapterConfig:
-    """Reads the `adapter_config.json` at `path`, and checks that this model supports its adapters.
+def read_adapter_fields(path: Path) -> dict[str, Any]:
+    """Reads the `adapter_config.json` at `path`.
 
     Raises:
-        CheckpointError: it is missing or broken, is for another model class, or has unsupported fields.
+        CheckpointError: it is missing or broken, or is not of LoRA.
     """
     try:
         fields = read_json(path)
@@ -134,6 +134,16 @@ def read_adapter_config(path: Path, model: Phi3PreTrainedModel) -> AdapterConfig
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
         kind = fields.get("peft_type") if isinstance(fields, dict) else fields
         raise CheckpointError(f"{path}: peft_type={kind!r} is not supported; expected 'LORA'")
+    return fields
+
+
+def read_adapter_config(path: Path, model: Phi3PreTrainedModel) -> AdapterConfig:
+    """Reads the `adapter_config.json` at `path`, and checks that this model supports its adapters.
+
+    Raises:
+        CheckpointError: it is missing or broken, is for another model class, or has unsupported fields.
+    """
+    fields = read_adapter_fields(path)
     task, own = fields.get("task_type"), _task_type(model)
     if task not in (None, own):
         other = next((cls.__name__ for cls, kind in TASK_TYPES.items() if kind == task), "no class here")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -25,12 +25,13 @@ from phi3_jax.model.abstract import with_shardings
 from phi3_jax.model.layers import Linear
 from phi3_jax.model.saving import ParameterSource, write_in_one
 from phi3_jax.runs.exchange import exchanging, restore
+from phi3_jax.sources.hub import ADAPTER_CONFIG, resolve_adapter
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 _WEIGHTS = re.compile(r"adapter_model\..*")
 PREFIX = "base_model.model."
@@ -39,7 +40,11 @@ PREFIX = "base_model.model."
 _UNFUSED = re.compile(r"\.(q|k|v|gate|up)_proj\.")
 
 
-class _AdapterSource(SafetensorsSource):
+HEAD = "score"
+"""The module of a classifier's head."""
+
+
+class AdapterSource(SafetensorsSource):
     """The tensors of a directory of adapters."""
 
     def _files(self) -> list[tuple[Path, set[str] | None]]:
@@ -97,29 +102,27 @@ def save_adapters(
     write_in_one(ParameterSource(tensors), write)
 
 
-def load_adapters(model: Model, directory: str | os.PathLike[str]) -> Model:
+def load_adapters(model: Model, directory: str | os.PathLike[str], *, keep_head: bool = False) -> Model:
     """Returns the model with the adapters that PEFT, or `save_adapters`, wrote for its base model.
 
     Modules stored as a whole, such as `score`, replace the model's own. Everything is checked before anything
     is put on a device. The given model does not change, and both share their weights. Dropout on adapters,
     which matters only for training, is not applied.
 
+    Args:
+        model: the base model, with a list of layers.
+        directory: the adapters' directory, or their name on the Hub.
+        keep_head: keep the model's own `score`, whatever the adapters have.
+
     Raises:
         CheckpointError: files are missing or broken, or the adapters are not LoRA, are for another model
             class, or have other sizes, too few or too many tensors.
         UserError: the model's layers are stacked, or already have adapters.
     """
-    path = Path(directory)
     model = jax.tree.map(lambda leaf: leaf, model)
+    path = resolve_adapter(directory)
+    config, source, adapters, tensors = _match(model, path, keep_head)
     linears = dict(projections(model))
-    if any(linear.adapter is not None for linear in linears.values()):
-        raise UserError("the model already has adapters; merge them first (merge_lora)")
-    restore(path)
-    config = read_adapter_config(path / CONFIG, model)
-    source = _AdapterSource(path)
-    adapters = _abstract_adapters(config, linears)
-    tensors = _tensors(config, adapters, model)
-    _check_tensors(source, tensors, model, path)
     if rate := config.fields.get("lora_dropout"):
         logger.info("%s: lora_dropout=%s is not applied if these adapters are trained further", path, rate)
     for stored, (parameter, layout) in tensors.items():
@@ -130,6 +133,45 @@ def load_adapters(model: Model, directory: str | os.PathLike[str]) -> Model:
     for name, adapter in adapters.items():
         linears[name].adapter = adapter
     return model
+
+
+def check_adapters(
+    model: Phi3PreTrainedModel, directory: str | os.PathLike[str], *, keep_head: bool = False
+) -> AdapterConfig:
+    """Checks that `load_adapters` can load these adapters into this model, and returns their config.
+
+    The model may be abstract. Arguments and errors are those of `load_adapters`.
+    """
+    return _match(model, resolve_adapter(directory), keep_head)[0]
+
+
+class _Match(NamedTuple):
+    """Adapters on disk that fit a model."""
+
+    config: AdapterConfig
+    source: AdapterSource
+    adapters: dict[str, LoRA]
+    """By the names of their projections; their parameters are `jax.ShapeDtypeStruct`s."""
+    tensors: dict[str, tuple[nnx.Param, TensorLayout]]
+
+
+def _match(model: Phi3PreTrainedModel, path: Path, keep_head: bool) -> _Match:
+    """Returns the adapters of a directory, once their config, names and shapes are checked."""
+    linears = dict(projections(model))
+    if any(linear.adapter is not None for linear in linears.values()):
+        raise UserError("the model already has adapters; merge them first (merge_lora)")
+    restore(path)
+    config = read_adapter_config(path / CONFIG, model)
+    source = AdapterSource(path)
+    adapters = _abstract_adapters(config, linears)
+    tensors = _tensors(config, adapters, model)
+    present = set(source.names())
+    if keep_head:
+        head = f"{PREFIX}{HEAD}."
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(head)}
+        present = {name for name in present if not name.startswith(head)}
+    _check_tensors(source, present, tensors, model, path)
+    return _Match(config, source, adapters, tensors)
 
 
 def _abstract_adapters(config: AdapterConfig, linears: dict[str, Linear]) -> dict[str, LoRA]:
@@ -183,12 +225,12 @@ def _base_parameters(model: Phi3PreTrainedModel) -> dict[str, nnx.Param]:
 
 def _check_tensors(
     source: SafetensorsSource,
+    present: set[str],
     expected: dict[str, tuple[nnx.Param, TensorLayout]],
     model: Phi3PreTrainedModel,
     path: Path,
 ) -> None:
     """Checks that the file has exactly the expected tensors, in their shapes."""
-    present = set(source.names())
     problems = []
     if missing := [name for name in expected if name not in present]:
         problems.append(f"missing: {some(missing)}")

@@ -9,6 +9,9 @@ import numpy as np
 RUN = "run.json"
 """The file beside a fine-tuned model: settings, data, and results once the run is finished."""
 
+ADAPTER = "adapter"
+"""The folder of adapters beside the merged model of a run."""
+
 
 def json_value(value: Any) -> Any:
     """Returns the value in JSON's types.

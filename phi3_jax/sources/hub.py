@@ -17,6 +17,12 @@ TOKENIZER_FILES = (
     *("chat_template.json", "*.jinja"),
 )
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file by which PEFT recognises a directory of adapters."""
+
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "config.json")
+"""Files of an adapter on the Hub; a config.json says which labels and rope a model has with the adapter."""
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKEN = "pass a token that may read it (HF_TOKEN, or `hf auth login`)"
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pth")
@@ -60,9 +66,32 @@ def resolve(
     model = _name(name, revision)
     if tokenizer_only and not folder.is_dir():
         raise CheckpointError(f"{model} holds no tokenizer")
-    if not tokenizer_only and not (folder / "config.json").is_file():
+    if tokenizer_only:
+        return folder
+    if (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("model*.safetensors*")):
+        raise CheckpointError(f"{model} holds adapters and no model; give it as the adapter (--adapter)")
+    if not (folder / "config.json").is_file():
         raise CheckpointError(f"{model} holds no config.json: it is not a model in Hugging Face's layout")
     return folder
+
+
+def resolve_adapter(name_or_path: str | os.PathLike[str]) -> Path:
+    """Returns the local directory of an adapter; fetches one called `owner/name` from the Hub.
+
+    Raises:
+        CheckpointError: there is no such directory or repository, or it cannot be fetched.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if path.exists() or not isinstance(name_or_path, str) or not is_hub_name(name):
+        problem = "is a file" if path.is_file() else "does not exist"
+        raise CheckpointError(
+            f"the adapter {name!r} {problem}; give a directory that PEFT wrote, or an adapter on the Hub as "
+            "owner/name"
+        )
+    return _fetch(name, ADAPTER_FILES, revision=None, local_files_only=False)
 
 
 def is_hub_name(name: str) -> bool:

@@ -238,6 +238,10 @@ def test_reads_and_writes_on_a_mesh(tmp_path):
     parts = {shard.data.shape for shard in linear.adapter.b[...].addressable_shards}
     assert parts == {(1, 4, 12, 2)}
     assert distance(result(several), expected) <= 1e-5
+    merged = merge_lora(several)
+    assert distance(result(merged), expected) <= 1e-5
+    for (_, one), (_, other) in zip(projections(merged), projections(several), strict=True):
+        assert one.weight.sharding == other.weight.sharding
     save_adapters(several, tmp_path / "again", base_model="base")
     first, second = load_file(folder / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
     assert first.keys() == second.keys()
@@ -364,8 +368,10 @@ def test_rejects_tensors_that_do_not_fit(change, words, written, tmp_path):
 @pytest.mark.usefixtures("nothing_on_device")
 def test_rejects_broken_and_missing_files(written, tmp_path):
     model, good = written
-    with pytest.raises(CheckpointError, match=r"adapter_config.json does not exist; expected a directory"):
+    with pytest.raises(CheckpointError, match=r"nowhere' does not exist; give a directory that PEFT"):
         load_adapters(model, tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json does not exist; expected a directory"):
+        load_adapters(model, tmp_path)
     shutil.copytree(good, tmp_path / "bad")
     weights = tmp_path / "bad" / WEIGHTS
     weights.write_bytes((good / WEIGHTS).read_bytes()[:-100])

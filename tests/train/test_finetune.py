@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -13,15 +14,15 @@ from filelock import FileLock
 from phi3_jax.train import finetune as module
 from phi3_jax.train.evaluate import NotFiniteError
 from phi3_jax.train.finetune import InterruptedRunError, finetune
-from phi3_jax.train.recipe import make_recipe, with_adapters
+from phi3_jax.train.recipe import make_recipe, new_model, with_adapters
 from reference import distance
 from reference import run as outputs
 from runs import files, interrupted_after, losses, run, settings_of, write_base, write_rows
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from phi3_jax import Phi3ForSequenceClassification
 from phi3_jax.checkpoint import CheckpointError
-from phi3_jax.classification import Classifier
+from phi3_jax.classification import Classifier, classify_file
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.rows import BadRowError, Place, Row
 from phi3_jax.data.tasks import TokenClassification
@@ -371,8 +372,131 @@ def test_trains_only_adapters_and_saves_them_beside_the_merged_model(folder, bas
 def test_adapters_have_the_scale_of_the_settings(folder, base):
     for rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
         settings = settings_of(folder, base, trained="lora", lora_rank=4, lora_alpha=8, use_rslora=rslora)
-        model = with_adapters(Phi3ForSequenceClassification.from_pretrained(base), settings)
+        recipe = make_recipe(settings, None, None)
+        model = with_adapters(Phi3ForSequenceClassification.from_pretrained(base), recipe)
         assert model.model.layers[0].self_attn.qkv_proj.adapter.scaling == scale
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """Returns the folder of a run that trained adapters and a head."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_rows(folder / "train.jsonl")
+    run(folder, base, **ADAPTERS, max_length=64, labels=["b", "a"])
+    return folder / "run"
+
+
+def test_classifies_with_the_adapter_of_a_run_as_with_its_merged_model(trained):
+    merged, adapted = (
+        Classifier.from_pretrained(**source, dtype="float32")
+        for source in ({"name_or_path": trained}, {"adapter": trained / "adapter"})
+    )
+    texts = ["lamp door", "song rain clock", "mail"]
+    assert adapted.predict(texts, all_scores=True) == merged.predict(texts, all_scores=True)
+    assert adapted.head == merged.head
+    assert adapted.head.labels == ("b", "a")
+    assert adapted.task == merged.task
+    assert adapted.task.max_length == 64
+
+
+def test_classify_is_not_resumed_with_another_adapter(folder, trained):
+    """A bad row ends the command after its first 32 rows."""
+    copy, rows = folder / "adapter", folder / "rows.jsonl"
+    shutil.copytree(trained / "adapter", copy)
+    rows.write_text('{"text": "lamp"}\n' * 32 + '{"text": 1}\n')
+    command = partial(
+        classify_file, None, rows, folder / "out.csv", adapter=str(copy), batch_size=1, show=False
+    )
+    with pytest.raises(BadRowError, match="line 33"):
+        command(dtype="float32")
+    tensors = load_file(copy / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, copy / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"cannot be resumed: adapter_files\.adapter_model\.safetensors"):
+        command(dtype="float32")
+    (copy / "out.csv").touch()
+    (copy / "out.csv").touch()
+    with pytest.raises(ValueError, match=r"the output .* is in the adapter; choose another"):
+        classify_file(None, rows, copy / "out.csv", adapter=str(copy))
+
+
+def test_starts_from_an_adapter_and_its_head(folder, base, trained):
+    """With the labels of the adapter in another order the head's rows move; with others the head is new."""
+    ids = np.arange(10, 18)[None]
+    expected = outputs(Phi3ForSequenceClassification.from_pretrained(trained), input_ids=ids).logits
+    for labels, rows in ((None, [0, 1]), (["a", "b"], [1, 0]), (["a", "b", "c"], None)):
+        settings = settings_of(folder, base, adapter=str(trained / "adapter"), labels=labels)
+        recipe = make_recipe(settings, None, None)
+        assert (recipe.settings.trained, recipe.settings.lora_rank) == ("lora", 2)
+        assert recipe.settings.lora_targets == ["qkv_proj"]
+        model = with_adapters(new_model(recipe, None), recipe)
+        logits = outputs(model, input_ids=ids).logits
+        if rows is None:
+            assert logits.shape == (1, 3)
+        else:
+            assert distance(logits, expected[:, rows]) <= 1e-5
+
+
+def test_trains_an_adapter_further(folder, base, trained, monkeypatch):
+    given = {"model": None, "adapter": str(trained / "adapter"), "labels": ["b", "a"]}
+    run(folder, base, **given, max_steps=2)
+    first, second = (
+        load_file(path / "adapter" / "adapter_model.safetensors") for path in (trained, folder / "run")
+    )
+    assert first.keys() == second.keys()
+    assert all(0 < distance(second[name], tensor) < 0.5 for name, tensor in first.items())
+    written = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["r"]) == (str(base), 2)
+    record = json.loads((folder / "run" / "run.json").read_text())
+    assert (record["settings"]["lora_rank"], record["adapter"]) == (2, given["adapter"])
+
+    copy = folder / "copy"
+    shutil.copytree(trained / "adapter", copy)
+    given["adapter"] = str(copy)
+    with pytest.raises(ValueError, match="cannot be resumed: adapter: "):
+        run(folder, base, **given, max_steps=2)
+    shutil.rmtree(folder / "run")
+    monkeypatch.setattr(module, "FinetuneRun", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        run(folder, base, **given, max_steps=2)
+    tensors = {name: tensor * 2 for name, tensor in first.items()}
+    save_file(tensors, copy / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError,
+        match=r"cannot be resumed: adapter_files\.adapter_model\.safetensors: '\w+' -> '\w+'\. ",
+    ):
+        run(folder, base, **given, max_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_rank": 3}, "lora_rank=3, and .*adapter_config.json has 2, .*; leave lora_rank out"),
+        ({"lora_alpha": 3.5}, "lora_alpha=3.5, and .*adapter_config.json has 4.0"),
+        ({"use_rslora": True}, "use_rslora=True, and .*adapter_config.json has False"),
+        ({"lora_targets": ["o_proj"]}, r"lora_targets=\['o_proj'\], and .* has \['qkv_proj'\]"),
+        ({"trained": "full"}, "adapter needs trained=lora, and trained=full"),
+        ({"task": "token-classification"}, "task_type='SEQ_CLS' belongs to Phi3ForSequenceClassification"),
+    ],
+)
+def test_rejects_settings_that_contradict_the_adapter(folder, base, trained, changes, words):
+    with pytest.raises(ValueError, match=words):
+        run(folder, base, adapter=str(trained / "adapter"), **changes)
+
+
+@pytest.mark.parametrize("output", ["run", "run/adapter"])
+def test_does_not_write_over_the_adapter(folder, base, trained, output):
+    (folder / "link").symlink_to(trained)
+    before = {path.name: path.read_bytes() for path in (trained / "adapter").iterdir()}
+    for place in (trained.parent / output, folder / output.replace("run", "link")):
+        with pytest.raises(ValueError, match=f"{place} would write over --adapter .*; choose another"):
+            run(
+                folder,
+                base,
+                adapter=str(trained / "adapter"),
+                output_dir=place,
+                overwrite_output_dir=True,
+            )
+    assert {path.name: path.read_bytes() for path in (trained / "adapter").iterdir()} == before
 
 
 # PEFT uses a deprecated name of transformers.
