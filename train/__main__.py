@@ -1,13 +1,12 @@
 """`python -m phi3_jax.train CONFIG.yaml`: the same run as `phi3-jax finetune CONFIG.yaml`."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from phi3_jax.parallel.messages import run_program
+from phi3_jax.parallel.messages import run_program, show_log
 
 from .program import run_settings
 from .settings import Settings
@@ -24,7 +23,7 @@ def main(
     ] = False,
 ) -> None:
     """Train a classifier, a tagger or a language model; the same command resumes an interrupted run."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    show_log()
     run_settings(Settings.read(config, {}), mesh=mesh, distributed=distributed, cache_dir=None)
 
 

@@ -1,6 +1,7 @@
 """A run's state on disk: Orbax checkpoints, written while training continues."""
 
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -166,7 +167,11 @@ class Checkpoints:
         full = any(
             "No space left" in text or "RESOURCE_EXHAUSTED" in text or "quota" in text for text in texts
         )
-        reason = "there is no space left on the disk" if full else texts[0].strip().splitlines()[0][:200]
+        reason = texts[0].strip().splitlines()[0][:200]
+        if system := re.search(r": ([^:]+) \[os_error_code=", " ".join(texts)):  # at the end of a long text
+            reason = system[1]
+        if full:
+            reason = "there is no space left on the disk"
         name = self.directory if step is None else self.directory / str(step)
         return CheckpointError(f"{name} cannot be written: {reason}; the checkpoint before it is intact")
 

@@ -1,11 +1,11 @@
 """The command `phi3-jax` and the list of its sub-commands."""
 
-import logging
 from typing import Annotated
 
 import typer
 
 from phi3_jax.cli.lazy import lazy_group
+from phi3_jax.parallel.messages import show_log
 
 COMMANDS = {
     "generate": "Answer one prompt.",
@@ -40,6 +40,4 @@ def common(
     ] = False,
 ) -> None:
     """The Phi-3 family in JAX: generate, chat, fine-tune, convert, measure."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
-    )
+    show_log(verbose)

@@ -20,19 +20,23 @@ def read_dataset(name: str, split: str) -> Iterator[Row]:
     """Streams the rows of a data set of the Hugging Face hub, with class names instead of class numbers.
 
     Raises:
-        ImportError: `datasets` is not installed.
+        UserError: `datasets` is not installed, or the data set or its split cannot be read.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             f"the data set {name!r} needs the library datasets; pip install datasets, or give a file"
         ) from error
-    data = datasets.load_dataset(name, split=split, streaming=True)
-    features = {} if data.features is None else data.features.to_dict()
-    named = {column: names for column, each in features.items() if (names := _names_of(each))}
-    for number, values in enumerate(data, 1):
-        yield Row(_with_names(values, named), Place(f"{name}, {split}", number, "row"))
+    try:
+        data = datasets.load_dataset(name, split=split, streaming=True)
+        features = {} if data.features is None else data.features.to_dict()
+        named = {column: names for column, each in features.items() if (names := _names_of(each))}
+        for number, values in enumerate(data, 1):
+            yield Row(_with_names(values, named), Place(f"{name}, {split}", number, "row"))
+    except Exception as error:  # of the library, of networks and of every format that it reads
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the data set {name!r} cannot be read (split {split!r}): {reason:.300}") from error
 
 
 def _names_of(feature: Any) -> list[str] | None:

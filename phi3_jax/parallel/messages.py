@@ -1,6 +1,9 @@
 """Prints lines for the user on standard error, and ends programs."""
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -15,6 +18,31 @@ def _process_index() -> int:
     return 0 if distributed is None else distributed.process_index()
 
 
+def show_log(verbose: bool = False) -> None:
+    """Shows the package's warnings on standard error, or with `verbose` what all libraries log.
+
+    Libraries also warn of what this package tells by itself, such as a name that cannot be reached. Does
+    nothing where the application has set up its log.
+    """
+    root = logging.getLogger()
+    # Orbax logs while it is imported, by which absl sets up a log.
+    if any(type(handler) is not logging.StreamHandler for handler in root.handlers):
+        return
+    handler = logging.StreamHandler()
+    if not verbose:
+        handler.addFilter(lambda record: record.name.startswith(("phi3_jax", "jax")))
+        for name in ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):  # these libraries have handlers of their own
+            os.environ.setdefault(name, "critical")
+    level = logging.INFO if verbose else logging.WARNING
+    warnings.showwarning = _show_warning
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", handlers=[handler], force=True)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """Shows a library's warning as one line, without the line of code that gave it."""
+    logging.getLogger("phi3_jax").warning("%s", " ".join(str(message).split()))
+
+
 def tell(line: str) -> None:
     """Prints a line for the user beside the output, in process 0 only."""
     if _process_index() == 0:
@@ -22,12 +50,13 @@ def tell(line: str) -> None:
 
 
 def tell_error(error: BaseException) -> None:
-    """Prints an error, in process 0 and in the process where it was raised."""
+    """Prints an error as one line, in process 0 and in the process where it was raised."""
+    text = " ".join(line.strip() for line in str(error).splitlines())  # libraries' own have several
     if (origin := getattr(error, "of_process", None)) is not None:
-        tell(f"phi3-jax: {error} (in process {origin})" if origin else f"phi3-jax: {error}")
+        tell(f"phi3-jax: {text} (in process {origin})" if origin else f"phi3-jax: {text}")
         return
     process = f" (process {index})" if (index := _process_index()) else ""
-    print(f"phi3-jax{process}: {error}", file=sys.stderr)
+    print(f"phi3-jax{process}: {text}", file=sys.stderr)
 
 
 def run_program(program: Callable[[], object]) -> NoReturn:

@@ -391,5 +391,15 @@ def test_reads_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_the_library_of_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"):
+    with pytest.raises(ValueError, match="pip install datasets"):
         next(read_dataset("some/data", "train"))
+
+
+def test_names_a_data_set_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'some/data':\n  no network")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))  # type: ignore[arg-type]
+    message = r"'some/data' cannot be read \(split 'dev'\): Couldn't reach 'some/data': no network"
+    with pytest.raises(ValueError, match=message):
+        next(read_dataset("some/data", "dev"))

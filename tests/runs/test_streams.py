@@ -19,6 +19,24 @@ def program():
 run_program(program)
 """
 
+LOG = """
+import logging, sys, warnings
+from phi3_jax.parallel.messages import run_program, show_log
+
+logging.basicConfig()  # as absl does when Orbax is imported
+
+def program():
+    show_log(verbose="-v" in sys.argv)
+    logging.getLogger("huggingface_hub").warning("retrying")
+    logging.getLogger("absl").error("a thread has failed")
+    logging.getLogger("phi3_jax.model").warning("a warning")
+    logging.getLogger("phi3_jax.model").info("a note")
+    warnings.warn("not\\nwritten")
+    raise OSError("cannot be read:\\n  it is broken")
+
+run_program(program)
+"""
+
 
 def run(closed: str, tmp_path: Path, **environment: str) -> tuple[int, str, str]:
     files = [tmp_path / "out", tmp_path / "err"]
@@ -56,3 +74,17 @@ def test_escapes_what_the_locale_cannot_express(tmp_path: Path) -> None:
     script = f"from phi3_jax.parallel.messages import run_program\nrun_program(lambda: print({name!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\\udcff\n")
+
+
+def test_shows_the_log_of_the_package_and_an_error_in_one_line_each() -> None:
+    """What libraries log besides is shown with `verbose` only."""
+
+    def errors(*options: str) -> list[str]:
+        done = subprocess.run([sys.executable, "-c", LOG, *options], capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr.splitlines()
+
+    own = ["WARNING: a warning", "WARNING: not written", "phi3-jax: cannot be read: it is broken"]
+    assert errors() == own
+    theirs = ["WARNING: retrying", "ERROR: a thread has failed"]
+    assert errors("-v") == [*theirs, own[0], "INFO: a note", *own[1:]]
