@@ -206,6 +206,9 @@ def _model(recipe: Recipe) -> Any:
                 # PEFT uses an old name of transformers.
                 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
                 model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout) and not settings.dropout:
+                    module.p = 0.0
     for name, parameter in model.named_parameters():
         if settings.trained == "head":
             parameter.requires_grad_("score" in name.split("."))

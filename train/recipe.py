@@ -28,6 +28,7 @@ from phi3_jax.model import (
     Phi3PreTrainedModel,
 )
 from phi3_jax.model.abstract import abstract_model
+from phi3_jax.model.layer_stack import can_stack
 from phi3_jax.model.loading import load_model
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import shards
@@ -208,6 +209,7 @@ def with_adapters(model: Phi3PreTrainedModel, recipe: Recipe) -> Phi3PreTrainedM
         alpha=settings.lora_alpha,
         targets=settings.lora_targets,
         rslora=settings.use_rslora,
+        lora_dropout=settings.lora_dropout,
         rngs=settings.seed,
     )
 
@@ -243,5 +245,5 @@ def make_trainer(recipe: Recipe, model: Phi3PreTrainedModel, mesh: Mesh | None) 
         wrt=wrt,
         compute_dtype=jnp.dtype(settings.dtype),
         remat=settings.remat or ("none" if on_cpu else "full"),
-        scan_layers=not on_cpu or mesh is not None,
+        scan_layers=(not on_cpu or mesh is not None) and can_stack(model.decoder.layers),
     )

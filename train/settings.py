@@ -94,13 +94,16 @@ class Settings(BaseModel):
     use_rslora: bool = Field(
         False, description="Scale adapters by alpha / sqrt(rank), not by alpha / rank (rsLoRA)."
     )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the inputs of adapters.")
     lora_targets: list[str] = Field(
         ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], description="Projections with adapters."
     )
     remat: Literal["full", "dots", "none"] | None = Field(
         None, description="What is computed again in the backward pass; default: none on CPU, full elsewhere."
     )
-    dropout: bool = Field(True, description="Apply the dropout rates that the model's config has.")
+    dropout: bool = Field(
+        True, description="Apply the dropout rates of the model's config, and lora_dropout."
+    )
 
     num_train_epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="Replaces num_train_epochs.")

@@ -95,6 +95,10 @@ class AdapterConfig:
     def rslora(self) -> bool:
         return bool(self.fields.get("use_rslora"))
 
+    @property
+    def dropout(self) -> float:
+        return float(self.fields.get("lora_dropout") or 0.0)
+
     def rank(self, name: str) -> int:
         return int(self._by_pattern("rank_pattern", "r", name))
 
@@ -186,6 +190,8 @@ def _check_types(path: Path, fields: dict[str, Any]) -> None:
     for key in ("target_modules", "exclude_modules"):
         value = fields.get(key) if key == "target_modules" else fields.get(key) or []
         check(key, value, isinstance(value, str) or names(value), "a list of names or a regular expression")
+    rate = fields.get("lora_dropout") or 0.0
+    check("lora_dropout", rate, rate == 0 or (number(rate, float) and rate < 1), "a rate from 0 to below 1")
     saved = fields.get("modules_to_save")
     check("modules_to_save", saved, names(saved or []), "a list of names")
     for key, value in ({"r": fields.get("r")} | (fields.get("rank_pattern") or {})).items():
@@ -208,6 +214,7 @@ def adapter_fields(
     in_all_layers = all(count == layers for count in counts.values())
     ranks = {name: linear.adapter.rank for name, linear in adapted.items()}
     alphas = {name: linear.adapter.alpha for name, linear in adapted.items()}
+    first = next(iter(adapted.values())).adapter
     rank, alpha = (Counter(numbers.values()).most_common(1)[0][0] for numbers in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -216,10 +223,10 @@ def adapter_fields(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": first.dropout,
         "rank_pattern": {name: other for name, other in ranks.items() if other != rank},
         "alpha_pattern": {name: other for name, other in alphas.items() if other != alpha},
-        "use_rslora": next(iter(adapted.values())).adapter.rslora,
+        "use_rslora": first.rslora,
         "target_modules": [name for name in TARGETS if name in counts] if in_all_layers else list(adapted),
         "modules_to_save": list(modules_to_save) or None,
         "bias": "none",

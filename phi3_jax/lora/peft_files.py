@@ -1,13 +1,12 @@
 """Directories of adapters in PEFT's format: LoRA, and the modules that were trained with it."""
 
 import json
-import logging
 import os
 import re
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -26,8 +25,6 @@ from phi3_jax.model.layers import Linear
 from phi3_jax.model.saving import ParameterSource, write_in_one
 from phi3_jax.runs.exchange import exchanging, restore
 from phi3_jax.sources.hub import ADAPTER_CONFIG, resolve_adapter
-
-logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 
@@ -106,8 +103,7 @@ def load_adapters(model: Model, directory: str | os.PathLike[str], *, keep_head:
     """Returns the model with the adapters that PEFT, or `save_adapters`, wrote for its base model.
 
     Modules stored as a whole, such as `score`, replace the model's own. Everything is checked before anything
-    is put on a device. The given model does not change, and both share their weights. Dropout on adapters,
-    which matters only for training, is not applied.
+    is put on a device. The given model does not change, and both share their weights.
 
     Args:
         model: the base model, with a list of layers.
@@ -121,10 +117,8 @@ def load_adapters(model: Model, directory: str | os.PathLike[str], *, keep_head:
     """
     model = jax.tree.map(lambda leaf: leaf, model)
     path = resolve_adapter(directory)
-    config, source, adapters, tensors = _match(model, path, keep_head)
+    _, source, adapters, tensors = _match(model, path, keep_head)
     linears = dict(projections(model))
-    if rate := config.fields.get("lora_dropout"):
-        logger.info("%s: lora_dropout=%s is not applied if these adapters are trained further", path, rate)
     for stored, (parameter, layout) in tensors.items():
         leaf = parameter.get_value()
         sharding = None if model.decoder.mesh is None else leaf.sharding
@@ -179,7 +173,8 @@ def _abstract_adapters(config: AdapterConfig, linears: dict[str, Linear]) -> dic
 
     def build(linear: Linear, name: str) -> LoRA:
         rank, alpha = config.rank(name), config.alpha(name)
-        return LoRA(linear, rank=rank, alpha=alpha, rslora=config.rslora, rngs=nnx.Rngs(0))
+        options: Any = {"rslora": config.rslora, "dropout": config.dropout}
+        return LoRA(linear, rank=rank, alpha=alpha, **options, rngs=nnx.Rngs(0))
 
     adapters = {
         name: with_shardings(jax.eval_shape(partial(build, linear, name)), linear.mesh)

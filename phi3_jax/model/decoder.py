@@ -15,7 +15,15 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.model.arguments import check, locate, refuse
 from phi3_jax.model.attention import attention
 from phi3_jax.model.layer_stack import StackedLayers, run_layers
-from phi3_jax.model.layers import Embedding, Linear, RMSNorm, activation, dropout, last_positions
+from phi3_jax.model.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    activation,
+    dropout,
+    fold_in,
+    last_positions,
+)
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.outputs import BaseModelOutputWithPast
 from phi3_jax.model.pretrained import Phi3PreTrainedModel
@@ -60,7 +68,7 @@ class Phi3Attention(nnx.Module):
         output_attentions: bool,
         key: Key[Array, ""] | None,
     ) -> LayerOutput:
-        qkv = self.qkv_proj(x).astype(x.dtype)  # [B, T, K, G + 2, H]
+        qkv = self.qkv_proj(x, fold_in(key, 0)).astype(x.dtype)  # [B, T, K, G + 2, H]
         # Split, not sliced: gradients are then concatenated rather than padded with zeros and added.
         queries, keys, values = jax.lax.split(qkv, (qkv.shape[3] - 2, 1, 1), axis=3)
         query_tables = (last_positions(table, keep) for table in tables)
@@ -84,7 +92,7 @@ class Phi3Attention(nnx.Module):
             dropout_key=key,
             output_weights=output_attentions,
         )
-        return self.o_proj(out).astype(x.dtype), weights, present
+        return self.o_proj(out, fold_in(key, 1)).astype(x.dtype), weights, present
 
 
 class Phi3MLP(nnx.Module):
@@ -98,10 +106,11 @@ class Phi3MLP(nnx.Module):
         self.down_proj = Linear(mlp, embed, **init)
         self.hidden_act = config.hidden_act
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate_up = self.gate_up_proj(x).astype(x.dtype)  # [B, T, 2, F]
+    def __call__(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
+        gate_up = self.gate_up_proj(x, fold_in(key, 0)).astype(x.dtype)  # [B, T, 2, F]
         gate, up = jax.lax.split(gate_up, (1, 1), axis=-2)
-        return self.down_proj((up * activation(self.hidden_act)(gate))[..., 0, :]).astype(x.dtype)
+        product = (up * activation(self.hidden_act)(gate))[..., 0, :]
+        return self.down_proj(product, fold_in(key, 1)).astype(x.dtype)
 
 
 class Phi3DecoderLayer(nnx.Module):
@@ -135,7 +144,7 @@ class Phi3DecoderLayer(nnx.Module):
         )
         x = last_positions(x, keep)
         x = x + dropout(constrain(y, self.mesh, *axes), self.resid_pdrop, keys[1])
-        y = self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp(self.post_attention_layernorm(x), fold_in(key, 3))  # after the numbers of `split`
         x = x + dropout(constrain(y, self.mesh, *axes), self.resid_pdrop, keys[2])
         return x, weights, present
 

@@ -1,6 +1,6 @@
 """Runs the layers of a decoder: a list for inference, a scanned stack for training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -21,13 +21,27 @@ LayerOutputs = tuple[list[Array], list[Array], list[tuple[Vectors, Vectors]]]
 """Each layer's output (only the last one's for stacked layers), attention weights, keys and values."""
 
 
+def can_stack(layers: Iterable[Any]) -> bool:
+    """Whether all layers have the same parts and shapes."""
+    kinds = {(jax.tree.structure(layer), *(x.shape for x in jax.tree.leaves(layer))) for layer in layers}
+    return len(kinds) == 1
+
+
 class StackedLayers(nnx.Module):
     """All layers as one, whose parameters have a leading axis of layers.
 
     A scan compiles its body once, as training needs. It copies the cache, so inference uses a list.
+
+    Raises:
+        UserError: the layers differ, as where only some have adapters.
     """
 
     def __init__(self, layers: list[Any]):
+        if not can_stack(layers):
+            raise UserError(
+                "the layers differ, such as in their adapters, and cannot be stacked; use a list of layers "
+                "(scan_layers=False)"
+            )
         self.count = len(layers)
         self.layer = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 

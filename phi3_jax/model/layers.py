@@ -149,6 +149,11 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def fold_in(key: Key[Array, ""] | None, number: int) -> Key[Array, ""] | None:
+    """Returns a key of its own for each number, given a key."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
 @partial(jax.jit, static_argnames=("shape", "std", "dtype"))
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Float[Array, "..."]:
     """Returns draws from a normal distribution around 0, drawn in float32."""
@@ -183,8 +188,11 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
         """A module whose output is added, such as `phi3_jax.lora.LoRA`."""
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Maps [..., *inputs] to [..., *outputs] in float32; in x's dtype where devices add parts."""
+    def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
+        """Maps [..., *inputs] to [..., *outputs] in float32; in x's dtype where devices add parts.
+
+        `key` turns the adapter's dropout on.
+        """
         axes = self.weight.axes
         inputs = axes[len(axes) - self.input_axes :]
         lead = x.shape[: x.ndim - self.input_axes]
@@ -200,7 +208,7 @@ class Linear(nnx.Module):
             y = contract(x, weight, self.input_axes, x.dtype if divided else jnp.dtype(jnp.float32))
         if self.bias is not None:
             y = y + across(self.bias[...].astype(jnp.float32), y.ndim)
-        return y if self.adapter is None else y + self.adapter(x)
+        return y if self.adapter is None else y + self.adapter(x, key)
 
 
 class RMSNorm(nnx.Module):

@@ -16,9 +16,10 @@ from reference import CLASSES, distance, on_mesh, pair, run, small_config
 from safetensors.numpy import load_file, save_file
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3Model
-from phi3_jax.lora import add_lora, load_adapters, merge_lora, save_adapters
+from phi3_jax.lora import adapters, add_lora, load_adapters, merge_lora, save_adapters
 from phi3_jax.lora.adapters import TARGETS, projections
 from phi3_jax.model.layer_stack import stack_layers
+from phi3_jax.model.layers import dropout
 from phi3_jax.parallel.sharding import make_mesh
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -259,6 +260,55 @@ def test_scales_rank_stabilised_adapters():
     np.testing.assert_allclose(other.weight(), 2 * one.weight(), rtol=1e-6)
 
 
+def test_dropout_acts_on_the_inputs_of_adapters_where_there_is_a_key(tmp_path):
+    model, key = Phi3ForCausalLM(small_config()), jax.random.key(1)
+    dropping, plain = (randomised(add_lora(model, 2, lora_dropout=rate)) for rate in (0.4, 0.0))
+    assert distance(result(dropping), result(plain)) == 0
+    losses = [
+        float(run(each, input_ids=IDS, labels=IDS, rngs=rngs).loss)
+        for each, rngs in ((plain, key), (dropping, key), (dropping, key), (dropping, jax.random.key(2)))
+    ]
+    assert len(set(losses)) == 3
+    assert losses[1] == losses[2]
+    assert losses[0] == float(run(plain, input_ids=IDS, labels=IDS).loss)
+    stacked = stack_layers(dropping)
+    assert float(run(stacked, input_ids=IDS, labels=IDS, rngs=key).loss) == pytest.approx(losses[1], rel=1e-6)
+
+    linear = dict(projections(dropping))["model.layers.0.mlp.down_proj"]
+    x = jnp.ones((1, 64, 80))
+    added = linear(x, key) - linear.weight[...].sum(axis=1)
+    np.testing.assert_allclose(added, linear.adapter(dropout(x, 0.4, key)), rtol=1e-5, atol=1e-5)
+
+    save_adapters(dropping, tmp_path, base_model="base")
+    assert json.loads((tmp_path / CONFIG).read_text())["lora_dropout"] == 0.4
+    assert {linear.adapter.dropout for _, linear in projections(load_adapters(model, tmp_path))} == {0.4}
+    for rate in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"lora_dropout={rate} must be at least 0 and below 1"):
+            add_lora(model, 2, lora_dropout=rate)
+
+
+def test_each_projection_draws_its_own_dropout():
+    model, drawn = add_lora(Phi3ForCausalLM(small_config(num_hidden_layers=1)), 1, lora_dropout=0.5), []
+
+    def record(x, rate, key):
+        assert rate == 0.5
+        drawn.append(tuple(jax.random.key_data(key).tolist()))
+        return x
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(adapters, "dropout", record)
+        with jax.disable_jit():
+            model(input_ids=IDS[:, :2], rngs=jax.random.key(0))
+    assert len(drawn) == len(set(drawn)) == 4
+
+
+def test_layers_with_different_adapters_are_not_stacked():
+    model = add_lora(Phi3ForCausalLM(small_config()), 2)
+    model.model.layers[0].mlp.down_proj.adapter = None
+    with pytest.raises(ValueError, match="the layers differ, such as in their adapters, and cannot be stack"):
+        stack_layers(model)
+
+
 def test_saves_next_to_a_base_model(tmp_path):
     """The base model's files stay, and old adapters are removed."""
     model = Phi3ForCausalLM(small_config())
@@ -312,6 +362,8 @@ def nothing_on_device(monkeypatch):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' has changed the base model's weights"),
         ({"r": 0}, "r=0; expected a whole number above 0"),
         ({"rank_pattern": {"o_proj": 1.5}}, "o_proj=1.5; expected a whole number above 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0; expected a rate from 0 to below 1"),
+        ({"lora_dropout": True}, "lora_dropout=True; expected a rate from 0 to below 1"),
         ({"lora_alpha": "big"}, "lora_alpha='big'; expected a number above 0"),
         ({"rank_pattern": [1]}, r"rank_pattern=\[1\]; expected an object of patterns"),
         ({"modules_to_save": "score"}, "modules_to_save='score'; expected a list of names"),

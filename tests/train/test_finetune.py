@@ -151,9 +151,10 @@ def test_steps_take_several_batches_where_rows_divide(folder, base):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_saves_and_resumes(folder, base, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"trained": "lora", "lora_dropout": 0.3}], ids=["full", "lora"])
+def test_an_interrupted_run_saves_and_resumes(folder, base, monkeypatch, changes):
     """With dropout, micro-batches and widths, the losses are the same to the last bit."""
-    options = {"task": "token-classification", "max_buckets": 2, "gradient_accumulation_steps": 2}
+    options = {"task": "token-classification", "max_buckets": 2, "gradient_accumulation_steps": 2} | changes
     write_rows(folder / "train.jsonl", task="token-classification")
     run(folder, base, **options)
     expected, weights = losses(folder), (folder / "run" / "model.safetensors").read_bytes()
@@ -382,7 +383,7 @@ def trained(base, tmp_path_factory):
     """Returns the folder of a run that trained adapters and a head."""
     folder = tmp_path_factory.mktemp("trained")
     write_rows(folder / "train.jsonl")
-    run(folder, base, **ADAPTERS, max_length=64, labels=["b", "a"])
+    run(folder, base, **ADAPTERS, lora_dropout=0.1, max_length=64, labels=["b", "a"])
     return folder / "run"
 
 
@@ -445,7 +446,7 @@ def test_trains_an_adapter_further(folder, base, trained, monkeypatch):
     assert first.keys() == second.keys()
     assert all(0 < distance(second[name], tensor) < 0.5 for name, tensor in first.items())
     written = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
-    assert (written["base_model_name_or_path"], written["r"]) == (str(base), 2)
+    assert (written["base_model_name_or_path"], written["r"], written["lora_dropout"]) == (str(base), 2, 0.1)
     record = json.loads((folder / "run" / "run.json").read_text())
     assert (record["settings"]["lora_rank"], record["adapter"]) == (2, given["adapter"])
 
@@ -472,6 +473,7 @@ def test_trains_an_adapter_further(folder, base, trained, monkeypatch):
     [
         ({"lora_rank": 3}, "lora_rank=3, and .*adapter_config.json has 2, .*; leave lora_rank out"),
         ({"lora_alpha": 3.5}, "lora_alpha=3.5, and .*adapter_config.json has 4.0"),
+        ({"lora_dropout": 0.5}, "lora_dropout=0.5, and .*adapter_config.json has 0.1"),
         ({"use_rslora": True}, "use_rslora=True, and .*adapter_config.json has False"),
         ({"lora_targets": ["o_proj"]}, r"lora_targets=\['o_proj'\], and .* has \['qkv_proj'\]"),
         ({"trained": "full"}, "adapter needs trained=lora, and trained=full"),
