@@ -19,6 +19,7 @@ from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import as_longrope, parse_rope
 from phi3_jax.data.batches import BatchPlan, bucket_widths
+from phi3_jax.errors import UserError
 from phi3_jax.lora import ModelPaths, add_lora, check_adapters, find_model, load_adapters, open_model
 from phi3_jax.lora.peft_config import AdapterConfig
 from phi3_jax.model import (
@@ -138,6 +139,10 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
         seed=settings.seed,
     )
     total = settings.max_steps or math.ceil(settings.num_train_epochs * plan.steps_per_epoch)
+    if total >= 2**31:
+        raise UserError(
+            f"num_train_epochs={settings.num_train_epochs} are {total:.3g} steps, more than 2**31; give fewer"
+        )
     schedule = make_schedule(
         settings.lr_scheduler_type,
         settings.learning_rate,

@@ -91,10 +91,10 @@ def directory(text: str) -> Path:
 
 
 def numbers(name: str, text: str, *, least: int) -> list[int]:
-    """Parses whole numbers that are separated by commas.
+    """Parses whole numbers of int32 that are separated by commas.
 
     Raises:
-        UserError: a part is not a whole number, or is below `least`.
+        UserError: a part is not such a number, or is below `least`.
     """
     values = []
     for part in text.split(","):
@@ -104,6 +104,8 @@ def numbers(name: str, text: str, *, least: int) -> list[int]:
             raise UserError(f"--{name} {text}: {part!r} is not a whole number") from None
         if values[-1] < least:
             raise UserError(f"--{name} {text}: {part} must be at least {least}")
+        if values[-1] >= 2**31:
+            raise UserError(f"--{name} {text:.40}: {part.strip():.20} must be below 2**31")
     return values
 
 

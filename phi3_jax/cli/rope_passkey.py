@@ -35,7 +35,7 @@ def passkey(
     depths: Annotated[
         str, Option(help="The positions of the key in the text, from 0 (first line) to 1 (last line).")
     ] = "0,0.25,0.5,0.75,1",
-    trials: Annotated[int, Option(min=1, help="The prompts for each length and depth.")] = 5,
+    trials: Annotated[int, Option(min=1, max=100_000, help="The prompts for each length and depth.")] = 5,
     max_new_tokens: options.MaxNewTokens = 16,
     raw: Annotated[
         bool,

@@ -44,7 +44,7 @@ class TextFormat(NamedTuple):
     def check(self) -> None:
         try:
             one_byte = "\n".encode(self.encoding) == b"\n"
-        except LookupError as error:
+        except (LookupError, ValueError) as error:  # ValueError: it is no name at all
             raise UserError(
                 f"encoding={self.encoding!r} is unknown; use utf-8 or iso-8859-1, for example"
             ) from error

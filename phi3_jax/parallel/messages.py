@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from phi3_jax.errors import UserError
 from phi3_jax.runs.platforms import skip_absent_tpu
@@ -38,7 +38,14 @@ def show_log(verbose: bool = False) -> None:
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", handlers=[handler], force=True)
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Shows a library's warning as one line, without the line of code that gave it."""
     logging.getLogger("phi3_jax").warning("%s", " ".join(str(message).split()))
 

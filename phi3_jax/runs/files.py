@@ -86,9 +86,9 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of text as `replacing` does."""
+    """Writes a file of text as `replacing` does; bytes of file names that are not UTF-8 are escaped."""
     with replacing(path) as work:
-        work.write_text(text, encoding="utf-8")
+        work.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def remove_leftovers(directory: Path, name: str = "") -> None:

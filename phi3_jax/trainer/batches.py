@@ -12,13 +12,18 @@ from jaxtyping import Int
 from phi3_jax.errors import UserError
 from phi3_jax.parallel.sharding import sharding, shards
 
+MOST_ROWS = 2**16
+"""The most rows of a batch. Batches are padded to their rows, so that more would fill the memory."""
+
 
 def check_rows(rows: int, parts: int, mesh: Mesh | None, name: str) -> None:
-    """Checks that `rows` divide over `parts` micro-batches and the mesh.
+    """Checks that a batch can have this many `rows`, and that they divide over micro-batches and the mesh.
 
     Raises:
-        UserError: they do not; the message suggests a number that does.
+        UserError: they are too many, or do not divide; the message suggests a number that does.
     """
+    if rows > MOST_ROWS:
+        raise UserError(f"{name}={rows} is more than a batch can have; use {MOST_ROWS} or fewer")
     unit = parts * (1 if mesh is None else shards(mesh, "batch"))
     if rows % unit:
         near = max(unit, round(rows / unit) * unit)

@@ -16,7 +16,7 @@ from reference import small_config
 from small_checkpoint import PROMPT
 
 from phi3_jax import Phi3ForCausalLM
-from phi3_jax.cli import app, rope
+from phi3_jax.cli import app, options, rope
 from phi3_jax.runs import platforms
 
 
@@ -200,3 +200,17 @@ def test_absent_tpu_is_not_looked_for(model_folder: Path, tmp_path: Path) -> Non
     statistics, loaded = done.stderr.splitlines()
     assert re.fullmatch(r"\[\d+ prompt tokens, .* 2 tokens\]", statistics)
     assert loaded == "False"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("64,x", "--lengths 64,x: 'x' is not a whole number"),
+        ("64,1", "--lengths 64,1: 1 must be at least 2"),
+        ("64,2147483648", "--lengths 64,2147483648: 2147483648 must be below 2**31"),
+        ("9" * 400, f"--lengths {'9' * 40}: {'9' * 20} must be below 2**31"),
+    ],
+)
+def test_names_a_number_of_a_list_that_cannot_be_used(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        options.numbers("lengths", text, least=2)

@@ -130,7 +130,12 @@ def test_reads_text_as_it_is(tmp_path: Path) -> None:
         rows_of(path, text=form._replace(column_names=("text",)))
     with pytest.raises(BadRowError, match="byte 0x81 is not valid cp1252; give another encoding"):
         rows_of(write(tmp_path / "odd.tsv", b"a\t\x81\n"), text=form._replace(encoding="cp1252"))
-    for encoding, words in (("latin-9999", "is unknown"), ("utf-16", "has line breaks of several bytes")):
+    for encoding, words in (
+        ("latin-9999", "is unknown"),
+        ("\ud800", "is unknown"),
+        ("a\0", "is unknown"),
+        ("utf-16", "has line breaks of several bytes"),
+    ):
         with pytest.raises(ValueError, match=words):
             read_rows(path, text=TextFormat(encoding), bad=BadRows(skip=True))
 

@@ -1,12 +1,13 @@
 """Files that change as a whole, and values for JSON."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from phi3_jax.runs.files import check_outputs, replacing
+from phi3_jax.runs.files import check_outputs, replacing, write_text
 from phi3_jax.runs.json_values import json_value
 
 
@@ -27,6 +28,11 @@ def test_replaces_a_whole_file_or_nothing(tmp_path: Path) -> None:
         assert path.read_text() == "before"
     assert path.read_text() == "after"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_escapes_bytes_of_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    write_text(tmp_path / "report.md", "é of " + os.fsdecode(b"\xff.txt"))
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == "é of \\udcff.txt"
 
 
 def test_an_error_names_the_file(tmp_path: Path) -> None:

@@ -555,6 +555,14 @@ def test_a_run_on_a_mesh_has_the_same_losses(folder, tmp_path_factory):
         ({"train_file": "no.jsonl"}, r"no data at no\.jsonl"),
         ({"text_column": "body"}, "there is no column 'body'"),
         ({"class_weights": {"a": 1.0}}, "class_weights must name each label once; 'b'"),
+        (
+            {"eval_batch_size": 2**17},
+            "eval_batch_size=131072 is more than a batch can have; use 65536 or fewer",
+        ),
+        (
+            {"max_steps": None, "num_train_epochs": 1e38},
+            r"num_train_epochs=1e\+38 are 6e\+38 steps, more than",
+        ),
     ],
 )
 def test_rejects_settings_that_do_not_fit_the_data(folder, base, changes, words):
