@@ -22,6 +22,7 @@ def with_adapter_settings(settings: Settings, adapter: AdapterConfig, model: Phi
         "lora_rank": fields["r"],
         "lora_alpha": float(fields["lora_alpha"]),
         "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
         "lora_dropout": adapter.dropout,
         "lora_targets": [name for name in TARGETS if name in adapted],
     }

@@ -215,6 +215,7 @@ def with_adapters(model: Phi3PreTrainedModel, recipe: Recipe) -> Phi3PreTrainedM
         targets=settings.lora_targets,
         rslora=settings.use_rslora,
         lora_dropout=settings.lora_dropout,
+        dora=settings.use_dora,
         rngs=settings.seed,
     )
 

@@ -94,6 +94,10 @@ class Settings(BaseModel):
     use_rslora: bool = Field(
         False, description="Scale adapters by alpha / sqrt(rank), not by alpha / rank (rsLoRA)."
     )
+    use_dora: bool = Field(
+        False,
+        description="Train the lengths of the adapted weights' rows apart from their directions (DoRA).",
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the inputs of adapters.")
     lora_targets: list[str] = Field(
         ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], description="Projections with adapters."

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) on the projections of a model."""
+"""Low-rank adapters (LoRA, Hu et al. 2021; DoRA, Liu et al. 2024) on the projections of a model."""
 
 import math
 from collections.abc import Collection, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3PreTrainedModel
-from phi3_jax.model.layers import Linear, dropout
+from phi3_jax.model.layers import Linear, across, dropout
 from phi3_jax.parallel.sharding import gather, place
 
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -23,11 +23,21 @@ Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 class LoRA(nnx.Module):
     """An adapter of a projection, which adds `scaling * B(A(x))`; B starts at zero.
 
-    `a` is `[rank, *inputs]` and `b` is `[*outputs, rank]`, both float32 and sharded like the projection.
+    `a` is `[rank, *inputs]` and `b` is `[*outputs, rank]`, both float32 and sharded like the projection. With
+    `dora`, each row of the adapted weight, `W + scaling * B A`, is scaled to the length that `magnitude`
+    `[*outputs]` has for it (Liu et al. 2024, equation 5). `add_lora` starts it with the lengths of W's rows.
     """
 
     def __init__(
-        self, base: Linear, *, rank: int, alpha: float, rslora: bool, dropout: float = 0.0, rngs: nnx.Rngs
+        self,
+        base: Linear,
+        *,
+        rank: int,
+        alpha: float,
+        rslora: bool,
+        dropout: float = 0.0,
+        dora: bool = False,
+        rngs: nnx.Rngs,
     ):
         self.mesh, self.rank, self.alpha, self.rslora = base.mesh, rank, alpha, rslora
         self.dropout = dropout
@@ -39,15 +49,43 @@ class LoRA(nnx.Module):
         b = jnp.zeros((*shape[:split], rank), jnp.float32)
         self.a = nnx.LoRAParam(place(a, base.mesh, a_axes), axes=a_axes)
         self.b = nnx.LoRAParam(place(b, base.mesh, b_axes), axes=b_axes)
+        self.magnitude: Any = nnx.data(None)
+        if dora:
+            ones = place(jnp.ones(shape[:split], jnp.float32), base.mesh, axes[:split])
+            # 16 bits would change every row by up to 0.4 %.
+            self.magnitude = nnx.LoRAParam(ones, axes=axes[:split], keeps_dtype=True)
 
     @property
     def scaling(self) -> float:
         """alpha / rank; if rank-stabilised (Kalajdzievski 2023), alpha / sqrt(rank)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
-        """Maps [..., *inputs] to [..., *outputs] in float32; `key` turns dropout on."""
-        x = dropout(x, self.dropout, key)
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        y: Float[Array, "..."],
+        base: Linear,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "..."]:
+        """Returns the output of the adapted projection, without a bias, in float32.
+
+        Args:
+            x: the projection's input, [..., *inputs].
+            y: its product with the weight, [..., *outputs].
+            base: the projection.
+            key: turns dropout on. As in PEFT, with `dora` only what changes the product sees it.
+        """
+        dropped = dropout(x, self.dropout, key)
+        y, added = y.astype(jnp.float32), self._product(dropped)
+        if self.magnitude is None:
+            return y + added
+        scale = across(self._row_scale(base.weight[...]), y.ndim)
+        if dropped is x:
+            return scale * (y + added)
+        return y + (scale - 1) * base.product(dropped).astype(jnp.float32) + scale * added
+
+    def _product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Maps [..., *inputs] to [..., *outputs] in float32."""
         a = gather(self.a[...], self.mesh, self.a.axes).astype(x.dtype)
         b = gather(self.b[...], self.mesh, self.b.axes).astype(x.dtype)
         lead = x.ndim - a.ndim + 1
@@ -59,10 +97,47 @@ class LoRA(nnx.Module):
             low, b, (rank, ((), ())), preferred_element_type=jnp.float32
         )
 
+    def _row_scale(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the factor of each row of the adapted weight, [*outputs], whole along `fsdp`.
+
+        The rows' lengths are constants for gradients (section 4.3). They are computed without the adapted
+        weight, which would take as much memory as the projection's:
+        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b A A' b'.
+        """
+        w, a, b = map(jax.lax.stop_gradient, (weight, self.a[...], self.b[...]))
+        inputs = tuple(range(b.ndim - 1, w.ndim)), tuple(range(1, a.ndim))
+        full: Any = {"preferred_element_type": jnp.float32}
+        of_w = jax.lax.dot_general(w, a.astype(w.dtype), (inputs, ((), ())), **full)  # [*outputs, rank]
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        of_a = jax.lax.dot_general(a, a, ((inputs[1], inputs[1]), ((), ())), **full)  # [rank, rank]
+        of_b = jax.lax.dot_general(b, of_a, (((b.ndim - 1,), (0,)), ((), ())), **full)  # [*outputs, rank]
+        changes = jnp.sum(b * (2 * of_w + self.scaling * of_b), axis=-1)
+        squares = jnp.square(row_lengths(w, b.ndim - 1)) + self.scaling * changes
+        ratio = _ratio(self.magnitude[...], jnp.sqrt(jnp.maximum(squares, 0)))
+        return gather(ratio, self.mesh, self.magnitude.axes)
+
     def weight(self) -> Float[Array, "..."]:
-        """Returns the adapter as one weight `[*outputs, *inputs]`, float32."""
+        """Returns the low-rank part as one weight `[*outputs, *inputs]`, float32."""
         a, b = self.a[...], self.b[...]
         return self.scaling * jax.lax.dot_general(b, a, (((b.ndim - 1,), (0,)), ((), ())))
+
+    def merged(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the weight with which a projection computes the same without the adapter."""
+        total = weight.astype(jnp.float32) + self.weight()
+        if self.magnitude is not None:
+            scale = _ratio(self.magnitude[...], row_lengths(total, self.b.ndim - 1))
+            total = total * jnp.expand_dims(scale, range(scale.ndim, total.ndim))
+        return total.astype(weight.dtype)
+
+
+def row_lengths(weight: Float[Array, "..."], outputs: int) -> Float[Array, "..."]:
+    """Returns the Euclidean lengths of a weight's rows, float32, whose first `outputs` axes are the rows."""
+    return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=tuple(range(outputs, weight.ndim))))
+
+
+def _ratio(magnitude: Float[Array, "..."], length: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the factors that give rows of this length the magnitude; 0 for rows of zeros."""
+    return jnp.where(length > 0, magnitude / jnp.where(length > 0, length, 1), 0)
 
 
 def add_lora(
@@ -73,6 +148,7 @@ def add_lora(
     targets: Collection[str] = TARGETS,
     rslora: bool = False,
     lora_dropout: float = 0.0,
+    dora: bool = False,
     rngs: nnx.Rngs | int = 0,
 ) -> Model:
     """Returns a model with adapters of this rank on the named projections of every layer.
@@ -86,6 +162,7 @@ def add_lora(
         alpha: scales the adapters by alpha / rank; default: twice the rank.
         targets: the projections that get adapters.
         rslora: scale by alpha / sqrt(rank) instead.
+        dora: learn the lengths of the adapted weights' rows apart from their directions (DoRA).
         lora_dropout: the rate of dropout on the adapters' inputs, where the model gets `rngs`.
         rngs: for the initial A; an int is a seed.
 
@@ -106,9 +183,12 @@ def add_lora(
         if linear.adapter is not None:
             raise UserError("the model already has adapters; merge them first (merge_lora)")
         if name.rpartition(".")[2] in targets:
-            linear.adapter = LoRA(
-                linear, rank=rank, alpha=alpha, rslora=rslora, dropout=lora_dropout, rngs=rngs
-            )
+            options: Any = {"rslora": rslora, "dropout": lora_dropout, "dora": dora}
+            linear.adapter = LoRA(linear, rank=rank, alpha=alpha, **options, rngs=rngs)
+            if dora:
+                magnitude = linear.adapter.magnitude
+                lengths = row_lengths(linear.weight[...], magnitude.ndim)
+                magnitude.set_value(place(lengths, linear.mesh, magnitude.axes))
     return model
 
 
@@ -117,10 +197,8 @@ def merge_lora(model: Model) -> Model:
     model = jax.tree.map(lambda leaf: leaf, model)
     for _, linear in projections(model):
         if linear.adapter is not None:
-            weight = linear.weight[...]
-            linear.weight.set_value(
-                (weight.astype(jnp.float32) + linear.adapter.weight()).astype(weight.dtype)
-            )
+            weight = linear.adapter.merged(linear.weight[...])
+            linear.weight.set_value(place(weight, linear.mesh, linear.weight.axes))
             linear.adapter = None
     return model
 

@@ -36,6 +36,7 @@ _READ = {
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
@@ -94,6 +95,10 @@ class AdapterConfig:
     @property
     def rslora(self) -> bool:
         return bool(self.fields.get("use_rslora"))
+
+    @property
+    def dora(self) -> bool:
+        return bool(self.fields.get("use_dora"))
 
     @property
     def dropout(self) -> float:
@@ -227,6 +232,7 @@ def adapter_fields(
         "rank_pattern": {name: other for name, other in ranks.items() if other != rank},
         "alpha_pattern": {name: other for name, other in alphas.items() if other != alpha},
         "use_rslora": first.rslora,
+        "use_dora": first.magnitude is not None,
         "target_modules": [name for name in TARGETS if name in counts] if in_all_layers else list(adapted),
         "modules_to_save": list(modules_to_save) or None,
         "bias": "none",

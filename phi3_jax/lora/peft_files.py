@@ -173,7 +173,7 @@ def _abstract_adapters(config: AdapterConfig, linears: dict[str, Linear]) -> dic
 
     def build(linear: Linear, name: str) -> LoRA:
         rank, alpha = config.rank(name), config.alpha(name)
-        options: Any = {"rslora": config.rslora, "dropout": config.dropout}
+        options: Any = {"rslora": config.rslora, "dropout": config.dropout, "dora": config.dora}
         return LoRA(linear, rank=rank, alpha=alpha, **options, rngs=nnx.Rngs(0))
 
     adapters = {
@@ -200,6 +200,9 @@ def _tensors(
         # The columns of A are those of the projection, and the rows of B are its rows.
         tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.a, TensorLayout(1)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.b, layout_of(f"{name}.weight")
+        if adapter.magnitude is not None:
+            stored = f"{PREFIX}{name}.lora_magnitude_vector"
+            tensors[stored] = adapter.magnitude, layout_of(f"{name}.weight")
     saved = [name for name in parameters if config.saves(name.rpartition(".")[0])]
     if model.config.tie_word_embeddings and any(name.endswith("embed_tokens.weight") for name in saved):
         raise CheckpointError(

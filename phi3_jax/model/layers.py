@@ -186,13 +186,20 @@ class Linear(nnx.Module):
         zeros = place(jnp.zeros(shape[: len(outputs)], dtype), mesh, tuple(outputs)) if bias else None
         self.bias = None if zeros is None else nnx.Param(zeros, axes=tuple(outputs))
         self.adapter: Any = nnx.data(None)
-        """A module whose output is added, such as `phi3_jax.lora.LoRA`."""
+        """A module that changes the output, such as `phi3_jax.lora.LoRA`."""
 
     def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
         """Maps [..., *inputs] to [..., *outputs] in float32; in x's dtype where devices add parts.
 
         `key` turns the adapter's dropout on.
         """
+        y = self.product(x)
+        if self.adapter is not None:
+            y = self.adapter(x, y, self, key)
+        return y if self.bias is None else y + across(self.bias[...].astype(jnp.float32), y.ndim)
+
+    def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the product with the weight, without the bias and the adapter."""
         axes = self.weight.axes
         inputs = axes[len(axes) - self.input_axes :]
         lead = x.shape[: x.ndim - self.input_axes]
@@ -201,14 +208,10 @@ class Linear(nnx.Module):
         if self.mesh is None:
             # XLA's CPU back end copies a weight that is not flat.
             flat = weight.reshape(math.prod(output_shape), -1)
-            y = matmul(x.reshape(*lead, flat.shape[1]), flat).reshape(*lead, *output_shape)
-        else:
-            # In a flat weight, an axis that the mesh divides is not always first, and would be gathered.
-            divided = any(shards(self.mesh, axis) > 1 for axis in inputs if axis != "embed")
-            y = contract(x, weight, self.input_axes, x.dtype if divided else jnp.dtype(jnp.float32))
-        if self.bias is not None:
-            y = y + across(self.bias[...].astype(jnp.float32), y.ndim)
-        return y if self.adapter is None else y + self.adapter(x, key)
+            return matmul(x.reshape(*lead, flat.shape[1]), flat).reshape(*lead, *output_shape)
+        # In a flat weight, an axis that the mesh divides is not always first, and would be gathered.
+        divided = any(shards(self.mesh, axis) > 1 for axis in inputs if axis != "embed")
+        return contract(x, weight, self.input_axes, x.dtype if divided else jnp.dtype(jnp.float32))
 
 
 class RMSNorm(nnx.Module):

@@ -241,4 +241,9 @@ class Trainer:
 
 
 def _cast(tree: Any, dtype: jnp.dtype) -> Any:
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+    """Casts all parameters but those that keep their dtype, such as the magnitudes of adapters."""
+
+    def cast(node: Any) -> Any:
+        return node if getattr(node, "keeps_dtype", False) else jax.tree.map(lambda x: x.astype(dtype), node)
+
+    return jax.tree.map(cast, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from answers import stored
+from flax import nnx
 from reference import CLASSES, distance, on_mesh, pair, run, small_config
 from safetensors.numpy import load_file, save_file
 
@@ -20,6 +21,7 @@ from phi3_jax.lora import adapters, add_lora, load_adapters, merge_lora, save_ad
 from phi3_jax.lora.adapters import TARGETS, projections
 from phi3_jax.model.layer_stack import stack_layers
 from phi3_jax.model.layers import dropout
+from phi3_jax.model.rope import rope_tables
 from phi3_jax.parallel.sharding import make_mesh
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,6 +52,7 @@ def adapt(theirs, config):
         for name, parameter in adapted.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 key = name.replace(".default", "").replace(".modules_to_save", "")
+                key = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
                 parameter.copy_(torch.tensor(draw(key, parameter.shape)))
     return adapted
 
@@ -113,8 +116,9 @@ def randomised(model, seed=0):
     rng = np.random.default_rng(seed)
     for _, linear in projections(model):
         if linear.adapter is not None:
-            for part in (linear.adapter.a, linear.adapter.b):
-                part.set_value(jnp.asarray(rng.normal(0, 0.3, part.shape), jnp.float32))
+            for part in (linear.adapter.a, linear.adapter.b, linear.adapter.magnitude):
+                if part is not None:
+                    part.set_value(jnp.asarray(rng.normal(0, 0.3, part.shape), jnp.float32))
     return model
 
 
@@ -168,10 +172,11 @@ def test_reads_adapters_of_peft(kind, tmp_path):
     assert distance(result(merge_lora(loaded)), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", sorted(TASKS))
-def test_peft_reads_our_adapters(kind, tmp_path):
+def test_peft_reads_our_adapters(kind, dora, tmp_path):
     ours, theirs = pair(kind, small_config(num_labels=3), tmp_path / "base")
-    adapted = randomised(add_lora(ours, 3, alpha=5.0))
+    adapted = randomised(add_lora(ours, 3, alpha=5.0, dora=dora))
     if hasattr(adapted, "score"):
         adapted.score.weight.set_value(-2 * adapted.score.weight[...])
     save_adapters(adapted, tmp_path / "adapters", base_model="base")
@@ -192,6 +197,8 @@ SETTINGS = {
         "rank_pattern": {"down_proj": 5, "layers.1.self_attn.o_proj": 1},
         "alpha_pattern": {r"layers\.[12]\..*qkv_proj": 11},
     },
+    "dora": {"use_dora": True, "r": 3},
+    "some with dora": {"use_dora": True, "use_rslora": True, "target_modules": ["o_proj", "gate_up_proj"]},
     "dropout": {"lora_dropout": 0.4},
     "embedding": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "norm": {"modules_to_save": ["norm"]},
@@ -199,7 +206,7 @@ SETTINGS = {
 }
 
 
-ALWAYS = ("pattern", "layers", "rslora", "patterns", "embedding")
+ALWAYS = ("pattern", "layers", "rslora", "patterns", "embedding", "dora")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +217,7 @@ def test_matches_peft_with_settings(case, tmp_path):
     ours, theirs, expected, folder = of_peft("causal", tmp_path, **SETTINGS[case])
     loaded = load_adapters(ours, folder)
     assert distance(result(loaded), expected) <= 1e-5
+    assert distance(result(merge_lora(loaded)), expected) <= 1e-5
     saved = SETTINGS[case].get("modules_to_save")
     save_adapters(loaded, tmp_path / "again", base_model="base", modules_to_save=saved)
     first, second = load_file(folder / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
@@ -232,12 +240,17 @@ def test_bfloat16_models_have_float32_adapters(tmp_path):
     assert load_file(tmp_path / "again" / WEIGHTS)["base_model.model.score.weight"].dtype == jnp.bfloat16
 
 
-def test_reads_and_writes_on_a_mesh(tmp_path):
-    ours, _, expected, folder = of_peft("sequence", tmp_path, small_config(**GROUPED, num_labels=3))
+@pytest.mark.parametrize("dora", [False, True])
+def test_reads_and_writes_on_a_mesh(dora, tmp_path):
+    config = small_config(**GROUPED, num_labels=3)
+    ours, _, expected, folder = of_peft("sequence", tmp_path, config, **({"use_dora": True} if dora else {}))
     several = load_adapters(on_mesh(ours, make_mesh("fsdp=2,context=1,tensor=4")), folder)
     linear = dict(projections(several))["model.layers.1.self_attn.qkv_proj"]
     parts = {shard.data.shape for shard in linear.adapter.b[...].addressable_shards}
     assert parts == {(1, 4, 12, 2)}
+    if dora:
+        shards = linear.adapter.magnitude[...].addressable_shards
+        assert {shard.data.shape for shard in shards} == {(1, 4, 12)}
     assert distance(result(several), expected) <= 1e-5
     merged = merge_lora(several)
     assert distance(result(merged), expected) <= 1e-5
@@ -276,8 +289,8 @@ def test_dropout_acts_on_the_inputs_of_adapters_where_there_is_a_key(tmp_path):
 
     linear = dict(projections(dropping))["model.layers.0.mlp.down_proj"]
     x = jnp.ones((1, 64, 80))
-    added = linear(x, key) - linear.weight[...].sum(axis=1)
-    np.testing.assert_allclose(added, linear.adapter(dropout(x, 0.4, key)), rtol=1e-5, atol=1e-5)
+    dropped = linear.product(x) + dropout(x, 0.4, key) @ linear.adapter.weight().T
+    np.testing.assert_allclose(linear(x, key), dropped, rtol=1e-5, atol=1e-5)
 
     save_adapters(dropping, tmp_path, base_model="base")
     assert json.loads((tmp_path / CONFIG).read_text())["lora_dropout"] == 0.4
@@ -285,6 +298,113 @@ def test_dropout_acts_on_the_inputs_of_adapters_where_there_is_a_key(tmp_path):
     for rate in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"lora_dropout={rate} must be at least 0 and below 1"):
             add_lora(model, 2, lora_dropout=rate)
+
+
+@stored
+def dora_of_peft(x, kept, weight, a, b, magnitude, alpha, to_gradient):
+    """Returns the output of PEFT's projection while it trains, and the gradients of its three parameters.
+
+    Its dropout keeps the elements `kept`, and doubles them.
+    """
+    import peft
+    import torch
+
+    class Kept(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.tensor(kept, dtype=x.dtype) * 2
+
+    outputs, inputs = weight.shape
+    plain = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=False))
+    lora = peft.LoraConfig(r=len(a), lora_alpha=alpha, target_modules=["0"], use_dora=True, lora_dropout=0.5)
+    adapted = peft.get_peft_model(plain, lora).train()
+    layer = adapted.base_model.model[0]
+    layer.lora_dropout["default"] = Kept()
+    parameters = layer.lora_A["default"], layer.lora_B["default"], layer.lora_magnitude_vector["default"]
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(torch.tensor(weight))
+        for module, value in zip(parameters, (a, b, magnitude), strict=True):
+            module.weight.copy_(torch.tensor(value))
+    y = layer(torch.tensor(x))
+    (y * torch.tensor(to_gradient)).sum().backward()
+    return {"y": y.detach(), **{name: part.weight.grad for name, part in zip("abm", parameters, strict=True)}}
+
+
+def test_dora_trains_as_in_peft_with_dropout():
+    """The same elements are dropped; the lengths of rows are constants for gradients."""
+    rng, key = np.random.default_rng(5), jax.random.key(5)
+    model = randomised(add_lora(Phi3ForCausalLM(small_config()), 3, lora_dropout=0.5, dora=True))
+    linear = dict(projections(model))["model.layers.1.mlp.down_proj"]
+    x = rng.normal(0, 1, (2, 6, 80)).astype(np.float32)
+    weights = rng.normal(0, 1, (2, 6, 48)).astype(np.float32)
+    graph, trained, rest = nnx.split(linear, nnx.LoRAParam, ...)
+
+    def loss(trained):
+        y = nnx.merge(graph, trained, rest)(jnp.asarray(x), key)
+        return jnp.sum(y * weights), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
+    adapter = linear.adapter
+    parts = [np.asarray(part[...]) for part in (linear.weight, adapter.a, adapter.b, adapter.magnitude)]
+    kept = np.asarray(dropout(jnp.ones(x.shape), 0.5, key)) > 0
+    expected = dora_of_peft(x, kept, *parts, adapter.alpha, weights)
+    assert distance(y, expected["y"]) <= 1e-5
+    for name, ours in {"a": "a", "b": "b", "m": "magnitude"}.items():
+        assert distance(gradients["adapter"][ours][...], expected[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("block", ["mlp", "self_attn"])
+def test_dora_trains_on_a_mesh_as_on_one_device(block, tmp_path):
+    """Both projections of the block have inputs or outputs that `tensor` and `fsdp` divide."""
+    base = Phi3ForCausalLM(small_config(**GROUPED))
+    adapted = randomised(add_lora(base, 2, lora_dropout=0.5, dora=True))
+    save_adapters(adapted, tmp_path, base_model="base")
+    mesh, rng = make_mesh("fsdp=2,context=1,tensor=4"), np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(0, 1, (2, 5, 48)), jnp.float32) for _ in range(2))
+    positions, config = jnp.arange(5)[None].repeat(2, 0), base.config
+
+    def loss(module):
+        if block == "mlp":
+            y = module(x, jax.random.key(1))
+        else:
+            tables = rope_tables(config, positions, jnp.full(2, 5), None, None)
+            mask = jnp.ones((2, 1, 5, 5), bool)
+            y, *_ = module(x, tables, mask, None, None, False, jax.random.key(1))
+        return jnp.sum(y * weights), y
+
+    results = []
+    for model in (adapted, load_adapters(on_mesh(base, mesh), tmp_path)):
+        graph, trained, rest = nnx.split(getattr(model.model.layers[1], block), nnx.LoRAParam, ...)
+        of_trained = jax.value_and_grad(lambda t, g=graph, r=rest: loss(nnx.merge(g, t, r)), has_aux=True)
+        (_, y), gradients = jax.jit(of_trained)(trained)
+        results.append([y, *jax.tree.leaves(gradients)])
+    assert len(results[0]) == 7
+    for ours, expected in zip(*results, strict=True):
+        assert distance(ours, expected) <= 1e-5
+        assert np.abs(expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dora_starts_as_the_base_model_and_merges(dtype):
+    base = Phi3ForCausalLM(small_config(), dtype=dtype)
+    rounding = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
+    new = add_lora(base, 2, dora=True)
+    assert distance(result(new), result(base)) <= rounding / 2
+    assert {linear.adapter.magnitude.dtype for _, linear in projections(new)} == {jnp.dtype("float32")}
+    trained = randomised(new)
+    assert distance(result(trained), result(base)) > 0.1
+    assert distance(result(stack_layers(trained)), result(trained)) <= rounding
+    assert distance(result(merge_lora(trained)), result(trained)) <= 5 * rounding
+
+
+def test_rows_of_zeros_stay_zero_with_dora():
+    model = add_lora(Phi3ForCausalLM(small_config()), 2, dora=True)
+    linear = dict(projections(model))["model.layers.0.mlp.down_proj"]
+    linear.weight.set_value(linear.weight[...].at[3].set(0))
+    linear.adapter.magnitude.set_value(linear.adapter.magnitude[...].at[3].set(0))
+    y = linear(jnp.ones((1, 2, 80)))
+    assert np.isfinite(y).all()
+    assert (y[..., 3] == 0).all()
+    assert np.isfinite(linear.adapter.merged(linear.weight[...])).all()
 
 
 def test_each_projection_draws_its_own_dropout():
@@ -356,7 +476,8 @@ def nothing_on_device(monkeypatch):
             "belongs to Phi3ForTokenClassification, and Phi3ForSequenceClassification",
         ),
         ({"task_type": "SEQ_2_SEQ_LM"}, "task_type='SEQ_2_SEQ_LM' belongs to no class here"),
-        ({"use_dora": True}, "has use_dora=True, which is not supported"),
+        ({"use_dora": True}, "missing: base_model.model.model.layers.0.self_attn.qkv_proj.lora_magnitude_v"),
+        ({"use_bdlora": True}, "has use_bdlora=True, which is not supported"),
         ({"target_parameters": ["x"]}, r"has target_parameters=\['x'\], which is not supported"),
         ({"bias": "lora_only"}, "bias='lora_only', but Phi-3's projections have no biases"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' has changed the base model's weights"),

@@ -383,7 +383,7 @@ def trained(base, tmp_path_factory):
     """Returns the folder of a run that trained adapters and a head."""
     folder = tmp_path_factory.mktemp("trained")
     write_rows(folder / "train.jsonl")
-    run(folder, base, **ADAPTERS, lora_dropout=0.1, max_length=64, labels=["b", "a"])
+    run(folder, base, **ADAPTERS, use_dora=True, lora_dropout=0.1, max_length=64, labels=["b", "a"])
     return folder / "run"
 
 
@@ -428,6 +428,7 @@ def test_starts_from_an_adapter_and_its_head(folder, base, trained):
         settings = settings_of(folder, base, adapter=str(trained / "adapter"), labels=labels)
         recipe = make_recipe(settings, None, None)
         assert (recipe.settings.trained, recipe.settings.lora_rank) == ("lora", 2)
+        assert recipe.settings.use_dora
         assert recipe.settings.lora_targets == ["qkv_proj"]
         model = with_adapters(new_model(recipe, None), recipe)
         logits = outputs(model, input_ids=ids).logits
@@ -473,6 +474,7 @@ def test_trains_an_adapter_further(folder, base, trained, monkeypatch):
     [
         ({"lora_rank": 3}, "lora_rank=3, and .*adapter_config.json has 2, .*; leave lora_rank out"),
         ({"lora_alpha": 3.5}, "lora_alpha=3.5, and .*adapter_config.json has 4.0"),
+        ({"use_dora": False}, "use_dora=False, and .*adapter_config.json has True"),
         ({"lora_dropout": 0.5}, "lora_dropout=0.5, and .*adapter_config.json has 0.1"),
         ({"use_rslora": True}, "use_rslora=True, and .*adapter_config.json has False"),
         ({"lora_targets": ["o_proj"]}, r"lora_targets=\['o_proj'\], and .* has \['qkv_proj'\]"),
