@@ -76,7 +76,7 @@ PROMPTS = [
     "Why?",
 ]
 MODES: dict[str, dict[str, Any]] = {
-    "greedy": {"max_new_tokens": 128},
+    "greedy": {"max_new_tokens": 64},
     "beams": {"max_new_tokens": 40, "num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.8},
     "guidance": {"max_new_tokens": 40, "guidance_scale": 1.5},
     "processors": {

@@ -257,7 +257,7 @@ def test_mixed_prompts(tmp_path: Path) -> None:
     pipeline = Pipeline.load(tmp_path, dtype="float32")
     draws = random.Random(7)
     requests: list[dict[str, Any]] = []
-    for number in range(120):
+    for number in range(60):
         length, new = min(int(2 ** draws.uniform(0, 11)), 2000), int(2 ** draws.uniform(0, 6))
         if number % 6 == 0:
             length, new = draws.randrange(1000, 1024), draws.randrange(60, 70)
@@ -269,12 +269,10 @@ def test_mixed_prompts(tmp_path: Path) -> None:
         tokens = alone(pipeline, ids, max_new_tokens=request["max_new_tokens"])
         expected.append((pipeline.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)))
         crossed += len(ids) <= 1024 < len(ids) + len(tokens)
-    assert crossed > 10
+    assert crossed > 5
     for slots in (1, 7, 48):
         answers = run(Engine(pipeline.compiled, pipeline.tokenizer, slots=slots), *requests)
-        assert [
-            (answers[number].text, answers[number].completion_tokens) for number in range(120)
-        ] == expected
+        assert [(answers[number].text, answers[number].completion_tokens) for number in range(60)] == expected
 
 
 @pytest.mark.slow

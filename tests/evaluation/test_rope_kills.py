@@ -22,7 +22,7 @@ def start(folder: Path, output: Path) -> "subprocess.Popen[str]":
         "model": folder / "model",
         "text": folder / "text.txt",
         "output": output,
-        "length": 1024,
+        "length": 512,
         "population": 8,
         "iterations": 4,
         "initial-tokens": "0,4",
@@ -42,11 +42,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_resumes_to_the_same_result(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
+    sizes = {"max_position_embeddings": 256, "original_max_position_embeddings": 256}
     write_checkpoint(tmp_path / "model", pad_token_id=0, **sizes)
     draws = random.Random(3)
     words = ["What", "is", "the", "capital", "of", "France?"]
-    (tmp_path / "text.txt").write_text(" ".join(draws.choice(words) for _ in range(3000)))
+    (tmp_path / "text.txt").write_text(" ".join(draws.choice(words) for _ in range(1500)))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     start(tmp_path, tmp_path / "warm").communicate(timeout=300)  # fills the compilation cache
     started = time.monotonic()
