@@ -193,6 +193,11 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
         new_head=rows is None,
         **changes,
     )
+    return model if recipe.adapter is not None else _with_head_rows(model, rows)
+
+
+def _with_head_rows(model: Phi3PreTrainedModel, rows: tuple[int, ...] | None) -> Phi3PreTrainedModel:
+    """Returns the model with these rows of its head, in this order; None: all of a new head."""
     if isinstance(model, Phi3ForSequenceClassification | Phi3ForTokenClassification) and rows is not None:
         score = nnx.state(model.score)
         shardings = jax.tree.map(lambda x: x.sharding, score)
@@ -204,8 +209,14 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
 def with_adapters(model: Phi3PreTrainedModel, recipe: Recipe) -> Phi3PreTrainedModel:
     """Returns the model of `new_model` with the adapters that are trained: none, given ones, or new ones."""
     settings = recipe.settings
-    if recipe.paths.adapter is not None:
-        return load_adapters(model, recipe.paths.adapter, keep_head=True)  # the model has its head already
+    if recipe.paths.adapter is not None and recipe.adapter is not None:
+        rows = recipe.data.base_rows
+        model = jax.tree.map(lambda leaf: leaf, model)
+        for path, node in nnx.iter_graph(model):
+            if isinstance(node, nnx.Param) and _is_saved(recipe.adapter, path, node):
+                node.set_value(node[...].astype(jnp.float32))  # it is trained from all bits that are stored
+        model = load_adapters(model, recipe.paths.adapter, keep_head=rows is None)
+        return _with_head_rows(model, rows)
     if settings.trained != "lora":
         return model
     return add_lora(

@@ -15,6 +15,7 @@ from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification
 from phi3_jax.lora import adapted as module
 from phi3_jax.lora import add_lora, load_adapters, merge_lora, save_adapters
 from phi3_jax.lora.adapters import projections
+from phi3_jax.lora.peft_config import AdapterConfig
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.sources.hub import ADAPTER_FILES
 
@@ -197,3 +198,36 @@ def test_fetches_an_adapter_and_the_revision_of_its_base(
     paths = module.find_model(None, "owner/adapter", lambda: pytest.fail("the default model was taken"))
     assert paths == (model_folder, named)
     assert fetched == [("owner/adapter", None, True), ("owner/base", "v2", False)]
+
+
+def test_the_adapter_decides_class_and_labels(model_folder: Path, tmp_path: Path) -> None:
+    """PEFT's files have a head and no names; those of the base model count if there are as many."""
+    classifier = Phi3ForSequenceClassification(small_config(num_labels=3))
+    adapter = write_adapter(classifier, tmp_path / "adapter", model_folder)
+    for names, expected in (
+        (None, ("LABEL_0", "LABEL_1", "LABEL_2")),
+        (("x", "y"), ("LABEL_0", "LABEL_1", "LABEL_2")),
+        (("x", "y", "z"), ("x", "y", "z")),
+    ):
+        base = tmp_path / f"base {names}"
+        shutil.copytree(model_folder, base)
+        if names is not None:
+            fields = json.loads((base / "config.json").read_text()) | {"id2label": dict(enumerate(names))}
+            (base / "config.json").write_text(json.dumps(fields))
+        source, config = module.open_model(module.ModelPaths(base, adapter))
+        assert tuple(config.id2label.values()) == expected
+        assert config.extra["architectures"] == ["Phi3ForSequenceClassification"]
+        np.testing.assert_array_equal(source.read("score.weight"), classifier.score.weight[...])
+
+
+def test_keeps_the_modules_that_the_adapter_has_as_a_whole() -> None:
+    """PEFT names two heads for a classifier, of which the model has one."""
+    model = Phi3ForSequenceClassification(small_config(num_labels=3))
+    for saved, kept in (
+        (["classifier", "score"], ["score"]),
+        (["embed_tokens"], ["embed_tokens", "score"]),
+        (None, ["score"]),
+    ):
+        config = AdapterConfig({"modules_to_save": saved}, Path("adapter_config.json"))
+        assert module.saved_modules(config, model) == kept
+    assert module.saved_modules(config, Phi3ForCausalLM(small_config())) == []

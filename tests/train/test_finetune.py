@@ -11,22 +11,23 @@ import jax
 import numpy as np
 import pytest
 from filelock import FileLock
+from flax import nnx
 from phi3_jax.train import finetune as module
 from phi3_jax.train.evaluate import NotFiniteError
 from phi3_jax.train.finetune import InterruptedRunError, finetune
-from phi3_jax.train.recipe import make_recipe, new_model, with_adapters
+from phi3_jax.train.recipe import make_recipe, make_trainer, new_model, with_adapters
 from reference import distance
 from reference import run as outputs
 from runs import files, interrupted_after, losses, run, settings_of, write_base, write_rows
 from safetensors.numpy import load_file, save_file
 
-from phi3_jax import Phi3ForSequenceClassification
+from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification
 from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.classification import Classifier, classify_file
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.rows import BadRowError, Place, Row
 from phi3_jax.data.tasks import TokenClassification
-from phi3_jax.lora import load_adapters
+from phi3_jax.lora import add_lora, load_adapters, save_adapters
 from phi3_jax.parallel.sharding import make_mesh
 from phi3_jax.runs.files import replacing
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -438,6 +439,17 @@ def test_starts_from_an_adapter_and_its_head(folder, base, trained):
             assert distance(logits, expected[:, rows]) <= 1e-5
 
 
+def test_starts_from_every_bit_of_the_adapter_and_its_head(folder, base, trained):
+    settings = settings_of(
+        folder, base, adapter=str(trained / "adapter"), labels=["a", "b"], dtype="bfloat16"
+    )
+    recipe = make_recipe(settings, None, None)
+    model = with_adapters(new_model(recipe, None), recipe)
+    stored = load_file(trained / "adapter" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert model.dtype == "bfloat16"
+    np.testing.assert_array_equal(model.score.weight[...], stored[::-1])
+
+
 def test_trains_an_adapter_further(folder, base, trained, monkeypatch):
     given = {"model": None, "adapter": str(trained / "adapter"), "labels": ["b", "a"]}
     run(folder, base, **given, max_steps=2)
@@ -467,6 +479,17 @@ def test_trains_an_adapter_further(folder, base, trained, monkeypatch):
         match=r"cannot be resumed: adapter_files\.adapter_model\.safetensors: '\w+' -> '\w+'\. ",
     ):
         run(folder, base, **given, max_steps=2)
+
+
+def test_trains_the_modules_that_the_adapter_has_as_a_whole(folder, base):
+    model = add_lora(Phi3ForCausalLM.from_pretrained(base), 2, targets=["o_proj"])
+    save_adapters(model, folder / "adapter", base_model=str(base), modules_to_save=["embed_tokens", "norm"])
+    settings = settings_of(folder, base, adapter=str(folder / "adapter"), task="causal-lm")
+    recipe = make_recipe(settings, None, None)
+    trainer = make_trainer(recipe, with_adapters(new_model(recipe, None), recipe), None)
+    trained = {path[-2] for path, _ in nnx.to_flat_state(trainer.state_shapes.trained)}
+    norms = {"norm", "input_layernorm", "post_attention_layernorm"}  # whose names end with norm
+    assert trained == {"embed_tokens", "adapter"} | norms
 
 
 @pytest.mark.parametrize(
