@@ -1,5 +1,6 @@
 """The settings of a run: one flat list, named as in transformers' TrainingArguments."""
 
+import os
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -180,6 +181,16 @@ class Settings(BaseModel):
                     yield name if key is None else f"{name}[{key!r}]", each
 
     @model_validator(mode="after")
+    def _are_texts(self) -> "Settings":
+        """Refuses what YAML can express and no file can have as its name, or as text."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, str | Path) and not _is_text(str(each)):
+                    raise UserError(f"{name}={str(each)!r} has a character that no text can have")
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> "Settings":
         if self.train_batch_size % self.gradient_accumulation_steps:
             raise UserError(
@@ -261,6 +272,14 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+
+
+def _is_text(value: str) -> bool:
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
 
 
 def _fault(error: Any) -> str:

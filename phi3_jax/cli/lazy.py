@@ -1,8 +1,9 @@
 """Groups of commands that import a command's module only when that command runs."""
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -49,7 +50,22 @@ def _load(name: str, prefix: str) -> Any:
         raise UserError(f"{name} needs more libraries ({error}); pip install 'phi3-jax[train]'") from error
     command = typer.main.get_command(module.app)
     command.name = name
+    if command.callback is not None:
+        command.callback = _with_checked_numbers(command.callback)
     return command
+
+
+def _with_checked_numbers(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses counts that int32 cannot hold, as lengths and rows on devices; only seeds may be larger."""
+
+    @wraps(callback)
+    def checked(**options: Any) -> Any:
+        for name, value in options.items():
+            if isinstance(value, int) and abs(value) >= 2**31 and name != "seed":
+                raise UserError(f"--{name.replace('_', '-')} {value!s:.40} must be below 2**31")
+        return callback(**options)
+
+    return checked
 
 
 @contextmanager

@@ -214,3 +214,18 @@ def test_absent_tpu_is_not_looked_for(model_folder: Path, tmp_path: Path) -> Non
 def test_names_a_number_of_a_list_that_cannot_be_used(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         options.numbers("lengths", text, least=2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rope", "search", "--text", "x", "--output", "y", "--length"),
+        ("plan", "--model", "m", "--topology", "v5e:1x1", "--seq"),
+        ("classify", "--model", "m", "--input", "i", "--output", "o.csv", "--batch-size"),
+        ("finetune", "--max-steps"),
+    ],
+)
+def test_names_a_number_that_int32_cannot_hold(run: Any, words: tuple[str, ...]) -> None:
+    for number in (2**31, 10**20):
+        result = run(*words, number)
+        assert (result.code, result.err) == (1, f"phi3-jax: {words[-1]} {number} must be below 2**31\n")

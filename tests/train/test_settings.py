@@ -39,6 +39,8 @@ def test_options_take_precedence_over_the_file(tmp_path):
         ("learning_rate: 1.0e-50", "learning_rate=1e-50 is outside float32's range"),
         ("weight_decay: 1.0e+300", "weight_decay=1e\\+300 is outside float32's range"),
         ("class_weights: {a: 1.0e-50}", r"class_weights\['a'\]=1e-50 is outside float32's range"),
+        ('output_dir: "a\\0b"', r"output_dir='a\\x00b' has a character that no text can have"),
+        ('train_file: [a.csv, "\\uD800"]', r"train_file='\\ud800' has a character"),
         ("lora_alpha: -1", "lora_alpha=-1: Input should be greater than 0"),
         ("seed: -1", "seed=-1: Input should be greater than or equal to 0"),
         (f"max_steps: {2**31}", r"max_steps=2147483648 must be below 2\*\*31"),
