@@ -1,6 +1,5 @@
 """Tests stopping criteria against transformers 5.23, on small vocabularies of bytes and of pieces."""
 
-import io
 import random
 import time
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from answers import stored
+from small_tokenizers import train_pieces
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from phi3_jax.generation.stopping import MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
@@ -37,19 +37,7 @@ FRAGMENTS = [*STOPS, "st", "op", "opera", "top", "\xa0", "😁", "漢", "a ", "<
 
 
 def sentence_pieces() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT.replace("漢字 😀", "")] * 4),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=310,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return train_pieces([TEXT.replace("漢字 😀", "")] * 4, 310)
 
 
 def transformers_tokenizer(content: bytes) -> Tokenizer:

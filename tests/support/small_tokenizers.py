@@ -1,8 +1,11 @@
 """Small vocabularies for tests of the tokenizer, and transformers' tokenizer of the same files."""
 
+import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import sentencepiece
 from their_tokenizer import TheirTokenizer
 
 SENTENCES = [
@@ -31,6 +34,24 @@ def config_of(first_id: int, **more: object) -> dict[str, object]:
         for n, (content, own) in enumerate(ADDED.items())
     }
     return {"added_tokens_decoder": added, "tokenizer_class": "PreTrainedTokenizerFast", **more}
+
+
+def train_pieces(sentences: Sequence[str], vocab_size: int, **options: object) -> bytes:
+    """Returns a tokenizer.model with the settings of Llama's, trained on the sentences."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
 
 
 def write_json(path: Path, value: object) -> Path:

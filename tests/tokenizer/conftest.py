@@ -1,12 +1,11 @@
 """Small vocabularies: pieces as tokenizer.model and as tokenizer.json, and bytes as tokenizer.json."""
 
-import io
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import sentencepiece
-from small_tokenizers import SENTENCES, config_of, write_json
+from small_tokenizers import SENTENCES, config_of, train_pieces, write_json
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -15,20 +14,8 @@ from phi3_jax.tokenizer import Phi3Tokenizer
 @pytest.fixture(scope="session")
 def piece_folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A small Llama-like vocabulary as tokenizer.model and as tokenizer.json, with the same config."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        minloglevel=2,
-    )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    model = train_pieces(SENTENCES, 400, split_digits=True)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     merges = [
@@ -48,7 +35,7 @@ def piece_folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folders = SimpleNamespace(
         model=tmp_path_factory.mktemp("model"), json=tmp_path_factory.mktemp("json"), pieces=pieces
     )
-    (folders.model / "tokenizer.model").write_bytes(model.getvalue())
+    (folders.model / "tokenizer.model").write_bytes(model)
     (folders.json / "tokenizer.json").write_text(same.to_str(), encoding="utf-8")
     for folder in (folders.model, folders.json):
         write_json(folder / "tokenizer_config.json", config)
