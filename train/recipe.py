@@ -175,7 +175,10 @@ def _step_batches(settings: Settings, widths: int, devices: int) -> tuple[int, i
 
 
 def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
-    """Returns the base model with the task's head, as it is before the first step."""
+    """Returns the base model with the task's head, as it is before the first step.
+
+    `with_adapters` adds a given adapter, whose head then gets its order.
+    """
     settings, labels = recipe.settings, recipe.data.labels
     changes: dict[str, Any] = {"pad_token_id": recipe.pad_token_id}
     if labels is not None:
