@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from small_checkpoint import PROMPT, Checkpoint, write_checkpoint
+
+from phi3_jax import Phi3ForCausalLM
+from phi3_jax.lora import add_lora, merge_lora, save_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lm-eval
 
@@ -80,6 +85,20 @@ def ours(folder: Path) -> Any:
     from phi3_jax.lm_eval import Phi3JaxLM
 
     return Phi3JaxLM(str(folder), dtype="float32", max_length=64)
+
+
+def test_peft_merges_adapters(folder: Path, tmp_path: Path) -> None:
+    from phi3_jax.lm_eval import Phi3JaxLM
+
+    model = add_lora(Phi3ForCausalLM.from_pretrained(folder), 2, targets=["o_proj"])
+    for layer in model.model.layers:
+        adapter = layer.self_attn.o_proj.adapter
+        adapter.b.set_value(jnp.ones_like(adapter.b[...]))
+    save_adapters(model, tmp_path, base_model=str(folder))
+    for pretrained in (None, str(folder)):
+        loaded = Phi3JaxLM(pretrained, dtype="float32", peft=str(tmp_path))._pipeline.compiled.model
+        for ours, expected in zip(loaded.model.layers, merge_lora(model).model.layers, strict=True):
+            np.testing.assert_array_equal(ours.self_attn.o_proj.weight[...], expected.self_attn.o_proj.weight)
 
 
 def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:

@@ -72,7 +72,12 @@ def test_traces_each_optimizer(optimizer: str, dtype: str) -> None:
 
 def test_a_step_is_the_same() -> None:
     """Dropout draws the same numbers."""
-    model = add_lora(model_of("causal", resid_pdrop=0.2, attention_dropout=0.2, embd_pdrop=0.2), rank=2)
+    model = add_lora(
+        model_of("causal", resid_pdrop=0.2, attention_dropout=0.2, embd_pdrop=0.2),
+        2,
+        dora=True,
+        lora_dropout=0.2,
+    )
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": HEADS["causal"][2]}
 
     def losses() -> list[float]:
