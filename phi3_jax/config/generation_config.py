@@ -18,6 +18,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing
 from phi3_jax.runs.odd_values import evident_meaning, read_odd
 from phi3_jax.runs.text import read_json
+from phi3_jax.sources.hub import find_file
 
 logger = logging.getLogger(__name__)
 
@@ -215,14 +216,33 @@ class GenerationConfig:
         return dict(sorted((copy.deepcopy(self.extra) | values).items()))
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> "GenerationConfig":
-        """Reads `generation_config.json` from a local folder, or that file itself.
+    def from_pretrained(
+        cls,
+        pretrained_model_name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> "GenerationConfig":
+        """Reads `generation_config.json` from a folder or of a model on the Hub, or that file itself.
+
+        Args:
+            pretrained_model_name: the folder, the file, or `org/name`, of which only this file is fetched.
+            revision, token, cache_dir, local_files_only: for the Hub, as in `from_pretrained` of a model.
 
         Raises:
             FileNotFoundError: there is no such file. UserError: it is broken; the message names the file.
+            CheckpointError: the file cannot be fetched.
         """
-        file = Path(directory)
-        file = file / GENERATION_CONFIG_NAME if file.is_dir() else file
+        file = find_file(
+            pretrained_model_name,
+            GENERATION_CONFIG_NAME,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         if not file.is_file():
             raise FileNotFoundError(
                 f"no generation config at {file}; give a folder with {GENERATION_CONFIG_NAME}, or use "

@@ -21,6 +21,7 @@ from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.files import replacing
 from phi3_jax.runs.odd_values import read_odd
 from phi3_jax.runs.text import read_json
+from phi3_jax.sources.hub import find_file
 
 logger = logging.getLogger(__name__)
 
@@ -372,24 +373,48 @@ class Phi3Config:
             raise UserError(f"{path}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> "Phi3Config":
-        """Reads `config.json` from a local folder, or that file itself.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **changes: Any,
+    ) -> "Phi3Config":
+        """Reads `config.json` from a folder or of a model on the Hub, or that file itself.
+
+        Args:
+            pretrained_model_name_or_path: the folder, the file, or `org/name`, of which only this file is
+                fetched.
+            revision, token, cache_dir, local_files_only: for the Hub, as in `from_pretrained` of a model.
+            changes: fields to replace, such as `num_labels=77`.
 
         Raises:
             FileNotFoundError: there is no such file. UserError: as `from_json_file`.
+            CheckpointError: the file cannot be fetched.
+            TypeError: there is no such field.
         """
-        if Path(path).is_dir():
-            restore(Path(path))
-        file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
+        path = Path(pretrained_model_name_or_path).expanduser()
+        if path.is_dir():
+            restore(path)
+        file = find_file(
+            pretrained_model_name_or_path,
+            CONFIG_NAME,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         if not file.is_file():
-            missing = (
-                file if Path(path).is_dir() else f"{file} (neither a folder with {CONFIG_NAME} nor a file)"
-            )
+            missing = file if path.is_dir() else f"{file} (neither a folder with {CONFIG_NAME} nor a file)"
             raise FileNotFoundError(
-                f"no config at {missing}; give a local checkpoint, or use Phi3Config.preset(name) for one of "
+                f"no config at {missing}; give a checkpoint, or use Phi3Config.preset(name) for one of "
                 f"{', '.join(cls.presets())}"
             )
-        return cls.from_json_file(file)
+        config = cls.from_json_file(file)
+        return config.replace(**changes) if changes else config
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `config.json` whole or not at all; makes the folder if needed."""

@@ -75,6 +75,38 @@ def resolve(
     return folder
 
 
+def find_file(
+    name_or_path: str | os.PathLike[str],
+    file: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Returns the path of a file in a model's directory, which may be absent; fetches only it from the Hub.
+
+    Any other path than a directory is returned as it is.
+
+    Raises:
+        CheckpointError: there is no such repository or file on the Hub, or it cannot be fetched.
+    """
+    name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+    if path.exists() or not isinstance(name_or_path, str) or not is_hub_name(name):
+        return path / file if path.is_dir() else path
+    folder = _fetch(
+        name,
+        (file,),
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        local_files_only=local_files_only,
+    )
+    if not (folder / file).is_file():
+        raise CheckpointError(f"{_name(name, revision)} holds no {file}")
+    return folder / file
+
+
 def resolve_adapter(name_or_path: str | os.PathLike[str]) -> Path:
     """Returns the local directory of an adapter; fetches one called `owner/name` from the Hub.
 

@@ -31,6 +31,11 @@ WORDS.pre_tokenizer = pre_tokenizers.Whitespace()
 REPOSITORIES = {
     **dict.fromkeys(("org/tiny", "org/private"), FILES),
     "org/empty": {"README.md": FILES["README.md"]},
+    "org/configured": {
+        "config.json": b'{"model_type": "phi3", "num_hidden_layers": 7}',
+        "generation_config.json": b'{"max_new_tokens": 5}',
+        "model.safetensors": b"weights",
+    },
     "org/words": {
         "tokenizer.json": WORDS.to_str().encode(),
         "tokenizer_config.json": b'{"unk_token": "<unk>", "model_max_length": 8}',
@@ -244,6 +249,39 @@ def test_tokenizer_by_name_fetches_its_files_only(server: Server, tmp_path: Path
     assert "FileNotFoundError: no tokenizer at org/words.gguf" in file["error"]
     assert not any("safetensors" in request for request in server.handler.requests)
     assert modules == {"jax": False}
+
+
+CONFIGURE = """
+import json, sys
+from phi3_jax import Phi3Config
+from phi3_jax.config.generation_config import GenerationConfig
+for name, options in json.load(sys.stdin):
+    try:
+        config = Phi3Config.from_pretrained(name, **options)
+        tokens = GenerationConfig.from_pretrained(name).max_new_tokens
+        print(json.dumps({"layers": config.num_hidden_layers, "tokens": tokens}))
+    except (ValueError, OSError) as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+"""
+
+
+def test_configs_by_name_fetch_one_file_each(server: Server, tmp_path: Path) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("org/configured", {}),
+        ("org/configured", {"local_files_only": True, "num_hidden_layers": 3}),
+        ("org/tiny", {}),
+        ("org/empty", {}),
+        ("org/unknown", {}),
+        ("org/unknown.json", {}),
+    ]
+    fetched, again, plain, empty, unknown, file = run(server.url, tmp_path, *calls, script=CONFIGURE)
+    assert fetched == {"layers": 7, "tokens": 5}
+    assert again == {"layers": 3, "tokens": 5}
+    assert plain["error"] == "CheckpointError: org/tiny holds no generation_config.json"
+    assert empty["error"] == "CheckpointError: org/empty holds no config.json"
+    assert "CheckpointError: org/unknown is neither" in unknown["error"]
+    assert "FileNotFoundError: no config at org/unknown.json" in file["error"]
+    assert not any("safetensors" in request for request in server.handler.requests)
 
 
 def test_token_from_the_environment(server: Server, tmp_path: Path) -> None:
