@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from phi3_jax.config.model_config import PROBLEM_TYPES
+from phi3_jax.config.model_checks import PROBLEM_TYPES
 from phi3_jax.lora import save_adapters
 from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.model.saving import save_model

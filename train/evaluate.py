@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from phi3_jax.config.model_config import PROBLEM_TYPES
+from phi3_jax.config.model_checks import PROBLEM_TYPES
 from phi3_jax.data.batches import BatchPlan, bucket_widths
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import load

@@ -15,7 +15,7 @@ from scipy import special, stats
 from seqeval.metrics import sequence_labeling
 from sklearn import metrics as sklearn_metrics
 
-from phi3_jax.config.model_config import PROBLEM_TYPES
+from phi3_jax.config.model_checks import PROBLEM_TYPES
 from phi3_jax.errors import UserError
 
 METRICS: dict[str, dict[str, int]] = {

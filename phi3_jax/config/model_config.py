@@ -6,16 +6,17 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
+from phi3_jax.config.model_checks import FORGIVING, RULES, is_size
 from phi3_jax.config.relatives import RELATIVES, as_phi3
 from phi3_jax.config.rope_scaling import RopeScaling
-from phi3_jax.config.rope_types import RopeBase, is_number, is_positive
+from phi3_jax.config.rope_types import RopeBase
 from phi3_jax.errors import UserError
 from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.files import replacing
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 SUPPORTED_MODEL_TYPES = ("phi3", *RELATIVES)
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # The default of a field that is derived from others. No such field is None after `__post_init__`.
 _DERIVED: Any = None
@@ -42,57 +42,6 @@ _ROPE_DEFAULTS = {
 # Fields of transformers that nothing here reads, and the values that `to_dict` writes; others are in `extra`.
 _UNREAD = {"use_cache": True}
 
-
-MOST_LABELS = 2**20
-"""Their default names are all in memory."""
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _is_rate(value: Any) -> bool:
-    return is_number(value) and 0 <= value < 1
-
-
-# The rule of each field, in words and as a test.
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(
-        (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "head_dim"),
-            *("max_position_embeddings", "original_max_position_embeddings"),
-        ),
-        ("a positive integer below 2**31", _is_size),
-    ),
-    "num_labels": (
-        f"a positive integer, at most {MOST_LABELS:,}",
-        lambda v: _is_size(v) and v <= MOST_LABELS,
-    ),
-    **dict.fromkeys(
-        ("resid_pdrop", "embd_pdrop", "attention_dropout"),
-        ("a rate from 0 (no dropout) to below 1", _is_rate),
-    ),
-    **dict.fromkeys(
-        ("classifier_dropout", "hidden_dropout"),
-        ("a rate from 0 (no dropout) to below 1, or None", lambda v: v is None or _is_rate(v)),
-    ),
-    "initializer_range": ("a number, 0 or more", lambda v: is_number(v) and v >= 0),
-    "rms_norm_eps": ("a positive number of float32's range, such as 1e-05", is_positive),
-    "tie_word_embeddings": ("true or false", lambda v: type(v) is bool),
-    "hidden_act": ("the name of an activation", lambda v: isinstance(v, str)),
-    "rope_theta": ("a number above 1, such as 10000.0", lambda v: is_number(v) and v > 1),
-    "partial_rotary_factor": ("above 0 and at most 1 (all dims)", lambda v: is_number(v) and 0 < v <= 1),
-    "sliding_window": ("a positive integer, or None for no window", lambda v: v is None or _is_size(v)),
-    "problem_type": (f"one of {', '.join(PROBLEM_TYPES)}, or None", lambda v: v in (None, *PROBLEM_TYPES)),
-}
-
-
-# Fields on which no number of the forward depends: what a file has there is read as far as it can be.
-_FORGIVING = (
-    *("resid_pdrop", "embd_pdrop", "attention_dropout", "classifier_dropout", "hidden_dropout"),
-    *("initializer_range", "problem_type"),
-)
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -143,7 +92,7 @@ class Phi3Config:
         self._gather_rope()
         if isinstance(self.eos_token_id, list):
             self._set(eos_token_id=tuple(self.eos_token_id))
-        self._check(*_RULES)
+        self._check(*RULES)
         self._check_together()
         self._check_tokens()
         self._settle_rope()
@@ -157,7 +106,7 @@ class Phi3Config:
 
     def _check(self, *names: str) -> None:
         for name in names:
-            expected, holds = _RULES[name]
+            expected, holds = RULES[name]
             if not holds(value := getattr(self, name)):
                 raise UserError(f"{name}={value!r:.80} must be {expected}")
 
@@ -451,14 +400,14 @@ def _field_names() -> set[str]:
 def _forgive(fields: dict[str, Any], where: object) -> None:
     """Replaces odd values among a file's fields where no number of the forward depends on them."""
     defaults = {each.name: each.default for each in dataclasses.fields(Phi3Config)}
-    for name in fields.keys() & set(_FORGIVING):
-        words, holds = _RULES[name]
+    for name in fields.keys() & set(FORGIVING):
+        words, holds = RULES[name]
         fields[name] = read_odd(name, fields[name], holds, defaults[name], where, words)
     if fields.get("id2label") is not None:
         words = "a mapping from 0, 1, 2, ... to names"
         fields["id2label"] = read_odd("id2label", fields["id2label"], _is_id2label, None, where, words)
     size = fields.get("vocab_size", defaults["vocab_size"])
-    if not _is_size(size):
+    if not is_size(size):
         return  # an error of its own
     for name in fields.keys() & set(_TOKENS):
 
