@@ -216,6 +216,7 @@ def test_rejects_more_steps_of_runs_that_cannot_be_continued(folder, base):
     assert {path: path.read_bytes() for path in kept} == kept
 
 
+@pytest.mark.slow
 def test_rejects_more_steps_of_a_run_that_stopped_early(folder, base):
     options = {"metric_for_best_model": "loss", "early_stopping_patience": 1, **WILD}
     run(folder, base, max_steps=8, **options)
