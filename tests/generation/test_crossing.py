@@ -65,7 +65,8 @@ def test_each_row_switches_independently(crossing: Twins, expected: np.ndarray, 
     np.testing.assert_array_equal(answers(crossing, ids, mask, COUNT), expected)
 
 
-@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["left", "right"])
 def test_another_original_length(twins_of: Callable[..., Twins], side: str) -> None:
     twins = twins_of(**longrope() | {"original_max_position_embeddings": 64})
     ids, mask = prompts((20, 63, 64, 65, 90, 41), side, seed=1)
@@ -129,10 +130,8 @@ def test_prompt_lookup(crossing: Twins, expected: np.ndarray, drafted: int) -> N
     )
 
 
-@pytest.mark.parametrize(
-    ("original", "drafted"),
-    [(24, 20), pytest.param(8, 20, marks=pytest.mark.slow), pytest.param(24, 3, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("original", "drafted"), [(24, 20), (8, 20), (24, 3)])
 def test_assistants_with_another_original_length(
     crossing: Twins,
     expected: np.ndarray,

@@ -48,7 +48,7 @@ def answers(model: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> np
         pytest.param({"num_beams": 3, "num_return_sequences": 2}, marks=pytest.mark.slow),
         {"prompt_lookup_num_tokens": 3},
         pytest.param({"guidance_scale": 1.5}, marks=pytest.mark.slow),
-        {"do_sample": True, "seed": 3, "num_return_sequences": 2},
+        pytest.param({"do_sample": True, "seed": 3, "num_return_sequences": 2}, marks=pytest.mark.slow),
     ],
     ids=["greedy", "beams", "lookup", "guided", "drawn"],
 )

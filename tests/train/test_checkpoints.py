@@ -65,7 +65,9 @@ def largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=os.path.getsize)
 
 
-@pytest.mark.parametrize("optim", ["adamw", pytest.param("lion", marks=pytest.mark.slow), "adafactor"])
+@pytest.mark.parametrize(
+    "optim", ["adamw", *(pytest.param(each, marks=pytest.mark.slow) for each in ("lion", "adafactor"))]
+)
 def test_restores_the_same_state(checkpoints, optim):
     model = Phi3ForSequenceClassification(small_config(num_labels=3, num_hidden_layers=1))
     trainer, state = trained(model, optim)

@@ -155,6 +155,7 @@ def test_no_saves_nothing_and_starts_over(folder, base, monkeypatch, caplog):
         run(folder, base, **options | {"max_steps": 9})
 
 
+@pytest.mark.slow
 def test_a_finished_run_takes_more_steps(folder, base):
     """Batches and losses are those of the longer run from its start; so are model, report and record."""
     write_rows(folder / "test.jsonl", 12, start=100)
