@@ -274,6 +274,8 @@ class PartialOutput:
             raise
 
     def _parse_state(self, values: dict[str, Any]) -> OutputState:
+        if "unusable" in values["done"]:
+            raise UserError(f"{self.path} is of an earlier version, which left bad rows out; {ADVICE}")
         state = OutputState(**values["done"])
         if (size := self.path.stat().st_size) < state.bytes:
             raise UserError(

@@ -86,7 +86,12 @@ def test_resumes_files_of_earlier_versions(tmp_path: Path) -> None:
     assert Record(output, asked_now, 1).open(False) == summary
 
     (tmp_path / "rows.csv.partial").write_bytes(b"12345")
-    about = {"asked": asked, "done": {"read": 2, "written": 1, "unusable": 1, "cut": 0, "untagged": 0}}
+    about: dict[str, Any] = {"asked": asked}
+    about["done"] = {"read": 2, "written": 1, "unusable": 1, "cut": 0, "untagged": 0, "bytes": 4}
+    (tmp_path / "rows.csv.partial.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"csv\.partial is of an earlier version, which left bad rows out; "):
+        PartialOutput(tmp_path / "rows.csv", asked_now, False)
+    about["done"] = {"written": 2, "bad": 1, "cut": 0, "untagged": 0}
     about["done"]["bytes"] = 4
     (tmp_path / "rows.csv.partial.json").write_text(json.dumps(about, indent=2) + "\n")
     partial = PartialOutput(tmp_path / "rows.csv", asked_now, False)
