@@ -3,9 +3,11 @@
 import logging
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(last), best]),
         )
+        _silence_writes_after_a_failed_one()
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
@@ -174,6 +177,18 @@ class Checkpoints:
             reason = "there is no space left on the disk"
         name = self.directory if step is None else self.directory / str(step)
         return CheckpointError(f"{name} cannot be written: {reason}; the checkpoint before it is intact")
+
+
+@cache
+def _silence_writes_after_a_failed_one() -> None:
+    """Drops the tracebacks of writes that end after another one has failed, whose error is raised."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def saved_steps(directory: Path) -> list[int]:

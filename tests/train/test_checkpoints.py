@@ -4,11 +4,14 @@ import gc
 import logging
 import os
 import resource
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from phi3_jax.train import checkpoints as checkpoints_module
 from phi3_jax.train.checkpoints import Checkpoints
 from reference import on_mesh, small_config
 
@@ -166,6 +169,21 @@ def test_removes_leftovers_of_a_killed_process(tmp_path, run):
     checkpoints.save(4, state, {}, 0.0)
     checkpoints.close()
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["4"]
+
+
+def test_writes_after_a_failed_one_are_silent(monkeypatch):
+    """Only those: other errors that nothing can raise are printed as before."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    checkpoints_module._silence_writes_after_a_failed_one.__wrapped__()
+    for error in (
+        RuntimeError("Event loop is closed"),
+        RuntimeError("else"),
+        OSError("Event loop is closed"),
+    ):
+        sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert [str(each.exc_value) for each in printed] == ["else", "Event loop is closed"]
+    assert printed[1].exc_type is OSError
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, run):
