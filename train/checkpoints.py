@@ -166,13 +166,17 @@ class Checkpoints:
         self._manager.close()
 
     def _not_written(self, step: int | None, error: Exception) -> CheckpointError:
-        texts = [str(each) for each in _chain(error)]
+        causes = list(_chain(error))
+        texts = [str(each) for each in causes]
         full = any(
             "No space left" in text or "RESOURCE_EXHAUSTED" in text or "quota" in text for text in texts
         )
         reason = texts[0].strip().splitlines()[0][:200]
         if system := re.search(r": ([^:]+) \[os_error_code=", " ".join(texts)):  # at the end of a long text
             reason = system[1]
+        for cause in causes:
+            if isinstance(cause, OSError) and cause.strerror:
+                reason = cause.strerror
         if full:
             reason = "there is no space left on the disk"
         name = self.directory if step is None else self.directory / str(step)
