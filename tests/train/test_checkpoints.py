@@ -211,3 +211,24 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, run):
     assert same(restored.state, state)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
     again.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            ValueError("OUT_OF_RANGE: Error writing /a/b: File too large [os_error_code='27']"),
+            "File too large",
+        ),
+        (OSError(30, "Read-only file system", "/a/b"), "Read-only file system"),
+        (ValueError("x: No space left on device [os_error_code='28']"), "there is no space left on the disk"),
+        (ValueError("something else\nand more"), "something else"),
+    ],
+)
+def test_names_the_systems_reason(checkpoints, run, monkeypatch, error, reason):
+    def save(*_, **__):
+        raise error
+
+    monkeypatch.setattr(type(checkpoints._manager), "save", save)
+    with pytest.raises(CheckpointError, match=rf"2 cannot be written: {reason}; the checkpoint before it"):
+        checkpoints.save(2, run[1], {}, 0.5)
