@@ -27,9 +27,7 @@ CHANGES: dict[str, dict[str, Any]] = {"plain": {}, "longrope": longrope(), "wind
     ("name", "mesh"),
     [
         *((name, None) for name in CHANGES),
-        ("longrope", "data=2,tensor=2"),
-        pytest.param("plain", "data=2,tensor=2", marks=pytest.mark.slow),
-        pytest.param("window", "data=2,tensor=2", marks=pytest.mark.slow),
+        *(pytest.param(name, "data=2,tensor=2", marks=pytest.mark.slow) for name in CHANGES),
     ],
 )
 def test_a_step_equals_the_steps_of_each_cache(name: str, mesh: str | None) -> None:

@@ -98,6 +98,7 @@ def test_chat_in_a_pipe_ends_at_an_error(chat: Any, tmp_path: Path) -> None:
         assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_chat_in_a_terminal(model_folder: Path, tmp_path: Path) -> None:
     """It prints a prompt and errors, and heeds Ctrl-C within an answer and at the prompt."""

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from commands import start
 from small_checkpoint import NEVER, PROMPT
 
@@ -74,6 +75,7 @@ def test_penalty_lookup_and_stop_reach_generate(
     assert stopped.out == plain[: plain.index(end) + 1] + "\n"
 
 
+@pytest.mark.slow
 def test_prints_the_best_beam(generate_command: Any, compiled: CompiledModel, model_folder: Path) -> None:
     tokenizer = Phi3Tokenizer.from_pretrained(model_folder)
     prompt = "What is the capital"

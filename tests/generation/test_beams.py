@@ -60,8 +60,18 @@ def test_beams(twins: Twins, beams: int) -> None:
     assert (out.sequences[::beams] != greedy).any(), "beams that find the greedy answer test nothing"
 
 
-@pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.5, -1.5])
+FAST: dict[Any, float] = {False: -1.5, True: 2.5, "never": 0.0}
+"""The length penalty that is not left to the slow run, for each `early_stopping`."""
+
+
+@pytest.mark.parametrize(
+    ("early_stopping", "length_penalty"),
+    [
+        pytest.param(early, penalty, marks=() if penalty == FAST[early] else pytest.mark.slow)
+        for early in FAST
+        for penalty in (1.0, 0.0, 2.5, -1.5)
+    ],
+)
 def test_end_tokens(twins: Twins, ends: list[int], early_stopping: Any, length_penalty: float) -> None:
     options = {"early_stopping": early_stopping, "length_penalty": length_penalty, "eos_token_id": ends}
     out = same(twins, num_beams=3, max_new_tokens=40, num_return_sequences=2, **options)
@@ -115,6 +125,7 @@ def test_processors(shallow: Twins, ends: list[int], options: dict[str, Any]) ->
     same(shallow, num_beams=3, max_new_tokens=24, num_return_sequences=3, **options)
 
 
+@pytest.mark.slow
 def test_beams_with_allowed_tokens(shallow: Twins, ends: list[int]) -> None:
     def allowed(row: int, ids: Any) -> list[int]:
         return [token for token in range(4, 96) if (token + int(ids[-1]) + row) % 3] + ends

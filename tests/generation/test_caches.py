@@ -205,6 +205,7 @@ def test_int8_is_half_of_bfloat16() -> None:
     assert sizes[0] < 0.52 * sizes[1]
 
 
+@pytest.mark.slow
 def test_continues_from_an_int8_cache(plain: Twins) -> None:
     """Two calls of 15 tokens equal one of 30, and the cache stays int8."""
     options = {"cache_implementation": "quantized", "return_dict_in_generate": True}

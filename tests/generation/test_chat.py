@@ -85,6 +85,7 @@ def test_a_whole_answer_comes_from_the_cache(session_of: MakeSession, unstable_t
     converse(session_of(suppress_tokens=unstable_tokens, system="Be brief."), suppress_tokens=unstable_tokens)
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_encoded_as_other_tokens(session_of: MakeSession) -> None:
     session = session_of()
     first = converse(session, QUESTIONS[:1])

@@ -103,7 +103,8 @@ def test_logits_after_every_token(crossing: Twins, expected: np.ndarray) -> None
         assert distance(logits[row], theirs) <= 1e-4
 
 
-@pytest.mark.parametrize("lengths", [(10, 15, 18), pytest.param((12,), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [(10, 15, 18), (12,)])
 def test_beams(crossing: Twins, lengths: tuple[int, ...]) -> None:
     ids, mask = prompts(lengths, seed=2)
     options = {
@@ -257,6 +258,7 @@ def test_draws_do_not_depend_on_other_rows(crossing: Twins) -> None:
     assert (answers(crossing, ids, mask, COUNT, **options | {"seed": 4}) != full).any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_int8_cache(twins_of: Callable[..., Twins]) -> None:
     """The logits stay near the exact ones of the same text, before and after the switch."""
     crossing = twins_of(seed=0, **longrope())

@@ -79,7 +79,7 @@ def test_matches_transformers(shallow: Twins, options: dict[str, Any]) -> None:
     "options",
     [
         {"top_p": 0.9, "num_return_sequences": 2},
-        {"num_beams": 2, "early_stopping": True, "eos_token_id": [12]},
+        pytest.param({"num_beams": 2, "early_stopping": True, "eos_token_id": [12]}, marks=pytest.mark.slow),
     ],
 )
 def test_draws_are_the_same(shallow: Twins, options: dict[str, Any]) -> None:
@@ -101,6 +101,7 @@ def test_drafts(shallow: Twins, assistant: Phi3ForCausalLM, draft: str) -> None:
     np.testing.assert_array_equal(answer, shallow.theirs(*BATCH, max_new_tokens=12))
 
 
+@pytest.mark.slow
 def test_drawn_drafts(shallow: Twins, assistant: Phi3ForCausalLM) -> None:
     options: dict[str, Any] = {
         "do_sample": True,
@@ -130,6 +131,7 @@ def test_caches_and_ropes(
     np.testing.assert_array_equal(answer, model.theirs(*BATCH, max_new_tokens=12))
 
 
+@pytest.mark.slow
 def test_a_cache_that_continues(shallow: Twins) -> None:
     """The first answer also streams; the second one records its scores."""
     ids, mask = prompts((20,), seed=4)

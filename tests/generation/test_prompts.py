@@ -33,7 +33,6 @@ def assert_same_records(ours: Any, theirs: Any, *names: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_new_tokens": 12},
         {"max_length": 29, "min_length": 25, "eos_token_id": [40, 50]},
         {"max_new_tokens": 3, "forced_bos_token_id": 44, "begin_suppress_tokens": [44]},
         {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2},
@@ -81,7 +80,11 @@ def test_embeddings_are_the_prompt_of_all_outputs(shallow: Twins) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2, "seed": 3}]
+    "options",
+    [
+        pytest.param({"num_beams": 2}, marks=pytest.mark.slow),
+        {"do_sample": True, "num_return_sequences": 2, "seed": 3},
+    ],
 )
 def test_embeddings_of_ids_give_the_answer_to_the_ids(
     twins_of: Callable[..., Twins], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

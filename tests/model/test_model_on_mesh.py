@@ -163,13 +163,14 @@ def test_4d_masks_and_attentions_equal_one_device(rows):
     assert_same_leaves(out.hidden_states, expected.hidden_states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "window"),
     [
         ("data=2,context=2,tensor=2", None),
-        pytest.param(None, None, marks=pytest.mark.slow),
-        pytest.param(None, 100, marks=pytest.mark.slow),
-        pytest.param("data=2,context=2,tensor=2", 100, marks=pytest.mark.slow),
+        (None, None),
+        (None, 100),
+        ("data=2,context=2,tensor=2", 100),
     ],
 )
 def test_pallas_kernels_in_a_model_equal_xla(mesh, window):

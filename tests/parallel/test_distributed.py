@@ -83,6 +83,7 @@ def test_rejects_a_wrong_mesh_before_it_waits_for_processes(
         processes.prepare(mesh, distributed=True)
 
 
+@pytest.mark.slow
 def test_command_reports_that_there_is_no_cluster() -> None:
     command = [
         sys.executable,

@@ -86,6 +86,7 @@ def test_restores_the_same_state(checkpoints, optim):
     assert float(ours.loss) == float(expected.loss)
 
 
+@pytest.mark.slow
 def test_restores_the_shardings(tmp_path):
     model = Phi3ForSequenceClassification(
         small_config(num_labels=4, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4)

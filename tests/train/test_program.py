@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from runs import losses, run, settings_of, write_base, write_rows
 
 
+@pytest.mark.slow
 def test_runs_the_settings_of_a_file(tmp_path):
     base = write_base(tmp_path / "model")
     write_rows(tmp_path / "train.jsonl")
