@@ -87,6 +87,7 @@ def ours(folder: Path) -> Any:
     return Phi3JaxLM(str(folder), dtype="float32", max_length=64)
 
 
+@pytest.mark.live
 def test_peft_merges_adapters(folder: Path, tmp_path: Path) -> None:
     from phi3_jax.lm_eval import Phi3JaxLM
 
