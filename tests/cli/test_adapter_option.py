@@ -73,6 +73,7 @@ def test_generate_and_chat_answer_as_the_merged_model(
         assert merged == alone == both != base.out
 
 
+@pytest.mark.slow
 def test_batch_and_evaluate_answer_as_the_merged_model_and_record_the_adapter(
     run: Any, model_folder: Path, merged_folder: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def test_raw_and_system_decide_the_template(
     assert raw.out != system.out
 
 
+@pytest.mark.slow
 def test_sampling_options_reach_the_sampler(
     generate_command: Any, compiled: CompiledModel, model_folder: Path
 ) -> None:

@@ -187,6 +187,7 @@ def test_a_finished_search_needs_no_model(model, text, whole, monkeypatch) -> No
     assert contents(whole) == before
 
 
+@pytest.mark.slow
 def test_all_individuals_share_one_program(model, text, tmp_path) -> None:
     search(model, text, tmp_path / "warm", batch_size=4)
     with compilations() as programs:

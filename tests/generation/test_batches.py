@@ -94,6 +94,7 @@ def test_rows_end_at_different_times(pool_of: Callable[[str], Pool], size: int) 
     np.testing.assert_array_equal(answers(pool.twins, ids, mask, COUNT, eos_token_id=ends), expected)
 
 
+@pytest.mark.slow
 def test_returned_caches_hold_their_rows_alone(pool_of: Callable[[str], Pool]) -> None:
     """Rows that continue from returned caches still do not depend on each other."""
     pool = pool_of("longrope and window")

@@ -112,7 +112,8 @@ def test_a_ring_with_drafts(windowed: Twins, expected: np.ndarray, name: str) ->
     np.testing.assert_array_equal(new, expected)
 
 
-@pytest.mark.parametrize("added", [0, slow(30)])
+@pytest.mark.slow
+@pytest.mark.parametrize("added", [0, 30])
 def test_continues_from_a_ring(windowed: Twins, expected: np.ndarray, added: int) -> None:
     """The second call's cache is of the same kind as the one passed to it."""
     out = windowed.ours(
@@ -246,7 +247,8 @@ def test_int8_ring(windowed: Twins, expected: np.ndarray) -> None:
 # --- growth -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["greedy", slow("lookup"), slow("itself"), slow("sampling")])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["greedy", "lookup", "itself", "sampling"])
 def test_caches_grow(plain: Twins, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """The cache grows from 128 slots to 256 and more within one answer."""
     options = MODES[mode] | ({"assistant_model": plain.model} if mode == "itself" else {})

@@ -407,6 +407,7 @@ def test_rows_of_zeros_stay_zero_with_dora():
     assert np.isfinite(linear.adapter.merged(linear.weight[...])).all()
 
 
+@pytest.mark.slow
 def test_each_projection_draws_its_own_dropout():
     model, drawn = add_lora(Phi3ForCausalLM(small_config(num_hidden_layers=1)), 1, lora_dropout=0.5), []
 

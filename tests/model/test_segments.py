@@ -190,9 +190,10 @@ def test_a_gpu_takes_xla_by_default():
     assert takes_cudnn(alone, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "length"),
-    [("xla", LENGTH), pytest.param("pallas", 256, marks=pytest.mark.slow)],
+    [("xla", LENGTH), ("pallas", 256)],
 )
 def test_a_mesh_equals_one_device(implementation, length):
     """Queries are divided over `context`; keys and their segments are not."""
