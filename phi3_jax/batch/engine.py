@@ -1,6 +1,5 @@
 """Answers requests: texts, chat templates and stop strings around continuous batching."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +11,7 @@ import jax
 from phi3_jax.batch.answers import Answer
 from phi3_jax.batch.continuous import Continuation, ContinuousBatch, Load, Prompt, slot_length
 from phi3_jax.batch.options import RowOptions
-from phi3_jax.batch.pools import LENGTH_MULTIPLE, choose_pools
+from phi3_jax.batch.pools import LENGTH_MULTIPLE, choose_pools, holds
 from phi3_jax.batch.prefixes import PrefixFinder
 from phi3_jax.batch.requests import BadRequestError, Request, parse_object
 from phi3_jax.batch.scheduler import PoolSize
@@ -22,7 +21,7 @@ from phi3_jax.generation.memory import token_capacity
 from phi3_jax.generation.stopping import StopStringCriteria
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.parallel.sharding import shards
-from phi3_jax.sizes import power_of_two, round_up
+from phi3_jax.sizes import round_up
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 SAMPLE = 256
@@ -101,8 +100,8 @@ class Engine:
         end = self.compiled.model.generation_config.eos_token_id
         self._end_tokens = [] if end is None else [end] if isinstance(end, int) else list(end)
         self._batch: ContinuousBatch | None = None
-        self._rows = 0.0
-        """The number of requests that `_batch` has slots for; infinity if it is for any number."""
+        self._for_few = False
+        """Whether `_batch` has just a slot for each of a few requests."""
         self.pools: list[PoolSize] = []
         """The slots, which are chosen when the first requests are known."""
 
@@ -136,11 +135,8 @@ class Engine:
         if complete and self._given_max_length is None:
             length = max((need for need, _ in needs), default=LENGTH_MULTIPLE)
         slots = self._slots or default_slots()
-        rows = power_of_two(max(1, len(first))) if complete and len(first) < slots else math.inf
-        if self._batch is not None and length <= self.pools[-1].length and rows <= self._rows:
-            return self._batch
-        self._batch, self._rows = None, rows  # frees its memory
-        self.pools = choose_pools(
+        for_few = complete and len(first) < slots
+        pools = choose_pools(
             needs,
             slots=slots,
             length=min(round_up(length, LENGTH_MULTIPLE), self._capacity),
@@ -148,6 +144,11 @@ class Engine:
             multiple=shards(self.compiled.mesh, "batch"),
             complete=complete,
         )
+        enough = not self._for_few or (for_few and holds(self.pools, pools))
+        if self._batch is not None and length <= self.pools[-1].length and enough:
+            return self._batch
+        self._batch = None  # frees its memory
+        self.pools, self._for_few = pools, for_few
         self._batch = ContinuousBatch(
             self.compiled, self.pools, end_tokens=self._end_tokens, prefixes=PrefixFinder()
         )

@@ -79,3 +79,12 @@ def choose_pools(
             return [PoolSize(multiple * max(1, min(slots, capacity // length)), length)]
         counts[max(reducible, key=lambda each: each * counts[each])] -= 1
     return [PoolSize(multiple * count, each) for each, count in sorted(counts.items())]
+
+
+def holds(pools: Sequence[PoolSize], wanted: Sequence[PoolSize]) -> bool:
+    """Whether `pools` have a slot that is long enough for each slot of `wanted`, all at the same time."""
+
+    def slots(of: Sequence[PoolSize], least: int) -> int:
+        return sum(pool.slots for pool in of if pool.length >= least)
+
+    return all(slots(pools, each.length) >= slots(wanted, each.length) for each in wanted)

@@ -229,6 +229,15 @@ def test_one_engine_serves_several_runs(pipeline: Pipeline) -> None:
     assert engine.pools is pools
 
 
+def test_slots_for_few_requests_are_as_long_as_they_need(pipeline: Pipeline) -> None:
+    short, long = {"prompt": "x"}, {"prompt": "x" * 700}
+    engine = engine_of(pipeline, max_length=None)
+    run(engine, short, long)
+    assert [pool.slots for pool in engine.pools] == [1, 1]
+    run(engine, long, long)
+    assert engine.pools[-1].slots == 2
+
+
 @pytest.mark.slow
 def test_answers_on_a_mesh(pipeline: Pipeline) -> None:
     draws = random.Random(2)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from phi3_jax.batch.pools import MIN_LENGTH, choose_pools
+from phi3_jax.batch.pools import MIN_LENGTH, choose_pools, holds
 from phi3_jax.batch.scheduler import PoolSize
 
 
@@ -48,6 +48,14 @@ def test_few_requests_get_few_slots() -> None:
     assert sum(pool.slots for pool in choose_pools(needs, slots=48, length=2000, capacity=10**6)) == 48
     pools = choose_pools(needs, slots=8, length=2000, capacity=10**6, complete=True)
     assert sum(pool.slots for pool in pools) == 8
+
+
+def test_pools_hold_others_with_slots_as_many_and_as_long() -> None:
+    pools = [PoolSize(2, 256), PoolSize(1, 1024)]
+    for wanted in ([], pools, [PoolSize(3, 256)], [PoolSize(1, 1024)], [PoolSize(1, 128), PoolSize(1, 700)]):
+        assert holds(pools, wanted)
+    for wanted in ([PoolSize(4, 256)], [PoolSize(2, 300)], [PoolSize(1, 1025)], [*pools, PoolSize(1, 1024)]):
+        assert not holds(pools, wanted)
 
 
 def test_rejects_too_little_memory() -> None:
