@@ -41,17 +41,6 @@ MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 WRITTEN = {"run.json", "log.jsonl", "tensorboard", "report.md", "metrics.json", "curves.png", "checkpoints"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_rows(tmp_path / "train.jsonl")
-    return tmp_path
-
-
 def learn(folder, base, task):
     """Takes twelve steps; returns the loss of the test rows, and these rows."""
     write_rows(folder / "train.jsonl", task=task)

@@ -9,7 +9,7 @@ from phi3_jax.train import finetune as module
 from phi3_jax.train.finetune import InterruptedRunError
 from phi3_jax.train.saving import SavePlan
 from phi3_jax.train.settings import parse_yaml
-from runs import files, interrupted_after, losses, run, settings_of, write_base, write_rows
+from runs import files, interrupted_after, losses, run, settings_of, write_rows
 from safetensors.numpy import load_file
 
 WILD = {"learning_rate": 0.03, "lr_scheduler_type": "constant", "warmup_ratio": 0.2, "eval_steps": 1}
@@ -17,17 +17,6 @@ WILD = {"learning_rate": 0.03, "lr_scheduler_type": "constant", "warmup_ratio": 
 
 LEVEL = {"lr_scheduler_type": "constant", "warmup_steps": 1}
 """A learning rate that does not depend on the length of the run."""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_rows(tmp_path / "train.jsonl")
-    return tmp_path
 
 
 def checkpoints(folder):
