@@ -135,6 +135,7 @@ def test_answers_end_where_the_caller_stops_them() -> None:
         assert results[prompt.key].finish_reason == ("stop" if stopped else "length")
 
 
+@pytest.mark.slow
 def test_rows_have_options_of_their_own() -> None:
     compiled = model_of()
     row_options: list[dict[str, Any]] = [

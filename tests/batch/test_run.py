@@ -152,6 +152,7 @@ def test_writes_errors_for_invalid_lines(batch: Batch) -> None:
         assert len(batch.lines()) == 6
 
 
+@pytest.mark.slow
 def test_reads_compressed_files_and_standard_input(batch: Batch, tmp_path: Path) -> None:
     batch.write(5)
     given = batch.source.read_bytes()

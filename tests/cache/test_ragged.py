@@ -23,6 +23,7 @@ def prefill(model: Phi3ForCausalLM, ids: np.ndarray, slots: int) -> KVCache:
 CHANGES: dict[str, dict[str, Any]] = {"plain": {}, "longrope": longrope(), "window": {"sliding_window": 4}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [

@@ -38,6 +38,7 @@ def answers(compiled: CompiledModel, folder: Path, *questions: str, **options: A
     return ["".join(session.reply(question)) for question in questions]
 
 
+@pytest.mark.slow
 def test_chat_answers_lines_of_a_pipe(chat: Any, compiled: CompiledModel, model_folder: Path) -> None:
     first, second = answers(compiled, model_folder, PROMPT, "And why?")
     result = chat(PROMPT, "", "  And why? ")

@@ -121,6 +121,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+@pytest.mark.slow
 def test_converts_gguf_to_a_checkpoint_with_the_same_answers(run: Any, tmp_path: Path) -> None:
     tensors = write_gguf(tmp_path / "tiny.gguf")
     assert run("convert", tmp_path / "tiny.gguf", tmp_path / "out").code == 0

@@ -61,6 +61,7 @@ def test_sampling_options_reach_the_sampler(
     assert from_all.out == answer(compiled, model_folder, PROMPT, 12, **drawn)
 
 
+@pytest.mark.slow
 def test_penalty_lookup_and_stop_reach_generate(
     generate_command: Any, compiled: CompiledModel, model_folder: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_stops_at_each_end_token_of_the_generation_config(
         assert result.out == answer(compiled, model_folder, PROMPT, count)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_an_answer(model_folder: Path, tmp_path: Path) -> None:
     process = start("generate", PROMPT, "--model", model_folder, "--max-new-tokens", 4000, cache=tmp_path)
     assert process.stdout is not None
@@ -119,6 +121,7 @@ def test_ctrl_c_ends_an_answer(model_folder: Path, tmp_path: Path) -> None:
     assert b" prompt tokens" in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_command_before_an_answer(model_folder: Path, tmp_path: Path) -> None:
     process = start(
         *("generate", "-", "--model", model_folder), cache=tmp_path, before="print('up', flush=True)"
@@ -132,6 +135,7 @@ def test_ctrl_c_ends_the_command_before_an_answer(model_folder: Path, tmp_path: 
     assert b"Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_interrupt_imports(model_folder: Path, tmp_path: Path) -> None:
     before = """
 import os

@@ -257,6 +257,7 @@ def test_all_ropes_share_programs() -> None:
     assert feed._cache_size() == len(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["data=8", "fsdp=2,tensor=2,context=2"])
 def test_matches_one_device_on_a_mesh(models: Any, sizes: str) -> None:
     ours, _ = models

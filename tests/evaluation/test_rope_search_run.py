@@ -159,6 +159,7 @@ class Killed(BaseException):
     """Stands for a kill between two windows of a batch."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 5, 13])
 def test_resumes_to_the_same_result(model, text, whole, tmp_path, monkeypatch, stop) -> None:
     score, calls = Scorer.score, 0

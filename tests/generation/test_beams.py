@@ -219,6 +219,7 @@ def test_beam_sampling(shallow: Twins, ends: list[int]) -> None:
 # --- guidance ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.6, 0.5])
 def test_guidance(twins: Twins, scale: float) -> None:
     answer = twins.same(*prompts(LENGTHS), max_new_tokens=24, guidance_scale=scale)

@@ -52,6 +52,7 @@ def expected(windowed: Twins) -> np.ndarray:
     return new
 
 
+@pytest.mark.slow
 def test_a_ring_does_not_change_the_text(windowed: Twins, expected: np.ndarray) -> None:
     """The longest row has more slots than the ring, which wraps during generation."""
     options = {"max_new_tokens": COUNT, "return_dict_in_generate": True}

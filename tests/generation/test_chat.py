@@ -71,6 +71,7 @@ def converse(session: ChatSession, questions: tuple[str, ...] = QUESTIONS, **opt
     return cached
 
 
+@pytest.mark.slow
 def test_a_whole_answer_comes_from_the_cache(session_of: MakeSession, unstable_tokens: list[int]) -> None:
     session = session_of(suppress_tokens=unstable_tokens, system="Be brief.")
     assert session.messages == [{"role": "system", "content": "Be brief."}]
@@ -98,6 +99,7 @@ def test_an_answer_that_is_encoded_as_other_tokens(session_of: MakeSession) -> N
     assert converse(session, QUESTIONS[2:]) > [second]
 
 
+@pytest.mark.slow
 def test_a_later_turn_feeds_its_own_tokens_only(
     session_of: MakeSession, monkeypatch: pytest.MonkeyPatch, unstable_tokens: list[int]
 ) -> None:
@@ -129,6 +131,7 @@ def test_another_system_message_keeps_the_history(session_of: MakeSession) -> No
     assert len(session.history) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("original", "questions"),
     [
@@ -207,6 +210,7 @@ def test_an_unread_answer_is_not_in_the_history(session_of: MakeSession) -> None
     assert converse(session, QUESTIONS[1:2])[0] > 0
 
 
+@pytest.mark.slow
 def test_an_interrupt_within_a_step(session_of: MakeSession) -> None:
     """An interrupt loses the cache; the history stays."""
     calls = 0

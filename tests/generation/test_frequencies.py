@@ -72,6 +72,7 @@ def test_each_row_has_its_own_frequencies(shallow: Twins, options: dict[str, Any
     assert (new != plain).any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_frequencies_by_position(shallow: Twins) -> None:
     """Gives each row its own number of unscaled positions; compares with the model on the whole text."""
     ids, mask = prompts(LENGTHS)
@@ -103,6 +104,7 @@ def test_an_explicit_list_never_switches(twins_of: Callable[..., Twins]) -> None
     assert (new != answers(twins.model, ids, mask)).any()
 
 
+@pytest.mark.slow
 def test_a_second_call_continues_with_them(shallow: Twins) -> None:
     ids, mask = prompts((20, 20))
     inv_freq, scaling = frequencies(shallow, ROPES[1], 20)

@@ -30,6 +30,7 @@ def assert_same_records(ours: Any, theirs: Any, *names: str) -> None:
                 np.testing.assert_allclose(mine, each, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

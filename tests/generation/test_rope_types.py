@@ -94,6 +94,7 @@ def test_prompt_lookup_matches_full_forwards(
     np.testing.assert_array_equal(generate(model, prompt_lookup_num_tokens=drafted), expected)
 
 
+@pytest.mark.slow
 def test_an_assistant_matches_full_forwards(model: Phi3ForCausalLM, expected: np.ndarray) -> None:
     """A model that assists itself drafts only right tokens, so its drafts are as long as allowed."""
     options = {"num_assistant_tokens": 6, "assistant_confidence_threshold": 0.0}

@@ -168,6 +168,7 @@ def test_takes_rngs_of_flax():
 # Attention in blocks of queries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_blocks_of_queries_equal_all_at_once(heads, additive, monkeypatch):

@@ -246,6 +246,7 @@ def test_given_positions_and_masks_are_used():
     assert distance(moved, equal) <= 1e-5
 
 
+@pytest.mark.slow
 def test_positions_restart_where_a_segment_begins():
     ids = np.ones((2, 9), int)
     segments = np.array([[7, 7, 7, 2, 2, -1, -1, 0, 0], [0, 5, 5, 5, 5, 0, 1, 1, 2]])
@@ -283,6 +284,7 @@ def test_last_logits_equal_those_of_all_tokens(implementation, mesh):
     assert distance(run(9), np.asarray(run(0))[:, -9:]) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(CLASSES))
 def test_every_head_passes_segments_to_the_decoder(kind):
     config = small_config(num_labels=3, classifier_dropout=0.0)

@@ -83,6 +83,7 @@ def their_losses(run: Run) -> list[float]:
     return [loss for result in (turn(), turn()) for loss in result.losses]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

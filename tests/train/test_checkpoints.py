@@ -187,6 +187,7 @@ def test_writes_after_a_failed_one_are_silent(monkeypatch):
     assert printed[1].exc_type is OSError
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, run):
     """Files cannot grow beyond 4 KiB, as on a full disk."""
     _, state, initial = run

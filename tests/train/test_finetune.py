@@ -60,6 +60,7 @@ def learn(folder, base, task):
     return results["test"]["loss"], rows
 
 
+@pytest.mark.slow
 def test_the_saved_model_has_the_reported_loss(folder, base):
     """Computes the loss from the logits of all rows in one batch."""
     reported, rows = learn(folder, base, "sequence-classification")
@@ -160,6 +161,7 @@ def test_an_interrupted_run_saves_and_resumes(folder, base, monkeypatch, changes
     assert (folder / "again" / "run" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_removes_temporary_files_of_killed_processes(folder, base, monkeypatch):
     with monkeypatch.context() as patch:
         interrupted_after(patch, 1)
@@ -266,6 +268,7 @@ def test_does_not_overwrite_a_model(folder, base):
         run(folder, base, output_dir=other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["checkpoints/mine.txt", "adapter/mine.txt", "log.jsonl", "tensorboard/mine.txt"]
 )
@@ -307,6 +310,7 @@ def test_keeps_the_best_parameters(folder, base):
     assert json.loads((folder / "run" / "metrics.json").read_text())["best_step"] == best
 
 
+@pytest.mark.slow
 def test_exports_the_first_of_equally_good_models(folder, base):
     """Small validation data tie often; the saved model, scored again, is the best of metrics.json."""
     rows = write_rows(folder / "valid.jsonl", 4, start=50)
@@ -584,6 +588,7 @@ def test_rejects_settings_that_do_not_fit_the_data(folder, base, changes, words)
         run(folder, base, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("score", "at"), [("loss", 2), ("accuracy", 3)])
 def test_an_evaluation_that_is_not_finite_stops_the_run(folder, base, monkeypatch, score, at):
     """No model is written, the checkpoint before it stays, and the same command tries again."""

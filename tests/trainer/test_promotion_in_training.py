@@ -70,6 +70,7 @@ def test_traces_each_optimizer(optimizer: str, dtype: str) -> None:
     assert dtypes[0] == dtypes[1]
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same() -> None:
     """Dropout draws the same numbers."""
     model = add_lora(

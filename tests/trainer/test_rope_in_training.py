@@ -50,6 +50,7 @@ def test_saves_the_scaling(tmp_path: Path, base: Path) -> None:
         np.testing.assert_allclose(np.ravel(got), np.ravel(expected), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_another_scaling_changes_the_losses_and_cannot_be_resumed(tmp_path: Path, base: Path) -> None:
     run(tmp_path, base, **TASK)
     plain = losses(tmp_path)

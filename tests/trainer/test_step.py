@@ -126,6 +126,7 @@ def test_stacked_and_unstacked_layers_are_the_same_model():
         stacked(**batch, use_cache=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots", "none"])
 def test_remat_changes_no_number(remat):
     model = Phi3ForCausalLM(small_config())
