@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
     _set_jax("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     _set_jax("jax_persistent_cache_min_compile_time_secs", 0.0)
     _set_jax("jax_persistent_cache_min_entry_size_bytes", -1)
+    # All processes of the tests share one library in C++; without a compiler, there is none.
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        os.environ["PHI3_JAX_NATIVE"] = "0"
+    os.environ.setdefault("PHI3_JAX_NATIVE", str(config.cache.mkdir("native")))
     if not config.getoption("optimize"):
         _set_jax("jax_disable_most_optimizations", True)
         flags = ["--xla_cpu_parallel_codegen_split_count=1"]

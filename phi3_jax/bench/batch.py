@@ -13,7 +13,7 @@ from rich.table import Table
 from phi3_jax.batch.continuous import ContinuousBatch, Prompt, slot_length
 from phi3_jax.batch.engine import default_slots
 from phi3_jax.batch.pools import choose_pools
-from phi3_jax.bench.models import load_ours, load_theirs
+from phi3_jax.bench.models import describe_products, load_ours, load_theirs
 from phi3_jax.bench.turns import Turn, median_ratio, take_turns, with_transformers
 from phi3_jax.generation.memory import token_capacity
 
@@ -66,7 +66,8 @@ def run_batch_bench(options: BatchBenchOptions, label: str, rounds: int) -> None
     prompts, answers = map(sum, zip(*options.lengths(), strict=True))
     table = Table(
         title=f"{label}, {options.dtype}: {options.requests} prompts of {prompts:,} tokens, "
-        f"{answers:,} tokens made, median of {rounds}"
+        f"{answers:,} tokens made, median of {rounds}",
+        caption=describe_products(options.dtype),
     )
     for name in ("", "how", "seconds", "tokens/s in", "tokens/s out", "ratio"):
         table.add_column(name, justify="left" if name in ("", "how") else "right")

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from phi3_jax.bench.models import load_ours, load_theirs
+from phi3_jax.bench.models import describe_products, load_ours, load_theirs
 from phi3_jax.bench.turns import Sides, Turn, median_ratio, take_turns, take_turns_here, with_transformers
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.costs.shapes import parameters
@@ -138,7 +138,8 @@ def print_table(
     steps = " and ".join(str(count) for count in dict.fromkeys(times[0].steps for times in results.values()))
     table = Table(
         title=f"{label}, {config.num_hidden_layers} layers, {options.dtype}, batch {options.batch}, "
-        f"{length}-token prompt, {steps} steps, median of {rounds}"
+        f"{length}-token prompt, {steps} steps, median of {rounds}",
+        caption=describe_products(options.dtype, divided=bool(options.mesh)),
     )
     table.add_column("")
     for name in (*results, *(["ratio"] if len(results) == 2 else [])):

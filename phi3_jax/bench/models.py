@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from phi3_jax.generation import CompiledModel
 from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.native.product import variant
 from phi3_jax.runs.allocator import keep_freed_memory
 
 
@@ -27,3 +28,9 @@ def load_theirs(path: Path, dtype: str, *, end_tokens: bool) -> Any:
     if not end_tokens:
         model.generation_config.eos_token_id = None
     return model.cuda() if torch.cuda.is_available() else model
+
+
+def describe_products(dtype: str, *, divided: bool = False) -> str:
+    """Says what multiplies few rows in this package's programs: its C++ library or XLA."""
+    name = variant() if dtype == "bfloat16" and not divided else None
+    return f"few rows multiplied by {'XLA' if name is None else f'the C++ library, {name}'}"

@@ -118,7 +118,7 @@ class Phi3ForCausalLM(_ModelWithHead, GenerationMixin):
 
     def _logits(self, x: Float[Array, "B T D"], length_axis: str | None) -> Float[Array, "B T V"]:
         weight = self.get_output_embeddings().weight
-        logits = matmul(x, gather(weight[...], self.model.mesh, weight.axes))
+        logits = matmul(x, gather(weight[...], self.model.mesh, weight.axes), self.model.mesh)
         return constrain(logits, self.model.mesh, "batch", length_axis, "vocab")
 
     def get_output_embeddings(self) -> Embedding | Linear:

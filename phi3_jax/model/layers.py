@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from phi3_jax.errors import UserError
+from phi3_jax.native.product import MOST_ROWS, available, product
 from phi3_jax.parallel.sharding import gather, place, shards
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -58,12 +59,15 @@ def pad_single_row(x: Float[Array, "... R D"]) -> Float[Array, "... rows D"]:
 
 
 def matmul(
-    x: Float[Array, "... R D"], weight: Float[Array, "O D"], dtype: jnp.dtype = jnp.float32
+    x: Float[Array, "... R D"], weight: Float[Array, "O D"], mesh: Mesh | None = None
 ) -> Float[Array, "... R O"]:
-    """Returns `x @ weight.T`, accumulated in float32, in `dtype`."""
-    rows = x.shape[-2]
-    operand = pad_single_row(x) if math.prod(x.shape[:-1]) == 1 else x
-    return contract(operand, weight, 1, dtype)[..., :rows, :]
+    """Returns `x @ weight.T`, with sums in float32. `mesh` divides the operands, if there is one."""
+    rows = math.prod(x.shape[:-1])
+    few = isinstance(rows, int) and 1 <= rows <= MOST_ROWS  # `jax.export` may leave the number open
+    if few and mesh is None and x.dtype == weight.dtype == jnp.bfloat16 and available():
+        return checkpoint_name(_contract_few_rows(x, weight, 1, jnp.dtype(jnp.float32)), PROJECTION)
+    operand = pad_single_row(x) if rows == 1 else x
+    return contract(operand, weight, 1, jnp.dtype(jnp.float32))[..., : x.shape[-2], :]
 
 
 PROJECTION = "projection"
@@ -89,25 +93,43 @@ def _product(x: Array, weight: Array, axes: int, dtype: jnp.dtype) -> Array:
     return jax.lax.dot_general(x, weight, (inputs, ((), ())), preferred_element_type=dtype)
 
 
-_contract = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
+def _product_of_few_rows(x: Array, weight: Array, axes: int, dtype: jnp.dtype) -> Array:
+    """Returns the product of a flat weight, by the C++ library in programs for a CPU."""
+
+    def by_library(x: Array, weight: Array) -> Array:
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        return product(rows, weight).reshape(*x.shape[:-1], weight.shape[0])
+
+    def by_xla(x: Array, weight: Array) -> Array:
+        operand = pad_single_row(x) if math.prod(x.shape[:-1]) == 1 else x
+        return _product(operand, weight, axes, dtype)[..., : x.shape[-2], :]
+
+    return jax.lax.platform_dependent(x, weight, cpu=by_library, default=by_xla)
 
 
-def _contract_forward(x: Array, weight: Array, axes: int, dtype: jnp.dtype) -> tuple[Array, Any]:
-    return _product(x, weight, axes, dtype), (x, weight)
+def _with_gradient(multiply: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns `multiply(x, weight, axes, dtype)` with the gradient of a 16-bit product."""
+
+    def forward(x: Array, weight: Array, axes: int, dtype: jnp.dtype) -> tuple[Array, Any]:
+        return multiply(x, weight, axes, dtype), (x, weight)
+
+    def backward(axes: int, dtype: jnp.dtype, operands: Any, gradient: Array) -> tuple[Array, Array]:
+        x, weight = operands
+        gradient = gradient.astype(x.dtype)
+        lead = x.ndim - axes
+        outputs = tuple(range(lead, gradient.ndim)), tuple(range(weight.ndim - axes))
+        rows = tuple(range(lead))
+        of_x = jax.lax.dot_general(gradient, weight, (outputs, ((), ())), preferred_element_type=dtype)
+        of_weight = jax.lax.dot_general(gradient, x, ((rows, rows), ((), ())), preferred_element_type=dtype)
+        return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
+
+    contraction = jax.custom_vjp(multiply, nondiff_argnums=(2, 3))
+    contraction.defvjp(forward, backward)
+    return contraction
 
 
-def _contract_backward(axes: int, dtype: jnp.dtype, operands: Any, gradient: Array) -> tuple[Array, Array]:
-    x, weight = operands
-    gradient = gradient.astype(x.dtype)
-    lead = x.ndim - axes
-    outputs = tuple(range(lead, gradient.ndim)), tuple(range(weight.ndim - axes))
-    rows = tuple(range(lead))
-    of_x = jax.lax.dot_general(gradient, weight, (outputs, ((), ())), preferred_element_type=dtype)
-    of_weight = jax.lax.dot_general(gradient, x, ((rows, rows), ((), ())), preferred_element_type=dtype)
-    return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
-
-
-_contract.defvjp(_contract_forward, _contract_backward)
+_contract = _with_gradient(_product)
+_contract_few_rows = _with_gradient(_product_of_few_rows)
 
 
 def check_layer(name: str, value: Any, old: Any) -> None:

@@ -1,0 +1,346 @@
+// The kernels of one variant. `product.cc` includes this file once for each, in a namespace of its own, after it
+// has defined
+//
+//   TARGET  the attribute of every function here: the instructions that it may use
+//   BYTES   the size of a vector: 64, 32 or 16
+//   PAIRS   1: x stays bfloat16, and one instruction multiplies and adds pairs of bfloat16; 0: x becomes float32
+//
+// A row of a weight is read as blocks of one vector of 32-bit words. Word w of a block holds some neighbouring
+// inputs (2 of bfloat16, 4 of int8, 8 of int4), and `unpack` makes operands of them, in which lane w has inputs of
+// word w. So that unpacking takes few instructions, x is copied once into the order of these operands. Every lane
+// sums up inputs of its words only, so that a lane can have its own scale.
+
+#define INLINE TARGET static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float Floats __attribute__((vector_size(BYTES)));
+typedef int32_t Ints __attribute__((vector_size(BYTES)));
+typedef uint32_t Words __attribute__((vector_size(BYTES)));
+
+#if PAIRS
+typedef uint16_t Element;
+#else
+typedef float Element;
+#endif
+
+constexpr int kLanes = BYTES / 4;
+constexpr int kElements = BYTES / sizeof(Element);  // of one operand
+constexpr int64_t kMostRows = 4;                    // that are computed together
+
+template <Form form>
+constexpr int kBlock = kLanes * weights_per_word(form);  // inputs
+
+template <Form form>
+constexpr int kVectors = kBlock<form> / kElements;  // operands of a block
+
+// The input, counted from the first one of its block, at an element of an operand.
+template <Form form>
+constexpr int input_at(int vector, int element) {
+#if PAIRS
+  if (form == Form::kBfloat16) return element;
+  return weights_per_word(form) * (element / 2) +
+         (form == Form::kInt4 ? 4 * (element % 2) + vector : 2 * vector + element % 2);
+#else
+  return weights_per_word(form) * element + vector;
+#endif
+}
+
+INLINE Words load(const void* from) {
+  Words words;
+  __builtin_memcpy(&words, from, BYTES);
+  return words;
+}
+
+INLINE float load_float(const uint8_t* from, int64_t index) {
+  float value;
+  __builtin_memcpy(&value, from + 4 * index, 4);
+  return value;
+}
+
+INLINE Floats broadcast(float value) { return value - Floats{}; }
+
+// Returns int8 number `k` of each word as float32.
+INLINE Floats int8_at(Words packed, int k) {
+  return __builtin_convertvector((Ints)(packed << (24 - 8 * k)) >> 24, Floats);
+}
+
+// Returns operand `k` of a block. int4 are numbers from -8, so that a zero of 8 needs no correction.
+template <Form form>
+INLINE Words unpack(Words packed, int k) {
+#if PAIRS
+  alignas(64) static constexpr uint16_t kNibbles[32] = {
+      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+      0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+      0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // -8 to 7, twice
+  if (form == Form::kBfloat16) return packed;
+  // An int8 fits bfloat16, so the lower half of its float32 is zero.
+  if (form == Form::kInt8) return (Words)int8_at(packed, 2 * k) >> 16 | (Words)int8_at(packed, 2 * k + 1);
+  // Five bits are the index of a 16-bit lane; the fifth does not matter, as the table repeats.
+  return (Words)_mm512_permutexvar_epi16((__m512i)(packed >> (4 * k)), _mm512_load_si512(kNibbles));
+#else
+  if (form == Form::kBfloat16) return k == 0 ? packed << 16 : packed & 0xffff0000u;
+  if (form == Form::kInt8) return (Words)int8_at(packed, k);
+#if BYTES == 64
+  const __m512 nibbles = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return (Words)_mm512_permutexvar_ps((__m512i)(packed >> (4 * k)), nibbles);
+#else
+  const Words flipped = packed ^ 0x88888888u;  // nibbles of u - 8 in two's complement
+  return (Words)__builtin_convertvector((Ints)(flipped << (28 - 4 * k)) >> 28, Floats);
+#endif
+#endif
+}
+
+INLINE Floats multiply_add(Words x, Words weight, Floats sum) {
+#if PAIRS
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
+#elif BYTES == 64
+  return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)weight, (__m512)sum);
+#elif BYTES == 32
+  return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)weight, (__m256)sum);
+#else
+  return (Floats)x * (Floats)weight + sum;
+#endif
+}
+
+// Returns the first `count` numbers, each for as many neighbouring lanes as `lanes` says; then zeros.
+INLINE Floats spread(const uint8_t* from, int64_t count, const int32_t* lanes) {
+#if BYTES == 64
+  const __m512 numbers = _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+  return (Floats)_mm512_permutexvar_ps(_mm512_load_si512(lanes), numbers);
+#else
+  Floats values = {};
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (lanes[lane] < count) values[lane] = load_float(from, lanes[lane]);
+  }
+  return values;
+#endif
+}
+
+// Stores the sums over the lanes of the first `count` of four vectors.
+INLINE void store_totals(const Floats (&sums)[kOutputs], uint8_t* y, int64_t count) {
+  alignas(16) float totals[kOutputs];
+#if BYTES == 64
+  const __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half =
+      _mm256_add_ps(_mm512_castps512_ps256(abcd),
+                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(abcd), 1)));
+#elif BYTES == 32
+  const __m256 a = (__m256)sums[0], b = (__m256)sums[1], c = (__m256)sums[2], d = (__m256)sums[3];
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const __m256 half = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+#endif
+#if BYTES >= 32
+  _mm_store_ps(totals, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+  for (int o = 0; o < kOutputs; o++) totals[o] = (sums[o][0] + sums[o][1]) + (sums[o][2] + sums[o][3]);
+#endif
+  if (count == kOutputs) {
+    __builtin_memcpy(y, totals, sizeof totals);
+  } else {
+    __builtin_memcpy(y, totals, 4 * count);
+  }
+}
+
+// How a product is cut into blocks, and its copy of x into parts.
+struct Layout {
+  int64_t row_bytes;          // of the weight
+  int64_t blocks, full;       // of a row; how many of them the row fills
+  int64_t segment, segments;  // blocks with the same scales, and how many such runs there are
+  int64_t group;              // inputs with one scale
+  int64_t per_block;          // groups in a block, if blocks have several and no group lies in two blocks
+  alignas(64) int32_t lanes[kLanes];  // then the group of each lane
+  size_t x_bytes, bytes;              // of the copy of x without and with its sums
+
+  TARGET Layout(const Operands& p, int block) {
+    row_bytes = p.row_bytes();
+    full = row_bytes / BYTES;
+    blocks = (row_bytes + BYTES - 1) / BYTES;
+    group = p.in / p.groups;
+    segment = p.groups == 1 ? blocks : group % block == 0 ? group / block : 1;
+    segments = blocks == 0 ? 0 : (blocks + segment - 1) / segment;
+    per_block = p.groups > 1 && block % group == 0 && block > group ? block / group : 0;
+    for (int lane = 0; lane < kLanes; lane++) lanes[lane] = (int32_t)(lane * per_block / kLanes);
+    x_bytes = (size_t)(p.rows * blocks * block) * sizeof(Element);
+    bytes = x_bytes + (p.zero ? (size_t)(p.rows * segments) * BYTES : 0);
+  }
+};
+
+// Returns the scales, or the zeros, of a segment's lanes; `from` are those of a row of the weight.
+INLINE Floats of_lanes(const Operands& p, const Layout& layout, const uint8_t* from, int64_t segment, int block) {
+  if (p.groups == 1 || layout.group % block == 0) return broadcast(load_float(from, segment));
+  if (layout.per_block) {
+    const int64_t first = segment * layout.per_block, rest = p.groups - first;
+    return spread(from + 4 * first, rest < layout.per_block ? rest : layout.per_block, layout.lanes);
+  }
+  Floats values = {};
+  for (int lane = 0; lane < kLanes; lane++) {
+    const int64_t index = (segment * block + lane * (block / kLanes)) / layout.group;
+    if (index < p.groups) values[lane] = load_float(from, index);
+  }
+  return values;
+}
+
+template <Form form, int rows>
+INLINE void add_block(Floats (&dot)[rows][kOutputs], const Words (&packed)[kOutputs], const Element* x) {
+  UNROLL for (int k = 0; k < kVectors<form>; k++) {
+    Words weight[kOutputs];
+    UNROLL for (int o = 0; o < kOutputs; o++) weight[o] = unpack<form>(packed[o], k);
+    UNROLL for (int r = 0; r < rows; r++) {
+      const Words row = load(x + (k * rows + r) * kElements);
+      UNROLL for (int o = 0; o < kOutputs; o++) dot[r][o] = multiply_add(row, weight[o], dot[r][o]);
+    }
+  }
+}
+
+// Computes `count` outputs of some rows. `x` is their part of the copy and `x_sums` its sums, `ahead` the distance in
+// bytes of the weights to fetch meanwhile.
+template <Form form, int rows>
+TARGET static void multiply_tile(const Operands& p, const Layout& layout, const Element* x, const float* x_sums,
+                                 int64_t row, int64_t output, int64_t count, int64_t ahead) {
+  const uint8_t* weight[kOutputs];
+  int64_t index[kOutputs];
+  UNROLL for (int o = 0; o < kOutputs; o++) {
+    index[o] = output + (o < count ? o : count - 1);  // outputs beyond the last one are not stored
+    weight[o] = p.weight + index[o] * layout.row_bytes;
+  }
+  Floats sum[rows][kOutputs] = {};
+  for (int64_t segment = 0, block = 0; segment < layout.segments; segment++) {
+    Floats dot[rows][kOutputs] = {};
+    const int64_t end = block + layout.segment < layout.blocks ? block + layout.segment : layout.blocks;
+    const int64_t full = end < layout.full ? end : layout.full;
+    for (; block < full; block++) {
+      Words packed[kOutputs];
+      UNROLL for (int o = 0; o < kOutputs; o++) {
+        __builtin_prefetch(weight[o] + block * BYTES + ahead, 0, 2);
+        packed[o] = load(weight[o] + block * BYTES);
+      }
+      add_block<form, rows>(dot, packed, x + block * kVectors<form> * rows * kElements);
+    }
+    if (block < end) {  // the row's last block is not full
+      Words packed[kOutputs] = {};
+      UNROLL for (int o = 0; o < kOutputs; o++) {
+        __builtin_memcpy(&packed[o], weight[o] + block * BYTES, layout.row_bytes - block * BYTES);
+      }
+      add_block<form, rows>(dot, packed, x + block * kVectors<form> * rows * kElements);
+      block++;
+    }
+    UNROLL for (int o = 0; o < kOutputs; o++) {
+      if (form == Form::kBfloat16) {
+        UNROLL for (int r = 0; r < rows; r++) sum[r][o] = dot[r][o];
+        continue;
+      }
+      const int64_t first = 4 * index[o] * p.groups;
+      const Floats scale = of_lanes(p, layout, p.scale + first, segment, kBlock<form>);
+      UNROLL for (int r = 0; r < rows; r++) sum[r][o] += scale * dot[r][o];
+      if (form == Form::kInt4 && p.zero) {
+        const Floats shift = scale * (of_lanes(p, layout, p.zero + first, segment, kBlock<form>) - 8.0f);
+        UNROLL for (int r = 0; r < rows; r++) {
+          sum[r][o] -= shift * (Floats)load(x_sums + (segment * rows + r) * kLanes);
+        }
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < rows; r++) {
+    store_totals(sum[r], p.y + 4 * ((row + r) * p.out + output), count);
+  }
+}
+
+template <Form form>
+TARGET static void multiply_form(const Operands& p, const void* x_copy, int64_t first, int64_t last) {
+  const Layout layout(p, kBlock<form>);
+  for (int64_t output = first; output < last; output += kOutputs) {
+    const int64_t count = last - output < kOutputs ? last - output : kOutputs;
+    // The next outputs' weights are fetched while these ones are multiplied, by the first rows.
+    int64_t ahead = output + kOutputs < last ? kOutputs * layout.row_bytes : 0;
+    for (int64_t row = 0; row < p.rows; row += kMostRows, ahead = 0) {
+      const Element* x = (const Element*)x_copy + row * layout.blocks * kBlock<form>;
+      const float* x_sums = (const float*)((const char*)x_copy + layout.x_bytes) + row * layout.segments * kLanes;
+      const int64_t rest = p.rows - row;
+      if (rest >= 4) multiply_tile<form, 4>(p, layout, x, x_sums, row, output, count, ahead);
+      if (rest == 3) multiply_tile<form, 3>(p, layout, x, x_sums, row, output, count, ahead);
+      if (rest == 2) multiply_tile<form, 2>(p, layout, x, x_sums, row, output, count, ahead);
+      if (rest == 1) multiply_tile<form, 1>(p, layout, x, x_sums, row, output, count, ahead);
+    }
+  }
+}
+
+INLINE Element read_x(const Operands& p, int64_t index) {
+#if !PAIRS
+  if (!p.x_is_bfloat16) return load_float(p.x, index);
+#endif
+  uint16_t bits;
+  __builtin_memcpy(&bits, p.x + 2 * index, 2);
+#if PAIRS
+  return bits;
+#else
+  const uint32_t wide = (uint32_t)bits << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, 4);
+  return value;
+#endif
+}
+
+// Copies x into the order in which `multiply_tile` reads it: for some rows, by block, operand, row and element.
+template <Form form>
+TARGET static void copy_form(const Operands& p, void* copy) {
+  const Layout layout(p, kBlock<form>);
+  Element* to = (Element*)copy;
+  float* sums = (float*)((char*)copy + layout.x_bytes);
+  for (int64_t row = 0; row < p.rows; row += kMostRows) {
+    const int64_t rows = p.rows - row < kMostRows ? p.rows - row : kMostRows;
+    const Element* x = to;
+    for (int64_t block = 0; block < layout.blocks; block++) {
+      const int64_t start = block * kBlock<form>, rest = p.in - start;
+      for (int k = 0; k < kVectors<form>; k++) {
+        for (int64_t r = 0; r < rows; r++, to += kElements) {
+          const int64_t from = (row + r) * p.in + start;
+          if (rest >= kBlock<form>) {
+            for (int e = 0; e < kElements; e++) to[e] = read_x(p, from + input_at<form>(k, e));
+          } else {
+            for (int e = 0; e < kElements; e++) {
+              to[e] = input_at<form>(k, e) < rest ? read_x(p, from + input_at<form>(k, e)) : Element(0);
+            }
+          }
+        }
+      }
+    }
+    if (!p.zero) continue;
+    for (int64_t segment = 0; segment < layout.segments; segment++) {
+      for (int64_t r = 0; r < rows; r++, sums += kLanes) {
+        Floats sum = {};
+        for (int64_t block = segment * layout.segment; block < (segment + 1) * layout.segment; block++) {
+          for (int k = 0; k < kVectors<form>; k++) {
+            const Words part = load(x + ((block * kVectors<form> + k) * rows + r) * kElements);
+#if PAIRS
+            sum += (Floats)(part << 16) + (Floats)(part & 0xffff0000u);
+#else
+            sum += (Floats)part;
+#endif
+          }
+        }
+        __builtin_memcpy(sums, &sum, BYTES);
+      }
+    }
+  }
+}
+
+static size_t copy_bytes(const Operands& p) { return Layout(p, kLanes * weights_per_word(p.form)).bytes; }
+
+static void copy(const Operands& p, void* to) {
+  if (p.form == Form::kBfloat16) return copy_form<Form::kBfloat16>(p, to);
+  if (p.form == Form::kInt8) return copy_form<Form::kInt8>(p, to);
+  copy_form<Form::kInt4>(p, to);
+}
+
+static void multiply(const Operands& p, const void* x_copy, int64_t first, int64_t last) {
+  if (p.form == Form::kBfloat16) return multiply_form<Form::kBfloat16>(p, x_copy, first, last);
+  if (p.form == Form::kInt8) return multiply_form<Form::kInt8>(p, x_copy, first, last);
+  multiply_form<Form::kInt4>(p, x_copy, first, last);
+}
+
+#undef INLINE
+#undef UNROLL

@@ -1,0 +1,140 @@
+// The variants of the product, and the choice between them.
+
+#include "product.h"
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace phi3_jax {
+
+// Any processor, by the vectors that it always has.
+namespace portable {
+#define TARGET
+#define BYTES 16
+#define PAIRS 0
+#include "kernels.h"
+#undef TARGET
+#undef BYTES
+#undef PAIRS
+}  // namespace portable
+
+#if defined(__x86_64__)
+
+namespace avx2 {
+#define TARGET __attribute__((target("avx2,fma")))
+#define BYTES 32
+#define PAIRS 0
+#include "kernels.h"
+#undef TARGET
+#undef BYTES
+#undef PAIRS
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define BYTES 64
+#define PAIRS 0
+#include "kernels.h"
+#undef TARGET
+#undef BYTES
+#undef PAIRS
+}  // namespace avx512
+
+// Products of bfloat16 are exact here, too, but bfloat16 numbers below the normal ones count as zero.
+namespace avx512bf16 {
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
+#define BYTES 64
+#define PAIRS 1
+#include "kernels.h"
+#undef TARGET
+#undef BYTES
+#undef PAIRS
+}  // namespace avx512bf16
+
+#endif
+
+// Groups that cut through a word of the weight: not fast, and never of a model that this package writes.
+namespace any_groups {
+
+template <typename T>
+T read(const uint8_t* from, int64_t index) {
+  T value;
+  std::memcpy(&value, from + index * (int64_t)sizeof(T), sizeof(T));
+  return value;
+}
+
+float widen(uint16_t bits) {
+  const uint32_t wide = (uint32_t)bits << 16;
+  return read<float>((const uint8_t*)&wide, 0);
+}
+
+float weight_at(const Operands& p, int64_t output, int64_t input) {
+  const int64_t index = output * p.in + input;
+  if (p.form == Form::kBfloat16) return widen(read<uint16_t>(p.weight, index));
+  const int64_t group = output * p.groups + input / (p.in / p.groups);
+  const float scale = read<float>(p.scale, group);
+  if (p.form == Form::kInt8) return scale * (float)(int8_t)p.weight[index];
+  const int nibble = p.weight[index / 2] >> (4 * (index % 2)) & 15;
+  return scale * ((float)nibble - (p.zero ? read<float>(p.zero, group) : 8.0f));
+}
+
+size_t copy_bytes(const Operands&) { return 0; }
+
+void copy(const Operands&, void*) {}
+
+void multiply(const Operands& p, const void*, int64_t first, int64_t last) {
+  for (int64_t row = 0; row < p.rows; row++) {
+    for (int64_t output = first; output < last; output++) {
+      double sum = 0;
+      for (int64_t input = 0; input < p.in; input++) {
+        const int64_t index = row * p.in + input;
+        const float x = p.x_is_bfloat16 ? widen(read<uint16_t>(p.x, index)) : read<float>(p.x, index);
+        sum += (double)x * weight_at(p, output, input);
+      }
+      const float y = (float)sum;
+      std::memcpy(p.y + 4 * (row * p.out + output), &y, 4);
+    }
+  }
+}
+
+}  // namespace any_groups
+
+static bool always() { return true; }
+
+static const Variant kAnyGroups = {"any groups", always, false, any_groups::copy_bytes, any_groups::copy,
+                                   any_groups::multiply};
+
+#define VARIANT(name, runs_here, bfloat16_only) \
+  {#name, runs_here, bfloat16_only, name::copy_bytes, name::copy, name::multiply}
+
+#if defined(__x86_64__)
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+static bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// From the fastest to the slowest.
+static const Variant kVariants[] = {
+#if defined(__x86_64__)
+    VARIANT(avx512bf16, has_avx512bf16, true), VARIANT(avx512, has_avx512, false), VARIANT(avx2, has_avx2, false),
+#endif
+    VARIANT(portable, always, false)};
+
+const Variant* choose_variant(const Operands& p, const char* name) {
+  if (p.groups > 1 && p.in / p.groups % weights_per_word(p.form) != 0) return &kAnyGroups;
+  for (const Variant& variant : kVariants) {
+    if (name ? std::strcmp(name, variant.name) != 0 : variant.bfloat16_only && !p.x_is_bfloat16) continue;
+    if (variant.runs_here() && (p.x_is_bfloat16 || !variant.bfloat16_only)) return &variant;
+  }
+  return nullptr;
+}
+
+}  // namespace phi3_jax

@@ -1,0 +1,137 @@
+"""Multiplies a few rows by a packed weight with the C++ library."""
+
+import ctypes
+import functools
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Num
+
+from phi3_jax.native.library import VARIABLE, UnavailableError, is_wanted, load_library
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 16
+"""The rows up to which `product` is faster than XLA's product."""
+
+TARGET = "phi3_jax_product"
+"""The name of the custom call in a program."""
+
+_lock = threading.Lock()
+
+
+def available() -> bool:
+    """Whether `product` can run; builds and loads the library if necessary, once in a process.
+
+    False on a machine with an accelerator, whose programs for the CPU use XLA, and if PHI3_JAX_NATIVE=0. If
+    the library cannot be built or loaded, one warning says why.
+    """
+    with _lock:
+        return _library() is not None
+
+
+def variant() -> str | None:
+    """Returns the name of the instructions that the library uses here; None if it is not available."""
+    if not available():
+        return None
+    library = _library()
+    assert library is not None
+    library.phi3_jax_variant.restype = ctypes.c_char_p
+    return library.phi3_jax_variant().decode()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if not is_wanted() or jax.default_backend() != "cpu":
+        return None
+    try:
+        library = load_library()
+    except UnavailableError as error:
+        logger.warning("products of few rows are slower, by XLA: %s (%s=0 is silent)", error, VARIABLE)
+        return None
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.phi3_jax_product), platform="cpu")
+    return library
+
+
+def product(
+    x: Float[Array, "rows inputs"],
+    weight: Num[Array, "outputs packed"],
+    scale: Float32[Array, "outputs groups"] | None = None,
+    zero: Float32[Array, "outputs groups"] | None = None,
+) -> Float32[Array, "rows outputs"]:
+    """Returns `x` times the transpose of a weight, with sums in float32.
+
+    It works if it is `available()`, in programs for one CPU or within `shard_map`: callers choose it with
+    `jax.lax.platform_dependent(..., cpu=product)`. It has no gradient. The bytes of a row of the result do
+    not depend on the number of rows or threads. With bfloat16 rows, some processors count bfloat16 numbers
+    below 1.2e-38 as zero.
+
+    Args:
+        x: float32 or bfloat16.
+        weight: bfloat16 [outputs, inputs]; int8 [outputs, inputs], numbers q for weights q * scale; or uint8
+            [outputs, inputs / 2], two numbers u of 4 bits in a byte, the first input in the lower ones, for
+            weights (u - zero) * scale.
+        scale: for int8 and uint8, of each output and group of neighbouring inputs. Groups have one size.
+        zero: likewise, for uint8; None: 8.
+
+    Raises:
+        ValueError: dtypes or shapes do not fit each other.
+    """
+    operands = [operand for operand in (x, weight, scale, zero) if operand is not None]
+    if not _fit(x, weight, scale, zero):
+        shapes = ", ".join(f"{operand.dtype}{list(operand.shape)}" for operand in operands)
+        raise ValueError(
+            f"product({shapes}): expected rows [rows, inputs] and a weight bfloat16 [outputs, inputs]; int8 "
+            "[outputs, inputs] with scale float32 [outputs, groups]; or uint8 [outputs, inputs / 2] with "
+            "scale and perhaps zero, where groups divide inputs"
+        )
+    return _product(*operands)
+
+
+def _fit(x: Array, weight: Array, scale: Array | None, zero: Array | None) -> bool:
+    if x.ndim != 2 or weight.ndim != 2 or x.dtype not in (jnp.float32, jnp.bfloat16):
+        return False
+    packed = 2 if weight.dtype == jnp.uint8 else 1
+    if x.shape[1] != weight.shape[1] * packed or weight.dtype not in (jnp.bfloat16, jnp.int8, jnp.uint8):
+        return False
+    if weight.dtype == jnp.bfloat16:
+        return scale is None and zero is None
+    if scale is None or (zero is not None and weight.dtype != jnp.uint8):
+        return False
+    groups = scale.shape[-1] if scale.ndim else 0
+    return all(
+        each.dtype == jnp.float32 and each.shape == (weight.shape[0], groups)
+        for each in (scale, zero)
+        if each is not None
+    ) and (groups > 0 and x.shape[1] % groups == 0)
+
+
+@jax.custom_batching.custom_vmap
+def _product(*operands: Array) -> Array:
+    result = jax.eval_shape(_result, *operands[:2])
+    return jax.ffi.ffi_call(TARGET, result)(*operands)
+
+
+def _result(x: Array, weight: Array) -> Array:
+    """Returns an array like the product, of which `shard_map` knows over which axes it varies."""
+    return x[:, :1].astype(jnp.float32) + weight[:, :1].astype(jnp.float32).T
+
+
+@_product.def_vmap
+def _product_of_batch(axis_size: int, in_batched: Sequence[bool], *operands: Array) -> tuple[Array, bool]:
+    """Multiplies all rows of the batch at once, or one element after the other if the weight differs."""
+    if not any(in_batched[1:]):
+        x, *weight = operands
+        rows = _product(x.reshape(axis_size * x.shape[1], x.shape[2]), *weight)
+        return rows.reshape(axis_size, x.shape[1], rows.shape[1]), True
+
+    def one(batched: list[Array]) -> Any:
+        elements = iter(batched)
+        return _product(*(next(elements) if is_batched else each for is_batched, each in pairs))
+
+    pairs = list(zip(in_batched, operands, strict=True))
+    return jax.lax.map(one, [each for is_batched, each in pairs if is_batched]), True
