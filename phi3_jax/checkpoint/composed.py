@@ -10,6 +10,7 @@ import numpy as np
 from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.quantization import StoredWeight, WeightForm
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 # Wrappers that put a prefix before every name: DataParallel, torch.compile, PEFT.
@@ -66,6 +67,28 @@ class ComposedSource:
         ]
         return np.concatenate([block.astype(self.dtype(name), copy=False) for block in blocks])
 
+    def form(self, name: str) -> WeightForm | None:
+        forms = [self._source.form(part) for part in self._parts[name]]
+        if len(set(forms)) > 1:
+            raise self._error(name, "in different forms")
+        return forms[0]
+
+    def read_quantized(self, name: str) -> StoredWeight:
+        parts = [self._source.read_quantized(part) for part in self._parts[name]]
+        if len(parts) == 1:
+            return parts[0]
+        zeros = [part.zero for part in parts if part.zero is not None]
+        orders = [part.order for part in parts if part.order is not None]
+        if any(not np.array_equal(order, orders[0]) for order in orders):
+            raise self._error(name, "with their inputs in different orders")
+        return StoredWeight(
+            values=np.concatenate([part.values for part in parts]),
+            scale=np.concatenate([part.scale for part in parts]),
+            bits=parts[0].bits,
+            zero=np.concatenate(zeros) if zeros else None,
+            order=orders[0] if orders else None,
+        )
+
     def generation_config(self) -> GenerationConfig | None:
         return self._source.generation_config()
 
@@ -74,6 +97,13 @@ class ComposedSource:
 
     def write_companions(self, directory: Path) -> None:
         self._source.write_companions(directory)
+
+    def _error(self, name: str, problem: str) -> CheckpointError:
+        parts = ", ".join(self._parts[name])
+        return CheckpointError(
+            f"{self.path}: {parts} are quantized {problem}, and cannot become one quantized {name}; "
+            "`phi3-jax convert` makes floats of them"
+        )
 
     def _pieces(self, name: str, run: slice) -> Iterable[tuple[str, slice]]:
         """Yields the parts that have rows of this run, with their own numbers of these rows."""

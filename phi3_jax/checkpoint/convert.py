@@ -6,6 +6,7 @@ from typing import Any
 
 from phi3_jax.checkpoint.companions import CHECKPOINT_FILES
 from phi3_jax.checkpoint.opening import open_checkpoint
+from phi3_jax.checkpoint.quantization_config import without_quantization
 from phi3_jax.checkpoint.safetensors import cast, parameter_dtype, write_tensors
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
@@ -37,19 +38,30 @@ def convert_checkpoint(
         CheckpointError: the source is not a checkpoint, or the destination has no name or cannot be written.
         UserError: the dtype is not one of parameters, or the size cannot be read.
     """
-    if not os.fspath(destination_dir):
-        raise CheckpointError("the destination's name is empty; write . for the current directory")
-    source_path, destination = Path(source_path), Path(destination_dir)
+    source_path = Path(source_path)
     kind = None if dtype is None else parameter_dtype(dtype)
     source, own_config = open_checkpoint(source_path)
-    config = config or as_longrope(own_config)  # the scaling that transformers reads of a Phi-3
-    if destination.exists() and destination.samefile(source_path):
-        raise CheckpointError(f"{destination} is the checkpoint itself; name another directory")
-    if destination.exists() and not destination.is_dir():
-        raise CheckpointError(f"{destination} is a file; name a directory")
+    destination = check_destination(source_path, destination_dir)
+    config = without_quantization(config or as_longrope(own_config))  # the scaling that transformers reads
     stored = kind or source.dtype(next(iter(source.names())))
     extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"}
     with exchanging(destination, config=CONFIG_NAME, replaced=CHECKPOINT_FILES) as work:
         write_tensors(cast(source, kind), work, max_shard_size)
         source.write_companions(work)
         config.replace(extra=extra | {"dtype": str(stored)}).save_pretrained(work)
+
+
+def check_destination(source_path: Path, destination_dir: str | os.PathLike[str]) -> Path:
+    """Returns the directory to write, which is not the checkpoint that is read.
+
+    Raises:
+        CheckpointError: it is, or its name is empty or that of a file.
+    """
+    if not os.fspath(destination_dir):
+        raise CheckpointError("the destination's name is empty; write . for the current directory")
+    destination = Path(destination_dir)
+    if destination.exists() and destination.samefile(source_path):
+        raise CheckpointError(f"{destination} is the checkpoint itself; name another directory")
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file; name a directory")
+    return destination

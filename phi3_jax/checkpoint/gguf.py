@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from phi3_jax.checkpoint.gguf_config import ROPE_TENSORS, read_config
-from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.checkpoint.source import CheckpointError, FloatSource
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.sources.gguf_file import GGUFFile
 from phi3_jax.sources.gguf_tokenizer import Vocabulary, generation_config
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 
-class GGUFSource:
+class GGUFSource(FloatSource):
     """The tensors, configuration and tokenizer of one .gguf file, as a `CheckpointSource`.
 
     It checks the whole header on opening. `read` dequantizes one tensor; `read_part` cuts from a whole

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from phi3_jax.checkpoint.composed import compose
 from phi3_jax.checkpoint.gguf import GGUFSource
+from phi3_jax.checkpoint.quantization_config import quantization_entry, without_quantization
+from phi3_jax.checkpoint.quantized import QuantizedSource
 from phi3_jax.checkpoint.safetensors import SafetensorsSource
 from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource
 from phi3_jax.config.generation_config import GenerationConfig
@@ -18,6 +20,7 @@ class Checkpoint(NamedTuple):
 
     source: CheckpointSource
     config: Phi3Config
+    """Without `quantization_config`: the source knows which tensors are quantized."""
 
 
 def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
@@ -47,7 +50,10 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
         config = Phi3Config.from_pretrained(path)
     except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint: {error}") from error
-    return Checkpoint(compose(SafetensorsSource(path), config), config)
+    entry = quantization_entry(config)
+    source: CheckpointSource = SafetensorsSource(path) if entry is None else QuantizedSource(path, entry)
+    config = without_quantization(config)
+    return Checkpoint(compose(source, config), config)
 
 
 def read_generation_config(source: CheckpointSource, config: Phi3Config) -> GenerationConfig:

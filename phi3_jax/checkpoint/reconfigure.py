@@ -8,6 +8,7 @@ from pathlib import Path
 from phi3_jax.checkpoint.companions import CHECKPOINT_FILES, copy_companions, own_file
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.opening import open_checkpoint
+from phi3_jax.checkpoint.quantized import QuantizedSource
 from phi3_jax.checkpoint.safetensors import INDEX, SafetensorsSource
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
@@ -25,9 +26,12 @@ def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) 
     """
     if destination.exists() and destination.samefile(source):
         raise CheckpointError(f"{destination} is the checkpoint itself; name another directory")
-    if not isinstance(open_checkpoint(source).source, SafetensorsSource):  # its tensors need another order
+    opened = open_checkpoint(source).source
+    if not isinstance(opened, SafetensorsSource | QuantizedSource):  # its tensors need another order
         convert_checkpoint(source, destination, config=config)
         return
+    if isinstance(opened, QuantizedSource):
+        config = config.replace(extra=config.extra | opened.config_entry)
     with exchanging(destination, config=CONFIG_NAME, replaced=CHECKPOINT_FILES) as work:
         copy_companions(source, work)
         for pattern in ("*.safetensors", INDEX):

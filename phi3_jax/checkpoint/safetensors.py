@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from phi3_jax.checkpoint.companions import copy_companions
-from phi3_jax.checkpoint.source import CheckpointError, TensorSource
+from phi3_jax.checkpoint.source import CheckpointError, FloatSource, TensorSource
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.errors import UserError
 from phi3_jax.runs.text import read_json
@@ -33,7 +33,14 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_QUANTIZED_DTYPES = {
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in (_DTYPES | _QUANTIZED_DTYPES).items()}
 _PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -52,17 +59,21 @@ class _Stored(NamedTuple):
         return math.prod(self.shape[:1]), math.prod(self.shape[1:])
 
 
-class SafetensorsSource:
+class SafetensorsSource(FloatSource):
     """The safetensors of a directory in Hugging Face's layout; each file's header is read once, at the start.
+
+    Args:
+        quantized: whether there may be integers and 8-bit floats, of which quantized weights consist.
 
     Raises:
         CheckpointError: there are no safetensors, a shard that the index names is missing, a file is
             truncated or foreign, the index disagrees with its shards, tensors are not floating point.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
+    def __init__(self, directory: str | os.PathLike[str], *, quantized: bool = False):
         self.path = Path(directory)
         self._stored: dict[str, _Stored] = {}
+        dtypes = _DTYPES | _QUANTIZED_DTYPES if quantized else _DTYPES
         for path, expected in self._files():
             header = _read_header(path)
             if expected is not None and (absent := sorted(expected.difference(header))):
@@ -70,10 +81,25 @@ class SafetensorsSource:
             for name, (offset, dtype, shape) in header.items():
                 if expected is not None and name not in expected:
                     continue
-                if dtype not in _DTYPES:
-                    known = ", ".join(_DTYPES)
-                    raise CheckpointError(f"{path}: {name} has dtype {dtype}; expected one of {known}")
-                self._stored[name] = _Stored(path, offset, shape, _DTYPES[dtype])
+                if dtype not in dtypes:
+                    advice = ""
+                    if dtype in _QUANTIZED_DTYPES:
+                        advice = (
+                            "; it seems to be of a quantized weight, but config.json has no "
+                            "quantization_config that says how: copy the config.json of the same checkpoint"
+                        )
+                    raise CheckpointError(
+                        f"{path}: {name} has dtype {dtype}; expected one of {', '.join(dtypes)}{advice}"
+                    )
+                self._stored[name] = _Stored(path, offset, shape, dtypes[dtype])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def file(self, name: str) -> Path:
+        """Returns the file that has this tensor, or would have it if it were there."""
+        stored = self._stored.get(name)
+        return self.path if stored is None else stored.path
 
     def names(self) -> Sequence[str]:
         return list(self._stored)
@@ -241,23 +267,26 @@ def write_file(source: TensorSource, names: Iterable[str], path: Path) -> None:
     """Writes one safetensors file, tensor by tensor; the library's own writer wants all of them in memory.
 
     The format is the header's length in 8 bytes, the header in JSON, padded to 8 bytes, then the data. The
-    widest dtypes come first, so that every tensor is aligned.
+    widest dtypes come first, so that every tensor is aligned. Tensors are read in the order of `names`.
     """
-    names = sorted(names, key=lambda name: -source.dtype(name).itemsize)
+    names = list(names)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
     end = 0
-    for name in names:
-        start, end = end, end + _size(source, name)
+    for name in sorted(names, key=lambda name: -source.dtype(name).itemsize):
+        starts[name], end = end, end + _size(source, name)
         header[name] = {
             "dtype": _DTYPE_NAMES[source.dtype(name)],
             "shape": list(source.shape(name)),
-            "data_offsets": [start, end],
+            "data_offsets": [starts[name], end],
         }
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text = text.ljust(round_up(len(text), 8))
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        first = file.tell()
         for name in names:
+            file.seek(first + starts[name])
             # Not held in a variable, which would keep it in memory while the next one is read.
             file.write(
                 np.ascontiguousarray(source.read(name), dtype=source.dtype(name))

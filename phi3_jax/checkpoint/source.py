@@ -8,9 +8,10 @@ import numpy as np
 
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.errors import CheckpointError
+from phi3_jax.quantization import StoredWeight, WeightForm
 from phi3_jax.tokenizer import Phi3Tokenizer
 
-__all__ = ["CheckpointError", "CheckpointSource", "TensorSource"]
+__all__ = ["CheckpointError", "CheckpointSource", "FloatSource", "QuantizedTensors", "TensorSource"]
 
 
 class TensorSource(Protocol):
@@ -36,7 +37,39 @@ class TensorSource(Protocol):
         ...
 
 
-class CheckpointSource(TensorSource, Protocol):
+class QuantizedTensors(TensorSource, Protocol):
+    """Tensors of which some may be quantized weights, which `read` dequantizes."""
+
+    def form(self, name: str) -> WeightForm | None:
+        """Returns the form of a quantized weight, or None for floats.
+
+        It comes from headers, and from the order of a weight's inputs, which is small.
+
+        Raises:
+            CheckpointError: the weight is stored in parts of different forms.
+        """
+        ...
+
+    def read_quantized(self, name: str) -> StoredWeight:
+        """Reads a weight that has a form.
+
+        Raises:
+            CheckpointError: its numbers cannot be those of a weight; the message names file and tensor.
+        """
+        ...
+
+
+class FloatSource:
+    """The part of a checkpoint's interface that is the same for all whose tensors are floats."""
+
+    def form(self, name: str) -> WeightForm | None:
+        return None
+
+    def read_quantized(self, name: str) -> StoredWeight:
+        raise KeyError(f"{name} is not quantized")
+
+
+class CheckpointSource(QuantizedTensors, Protocol):
     """A checkpoint on disk, whose tensors may be read in parts."""
 
     @property

@@ -29,6 +29,7 @@ from phi3_jax.lora.peft_files import (
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import abstract_model
 from phi3_jax.model.loading import load_model
+from phi3_jax.quantization import StoredWeight, WeightForm
 from phi3_jax.runs.exchange import restore
 from phi3_jax.sources.hub import resolve, resolve_adapter
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -191,6 +192,14 @@ class _AdaptedSource:
     def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
         source, stored = self._stored(name)
         return source.read_part(stored, rows, columns)
+
+    def form(self, name: str) -> WeightForm | None:
+        source, stored = self._stored(name)
+        return source.form(stored)
+
+    def read_quantized(self, name: str) -> StoredWeight:
+        source, stored = self._stored(name)
+        return source.read_quantized(stored)
 
     def generation_config(self) -> GenerationConfig | None:
         return self.base.generation_config()

@@ -1,15 +1,33 @@
 """The user's choice of how weights are quantized."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from phi3_jax.errors import UserError
+
+FLOATS = "none"
+"""The name of no quantization, which turns a quantized checkpoint into floats."""
 
 VOCABULARY = ("embed_tokens", "lm_head")
 """The modules with a row for every token."""
 
-HEADS = ("score",)
+HEADS = ("score", "classifier")
 """Small heads, which are always left as they are."""
+
+
+class WeightForm(NamedTuple):
+    """What a checkpoint's headers tell about a quantized weight."""
+
+    bits: int
+    """4 or 8."""
+    groups: int
+    """The number of groups of inputs."""
+    has_zero: bool = False
+    """Whether each group has a zero point."""
+    has_order: bool = False
+    """Whether the inputs are stored in another order."""
+    is_float: bool = False
+    """Whether the values are float8_e4m3fn."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,22 @@ class Quantization:
         """Whether the module of this name is quantized."""
         return name.rpartition(".")[2] not in (*self.skip, *HEADS)
 
+    def form(self, name: str, inputs: int) -> WeightForm:
+        """Returns the form of a weight with this name and so many inputs.
+
+        Raises:
+            UserError: the groups do not divide the inputs.
+        """
+        size = self.group_size or inputs
+        if inputs % size:
+            fitting = [n for n in range(8, inputs + 1, 8) if inputs % n == 0]
+            near = sorted(sorted(fitting, key=lambda n: abs(n - size))[:4])
+            raise UserError(
+                f"{name} has {inputs} inputs, which groups of {size} do not divide; use group_size="
+                f"{' or '.join(map(str, near)) or 'none'}"
+            )
+        return WeightForm(bits=self.bits, groups=inputs // size, has_zero=not self.symmetric)
+
 
 NAMED = {"int8": Quantization(), "int4": Quantization(bits=4, group_size=64)}
 """The quantizations that have a name."""
@@ -84,7 +118,11 @@ _READERS: dict[str, Any] = {
     "symmetric": {"true": True, "false": False}.__getitem__,
     "skip": lambda text: tuple(part for part in text.split("+") if part != "none"),
 }
-_EXAMPLES = {"group_size": "group_size=128 or none", "symmetric": "true or false", "skip": "skip=lm_head or none"}
+_EXAMPLES = {
+    "group_size": "group_size=128 or none",
+    "symmetric": "true or false",
+    "skip": "skip=lm_head or none",
+}
 
 
 def _text(value: Any) -> str:

@@ -1,29 +1,17 @@
-"""Quantized weights in NumPy, in the checkpoint's order of rows: what formats are read into and written from."""
+"""Quantized weights in NumPy, between the formats of checkpoints and the devices, and rounding to them."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
 from phi3_jax.errors import UserError
-from phi3_jax.quantization.scheme import Quantization
+from phi3_jax.quantization.scheme import Quantization, WeightForm
 
-
-class WeightForm(NamedTuple):
-    """What a checkpoint's headers tell about a quantized weight."""
-
-    bits: int
-    """4 or 8."""
-    groups: int
-    """The number of groups of inputs."""
-    has_zero: bool = False
-    """Whether each group has a zero point."""
-    has_order: bool = False
-    """Whether the inputs are stored in another order."""
-    is_float: bool = False
-    """Whether the values are float8_e4m3fn."""
+BLOCK = 1 << 22
+"""The elements that are rounded at once."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +39,17 @@ class StoredWeight:
             has_order=self.order is not None,
             is_float=self.values.dtype == ml_dtypes.float8_e4m3fn,
         )
+
+    def take_rows(self, runs: Sequence[slice]) -> "StoredWeight":
+        """Returns these runs of rows, concatenated."""
+        if len(runs) == 1 and runs[0] == slice(0, len(self.values)):
+            return self
+
+        def take(array: np.ndarray) -> np.ndarray:
+            return np.concatenate([array[run] for run in runs])
+
+        zero = None if self.zero is None else take(self.zero)
+        return replace(self, values=take(self.values), scale=take(self.scale), zero=zero)
 
     def dequantize(self) -> Float[np.ndarray, "out in"]:
         """Returns the weight in float32, its inputs in their own order."""
@@ -82,40 +81,46 @@ def round_weight(weight: Float[np.ndarray, "out in"], quantization: Quantization
         UserError: the groups do not divide the inputs, or numbers are not finite.
     """
     rows, columns = weight.shape
-    size = quantization.group_size or columns
-    if columns % size:
-        fitting = [n for n in range(8, columns + 1, 8) if columns % n == 0]
-        near = sorted(fitting, key=lambda n: abs(n - size))[:4]
-        raise UserError(
-            f"{name} has {columns} inputs, which groups of {size} do not divide; use "
-            f"group_size={' or '.join(map(str, sorted(near))) or 'none'}"
-        )
-    grouped = weight.astype(np.float32).reshape(rows, -1, size)
+    groups = quantization.form(name, columns).groups
+    values = np.empty((rows, columns), np.int8)
+    scale = np.empty((rows, groups), np.float32)
+    zero = None if quantization.symmetric else np.empty((rows, groups), np.float32)
+    step = max(1, BLOCK // columns)
+    for start in range(0, rows, step):
+        block = slice(start, start + step)
+        part = weight[block].astype(np.float32).reshape(-1, groups, columns // groups)
+        rounded, scale[block], zeros = _round(part, quantization, name)
+        values[block] = rounded.reshape(-1, columns)
+        if zero is not None:
+            zero[block] = zeros
+    return StoredWeight(values=values, scale=scale, bits=quantization.bits, zero=zero)
+
+
+def _round(
+    grouped: Float[np.ndarray, "rows groups size"], quantization: Quantization, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Returns the values in float32, the scales and the zeros of some rows, which are overwritten."""
     largest, smallest = grouped.max(axis=2), grouped.min(axis=2)
     if not np.isfinite(largest).all() or not np.isfinite(smallest).all():
         raise UserError(f"{name} has numbers that are not finite, which cannot be quantized")
-    low, high = (-8, 7) if quantization.bits == 4 else (-127, 127)
-    zero = None
+    low, high = (-8, 7) if quantization.bits == 4 else (-127 if quantization.symmetric else -128, 127)
     if not quantization.symmetric:
-        low = -8 if quantization.bits == 4 else -128
-        largest, smallest = np.maximum(largest, 0), np.minimum(smallest, 0)
+        largest, smallest = np.maximum(largest, 0), np.minimum(smallest, 0)  # zero is one of the values
         scale = _bfloat16((largest - smallest) / (high - low))
-        divisor = np.where(scale == 0, np.float32(1), scale)
-        zero = np.clip(np.rint(low - smallest / divisor), low, high).astype(np.float32)
     elif quantization.bits == 4:
-        extreme = np.where(largest > -smallest, largest, smallest)
-        scale = _bfloat16(extreme / low)
-        divisor = np.where(scale == 0, np.float32(1), scale)
+        scale = _bfloat16(np.where(largest > -smallest, largest, smallest) / low)
     else:
         scale = _bfloat16(np.maximum(largest, -smallest) / high)
-        divisor = np.where(scale == 0, np.float32(1), scale)
-    grouped = grouped / divisor[:, :, None]
+    scale = np.where(scale == 0, np.float32(1), scale)  # no reader of checkpoints divides by zero
+    zero = None
+    if not quantization.symmetric:
+        zero = np.clip(np.rint(low - smallest / scale), low, high).astype(np.float32)
+    grouped /= scale[:, :, None]
     if zero is not None:
         grouped += zero[:, :, None]
     np.rint(grouped, out=grouped)
     np.clip(grouped, low, high, out=grouped)
-    values = grouped.astype(np.int8).reshape(rows, columns)
-    return StoredWeight(values=values, scale=scale, bits=quantization.bits, zero=zero)
+    return grouped, scale, zero
 
 
 def _bfloat16(x: np.ndarray) -> np.ndarray:

@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight [*outputs, in] as `(values - zero) * scale`, with a scale for each group of consecutive inputs.
+    """A weight [*outputs, in] as `(values - zero) * scale`, with a scale for each group of adjacent inputs.
 
     4-bit values are int4 on TPU and GPU, where two of them take a byte. XLA's CPU back end gives each a byte,
-    so there they are packed into uint8 [*outputs, in / 2], as `value + 8`, the earlier input in the lower half.
+    so there they are packed into uint8 [*outputs, in / 2], as `value + 8`, the earlier input in the lower
+    half.
 
     With `order`, column i of the values belongs to input `order[i]`.
     """
