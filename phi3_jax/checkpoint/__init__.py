@@ -1,7 +1,8 @@
-"""Checkpoint formats: safetensors and GGUF, their names and layouts, the Hub, conversion. Builds no model."""
+"""Checkpoint formats: safetensors and GGUF, quantized weights, the Hub, conversion. Builds no model."""
 
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.opening import Checkpoint, open_checkpoint
+from phi3_jax.checkpoint.quantize import quantize_checkpoint
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 from phi3_jax.sources.hub import resolve
 
@@ -11,5 +12,6 @@ __all__ = [
     "TensorSource",
     "convert_checkpoint",
     "open_checkpoint",
+    "quantize_checkpoint",
     "resolve",
 ]

@@ -12,6 +12,7 @@ COMMANDS = {
     "chat": "Hold a conversation.",
     "batch": "Answer a file of requests.",
     "convert": "Rewrite a checkpoint as safetensors with config and tokenizer.",
+    "quantize": "Round the weights of a checkpoint to 8 or 4 bits.",
     "finetune": "Train a classifier, a tagger or a language model.",
     "classify": "Label the rows of a file with a fine-tuned model.",
     "evaluate": "Measure the perplexity and the bits per byte of a text.",

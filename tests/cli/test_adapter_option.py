@@ -12,6 +12,7 @@ from reference import small_config
 from small_checkpoint import PROMPT, write_checkpoint
 
 from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification
+from phi3_jax.checkpoint import open_checkpoint, quantize_checkpoint
 from phi3_jax.lora import adapted as module
 from phi3_jax.lora import add_lora, load_adapters, merge_lora, save_adapters
 from phi3_jax.lora.adapters import projections
@@ -219,6 +220,19 @@ def test_the_adapter_decides_class_and_labels(model_folder: Path, tmp_path: Path
         assert tuple(config.id2label.values()) == expected
         assert config.extra["architectures"] == ["Phi3ForSequenceClassification"]
         np.testing.assert_array_equal(source.read("score.weight"), classifier.score.weight[...])
+
+
+def test_an_adapter_on_quantized_weights(model_folder: Path, tmp_path: Path) -> None:
+    """The base model's weights stay integers, and the head comes from the adapter."""
+    base, name = tmp_path / "base", "model.layers.1.mlp.down_proj.weight"
+    quantize_checkpoint(model_folder, base)
+    classifier = Phi3ForSequenceClassification(small_config(num_labels=3))
+    adapter = write_adapter(classifier, tmp_path / "adapter", base)
+    source, _ = module.open_model(module.ModelPaths(base, adapter))
+    own = open_checkpoint(base).source
+    assert source.form("score.weight") is None
+    assert source.form(name) == own.form(name) is not None
+    np.testing.assert_array_equal(source.read_quantized(name).values, own.read_quantized(name).values)
 
 
 def test_keeps_the_modules_that_the_adapter_has_as_a_whole() -> None:
