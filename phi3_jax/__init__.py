@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         Phi3Model,
     )
     from phi3_jax.parallel.sharding import make_mesh
+    from phi3_jax.quantization import Quantization
     from phi3_jax.tokenizer import Phi3Tokenizer
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "Phi3ForTokenClassification",
     "Phi3Model",
     "Phi3Tokenizer",
+    "Quantization",
     "RopeScaling",
     "convert_checkpoint",
     "make_mesh",
@@ -40,6 +42,7 @@ _MODULES = {
     "KVCache": "cache",
     "Phi3Config": "config",
     "Phi3Tokenizer": "tokenizer",
+    "Quantization": "quantization",
     "RopeScaling": "config",
     "convert_checkpoint": "checkpoint",
     "make_mesh": "parallel.sharding",

@@ -11,6 +11,7 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.lora import ModelPaths, load_merged, open_model
 from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.quantization import Quantization
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 TURN_ENDS = ("<|end|>", "<|im_end|>", "<|endoftext|>")
@@ -33,10 +34,12 @@ class Pipeline:
         mesh: Mesh | None = None,
         config: Phi3Config | None = None,
         adapter: Path | None = None,
+        quantization: Quantization | str | None = None,
     ) -> "Pipeline":
         """Loads a directory in Hugging Face's layout or a GGUF file; `config` replaces the checkpoint's.
 
-        The adapters of the directory `adapter` are merged into the weights.
+        The adapters of the directory `adapter` are merged into the weights. `quantization` is as in
+        `from_pretrained`.
 
         A checkpoint without end tokens of its own gets those of its config and tokenizer.
 
@@ -45,7 +48,8 @@ class Pipeline:
         """
         checkpoint = path if isinstance(path, Checkpoint) else open_model(ModelPaths(path, adapter))
         tokenizer = checkpoint.source.tokenizer()
-        model = load_merged(Phi3ForCausalLM, checkpoint, adapter, dtype=dtype, mesh=mesh, config=config)
+        options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantization": quantization}
+        model = load_merged(Phi3ForCausalLM, checkpoint, adapter, config=config, **options)
         if len(tokenizer) > model.config.vocab_size:
             raise CheckpointError(
                 f"{checkpoint.source.path}: the tokenizer has {len(tokenizer)} tokens and the model "

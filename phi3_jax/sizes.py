@@ -1,6 +1,16 @@
 """Arithmetic of sizes and counts."""
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
 INT32_MAX = 2**31 - 1
+
+
+def array_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
+    """Returns the bytes of an array on a device, where two int4 share a byte."""
+    return math.prod(shape) * dtype.itemsize // (2 if dtype.name == "int4" else 1)
 
 
 def ceil_div(total: int, size: int) -> int:

@@ -221,6 +221,8 @@ def _checksum(tree: Any) -> UInt32[Array, ""]:
     """Returns a number that depends on every bit, and on the order of the numbers."""
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
+        if leaf.dtype == jnp.int4:
+            leaf = leaf.astype(jnp.int8)
         bits = jax.lax.bitcast_convert_type(leaf, np.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(
             jnp.uint32
         )

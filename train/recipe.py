@@ -31,6 +31,7 @@ from phi3_jax.model import (
 from phi3_jax.model.abstract import abstract_model
 from phi3_jax.model.layer_stack import can_stack
 from phi3_jax.model.loading import load_model
+from phi3_jax.model.quantizing import has_quantized_weights
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import shards
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -194,8 +195,14 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
         rngs=settings.seed,
         config=recipe.config,
         new_head=rows is None,
+        quantization=settings.quantize,
         **changes,
     )
+    if settings.trained == "full" and has_quantized_weights(model):
+        raise UserError(
+            f"{recipe.paths.base} has quantized weights, which trained=full cannot train; use trained=lora, "
+            "or quantize=none for floats"
+        )
     return model if recipe.adapter is not None else _with_head_rows(model, rows)
 
 

@@ -5,15 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.config.model_config import CONFIG_NAME
 from phi3_jax.errors import UserError
-from phi3_jax.lora import merge_lora, save_adapters
+from phi3_jax.lora import save_adapters, save_merged
 from phi3_jax.lora.adapted import base_name, saved_modules
-from phi3_jax.model.saving import save_model
 from phi3_jax.parallel import distributed
 from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.files import remove_leftovers, write_text
@@ -176,9 +172,7 @@ class RunDirectory:
                 base_model=base or str(self._recipe.paths.base),
                 modules_to_save=saved,
             )
-            model = merge_lora(model)
-        dtype = jnp.dtype(settings.dtype)
-        save_model(jax.tree.map(lambda x: x.astype(dtype), model), self.path)
+        save_merged(model, self.path, settings.dtype)
         if not distributed.is_primary():
             return
         self._recipe.tokenizer.save_pretrained(self.path)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from phi3_jax.config.rope_types import is_positive
 from phi3_jax.data.tasks import ProblemType
 from phi3_jax.errors import UserError
+from phi3_jax.quantization import FLOATS, Quantization
 
 TaskName = Literal["sequence-classification", "token-classification", "causal-lm"]
 
@@ -89,6 +90,11 @@ class Settings(BaseModel):
     packing: bool = Field(False, description="Several examples in one row of max_length tokens (causal-lm).")
 
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of parameters and activations.")
+    quantize: str | None = Field(
+        None,
+        description="Round the base model's projections, which lora and head do not train: int8, int4, "
+        "int4:group_size=32, or none for floats; default: as the checkpoint has them.",
+    )
     trained: Literal["full", "lora", "head"] = Field("full", description="Which parameters are trained.")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float | None = Field(None, gt=0, description="Default: twice the rank.")
@@ -201,6 +207,12 @@ class Settings(BaseModel):
             raise UserError(f"packing is for causal-lm, not for {self.task}")
         if self.trained == "head" and self.task == "causal-lm":
             raise UserError("trained=head is for classification: a language model's head is not new")
+        if self.quantize not in (None, FLOATS):
+            Quantization.parse(self.quantize)
+            if self.trained == "full":
+                raise UserError(
+                    f"quantize={self.quantize} needs trained=lora or head: integers are not trained"
+                )
         if self.adapter is not None and self.trained != "lora":
             raise UserError(f"adapter needs trained=lora, and trained={self.trained}")
         if self.dataset is not None and self.train_file is not None:

@@ -37,6 +37,8 @@ class BatchBenchOptions:
     model: Path
     dtype: str
     requests: int
+    quantization: str | None = None
+    """How our weights are quantized, as `Quantization.parse` reads it."""
 
     def lengths(self) -> list[tuple[int, int]]:
         """Returns the lengths of each prompt and its answer."""
@@ -64,8 +66,9 @@ def run_batch_bench(options: BatchBenchOptions, label: str, rounds: int) -> None
     """Compares with transformers if possible, and prints a table."""
     results: dict[str, list[BatchTime]] = take_turns(with_transformers(_ours, _theirs, options), rounds)
     prompts, answers = map(sum, zip(*options.lengths(), strict=True))
+    weights = f"{options.quantization} and {options.dtype}" if options.quantization else options.dtype
     table = Table(
-        title=f"{label}, {options.dtype}: {options.requests} prompts of {prompts:,} tokens, "
+        title=f"{label}, {weights}: {options.requests} prompts of {prompts:,} tokens, "
         f"{answers:,} tokens made, median of {rounds}",
         caption=describe_products(options.dtype),
     )
@@ -82,7 +85,7 @@ def run_batch_bench(options: BatchBenchOptions, label: str, rounds: int) -> None
 
 
 def _ours(options: BatchBenchOptions) -> Turn:
-    compiled = load_ours(options.model, options.dtype)
+    compiled = load_ours(options.model, options.dtype, quantization=options.quantization)
     prompts = options.prompts(compiled.model.config.vocab_size)
     needs = [(slot_length(len(ids), new), new) for ids, new in prompts]
     longest = max(length for length, _ in needs)

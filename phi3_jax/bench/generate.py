@@ -22,6 +22,7 @@ from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.abstract import abstract_cache, abstract_model
 from phi3_jax.parallel.distributed import process_count
 from phi3_jax.parallel.sharding import make_mesh
+from phi3_jax.quantization import Quantization
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 
@@ -40,6 +41,8 @@ class BenchOptions:
     """Further arguments of `generate`."""
     mesh: tuple[tuple[str, int], ...] = ()
     """The axes and sizes of a mesh over all devices; empty: one device."""
+    quantization: str | None = None
+    """How our weights are quantized, as `Quantization.parse` reads it."""
 
     def ids(self, vocab_size: int) -> np.ndarray:
         """Returns the tokens of the prompts, [batch, tokens]."""
@@ -73,9 +76,8 @@ def run_generate_bench(options: BenchOptions, label: str, rounds: int, prompt_lo
 
 
 def _ours(options: BenchOptions) -> Turn:
-    compiled = load_ours(
-        options.model, options.dtype, make_mesh(dict(options.mesh)) if options.mesh else None
-    )
+    mesh = make_mesh(dict(options.mesh)) if options.mesh else None
+    compiled = load_ours(options.model, options.dtype, mesh, options.quantization)
     ids = options.ids(compiled.model.config.vocab_size)
     arguments: dict[str, Any] = {"max_new_tokens": options.new_tokens + 1, "do_sample": False}
     arguments |= dict(options.generate_options)
@@ -136,8 +138,9 @@ def print_table(
     rounds = len(next(iter(results.values())))
     # In half precision, a near tie can end the answer of one side before the other's.
     steps = " and ".join(str(count) for count in dict.fromkeys(times[0].steps for times in results.values()))
+    weights = f"{options.quantization} and {options.dtype}" if options.quantization else options.dtype
     table = Table(
-        title=f"{label}, {config.num_hidden_layers} layers, {options.dtype}, batch {options.batch}, "
+        title=f"{label}, {config.num_hidden_layers} layers, {weights}, batch {options.batch}, "
         f"{length}-token prompt, {steps} steps, median of {rounds}",
         caption=describe_products(options.dtype, divided=bool(options.mesh)),
     )
@@ -163,8 +166,10 @@ def print_table(
 
 def bytes_per_step(config: Phi3Config, options: BenchOptions, prompt_tokens: int) -> int:
     """Returns the bytes that a decode step reads: the weights, and the cache halfway through the answer."""
+    item, text = ITEM_BYTES[options.dtype], options.quantization
+    quantization = None if text is None else Quantization.parse(text)
     used = [p for p in parameters(config) if config.tie_word_embeddings or p.name != "embed_tokens"]
     model = abstract_model(Phi3ForCausalLM, config, dtype=options.dtype)
     cache = abstract_cache(model, options.batch, prompt_tokens + options.new_tokens // 2, options.dtype)
     cached = sum(vectors.size for vectors in jax.tree.leaves((cache.keys, cache.values)))
-    return (sum(p.size for p in used) + cached) * ITEM_BYTES[options.dtype]
+    return round(sum(p.size * p.element_bytes(item, quantization) for p in used)) + cached * item

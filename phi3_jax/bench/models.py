@@ -11,10 +11,13 @@ from phi3_jax.native.product import variant
 from phi3_jax.runs.allocator import keep_freed_memory
 
 
-def load_ours(path: Path, dtype: str, mesh: Mesh | None = None) -> CompiledModel:
+def load_ours(
+    path: Path, dtype: str, mesh: Mesh | None = None, quantization: str | None = None
+) -> CompiledModel:
     """Returns this package's model, with memory settings as in the commands."""
     keep_freed_memory()
-    return CompiledModel(Phi3ForCausalLM.from_pretrained(path, dtype=dtype, mesh=mesh))
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantization": quantization}
+    return CompiledModel(Phi3ForCausalLM.from_pretrained(path, **options))
 
 
 def load_theirs(path: Path, dtype: str, *, end_tokens: bool) -> Any:

@@ -28,6 +28,7 @@ def run_bench(
     rounds: int,
     dtype: str,
     mesh: Mesh | None = None,
+    quantization: str | None = None,
     cache_dir: Path | None,
 ) -> None:
     """Measures and prints a table; the command's help explains the arguments.
@@ -44,10 +45,11 @@ def run_bench(
         path = _checkpoint(model, layers, dtype, Path(scratch) / "model", cache_dir)
         label = model or path.name
         if requests is not None:
-            run_batch_bench(BatchBenchOptions(path, dtype, requests), label, rounds)
+            run_batch_bench(BatchBenchOptions(path, dtype, requests, quantization), label, rounds)
             return
         axes = () if mesh is None else tuple(mesh.shape.items())
-        options = BenchOptions(path, dtype, batch, prompt_tokens, new_tokens, prompt, mesh=axes)
+        sizes = batch, prompt_tokens, new_tokens, prompt
+        options = BenchOptions(path, dtype, *sizes, mesh=axes, quantization=quantization)
         run_generate_bench(options, label, rounds, prompt_lookup)
 
 

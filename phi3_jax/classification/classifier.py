@@ -23,6 +23,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.lora import ModelPaths, find_model, load_merged, open_model
 from phi3_jax.model import Phi3PreTrainedModel
+from phi3_jax.quantization import Quantization
 from phi3_jax.runs.json_values import ADAPTER, RUN
 from phi3_jax.runs.text import read_json
 from phi3_jax.sizes import round_up
@@ -97,6 +98,7 @@ class Classifier:
         mesh: Mesh | None = None,
         batch_size: int = 64,
         threshold: float | None = None,
+        quantization: Quantization | str | None = None,
         **columns: Any,
     ) -> "Classifier":
         """Loads a classifier that finetune wrote, or any checkpoint whose config.json names one.
@@ -108,6 +110,7 @@ class Classifier:
             dtype: dtype of parameters and activations.
             mesh: divides the model.
             threshold: the probability above which one of several labels is chosen; default: 0.5.
+            quantization: as in `from_pretrained`.
             columns: as `task_of_model` takes them.
 
         Raises:
@@ -123,7 +126,8 @@ class Classifier:
         tokenizer = checkpoint.source.tokenizer()
         ids = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad = next(token for token in ids if token is not None)
-        model = load_merged(head.model, checkpoint, paths.adapter, dtype=dtype, mesh=mesh, pad_token_id=pad)
+        options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantization": quantization}
+        model = load_merged(head.model, checkpoint, paths.adapter, pad_token_id=pad, **options)
         task = task_of_model(path, config, head, **columns)
         return cls(model, tokenizer, task=task, batch_size=batch_size, threshold=threshold)
 

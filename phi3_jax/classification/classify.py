@@ -79,6 +79,7 @@ def classify_file(
     mesh: Mesh | None = None,
     text: TextFormat = PLAIN_TEXT,
     threshold: float | None = None,
+    quantization: str | None = None,
     show: bool = True,
     **columns: Any,
 ) -> Summary:
@@ -99,6 +100,7 @@ def classify_file(
         mesh: divides model and batches over the devices of one process.
         text: the encoding of a text file, and the form of CSV and TSV.
         threshold: the probability above which one of several labels is chosen; default: 0.5.
+        quantization: as in `from_pretrained`.
         show: shows progress on standard error.
         columns: as `task_of_model` takes them.
 
@@ -119,6 +121,8 @@ def classify_file(
     settings: dict[str, Any] = {"all_scores": all_scores, "batch_size": batch_size, "dtype": dtype}
     if threshold is not None:
         settings["threshold"] = threshold
+    if quantization is not None:
+        settings["quantization"] = quantization
     if output.suffix.lower() in DELIMITERS:  # their header has the column of errors
         settings["keep_bad_rows"] = keep_bad_rows
     options = _options(source, paths, task, mesh, **settings, **text._asdict())
@@ -131,6 +135,7 @@ def classify_file(
             mesh=mesh,
             batch_size=batch_size,
             threshold=threshold,
+            quantization=quantization,
             **columns,
         )
         chunks = _Chunks(classifier, table, items, partial.state, bad)

@@ -61,6 +61,7 @@ def batch(
     stats: Annotated[Path | None, Option(help="A JSON file for totals and speeds.", dir_okay=False)] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Start over and replace the output.")] = False,
     dtype: options.Dtype = "bfloat16",
+    quantize: options.Quantize = None,
     mesh: options.Mesh = None,
     distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
@@ -91,7 +92,7 @@ def batch(
     )
 
     def engine() -> Engine:
-        pipeline = common.load_pipeline(paths, dtype, cache_dir, where, rope)
+        pipeline = common.load_pipeline(paths, dtype, cache_dir, where, rope, quantize)
         return Engine(pipeline.compiled, pipeline.tokenizer, slots=slots, max_length=max_length, **generation)
 
     summary = batch_file(
@@ -101,7 +102,7 @@ def batch(
         # Standard output cannot be resumed, so that the weights need not be read for a fingerprint.
         options={}
         if output == "-"
-        else _model_options(paths, dtype, rope) | generation | {"max_length": max_length},
+        else _model_options(paths, dtype, rope, quantize) | generation | {"max_length": max_length},
         overwrite=overwrite,
         stats=stats,
     )
@@ -110,13 +111,15 @@ def batch(
         raise Exit(SOME_ERRORS)
 
 
-def _model_options(paths: ModelPaths, dtype: str, rope: str | None) -> dict[str, Any]:
+def _model_options(paths: ModelPaths, dtype: str, rope: str | None, quantize: str | None) -> dict[str, Any]:
     """Returns what the answers depend on besides the options of generation."""
     options: dict[str, Any] = {
         "model": str(paths.base.resolve()),
         "model_files": fingerprint(paths.base),
         "dtype": dtype,
     } | paths.adapter_record
+    if quantize is not None:
+        options["quantize"] = quantize
     if rope is not None:
         config = common.config_with(paths, rope)
         lengths = (config.original_max_position_embeddings, config.context_length)

@@ -37,6 +37,7 @@ def bench(
         int, typer.Option(min=1, help="The number of measurements; the two sides take turns.")
     ] = 5,
     dtype: options.Dtype = "bfloat16",
+    quantize: options.Quantize = None,
     mesh: options.Mesh = None,
     distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
@@ -59,5 +60,6 @@ def bench(
         rounds=rounds,
         dtype=dtype,
         mesh=where,
+        quantization=quantize,
         cache_dir=cache_dir,
     )

@@ -25,6 +25,7 @@ def chat(
     prompt_lookup: options.PromptLookup = None,
     rope: options.Rope = None,
     dtype: options.Dtype = "bfloat16",
+    quantize: options.Quantize = None,
     mesh: options.Mesh = None,
     distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
@@ -43,7 +44,7 @@ def chat(
     )
     where = prepare(mesh, distributed)
     paths = common.model_paths(model, adapter, cache_dir)
-    pipeline = common.load_pipeline(paths, dtype, cache_dir, where, rope)
+    pipeline = common.load_pipeline(paths, dtype, cache_dir, where, rope, quantize)
     session = ChatSession(
         pipeline.compiled,
         pipeline.tokenizer,

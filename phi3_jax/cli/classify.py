@@ -57,6 +57,7 @@ def classify(
     ] = False,
     batch_size: Annotated[int, Option(min=1, help="The rows of a batch.")] = 64,
     dtype: options.Dtype = "bfloat16",
+    quantize: options.Quantize = None,
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,
 ) -> None:
@@ -81,6 +82,7 @@ def classify(
             overwrite=overwrite,
             batch_size=batch_size,
             dtype=dtype,
+            quantization=quantize,
             mesh=where,
             threshold=threshold,
             text=TextFormat(encoding, quoting, tuple(column_names.split(",")) if column_names else ()),

@@ -1,6 +1,7 @@
 """Finds and loads the model of a command, and keeps compiled programs."""
 
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -20,8 +21,9 @@ def load_pipeline(
     cache_dir: Path | None,
     mesh: Mesh | None = None,
     rope: str | None = None,
+    quantize: str | None = None,
 ) -> Pipeline:
-    """Loads the model of `model_paths`, with the rope that `--rope` names if there is one.
+    """Loads the model of `model_paths`, with what `--rope` and `--quantize` name.
 
     An error in one process is raised in all of them.
     """
@@ -30,7 +32,8 @@ def load_pipeline(
     def load() -> Pipeline:
         checkpoint = open_model(paths)
         config = None if rope is None else parse_rope(rope).config_to_save(checkpoint.config)
-        return Pipeline.load(checkpoint, dtype=dtype, mesh=mesh, config=config, adapter=paths.adapter)
+        options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantization": quantize}
+        return Pipeline.load(checkpoint, config=config, adapter=paths.adapter, **options)
 
     return run_everywhere(load)
 

@@ -40,6 +40,7 @@ def evaluate(
         Path | None, Option(help="A JSON file for the results; default: standard output.", dir_okay=False)
     ] = None,
     dtype: options.Dtype = "bfloat16",
+    quantize: options.Quantize = None,
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,
 ) -> None:
@@ -54,7 +55,7 @@ def evaluate(
     paths = common.model_paths(model, adapter, cache_dir)
     check_outputs({"--output": output}, {"the text": text} | paths.inputs)
     result = evaluate_text(
-        common.load_pipeline(paths, dtype, cache_dir, where),
+        common.load_pipeline(paths, dtype, cache_dir, where, quantize=quantize),
         text,
         rope=argument,
         length=length,
@@ -69,6 +70,8 @@ def evaluate(
         **paths.adapter_record,
         "dtype": dtype,
     }
+    if quantize is not None:
+        about["quantize"] = quantize
     report = json.dumps(json_value(result.to_dict() | about | {"rope": rope}), indent=2, ensure_ascii=False)
     if output is None:
         print(report)

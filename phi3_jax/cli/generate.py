@@ -45,6 +45,7 @@ def generate(
         bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")
     ] = False,
     dtype: options.Dtype = "bfloat16",
+    quantize: options.Quantize = None,
     mesh: options.Mesh = None,
     distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
@@ -72,7 +73,7 @@ def generate(
     if not text.strip():
         raise UserError("the prompt is empty")
     paths = common.model_paths(model, adapter, cache_dir)
-    pipeline = common.load_pipeline(paths, dtype, cache_dir, where, rope)
+    pipeline = common.load_pipeline(paths, dtype, cache_dir, where, rope, quantize)
     ids = _encode(pipeline, text, system, raw)
     context = pipeline.compiled.model.config.context_length
     settings["max_new_tokens"] = max(1, min(max_new_tokens, context - len(ids)))

@@ -42,6 +42,13 @@ Distributed = Annotated[
     ),
 ]
 Dtype = Annotated[str, Option(help="The dtype of parameters and activations.")]
+Quantize = Annotated[
+    str | None,
+    Option(
+        help="Round the projections' weights as they are loaded: int8, int4, int4:group_size=32, or none for "
+        "floats; default: as the checkpoint has them."
+    ),
+]
 Ropes = Annotated[
     list[str] | None,
     Option(

@@ -38,6 +38,9 @@ def plan(
         ),
     ] = "full",
     dtype: Annotated[str, Option(help="The dtype of parameters and activations.")] = "bfloat16",
+    quantize: Annotated[
+        str | None, Option(help="Weights as int8, int4 or int4:group_size=128; default: floats.")
+    ] = None,
     cache_dtype: Annotated[
         str | None, Option(help="The dtype of the cache, which may be int8; default: --dtype.")
     ] = None,
@@ -72,6 +75,7 @@ def plan(
         cache_dtype=cache_dtype,
         optimizer_dtype=optimizer_dtype,
         lora=lora,
+        quantization=quantize,
         remat=remat,  # type: ignore[arg-type]
     )
     result = make_plan(work, topology, mesh, compiled=compiled)

@@ -12,6 +12,7 @@ from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.abstract import abstract_model
 from phi3_jax.model.layers import Linear
 from phi3_jax.parallel.sharding import RULES
+from phi3_jax.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,21 @@ class Parameter:
     def inputs(self) -> int:
         """The number of values that go into a projection."""
         return prod(size for _, size in self.axes[-self.input_axes :]) if self.input_axes else 0
+
+    @property
+    def columns(self) -> int:
+        """The columns of a projection or an embedding as a matrix; 0 for a vector."""
+        return self.inputs or (self.axes[-1][1] if len(self.axes) > 1 else 0)
+
+    def element_bytes(self, item_bytes: int, quantization: Quantization | None) -> float:
+        """Returns the bytes of one element: `item_bytes`, or less if it is quantized.
+
+        A quantized element takes its part of its group's float32 scale and zero point.
+        """
+        if quantization is None or not self.columns or not quantization.includes(self.name):
+            return item_bytes
+        form = quantization.form(self.name, self.columns)
+        return form.bits / 8 + form.groups * (8 if form.has_zero else 4) / self.columns
 
     @property
     def outputs(self) -> int:

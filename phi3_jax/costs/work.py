@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
+from phi3_jax.quantization import Quantization
 
 Task = Literal["finetune", "prefill", "decode"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -42,6 +43,8 @@ class Work:
     lora: int | None = None
     """The rank of adapters on every projection of every layer; only they are trained."""
     remat: Remat = "full"
+    quantization: str | None = None
+    """How weights are quantized, as `Quantization.parse` reads it; None: not."""
 
     def __post_init__(self) -> None:
         floats = tuple(ITEM_BYTES)[:3]
@@ -54,6 +57,12 @@ class Work:
         for name in ("batch", "seq"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.quantization is not None:
+            Quantization.parse(self.quantization)
+            if self.task == "finetune" and self.lora is None:
+                raise UserError(
+                    f"quantization={self.quantization}: integers are not trained; add adapters (lora)"
+                )
         if self.lora is not None and (self.task != "finetune" or self.lora < 1):
             raise UserError(
                 f"lora={self.lora} must be a rank of at least 1, and is for the task finetune only"

@@ -1,6 +1,5 @@
 """Computes how many tokens' keys and values fit into memory."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -10,6 +9,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.parallel.sharding import shards
+from phi3_jax.sizes import array_bytes
 
 SHARE = 0.75
 """The share of an accelerator's free memory for keys and values; activations need the rest."""
@@ -73,8 +73,9 @@ def _free_bytes(compiled: CompiledModel) -> tuple[int, float]:
 def _abstract_bytes(model: CausalLM) -> int:
     """Returns the bytes on each device of the parameters that are not loaded yet."""
     return sum(
-        math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))
-        * leaf.dtype.itemsize
+        array_bytes(
+            leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape), leaf.dtype
+        )
         for leaf in jax.tree.leaves(model)
         if isinstance(leaf, jax.ShapeDtypeStruct)
     )

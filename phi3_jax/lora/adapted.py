@@ -29,7 +29,8 @@ from phi3_jax.lora.peft_files import (
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import abstract_model
 from phi3_jax.model.loading import load_model
-from phi3_jax.quantization import StoredWeight, WeightForm
+from phi3_jax.model.quantizing import has_quantized_weights
+from phi3_jax.quantization import Quantization, StoredWeight, WeightForm
 from phi3_jax.runs.exchange import restore
 from phi3_jax.sources.hub import resolve, resolve_adapter
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -219,19 +220,26 @@ def load_merged(
     dtype: Any,
     mesh: Mesh | None = None,
     config: Phi3Config | None = None,
+    quantization: Quantization | str | None = None,
     **config_changes: Any,
 ) -> Model:
-    """Loads a model of class `cls`, with its adapter merged if there is one.
+    """Loads a model of class `cls` with its adapter, if there is one, merged into its floats.
+
+    An adapter of quantized weights is not merged but computed beside them, as in the training of such ones.
 
     Args:
         checkpoint: of `open_model`.
         adapter: the directory of the adapter. It is checked before the model is loaded.
-        dtype, mesh, config, config_changes: as `load_model` takes them.
+        dtype, mesh, config, quantization, config_changes: as `load_model` takes them.
 
     Raises:
         CheckpointError: the checkpoint or the adapter does not fit.
     """
     if adapter is not None:
         check_adapters(abstract_model(cls, config or checkpoint.config, mesh=mesh), adapter)
-    model = load_model(cls, checkpoint, dtype=dtype, mesh=mesh, config=config, **config_changes)
-    return model if adapter is None else merge_lora(load_adapters(model, adapter))
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "config": config, "quantization": quantization}
+    model = load_model(cls, checkpoint, **options, **config_changes)
+    if adapter is None:
+        return model
+    model = load_adapters(model, adapter)
+    return model if has_quantized_weights(model) else merge_lora(model)

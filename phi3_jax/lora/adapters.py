@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3PreTrainedModel
-from phi3_jax.model.layers import Linear, across, dropout
+from phi3_jax.model.layers import Linear, QuantizedParam, across, dropout
 from phi3_jax.parallel.sharding import gather, place
 
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -42,7 +42,7 @@ class LoRA(nnx.Module):
         self.mesh, self.rank, self.alpha, self.rslora = base.mesh, rank, alpha, rslora
         self.dropout = dropout
         """The rate of dropout on the adapter's input, where there is a key."""
-        shape, axes, split = base.weight.shape, base.weight.axes, len(base.weight.axes) - base.input_axes
+        shape, axes, split = base.shape, base.axes, len(base.axes) - base.input_axes
         a_axes, b_axes = ("rank", *axes[split:]), (*axes[:split], "rank")
         bound = math.prod(shape[split:]) ** -0.5
         a = jax.random.uniform(rngs.params(), (rank, *shape[split:]), jnp.float32, -bound, bound)
@@ -186,6 +186,8 @@ def add_lora(
             options: Any = {"rslora": rslora, "dropout": lora_dropout, "dora": dora}
             linear.adapter = LoRA(linear, rank=rank, alpha=alpha, **options, rngs=rngs)
             if dora:
+                if isinstance(linear.weight, QuantizedParam):
+                    raise UserError(f"{name} is quantized, and DoRA needs its floats; use plain LoRA")
                 magnitude = linear.adapter.magnitude
                 lengths = row_lengths(linear.weight[...], magnitude.ndim)
                 magnitude.set_value(place(lengths, linear.mesh, magnitude.axes))
@@ -193,10 +195,19 @@ def add_lora(
 
 
 def merge_lora(model: Model) -> Model:
-    """Returns a model without adapters that computes the same, except for rounding."""
+    """Returns a model without adapters that computes the same, except for rounding.
+
+    Raises:
+        UserError: an adapted weight is quantized.
+    """
     model = jax.tree.map(lambda leaf: leaf, model)
-    for _, linear in projections(model):
+    for name, linear in projections(model):
         if linear.adapter is not None:
+            if isinstance(linear.weight, QuantizedParam):
+                raise UserError(
+                    f"{name} is quantized, so its adapter cannot be merged into it; load the model with "
+                    'quantization="none", merge, and quantize it again'
+                )
             weight = linear.adapter.merged(linear.weight[...])
             linear.weight.set_value(place(weight, linear.mesh, linear.weight.axes))
             linear.adapter = None

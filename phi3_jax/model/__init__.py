@@ -3,6 +3,7 @@
 from phi3_jax.model.decoder import Phi3Model
 from phi3_jax.model.heads import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification
 from phi3_jax.model.pretrained import Phi3PreTrainedModel
+from phi3_jax.model.quantizing import quantize_model
 
 __all__ = [
     "Phi3ForCausalLM",
@@ -10,4 +11,5 @@ __all__ = [
     "Phi3ForTokenClassification",
     "Phi3Model",
     "Phi3PreTrainedModel",
+    "quantize_model",
 ]

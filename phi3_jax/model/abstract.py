@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.model.layers import QuantizedParam
 from phi3_jax.parallel.sharding import sharding
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -32,14 +33,19 @@ def abstract_model(
 def with_shardings(tree: Tree, mesh: Mesh | None) -> Tree:
     """Returns abstract arrays with shardings: a parameter's by its axes, all else whole on every device."""
 
-    def place(node: Any) -> Any:
-        leaf = node.get_value() if isinstance(node, nnx.Param) else node
-        axes = node.axes if isinstance(node, nnx.Param) else ()
+    def place(leaf: Any, axes: tuple[str | None, ...] = ()) -> jax.ShapeDtypeStruct:
         where = None if mesh is None else sharding(mesh, axes, leaf.ndim)
-        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        return node.replace(shape) if isinstance(node, nnx.Param) else shape
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Param))
+    def place_node(node: Any) -> Any:
+        if isinstance(node, QuantizedParam):
+            weight = node.get_value()
+            return node.replace(jax.tree.map(place, weight, weight.leaf_axes(node.axes)))
+        if isinstance(node, nnx.Param):
+            return node.replace(place(node.get_value(), node.axes))
+        return place(node)
+
+    return jax.tree.map(place_node, tree, is_leaf=lambda x: isinstance(x, nnx.Param | QuantizedParam))
 
 
 def abstract_cache(model: Any, batch_size: int, max_length: int, dtype: Any = None) -> KVCache:

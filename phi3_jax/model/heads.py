@@ -17,7 +17,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.arguments import batch_shape, check_labels, check_sequence_labels, select_positions
 from phi3_jax.model.decoder import Phi3Model
-from phi3_jax.model.layers import Embedding, Linear, check_layer, dropout, matmul
+from phi3_jax.model.layers import Embedding, Linear, QuantizedParam, check_layer, dropout, is_alone, matmul
 from phi3_jax.model.losses import cross_entropy, sequence_loss_count, sequence_loss_sum
 from phi3_jax.model.outputs import (
     CausalLMOutputWithPast,
@@ -26,6 +26,7 @@ from phi3_jax.model.outputs import (
 )
 from phi3_jax.model.pretrained import Phi3PreTrainedModel
 from phi3_jax.parallel.sharding import constrain, gather
+from phi3_jax.quantization.product import quantized_product
 
 
 class _ModelWithHead(Phi3PreTrainedModel):
@@ -118,7 +119,11 @@ class Phi3ForCausalLM(_ModelWithHead, GenerationMixin):
 
     def _logits(self, x: Float[Array, "B T D"], length_axis: str | None) -> Float[Array, "B T V"]:
         weight = self.get_output_embeddings().weight
-        logits = matmul(x, gather(weight[...], self.model.mesh, weight.axes), self.model.mesh)
+        if isinstance(weight, QuantizedParam):
+            mesh, kind = self.model.mesh, jnp.dtype(jnp.float32)
+            logits = quantized_product(x, weight.gathered(mesh), kind, alone=is_alone(mesh))
+        else:
+            logits = matmul(x, gather(weight[...], self.model.mesh, weight.axes), self.model.mesh)
         return constrain(logits, self.model.mesh, "batch", length_axis, "vocab")
 
     def get_output_embeddings(self) -> Embedding | Linear:
@@ -137,7 +142,7 @@ class Phi3ForCausalLM(_ModelWithHead, GenerationMixin):
             check_layer("output embeddings", new_embeddings, self.lm_head)
             self.lm_head = new_embeddings
 
-    def _vocabulary_weights(self) -> list[nnx.Param]:
+    def _vocabulary_weights(self) -> list[nnx.Param | QuantizedParam]:
         own = [] if self.lm_head is None else [self.lm_head.weight]
         return [*super()._vocabulary_weights(), *own]
 

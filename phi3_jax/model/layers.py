@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int, Key
 from phi3_jax.errors import UserError
 from phi3_jax.native.product import MOST_ROWS, available, product
 from phi3_jax.parallel.sharding import gather, place, shards
+from phi3_jax.quantization.product import quantized_product
+from phi3_jax.quantization.weight import QuantizedWeight
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -182,6 +184,27 @@ def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float, dtype: jnp.d
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
+def is_alone(mesh: Mesh | None) -> bool:
+    """Whether a single device has all of a model."""
+    return mesh is None or mesh.size == 1
+
+
+class QuantizedParam(nnx.Variable[QuantizedWeight]):
+    """A quantized weight, which is never trained.
+
+    Its `axes` are those of the weight's outputs, and one for all inputs: the first input axis.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.get_value().shape
+
+    def gathered(self, mesh: Mesh | None) -> QuantizedWeight:
+        """Returns the weight, gathered along the axis that `fsdp` divides."""
+        weight = self.get_value()
+        return jax.tree.map(lambda leaf, axes: gather(leaf, mesh, axes), weight, weight.leaf_axes(self.axes))
+
+
 class Linear(nnx.Module):
     """A projection from one or more axes `inputs` to one or more axes `outputs`.
 
@@ -200,15 +223,42 @@ class Linear(nnx.Module):
         mesh: Mesh | None,
         bias: bool = False,
     ):
-        self.input_axes = len(inputs)
+        self.inputs = tuple(inputs.items())
         self.mesh = mesh
         shape, axes = (*outputs.values(), *inputs.values()), (*outputs, *inputs)
         weight = (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
-        self.weight = nnx.Param(place(weight, mesh, axes), axes=axes)
+        self.weight: nnx.Param | QuantizedParam = nnx.Param(place(weight, mesh, axes), axes=axes)
         zeros = place(jnp.zeros(shape[: len(outputs)], dtype), mesh, tuple(outputs)) if bias else None
         self.bias = None if zeros is None else nnx.Param(zeros, axes=tuple(outputs))
         self.adapter: Any = nnx.data(None)
         """A module that changes the output, such as `phi3_jax.lora.LoRA`."""
+
+    @property
+    def outputs(self) -> tuple[tuple[str, int], ...]:
+        """The names and sizes of the output axes."""
+        count = len(self.weight.axes) - (1 if isinstance(self.weight, QuantizedParam) else self.input_axes)
+        return tuple(zip(self.weight.axes[:count], self.weight.shape[:count], strict=True))
+
+    @property
+    def input_axes(self) -> int:
+        """The number of input axes."""
+        return len(self.inputs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of all axes, also where the quantized weight has a single one for the inputs."""
+        return tuple(size for _, size in (*self.outputs, *self.inputs))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of all axes."""
+        return tuple(name for name, _ in (*self.outputs, *self.inputs))
+
+    def floats(self) -> Float[Array, "..."]:
+        """Returns the weight [*outputs, *inputs] as floats; a quantized one in float32."""
+        if isinstance(self.weight, QuantizedParam):
+            return self.weight.get_value().floats().reshape(self.shape)
+        return self.weight[...]
 
     def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
         """Maps [..., *inputs] to [..., *outputs] in float32; in x's dtype where devices add parts.
@@ -222,18 +272,22 @@ class Linear(nnx.Module):
 
     def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the product with the weight, without the bias and the adapter."""
-        axes = self.weight.axes
-        inputs = axes[len(axes) - self.input_axes :]
         lead = x.shape[: x.ndim - self.input_axes]
-        weight = gather(self.weight[...], self.mesh, axes)
+        # A mesh axis that divides inputs leaves each device a part of the sums.
+        divided = any(shards(self.mesh, axis) > 1 for axis, _ in self.inputs if axis != "embed")
+        dtype = x.dtype if divided else jnp.dtype(jnp.float32)
+        if isinstance(self.weight, QuantizedParam):
+            quantized = self.weight.gathered(self.mesh)
+            rows = x.reshape(*lead, quantized.shape[-1])
+            return quantized_product(rows, quantized, dtype, alone=is_alone(self.mesh))
+        weight = gather(self.weight[...], self.mesh, self.weight.axes)
         output_shape = weight.shape[: weight.ndim - self.input_axes]
         if self.mesh is None:
             # XLA's CPU back end copies a weight that is not flat.
             flat = weight.reshape(math.prod(output_shape), -1)
             return matmul(x.reshape(*lead, flat.shape[1]), flat).reshape(*lead, *output_shape)
         # In a flat weight, an axis that the mesh divides is not always first, and would be gathered.
-        divided = any(shards(self.mesh, axis) > 1 for axis in inputs if axis != "embed")
-        return contract(x, weight, self.input_axes, x.dtype if divided else jnp.dtype(jnp.float32))
+        return contract(x, weight, self.input_axes, dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -275,9 +329,12 @@ class Embedding(nnx.Module):
         )
         if padding_idx is not None:
             weight = weight.at[padding_idx].set(0)
-        self.weight = nnx.Param(place(weight, mesh, axes), axes=axes)
+        self.weight: nnx.Param | QuantizedParam = nnx.Param(place(weight, mesh, axes), axes=axes)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns the rows of these tokens, in the weight's dtype; of a quantized weight, in float32."""
+        if isinstance(self.weight, QuantizedParam):
+            return self.weight.gathered(self.mesh).rows(ids)
         weight = gather(self.weight[...], self.mesh, self.weight.axes)
         x = jnp.take(weight, ids, axis=0, mode="clip")
         if self.padding_idx is None:

@@ -21,6 +21,8 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.abstract import abstract_model
 from phi3_jax.model.loading_arguments import CONFIG_FIELDS, UNSUPPORTED
+from phi3_jax.model.quantizing import quantize_abstract
+from phi3_jax.quantization import Quantization
 from phi3_jax.runs.arguments import refuse
 from phi3_jax.sources.hub import resolve
 
@@ -43,6 +45,7 @@ def load_model(
     mesh: Mesh | None = None,
     attn_implementation: str | None = None,
     config: Phi3Config | None = None,
+    quantization: Quantization | str | None = None,
     ignore_mismatched_sizes: bool = False,
     new_head: bool = False,
     rngs: nnx.Rngs | int = 0,
@@ -65,6 +68,8 @@ def load_model(
         mesh: divides the model, see `phi3_jax.make_mesh`; default: all of it is on one device.
         attn_implementation: as in `set_attn_implementation`; default: by the platform.
         config: in place of the checkpoint's.
+        quantization: how the projections are quantized as they are loaded, such as "int8",
+            "int4:group_size=32" or a `Quantization`; "none" for floats. Default: as the checkpoint has them.
         ignore_mismatched_sizes: initialise `score` where the number of labels differs.
         new_head: initialise `score`, also where the checkpoint has one that fits.
         rngs: initialise parameters that the checkpoint has not; an int is a seed.
@@ -78,7 +83,8 @@ def load_model(
         CheckpointError: the checkpoint does not fit; the message names the tensors.
         TypeError: there is no such argument.
         UserError: a dtype that parameters cannot have, config changes that contradict each other, sizes that
-            the mesh does not divide, or an argument of transformers that is not supported.
+            the mesh does not divide, a quantization that cannot be read or does not fit, or an argument of
+            transformers that is not supported.
     """
     dtype = config_changes.pop("torch_dtype", None) if dtype is None else dtype  # its older name
     others = {name: value for name, value in config_changes.items() if name not in CONFIG_FIELDS}
@@ -96,30 +102,80 @@ def load_model(
     build: Callable[..., Model] = cls
     shapes = abstract_model(cls, config, mesh=mesh)
     shapes.set_attn_implementation(attn_implementation)
-    graph, abstract = nnx.split(shapes)
-    flat = {".".join(map(str, keys)): (keys, leaf) for keys, leaf in nnx.to_flat_state(abstract)}
-    parameters = {name: leaf.get_value() for name, (_, leaf) in flat.items()}
-    expected = {name: leaf.shape for name, leaf in parameters.items()}
+    expected = {name: leaf.get_value().shape for name, leaf in _parameters(shapes).items()}
     files = _match(cls, source, config, expected, ignore_mismatched_sizes, new_head, path)
+    modules = quantize_abstract(shapes, source, files, quantization)
+    parameters = {name: leaf.get_value() for name, leaf in _parameters(shapes).items()}
     if parameters_dtype is None:
         parameters_dtype = _stored_dtype(source, files.values(), path)
     absent = {name: leaf.sharding for name, leaf in parameters.items() if name not in files}
-    values = {}
+    values: dict[str, Any] = {}
     if absent:
         values = _initialise(partial(build, config, dtype=parameters_dtype, mesh=mesh), rngs, absent)
         names = " and ".join(absent)
         logger.warning("%s has no %s that fits: initialised, to be trained before use", path, names)
     for name, file_name in files.items():
         leaf, layout = parameters[name], layout_of(name)
-        values[name] = put_parameter(source, file_name, layout, leaf.shape, parameters_dtype, leaf.sharding)
-    leaves = [(keys, leaf.replace(values[name])) for name, (keys, leaf) in flat.items()]
+        if name in modules:
+            values[name] = modules[name].load(source, file_name, layout)
+        else:
+            values[name] = put_parameter(
+                source, file_name, layout, leaf.shape, parameters_dtype, leaf.sharding
+            )
+    graph, abstract = nnx.split(shapes)
+    leaves = [
+        (keys, leaf.replace(values[".".join(map(str, keys))])) for keys, leaf in nnx.to_flat_state(abstract)
+    ]
     model = nnx.merge(graph, nnx.from_flat_state(leaves))
     if isinstance(model, GenerationMixin):
         model.generation_config = read_generation_config(source, config)
     return model
 
 
-_ARGUMENTS = ("dtype", "mesh", "attn_implementation", "config", "ignore_mismatched_sizes", "rngs")
+class ModuleLoader:
+    """Loads modules of a model one at a time, for models that are larger than memory.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the class.
+    """
+
+    def __init__(self, cls: type[Any], checkpoint: Checkpoint, *, dtype: Any):
+        source, config = checkpoint
+        _check_layers(source, config, source.path)
+        self._source, self._dtype = source, parameter_dtype(dtype)
+        self._shapes: Any = abstract_model(cls, config, dtype=self._dtype)
+        expected = {name: leaf.get_value().shape for name, leaf in _parameters(self._shapes).items()}
+        self._files = _match(cls, source, config, expected, False, False, source.path)
+
+    def load(self, name: str) -> Any:
+        """Returns the module of this name, such as "model.layers.3", with its parameters as floats."""
+        module = self._shapes
+        for part in name.split("."):
+            module = module[int(part)] if part.isdecimal() else getattr(module, part)
+        graph, abstract = nnx.split(module)
+        leaves = []
+        for keys, leaf in nnx.to_flat_state(abstract):
+            own = ".".join(map(str, (name, *keys)))
+            shape, layout = leaf.get_value().shape, layout_of(own)
+            value = put_parameter(self._source, self._files[own], layout, shape, self._dtype, None)
+            leaves.append((keys, leaf.replace(value)))
+        return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def _parameters(model: Any) -> dict[str, nnx.Variable[Any]]:
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, keys)): leaf for keys, leaf in flat}
+
+
+_ARGUMENTS = (
+    "dtype",
+    "mesh",
+    "attn_implementation",
+    "config",
+    "quantization",
+    "ignore_mismatched_sizes",
+    "rngs",
+)
 
 
 def load_abstract(
@@ -129,6 +185,7 @@ def load_abstract(
     dtype: Any = None,
     mesh: Mesh | None = None,
     config: Phi3Config | None = None,
+    quantization: Quantization | str | None = None,
 ) -> Model:
     """Returns the abstract model of a directory or a GGUF file: shapes and dtypes without numbers.
 
@@ -138,7 +195,9 @@ def load_abstract(
     source, own_config = open_checkpoint(path)
     _check_layers(source, config or own_config, source.path)
     parameters_dtype = _requested_dtype(dtype) or _stored_dtype(source, source.names(), source.path)
-    return abstract_model(cls, config or own_config, dtype=parameters_dtype, mesh=mesh)
+    model = abstract_model(cls, config or own_config, dtype=parameters_dtype, mesh=mesh)
+    quantize_abstract(model, source, {name: name for name in source.names()}, quantization)
+    return model
 
 
 def _check_layers(source: TensorSource, config: Phi3Config, path: Path) -> None:

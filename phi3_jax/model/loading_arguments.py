@@ -6,7 +6,9 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.runs.arguments import UnsupportedArgument
 
 _devices = UnsupportedArgument("pass mesh=make_mesh(...) to divide the model; without it one device has all")
-_quantized = UnsupportedArgument("weights are floating-point numbers; a GGUF file becomes them", (False,))
+_quantized = UnsupportedArgument(
+    'pass quantization="int8" or "int4"; a quantized checkpoint needs no argument', (False,)
+)
 
 UNSUPPORTED: dict[str, UnsupportedArgument] = {
     **dict.fromkeys(("device_map", "device_mesh", "tp_plan", "tp_size", "distributed_config"), _devices),

@@ -12,7 +12,7 @@ from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.model.kernels.dispatch import IMPLEMENTATIONS
-from phi3_jax.model.layers import Embedding, Linear, check_layer, normal
+from phi3_jax.model.layers import Embedding, Linear, QuantizedParam, check_layer, normal
 from phi3_jax.model.loading import load_model
 from phi3_jax.model.saving import save_model
 from phi3_jax.parallel.sharding import check_divides, place
@@ -54,8 +54,9 @@ class Phi3PreTrainedModel(nnx.Module):
         return jnp.dtype(jnp.float32) if self.on_cpu else self.dtype
 
     def num_parameters(self) -> int:
-        """Returns the number of elements in all parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self))
+        """Returns the number of elements in all parameters; a quantized weight has those of the original."""
+        variables = jax.tree.leaves(self, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        return sum(variable.get_value().size for variable in variables)
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: Any = None, sliding: bool = False, chunk: int = 512
@@ -148,8 +149,8 @@ class Phi3PreTrainedModel(nnx.Module):
             rngs: for drawn rows.
 
         Raises:
-            UserError: no row would remain, or not those of the config's pad, bos and eos tokens, or the mesh
-                does not divide the rows.
+            UserError: the embeddings are quantized, no row would remain, or not those of the config's pad,
+                bos and eos tokens, or the mesh does not divide the rows.
         """
         if new_num_tokens is None:
             new_num_tokens = self.config.vocab_size
@@ -173,12 +174,15 @@ class Phi3PreTrainedModel(nnx.Module):
                 rows = normal(rngs.params(), shape, config.initializer_range, weight.dtype)
             return jnp.concatenate([weight, rows.astype(weight.dtype)])
 
-        for parameter in self._vocabulary_weights():
+        parameters = [each for each in self._vocabulary_weights() if isinstance(each, nnx.Param)]
+        if len(parameters) < len(self._vocabulary_weights()):
+            raise UserError("the token embeddings are quantized; resize the original model's, then quantize")
+        for parameter in parameters:
             parameter.set_value(place(resize(parameter[...]), mesh, parameter.axes))
         self.decoder.config = config
         return self.get_input_embeddings()
 
-    def _vocabulary_weights(self) -> list[nnx.Param]:
+    def _vocabulary_weights(self) -> list[nnx.Param | QuantizedParam]:
         """Returns the parameters with a row for every token."""
         return [self.decoder.embed_tokens.weight]
 

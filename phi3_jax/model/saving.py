@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from phi3_jax.checkpoint.companions import MODEL_FILES
 from phi3_jax.checkpoint.layout import TensorLayout, layout_of
@@ -17,8 +17,13 @@ from phi3_jax.checkpoint.source import TensorSource
 from phi3_jax.config.model_config import CONFIG_NAME
 from phi3_jax.errors import UserError
 from phi3_jax.generation.mixin import GenerationMixin
+from phi3_jax.model.quantizing import has_quantized_weights
 from phi3_jax.parallel import distributed
+from phi3_jax.parallel.sharding import readable
 from phi3_jax.runs.exchange import exchanging
+
+_DROPPED = ("torch_dtype", "quantization_config")
+"""Fields of the checkpoint that a model was loaded from, which do not hold for the one that is written."""
 
 
 class ParameterSource:
@@ -42,7 +47,7 @@ class ParameterSource:
 
     def read(self, name: str) -> np.ndarray:
         parameter, layout = self._parameters[name]
-        return layout.to_checkpoint(np.asarray(_readable(parameter[...])))
+        return layout.to_checkpoint(np.asarray(readable(parameter[...])))
 
 
 class ModelSource(ParameterSource):
@@ -52,15 +57,6 @@ class ModelSource(ParameterSource):
         flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
         names = {".".join(map(str, keys)): leaf for keys, leaf in flat}
         super().__init__({name: (leaf, layout_of(name)) for name, leaf in names.items()})
-
-
-def _readable(parameter: Any) -> Any:
-    """Returns a parameter that this process can read: over several processes, a copy on every device."""
-    if not isinstance(parameter, jax.Array) or parameter.is_fully_addressable:
-        return parameter
-    assert isinstance(parameter.sharding, NamedSharding)
-    everywhere = NamedSharding(parameter.sharding.mesh, PartitionSpec())
-    return jax.jit(lambda x: x, out_shardings=everywhere)(parameter)
 
 
 class _BroadcastSource:
@@ -97,7 +93,7 @@ def save_model(model: Any, directory: str | os.PathLike[str], *, max_shard_size:
     its end or its error.
 
     Raises:
-        UserError: the model has adapters, for which a checkpoint has no names.
+        UserError: the model has adapters, for which a checkpoint has no names, or quantized weights.
         CheckpointError: the disk is full, or the directory cannot be written.
     """
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
@@ -105,7 +101,15 @@ def save_model(model: Any, directory: str | os.PathLike[str], *, max_shard_size:
             "the model has adapters, which a checkpoint cannot hold; merge them first (merge_lora), or write "
             "them alone (save_adapters)"
         )
-    write_in_one(ModelSource(model), lambda source: _write(model, source, Path(directory), max_shard_size))
+    if has_quantized_weights(model):
+        raise UserError(
+            "the model has quantized weights, which are not saved from here; phi3-jax quantize writes a "
+            "quantized checkpoint of the original"
+        )
+    write_in_one(
+        ModelSource(model),
+        lambda source: write_model(model, source, Path(directory), max_shard_size, model.dtype),
+    )
 
 
 def write_in_one(source: TensorSource, write: Callable[[TensorSource], None]) -> None:
@@ -128,10 +132,13 @@ def write_in_one(source: TensorSource, write: Callable[[TensorSource], None]) ->
         _follow(source)
 
 
-def _write(model: Any, source: TensorSource, directory: Path, max_shard_size: int | str) -> None:
+def write_model(
+    model: Any, source: TensorSource, directory: Path, max_shard_size: int | str, dtype: Any
+) -> None:
+    """Writes the tensors of `source`, which are floats of `dtype`, and the settings of `model`."""
     config = model.config
-    summary = {"architectures": [type(model).__name__], "dtype": str(model.dtype)}
-    extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"} | summary
+    summary = {"architectures": [type(model).__name__], "dtype": str(jnp.dtype(dtype))}
+    extra = {key: value for key, value in config.extra.items() if key not in _DROPPED} | summary
     with exchanging(directory, config=CONFIG_NAME, replaced=MODEL_FILES) as work:
         write_tensors(source, work, max_shard_size)
         if isinstance(model, GenerationMixin):

@@ -184,6 +184,15 @@ def _place_on(where: NamedSharding) -> Callable[[Array], Array]:
     return jax.jit(lambda x: x, out_shardings=where)
 
 
+def readable(parameter: Any) -> Any:
+    """Returns a parameter that this process can read: over several processes, a copy on every device."""
+    if not isinstance(parameter, jax.Array) or parameter.is_fully_addressable:
+        return parameter
+    assert isinstance(parameter.sharding, NamedSharding)
+    everywhere = NamedSharding(parameter.sharding.mesh, PartitionSpec())
+    return jax.jit(lambda x: x, out_shardings=everywhere)(parameter)
+
+
 def check_divides(mesh: Mesh | None, sizes: Mapping[str, int]) -> None:
     """Checks that `mesh` divides logical axes of these sizes evenly.
 

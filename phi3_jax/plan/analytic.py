@@ -5,13 +5,14 @@ of parameters, optimizer and cache are exact. Traffic is the least that the task
 estimate.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from phi3_jax.costs import shapes
 from phi3_jax.costs.flops import Flops, step_flops
 from phi3_jax.costs.work import Work
 from phi3_jax.plan.collectives import traffic
+from phi3_jax.quantization import Quantization
 from phi3_jax.sizes import ceil_div
 
 _ID_ARRAYS = {"finetune": 3, "prefill": 2, "decode": 1}
@@ -77,12 +78,28 @@ class _Share:
         return sum(p.shard_size(self.mesh) for p in shapes.parameters(self.work.config))
 
     @property
+    def weight_bytes(self) -> float:
+        """The bytes of the model's parameters on this chip, without adapters."""
+        return self._bytes(shapes.parameters(self.work.config), self.mesh)
+
+    @property
     def used_weights(self) -> int:
         """The parameters that products on this chip need: gathered over fsdp, divided over tensor."""
+        return sum(p.shard_size(self.gathered) for p in self._products())
+
+    @property
+    def used_weight_bytes(self) -> float:
+        return self._bytes(self._products(), self.gathered)
+
+    def _products(self) -> list[shapes.Parameter]:
         config = self.work.config
         head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-        products = [p for p in shapes.parameters(config) if p.input_axes or p.name == head]
-        return sum(p.shard_size(self.gathered) for p in products)
+        return [p for p in shapes.parameters(config) if p.input_axes or p.name == head]
+
+    def _bytes(self, parameters: Iterable[shapes.Parameter], mesh: Mapping[str, int]) -> float:
+        item, text = self.work.item_bytes, self.work.quantization
+        quantization = None if text is None else Quantization.parse(text)
+        return sum(p.shard_size(mesh) * p.element_bytes(item, quantization) for p in parameters)
 
     @property
     def gathered(self) -> dict[str, int]:
@@ -107,7 +124,7 @@ class _Share:
 def analyse(work: Work, mesh: Mapping[str, int]) -> Analytic:
     """Counts one step on each chip of `mesh`, {"data": 2, "tensor": 4}; axes not named have size 1."""
     chip = _Share(work, mesh)
-    config, item = work.config, work.item_bytes
+    config = work.config
     adapters = 0 if work.lora is None else shapes.lora_parameters(config, work.lora)
     base = sum(p.size for p in shapes.parameters(config))
     all_trained = 0 if work.task != "finetune" else base if work.lora is None else adapters
@@ -116,7 +133,7 @@ def analyse(work: Work, mesh: Mapping[str, int]) -> Analytic:
         parameters=base + adapters,
         trained_parameters=all_trained,
         flops=step_flops(work),
-        parameter_bytes=(chip.weights + chip.adapters - chip.trained) * item
+        parameter_bytes=round(0 if all_trained == base else chip.weight_bytes)
         + chip.trained * work.optimizer_item_bytes,
         optimizer_bytes=2 * chip.trained * work.optimizer_item_bytes,
         cache_bytes=0 if work.task == "finetune" else chip.cache_bytes(work.seq),
@@ -150,7 +167,7 @@ def _temporary_bytes(chip: _Share) -> int:
     work, config, item = chip.work, chip.work.config, chip.work.item_bytes
     vocab = config.vocab_size / chip.axis("tensor")
     layer = chip.tokens * _layer_width(chip) * item
-    gathered = 2 * chip.used_weights / config.num_hidden_layers * item if chip.axis("fsdp") > 1 else 0
+    gathered = 2 * chip.used_weight_bytes / config.num_hidden_layers if chip.axis("fsdp") > 1 else 0
     if work.task != "finetune":
         return round(layer + chip.rows * vocab * 4 + gathered)
     share = {"full": chip.tokens * config.hidden_size * item, "dots": layer / 2, "none": layer}[work.remat]
@@ -172,7 +189,7 @@ def _hbm_traffic(chip: _Share) -> float:
     if work.task == "finetune":
         passes = {"full": 3, "dots": 2, "none": 2}[work.remat]
     gathered = 2 if chip.axis("fsdp") > 1 else 1
-    weights = passes * gathered * chip.used_weights * item
+    weights = passes * gathered * chip.used_weight_bytes
     activations = passes * 2 * chip.tokens * _layer_width(chip) * config.num_hidden_layers * item
     moved = weights + activations + chip.tokens * config.hidden_size * item  # the embeddings' rows
     if work.task == "decode":
@@ -201,7 +218,7 @@ def _link_bytes(chip: _Share) -> float:
     sent = 2 * layers * passes * traffic("all-reduce", hidden, tensor)
     if not training:
         sent += traffic("all-gather", chip.rows * config.vocab_size / tensor * 4, tensor)
-    gathered = (chip.used_weights + chip.adapters_on(chip.gathered)) * item
+    gathered = chip.used_weight_bytes + chip.adapters_on(chip.gathered) * item
     sent += (2 if training else 1) * traffic("reduce-scatter", gathered, fsdp)  # a gather sends as much
     if training:
         full_gradients = (chip.used_weights if work.lora is None else chip.adapters_on(chip.gathered)) * item

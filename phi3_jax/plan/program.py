@@ -3,8 +3,7 @@
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,6 +11,8 @@ import jax
 from phi3_jax.costs.work import AbstractStep
 from phi3_jax.plan.absent import without_compilation_cache
 from phi3_jax.plan.collectives import Collective, collectives
+from phi3_jax.plan.cycles import estimated_cycles
+from phi3_jax.sizes import array_bytes
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
@@ -51,6 +52,8 @@ class Program:
     compiler_bytes: float | None
     """The bytes that instructions read and write in any memory, counted the same way."""
     compile_seconds: float
+    cycles: Mapping[str, int] = field(default_factory=dict)
+    """The cycles of one chip that the compiler estimates, by kind of operation; see `estimated_cycles`."""
 
     @property
     def link_bytes(self) -> float:
@@ -97,13 +100,14 @@ def read_program(compiled: Any, mesh: Mapping[str, int], compile_seconds: float)
         temporary_bytes=analysis.temp_size_in_bytes,
         code_bytes=analysis.generated_code_size_in_bytes,
     )
-    cost = compiled.cost_analysis() or {}
+    cost, text = compiled.cost_analysis() or {}, compiled.as_text()
     return Program(
         memory=memory,
-        collectives=tuple(collectives(compiled.as_text(), mesh)),
+        collectives=tuple(collectives(text, mesh)),
         compiler_flops=cost.get("flops"),
         compiler_bytes=cost.get("bytes accessed"),
         compile_seconds=compile_seconds,
+        cycles=estimated_cycles(text),
     )
 
 
@@ -122,5 +126,5 @@ def bytes_per_chip(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        total += prod(shape) * leaf.dtype.itemsize
+        total += array_bytes(shape, leaf.dtype)
     return total

@@ -1,6 +1,6 @@
 """Shows a plan as tables for people and as a dict for programs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +48,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             "seconds": program.compile_seconds,
             "flops": program.compiler_flops,
             "accessed_bytes": program.compiler_bytes,
+            "estimated_cycles": dict(program.cycles),
         },
         "collectives": None if program is None else [_collective(one) for one in program.collectives],
         "others": [_short(other) for other in plan.others],
@@ -64,6 +65,7 @@ def _work(plan: Plan) -> dict[str, Any]:
         "batch_rows": work.batch,
         "seq_tokens": work.seq,
         "dtype": work.dtype,
+        "quantization": work.quantization,
         "cache_dtype": work.cache_dtype or work.dtype,
         "optimizer_dtype": work.optimizer_dtype,
         "lora_rank": work.lora,
@@ -167,6 +169,8 @@ def render(plan: Plan, console: Console) -> None:
     console.print(_memory_table(plan))
     console.print(_bound_table(plan))
     if plan.program is not None:
+        if plan.program.cycles:
+            console.print(_cycle_table(plan.program.cycles))
         if plan.program.collectives:
             console.print(_collective_table(plan))
         else:
@@ -183,7 +187,8 @@ def _title(plan: Plan) -> str:
     if plan.problem is not None:
         verdict = plan.problem
     lora = f", LoRA rank {work.lora}" if work.lora else ""
-    what = f"{work.task} of {work.batch} x {work.seq:,} tokens{lora}"
+    weights = f", weights {work.quantization}" if work.quantization else ""
+    what = f"{work.task} of {work.batch} x {work.seq:,} tokens{lora}{weights}"
     return f"{what} on {plan.topology.name}, mesh {plan.mesh_text}: {verdict}"
 
 
@@ -224,6 +229,14 @@ def _bound_table(plan: Plan) -> Table:
     table.add_row("intensity, FLOP a byte", f"{bound.intensity:,.1f} of {bound.ridge:,.0f}", "", "")
     table.add_row("tokens a second, all chips", f"{bound.tokens_per_second:,.0f}", "", "")
     table.add_row("model FLOPs utilisation at the bound", f"{100 * bound.flops_share:.1f} %", "", "")
+    return table
+
+
+def _cycle_table(cycles: Mapping[str, int]) -> Table:
+    table = _table("The compiler's estimate of one chip's cycles", "kind", "thousands", "%")
+    total = sum(cycles.values())
+    for kind, count in cycles.items():
+        table.add_row(kind, f"{count / 1e3:,.0f}", f"{100 * count / total:.1f}")
     return table
 
 

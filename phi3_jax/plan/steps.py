@@ -13,6 +13,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.lora import add_lora
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.abstract import abstract_cache, abstract_model, with_shardings
+from phi3_jax.model.quantizing import quantize_model
 from phi3_jax.parallel.sharding import replicate, sharding
 from phi3_jax.trainer import Trainer
 
@@ -26,8 +27,13 @@ def abstract_step(work: Work, mesh: Mesh) -> AbstractStep:
     return {"finetune": _finetune, "prefill": _prefill, "decode": _decode}[work.task](work, mesh)
 
 
-def _finetune(work: Work, mesh: Mesh) -> AbstractStep:
+def _model(work: Work, mesh: Mesh) -> Phi3ForCausalLM:
     model = abstract_model(Phi3ForCausalLM, work.config, dtype=work.dtype, mesh=mesh)
+    return model if work.quantization is None else quantize_model(model, work.quantization)
+
+
+def _finetune(work: Work, mesh: Mesh) -> AbstractStep:
+    model = _model(work, mesh)
     wrt = nnx.Param
     if (rank := work.lora) is not None:
         model = with_shardings(nnx.eval_shape(lambda model: add_lora(model, rank), model), mesh)
@@ -52,7 +58,7 @@ def _prefill(work: Work, mesh: Mesh) -> AbstractStep:
         raise UserError(
             f"cache_dtype={work.cache_dtype} is for decode; prefill keeps keys and values in --dtype"
         )
-    model = abstract_model(Phi3ForCausalLM, work.config, dtype=work.dtype, mesh=mesh)
+    model = _model(work, mesh)
 
     def prefill(
         model: Phi3ForCausalLM, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"]
@@ -69,7 +75,7 @@ def _prefill(work: Work, mesh: Mesh) -> AbstractStep:
 
 
 def _decode(work: Work, mesh: Mesh) -> AbstractStep:
-    model = abstract_model(Phi3ForCausalLM, work.config, dtype=work.dtype, mesh=mesh)
+    model = _model(work, mesh)
     cache = abstract_cache(model, work.batch, work.seq, work.cache_dtype)
 
     def decode(

@@ -1,7 +1,6 @@
-"""Weights as small integers times scales."""
+"""Weights as small integers times scales; what needs JAX is in `weight` and `product`."""
 
-from phi3_jax.quantization.scheme import Quantization
-from phi3_jax.quantization.stored import StoredWeight, WeightForm, round_weight
-from phi3_jax.quantization.weight import QuantizedWeight
+from phi3_jax.quantization.scheme import FLOATS, Quantization, WeightForm
+from phi3_jax.quantization.stored import StoredWeight, round_weight
 
-__all__ = ["Quantization", "QuantizedWeight", "StoredWeight", "WeightForm", "round_weight"]
+__all__ = ["FLOATS", "Quantization", "StoredWeight", "WeightForm", "round_weight"]

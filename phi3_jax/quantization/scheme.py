@@ -120,7 +120,7 @@ _READERS: dict[str, Any] = {
 }
 _EXAMPLES = {
     "group_size": "group_size=128 or none",
-    "symmetric": "true or false",
+    "symmetric": "symmetric=true or false",
     "skip": "skip=lm_head or none",
 }
 

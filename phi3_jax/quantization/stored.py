@@ -100,10 +100,34 @@ def _round(
     grouped: Float[np.ndarray, "rows groups size"], quantization: Quantization, name: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns the values in float32, the scales and the zeros of some rows, which are overwritten."""
+    scale, zero = choose_scales(grouped, quantization, name)
+    grouped /= scale[:, :, None]
+    if zero is not None:
+        grouped += zero[:, :, None]
+    np.rint(grouped, out=grouped)
+    np.clip(grouped, *limits(quantization), out=grouped)
+    return grouped, scale, zero
+
+
+def limits(quantization: Quantization) -> tuple[int, int]:
+    """Returns the least and the greatest value."""
+    if quantization.bits == 4:
+        return -8, 7
+    return (-127 if quantization.symmetric else -128), 127
+
+
+def choose_scales(
+    grouped: Float[np.ndarray, "rows groups size"], quantization: Quantization, name: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the scales and the zeros [rows, groups] with which every element is within the limits.
+
+    Raises:
+        UserError: numbers are not finite.
+    """
     largest, smallest = grouped.max(axis=2), grouped.min(axis=2)
     if not np.isfinite(largest).all() or not np.isfinite(smallest).all():
         raise UserError(f"{name} has numbers that are not finite, which cannot be quantized")
-    low, high = (-8, 7) if quantization.bits == 4 else (-127 if quantization.symmetric else -128, 127)
+    low, high = limits(quantization)
     if not quantization.symmetric:
         largest, smallest = np.maximum(largest, 0), np.minimum(smallest, 0)  # zero is one of the values
         scale = _bfloat16((largest - smallest) / (high - low))
@@ -112,15 +136,9 @@ def _round(
     else:
         scale = _bfloat16(np.maximum(largest, -smallest) / high)
     scale = np.where(scale == 0, np.float32(1), scale)  # no reader of checkpoints divides by zero
-    zero = None
-    if not quantization.symmetric:
-        zero = np.clip(np.rint(low - smallest / scale), low, high).astype(np.float32)
-    grouped /= scale[:, :, None]
-    if zero is not None:
-        grouped += zero[:, :, None]
-    np.rint(grouped, out=grouped)
-    np.clip(grouped, low, high, out=grouped)
-    return grouped, scale, zero
+    if quantization.symmetric:
+        return scale, None
+    return scale, np.clip(np.rint(low - smallest / scale), low, high).astype(np.float32)
 
 
 def _bfloat16(x: np.ndarray) -> np.ndarray:

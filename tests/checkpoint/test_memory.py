@@ -33,18 +33,19 @@ def status(key):
 
 jax.block_until_ready(jax.numpy.zeros(8) + 1)
 before, size = status("VmHWM:"), 0
-if len(sys.argv) > 2:
-    convert_checkpoint(sys.argv[1], sys.argv[2])
+model, quantization, *out = sys.argv[1:]
+if out:
+    convert_checkpoint(model, *out)
 else:
-    model = Phi3ForCausalLM.from_pretrained(sys.argv[1])
+    model = Phi3ForCausalLM.from_pretrained(model, quantization=quantization)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 print(json.dumps([status("VmHWM:") - before, size]))
 """
 
 
-def measure(*arguments: Path) -> tuple[int, int]:
+def measure(model: Path, quantization: str = "none", *out: Path) -> tuple[int, int]:
     """Returns the peak in bytes, without the imports, and the bytes of the parameters."""
-    command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
+    command = [sys.executable, "-c", MEASURE, str(model), quantization, *map(str, out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, size = json.loads(done.stdout)
     return peak, size
@@ -86,7 +87,14 @@ def test_loading_takes_little_more_than_the_parameters(folder: Path) -> None:
     assert size <= peak <= 1.3 * size, f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of parameters"
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_loading_rounded_weights_takes_little_more_than_these(folder: Path, quantization: str) -> None:
+    peak, size = measure(folder, quantization)
+    assert 100e6 < size < 300e6
+    assert size <= peak <= 1.3 * size, f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of parameters"
+
+
 def test_converting_holds_one_tensor(folder: Path, tmp_path: Path) -> None:
-    peak, _ = measure(folder, tmp_path / "out")
+    peak, _ = measure(folder, "none", tmp_path / "out")
     largest = 45_000 * 1024 * 2
     assert peak <= 1.5 * largest, f"{peak / 1e6:.0f} MB for tensors of at most {largest / 1e6:.0f} MB"
