@@ -20,8 +20,7 @@ from phi3_jax.calibration.layers import PROJECTIONS, LayerRunner, projection
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.checkpoint.layout import layout_of
-from phi3_jax.checkpoint.opening import open_checkpoint
-from phi3_jax.checkpoint.quantize import RoundedSource, quantize_checkpoint
+from phi3_jax.checkpoint.quantize import RoundedSource, open_floats, write_rounded
 from phi3_jax.checkpoint.source import CheckpointSource
 from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3ForCausalLM
@@ -84,9 +83,8 @@ def calibrate_checkpoint(
             DESTINATION.calibration is of other work.
     """
     options, quantization = options or CalibrationOptions(), Quantization.parse(quantization)
-    checkpoint = open_checkpoint(Path(source_path))
+    checkpoint, destination = open_floats(source_path, destination_dir)
     windows = cut(tokens, options, checkpoint)
-    destination = Path(destination_dir)
     folder = destination.with_name(destination.name + SUFFIX)
     source = CalibratedSource(checkpoint.source, quantization, folder)
     about = {
@@ -105,9 +103,7 @@ def calibrate_checkpoint(
         else:
             run.write()
         _round_layers(checkpoint, windows, quantization, options, folder, report)
-        quantize_checkpoint(
-            checkpoint, destination, quantization, max_shard_size=max_shard_size, rounded=source
-        )
+        write_rounded(checkpoint, source, destination, max_shard_size, lambda done, total: None)
     finally:
         run.release()
     shutil.rmtree(folder)

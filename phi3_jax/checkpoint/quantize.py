@@ -9,7 +9,7 @@ import numpy as np
 from phi3_jax.checkpoint.companions import CHECKPOINT_FILES
 from phi3_jax.checkpoint.compressed_tensors import BFLOAT16, CompressedSource, compressed_config
 from phi3_jax.checkpoint.convert import check_destination
-from phi3_jax.checkpoint.opening import open_checkpoint
+from phi3_jax.checkpoint.opening import Checkpoint, open_checkpoint
 from phi3_jax.checkpoint.safetensors import write_tensors
 from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource, TensorSource
 from phi3_jax.config.model_config import CONFIG_NAME
@@ -86,18 +86,42 @@ def quantize_checkpoint(
         UserError: the quantization or the size cannot be read, groups do not divide a weight's inputs, or
             numbers are not finite.
     """
-    source_path = Path(source_path)
     quantization = Quantization.parse(quantization)
-    source, config = open_checkpoint(source_path)
-    destination = check_destination(source_path, destination_dir)
-    if any(source.form(name) is not None for name in source.names()):
+    checkpoint, destination = open_floats(source_path, destination_dir)
+    rounded = RoundedSource(checkpoint.source, quantization)
+    write_rounded(checkpoint, rounded, destination, max_shard_size, report)
+
+
+def open_floats(
+    source_path: str | os.PathLike[str], destination_dir: str | os.PathLike[str]
+) -> tuple[Checkpoint, Path]:
+    """Opens a checkpoint that will be rounded, and returns the directory for the result as a path.
+
+    Raises:
+        CheckpointError: the source is not a checkpoint or is quantized already, or the destination has no
+            name or is the source.
+    """
+    checkpoint = open_checkpoint(Path(source_path))
+    destination = check_destination(Path(source_path), destination_dir)
+    if any(checkpoint.source.form(name) is not None for name in checkpoint.source.names()):
         raise CheckpointError(
             f"{source_path} is quantized already; quantize the original, or make floats of it first "
             "(phi3-jax convert)"
         )
-    rounded = RoundedSource(source, quantization)
+    return checkpoint, destination
+
+
+def write_rounded(
+    checkpoint: Checkpoint,
+    rounded: RoundedSource,
+    destination: Path,
+    max_shard_size: int | str,
+    report: Callable[[int, int], None],
+) -> None:
+    """Writes the tensors of `rounded` and all else of the checkpoint; see `quantize_checkpoint`."""
+    source = checkpoint.source
     tensors = CompressedSource(rounded, scale_dtype=lambda _: BFLOAT16)
-    config = as_longrope(config)  # the scaling that transformers reads of a Phi-3
+    config = as_longrope(checkpoint.config)  # the scaling that transformers reads of a Phi-3
     embedding = next((name for name in source.names() if name.endswith("embed_tokens.weight")), None)
     stored = source.dtype(embedding or next(iter(source.names())))
     extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"}

@@ -106,7 +106,7 @@ def test_unfinished_work_is_not_resumed_with_another_text(folder, tokens, tmp_pa
 
     with pytest.raises(KeyboardInterrupt):
         calibrate_checkpoint(folder, tmp_path / "out", tokens, INT4, OPTIONS, report=kill)
-    with pytest.raises(UserError, match=r"started with other options .* tokens: .*remove .*out.calibration"):
+    with pytest.raises(UserError, match=r"started with other options .* tokens: .*Remove .*out.calibration"):
         calibrate_checkpoint(folder, tmp_path / "out", tokens[::-1], INT4, OPTIONS)
 
 
