@@ -253,11 +253,15 @@ def _auto_fp8(fields: Mapping[str, Any], where: str) -> QuantizationSettings:
 
 # AWQ and GPTQ, and AutoRound, which writes files of both.
 
+_FORMAT_KEYS = ("checkpoint_format", "format")
+_LESS_ONE = {"gptq": True, "gptq_v2": False, "gptq_p": False}
+"""For each format of GPTQ whether zero points are less one. gptq_p is gptq_v2 in 4 and 8 bits."""
+
 
 def _awq(fields: Mapping[str, Any], where: str) -> QuantizationSettings:
-    version = _field(fields, "version", _TEXT, where, "gemm")
-    if version.lower() != "gemm":
-        raise _refusal(where, "version", version, ["gemm"])
+    for key in ("version", *_FORMAT_KEYS):  # GPTQModel writes the others
+        if (version := _field(fields, key, _TEXT, where, "gemm")).lower() != "gemm":
+            raise _refusal(where, key, version, ["gemm"])
     bits = _bits(fields, "bits", where, (4,), _REQUIRED)
     scheme = WeightScheme("awq", bits, _group_size(fields, where), symmetric=False)
     listed = _field(fields, "modules_to_not_convert", _TEXTS_OR_NULL, where, None) or ()
@@ -267,12 +271,11 @@ def _awq(fields: Mapping[str, Any], where: str) -> QuantizationSettings:
 
 
 def _gptq(fields: Mapping[str, Any], where: str) -> QuantizationSettings:
-    form = _field(fields, "checkpoint_format", _TEXT, where, "gptq")
-    if fields.get("is_marlin_format"):
-        form = "marlin"
-    if form not in ("gptq", "gptq_v2"):
-        raise _refusal(where, "checkpoint_format", form, ["gptq", "gptq_v2"])
-    less_one = form == "gptq"
+    key = next((key for key in _FORMAT_KEYS if key in fields), _FORMAT_KEYS[0])
+    form = "marlin" if fields.get("is_marlin_format") else _field(fields, key, _TEXT, where, "gptq")
+    if form not in _LESS_ONE:
+        raise _refusal(where, key, form, _LESS_ONE)
+    less_one = _LESS_ONE[form]
     rules: Rules = []
     for text, changes in (_field(fields, "dynamic", _OBJECT_OR_NULL, where, None) or {}).items():
         place = f"{where}: dynamic: {text}"

@@ -31,6 +31,8 @@ def group(**fields: Any) -> dict[str, Any]:
         (AWQ | {"version": "GEMM"}, "down_proj", WeightScheme("awq", 4, 16, False)),
         (GPTQ, "down_proj", WeightScheme("gptq", 4, 16, False, zeros_less_one=True)),
         (GPTQ | {"checkpoint_format": "gptq_v2"}, "down_proj", WeightScheme("gptq", 4, 16, False)),
+        (GPTQ | {"format": "gptq_v2"}, "down_proj", WeightScheme("gptq", 4, 16, False)),
+        (GPTQ | {"checkpoint_format": "gptq_p"}, "down_proj", WeightScheme("gptq", 4, 16, False)),
         (GPTQ | {"dynamic": {"-:.*down": {}}}, "x.down_proj", None),
         (
             GPTQ | {"dynamic": {".*down": {"bits": 8}}},
@@ -95,6 +97,7 @@ def test_reads_settings(settings: dict[str, Any], module: str, expected: WeightS
             AWQ | {"version": "gemv"},
             "version='gemv', which is not read .gemm are.; take a checkpoint in one of",
         ),
+        (AWQ | {"format": "gemv_fast"}, "format='gemv_fast', which is not read"),
         (AWQ | {"bits": 8}, "bits=8, which is not read .4 are"),
         (AWQ | {"bits": "4"}, "bits='4', which must be an integer"),
         (AWQ | {"bits": True}, "bits=True, which must be an integer"),

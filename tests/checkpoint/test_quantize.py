@@ -275,3 +275,58 @@ def test_rejects_sources_and_destinations(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{broken}: .*down_proj\.weight has numbers that are not finite"):
         quantize_checkpoint(broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# The library whose format is written.
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(("bits", "groups"), [(4, 3), (8, 1)])
+@pytest.mark.parametrize("has_zero", [False, True])
+def test_matches_the_compressor_of_the_library(bits: int, groups: int, has_zero: bool) -> None:
+    import torch
+
+    packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    stored = random_stored(np.random.default_rng(bits), bits=bits, groups=groups, has_zero=has_zero)
+    weights = quantization.QuantizationArgs(
+        num_bits=bits,
+        symmetric=not has_zero,
+        strategy="group" if groups > 1 else "channel",
+        group_size=stored.values.shape[1] // groups if groups > 1 else None,
+    )
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    tensors = {"weight": torch.tensor(stored.dequantize()), "weight_scale": torch.tensor(stored.scale)}
+    if stored.zero is not None:
+        tensors["weight_zero_point"] = torch.tensor(stored.zero).to(torch.int8)
+    theirs = packing.PackedQuantizationCompressor.compress(tensors, scheme)
+    ours = compress(stored)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor.numpy(), err_msg=name)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("text", ["int8", "int4:group_size=16"])
+def test_transformers_reads_what_is_written(folder: Path, tmp_path: Path, text: str) -> None:
+    """Its logits are those of the same model with the dequantized weights."""
+    pytest.importorskip("compressed_tensors")
+    import torch
+    import transformers
+
+    quantize_checkpoint(folder, tmp_path / "out", text)
+    source, config = open_checkpoint(tmp_path / "out")
+    floats = {}
+    for name in source.names():
+        floats[name] = source.read_quantized(name).dequantize() if source.form(name) else source.read(name)
+    config.save_pretrained(tmp_path / "floats")
+    save_file(floats, tmp_path / "floats" / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.tensor(np.random.default_rng(1).integers(4, 96, (2, 9)))
+    logits = []
+    for path in (tmp_path / "out", tmp_path / "floats", folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits.append(model(ids).logits.numpy())
+    theirs, expected, original = logits
+    np.testing.assert_allclose(theirs, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(original - expected).max() > 1e-2
