@@ -249,14 +249,14 @@ class CompressedSource:
         return self._headers[name][1]
 
     def read(self, name: str) -> np.ndarray:
-        """Reads a tensor; those of the latest weight are kept until they are read."""
+        """Reads a tensor; those of the latest weight are kept."""
         if name not in self._parts:
             return self._source.read(name)
         weight, kind = self._parts[name]
-        if self._latest[0] != weight or kind not in self._latest[1]:
+        if self._latest[0] != weight:
             self._latest = "", {}  # freed before the next one is read
             self._latest = weight, compress(self._source.read_quantized(weight))
-        return self._latest[1].pop(kind).astype(self.dtype(name), copy=False)
+        return self._latest[1][kind].astype(self.dtype(name), copy=False)
 
 
 class _Scheme(NamedTuple):

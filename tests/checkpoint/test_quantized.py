@@ -12,7 +12,7 @@ import pytest
 from quantized_files import AWQ, FLOAT8, FORMS, compressed, read_tensors, write_quantized
 from safetensors.numpy import load_file, save_file
 
-from phi3_jax import CheckpointError, Phi3ForCausalLM, convert_checkpoint
+from phi3_jax import CheckpointError, Phi3Config, Phi3ForCausalLM, convert_checkpoint
 from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.checkpoint.awq import awq_weight
 from phi3_jax.checkpoint.gptq import gptq_weight
@@ -114,7 +114,8 @@ def test_reads_the_numbers_of_every_form(folders: Any, monkeypatch: pytest.Monke
 def test_converts_to_floats(folders: Any, tmp_path: Path, name: str) -> None:
     folder, floats = folders(name)
     (folder / "quantize_config.json").write_text("{}")
-    convert_checkpoint(folder, tmp_path / "out", dtype="float32")
+    config = Phi3Config.from_pretrained(folder)  # has the settings
+    convert_checkpoint(folder, tmp_path / "out", dtype="float32", config=config)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == floats.keys()
     for tensor, expected in floats.items():
