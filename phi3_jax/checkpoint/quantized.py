@@ -141,7 +141,7 @@ class QuantizedSource:
                 is_quantized = self._source.dtype(stored).itemsize == 1
             else:
                 is_quantized = kind in ("weight_packed", "qweight")
-            if is_quantized:
+            if is_quantized and module:
                 name = f"{module}.weight"
                 if name in self._weights or (kind != "weight" and name in self._source):
                     raise self._error(stored, f"is there, and {name} as well; expected one of them")
