@@ -441,6 +441,7 @@ def as_is(_: Any) -> None:
             as_is,
             "belongs to no quantized weight",
         ),
+        ("awq", put("qweight", lambda t: np.ones((8, 1), np.int32)), as_is, "belongs to no quantized weight"),
         ("awq", put("x.weight", lambda t: np.ones((3, 3), np.uint8)), as_is, "x.weight is not of this form"),
         (
             "awq",
