@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from quantized_files import AWQ, FLOAT8, FORMS, compressed, read_tensors, write_quantized
+from reference import run
 from safetensors.numpy import load_file, save_file
 
 from phi3_jax import CheckpointError, Phi3Config, Phi3ForCausalLM, convert_checkpoint
@@ -17,11 +18,9 @@ from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.checkpoint.awq import awq_weight
 from phi3_jax.checkpoint.gptq import gptq_weight
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
-from phi3_jax.model.saving import ModelSource
 
 QKV = "model.layers.1.self_attn.qkv_proj"
 DOWN = "model.layers.0.mlp.down_proj"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 # The layouts, by formula.
@@ -135,11 +134,20 @@ def test_another_config_keeps_the_quantized_weights(folders: Any, tmp_path: Path
     assert source.form(f"{QKV}.weight") == open_checkpoint(folder).source.form(f"{QKV}.weight")
 
 
-def test_a_model_loads_the_weights(folders: Any) -> None:
-    folder, floats = folders("pack-quantized with zero points")
+@pytest.mark.parametrize("name", ["awq", "gptq, sorted by importance", "fp8"])
+def test_a_model_computes_with_the_weights(folders: Any, tmp_path: Path, name: str) -> None:
+    """Its logits are those of the model with the same floats."""
+    folder, floats = folders(name)
     model = Phi3ForCausalLM.from_pretrained(folder, dtype="float32")
+    assert model.model.layers[0].mlp.down_proj.weight.get_value().values.dtype != np.float32
     assert "quantization_config" not in model.config.extra
-    np.testing.assert_array_equal(ModelSource(model).read(EMBEDDING), floats[EMBEDDING].astype(np.float32))
+    model.config.save_pretrained(tmp_path)
+    save_file(
+        {tensor: each.astype(np.float32) for tensor, each in floats.items()}, tmp_path / "model.safetensors"
+    )
+    ids = np.random.default_rng(1).integers(4, 96, (2, 9))
+    expected = run(Phi3ForCausalLM.from_pretrained(tmp_path), input_ids=ids).logits
+    np.testing.assert_allclose(run(model, input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 Tensors = dict[str, np.ndarray]
