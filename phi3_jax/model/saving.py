@@ -12,6 +12,7 @@ from flax import nnx
 
 from phi3_jax.checkpoint.companions import MODEL_FILES
 from phi3_jax.checkpoint.layout import TensorLayout, layout_of
+from phi3_jax.checkpoint.quantization_config import KEYS
 from phi3_jax.checkpoint.safetensors import write_tensors
 from phi3_jax.checkpoint.source import TensorSource
 from phi3_jax.config.model_config import CONFIG_NAME
@@ -22,7 +23,7 @@ from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import readable
 from phi3_jax.runs.exchange import exchanging
 
-_DROPPED = ("torch_dtype", "quantization_config")
+_DROPPED = ("torch_dtype", *KEYS)
 """Fields of the checkpoint that a model was loaded from, which do not hold for the one that is written."""
 
 

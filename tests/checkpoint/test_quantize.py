@@ -202,6 +202,16 @@ def test_rounds_a_checkpoint(folder: Path, tmp_path: Path, text: str) -> None:
     Phi3ForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_rounds_a_gguf_file(llama_file: Path, tmp_path: Path) -> None:
+    """Its projections are fused first."""
+    quantize_checkpoint(llama_file, tmp_path / "out", "int4:group_size=8")
+    source, original = open_checkpoint(tmp_path / "out").source, open_checkpoint(llama_file).source
+    assert sorted(source.names()) == sorted(original.names())
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    expected = round_weight(original.read(name), Quantization(bits=4, group_size=8), name)
+    assert_same(source.read_quantized(name), expected)
+
+
 def test_leaves_heads_and_writes_rows_of_zeros(tmp_path: Path) -> None:
     """A scale is never zero, by which readers may divide."""
     write_random_model("sequence", small_config(), tmp_path / "model")

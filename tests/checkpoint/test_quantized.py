@@ -180,6 +180,11 @@ def test_older_key_and_notes(folders: Any, tmp_path: Path, caplog: pytest.LogCap
         source, config = open_checkpoint(changed(folder, tmp_path / "copy", config=rename))
     assert "weights are read, activations stay floats (compressed-tensors, int-quantized)" in caplog.text
     assert "compression_config" not in config.extra
+    own = Phi3Config.from_pretrained(source.path)
+    Phi3ForCausalLM.from_pretrained(source.path, quantization="none", config=own).save_pretrained(
+        tmp_path / "out"
+    )
+    assert open_checkpoint(tmp_path / "out").source.form(f"{QKV}.weight") is None
     np.testing.assert_array_equal(
         source.read_quantized(f"{QKV}.weight").dequantize(), floats[f"{QKV}.weight"]
     )
