@@ -128,7 +128,7 @@ class SafetensorsSource(FloatSource):
             for run in rows:
                 file.seek(stored.offset + run.start * size)
                 count = run.stop - run.start
-                step = count if whole else max(1, BLOCK // size)
+                step = max(1, count if whole else BLOCK // size)
                 for start in range(0, count, step):
                     part = kept[at : at + min(step, count - start)]
                     block = part if whole else np.empty((len(part), width), stored.dtype)

@@ -133,7 +133,7 @@ class WeightTensors:
         if kind not in self:
             return None
         g_idx = self.read(kind)
-        if (g_idx == -1).all():  # compressed-tensors has not set it
+        if kind == "weight_g_idx" and (g_idx == -1).all():  # compressed-tensors has not set it
             return None
         try:
             return input_order(g_idx, groups)

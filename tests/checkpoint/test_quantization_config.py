@@ -1,9 +1,11 @@
 """Tests which `quantization_config` is read, and what is refused by name."""
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from quantized_files import AWQ, GPTQ, GROUPS, compressed
+from quantized_files import AWQ, FORMS, GPTQ, GROUPS, compressed
 
 from phi3_jax import CheckpointError
 from phi3_jax.checkpoint.quantization_config import WeightScheme, read_settings
@@ -155,3 +157,29 @@ def test_rejects_settings(settings: Any, says: str) -> None:
     with pytest.raises(CheckpointError, match=says) as caught:
         read_settings(settings, "config.json")
     assert "\n" not in str(caught.value)
+
+
+def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yields the paths of all fields of nested objects."""
+    yield path
+    if isinstance(value, dict):
+        for key in value:
+            yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_any_value_is_read_or_refused(name: str) -> None:
+    settings = FORMS[name].settings
+    refused = 0
+    for path in places(settings):
+        for odd in (None, [], {}, "x", -1, 1.5, True, 10**30, [1], {"a": 1}):
+            changed = {"": copy.deepcopy(settings)}
+            inner: Any = changed
+            for key in ("", *path)[:-1]:
+                inner = inner[key]
+            inner[("", *path)[-1]] = odd
+            try:
+                read_settings(changed[""], "config.json").scheme("model.layers.0.mlp.down_proj")
+            except CheckpointError:
+                refused += 1
+    assert refused > 30

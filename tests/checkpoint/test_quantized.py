@@ -505,6 +505,7 @@ def spoiled(kind: str, value: float, module: str = QKV) -> Callable[[Tensors], o
         ),
         ("gptq", spoiled("g_idx", 3), rf"{QKV}\.g_idx places input 5 in group 3; expected 0 to 2"),
         ("gptq", spoiled("g_idx", -1), "places input 5 in group -1"),
+        ("gptq", lambda t: t[f"{QKV}.g_idx"].fill(-1), "places input 0 in group -1"),
         (
             "gptq, sorted by importance",
             lambda t: t[f"{QKV}.g_idx"].__setitem__(slice(0, 17), 1),
@@ -534,3 +535,32 @@ def test_rejects_broken_numbers(folders: Any, tmp_path: Path, name: str, tensors
             read(f"{QKV}.weight")
         assert str(caught.value).startswith(str(tmp_path / "copy" / "model.safetensors"))
     source.read_quantized(f"{DOWN}.weight")
+
+
+@pytest.mark.parametrize(
+    "name", ["gptq, symmetric, with biases of zero", "pack-quantized with zero points", "fp8"]
+)
+def test_any_header_is_read_or_refused(folders: Any, tmp_path: Path, name: str) -> None:
+    """Each tensor of a weight is missing, empty, or of another shape or dtype."""
+    folder, _ = folders(name)
+    tensors = read_tensors(folder)
+    refused = 0
+    for tensor, array in tensors.items():
+        if not tensor.startswith(QKV):
+            continue
+        flat = array.reshape(-1)
+        for number, other in enumerate([None, flat, flat[:0], array[None], array.astype(np.float32)]):
+            copy = tmp_path / f"{tensor} {number}"
+            copy.mkdir()
+            others = {each: tensors[each] for each in tensors if each != tensor}
+            if other is not None:
+                others[tensor] = other
+            save_file(others, copy / "model.safetensors")
+            (copy / "config.json").write_bytes((folder / "config.json").read_bytes())
+            try:
+                source = open_checkpoint(copy).source
+                for each in source.names():
+                    source.read(each)
+            except CheckpointError:
+                refused += 1
+    assert refused > 5
