@@ -25,13 +25,19 @@ typedef float Element;
 
 constexpr int kLanes = BYTES / 4;
 constexpr int kElements = BYTES / sizeof(Element);  // of one operand
-constexpr int64_t kMostRows = 4;                    // that are computed together
 
 template <Form form>
 constexpr int kBlock = kLanes * weights_per_word(form);  // inputs
 
 template <Form form>
 constexpr int kVectors = kBlock<form> / kElements;  // operands of a block
+
+// Returns how many of the rows left are computed together. Unpacking int8 to bfloat16 takes as long as multiplying
+// four rows.
+template <Form form>
+constexpr int64_t rows_together(int64_t rest) {
+  return PAIRS && form == Form::kInt8 && rest >= 8 ? 8 : rest < 4 ? rest : 4;
+}
 
 // The input, counted from the first one of its block, at an element of an operand.
 template <Form form>
@@ -117,8 +123,8 @@ INLINE Floats spread(const uint8_t* from, int64_t count, const int32_t* lanes) {
 }
 
 // Stores the sums over the lanes of the first `count` of four vectors.
-INLINE void store_totals(const Floats (&sums)[kOutputs], uint8_t* y, int64_t count) {
-  alignas(16) float totals[kOutputs];
+INLINE void store_totals(const Floats (&sums)[4], uint8_t* y, int64_t count) {
+  alignas(16) float totals[4];
 #if BYTES == 64
   const __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -136,9 +142,9 @@ INLINE void store_totals(const Floats (&sums)[kOutputs], uint8_t* y, int64_t cou
 #if BYTES >= 32
   _mm_store_ps(totals, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 #else
-  for (int o = 0; o < kOutputs; o++) totals[o] = (sums[o][0] + sums[o][1]) + (sums[o][2] + sums[o][3]);
+  for (int o = 0; o < 4; o++) totals[o] = (sums[o][0] + sums[o][1]) + (sums[o][2] + sums[o][3]);
 #endif
-  if (count == kOutputs) {
+  if (count == 4) {
     __builtin_memcpy(y, totals, sizeof totals);
   } else {
     __builtin_memcpy(y, totals, 4 * count);
@@ -184,51 +190,51 @@ INLINE Floats of_lanes(const Operands& p, const Layout& layout, const uint8_t* f
   return values;
 }
 
-template <Form form, int rows>
-INLINE void add_block(Floats (&dot)[rows][kOutputs], const Words (&packed)[kOutputs], const Element* x) {
+template <Form form, int rows, int outputs>
+INLINE void add_block(Floats (&dot)[rows][outputs], const Words (&packed)[outputs], const Element* x) {
   UNROLL for (int k = 0; k < kVectors<form>; k++) {
-    Words weight[kOutputs];
-    UNROLL for (int o = 0; o < kOutputs; o++) weight[o] = unpack<form>(packed[o], k);
+    Words weight[outputs];
+    UNROLL for (int o = 0; o < outputs; o++) weight[o] = unpack<form>(packed[o], k);
     UNROLL for (int r = 0; r < rows; r++) {
       const Words row = load(x + (k * rows + r) * kElements);
-      UNROLL for (int o = 0; o < kOutputs; o++) dot[r][o] = multiply_add(row, weight[o], dot[r][o]);
+      UNROLL for (int o = 0; o < outputs; o++) dot[r][o] = multiply_add(row, weight[o], dot[r][o]);
     }
   }
 }
 
-// Computes `count` outputs of some rows. `x` is their part of the copy and `x_sums` its sums, `ahead` the distance in
-// bytes of the weights to fetch meanwhile.
-template <Form form, int rows>
+// Computes `count` outputs, at most `outputs`, of some rows. `x` is their part of the copy and `x_sums` its sums,
+// `ahead` the distance in bytes of the weights to fetch meanwhile.
+template <Form form, int rows, int outputs>
 TARGET static void multiply_tile(const Operands& p, const Layout& layout, const Element* x, const float* x_sums,
                                  int64_t row, int64_t output, int64_t count, int64_t ahead) {
-  const uint8_t* weight[kOutputs];
-  int64_t index[kOutputs];
-  UNROLL for (int o = 0; o < kOutputs; o++) {
+  const uint8_t* weight[outputs];
+  int64_t index[outputs];
+  UNROLL for (int o = 0; o < outputs; o++) {
     index[o] = output + (o < count ? o : count - 1);  // outputs beyond the last one are not stored
     weight[o] = p.weight + index[o] * layout.row_bytes;
   }
-  Floats sum[rows][kOutputs] = {};
+  Floats sum[rows][4] = {};
   for (int64_t segment = 0, block = 0; segment < layout.segments; segment++) {
-    Floats dot[rows][kOutputs] = {};
+    Floats dot[rows][outputs] = {};
     const int64_t end = block + layout.segment < layout.blocks ? block + layout.segment : layout.blocks;
     const int64_t full = end < layout.full ? end : layout.full;
     for (; block < full; block++) {
-      Words packed[kOutputs];
-      UNROLL for (int o = 0; o < kOutputs; o++) {
+      Words packed[outputs];
+      UNROLL for (int o = 0; o < outputs; o++) {
         __builtin_prefetch(weight[o] + block * BYTES + ahead, 0, 2);
         packed[o] = load(weight[o] + block * BYTES);
       }
-      add_block<form, rows>(dot, packed, x + block * kVectors<form> * rows * kElements);
+      add_block<form, rows, outputs>(dot, packed, x + block * kVectors<form> * rows * kElements);
     }
     if (block < end) {  // the row's last block is not full
-      Words packed[kOutputs] = {};
-      UNROLL for (int o = 0; o < kOutputs; o++) {
+      Words packed[outputs] = {};
+      UNROLL for (int o = 0; o < outputs; o++) {
         __builtin_memcpy(&packed[o], weight[o] + block * BYTES, layout.row_bytes - block * BYTES);
       }
-      add_block<form, rows>(dot, packed, x + block * kVectors<form> * rows * kElements);
+      add_block<form, rows, outputs>(dot, packed, x + block * kVectors<form> * rows * kElements);
       block++;
     }
-    UNROLL for (int o = 0; o < kOutputs; o++) {
+    UNROLL for (int o = 0; o < outputs; o++) {
       if (form == Form::kBfloat16) {
         UNROLL for (int r = 0; r < rows; r++) sum[r][o] = dot[r][o];
         continue;
@@ -256,14 +262,19 @@ TARGET static void multiply_form(const Operands& p, const void* x_copy, int64_t 
     const int64_t count = last - output < kOutputs ? last - output : kOutputs;
     // The next outputs' weights are fetched while these ones are multiplied, by the first rows.
     int64_t ahead = output + kOutputs < last ? kOutputs * layout.row_bytes : 0;
-    for (int64_t row = 0; row < p.rows; row += kMostRows, ahead = 0) {
+    for (int64_t row = 0, rows; row < p.rows; row += rows, ahead = 0) {
       const Element* x = (const Element*)x_copy + row * layout.blocks * kBlock<form>;
       const float* x_sums = (const float*)((const char*)x_copy + layout.x_bytes) + row * layout.segments * kLanes;
-      const int64_t rest = p.rows - row;
-      if (rest >= 4) multiply_tile<form, 4>(p, layout, x, x_sums, row, output, count, ahead);
-      if (rest == 3) multiply_tile<form, 3>(p, layout, x, x_sums, row, output, count, ahead);
-      if (rest == 2) multiply_tile<form, 2>(p, layout, x, x_sums, row, output, count, ahead);
-      if (rest == 1) multiply_tile<form, 1>(p, layout, x, x_sums, row, output, count, ahead);
+      rows = rows_together<form>(p.rows - row);
+      if constexpr (rows_together<form>(8) == 8) {
+        for (int64_t o = 0; rows == 8 && o < count; o += 2) {
+          multiply_tile<form, 8, 2>(p, layout, x, x_sums, row, output + o, count - o < 2 ? 1 : 2, ahead);
+        }
+      }
+      if (rows == 4) multiply_tile<form, 4, 4>(p, layout, x, x_sums, row, output, count, ahead);
+      if (rows == 3) multiply_tile<form, 3, 4>(p, layout, x, x_sums, row, output, count, ahead);
+      if (rows == 2) multiply_tile<form, 2, 4>(p, layout, x, x_sums, row, output, count, ahead);
+      if (rows == 1) multiply_tile<form, 1, 4>(p, layout, x, x_sums, row, output, count, ahead);
     }
   }
 }
@@ -290,15 +301,17 @@ TARGET static void copy_form(const Operands& p, void* copy) {
   const Layout layout(p, kBlock<form>);
   Element* to = (Element*)copy;
   float* sums = (float*)((char*)copy + layout.x_bytes);
-  for (int64_t row = 0; row < p.rows; row += kMostRows) {
-    const int64_t rows = p.rows - row < kMostRows ? p.rows - row : kMostRows;
+  for (int64_t row = 0, rows; row < p.rows; row += rows) {
+    rows = rows_together<form>(p.rows - row);
     const Element* x = to;
     for (int64_t block = 0; block < layout.blocks; block++) {
       const int64_t start = block * kBlock<form>, rest = p.in - start;
       for (int k = 0; k < kVectors<form>; k++) {
         for (int64_t r = 0; r < rows; r++, to += kElements) {
           const int64_t from = (row + r) * p.in + start;
-          if (rest >= kBlock<form>) {
+          if (PAIRS && form == Form::kBfloat16 && rest >= kBlock<form>) {
+            __builtin_memcpy(to, p.x + 2 * from, BYTES);
+          } else if (rest >= kBlock<form>) {
             for (int e = 0; e < kElements; e++) to[e] = read_x(p, from + input_at<form>(k, e));
           } else {
             for (int e = 0; e < kElements; e++) {

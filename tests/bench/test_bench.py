@@ -13,7 +13,7 @@ from small_checkpoint import PROMPT, write_checkpoint
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.bench import batch as bench_batch
 from phi3_jax.bench import generate as bench
-from phi3_jax.bench import run, turns
+from phi3_jax.bench import models, run, turns
 
 
 def run_bench(model: Path, **changes: Any) -> None:
@@ -63,7 +63,17 @@ def test_table_shows_the_steps_of_both_sides(
     results = {"lookup of 3": [bench.Times(1.0, 2.0, 5)], "plain": [bench.Times(1.0, 2.0, theirs)]}
     options = bench.BenchOptions(Path(), "float32", batch=1, prompt_tokens=8, new_tokens=9)
     bench.print_table("small", results, options, small_config())
-    assert f"prompt, {steps}, median of 1" in " ".join(capsys.readouterr().out.split())
+    table = " ".join(capsys.readouterr().out.split())
+    assert f"prompt, {steps}, median of 1" in table
+    assert table.endswith("few rows multiplied by XLA")
+
+
+def test_table_says_what_multiplies_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "variant", lambda: "avx2")
+    assert models.describe_products("bfloat16") == "few rows multiplied by the C++ library, avx2"
+    assert models.describe_products("bfloat16", divided=True) == "few rows multiplied by XLA"
+    monkeypatch.setattr(models, "variant", lambda: None)
+    assert models.describe_products("bfloat16") == "few rows multiplied by XLA"
 
 
 @pytest.mark.parametrize("lookup", [None, 2])
