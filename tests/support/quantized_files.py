@@ -115,6 +115,7 @@ def compressed(form: str, *, activations: bool = False, **weights: Any) -> dict[
     group = {"targets": ["Linear"], "weights": defaults | weights, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
         "format": form,
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
