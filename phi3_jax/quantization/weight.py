@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight [*outputs, in] as `(values - zero) * scale`, with a scale for each group of adjacent inputs.
+    """A weight `[*outputs, in]` as `(values - zero) * scale`, with a scale for each group of adjacent inputs.
 
-    There are two arrangements. The plain one has values [*outputs, in] and scales [*outputs, groups]. On TPU
-    and GPU, weights with several groups have values [groups, *outputs, size] and scales [groups, *outputs]:
-    there the product is one for each group, and the scales are applied to its results.
+    There are two arrangements. The plain one has values `[*outputs, in]` and scales `[*outputs, groups]`. On
+    TPU and GPU, weights with several groups have values `[groups, *outputs, size]` and scales
+    `[groups, *outputs]`: there the product is one for each group, and the scales are applied to its results.
 
     4-bit values are int4 on TPU and GPU, where two of them take a byte. XLA's CPU back end gives each a byte,
-    so there they are packed into uint8 [*outputs, in / 2], as `value + 8`, the earlier input in the lower
+    so there they are packed into uint8 `[*outputs, in / 2]`, as `value + 8`, the earlier input in the lower
     half.
 
     With `order`, column i of the values belongs to input `order[i]`.
@@ -48,7 +48,7 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight, [*outputs, in]."""
+        """The shape of the weight, `[*outputs, in]`."""
         if self.grouped:
             groups, *outputs, size = self.values.shape
             return (*outputs, groups * size)
