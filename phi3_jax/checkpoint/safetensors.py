@@ -24,6 +24,8 @@ from phi3_jax.tokenizer import Phi3Tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+AUTO_GPTQ = "gptq_model-*.safetensors"
+"""The name that AutoGPTQ gives its only file."""
 BLOCK = 1 << 23
 """Bytes to read at once where only some columns of the rows are kept."""
 
@@ -159,6 +161,8 @@ class SafetensorsSource(FloatSource):
         index = self.path / INDEX
         if (self.path / SINGLE).is_file():
             return [(self.path / SINGLE, None)]
+        if not index.is_file() and len(files := list(self.path.glob(AUTO_GPTQ))) == 1:
+            return [(files[0], None)]
         if not index.is_file():
             found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
             raise CheckpointError(

@@ -190,6 +190,16 @@ def test_older_key_and_notes(folders: Any, tmp_path: Path, caplog: pytest.LogCap
     )
 
 
+def test_reads_the_file_name_of_auto_gptq(folders: Any, tmp_path: Path) -> None:
+    folder, _ = folders("gptq")
+    copy = changed(folder, tmp_path / "copy")
+    (copy / "model.safetensors").rename(copy / "gptq_model-4bit-16g.safetensors")
+    assert open_checkpoint(copy).source.names() == open_checkpoint(folder).source.names()
+    (copy / "gptq_model-8bit-16g.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        open_checkpoint(copy)
+
+
 def test_settings_of_some_modules_differ(folders: Any, tmp_path: Path) -> None:
     """Groups of modules, names left out by pattern, and tensors of caches."""
     folder, floats = folders("pack-quantized")
