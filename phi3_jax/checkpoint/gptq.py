@@ -89,13 +89,16 @@ class GPTQTensor:
     def read(self, rows: Sequence[slice]) -> StoredWeight:
         tensors, scheme = self._tensors, self._scheme
         tensors.check_bias()
+        qzeros, less_one = tensors.read("qzeros"), scheme.zeros_less_one
+        if less_one is None:
+            less_one = (qzeros.view(np.uint32) != _ONES[scheme.bits] * 2 ** (scheme.bits - 1)).any()
         stored = gptq_weight(
             tensors.read("qweight"),
-            tensors.read("qzeros"),
+            qzeros,
             tensors.read_scale("scales"),
             bits=scheme.bits,
             order=self._order,
-            less_one=scheme.zeros_less_one,
+            less_one=bool(less_one),
         )
         if not scheme.symmetric:
             return stored

@@ -32,8 +32,8 @@ class WeightScheme(NamedTuple):
     symmetric: bool = True
     is_float: bool = False
     """Whether the values are float8_e4m3fn."""
-    zeros_less_one: bool = False
-    """Whether GPTQ's zero points are stored less one."""
+    zeros_less_one: bool | None = False
+    """Whether GPTQ's zero points are stored less one; None: they tell, as the weights are symmetric."""
 
 
 Rules = list[tuple[Test, WeightScheme | None]]
@@ -286,22 +286,28 @@ def _gptq(fields: Mapping[str, Any], where: str) -> QuantizationSettings:
 
 
 def _auto_round(fields: Mapping[str, Any], where: str) -> QuantizationSettings:
-    packing = _field(fields, "packing_format", _TEXT, where, "auto_round:auto_gptq")
+    less_one: bool | None = True
+    if "packing_format" not in fields and fields.get("sym") is True:  # older versions stored them either way
+        less_one = None
+        fields = {**fields, "packing_format": "auto_round:auto_gptq"}
+    packing = _field(fields, "packing_format", _TEXT, where)
     if packing == "auto_round:auto_awq":
         return replace(_awq(fields, where), name="auto-round", lists_floats=False)
     if packing != "auto_round:auto_gptq":
         raise _refusal(where, "packing_format", packing, ["auto_round:auto_gptq", "auto_round:auto_awq"])
     rules: Rules = []
     for name, changes in (_field(fields, "extra_config", _OBJECT_OR_NULL, where, None) or {}).items():
-        changed = _changed_gptq(fields, changes, f"{where}: extra_config: {name}", less_one=True)
+        changed = _changed_gptq(fields, changes, f"{where}: extra_config: {name}", less_one)
         rules.append((_is_module(name), changed))
-    scheme = _gptq_scheme(fields, where, less_one=True)
+    scheme = _gptq_scheme(fields, where, less_one)
     return QuantizationSettings(name="auto-round", rules=[*rules, (_all_modules, scheme)], lists_floats=False)
 
 
-def _gptq_scheme(fields: Mapping[str, Any], where: str, less_one: bool) -> WeightScheme:
+def _gptq_scheme(fields: Mapping[str, Any], where: str, less_one: bool | None) -> WeightScheme:
     bits = _bits(fields, "bits", where, (4, 8), _REQUIRED)
     symmetric = _field(fields, "sym", _TRUTH, where, False)
+    if less_one is None and not symmetric:
+        raise CheckpointError(f"{where} has sym=false, and no packing_format says how zero points are stored")
     return WeightScheme("gptq", bits, _group_size(fields, where), symmetric, zeros_less_one=less_one)
 
 

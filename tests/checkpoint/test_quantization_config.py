@@ -12,7 +12,7 @@ from phi3_jax.checkpoint.quantization_config import WeightScheme, read_settings
 
 PACKED = compressed("pack-quantized", **GROUPS)
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-ROUND = GPTQ | {"quant_method": "auto-round"}
+ROUND = GPTQ | {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
 
 
 def group(**fields: Any) -> dict[str, Any]:
@@ -46,6 +46,11 @@ def group(**fields: Any) -> dict[str, Any]:
             ROUND | {"extra_config": {"a": {"bits": 8, "sym": True}}},
             "a",
             WeightScheme("gptq", 8, 16, True, False, True),
+        ),
+        (
+            GPTQ | {"quant_method": "intel/auto-round", "sym": True},
+            "a",
+            WeightScheme("gptq", 4, 16, zeros_less_one=None),
         ),
         (PACKED, "x.down_proj", WeightScheme("packed", 4, 16)),
         (PACKED, "model.embed_tokens", None),
@@ -122,6 +127,11 @@ def test_reads_settings(settings: dict[str, Any], module: str, expected: WeightS
         (
             ROUND | {"packing_format": "auto_round:exllamav2"},
             "packing_format='auto_round:exllamav2', which is not",
+        ),
+        (GPTQ | {"quant_method": "auto-round"}, "lacks packing_format, which must be a text"),
+        (
+            GPTQ | {"quant_method": "auto-round", "sym": True, "extra_config": {"a": {"sym": False}}},
+            "extra_config: a has sym=false, and no packing_format says",
         ),
         (ROUND | {"spinquant_config": {"r1": True}}, "has spinquant_config: rotated weights are not read"),
         (PACKED | {"transform_config": {"r1": True}}, "has transform_config: rotated weights"),

@@ -142,6 +142,7 @@ class Form:
 GROUPS = {"strategy": "group", "group_size": 16}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": False}
+ROUND = GPTQ | {"quant_method": "intel/auto-round", "sym": True, "backend": "auto_round:exllamav2"}
 ZERO = np.zeros(1, np.float32)
 
 FORMS: dict[str, Form] = {
@@ -169,6 +170,11 @@ FORMS: dict[str, Form] = {
         GPTQ
         | {"quant_method": "auto-round", "sym": True, "packing_format": "auto_round:auto_gptq"}
         | {"extra_config": {"lm_head": {"bits": 16, "data_type": "float"}}},
+    ),
+    "auto-round of an older version": Form(gptq, ROUND),
+    "auto-round of an older version with other zero points": Form(lambda weight: gptq(weight, 2), ROUND),
+    "auto-round of an older version in 8 bits": Form(
+        lambda weight: gptq(weight, 2), ROUND | {"bits": 8}, bits=8
     ),
     "auto-round as awq": Form(
         awq, AWQ | {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, symmetric=False
