@@ -1,12 +1,19 @@
 """Tests plans of quantized weights: bytes from shapes, and the compiler's estimate of cycles."""
 
+import re
+from math import prod
+
 import pytest
 
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.costs.chips import topology
 from phi3_jax.errors import UserError
-from phi3_jax.plan import Work
+from phi3_jax.parallel.sharding import make_mesh
+from phi3_jax.plan import Work, hlo
+from phi3_jax.plan.absent import absent_devices
 from phi3_jax.plan.analytic import analyse
 from phi3_jax.plan.cycles import PRODUCTS, estimated_cycles
+from phi3_jax.plan.steps import abstract_step
 
 MINI = Phi3Config.preset("phi-3-mini-4k-instruct").replace(num_hidden_layers=1)
 
@@ -69,3 +76,39 @@ ENTRY %main (x: bf16[8,8]) -> f32[8,8] {
 
 def test_sums_cycles_by_kind_of_operation():
     assert estimated_cycles(TEXT) == {PRODUCTS: 100, "copies": 30, "all else": 5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("quantization", "share"), [("int8", 0.45), ("int4:group_size=none", 0.35), ("int4:group_size=128", 0.40)]
+)
+def test_products_of_a_decode_step_take_less_on_v5e(quantization, share):
+    """The compiler widens integers within the products, and never writes a wider weight to memory.
+
+    With all 32 layers the shares are smaller: the first products wait for their weights.
+    """
+    pytest.importorskip("libtpu", reason="the compiler for TPUs (extra: tpu) is not installed")
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = MINI.replace(num_hidden_layers=4, vocab_size=1024, **tokens)
+
+    def compiled(quantization):
+        step = abstract_step(Work(config, "decode", 8, 256, quantization=quantization), one_chip())
+        return step.function.lower(*step.arguments).compile()
+
+    floats, small = compiled(None), compiled(quantization)
+    cycles, fewer = (estimated_cycles(each.as_text())[PRODUCTS] for each in (floats, small))
+    assert fewer <= share * cycles
+    memory = small.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.05 * memory.argument_size_in_bytes
+    module = hlo.parse(small.as_text())
+    floats_of_entry = [
+        (one.name, sizes)
+        for one in module.computations[module.entry].instructions.values()
+        for sizes in re.findall(r"\b(?:bf16|f32)\[([\d,]+)\]", one.shape)
+    ]
+    smallest = 3072 * 3072  # the elements of o_proj
+    assert [one for one in floats_of_entry if prod(map(int, one[1].split(","))) >= smallest] == []
+
+
+def one_chip():
+    return make_mesh("tensor=1", absent_devices(topology("v5e:1x1")))
