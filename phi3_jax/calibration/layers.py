@@ -71,7 +71,7 @@ def _products(layer: Any, x: Array, tables: tuple[Array, Array], mask: Any) -> d
     layer(x, tables, mask)
 
     def product(inputs: Array, name: str) -> Array:
-        rows = inputs.reshape(-1, matrix_shape(projection(layer, name))[1])
-        return jax.lax.dot_general(rows, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        rows = inputs.reshape(-1, matrix_shape(projection(layer, name))[1]).astype(jnp.float32)
+        return jax.lax.dot_general(rows, rows, (((0,), (0,)), ((), ())))
 
     return {name: product(recorder.inputs, name) for name, recorder in recorders.items()}
