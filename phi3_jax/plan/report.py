@@ -233,7 +233,7 @@ def _bound_table(plan: Plan) -> Table:
 
 
 def _cycle_table(cycles: Mapping[str, int]) -> Table:
-    table = _table("The compiler's estimate of one chip's cycles", "kind", "thousands", "%")
+    table = _table("Estimated cycles of one chip", "kind", "thousands", "%")
     total = sum(cycles.values())
     for kind, count in cycles.items():
         table.add_row(kind, f"{count / 1e3:,.0f}", f"{100 * count / total:.1f}")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.quantization import Quantization, round_weight
@@ -44,3 +45,21 @@ def test_errors_are_one_line(run: Any, model_folder: Path, tmp_path: Path) -> No
         assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
         assert says in result.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_calibrates_and_prints_what_it_costs(run: Any, model_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is the capital of France? It is a city of two million people. " * 12)
+    words = ("--weights", "int4:group_size=16", "--calibrate", text, "--windows", 4, "--window-length", 32)
+    result = run("quantize", model_folder, tmp_path / "out", *words, "--dtype", "float32")
+    assert result.code == 0
+    assert [word in result.out for word in ("Perplexity of the next", "floats", "rounded", "calibrated")] == [
+        True
+    ] * 4
+    assert result.out.endswith(f"{tmp_path / 'out'}: 0.00 GB, from 0.00 GB\n")
+    assert open_checkpoint(tmp_path / "out").source.form(NAME) is not None
+    text.write_text("What is the capital of France?")
+    result = run("quantize", model_folder, tmp_path / "other", *words)
+    assert result.code == 1
+    assert "too few for a window of 32; give a longer text" in result.err
