@@ -78,26 +78,32 @@ def test_sums_cycles_by_kind_of_operation():
     assert estimated_cycles(TEXT) == {PRODUCTS: 100, "copies": 30, "all else": 5}
 
 
+def compile_decode(quantization):
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = MINI.replace(num_hidden_layers=4, vocab_size=1024, **tokens)
+    mesh = make_mesh("tensor=1", absent_devices(topology("v5e:1x1")))
+    step = abstract_step(Work(config, "decode", 8, 256, quantization=quantization), mesh)
+    return step.function.lower(*step.arguments).compile()
+
+
+@pytest.fixture(scope="module")
+def cycles_of_floats():
+    """Returns the estimated cycles of a decode step's products in bfloat16."""
+    pytest.importorskip("libtpu", reason="the compiler for TPUs (extra: tpu) is not installed")
+    return estimated_cycles(compile_decode(None).as_text())[PRODUCTS]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "share"), [("int8", 0.45), ("int4:group_size=none", 0.35), ("int4:group_size=128", 0.40)]
 )
-def test_products_of_a_decode_step_take_less_on_v5e(quantization, share):
+def test_products_of_a_decode_step_take_less_on_v5e(cycles_of_floats, quantization, share):
     """The compiler widens integers within the products, and never writes a wider weight to memory.
 
-    With all 32 layers the shares are smaller: the first products wait for their weights.
+    With more layers the shares are smaller: the first products wait for their weights.
     """
-    pytest.importorskip("libtpu", reason="the compiler for TPUs (extra: tpu) is not installed")
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config = MINI.replace(num_hidden_layers=4, vocab_size=1024, **tokens)
-
-    def compiled(quantization):
-        step = abstract_step(Work(config, "decode", 8, 256, quantization=quantization), one_chip())
-        return step.function.lower(*step.arguments).compile()
-
-    floats, small = compiled(None), compiled(quantization)
-    cycles, fewer = (estimated_cycles(each.as_text())[PRODUCTS] for each in (floats, small))
-    assert fewer <= share * cycles
+    small = compile_decode(quantization)
+    assert estimated_cycles(small.as_text())[PRODUCTS] <= share * cycles_of_floats
     memory = small.memory_analysis()
     assert memory.temp_size_in_bytes < 0.05 * memory.argument_size_in_bytes
     module = hlo.parse(small.as_text())
@@ -108,7 +114,3 @@ def test_products_of_a_decode_step_take_less_on_v5e(quantization, share):
     ]
     smallest = 3072 * 3072  # the elements of o_proj
     assert [one for one in floats_of_entry if prod(map(int, one[1].split(","))) >= smallest] == []
-
-
-def one_chip():
-    return make_mesh("tensor=1", absent_devices(topology("v5e:1x1")))
