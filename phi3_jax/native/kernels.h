@@ -32,11 +32,12 @@ constexpr int kBlock = kLanes * weights_per_word(form);  // inputs
 template <Form form>
 constexpr int kVectors = kBlock<form> / kElements;  // operands of a block
 
-// Returns how many of the rows left are computed together. Unpacking int8 to bfloat16 takes as long as multiplying
-// four rows.
+// Returns how many of the rows left are computed together: as many as there are registers for their sums. Unpacking
+// int8 to bfloat16 takes as long as multiplying four rows, so that eight rows share it.
 template <Form form>
 constexpr int64_t rows_together(int64_t rest) {
-  return PAIRS && form == Form::kInt8 && rest >= 8 ? 8 : rest < 4 ? rest : 4;
+  constexpr int64_t most = BYTES == 32 ? 2 : 4;
+  return PAIRS && form == Form::kInt8 && rest >= 8 ? 8 : rest < most ? rest : most;
 }
 
 // The input, counted from the first one of its block, at an element of an operand.
@@ -113,6 +114,10 @@ INLINE Floats spread(const uint8_t* from, int64_t count, const int32_t* lanes) {
 #if BYTES == 64
   const __m512 numbers = _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
   return (Floats)_mm512_permutexvar_ps(_mm512_load_si512(lanes), numbers);
+#elif BYTES == 32
+  const __m256i first = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const __m256 numbers = _mm256_maskload_ps((const float*)from, first);
+  return (Floats)_mm256_permutevar8x32_ps(numbers, _mm256_load_si256((const __m256i*)lanes));
 #else
   Floats values = {};
   for (int lane = 0; lane < kLanes; lane++) {
