@@ -311,7 +311,9 @@ def _gptq_scheme(fields: Mapping[str, Any], where: str, less_one: bool | None) -
     return WeightScheme("gptq", bits, _group_size(fields, where), symmetric, zeros_less_one=less_one)
 
 
-def _changed_gptq(fields: Mapping[str, Any], changes: Any, where: str, less_one: bool) -> WeightScheme | None:
+def _changed_gptq(
+    fields: Mapping[str, Any], changes: Any, where: str, less_one: bool | None
+) -> WeightScheme | None:
     """Returns the scheme of modules that have some fields of their own; None: their weights are floats."""
     if not isinstance(changes, Mapping):
         raise CheckpointError(f"{where} is a {type(changes).__name__}; expected an object")

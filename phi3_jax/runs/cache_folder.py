@@ -4,14 +4,17 @@ import os
 from pathlib import Path
 
 import jax
-import platformdirs
 
 CACHE_VARIABLE = "PHI3_JAX_CACHE"
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Returns the folder: the argument, else PHI3_JAX_CACHE, else the user's cache."""
-    chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("phi3-jax")
+    chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
+    if not chosen:
+        import platformdirs  # a model in float32 runs without it
+
+        chosen = platformdirs.user_cache_dir("phi3-jax")
     return Path(chosen).expanduser().absolute()
 
 
