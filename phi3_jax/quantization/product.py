@@ -80,7 +80,7 @@ def _kernel_fits(x: Array, weight: QuantizedWeight) -> bool:
 def _scaled_after(x: Array, weight: QuantizedWeight, dtype: jnp.dtype) -> Array:
     """Multiplies with the integers; a scale for each output is applied to the result."""
     values, zero = _split(weight, x.dtype)
-    y = _dot(x, values, dtype)
+    y = _dot(x, values, dtype).astype(jnp.float32)
     if zero is not None:
         sums = jnp.sum(x, axis=-1, dtype=jnp.float32)
         y = y - jnp.expand_dims(sums, range(sums.ndim, y.ndim)) * _across(zero[..., 0], y.ndim)

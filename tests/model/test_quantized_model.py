@@ -202,3 +202,16 @@ def test_refuses_what_needs_floats(model, tmp_path):
 def test_the_given_model_does_not_change(model):
     quantize_model(model, "int8")
     assert isinstance(model.model.layers[0].mlp.down_proj.weight, nnx.Param)
+
+
+@pytest.mark.parametrize(
+    "text", ["int8:skip=none", "int4:group_size=none,symmetric=false", "int4:group_size=8"]
+)
+def test_strict_promotion_on_a_mesh(rows, text):
+    """Devices that divide the inputs add sums in bfloat16, which meet scales in float32."""
+    ids, mask = (np.tile(array, (4, 1)) for array in rows)
+    model = Phi3ForCausalLM(small_config(**GROUPED, num_hidden_layers=1), dtype=jnp.bfloat16)
+    several = quantize_model(on_mesh(model, make_mesh("fsdp=2,context=2,tensor=2")), text)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        found = jax.jit(lambda model: model(ids, mask).logits)(several)
+    assert distance(found, logits(quantize_model(model, text), ids, mask)) < 0.05
