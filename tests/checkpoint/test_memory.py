@@ -90,7 +90,7 @@ def test_loading_takes_little_more_than_the_parameters(folder: Path) -> None:
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_loading_rounded_weights_takes_little_more_than_these(folder: Path, quantization: str) -> None:
     peak, size = measure(folder, quantization)
-    assert 100e6 < size < 300e6
+    assert 100e6 < size < 320e6
     assert size <= peak <= 1.3 * size, f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of parameters"
 
 
