@@ -101,6 +101,8 @@ def calibrate_checkpoint(
         if run.path.exists():
             run.read(lambda values: values)
         else:
+            for left in folder.glob("*.safetensors"):  # of other work, whose removal was interrupted
+                left.unlink()
             run.write()
         _round_layers(checkpoint, windows, quantization, options, folder, report)
         write_rounded(checkpoint, source, destination, max_shard_size, lambda done, total: None)
@@ -267,7 +269,7 @@ def _pack(rounded: dict[str, StoredWeight]) -> dict[str, np.ndarray]:
 def read_projection(folder: Path, index: int, name: str) -> StoredWeight:
     """Returns a projection of a finished layer."""
     with safe_open(folder / _layer_file(index), framework="np") as file:
-        keys = {key.partition("/")[2]: key for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118
+        keys = {key.partition("/")[2]: key for key in file.offset_keys() if key.startswith(f"{name}/")}
         tensors = {kind: file.get_tensor(key) for kind, key in keys.items()}
     return StoredWeight(
         values=tensors["values"],

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
+from phi3_jax.errors import UserError
 from phi3_jax.quantization.scheme import Quantization
 from phi3_jax.quantization.stored import StoredWeight, choose_scales, limits
 
@@ -31,8 +32,10 @@ def round_for_inputs(
         name: the weight's name, for messages.
 
     Raises:
-        UserError: the groups do not divide the inputs, or numbers are not finite.
+        UserError: the groups do not divide the inputs, or numbers or products are not finite.
     """
+    if not np.isfinite(products).all():
+        raise UserError(f"{name} gets inputs that are not finite, so that it cannot be rounded for them")
     out, columns = weight.shape
     groups = quantization.form(name, columns).groups
     scale, zero = choose_scales(weight.astype(np.float32).reshape(out, groups, -1), quantization, name)

@@ -110,6 +110,19 @@ def test_unfinished_work_is_not_resumed_with_another_text(folder, tokens, tmp_pa
         calibrate_checkpoint(folder, tmp_path / "out", tokens[::-1], INT4, OPTIONS)
 
 
+def test_starts_over_beside_layers_of_work_that_was_being_removed(folder, calibrated, tokens, tmp_path):
+    def kill(done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_checkpoint(folder, tmp_path / "model", tokens[::-1], INT4, OPTIONS, report=kill)
+    (tmp_path / "model.calibration" / "calibration.json").unlink()
+    calibrate_checkpoint(folder, tmp_path / "model", tokens, INT4, OPTIONS)
+    for path in calibrated.glob("*.safetensors"):
+        assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_rejects_a_short_text(folder, tmp_path):
     with pytest.raises(UserError, match="the text has 5 tokens, too few for a window of 24"):
         calibrate_checkpoint(folder, tmp_path / "out", np.arange(5), INT4, OPTIONS)

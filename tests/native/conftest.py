@@ -10,7 +10,7 @@ from phi3_jax.native.product import available
 
 @pytest.fixture(scope="session")
 def library() -> ctypes.CDLL:
-    """Returns the library that this session's tests share."""
+    """Returns the library that all tests share."""
     if not available():
         pytest.skip("the C++ library is not available: a warning says why, or PHI3_JAX_NATIVE is 0")
     return load_library()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from phi3_jax.errors import UserError
 from phi3_jax.quantization import Quantization, gptq, round_weight
 
 
@@ -53,6 +54,11 @@ def test_equals_the_algorithm_one_column_at_a_time(inputs, weight, monkeypatch):
         inverse = inverse - np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
         inverse[column, column] = 1.0  # done: its row and column are zeros
     assert np.mean(values != found.values) < 0.002  # ties
+
+
+def test_rejects_inputs_that_are_not_finite(weight):
+    with pytest.raises(UserError, match="down_proj gets inputs that are not finite"):
+        gptq.round_for_inputs(weight, np.full((64, 64), np.nan), Quantization(4, 16), "down_proj")
 
 
 def test_inputs_of_zeros_round_plainly(weight):
