@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compilations import compilations
+from marks import slow
 from reference import longrope, small_config
 
 from phi3_jax import Phi3ForCausalLM
@@ -68,7 +69,7 @@ def test_answers_equal_those_of_each_prompt_alone(pools: tuple[PoolSize, ...]) -
     assert reasons == {"stop", "length"}
 
 
-@pytest.mark.parametrize("window", [None, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [None, slow(7)])
 def test_recomputes_rows_that_outgrow_the_short_factors(window: int | None) -> None:
     config = small_config(
         **longrope() | {"max_position_embeddings": 128, "original_max_position_embeddings": 32},
@@ -91,9 +92,7 @@ def test_recomputes_rows_that_outgrow_the_short_factors(window: int | None) -> N
         assert results[prompt.key].tokens == np.asarray(expected)[0, len(prompt.ids) :].tolist()
 
 
-@pytest.mark.parametrize(
-    "longest", [32, pytest.param(128, marks=pytest.mark.slow)], ids=["two-lists", "one-list"]
-)
+@pytest.mark.parametrize("longest", [32, slow(128)], ids=["two-lists", "one-list"])
 def test_computes_shared_prefixes_once(longest: int) -> None:
     config = small_config(
         **longrope() | {"max_position_embeddings": 128, "original_max_position_embeddings": longest},

@@ -76,6 +76,7 @@ def test_answers_texts_and_conversations(pipeline: Pipeline) -> None:
         assert answer.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_answers_where_nothing_is_promoted(pipeline: Pipeline) -> None:
     """With 64-bit numbers and JAX's strict promotion; the second and third prompt share a prefix."""
     system = "You answer every question about the capitals of countries in one short word. " * 2
@@ -229,6 +230,7 @@ def test_one_engine_serves_several_runs(pipeline: Pipeline) -> None:
     assert engine.pools is pools
 
 
+@pytest.mark.slow
 def test_slots_for_few_requests_are_as_long_as_they_need(pipeline: Pipeline) -> None:
     short, long = {"prompt": "x"}, {"prompt": "x" * 700}
     engine = engine_of(pipeline, max_length=None)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 from reference import alone, distance, longrope, pair, random_ids, run, small_config
 
 from phi3_jax import Phi3ForCausalLM
@@ -21,6 +22,7 @@ KINDS = {
     "int8": {"dtype": "int8"},
     "int8 ring": {"dtype": jnp.int8, "sliding": True, "chunk": CHUNK},
 }
+MOST_KINDS_SLOW = ["int8 ring", *(slow(kind) for kind in ("static", "ring", "int8"))]
 
 
 def tolerance(kind):
@@ -84,7 +86,11 @@ COUNTS = [[3, 0, 5], [1, 1, 0], [0, 4, 1], [5, 2, 2], [4, 1, 0], [0, 0, 0], [1, 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"sliding_window": 5}, longrope(11)],
+    [
+        slow({}),
+        slow({"sliding_window": 5}),
+        longrope(11),
+    ],
     ids=["gqa", "window", "longrope"],
 )
 def test_rows_take_different_numbers_of_tokens(changes, tmp_path):
@@ -119,7 +125,11 @@ def test_rows_longer_than_the_window_match_transformers(kind, tmp_path):
     assert cache.get_seq_length() == 256
 
 
-@pytest.mark.parametrize("chunks", [[64] * 4, [50, 64, 1, 63, 2, 64, *[1] * 12]], ids=["equal", "unequal"])
+@pytest.mark.parametrize(
+    "chunks",
+    [[64] * 4, slow([50, 64, 1, 63, 2, 64, *[1] * 12])],
+    ids=["equal", "unequal"],
+)
 def test_a_ring_with_left_padding_matches_transformers(chunks, tmp_path):
     ours, theirs = models(tmp_path)
     length = sum(chunks)
@@ -143,7 +153,7 @@ def test_a_ring_with_left_padding_matches_transformers(chunks, tmp_path):
 # Rewinding
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS_SLOW)
 def test_rejected_tokens_leave_no_trace(kind, tmp_path):
     ours, theirs = models(tmp_path)
     ids = random_tokens(ours, 2, 256)
@@ -166,7 +176,7 @@ def test_rejected_tokens_leave_no_trace(kind, tmp_path):
         np.testing.assert_array_equal(cache.tokens, start)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS_SLOW)
 def test_rewind_restores_lengths_and_masks(kind):
     model = Phi3ForCausalLM(window_config(num_hidden_layers=1))
     cache = model.init_cache(3, SLOTS, **KINDS[kind])
@@ -292,7 +302,12 @@ def test_quantized_vectors_are_off_by_half_a_scale_at_most():
 
 
 @pytest.mark.parametrize(
-    ("length", "limit"), [(1, 1 << 20), (1, 2 * 4 * 40 * 12), (7, 2 * 4 * 40 * 12), (7, 1), (150, 1 << 20)]
+    ("length", "limit"),
+    [
+        (1, 2 * 4 * 40 * 12),
+        (7, 1),
+        *(slow(*each) for each in ((1, 1 << 20), (7, 2 * 4 * 40 * 12), (150, 1 << 20))),
+    ],
 )
 def test_int8_attention_equals_attention_over_dequantized_vectors(length, limit, monkeypatch):
     """Four, two or one heads are computed at a time, with one mask or one a head."""
@@ -351,7 +366,7 @@ def test_rejects_unsupported_dtypes():
 # In place
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 1), (2, 4)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), slow(2, 1), (2, 4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_writes_every_kind_in_place(kind, batch, length, monkeypatch):
     monkeypatch.setattr(xla_module, "HEADS_BLOCK_BYTES", 1)

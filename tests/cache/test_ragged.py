@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from marks import slow
 from reference import longrope, on_mesh, run, small_config
 
 from phi3_jax import Phi3ForCausalLM
@@ -28,7 +29,7 @@ CHANGES: dict[str, dict[str, Any]] = {"plain": {}, "longrope": longrope(), "wind
     ("name", "mesh"),
     [
         *((name, None) for name in CHANGES),
-        *(pytest.param(name, "data=2,tensor=2", marks=pytest.mark.slow) for name in CHANGES),
+        *(slow(name, "data=2,tensor=2") for name in CHANGES),
     ],
 )
 def test_a_step_equals_the_steps_of_each_cache(name: str, mesh: str | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from marks import slow
 from reference import small_config
 from safetensors.numpy import load_file, save_file
 
@@ -436,7 +437,7 @@ def test_real_full_disk_changes_nothing(tmp_path: Path, folder: Path) -> None:
         subprocess.run(["umount", str(mount)], check=True)
 
 
-@pytest.mark.parametrize("existing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("existing", [slow(False), True])
 def test_killed_while_converting(tmp_path: Path, sharded: Path, existing: bool) -> None:
     """It is killed at the first shard, at the last, and while files move; no mix of two models results."""
     target = tmp_path / "target"

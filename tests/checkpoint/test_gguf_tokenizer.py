@@ -19,6 +19,7 @@ from gguf_files import (
     sentencepiece,
     tokenizer_source,
 )
+from marks import slow
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from phi3_jax.checkpoint.gguf import GGUFSource
@@ -159,7 +160,7 @@ def test_sentencepiece_of_phi3_removes_space_after_special_tokens(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("revision", "architecture"),
-    [("phi-3", "llama"), pytest.param("phi-3-mini", "phi3", marks=pytest.mark.slow)],
+    [("phi-3", "llama"), slow("phi-3-mini", "phi3")],
 )
 def test_rebuilds_phi3s_own_tokenizer(
     tmp_path: Path, shared_data: Callable[..., Path], revision: str, architecture: str

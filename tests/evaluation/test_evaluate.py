@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compilations import compilations
+from marks import slow
 from small_checkpoint import write_checkpoint
 
 from phi3_jax import cli
@@ -42,7 +43,7 @@ def write_texts(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("rope", [None, "yarn:factor=2", "dynamic:factor=4"])
+@pytest.mark.parametrize("rope", [None, slow("yarn:factor=2"), "dynamic:factor=4"])
 @pytest.mark.parametrize(("length", "stride"), [(None, None), (40, 13)])
 def test_documents_match_each_alone(
     pipeline: Pipeline, tmp_path: Path, rope: str | None, length: int | None, stride: int | None
@@ -203,6 +204,7 @@ def test_rope_compare_command_writes_its_files(command: Any, tmp_path: Path) -> 
     assert (code, err) == (1, "phi3-jax: --lengths 16,a: 'a' is not a whole number\n")
 
 
+@pytest.mark.slow
 def test_rope_option_matches_a_checkpoint_with_this_rope(command: Any, folder: Path, tmp_path: Path) -> None:
     """The answers go beyond the model's own context."""
     prompt = "What is the capital of France? " * 2

@@ -219,6 +219,7 @@ def test_rows_of_different_texts_match_each_alone(models: Any) -> None:
     assert len(set(together)) == 3
 
 
+@pytest.mark.slow
 def test_all_ropes_share_programs() -> None:
     """There are two sizes of the cache an octave, and one program for the head."""
     ours = Phi3ForCausalLM(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import slow
 from reference import longrope
 from rows import alone, answers, assert_varied
 from twins import PAD, Twins, prompts
@@ -17,11 +18,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "longrope": longrope(),
     "longrope and window": longrope() | {"sliding_window": 7},
 }
-
-
-def slow(*values: Any) -> Any:
-    """Marks parameters for the slow run only."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class Pool:

@@ -1,5 +1,6 @@
 """Tests beam search, beam sampling and guidance against transformers' generate."""
 
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from answers import stored
+from marks import slow
 from twins import PAD, Twins, ask, beside, named, prompts, softmax
 
 LENGTHS = (20, 13, 5)
@@ -49,9 +51,7 @@ def same(twins: Twins, **options: Any) -> SimpleNamespace:
     return theirs
 
 
-@pytest.mark.parametrize(
-    "beams", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
-)
+@pytest.mark.parametrize("beams", [slow(2), slow(3), 4])
 def test_beams(twins: Twins, beams: int) -> None:
     out = same(twins, num_beams=beams, max_new_tokens=16, num_return_sequences=beams)
     assert (out.beam_indices % beams > 0).any()
@@ -60,16 +60,15 @@ def test_beams(twins: Twins, beams: int) -> None:
     assert (out.sequences[::beams] != greedy).any(), "beams that find the greedy answer test nothing"
 
 
-FAST: dict[Any, float] = {False: -1.5, True: 2.5, "never": 0.0}
-"""The length penalty that is not left to the slow run, for each `early_stopping`."""
+FAST = [("never", 0.0)]
+"""The `early_stopping` and length penalty that are not left to the slow run."""
 
 
 @pytest.mark.parametrize(
     ("early_stopping", "length_penalty"),
     [
-        pytest.param(early, penalty, marks=() if penalty == FAST[early] else pytest.mark.slow)
-        for early in FAST
-        for penalty in (1.0, 0.0, 2.5, -1.5)
+        case if case in FAST else slow(*case)
+        for case in itertools.product((False, True, "never"), (1.0, 0.0, 2.5, -1.5))
     ],
 )
 def test_end_tokens(twins: Twins, ends: list[int], early_stopping: Any, length_penalty: float) -> None:
@@ -115,7 +114,7 @@ def test_other_batches(twins: Twins, ends: list[int], lengths: tuple[int, ...]) 
 @pytest.mark.parametrize(
     "options",
     [
-        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 12},
+        slow({"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 12}),
         {"repetition_penalty": 0.8, "renormalize_logits": True},
     ],
 )
@@ -252,6 +251,7 @@ def test_negative_prompts_without_padding(twins: Twins) -> None:
     np.testing.assert_array_equal(twins.ours(ids, mask, **options, negative_prompt_ids=negative), expected)
 
 
+@pytest.mark.slow
 def test_guided_rows_end_independently(twins: Twins) -> None:
     free = twins.theirs(*prompts(LENGTHS), max_new_tokens=24, guidance_scale=1.6)[:, 20:]
     ends = [int(free[0, 4]), int(free[1, 9])]

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from marks import slow
 from reference import alone as logits_alone
 from reference import distance, longrope, run, small_config
 from rows import alone, answers, assert_varied, rows_of
@@ -25,11 +26,6 @@ COUNT = 200
 
 INT8 = 0.05
 """The largest distance of logits over an int8 cache from exact ones, relative to the largest logit."""
-
-
-def slow(*values: Any) -> Any:
-    """Marks parameters for the slow run only."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def nbytes(cache: Any) -> int:
@@ -100,7 +96,8 @@ def test_a_ring_with_beams(windowed: Twins) -> None:
         np.testing.assert_allclose(ours.sequences_scores[row], theirs.sequences_scores[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lookup", slow("itself"), slow("other")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lookup", "itself", "other"])
 def test_a_ring_with_drafts(windowed: Twins, expected: np.ndarray, name: str) -> None:
     """Rejected drafts replace only slots that have left the window."""
     other = Phi3ForCausalLM(windowed.config.replace(num_hidden_layers=1), rngs=5)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import slow
 from reference import longrope
 from small_checkpoint import PROMPT, write_checkpoint
 
@@ -120,6 +121,7 @@ def test_a_later_turn_feeds_its_own_tokens_only(
     assert widths == [16]
 
 
+@pytest.mark.slow
 def test_another_system_message_keeps_the_history(session_of: MakeSession) -> None:
     session = session_of(system="Be brief.")
     converse(session, QUESTIONS[:2])
@@ -136,7 +138,7 @@ def test_another_system_message_keeps_the_history(session_of: MakeSession) -> No
     ("original", "questions"),
     [
         (45, QUESTIONS[::2]),  # prompts of 14 and 110 tokens and answers of 12
-        *(pytest.param(original, QUESTIONS, marks=pytest.mark.slow) for original in (40, 45, 64, 100)),
+        *(slow(original, QUESTIONS) for original in (40, 45, 64, 100)),
     ],
 )
 def test_longrope_switches_in_or_between_answers(

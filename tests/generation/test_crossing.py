@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from answers import stored
+from marks import slow
 from reference import LONG, SHORT, distance, longrope, small_config
 from rows import alone, answers, assert_varied, logits_along, rows_of
 from twins import Twins, prompts
@@ -83,7 +84,7 @@ def test_the_lists_matter(crossing: Twins, expected: np.ndarray) -> None:
     assert (short != expected).any(axis=1).all()
 
 
-@pytest.mark.parametrize("chunk", [8, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunk", [8, slow(4)])
 def test_any_chunking(
     crossing: Twins, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
@@ -123,7 +124,7 @@ def test_beams(crossing: Twins, lengths: tuple[int, ...]) -> None:
         np.testing.assert_allclose(scores[row], theirs.sequences_scores, atol=1e-4)
 
 
-@pytest.mark.parametrize("drafted", [10, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drafted", [10, slow(3)])
 def test_prompt_lookup(crossing: Twins, expected: np.ndarray, drafted: int) -> None:
     """Ten drafted tokens reach past the switch in most rows."""
     np.testing.assert_array_equal(
@@ -184,7 +185,7 @@ def extend(ids: np.ndarray, mask: np.ndarray, count: int) -> tuple[np.ndarray, n
     [
         ((4, 6, 2), 4, 0),  # rows switch during generation
         ((4, 6, 2), 4, 9),  # some rows switch within the added tokens
-        ((4, 6, 2), 4, 30),
+        slow((4, 6, 2), 4, 30),
         ((12, 13, 10), 5, 0),  # caches of 16, 17 and 14 tokens
         ((12, 13, 10), 5, 1),
     ],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import compilations
+from marks import slow
 from reference import LONG, SHORT, run
 from twins import PAD, Twins, prompts
 
@@ -45,10 +46,10 @@ def answers(model: Any, ids: np.ndarray, mask: np.ndarray, **options: Any) -> np
     "options",
     [
         {},
-        pytest.param({"num_beams": 3, "num_return_sequences": 2}, marks=pytest.mark.slow),
-        {"prompt_lookup_num_tokens": 3},
-        pytest.param({"guidance_scale": 1.5}, marks=pytest.mark.slow),
-        pytest.param({"do_sample": True, "seed": 3, "num_return_sequences": 2}, marks=pytest.mark.slow),
+        slow({"num_beams": 3, "num_return_sequences": 2}),
+        slow({"prompt_lookup_num_tokens": 3}),
+        slow({"guidance_scale": 1.5}),
+        slow({"do_sample": True, "seed": 3, "num_return_sequences": 2}),
     ],
     ids=["greedy", "beams", "lookup", "guided", "drawn"],
 )

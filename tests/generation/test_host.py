@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from answers import stored
+from marks import slow
 from rows import alone
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from twins import PAD, Twins, ask, named, prompts
@@ -112,7 +113,11 @@ BEAMS = {"repetition_penalty": 1.2, "num_beams": 2}
 
 @pytest.mark.parametrize(
     ("mix", "options"),
-    [*((mix, GREEDY) for mix in MIXES), ("device", BEAMS), ("device between hosts", BEAMS)],
+    [
+        *((mix, GREEDY) for mix in MIXES),
+        slow("device", BEAMS),
+        ("device between hosts", BEAMS),
+    ],
 )
 def test_user_processors(shallow: Twins, mix: str, options: dict[str, Any]) -> None:
     ids, mask = prompts(LENGTHS)

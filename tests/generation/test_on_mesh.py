@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from marks import slow
 from reference import longrope, on_mesh, small_config
 from twins import PAD, prompts
 
@@ -11,7 +12,7 @@ from phi3_jax.parallel.sharding import make_mesh
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12, "num_hidden_layers": 1}
 LONG = {"max_position_embeddings": 64, **longrope()}
 
-OTHERS = [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp=8", "data=2,tensor=4", "context=8")]
+OTHERS = [slow(mesh) for mesh in ("fsdp=8", "data=2,tensor=4", "context=8")]
 
 MODES = {
     "greedy": {"do_sample": False},
@@ -32,9 +33,7 @@ def one():
 FEW = ("greedy",)
 
 
-@pytest.mark.parametrize(
-    "mode", [*FEW, *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode not in FEW)]
-)
+@pytest.mark.parametrize("mode", [*FEW, *(slow(mode) for mode in MODES if mode not in FEW)])
 @pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", *OTHERS])
 def test_generate_matches_one_device(one, mesh, mode):
     """Three rows of different lengths, padded on the left, run on two or eight devices."""
@@ -70,6 +69,7 @@ def test_continues_from_a_returned_cache(one):
     np.testing.assert_array_equal(results[1], results[0])
 
 
+@pytest.mark.slow
 def test_a_ring_on_a_mesh():
     one = Phi3ForCausalLM(small_config(**GROUPED, sliding_window=9))
     several = on_mesh(one, make_mesh("fsdp=2,context=2,tensor=2"))

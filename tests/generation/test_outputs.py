@@ -132,6 +132,7 @@ def test_tuples_of_prompt_lookup(twins: Twins) -> None:
     assert_same_output(ours, twins.sampled(ids, mask, max_new_tokens=20, **ALL), mask)
 
 
+@pytest.mark.slow
 def test_tuples_of_several_answers(twins: Twins) -> None:
     """A prompt's entries are repeated for each of its answers."""
     ids, mask = prompts(LENGTHS)
@@ -232,6 +233,7 @@ def test_continues_after_rows_that_ended(twins: Twins) -> None:
     check_continuation(twins, out, longer, longer_mask)
 
 
+@pytest.mark.slow
 def test_continues_in_other_modes(twins: Twins) -> None:
     """Beams, drafts and several answers continue from the same cache."""
     ids, mask = prompts(LENGTHS)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from marks import slow
 from reference import longrope, small_config
 from strict_settings import strict_settings
 from twins import CONTEXT, PAD, Twins, prompts
@@ -68,18 +69,23 @@ def test_traces_every_processor() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"repetition_penalty": 1.3, "eos_token_id": [12]}, {"guidance_scale": 1.6}]
+    "options",
+    [
+        {"repetition_penalty": 1.3, "eos_token_id": [12]},
+        slow({"guidance_scale": 1.6}),
+    ],
 )
 def test_matches_transformers(shallow: Twins, options: dict[str, Any]) -> None:
     with strict_settings():
         shallow.same(*BATCH, max_new_tokens=12, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         {"top_p": 0.9, "num_return_sequences": 2},
-        pytest.param({"num_beams": 2, "early_stopping": True, "eos_token_id": [12]}, marks=pytest.mark.slow),
+        {"num_beams": 2, "early_stopping": True, "eos_token_id": [12]},
     ],
 )
 def test_draws_are_the_same(shallow: Twins, options: dict[str, Any]) -> None:
@@ -90,7 +96,7 @@ def test_draws_are_the_same(shallow: Twins, options: dict[str, Any]) -> None:
         np.testing.assert_array_equal(shallow.ours(*BATCH, **options), expected)
 
 
-@pytest.mark.parametrize("draft", ["assistant", "lookup"])
+@pytest.mark.parametrize("draft", [slow("assistant"), "lookup"])
 def test_drafts(shallow: Twins, assistant: Phi3ForCausalLM, draft: str) -> None:
     options = {
         "assistant": {"assistant_model": assistant, "num_assistant_tokens": 3},
@@ -118,7 +124,7 @@ def test_drawn_drafts(shallow: Twins, assistant: Phi3ForCausalLM) -> None:
     ("changes", "options"),
     [
         ({"sliding_window": 7, **longrope(8)}, {"cache_implementation": "sliding_window"}),
-        ({}, {"cache_implementation": "quantized", "stopping_criteria": [lambda ids, scores: False]}),
+        slow({}, {"cache_implementation": "quantized", "stopping_criteria": [lambda ids, scores: False]}),
     ],
     ids=["ring and longrope", "int8 and criteria"],
 )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from answers import stored
+from marks import slow
 from reference import Reference, distance, longrope, small_config
 from twins import PAD, Twins, ask, prompts
 
@@ -80,10 +81,11 @@ def test_embeddings_are_the_prompt_of_all_outputs(shallow: Twins) -> None:
     assert_same_records(ours, theirs, "hidden_states", "attentions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"num_beams": 2}, marks=pytest.mark.slow),
+        {"num_beams": 2},
         {"do_sample": True, "num_return_sequences": 2, "seed": 3},
     ],
 )
@@ -128,7 +130,11 @@ def their_transition_scores(
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": [40, 50, 60]}]
+    "options",
+    [
+        {},
+        slow({"num_beams": 3, "num_return_sequences": 2, "eos_token_id": [40, 50, 60]}),
+    ],
 )
 def test_transition_scores(shallow: Twins, options: dict[str, Any], normalize: bool) -> None:
     options |= {"max_new_tokens": 8}

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 from reference import run, small_config
 from rows import assert_varied, rows_of
 from twins import CONTEXT, PAD, prompts
@@ -53,7 +54,7 @@ def model_of(rope_type: str, layers: int = 2, **parameters: int) -> Phi3ForCausa
     )
 
 
-@pytest.fixture(scope="module", params=TYPES)
+@pytest.fixture(scope="module", params=[slow("switching"), slow("growing"), "growing at first"])
 def model(register: Callable[..., None], request: pytest.FixtureRequest) -> Phi3ForCausalLM:
     name, formula, parameters = TYPES[request.param]
     register(name, formula)
@@ -87,7 +88,7 @@ def test_matches_full_forwards(model: Phi3ForCausalLM, expected: np.ndarray) -> 
     np.testing.assert_array_equal(generate(model), expected)
 
 
-@pytest.mark.parametrize("drafted", [10, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drafted", [10, slow(3)])
 def test_prompt_lookup_matches_full_forwards(
     model: Phi3ForCausalLM, expected: np.ndarray, drafted: int
 ) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import slow
 from twins import PAD, Twins, prompts
 
 LENGTHS = (20, 13, 5)
@@ -74,9 +75,7 @@ def test_forced_first_token(shallow: Twins) -> None:
     assert (shallow.same(*prompts(LENGTHS), **options)[:, 20] != 44).any()
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(0, marks=pytest.mark.slow), 1, 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seed", [slow(0), 1, 2, slow(3)])
 def test_processors_together(shallow: Twins, free: np.ndarray, seed: int) -> None:
     """Processors apply in transformers' order, and its recorded scores are equal."""
     rng = np.random.default_rng(seed)

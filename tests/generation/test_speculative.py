@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from answers import stored
+from marks import slow
 from reference import distance, small_config
 from rows import alone, answers, assert_varied
 from twins import CONTEXT, Twins, prompts, softmax
@@ -57,11 +58,6 @@ def drafts(twins: Twins, assistant: Phi3ForCausalLM, name: str) -> dict[str, Any
         },
         "lookup": {"prompt_lookup_num_tokens": 3},
     }[name]
-
-
-def slow(*values: Any) -> Any:
-    """Marks parameters for the slow run only."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from answers import stored
+from marks import slow
 from reference import longrope
 from small_checkpoint import PROMPT, write_checkpoint
 from twins import Twins
@@ -41,9 +42,7 @@ def ours(twins: Twins, prompt: list[int], count: int, **options: Any) -> list[in
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    "length", [1, pytest.param(15, marks=pytest.mark.slow), 16, pytest.param(17, marks=pytest.mark.slow), 100]
-)
+@pytest.mark.parametrize("length", [1, slow(15), 16, slow(17), 100])
 def test_greedy_tokens(twins_of: TwinsOf, case: str, length: int) -> None:
     twins = twins_of(**CASES[case])
     prompt = prompt_of(length)
@@ -55,7 +54,7 @@ def test_greedy_tokens(twins_of: TwinsOf, case: str, length: int) -> None:
 @pytest.mark.parametrize("case", ["multi-head", "window"])
 @pytest.mark.parametrize(
     "length",
-    [pytest.param(7, marks=pytest.mark.slow), 8, 9, pytest.param(16, marks=pytest.mark.slow), 23, 70],
+    [slow(7), 8, 9, slow(16), 23, 70],
 )
 def test_prompts_in_chunks(
     twins_of: TwinsOf, monkeypatch: pytest.MonkeyPatch, case: str, length: int

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from answers import stored
 from flax import nnx
+from marks import slow
 from reference import CLASSES, distance, on_mesh, pair, run, small_config
 from safetensors.numpy import load_file, save_file
 
@@ -240,7 +241,7 @@ def test_bfloat16_models_have_float32_adapters(tmp_path):
     assert load_file(tmp_path / "again" / WEIGHTS)["base_model.model.score.weight"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [slow(False), True])
 def test_reads_and_writes_on_a_mesh(dora, tmp_path):
     config = small_config(**GROUPED, num_labels=3)
     ours, _, expected, folder = of_peft("sequence", tmp_path, config, **({"use_dora": True} if dora else {}))
@@ -352,7 +353,7 @@ def test_dora_trains_as_in_peft_with_dropout():
         assert distance(gradients["adapter"][ours][...], expected[name]) <= 1e-5, name
 
 
-@pytest.mark.parametrize("block", ["mlp", "self_attn"])
+@pytest.mark.parametrize("block", ["mlp", slow("self_attn")])
 def test_dora_trains_on_a_mesh_as_on_one_device(block, tmp_path):
     """Both projections of the block have inputs or outputs that `tensor` and `fsdp` divide."""
     base = Phi3ForCausalLM(small_config(**GROUPED))
@@ -383,7 +384,7 @@ def test_dora_trains_on_a_mesh_as_on_one_device(block, tmp_path):
         assert np.abs(expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_dora_starts_as_the_base_model_and_merges(dtype):
     base = Phi3ForCausalLM(small_config(), dtype=dtype)
     rounding = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]

@@ -19,6 +19,7 @@ from attention_cases import (
     random_arrays,
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from marks import slow
 
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.model.kernels import cached
@@ -77,7 +78,7 @@ def test_heads_in_several_grid_steps_equal_xla() -> None:
     check_kernel(random_arrays(1, 2, 640, heads, 96), cache_mask("left", 1, 640, 600, 2, None))
 
 
-@pytest.mark.parametrize("used", [300, pytest.param(640, marks=pytest.mark.slow), 1500])
+@pytest.mark.parametrize("used", [300, slow(640), 1500])
 def test_a_ring_equals_xla(used: int) -> None:
     """The ring is partly filled, just full, or has wrapped twice."""
     size, length = 640, 4
@@ -92,7 +93,7 @@ def test_a_ring_equals_xla(used: int) -> None:
     check_kernel(random_arrays(2, length, size, HEADS["gqa"], 96), mask)
 
 
-@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 200])
+@pytest.mark.parametrize("window", [slow(None), 200])
 def test_combined_parts_of_a_cache_equal_the_whole(window: int | None) -> None:
     """Two devices have half of the slots each; a short row has no visible key on one of them."""
     size, length = 1024, 3

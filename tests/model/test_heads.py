@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from answers import stored
+from marks import slow
 from reference import (
     assert_same_gradients,
     distance,
@@ -204,7 +205,8 @@ def test_token_classifier_rejects_invalid_labels():
 # Causal language model
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
 def test_logits_to_keep_matches_transformers(tied, tmp_path):
     config = small_config(tie_word_embeddings=tied)
     ours, theirs = pair("causal", config, tmp_path)
@@ -295,7 +297,7 @@ def test_loss_is_zero_if_every_label_is_ignored(kind):
     assert all((value == 0).all() for value in gradient.values())
 
 
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5, "tie_word_embeddings": True}])
+@pytest.mark.parametrize("changes", [slow({}), {"sliding_window": 5, "tie_word_embeddings": True}])
 def test_last_logits_match_transformers(changes, tmp_path):
     """For the last n logits, the last layer skips the other positions, with a cache and without."""
     config = small_config(**changes)

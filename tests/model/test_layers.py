@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from answers import stored
 from flax import nnx
+from marks import slow
 from reference import distance, padding_mask, pair, random_ids, run, run_theirs, small_config
 
 from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification, Phi3Model
@@ -170,7 +171,7 @@ def test_takes_rngs_of_flax():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("additive", [False, True])
-@pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize("heads", [slow(1), 6])
 def test_blocks_of_queries_equal_all_at_once(heads, additive, monkeypatch):
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 10, 2, 3, 8))

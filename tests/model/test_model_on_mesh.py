@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 from reference import (
     CLASSES,
     GROUPED,
@@ -23,7 +24,7 @@ from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.parallel.sharding import make_mesh
 
 OTHERS = ("fsdp=8", "data=2,tensor=4", "data=2,context=4")
-MESHES = ["fsdp=2,context=2,tensor=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in OTHERS)]
+MESHES = ["fsdp=2,context=2,tensor=2", *(slow(mesh) for mesh in OTHERS)]
 BATCH, LENGTH = 8, 24
 
 
@@ -37,7 +38,7 @@ def rows():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", ["causal", "sequence", "token"])
+@pytest.mark.parametrize("kind", ["causal", *(slow(each) for each in ("sequence", "token"))])
 def test_loss_and_gradients_equal_one_device(kind, mesh, rows):
     ids, mask = rows
     config = small_config(**GROUPED, **longrope(), num_labels=3, sliding_window=9)
@@ -70,7 +71,7 @@ def test_loss_and_gradients_equal_one_device(kind, mesh, rows):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
     "kind",
-    ["float", pytest.param("int8", marks=pytest.mark.slow), pytest.param("ring", marks=pytest.mark.slow)],
+    ["float", slow("int8"), slow("ring")],
 )
 def test_a_cache_filled_in_chunks_equals_one_device(kind, mesh, rows):
     """The chunks are a prefill, some that cross the devices' parts of the slots, and single tokens."""
@@ -102,7 +103,7 @@ def test_a_cache_filled_in_chunks_equals_one_device(kind, mesh, rows):
         assert part.shape[2] == cache.max_length // make_mesh(mesh).shape["context"]
 
 
-@pytest.mark.parametrize("mesh", ["data=2,tensor=4", "fsdp=2,context=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [slow("data=2,tensor=4"), "fsdp=2,context=2,tensor=2"])
 def test_cache_after_a_prefill_equals_one_device(mesh, rows):
     ids, mask = rows
     one = Phi3ForCausalLM(small_config(**GROUPED))

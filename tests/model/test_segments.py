@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from marks import slow
 from reference import (
     CLASSES,
     GROUPED,
@@ -134,7 +135,7 @@ def assert_equals_examples_alone(model, ids, segments, hidden=True, packed_model
     assert_same_leaves(gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("window", [7, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [7, slow(None)])
 def test_examples_in_one_row_equal_examples_alone(window):
     model = Phi3ForCausalLM(small_config(**GROUPED, **longrope(), sliding_window=window))
     assert_equals_examples_alone(model, *packed_rows())
@@ -147,7 +148,8 @@ def test_examples_in_one_row_equal_examples_alone_in_stacked_layers():
     assert_equals_examples_alone(model, *packed_rows(), hidden=False)
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("pallas", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_each_kernel_equals_examples_alone(implementation):
     """Rows are longer than a block of XLA's attention and of the Pallas kernel, which is interpreted."""
     model = Phi3ForCausalLM(grouped_config(sliding_window=90))

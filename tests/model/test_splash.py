@@ -18,6 +18,7 @@ from attention_cases import (
     random_arrays,
 )
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from marks import slow
 
 from phi3_jax.model.kernels import splash
 from phi3_jax.model.masks import CausalMask
@@ -83,7 +84,7 @@ def test_knows_which_blocks_are_visible(window: int | None, block: tuple[int, in
             np.testing.assert_array_equal(mask[index], [dense[index].any(), dense[index].all()])
 
 
-@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 700])
+@pytest.mark.parametrize("window", [slow(None), 700])
 def test_parts_of_the_queries_equal_xla(window: int | None) -> None:
     """Each device of a context axis has half of the queries, in two blocks, and all keys."""
     parts, length, heads = 2, 1536, (1, 2)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from marks import slow
 from phi3_jax.train import checkpoints as checkpoints_module
 from phi3_jax.train.checkpoints import Checkpoints
 from reference import on_mesh, small_config
@@ -68,9 +69,7 @@ def largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=os.path.getsize)
 
 
-@pytest.mark.parametrize(
-    "optim", ["adamw", *(pytest.param(each, marks=pytest.mark.slow) for each in ("lion", "adafactor"))]
-)
+@pytest.mark.parametrize("optim", ["adamw", *(slow(each) for each in ("lion", "adafactor"))])
 def test_restores_the_same_state(checkpoints, optim):
     model = Phi3ForSequenceClassification(small_config(num_labels=3, num_hidden_layers=1))
     trainer, state = trained(model, optim)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from flax import nnx
+from marks import slow
 from phi3_jax.train import finetune as module
 from phi3_jax.train.evaluate import NotFiniteError
 from phi3_jax.train.finetune import InterruptedRunError, finetune
@@ -80,7 +81,7 @@ def test_the_saved_model_has_the_reported_loss(folder, base):
     "task",
     [
         pytest.param("sequence-classification", marks=pytest.mark.live),
-        *(pytest.param(each, marks=pytest.mark.slow) for each in list(REFERENCES)[1:]),
+        *(slow(each) for each in list(REFERENCES)[1:]),
     ],
 )
 def test_transformers_loads_the_saved_model_with_the_reported_loss(folder, base, task):
@@ -381,6 +382,7 @@ def trained(base, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_classifies_with_the_adapter_of_a_run_as_with_its_merged_model(trained):
     merged, adapted = (
         Classifier.from_pretrained(**source, dtype="float32")
@@ -394,6 +396,7 @@ def test_classifies_with_the_adapter_of_a_run_as_with_its_merged_model(trained):
     assert adapted.task.max_length == 64
 
 
+@pytest.mark.slow
 def test_classify_is_not_resumed_with_another_adapter(folder, trained):
     """A bad row ends the command after its first 32 rows."""
     copy, rows = folder / "adapter", folder / "rows.jsonl"
@@ -443,6 +446,7 @@ def test_starts_from_every_bit_of_the_adapter_and_its_head(folder, base, trained
     np.testing.assert_array_equal(model.score.weight[...], stored[::-1])
 
 
+@pytest.mark.slow
 def test_trains_an_adapter_further(folder, base, trained, monkeypatch):
     given = {"model": None, "adapter": str(trained / "adapter"), "labels": ["b", "a"]}
     run(folder, base, **given, max_steps=2)
@@ -541,6 +545,7 @@ def test_trains_only_the_head(folder, base):
     assert changed_weights(folder, base) == set()
 
 
+@pytest.mark.slow
 def test_packed_rows_have_the_same_loss(folder, base):
     """The first step's batch has all examples, packed or not."""
     write_rows(folder / "train.jsonl", task="causal-lm", count=10)

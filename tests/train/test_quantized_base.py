@@ -23,6 +23,7 @@ def logits(model, ids):
     return model(ids).logits
 
 
+@pytest.mark.slow
 def test_saves_adapters_and_the_floats_that_were_trained(folder, base):
     results = run(folder, base, **ADAPTERS, quantize=INT4)
     assert results is not None

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from marks import slow
 from phi3_jax.train.labels import base_head
 from phi3_jax.train.recipe import make_recipe, new_model
 from phi3_jax.train.sources import Data, load_data
@@ -207,7 +208,7 @@ UNKNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["single", "tags", pytest.param("several", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["single", *(slow(each) for each in ("tags", "several"))])
 def test_test_rows_with_unknown_labels_count_as_wrong(
     tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:

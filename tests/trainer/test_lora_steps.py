@@ -9,6 +9,7 @@ import optax
 import pytest
 from answers import stored
 from flax import nnx
+from marks import slow
 from reference import distance, padding_mask, pair, small_config
 from safetensors.numpy import load_file, save_file
 
@@ -22,7 +23,7 @@ EPS = 1e-6
 """Greater than the rounding errors of most gradients, which Adam would otherwise scale to full steps."""
 
 TASKS = {"causal": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
-SLOW = {kind: pytest.param(kind, marks=pytest.mark.slow) for kind in ("causal", "token")}
+SLOW = {kind: slow(kind) for kind in ("causal", "token")}
 
 
 def batch_of(kind, step):
@@ -74,7 +75,7 @@ def train(theirs, task, settings, batches):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("variant", [None, pytest.param("rslora", marks=pytest.mark.slow), "dora"])
+@pytest.mark.parametrize("variant", ["dora", *(slow(each) for each in (None, "rslora"))])
 @pytest.mark.parametrize("kind", [SLOW["causal"], "sequence", SLOW["token"]])
 def test_twenty_steps_match_peft(kind, variant, tmp_path):
     config = small_config(num_labels=3, classifier_dropout=0.0)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from answers import stored
+from marks import slow
 from reference import on_mesh, padding_mask, pair, run, small_config
 
 from phi3_jax.model import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification
@@ -88,8 +89,7 @@ def close(ours, expected, tolerance):
     "kind",
     [
         "causal",
-        "several",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("sequence", "regression", "token")),
+        *(slow(each) for each in ("several", "sequence", "regression", "token")),
     ],
 )
 def test_micro_batches_add_up_to_the_whole_batch(kind):
@@ -105,11 +105,7 @@ def test_micro_batches_add_up_to_the_whole_batch(kind):
     ("kind", "objective"),
     [
         ("sequence", Objective(class_weights=(0.5, 1.0, 3.0))),
-        ("token", Objective()),
-        *(
-            pytest.param(each, Objective(), marks=pytest.mark.slow)
-            for each in ("causal", "several", "regression")
-        ),
+        *(slow(each, Objective()) for each in ("token", "causal", "several", "regression")),
     ],
 )
 def test_batches_of_different_widths_add_up_to_the_whole_batch(kind, objective):
@@ -131,9 +127,7 @@ def test_batches_of_different_widths_add_up_to_the_whole_batch(kind, objective):
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize(
-    "kind", ["causal", *(pytest.param(each, marks=pytest.mark.slow) for each in ("several", "token"))]
-)
+@pytest.mark.parametrize("kind", ["causal", *(slow(each) for each in ("several", "token"))])
 def test_devices_add_up_to_the_whole_batch(kind):
     """Four devices divide the rows, whose labels are uneven."""
     model, batch = model_of(kind), ragged(kind)

@@ -62,6 +62,7 @@ def test_another_scaling_changes_the_losses_and_cannot_be_resumed(tmp_path: Path
     assert config["rope_scaling"]["type"] == "longrope"
 
 
+@pytest.mark.slow
 def test_warns_of_a_scaling_that_transformers_lacks(
     tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ import optax
 import pytest
 from answers import stored
 from flax import nnx
+from marks import slow
 from reference import distance, on_mesh, padding_mask, pair, run, small_config
 
 from phi3_jax.lora import add_lora, merge_lora
@@ -58,7 +59,7 @@ def train(theirs, batches):
     return losses, norms, dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("kind", ["causal", "sequence", "token"])
+@pytest.mark.parametrize("kind", ["causal", slow("sequence"), slow("token")])
 def test_steps_match_pytorch(kind, tmp_path):
     """Compares the losses of twenty steps of AdamW, and the parameters at the end."""
     config = small_config(num_labels=3, classifier_dropout=0.0)
@@ -82,8 +83,8 @@ def test_steps_match_pytorch(kind, tmp_path):
     "mesh",
     [
         "fsdp=2,context=2,tensor=2",
-        pytest.param("fsdp=8", marks=pytest.mark.slow),
-        pytest.param("data=2,tensor=4", marks=pytest.mark.slow),
+        slow("fsdp=8"),
+        slow("data=2,tensor=4"),
     ],
 )
 def test_three_steps_on_a_mesh_match_one_device(mesh):
@@ -159,6 +160,7 @@ def test_rejects_an_unknown_remat():
         Trainer(Phi3ForCausalLM(small_config()), optax.sgd(0.1), remat="some")
 
 
+@pytest.mark.slow
 def test_new_adapters_change_nothing_and_only_they_are_trained():
     model = Phi3ForCausalLM(small_config(**GROUPED))
     adapted = add_lora(model, 2, targets=("qkv_proj", "down_proj"))
