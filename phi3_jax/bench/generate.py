@@ -142,7 +142,9 @@ def print_table(
     table = Table(
         title=f"{label}, {config.num_hidden_layers} layers, {weights}, batch {options.batch}, "
         f"{length}-token prompt, {steps} steps, median of {rounds}",
-        caption=describe_products(options.dtype, divided=bool(options.mesh)),
+        caption=describe_products(
+            options.dtype, divided=bool(options.mesh), quantization=options.quantization
+        ),
     )
     table.add_column("")
     for name in (*results, *(["ratio"] if len(results) == 2 else [])):

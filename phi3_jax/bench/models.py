@@ -33,7 +33,7 @@ def load_theirs(path: Path, dtype: str, *, end_tokens: bool) -> Any:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def describe_products(dtype: str, *, divided: bool = False) -> str:
-    """Says what multiplies few rows in this package's programs: its C++ library or XLA."""
-    name = variant() if dtype == "bfloat16" and not divided else None
-    return f"few rows multiplied by {'XLA' if name is None else f'the C++ library, {name}'}"
+def describe_products(dtype: str, *, divided: bool = False, quantization: str | None = None) -> str:
+    """Says what multiplies in this package's programs: its C++ library, with its instructions, or XLA."""
+    name = variant() if (dtype == "bfloat16" or quantization is not None) and not divided else None
+    return f"products by {'XLA' if name is None else f'the C++ library, {name}'}"

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from phi3_jax.errors import UserError
-from phi3_jax.native.product import MOST_ROWS, available, product
+from phi3_jax.native.product import is_faster, product
 from phi3_jax.parallel.sharding import gather, place, shards
 from phi3_jax.quantization.product import quantized_product
 from phi3_jax.quantization.weight import QuantizedWeight
@@ -65,9 +65,8 @@ def matmul(
 ) -> Float[Array, "... R O"]:
     """Returns `x @ weight.T`, with sums in float32. `mesh` divides the operands, if there is one."""
     rows = math.prod(x.shape[:-1])
-    few = isinstance(rows, int) and 1 <= rows <= MOST_ROWS  # `jax.export` may leave the number open
-    if few and mesh is None and x.dtype == weight.dtype == jnp.bfloat16 and available():
-        return checkpoint_name(_contract_few_rows(x, weight, 1, jnp.dtype(jnp.float32)), PROJECTION)
+    if mesh is None and x.dtype == weight.dtype == jnp.bfloat16 and is_faster(rows, packed=False):
+        return checkpoint_name(_contract_flat(x, weight, 1, jnp.dtype(jnp.float32)), PROJECTION)
     operand = pad_single_row(x) if rows == 1 else x
     return contract(operand, weight, 1, jnp.dtype(jnp.float32))[..., : x.shape[-2], :]
 
@@ -95,7 +94,7 @@ def _product(x: Array, weight: Array, axes: int, dtype: jnp.dtype) -> Array:
     return jax.lax.dot_general(x, weight, (inputs, ((), ())), preferred_element_type=dtype)
 
 
-def _product_of_few_rows(x: Array, weight: Array, axes: int, dtype: jnp.dtype) -> Array:
+def _flat_product(x: Array, weight: Array, axes: int, dtype: jnp.dtype) -> Array:
     """Returns the product of a flat weight, by the C++ library in programs for a CPU."""
 
     def by_library(x: Array, weight: Array) -> Array:
@@ -131,7 +130,7 @@ def _with_gradient(multiply: Callable[..., Array]) -> Callable[..., Array]:
 
 
 _contract = _with_gradient(_product)
-_contract_few_rows = _with_gradient(_product_of_few_rows)
+_contract_flat = _with_gradient(_flat_product)
 
 
 def check_layer(name: str, value: Any, old: Any) -> None:

@@ -198,6 +198,39 @@ def device_weight(name: str, module: Linear | Embedding, stored: StoredWeight) -
     return _place(weight, axes, module.mesh, _put)
 
 
+def form_of(weight: QuantizedWeight) -> WeightForm:
+    """Returns what a checkpoint's headers would tell about a weight."""
+    return WeightForm(
+        bits=4 if weight.values.dtype in (jnp.uint8, jnp.int4) else 8,
+        groups=weight.groups,
+        has_zero=weight.zero is not None,
+        has_order=weight.order is not None,
+        is_float=weight.values.dtype == jnp.float8_e4m3fn,
+    )
+
+
+def stored_weight(weight: QuantizedWeight, layout: TensorLayout) -> StoredWeight:
+    """Returns a weight with its rows as they are stored: the inverse of `device_weight`.
+
+    All processes call it for a weight over several.
+    """
+
+    def plain(leaf: Array, shape: tuple[int, ...]) -> np.ndarray:
+        array = np.asarray(readable(leaf))
+        array = np.moveaxis(array, 0, -2 if array.ndim > len(shape) else -1) if weight.grouped else array
+        return layout.to_checkpoint(array.reshape(shape))
+
+    by_group = (*weight.shape[:-1], weight.groups)
+    values = plain(weight.unpacked(), weight.shape)
+    return StoredWeight(
+        values=values if form_of(weight).is_float else values.astype(np.int8),
+        scale=plain(weight.scale, by_group),
+        bits=form_of(weight).bits,
+        zero=None if weight.zero is None else plain(weight.zero, by_group),
+        order=None if weight.order is None else np.asarray(readable(weight.order)),
+    )
+
+
 def pack(values: np.ndarray) -> np.ndarray:
     """Returns 4-bit values [out, in] as `value + 8`, two a byte, the earlier one in the lower half."""
     above_zero = (values + 8).astype(np.uint8)
@@ -251,7 +284,7 @@ def _check_groups(name: str, mesh: Mesh | None, axis: str, form: WeightForm, col
         raise UserError(
             f"{name} has its inputs in another order, and {RULES[axis]}={pieces} divides them; use 1"
         )
-    count = form.groups if form.groups > 1 else columns // 2
+    count = form.groups if form.groups > 1 else columns * form.bits // 8
     if count % pieces:
         fitting = [n for n in range(1, count + 1) if count % n == 0]
         shown = ", ".join(map(str, fitting[:12])) + (", ..." if len(fitting) > 12 else "")

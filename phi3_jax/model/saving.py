@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from phi3_jax.checkpoint.companions import MODEL_FILES
+from phi3_jax.checkpoint.compressed_tensors import CompressedSource, compressed_config, exact_dtype
 from phi3_jax.checkpoint.layout import TensorLayout, layout_of
 from phi3_jax.checkpoint.quantization_config import KEYS
 from phi3_jax.checkpoint.safetensors import write_tensors
@@ -18,9 +20,11 @@ from phi3_jax.checkpoint.source import TensorSource
 from phi3_jax.config.model_config import CONFIG_NAME
 from phi3_jax.errors import UserError
 from phi3_jax.generation.mixin import GenerationMixin
-from phi3_jax.model.quantizing import has_quantized_weights
+from phi3_jax.model.layers import QuantizedParam
+from phi3_jax.model.quantizing import form_of, has_quantized_weights, stored_weight
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import readable
+from phi3_jax.quantization import StoredWeight, WeightForm
 from phi3_jax.runs.exchange import exchanging
 
 _DROPPED = ("torch_dtype", *KEYS)
@@ -60,6 +64,39 @@ class ModelSource(ParameterSource):
         super().__init__({name: (leaf, layout_of(name)) for name, leaf in names.items()})
 
 
+class QuantizedModelSource(ModelSource):
+    """The parameters of a model with quantized weights as `QuantizedTensors`."""
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        flat = nnx.to_flat_state(nnx.state(model, QuantizedParam))
+        self._weights = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in flat}
+
+    def names(self) -> Sequence[str]:
+        return [*super().names(), *self._weights]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        weight = self._weights.get(name)
+        return super().shape(name) if weight is None else layout_of(name).checkpoint_shape(weight.shape)
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(np.float32) if name in self._weights else super().dtype(name)
+
+    def read(self, name: str) -> np.ndarray:
+        return self.read_quantized(name).dequantize() if name in self._weights else super().read(name)
+
+    def form(self, name: str) -> WeightForm | None:
+        weight = self._weights.get(name)
+        return None if weight is None else form_of(weight)
+
+    def read_quantized(self, name: str) -> StoredWeight:
+        return stored_weight(self._weights[name], layout_of(name))
+
+    def scale_dtype(self, name: str) -> np.dtype:
+        """Returns the narrowest dtype that holds a weight's scales exactly."""
+        return exact_dtype(np.asarray(readable(self._weights[name].scale)))
+
+
 class _BroadcastSource:
     """The tensors of `source` in process 0; it announces each read to the other processes."""
 
@@ -87,14 +124,15 @@ def _follow(source: TensorSource) -> None:
 def save_model(model: Any, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
     """Writes `config.json` and safetensors, sharded with an index above `max_shard_size`.
 
-    A causal language model also gets `generation_config.json`.
+    A causal language model also gets `generation_config.json`. Quantized weights are written in the format of
+    compressed-tensors, which transformers and vLLM read; loaded again, they are the same numbers.
 
     Files get their names when all are written, and an earlier model's are removed; other files of the
     directory, such as a tokenizer's, stay. All processes call this; process 0 writes, and the others wait for
     its end or its error.
 
     Raises:
-        UserError: the model has adapters, for which a checkpoint has no names, or quantized weights.
+        UserError: the model has adapters, for which a checkpoint has no names.
         CheckpointError: the disk is full, or the directory cannot be written.
     """
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
@@ -102,14 +140,15 @@ def save_model(model: Any, directory: str | os.PathLike[str], *, max_shard_size:
             "the model has adapters, which a checkpoint cannot hold; merge them first (merge_lora), or write "
             "them alone (save_adapters)"
         )
+    tensors: TensorSource = ModelSource(model)
+    extra: dict[str, Any] = {}
     if has_quantized_weights(model):
-        raise UserError(
-            "the model has quantized weights, which are not saved from here; phi3-jax quantize writes a "
-            "quantized checkpoint of the original"
-        )
+        quantized = QuantizedModelSource(model)
+        tensors = CompressedSource(quantized, quantized.scale_dtype)
+        extra = {"quantization_config": compressed_config(quantized)}
     write_in_one(
-        ModelSource(model),
-        lambda source: write_model(model, source, Path(directory), max_shard_size, model.dtype),
+        tensors,
+        lambda source: write_model(model, source, Path(directory), max_shard_size, model.dtype, extra),
     )
 
 
@@ -134,14 +173,19 @@ def write_in_one(source: TensorSource, write: Callable[[TensorSource], None]) ->
 
 
 def write_model(
-    model: Any, source: TensorSource, directory: Path, max_shard_size: int | str, dtype: Any
+    model: Any,
+    source: TensorSource,
+    directory: Path,
+    max_shard_size: int | str,
+    dtype: Any,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Writes the tensors of `source`, which are floats of `dtype`, and the settings of `model`."""
+    """Writes the tensors of `source`, with floats of `dtype`, and the settings of `model` and `extra`."""
     config = model.config
+    kept = {key: value for key, value in config.extra.items() if key not in _DROPPED}
     summary = {"architectures": [type(model).__name__], "dtype": str(jnp.dtype(dtype))}
-    extra = {key: value for key, value in config.extra.items() if key not in _DROPPED} | summary
     with exchanging(directory, config=CONFIG_NAME, replaced=MODEL_FILES) as work:
         write_tensors(source, work, max_shard_size)
         if isinstance(model, GenerationMixin):
             model.generation_config.save_pretrained(work)
-        config.replace(extra=extra).save_pretrained(work)
+        config.replace(extra=kept | summary | dict(extra)).save_pretrained(work)

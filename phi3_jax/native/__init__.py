@@ -1,1 +1,1 @@
-"""Products of a few rows with packed weights on CPUs, by a C++ library that is built at the first use."""
+"""Products with packed weights on CPUs, by a C++ library that is built at the first use."""

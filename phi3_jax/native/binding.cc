@@ -15,31 +15,43 @@
 namespace phi3_jax {
 namespace {
 
-constexpr int64_t kLeastBytes = 128 << 10;  // of a weight, for which a second thread pays
+constexpr int64_t kLeastBytes = 128 << 10;  // of a weight, read by few rows, for which a second thread pays
 constexpr int64_t kLeastChunk = 32 << 10, kMostChunk = 512 << 10;
 constexpr int64_t kChunksPerThread = 8;
+constexpr int64_t kMostRows = 40 * kRows;  // of a job, so that its copy of x is small
 
 // A product that several threads compute. Whoever leaves it last deletes it.
 struct Job {
   Operands operands;
   const Variant* variant;
-  void* copy;
-  int64_t chunk, chunks;  // outputs of a chunk
-  std::atomic<int64_t> next{0}, done{0};
+  uint8_t *copy, *scratch;
+  size_t thread_bytes;     // of `scratch`, for one thread
+  int64_t copies;          // parts of the rows to copy
+  int64_t chunk, chunks;   // outputs of a chunk
+  std::atomic<int64_t> next_copy{0}, copied{0};
+  std::atomic<int64_t> threads{0}, next{0}, done{0};
   std::atomic<int64_t> users;
 
   void run() {
+    const int64_t rows = copies == 1 ? operands.rows : kRows;
+    for (int64_t index; (index = next_copy.fetch_add(1, std::memory_order_relaxed)) < copies;) {
+      const int64_t first = index * rows, last = first + rows;
+      variant->copy(operands, copy, first, last < operands.rows ? last : operands.rows);
+      copied.fetch_add(1, std::memory_order_release);
+    }
+    wait(copied, copies);
+    uint8_t* own = scratch + thread_bytes * threads.fetch_add(1, std::memory_order_relaxed);
     for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
       const int64_t first = index * chunk, last = first + chunk;
-      variant->multiply(operands, copy, first, last < operands.out ? last : operands.out);
+      variant->multiply(operands, copy, own, first, last < operands.out ? last : operands.out);
       done.fetch_add(1, std::memory_order_release);
     }
   }
 
-  // Waits for chunks that other threads have begun. Threads that have not begun any are not waited for, so that jobs
+  // Waits for parts that other threads have begun. Threads that have not begun any are not waited for, so that jobs
   // on all threads of a pool cannot wait for each other.
-  void wait() {
-    for (int turn = 0; done.load(std::memory_order_acquire) < chunks; turn++) {
+  static void wait(const std::atomic<int64_t>& count, int64_t all) {
+    for (int turn = 0; count.load(std::memory_order_acquire) < all; turn++) {
       if (turn > 1000) sched_yield();
     }
   }
@@ -61,33 +73,41 @@ void help(void* data) {
 int64_t thread_count(const XLA_FFI_CallFrame* frame);
 bool schedule(const XLA_FFI_CallFrame* frame, Job* job);
 
-// Computes a product; `frame` gives the threads, or is null: only this one. Returns false if memory is full.
-bool run_product(const Operands& operands, const Variant* variant, int64_t chunk, const XLA_FFI_CallFrame* frame) {
+size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Returns how many outputs a thread computes at a time.
+int64_t choose_chunk(const Operands& operands, int64_t threads, int64_t output_bytes) {
+  if (threads == 1 && operands.rows <= kFewRows) return operands.out;
+  const int64_t bytes = operands.out * output_bytes / (threads * kChunksPerThread);
+  return (bytes < kLeastChunk ? kLeastChunk : bytes > kMostChunk ? kMostChunk : bytes) / output_bytes;
+}
+
+// Computes the product of at most `kMostRows` rows.
+bool run_job(const Operands& operands, const Variant* variant, int64_t chunk, const XLA_FFI_CallFrame* frame) {
   void* memory = std::malloc(sizeof(Job));
   if (!memory) return false;
   Job* job = new (memory) Job();
   job->operands = operands;
   job->variant = variant;
-  const size_t bytes = variant->copy_bytes(operands);
-  job->copy = std::aligned_alloc(64, bytes / 64 * 64 + 64);
   job->users = 1;
+
+  const int64_t read_bytes = operands.out * operands.row_bytes() * (operands.rows > 8 ? operands.rows / 8 : 1);
+  const int64_t threads = frame && read_bytes >= kLeastBytes ? thread_count(frame) : 1;
+  const int64_t row_bytes = operands.row_bytes() ? operands.row_bytes() : 1;
+  const int64_t scratch_bytes = (int64_t)variant->scratch_bytes(operands);
+  if (!chunk) chunk = choose_chunk(operands, threads, scratch_bytes > row_bytes ? scratch_bytes : row_bytes);
+  job->chunk = chunk < kOutputs ? kOutputs : (chunk + kOutputs - 1) / kOutputs * kOutputs;
+  job->chunks = (operands.out + job->chunk - 1) / job->chunk;
+  job->copies = threads == 1 || operands.rows <= kFewRows ? 1 : (operands.rows + kRows - 1) / kRows;
+
+  const size_t copy_bytes = rounded(variant->copy_bytes(operands) + 1);
+  job->thread_bytes = rounded(job->chunk * scratch_bytes);
+  job->copy = static_cast<uint8_t*>(std::aligned_alloc(64, copy_bytes + threads * job->thread_bytes));
   if (!job->copy) {
     job->leave();
     return false;
   }
-  variant->copy(operands, job->copy);
-
-  const int64_t weight_bytes = operands.out * operands.row_bytes();
-  const int64_t threads = frame && weight_bytes >= kLeastBytes ? thread_count(frame) : 1;
-  if (!chunk) {
-    int64_t chunk_bytes = weight_bytes / (threads * kChunksPerThread);
-    chunk_bytes = chunk_bytes < kLeastChunk ? kLeastChunk : chunk_bytes > kMostChunk ? kMostChunk : chunk_bytes;
-    const int64_t row_bytes = operands.row_bytes() ? operands.row_bytes() : 1;
-    chunk = threads == 1 ? operands.out : chunk_bytes / row_bytes;
-  }
-  job->chunk = (chunk + kOutputs - 1) / kOutputs * kOutputs;
-  if (job->chunk == 0) job->chunk = kOutputs;
-  job->chunks = (operands.out + job->chunk - 1) / job->chunk;
+  job->scratch = job->copy + copy_bytes;
   for (int64_t helper = 1; helper < threads && helper < job->chunks; helper++) {
     job->users.fetch_add(1, std::memory_order_relaxed);
     if (!schedule(frame, job)) {
@@ -96,8 +116,20 @@ bool run_product(const Operands& operands, const Variant* variant, int64_t chunk
     }
   }
   job->run();
-  job->wait();
+  Job::wait(job->done, job->chunks);
   job->leave();
+  return true;
+}
+
+// Computes a product; `frame` gives the threads, or is null: only this one. Returns false if memory is full.
+bool run_product(const Operands& operands, const Variant* variant, int64_t chunk, const XLA_FFI_CallFrame* frame) {
+  for (int64_t row = 0; row < operands.rows; row += kMostRows) {
+    Operands part = operands;
+    part.rows = operands.rows - row < kMostRows ? operands.rows - row : kMostRows;
+    part.x += row * operands.in * (operands.x_is_bfloat16 ? 2 : 4);
+    part.y += 4 * row * operands.out;
+    if (!run_job(part, variant, chunk, frame)) return false;
+  }
   return true;
 }
 

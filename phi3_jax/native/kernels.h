@@ -33,11 +33,12 @@ template <Form form>
 constexpr int kVectors = kBlock<form> / kElements;  // operands of a block
 
 // Returns how many of the rows left are computed together: as many as there are registers for their sums. Unpacking
-// int8 to bfloat16 takes as long as multiplying four rows, so that eight rows share it.
+// int8 to bfloat16 takes as long as multiplying four rows, so that eight rows share it if there are few.
 template <Form form>
-constexpr int64_t rows_together(int64_t rest) {
-  constexpr int64_t most = BYTES == 32 ? 2 : 4;
-  return PAIRS && form == Form::kInt8 && rest >= 8 ? 8 : rest < most ? rest : most;
+constexpr int64_t rows_together(int64_t rest, bool are_few) {
+  if (PAIRS && form == Form::kInt8 && are_few && rest >= 8) return 8;
+  const int64_t most = BYTES == 32 ? 2 : BYTES == 64 && !are_few ? 6 : 4;
+  return rest >= most ? most : rest > 4 ? 4 : rest;
 }
 
 // The input, counted from the first one of its block, at an element of an operand.
@@ -207,11 +208,57 @@ INLINE void add_block(Floats (&dot)[rows][outputs], const Words (&packed)[output
   }
 }
 
-// Computes `count` outputs, at most `outputs`, of some rows. `x` is their part of the copy and `x_sums` its sums,
-// `ahead` the distance in bytes of the weights to fetch meanwhile.
+// Some rows of x: their part of the copy, and its sums.
+struct Rows {
+  int64_t first, count;
+  const Element* x;
+  const float* sums;
+
+  TARGET Rows(const Operands& p, const Layout& layout, int block, const void* copy, int64_t first, int64_t count)
+      : first(first), count(count) {
+    x = (const Element*)copy + first * layout.blocks * block;
+    sums = (const float*)((const char*)copy + layout.x_bytes) + first * layout.segments * kLanes;
+  }
+};
+
+// Begins to read bytes that are needed soon.
+INLINE void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 0, 2);
+}
+
+// Adds a segment's products, with its scales and zeros; `index` has the outputs.
 template <Form form, int rows, int outputs>
-TARGET static void multiply_tile(const Operands& p, const Layout& layout, const Element* x, const float* x_sums,
-                                 int64_t row, int64_t output, int64_t count, int64_t ahead) {
+INLINE void add_segment(const Operands& p, const Layout& layout, const Rows& x, const int64_t (&index)[outputs],
+                        int64_t segment, const Floats (&dot)[rows][outputs], Floats (&sum)[rows][4]) {
+  UNROLL for (int o = 0; o < outputs; o++) {
+    if (form == Form::kBfloat16) {
+      UNROLL for (int r = 0; r < rows; r++) sum[r][o] = dot[r][o];
+      continue;
+    }
+    const int64_t first = 4 * index[o] * p.groups;
+    const Floats scale = of_lanes(p, layout, p.scale + first, segment, kBlock<form>);
+    UNROLL for (int r = 0; r < rows; r++) sum[r][o] += scale * dot[r][o];
+    if (form == Form::kInt4 && p.zero) {
+      const Floats shift = scale * (of_lanes(p, layout, p.zero + first, segment, kBlock<form>) - 8.0f);
+      UNROLL for (int r = 0; r < rows; r++) {
+        sum[r][o] -= shift * (Floats)load(x.sums + (segment * rows + r) * kLanes);
+      }
+    }
+  }
+}
+
+template <int rows>
+INLINE void store_rows(const Operands& p, const Rows& x, const Floats (&sum)[rows][4], int64_t output, int64_t count) {
+  UNROLL for (int r = 0; r < rows; r++) {
+    store_totals(sum[r], p.y + 4 * ((x.first + r) * p.out + output), count);
+  }
+}
+
+// Computes `count` outputs, at most `outputs`, of some rows. `ahead` is the distance in bytes of the weights to fetch
+// meanwhile.
+template <Form form, int rows, int outputs>
+TARGET static void multiply_tile(const Operands& p, const Layout& layout, const Rows& x, int64_t output, int64_t count,
+                                 int64_t ahead) {
   const uint8_t* weight[outputs];
   int64_t index[outputs];
   UNROLL for (int o = 0; o < outputs; o++) {
@@ -229,57 +276,134 @@ TARGET static void multiply_tile(const Operands& p, const Layout& layout, const 
         __builtin_prefetch(weight[o] + block * BYTES + ahead, 0, 2);
         packed[o] = load(weight[o] + block * BYTES);
       }
-      add_block<form, rows, outputs>(dot, packed, x + block * kVectors<form> * rows * kElements);
+      add_block<form, rows, outputs>(dot, packed, x.x + block * kBlock<form> * rows);
     }
     if (block < end) {  // the row's last block is not full
       Words packed[outputs] = {};
       UNROLL for (int o = 0; o < outputs; o++) {
         __builtin_memcpy(&packed[o], weight[o] + block * BYTES, layout.row_bytes - block * BYTES);
       }
-      add_block<form, rows, outputs>(dot, packed, x + block * kVectors<form> * rows * kElements);
+      add_block<form, rows, outputs>(dot, packed, x.x + block * kBlock<form> * rows);
       block++;
     }
-    UNROLL for (int o = 0; o < outputs; o++) {
-      if (form == Form::kBfloat16) {
-        UNROLL for (int r = 0; r < rows; r++) sum[r][o] = dot[r][o];
-        continue;
-      }
-      const int64_t first = 4 * index[o] * p.groups;
-      const Floats scale = of_lanes(p, layout, p.scale + first, segment, kBlock<form>);
-      UNROLL for (int r = 0; r < rows; r++) sum[r][o] += scale * dot[r][o];
-      if (form == Form::kInt4 && p.zero) {
-        const Floats shift = scale * (of_lanes(p, layout, p.zero + first, segment, kBlock<form>) - 8.0f);
-        UNROLL for (int r = 0; r < rows; r++) {
-          sum[r][o] -= shift * (Floats)load(x_sums + (segment * rows + r) * kLanes);
-        }
-      }
-    }
+    add_segment<form, rows, outputs>(p, layout, x, index, segment, dot, sum);
   }
-  UNROLL for (int r = 0; r < rows; r++) {
-    store_totals(sum[r], p.y + 4 * ((row + r) * p.out + output), count);
-  }
+  store_rows<rows>(p, x, sum, output, count);
 }
 
 template <Form form>
-TARGET static void multiply_form(const Operands& p, const void* x_copy, int64_t first, int64_t last) {
+TARGET static void multiply_few(const Operands& p, const void* x_copy, int64_t first, int64_t last) {
   const Layout layout(p, kBlock<form>);
   for (int64_t output = first; output < last; output += kOutputs) {
     const int64_t count = last - output < kOutputs ? last - output : kOutputs;
     // The next outputs' weights are fetched while these ones are multiplied, by the first rows.
     int64_t ahead = output + kOutputs < last ? kOutputs * layout.row_bytes : 0;
+    if (ahead && form != Form::kBfloat16) {
+      const int64_t numbers = 4 * p.groups, next = (output + kOutputs) * numbers;
+      const int64_t bytes = (last - output < 2 * kOutputs ? last - output - kOutputs : kOutputs) * numbers;
+      fetch(p.scale + next, bytes);
+      if (p.zero) fetch(p.zero + next, bytes);
+    }
     for (int64_t row = 0, rows; row < p.rows; row += rows, ahead = 0) {
-      const Element* x = (const Element*)x_copy + row * layout.blocks * kBlock<form>;
-      const float* x_sums = (const float*)((const char*)x_copy + layout.x_bytes) + row * layout.segments * kLanes;
-      rows = rows_together<form>(p.rows - row);
-      if constexpr (rows_together<form>(8) == 8) {
+      rows = rows_together<form>(p.rows - row, true);
+      const Rows x(p, layout, kBlock<form>, x_copy, row, rows);
+      if constexpr (rows_together<form>(8, true) == 8) {
         for (int64_t o = 0; rows == 8 && o < count; o += 2) {
-          multiply_tile<form, 8, 2>(p, layout, x, x_sums, row, output + o, count - o < 2 ? 1 : 2, ahead);
+          multiply_tile<form, 8, 2>(p, layout, x, output + o, count - o < 2 ? 1 : 2, ahead);
         }
       }
-      if (rows == 4) multiply_tile<form, 4, 4>(p, layout, x, x_sums, row, output, count, ahead);
-      if (rows == 3) multiply_tile<form, 3, 4>(p, layout, x, x_sums, row, output, count, ahead);
-      if (rows == 2) multiply_tile<form, 2, 4>(p, layout, x, x_sums, row, output, count, ahead);
-      if (rows == 1) multiply_tile<form, 1, 4>(p, layout, x, x_sums, row, output, count, ahead);
+      if (rows == 4) multiply_tile<form, 4, 4>(p, layout, x, output, count, ahead);
+      if (rows == 3) multiply_tile<form, 3, 4>(p, layout, x, output, count, ahead);
+      if (rows == 2) multiply_tile<form, 2, 4>(p, layout, x, output, count, ahead);
+      if (rows == 1) multiply_tile<form, 1, 4>(p, layout, x, output, count, ahead);
+    }
+  }
+}
+
+// With many rows, the weights of a chunk are first unpacked to panels of `kOutputs` outputs, in the order in which
+// they are multiplied. They stay in the second level of the cache while the rows pass.
+
+template <Form form>
+TARGET static void unpack_panel(const Operands& p, const Layout& layout, int64_t output, int64_t count, Element* to) {
+  for (int64_t block = 0; block < layout.blocks; block++) {
+    Words packed[kOutputs] = {};
+    const int64_t size = block < layout.full ? BYTES : layout.row_bytes - block * BYTES;
+    UNROLL for (int o = 0; o < kOutputs; o++) {
+      const uint8_t* from = p.weight + (output + (o < count ? o : count - 1)) * layout.row_bytes + block * BYTES;
+      if (size == BYTES) {
+        __builtin_prefetch(from + kOutputs * layout.row_bytes, 0, 2);
+        packed[o] = load(from);
+      } else {
+        __builtin_memcpy(&packed[o], from, size);
+      }
+    }
+    UNROLL for (int k = 0; k < kVectors<form>; k++) {
+      UNROLL for (int o = 0; o < kOutputs; o++, to += kElements) {
+        const Words operand = unpack<form>(packed[o], k);
+        __builtin_memcpy(to, &operand, BYTES);
+      }
+    }
+  }
+}
+
+template <Form form, int rows>
+INLINE void add_blocks(Floats (&dot)[rows][kOutputs], const Element* x, const Element* panel, int64_t blocks) {
+  const Element* const end = x + blocks * kBlock<form> * rows;
+  for (; x != end; x += rows * kElements, panel += kOutputs * kElements) {
+    Words weight[kOutputs];
+    UNROLL for (int o = 0; o < kOutputs; o++) weight[o] = load(panel + o * kElements);
+    UNROLL for (int r = 0; r < rows; r++) {
+      const Words row = load(x + r * kElements);
+      UNROLL for (int o = 0; o < kOutputs; o++) dot[r][o] = multiply_add(row, weight[o], dot[r][o]);
+    }
+  }
+}
+
+// Multiplies some rows with a panel.
+template <Form form, int rows>
+TARGET static void multiply_panel(const Operands& p, const Layout& layout, const Rows& x, const Element* panel,
+                                  int64_t output, int64_t count) {
+  int64_t index[kOutputs];
+  UNROLL for (int o = 0; o < kOutputs; o++) index[o] = output + (o < count ? o : count - 1);
+  const Element* of_x = x.x;
+  Floats sum[rows][kOutputs] = {};
+  for (int64_t segment = 0, block = 0; segment < layout.segments; segment++) {
+    Floats dot[rows][kOutputs] = {};
+    const int64_t blocks = block + layout.segment < layout.blocks ? layout.segment : layout.blocks - block;
+    add_blocks<form, rows>(dot, of_x, panel, blocks);
+    block += blocks;
+    of_x += blocks * kBlock<form> * rows;
+    panel += blocks * kBlock<form> * kOutputs;
+    add_segment<form, rows, kOutputs>(p, layout, x, index, segment, dot, sum);
+  }
+  store_rows<rows>(p, x, sum, output, count);
+}
+
+template <Form form>
+TARGET static void multiply_many(const Operands& p, const void* x_copy, Element* panels, int64_t first, int64_t last) {
+  if (first == last) return;
+  const Layout layout(p, kBlock<form>);
+  const int64_t panel_size = layout.blocks * kBlock<form> * kOutputs;
+  for (int64_t output = first; output < last; output += kOutputs) {
+    const int64_t count = last - output < kOutputs ? last - output : kOutputs;
+    unpack_panel<form>(p, layout, output, count, panels + (output - first) / kOutputs * panel_size);
+  }
+  for (int64_t row = 0, rows; row < p.rows; row += rows) {
+    rows = rows_together<form>(p.rows - row, false);
+    const Rows x(p, layout, kBlock<form>, x_copy, row, rows);
+    const Element* panel = panels;
+    const Element* next = x.x + rows * layout.blocks * kBlock<form>;  // the next rows are fetched meanwhile
+    const int64_t part = row + rows < p.rows ? rows * panel_size / (last - first) : 0;
+    for (int64_t output = first; output < last; output += kOutputs, panel += panel_size, next += part) {
+      const int64_t count = last - output < kOutputs ? last - output : kOutputs;
+      fetch(next, part * sizeof(Element));
+      if constexpr (rows_together<form>(6, false) == 6) {
+        if (rows == 6) multiply_panel<form, 6>(p, layout, x, panel, output, count);
+      }
+      if (rows == 4) multiply_panel<form, 4>(p, layout, x, panel, output, count);
+      if (rows == 3) multiply_panel<form, 3>(p, layout, x, panel, output, count);
+      if (rows == 2) multiply_panel<form, 2>(p, layout, x, panel, output, count);
+      if (rows == 1) multiply_panel<form, 1>(p, layout, x, panel, output, count);
     }
   }
 }
@@ -300,15 +424,14 @@ INLINE Element read_x(const Operands& p, int64_t index) {
 #endif
 }
 
-// Copies x into the order in which `multiply_tile` reads it: for some rows, by block, operand, row and element.
+// Copies rows of x into the order in which `multiply_tile` reads it: for some rows, by block, operand, row and element.
 template <Form form>
-TARGET static void copy_form(const Operands& p, void* copy) {
+TARGET static void copy_form(const Operands& p, void* copy, int64_t first, int64_t last) {
   const Layout layout(p, kBlock<form>);
-  Element* to = (Element*)copy;
-  float* sums = (float*)((char*)copy + layout.x_bytes);
-  for (int64_t row = 0, rows; row < p.rows; row += rows) {
-    rows = rows_together<form>(p.rows - row);
-    const Element* x = to;
+  for (int64_t row = first, rows; row < last; row += rows) {
+    rows = rows_together<form>(p.rows - row, p.rows <= kFewRows);
+    const Rows part(p, layout, kBlock<form>, copy, row, rows);
+    Element* to = const_cast<Element*>(part.x);
     for (int64_t block = 0; block < layout.blocks; block++) {
       const int64_t start = block * kBlock<form>, rest = p.in - start;
       for (int k = 0; k < kVectors<form>; k++) {
@@ -327,16 +450,17 @@ TARGET static void copy_form(const Operands& p, void* copy) {
       }
     }
     if (!p.zero) continue;
+    float* sums = const_cast<float*>(part.sums);
     for (int64_t segment = 0; segment < layout.segments; segment++) {
       for (int64_t r = 0; r < rows; r++, sums += kLanes) {
         Floats sum = {};
         for (int64_t block = segment * layout.segment; block < (segment + 1) * layout.segment; block++) {
           for (int k = 0; k < kVectors<form>; k++) {
-            const Words part = load(x + ((block * kVectors<form> + k) * rows + r) * kElements);
+            const Words operand = load(part.x + ((block * kVectors<form> + k) * rows + r) * kElements);
 #if PAIRS
-            sum += (Floats)(part << 16) + (Floats)(part & 0xffff0000u);
+            sum += (Floats)(operand << 16) + (Floats)(operand & 0xffff0000u);
 #else
-            sum += (Floats)part;
+            sum += (Floats)operand;
 #endif
           }
         }
@@ -348,16 +472,28 @@ TARGET static void copy_form(const Operands& p, void* copy) {
 
 static size_t copy_bytes(const Operands& p) { return Layout(p, kLanes * weights_per_word(p.form)).bytes; }
 
-static void copy(const Operands& p, void* to) {
-  if (p.form == Form::kBfloat16) return copy_form<Form::kBfloat16>(p, to);
-  if (p.form == Form::kInt8) return copy_form<Form::kInt8>(p, to);
-  copy_form<Form::kInt4>(p, to);
+static void copy(const Operands& p, void* to, int64_t first, int64_t last) {
+  if (p.form == Form::kBfloat16) return copy_form<Form::kBfloat16>(p, to, first, last);
+  if (p.form == Form::kInt8) return copy_form<Form::kInt8>(p, to, first, last);
+  copy_form<Form::kInt4>(p, to, first, last);
 }
 
-static void multiply(const Operands& p, const void* x_copy, int64_t first, int64_t last) {
-  if (p.form == Form::kBfloat16) return multiply_form<Form::kBfloat16>(p, x_copy, first, last);
-  if (p.form == Form::kInt8) return multiply_form<Form::kInt8>(p, x_copy, first, last);
-  multiply_form<Form::kInt4>(p, x_copy, first, last);
+static size_t scratch_bytes(const Operands& p) {
+  if (p.rows <= kFewRows) return 0;
+  const int block = kLanes * weights_per_word(p.form);
+  return (size_t)(Layout(p, block).blocks * block) * sizeof(Element);
+}
+
+template <Form form>
+TARGET static void multiply_form(const Operands& p, const void* copy, uint8_t* scratch, int64_t first, int64_t last) {
+  if (p.rows <= kFewRows) return multiply_few<form>(p, copy, first, last);
+  multiply_many<form>(p, copy, (Element*)scratch, first, last);
+}
+
+static void multiply(const Operands& p, const void* copy, uint8_t* scratch, int64_t first, int64_t last) {
+  if (p.form == Form::kBfloat16) return multiply_form<Form::kBfloat16>(p, copy, scratch, first, last);
+  if (p.form == Form::kInt8) return multiply_form<Form::kInt8>(p, copy, scratch, first, last);
+  multiply_form<Form::kInt4>(p, copy, scratch, first, last);
 }
 
 #undef INLINE

@@ -83,9 +83,11 @@ float weight_at(const Operands& p, int64_t output, int64_t input) {
 
 size_t copy_bytes(const Operands&) { return 0; }
 
-void copy(const Operands&, void*) {}
+void copy(const Operands&, void*, int64_t, int64_t) {}
 
-void multiply(const Operands& p, const void*, int64_t first, int64_t last) {
+size_t scratch_bytes(const Operands&) { return 0; }
+
+void multiply(const Operands& p, const void*, uint8_t*, int64_t first, int64_t last) {
   for (int64_t row = 0; row < p.rows; row++) {
     for (int64_t output = first; output < last; output++) {
       double sum = 0;
@@ -104,11 +106,11 @@ void multiply(const Operands& p, const void*, int64_t first, int64_t last) {
 
 static bool always() { return true; }
 
-static const Variant kAnyGroups = {"any groups", always, false, any_groups::copy_bytes, any_groups::copy,
-                                   any_groups::multiply};
+#define NAMED_VARIANT(text, name, runs_here, bfloat16_only) \
+  {text, runs_here, bfloat16_only, name::copy_bytes, name::copy, name::scratch_bytes, name::multiply}
+#define VARIANT(name, runs_here, bfloat16_only) NAMED_VARIANT(#name, name, runs_here, bfloat16_only)
 
-#define VARIANT(name, runs_here, bfloat16_only) \
-  {#name, runs_here, bfloat16_only, name::copy_bytes, name::copy, name::multiply}
+static const Variant kAnyGroups = NAMED_VARIANT("any groups", any_groups, always, false);
 
 #if defined(__x86_64__)
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

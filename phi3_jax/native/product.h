@@ -1,4 +1,4 @@
-// The product of a few rows with a packed weight: y = x @ weight.T, with sums in float32.
+// The product with a packed weight: y = x @ weight.T, with sums in float32.
 
 #pragma once
 
@@ -33,15 +33,24 @@ struct Variant {
   const char* name;
   bool (*runs_here)();
   bool bfloat16_only;  // of x
-  // The bytes of a copy of x in the order in which `multiply` reads it, and the function that makes it.
+  // The bytes of a copy of x in the order in which `multiply` reads it, and the function that copies the rows `first`
+  // up to `last`, without `last`; both limits are multiples of `kRows`, or the last row.
   size_t (*copy_bytes)(const Operands&);
-  void (*copy)(const Operands&, void*);
+  void (*copy)(const Operands&, void*, int64_t first, int64_t last);
+  // The bytes that `multiply` needs for each output that it computes, a multiple of `kOutputs`, from a multiple of 64.
+  size_t (*scratch_bytes)(const Operands&);
   // Computes the outputs `first` up to `last`, without `last`.
-  void (*multiply)(const Operands&, const void* copy, int64_t first, int64_t last);
+  void (*multiply)(const Operands&, const void* copy, uint8_t* scratch, int64_t first, int64_t last);
 };
 
 // Outputs that are computed together; limits for `multiply` should be multiples of it.
 constexpr int64_t kOutputs = 4;
+
+// A multiple of every number of rows that are computed together.
+constexpr int64_t kRows = 24;
+
+// With more rows, the weights of a chunk of outputs are unpacked once for all of them.
+constexpr int64_t kFewRows = 16;
 
 // Returns the fastest variant that this machine runs, or the one called `name`; null if it does not run here.
 const Variant* choose_variant(const Operands& operands, const char* name = nullptr);

@@ -1,4 +1,4 @@
-"""Multiplies a few rows by a packed weight with the C++ library."""
+"""Multiplies by a packed weight with the C++ library."""
 
 import ctypes
 import functools
@@ -15,8 +15,11 @@ from phi3_jax.native.library import VARIABLE, UnavailableError, is_wanted, load_
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 16
-"""The rows up to which `product` is faster than XLA's product."""
+MOST_ROWS = 512
+"""The rows up to which the product with bfloat16 weights takes no longer than XLA's."""
+
+MOST_ROWS_PORTABLE = 16
+"""The same for any weights, without instructions for wide vectors."""
 
 TARGET = "phi3_jax_product"
 """The name of the custom call in a program."""
@@ -44,6 +47,19 @@ def variant() -> str | None:
     return library.phi3_jax_variant().decode()
 
 
+def is_faster(rows: Any, *, packed: bool) -> bool:
+    """Whether `product` is available, and takes no longer than XLA's product of this many rows.
+
+    `packed` says that the weights are integers, which XLA widens first. False for an open number of rows, as
+    `jax.export` has it, and for none.
+    """
+    if not isinstance(rows, int) or rows < 1 or not available():
+        return False
+    if variant() == "portable":
+        return rows <= MOST_ROWS_PORTABLE
+    return packed or rows <= MOST_ROWS
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     if not is_wanted() or jax.default_backend() != "cpu":
@@ -51,7 +67,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = load_library()
     except UnavailableError as error:
-        logger.warning("products of few rows are slower, by XLA: %s (%s=0 is silent)", error, VARIABLE)
+        logger.warning("products are slower, by XLA: %s (%s=0 is silent)", error, VARIABLE)
         return None
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.phi3_jax_product), platform="cpu")
     return library
@@ -65,7 +81,8 @@ def product(
 ) -> Float32[Array, "rows outputs"]:
     """Returns `x` times the transpose of a weight, with sums in float32.
 
-    It works if it is `available()`, in programs for one CPU or within `shard_map`: callers choose it with
+    It works if it is `available()`, in programs for one CPU or within `shard_map`; `is_faster` says for how
+    many rows it pays. Callers choose it with
     `jax.lax.platform_dependent(..., cpu=product)`. It has no gradient. The bytes of a row of the result do
     not depend on the number of rows or threads. With bfloat16 rows, some processors count bfloat16 numbers
     below 1.2e-38 as zero.

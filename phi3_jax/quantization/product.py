@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from phi3_jax.native.product import MOST_ROWS, available, product
+from phi3_jax.native.product import is_faster, product
 from phi3_jax.quantization import kernel
 from phi3_jax.quantization.weight import QuantizedWeight
 
@@ -34,7 +34,7 @@ def _product(x: Array, weight: QuantizedWeight, dtype: jnp.dtype, alone: bool) -
     count = math.prod(x.shape[:-1])
     is_few = isinstance(count, int) and count <= FEW_ROWS  # `jax.export` may leave the number open
     default: Any = partial(_by_xla, dtype=dtype, is_few=is_few)
-    if alone and is_few and 0 < count <= MOST_ROWS and _library_fits(x, weight):
+    if alone and _library_fits(x, weight) and is_faster(count, packed=True):
         return jax.lax.platform_dependent(x, weight, cpu=partial(_by_library, dtype=dtype), default=default)
     if alone and not is_few and _kernel_fits(x, weight):
         return jax.lax.platform_dependent(x, weight, tpu=partial(_by_kernel, dtype=dtype), default=default)
@@ -57,7 +57,7 @@ def _by_xla(x: Array, weight: QuantizedWeight, dtype: jnp.dtype, is_few: bool) -
 def _library_fits(x: Array, weight: QuantizedWeight) -> bool:
     if weight.grouped or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    return (weight.packed or (weight.values.dtype == jnp.int8 and weight.zero is None)) and available()
+    return weight.packed or (weight.values.dtype == jnp.int8 and weight.zero is None)
 
 
 def _by_library(x: Array, weight: QuantizedWeight, dtype: jnp.dtype) -> Array:

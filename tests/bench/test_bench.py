@@ -65,15 +65,17 @@ def test_table_shows_the_steps_of_both_sides(
     bench.print_table("small", results, options, small_config())
     table = " ".join(capsys.readouterr().out.split())
     assert f"prompt, {steps}, median of 1" in table
-    assert table.endswith("few rows multiplied by XLA")
+    assert table.endswith("products by XLA")
 
 
-def test_table_says_what_multiplies_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_says_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "variant", lambda: "avx2")
-    assert models.describe_products("bfloat16") == "few rows multiplied by the C++ library, avx2"
-    assert models.describe_products("bfloat16", divided=True) == "few rows multiplied by XLA"
+    assert models.describe_products("bfloat16") == "products by the C++ library, avx2"
+    assert models.describe_products("bfloat16", divided=True) == "products by XLA"
+    assert models.describe_products("float32") == "products by XLA"
+    assert models.describe_products("float32", quantization="int8") == "products by the C++ library, avx2"
     monkeypatch.setattr(models, "variant", lambda: None)
-    assert models.describe_products("bfloat16") == "few rows multiplied by XLA"
+    assert models.describe_products("bfloat16") == "products by XLA"
 
 
 @pytest.mark.parametrize("lookup", [None, 2])

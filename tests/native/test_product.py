@@ -121,7 +121,8 @@ def test_matches_numpy(kernels: Kernels, variant: str, form: str, dtype: Any) ->
             inputs += inputs % 2 if form == "int4" else 0
         else:
             inputs = group * int(draws.integers(1, max(2, 600 // group)))
-        rows, outputs = int(draws.integers(1, 10)), int(draws.integers(1, 40))
+        rows = int(draws.integers(17, 50) if seed % 3 == 0 else draws.integers(1, 17))
+        outputs = int(draws.integers(1, 40))
         case = make_case(form, dtype, rows, inputs, outputs, group, zero=seed % 2 == 1, seed=seed)
         case.assert_close(kernels(variant, case, chunk=int(draws.integers(0, 12))))
 
@@ -133,11 +134,12 @@ def test_bytes_depend_neither_on_the_other_rows_nor_on_chunks(
     kernels: Kernels, variant: str, form: str, dtype: Any
 ) -> None:
     group = None if form == "bfloat16" else 32
-    case = make_case(form, dtype, 11, 352, 23, group, zero=form == "int4")
+    """More than 16 rows take another way than fewer."""
+    case = make_case(form, dtype, 27, 352, 23, group, zero=form == "int4")
     whole = kernels(variant, case)
     for chunk in (1, 4, 12):
         np.testing.assert_array_equal(kernels(variant, case, chunk), whole)
-    for first, last in ((0, 1), (3, 5), (2, 9)):
+    for first, last in ((0, 1), (3, 5), (2, 9), (4, 24)):
         np.testing.assert_array_equal(
             kernels(variant, case._replace(x=case.x[first:last])), whole[first:last]
         )
@@ -185,6 +187,20 @@ def test_programs_give_the_same_bytes_in_many_threads(library: Any, kernels: Ker
     with ThreadPoolExecutor(8) as pool:
         for other in pool.map(lambda _: np.asarray(program(*operands)), range(64)):
             np.testing.assert_array_equal(other, found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_programs_take_many_rows(library: Any, name: str) -> None:
+    """The rows are cut into parts, and copied by several threads."""
+    case = CASES[name]
+    draws = np.random.default_rng(3).choice([-1, 1], (397, *case.x.shape)).astype(case.x.dtype)
+    case = case._replace(x=(case.x * draws).reshape(-1, case.x.shape[1]))
+    program = jax.jit(product)
+    found = np.asarray(program(*case.operands))
+    case.assert_close(found)
+    for first in (0, 511, 1180):
+        rows = case._replace(x=case.x[first : first + 5])
+        np.testing.assert_array_equal(np.asarray(program(*rows.operands)), found[first : first + 5])
 
 
 def test_runs_without_jit(library: Any) -> None:

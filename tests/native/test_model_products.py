@@ -1,4 +1,4 @@
-"""Tests the model's products of few rows: by the library on a CPU, by XLA elsewhere."""
+"""Tests the model's products: by the library on a CPU, by XLA elsewhere."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +15,8 @@ from reference import random_ids, run, small_config
 from phi3_jax import Phi3ForCausalLM
 from phi3_jax.model import layers
 from phi3_jax.model.layers import matmul
-from phi3_jax.native.product import MOST_ROWS, TARGET
+from phi3_jax.native import product as products
+from phi3_jax.native.product import MOST_ROWS, MOST_ROWS_PORTABLE, TARGET
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -30,7 +31,7 @@ def operands(*rows: int) -> tuple[jax.Array, jax.Array]:
 @contextmanager
 def no_library() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "available", lambda: False)
+        patch.setattr(layers, "is_faster", lambda rows, packed: False)
         yield
 
 
@@ -44,17 +45,25 @@ def uses_library(function: Callable[..., Any], *arguments: Any) -> bool:
     return TARGET in jax.jit(lambda *a: function(*a)).lower(*arguments).as_text()
 
 
-def test_few_rows_of_bfloat16_use_the_library() -> None:
+def test_products_of_bfloat16_use_the_library() -> None:
     for rows in ((1, 1), (MOST_ROWS, 1), (1, MOST_ROWS), (2, 1, 3)):
         assert uses_library(matmul, *operands(*rows))
-    assert not uses_library(matmul, *operands(1, MOST_ROWS + 1))
+    for rows in ((0, 1), (1, MOST_ROWS + 1)):
+        assert not uses_library(matmul, *operands(*rows))
     x, weight = operands(1, 1)
     assert not uses_library(matmul, x.astype(jnp.float32), weight.astype(jnp.float32))
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices("cpu")[:1])
     assert not uses_library(lambda x, weight: matmul(x, weight, mesh), x, weight)
 
 
-@pytest.mark.parametrize("rows", [(1, 1), (2, 3)])
+def test_without_wide_vectors_few_rows_use_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "variant", lambda: "portable")
+    assert uses_library(matmul, *operands(MOST_ROWS_PORTABLE, 1))
+    assert not uses_library(matmul, *operands(MOST_ROWS_PORTABLE + 1, 1))
+    assert not products.is_faster(MOST_ROWS_PORTABLE + 1, packed=True)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (5, 11)])
 def test_product_and_gradient_are_those_of_xla(rows: tuple[int, ...]) -> None:
     def loss(x: Any, weight: Any) -> Any:
         y = matmul(x, weight)
@@ -107,7 +116,7 @@ def test_models_agree() -> None:
 
 def test_a_row_does_not_depend_on_the_batch() -> None:
     """So that drafts, batches and single prompts round alike."""
-    x, weight = operands(MOST_ROWS, 1)
+    x, weight = operands(50, 1)
     whole = jax.jit(matmul)(x, weight)
     np.testing.assert_array_equal(jax.jit(matmul)(x[3:4], weight), whole[3:4])
 
