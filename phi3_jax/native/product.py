@@ -15,7 +15,7 @@ from phi3_jax.native.library import VARIABLE, UnavailableError, is_wanted, load_
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 512
+MOST_ROWS = 256
 """The rows up to which the product with bfloat16 weights takes no longer than XLA's."""
 
 MOST_ROWS_PORTABLE = 16
