@@ -25,9 +25,9 @@ struct Job {
   Operands operands;
   const Variant* variant;
   uint8_t *copy, *scratch;
-  size_t thread_bytes;     // of `scratch`, for one thread
-  int64_t copies;          // parts of the rows to copy
-  int64_t chunk, chunks;   // outputs of a chunk
+  size_t thread_bytes;    // of `scratch`, for one thread
+  int64_t copies;         // parts of the rows to copy
+  int64_t chunk, chunks;  // outputs of a chunk
   std::atomic<int64_t> next_copy{0}, copied{0};
   std::atomic<int64_t> threads{0}, next{0}, done{0};
   std::atomic<int64_t> users;

@@ -210,12 +210,11 @@ INLINE void add_block(Floats (&dot)[rows][outputs], const Words (&packed)[output
 
 // Some rows of x: their part of the copy, and its sums.
 struct Rows {
-  int64_t first, count;
+  int64_t first;
   const Element* x;
   const float* sums;
 
-  TARGET Rows(const Operands& p, const Layout& layout, int block, const void* copy, int64_t first, int64_t count)
-      : first(first), count(count) {
+  TARGET Rows(const Layout& layout, int block, const void* copy, int64_t first) : first(first) {
     x = (const Element*)copy + first * layout.blocks * block;
     sums = (const float*)((const char*)copy + layout.x_bytes) + first * layout.segments * kLanes;
   }
@@ -306,7 +305,7 @@ TARGET static void multiply_few(const Operands& p, const void* x_copy, int64_t f
     }
     for (int64_t row = 0, rows; row < p.rows; row += rows, ahead = 0) {
       rows = rows_together<form>(p.rows - row, true);
-      const Rows x(p, layout, kBlock<form>, x_copy, row, rows);
+      const Rows x(layout, kBlock<form>, x_copy, row);
       if constexpr (rows_together<form>(8, true) == 8) {
         for (int64_t o = 0; rows == 8 && o < count; o += 2) {
           multiply_tile<form, 8, 2>(p, layout, x, output + o, count - o < 2 ? 1 : 2, ahead);
@@ -390,7 +389,7 @@ TARGET static void multiply_many(const Operands& p, const void* x_copy, Element*
   }
   for (int64_t row = 0, rows; row < p.rows; row += rows) {
     rows = rows_together<form>(p.rows - row, false);
-    const Rows x(p, layout, kBlock<form>, x_copy, row, rows);
+    const Rows x(layout, kBlock<form>, x_copy, row);
     const Element* panel = panels;
     const Element* next = x.x + rows * layout.blocks * kBlock<form>;  // the next rows are fetched meanwhile
     const int64_t part = row + rows < p.rows ? rows * panel_size / (last - first) : 0;
@@ -430,7 +429,7 @@ TARGET static void copy_form(const Operands& p, void* copy, int64_t first, int64
   const Layout layout(p, kBlock<form>);
   for (int64_t row = first, rows; row < last; row += rows) {
     rows = rows_together<form>(p.rows - row, p.rows <= kFewRows);
-    const Rows part(p, layout, kBlock<form>, copy, row, rows);
+    const Rows part(layout, kBlock<form>, copy, row);
     Element* to = const_cast<Element*>(part.x);
     for (int64_t block = 0; block < layout.blocks; block++) {
       const int64_t start = block * kBlock<form>, rest = p.in - start;
