@@ -54,7 +54,7 @@ def model_of(rope_type: str, layers: int = 2, **parameters: int) -> Phi3ForCausa
     )
 
 
-@pytest.fixture(scope="module", params=[slow("switching"), slow("growing"), "growing at first"])
+@pytest.fixture(scope="module", params=[name if name == "growing at first" else slow(name) for name in TYPES])
 def model(register: Callable[..., None], request: pytest.FixtureRequest) -> Phi3ForCausalLM:
     name, formula, parameters = TYPES[request.param]
     register(name, formula)

@@ -109,7 +109,7 @@ def count_remats(model):
     return text.count("= remat"), text.count("= checkpoint"), text.count("dot_general")
 
 
-@pytest.mark.parametrize("policy", ["nothing", slow("dots")])
+@pytest.mark.parametrize("policy", [name if name == "nothing" else slow(name) for name in POLICIES])
 def test_gradient_checkpointing_keeps_the_gradients(policy):
     config = small_config(resid_pdrop=0.2, attention_dropout=0.2, sliding_window=3)
     model = Phi3ForCausalLM(config)

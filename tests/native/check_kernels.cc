@@ -140,7 +140,8 @@ int main() {
         if (form == Form::kInt4) in += in % 2 * (group ? group : 1);
         if (in == 0) in = 2;
         const int64_t groups = group ? in / group : 1;
-        failures += !check(name, form, draw(2), 1 + draw(draw(3) ? 9 : 40), in, 1 + draw(21), groups, form == Form::kInt4 && draw(2));
+        const int64_t rows = 1 + draw(draw(3) ? 9 : 40);
+        failures += !check(name, form, draw(2), rows, in, 1 + draw(21), groups, form == Form::kInt4 && draw(2));
       }
     }
   }
