@@ -226,7 +226,7 @@ def test_counts_of_a_header_are_limited(tmp_path: Path, content: bytes) -> None:
     begin = time.monotonic()
     with pytest.raises(CheckpointError, match=rf"^{path}: the (GGUF header is damaged|file is cut short)"):
         GGUFSource(path)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 30  # without a limit, hours
 
 
 def test_layers_are_counted_before_they_are_built(llama_file: Path) -> None:

@@ -351,7 +351,7 @@ def test_stops_templates_without_bound(limited, monkeypatch, template, says):
     begin = time.monotonic()
     with pytest.raises(UserError, match=says):
         limited.render(template, [], {})
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < 60  # without a limit, hours
     assert limited.render("fine", [], {}) == ("fine", [])
 
 
