@@ -13,6 +13,7 @@ from phi3_jax.checkpoint.packing import pack_columns, sort_inputs, unpack_column
 from phi3_jax.checkpoint.quantization_config import WeightScheme
 from phi3_jax.checkpoint.source import QuantizedTensors
 from phi3_jax.checkpoint.weight_tensors import FLOAT8, INT8, INT32, INT64, WeightTensors
+from phi3_jax.errors import UserError
 from phi3_jax.quantization import StoredWeight, WeightForm
 from phi3_jax.sizes import ceil_div
 
@@ -255,8 +256,25 @@ class CompressedSource:
         weight, kind = self._parts[name]
         if self._latest[0] != weight:
             self._latest = "", {}  # freed before the next one is read
-            self._latest = weight, compress(self._source.read_quantized(weight))
+            stored = self._source.read_quantized(weight)
+            _check_zero(weight, stored)
+            self._latest = weight, compress(stored)
         return self._latest[1][kind].astype(self.dtype(name), copy=False)
+
+
+def _check_zero(name: str, stored: StoredWeight) -> None:
+    """Checks that zero points can be packed like values.
+
+    Raises:
+        UserError: they cannot, as those of a GGUF file's minima.
+    """
+    most = 1 << stored.bits - 1
+    zero = stored.zero
+    if zero is not None and ((zero % 1).any() or zero.min() < -most or zero.max() >= most):
+        raise UserError(
+            f"{name} has zero points, as of a GGUF file, that are not integers of {stored.bits} bits, which "
+            'checkpoints cannot hold; load the model with quantization="none" or "int8" and save that'
+        )
 
 
 class _Scheme(NamedTuple):

@@ -1,11 +1,14 @@
 """Reads a GGUF file as a Phi-3 checkpoint: turns llama.cpp's names and row orders into Hugging Face's.
 
+Quantized weights stay quantized: those of `gguf_blocks` with the same numbers, others rounded to 8 bits.
+
 Two architectures fit: `phi3`, and `llama`, which is the same block with its projections unfused. A file with
 anything that this model lacks (a bias, experts, another rope) is refused, and the error names it.
 """
 
 import copy
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +18,19 @@ from typing import Any
 
 import numpy as np
 
+from phi3_jax.checkpoint.gguf_blocks import GROUP, ROUNDING, concatenate, form_of_blocks, is_kept, read_blocks
 from phi3_jax.checkpoint.gguf_config import ROPE_TENSORS, read_config
-from phi3_jax.checkpoint.source import CheckpointError, FloatSource
+from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.generation_config import GenerationConfig
+from phi3_jax.quantization import StoredWeight, WeightForm, round_weight
 from phi3_jax.sources.gguf_file import GGUFFile
 from phi3_jax.sources.gguf_tokenizer import Vocabulary, generation_config
 from phi3_jax.tokenizer import Phi3Tokenizer
 
+logger = logging.getLogger(__name__)
 
-class GGUFSource(FloatSource):
+
+class GGUFSource:
     """The tensors, configuration and tokenizer of one .gguf file, as a `CheckpointSource`.
 
     It checks the whole header on opening. `read` dequantizes one tensor; `read_part` cuts from a whole
@@ -36,6 +43,7 @@ class GGUFSource(FloatSource):
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._latest: tuple[str, np.ndarray] | None = None
+        self._has_logged = False
         self._file = GGUFFile(self.path)
         self._config = read_config(self._file)
         self._recipes = {name: _Recipe(parts) for name, parts in _recipes(self._file, self._config)}
@@ -48,7 +56,7 @@ class GGUFSource(FloatSource):
         return self._recipe(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns float32, except for tensors stored as float16 or bfloat16, which keep theirs."""
+        """Returns float32, except for floats stored as float16 or bfloat16, which keep theirs."""
         stored = {self._file.dtype(part.name) for part in self._recipe(name).parts}
         return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
@@ -58,12 +66,32 @@ class GGUFSource(FloatSource):
         out = np.empty(recipe.shape, self.dtype(name))
         row = 0
         for part in recipe.parts:
-            values = self._file.values(part.name)
-            if part.interleaved_heads:
-                values = _half_split_rows(values, part.interleaved_heads)
+            values = part.in_order(self._file.values(part.name))
             out[row : row + len(values)] = values
             row += len(values)
         return out
+
+    def form(self, name: str) -> WeightForm | None:
+        """Returns the form of a weight whose parts are all quantized."""
+        recipe = self._recipe(name)
+        if not all(self._file.is_quantized(part.name) for part in recipe.parts):
+            return None
+        return form_of_blocks(self._kinds(recipe), recipe.shape[1])
+
+    def read_quantized(self, name: str) -> StoredWeight:
+        """Returns a weight with its own numbers, or rounded to 8 bits, which is logged once."""
+        recipe = self._recipe(name)
+        if not is_kept(self._kinds(recipe)):
+            self._log_rounding()
+            return round_weight(self.read(name), ROUNDING, f"{self.path}: {name}")
+        parts = []
+        for part in recipe.parts:
+            stored = read_blocks(self._file.kind(part.name), part.in_order(self._file.blocks(part.name)))
+            for numbers in (stored.scale, stored.zero):
+                if numbers is not None and not np.isfinite(numbers).all():
+                    raise self._file.error(f"tensor {part.name!r} has scales that are infinite or NaN")
+            parts.append(stored)
+        return concatenate(parts)
 
     def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
         if self._latest is None or self._latest[0] != name:
@@ -126,6 +154,22 @@ class GGUFSource(FloatSource):
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {name!r}") from None
 
+    def _kinds(self, recipe: "_Recipe") -> set[str]:
+        return {self._file.kind(part.name) for part in recipe.parts}
+
+    def _log_rounding(self) -> None:
+        if self._has_logged:
+            return
+        self._has_logged = True
+        weights = [self._kinds(self._recipe(name)) for name in self.names() if self.form(name) is not None]
+        kinds = set().union(*(kinds for kinds in weights if not is_kept(kinds)))
+        logger.info(
+            "%s: weights stored as %s are rounded to int8 with groups of %d inputs",
+            self.path,
+            " and ".join(sorted(kinds)),
+            GROUP,
+        )
+
     def _check_shapes(self) -> None:
         """Raises CheckpointError unless the file has exactly the tensors that the recipes use."""
         used = set(ROPE_TENSORS)
@@ -151,6 +195,10 @@ class _Part:
     shape: tuple[int, ...]
     interleaved_heads: int = 0
     """The number of heads whose rows llama.cpp has permuted; 0 if it has permuted none."""
+
+    def in_order(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the tensor's rows, as numbers or as bytes, in Hugging Face's order."""
+        return _half_split_rows(rows, self.interleaved_heads) if self.interleaved_heads else rows
 
 
 @dataclass(frozen=True)

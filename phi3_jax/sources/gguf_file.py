@@ -130,6 +130,17 @@ class GGUFFile:
         """
         return tuple(int(n) for n in reversed(self._tensor(name).shape))
 
+    def kind(self, name: str) -> str:
+        """Returns the kind of a tensor's numbers under llama.cpp's name, such as "F16" or "Q8_0"."""
+        return self._tensor(name).tensor_type.name
+
+    def is_quantized(self, name: str) -> bool:
+        return self.kind(name) not in _STORED
+
+    def blocks(self, name: str) -> np.ndarray:
+        """Returns the rows of a quantized tensor, as bytes; a view of the file."""
+        return self._tensor(name).data
+
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype of `values`: the stored one, or float32 for a quantized tensor."""
         return _STORED.get(self._tensor(name).tensor_type.name, np.dtype(np.float32))

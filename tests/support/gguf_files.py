@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import ml_dtypes
@@ -116,10 +117,11 @@ def write_gguf(
     kind: Kind | None = Kind.F32,
     extra: Mapping[str, object] | None = None,
     tokenizer: Mapping[str, object] | None = None,
+    kinds: Mapping[str, Kind] = MappingProxyType({}),
 ) -> Path:
     """Writes a GGUF file of these tensors (llama.cpp's names); `extra` changes metadata, None removes a key.
 
-    Without a `kind`, tensors keep their dtypes.
+    Without a `kind`, tensors keep their dtypes. `kinds` has those of other tensors.
     """
     metadata: dict[str, object] = {
         f"{architecture}.block_count": LAYERS,
@@ -150,12 +152,13 @@ def write_gguf(
         else:
             writer.add_array(key, value)
     for name, value in tensors.items():
-        if value.ndim == 1 or kind in (None, Kind.F32):
+        own = kinds.get(name, kind)
+        if value.ndim == 1 or own in (None, Kind.F32):
             writer.add_tensor(name, value)
-        elif kind == Kind.F16:
+        elif own == Kind.F16:
             writer.add_tensor(name, value.astype(np.float16))
         else:
-            writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+            writer.add_tensor(name, gguf.quants.quantize(value, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
