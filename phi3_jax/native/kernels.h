@@ -33,7 +33,7 @@ template <Form form>
 constexpr int kVectors = kBlock<form> / kElements;  // operands of a block
 
 // Returns how many of the rows left are computed together: as many as there are registers for their sums. Unpacking
-// int8 to bfloat16 takes as long as multiplying four rows, so that eight rows share it if there are few.
+// integers to bfloat16 takes as long as multiplying four rows, so that eight rows share it if there are few.
 template <Form form>
 constexpr int64_t rows_together(int64_t rest, bool are_few) {
   if (PAIRS && form == Form::kInt8 && are_few && rest >= 8) return 8;
@@ -57,6 +57,26 @@ INLINE Words load(const void* from) {
   Words words;
   __builtin_memcpy(&words, from, BYTES);
   return words;
+}
+
+// Returns the first `bytes`, less than a vector, and then zeros.
+INLINE Words load_some(const void* from, int64_t bytes) {
+#if BYTES == 64
+  return (Words)_mm512_maskz_loadu_epi8((__mmask64)((1ull << bytes) - 1), from);
+#else
+  Words words = {};
+  __builtin_memcpy(&words, from, bytes);
+  return words;
+#endif
+}
+
+// Returns some inputs of x in float32, one for each lane.
+INLINE Floats load_x(const Operands& p, int64_t index) {
+  if (!p.x_is_bfloat16) return (Floats)load(p.x + 4 * index);
+  typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+  Halves halves;
+  __builtin_memcpy(&halves, p.x + 2 * index, sizeof halves);
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
 }
 
 INLINE float load_float(const uint8_t* from, int64_t index) {
@@ -165,6 +185,7 @@ struct Layout {
   int64_t group;              // inputs with one scale
   int64_t per_block;          // groups in a block, if blocks have several and no group lies in two blocks
   alignas(64) int32_t lanes[kLanes];  // then the group of each lane
+  int64_t sums;                       // of the groups of a row of x, if there are zeros: a multiple of the lanes
   size_t x_bytes, bytes;              // of the copy of x without and with its sums
 
   TARGET Layout(const Operands& p, int block) {
@@ -177,11 +198,12 @@ struct Layout {
     per_block = p.groups > 1 && block % group == 0 && block > group ? block / group : 0;
     for (int lane = 0; lane < kLanes; lane++) lanes[lane] = (int32_t)(lane * per_block / kLanes);
     x_bytes = (size_t)(p.rows * blocks * block) * sizeof(Element);
-    bytes = x_bytes + (p.zero ? (size_t)(p.rows * segments) * BYTES : 0);
+    sums = p.zero ? (p.groups + kLanes - 1) / kLanes * kLanes : 0;
+    bytes = x_bytes + (size_t)(p.rows * sums) * sizeof(float);
   }
 };
 
-// Returns the scales, or the zeros, of a segment's lanes; `from` are those of a row of the weight.
+// Returns the scales of a segment's lanes; `from` are those of a row of the weight.
 INLINE Floats of_lanes(const Operands& p, const Layout& layout, const uint8_t* from, int64_t segment, int block) {
   if (p.groups == 1 || layout.group % block == 0) return broadcast(load_float(from, segment));
   if (layout.per_block) {
@@ -216,7 +238,7 @@ struct Rows {
 
   TARGET Rows(const Layout& layout, int block, const void* copy, int64_t first) : first(first) {
     x = (const Element*)copy + first * layout.blocks * block;
-    sums = (const float*)((const char*)copy + layout.x_bytes) + first * layout.segments * kLanes;
+    sums = (const float*)((const char*)copy + layout.x_bytes) + first * layout.sums;
   }
 };
 
@@ -225,23 +247,32 @@ INLINE void fetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 0, 2);
 }
 
-// Adds a segment's products, with its scales and zeros; `index` has the outputs.
-template <Form form, int rows, int outputs>
-INLINE void add_segment(const Operands& p, const Layout& layout, const Rows& x, const int64_t (&index)[outputs],
-                        int64_t segment, const Floats (&dot)[rows][outputs], Floats (&sum)[rows][4]) {
+// Adds a segment's products, with its scales; `index` has the outputs.
+template <Form form, int rows, int outputs, int columns>
+INLINE void add_segment(const Operands& p, const Layout& layout, const int64_t (&index)[outputs], int64_t segment,
+                        const Floats (&dot)[rows][outputs], Floats (&sum)[rows][columns], int first = 0) {
   UNROLL for (int o = 0; o < outputs; o++) {
     if (form == Form::kBfloat16) {
-      UNROLL for (int r = 0; r < rows; r++) sum[r][o] = dot[r][o];
+      UNROLL for (int r = 0; r < rows; r++) sum[r][first + o] = dot[r][o];
       continue;
     }
-    const int64_t first = 4 * index[o] * p.groups;
-    const Floats scale = of_lanes(p, layout, p.scale + first, segment, kBlock<form>);
-    UNROLL for (int r = 0; r < rows; r++) sum[r][o] += scale * dot[r][o];
-    if (form == Form::kInt4 && p.zero) {
-      const Floats shift = scale * (of_lanes(p, layout, p.zero + first, segment, kBlock<form>) - 8.0f);
-      UNROLL for (int r = 0; r < rows; r++) {
-        sum[r][o] -= shift * (Floats)load(x.sums + (segment * rows + r) * kLanes);
-      }
+    const Floats scale = of_lanes(p, layout, p.scale + 4 * index[o] * p.groups, segment, kBlock<form>);
+    UNROLL for (int r = 0; r < rows; r++) sum[r][first + o] += scale * dot[r][o];
+  }
+}
+
+// Subtracts what the zeros contribute: here, each lane has groups of its own.
+template <int rows, int outputs>
+INLINE void subtract_zeros(const Operands& p, const Layout& layout, const Rows& x, const int64_t (&index)[outputs],
+                           Floats (&sum)[rows][4]) {
+  for (int64_t group = 0; group < p.groups; group += kLanes) {
+    const int64_t bytes = 4 * (p.groups - group);
+    UNROLL for (int o = 0; o < outputs; o++) {
+      const int64_t from = 4 * (index[o] * p.groups + group);
+      const Words scale = bytes < BYTES ? load_some(p.scale + from, bytes) : load(p.scale + from);
+      const Words zero = bytes < BYTES ? load_some(p.zero + from, bytes) : load(p.zero + from);
+      const Floats shift = (Floats)scale * (Floats)zero;
+      UNROLL for (int r = 0; r < rows; r++) sum[r][o] -= shift * (Floats)load(x.sums + r * layout.sums + group);
     }
   }
 }
@@ -266,6 +297,26 @@ TARGET static void multiply_tile(const Operands& p, const Layout& layout, const 
   }
   Floats sum[rows][4] = {};
   for (int64_t segment = 0, block = 0; segment < layout.segments; segment++) {
+    if (form != Form::kBfloat16 && layout.segment == 1) {
+      // The scales change with every block: with fewer outputs together, their sums take fewer registers.
+      constexpr int together = rows <= 2 ? 2 : rows <= 4 ? outputs : 1;
+      const bool is_full = block < layout.full;
+      UNROLL for (int first = 0; first < outputs; first += together) {
+        Words packed[together];
+        UNROLL for (int o = 0; o < together; o++) {
+          const uint8_t* from = weight[first + o] + block * BYTES;
+          __builtin_prefetch(from + ahead, 0, 2);
+          packed[o] = is_full ? load(from) : load_some(from, layout.row_bytes - block * BYTES);
+        }
+        int64_t own[together];
+        UNROLL for (int o = 0; o < together; o++) own[o] = index[first + o];
+        Floats dot[rows][together] = {};
+        add_block<form, rows, together>(dot, packed, x.x + block * kBlock<form> * rows);
+        add_segment<form>(p, layout, own, segment, dot, sum, first);
+      }
+      block++;
+      continue;
+    }
     Floats dot[rows][outputs] = {};
     const int64_t end = block + layout.segment < layout.blocks ? block + layout.segment : layout.blocks;
     const int64_t full = end < layout.full ? end : layout.full;
@@ -278,15 +329,16 @@ TARGET static void multiply_tile(const Operands& p, const Layout& layout, const 
       add_block<form, rows, outputs>(dot, packed, x.x + block * kBlock<form> * rows);
     }
     if (block < end) {  // the row's last block is not full
-      Words packed[outputs] = {};
+      Words packed[outputs];
       UNROLL for (int o = 0; o < outputs; o++) {
-        __builtin_memcpy(&packed[o], weight[o] + block * BYTES, layout.row_bytes - block * BYTES);
+        packed[o] = load_some(weight[o] + block * BYTES, layout.row_bytes - block * BYTES);
       }
       add_block<form, rows, outputs>(dot, packed, x.x + block * kBlock<form> * rows);
       block++;
     }
-    add_segment<form, rows, outputs>(p, layout, x, index, segment, dot, sum);
+    add_segment<form>(p, layout, index, segment, dot, sum);
   }
+  if (form == Form::kInt4 && p.zero) subtract_zeros<rows, outputs>(p, layout, x, index, sum);
   store_rows<rows>(p, x, sum, output, count);
 }
 
@@ -325,16 +377,12 @@ TARGET static void multiply_few(const Operands& p, const void* x_copy, int64_t f
 template <Form form>
 TARGET static void unpack_panel(const Operands& p, const Layout& layout, int64_t output, int64_t count, Element* to) {
   for (int64_t block = 0; block < layout.blocks; block++) {
-    Words packed[kOutputs] = {};
+    Words packed[kOutputs];
     const int64_t size = block < layout.full ? BYTES : layout.row_bytes - block * BYTES;
     UNROLL for (int o = 0; o < kOutputs; o++) {
       const uint8_t* from = p.weight + (output + (o < count ? o : count - 1)) * layout.row_bytes + block * BYTES;
-      if (size == BYTES) {
-        __builtin_prefetch(from + kOutputs * layout.row_bytes, 0, 2);
-        packed[o] = load(from);
-      } else {
-        __builtin_memcpy(&packed[o], from, size);
-      }
+      __builtin_prefetch(from + kOutputs * layout.row_bytes, 0, 2);
+      packed[o] = size == BYTES ? load(from) : load_some(from, size);
     }
     UNROLL for (int k = 0; k < kVectors<form>; k++) {
       UNROLL for (int o = 0; o < kOutputs; o++, to += kElements) {
@@ -345,16 +393,30 @@ TARGET static void unpack_panel(const Operands& p, const Layout& layout, int64_t
   }
 }
 
-template <Form form, int rows>
-INLINE void add_blocks(Floats (&dot)[rows][kOutputs], const Element* x, const Element* panel, int64_t blocks) {
-  const Element* const end = x + blocks * kBlock<form> * rows;
-  for (; x != end; x += rows * kElements, panel += kOutputs * kElements) {
-    Words weight[kOutputs];
-    UNROLL for (int o = 0; o < kOutputs; o++) weight[o] = load(panel + o * kElements);
-    UNROLL for (int r = 0; r < rows; r++) {
-      const Words row = load(x + r * kElements);
-      UNROLL for (int o = 0; o < kOutputs; o++) dot[r][o] = multiply_add(row, weight[o], dot[r][o]);
+// Multiplies some rows with `outputs` of a panel, the first of which is number `first`.
+template <Form form, int rows, int outputs>
+INLINE void add_outputs(const Operands& p, const Layout& layout, const Rows& x, const Element* panel,
+                        const int64_t (&index)[outputs], int first, Floats (&sum)[rows][kOutputs]) {
+  const Element* of_x = x.x;
+  panel += first * kElements;
+  Floats own[rows][outputs] = {};
+  for (int64_t segment = 0, block = 0; segment < layout.segments; segment++) {
+    const int64_t blocks = block + layout.segment < layout.blocks ? layout.segment : layout.blocks - block;
+    const Element* const end = of_x + blocks * kBlock<form> * rows;
+    block += blocks;
+    Floats dot[rows][outputs] = {};
+    for (; of_x != end; of_x += rows * kElements, panel += kOutputs * kElements) {
+      Words weight[outputs];
+      UNROLL for (int o = 0; o < outputs; o++) weight[o] = load(panel + o * kElements);
+      UNROLL for (int r = 0; r < rows; r++) {
+        const Words row = load(of_x + r * kElements);
+        UNROLL for (int o = 0; o < outputs; o++) dot[r][o] = multiply_add(row, weight[o], dot[r][o]);
+      }
     }
+    add_segment<form>(p, layout, index, segment, dot, own);
+  }
+  UNROLL for (int r = 0; r < rows; r++) {
+    UNROLL for (int o = 0; o < outputs; o++) sum[r][first + o] = own[r][o];
   }
 }
 
@@ -364,17 +426,15 @@ TARGET static void multiply_panel(const Operands& p, const Layout& layout, const
                                   int64_t output, int64_t count) {
   int64_t index[kOutputs];
   UNROLL for (int o = 0; o < kOutputs; o++) index[o] = output + (o < count ? o : count - 1);
-  const Element* of_x = x.x;
-  Floats sum[rows][kOutputs] = {};
-  for (int64_t segment = 0, block = 0; segment < layout.segments; segment++) {
-    Floats dot[rows][kOutputs] = {};
-    const int64_t blocks = block + layout.segment < layout.blocks ? layout.segment : layout.blocks - block;
-    add_blocks<form, rows>(dot, of_x, panel, blocks);
-    block += blocks;
-    of_x += blocks * kBlock<form> * rows;
-    panel += blocks * kBlock<form> * kOutputs;
-    add_segment<form, rows, kOutputs>(p, layout, x, index, segment, dot, sum);
+  Floats sum[rows][kOutputs];
+  if (PAIRS && form != Form::kBfloat16 && layout.segment == 1) {
+    // The scales change with every block: for the sums of all outputs there are not registers enough.
+    add_outputs<form, rows, 2>(p, layout, x, panel, {index[0], index[1]}, 0, sum);
+    add_outputs<form, rows, 2>(p, layout, x, panel, {index[2], index[3]}, 2, sum);
+  } else {
+    add_outputs<form, rows, kOutputs>(p, layout, x, panel, index, 0, sum);
   }
+  if (form == Form::kInt4 && p.zero) subtract_zeros<rows, kOutputs>(p, layout, x, index, sum);
   store_rows<rows>(p, x, sum, output, count);
 }
 
@@ -407,20 +467,35 @@ TARGET static void multiply_many(const Operands& p, const void* x_copy, Element*
   }
 }
 
-INLINE Element read_x(const Operands& p, int64_t index) {
-#if !PAIRS
+INLINE float x_at(const Operands& p, int64_t index) {
   if (!p.x_is_bfloat16) return load_float(p.x, index);
-#endif
   uint16_t bits;
   __builtin_memcpy(&bits, p.x + 2 * index, 2);
-#if PAIRS
-  return bits;
-#else
   const uint32_t wide = (uint32_t)bits << 16;
   float value;
   __builtin_memcpy(&value, &wide, 4);
   return value;
+}
+
+INLINE Element read_x(const Operands& p, int64_t index) {
+#if PAIRS
+  Element bits;
+  __builtin_memcpy(&bits, p.x + 2 * index, 2);
+  return bits;
+#else
+  return x_at(p, index);
 #endif
+}
+
+// Returns the sum of `count` inputs.
+INLINE float sum_x(const Operands& p, int64_t first, int64_t count) {
+  Floats sums = {};
+  int64_t done = 0;
+  for (; done + kLanes <= count; done += kLanes) sums += load_x(p, first + done);
+  float sum = 0;
+  UNROLL for (int lane = 0; lane < kLanes; lane++) sum += sums[lane];
+  for (; done < count; done++) sum += x_at(p, first + done);
+  return sum;
 }
 
 // Copies rows of x into the order in which `multiply_tile` reads it: for some rows, by block, operand, row and element.
@@ -450,20 +525,9 @@ TARGET static void copy_form(const Operands& p, void* copy, int64_t first, int64
     }
     if (!p.zero) continue;
     float* sums = const_cast<float*>(part.sums);
-    for (int64_t segment = 0; segment < layout.segments; segment++) {
-      for (int64_t r = 0; r < rows; r++, sums += kLanes) {
-        Floats sum = {};
-        for (int64_t block = segment * layout.segment; block < (segment + 1) * layout.segment; block++) {
-          for (int k = 0; k < kVectors<form>; k++) {
-            const Words operand = load(part.x + ((block * kVectors<form> + k) * rows + r) * kElements);
-#if PAIRS
-            sum += (Floats)(operand << 16) + (Floats)(operand & 0xffff0000u);
-#else
-            sum += (Floats)operand;
-#endif
-          }
-        }
-        __builtin_memcpy(sums, &sum, BYTES);
+    for (int64_t r = 0; r < rows; r++, sums += layout.sums) {
+      for (int64_t group = 0; group < layout.sums; group++) {
+        sums[group] = group < p.groups ? sum_x(p, (row + r) * p.in + group * layout.group, layout.group) : 0;
       }
     }
   }

@@ -78,7 +78,7 @@ float weight_at(const Operands& p, int64_t output, int64_t input) {
   const float scale = read<float>(p.scale, group);
   if (p.form == Form::kInt8) return scale * (float)(int8_t)p.weight[index];
   const int nibble = p.weight[index / 2] >> (4 * (index % 2)) & 15;
-  return scale * ((float)nibble - (p.zero ? read<float>(p.zero, group) : 8.0f));
+  return scale * ((float)(nibble - 8) - (p.zero ? read<float>(p.zero, group) : 0.0f));
 }
 
 size_t copy_bytes(const Operands&) { return 0; }

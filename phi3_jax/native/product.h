@@ -19,9 +19,9 @@ struct Operands {
   int64_t rows, in, out;
   int64_t groups;         // of inputs with one scale, in a row of the weight; they divide `in`
   const uint8_t* x;       // [rows, in], bfloat16 or float32
-  const uint8_t* weight;  // [out, in] bfloat16 or int8, or [out, in / 2] with two int4 in a byte
+  const uint8_t* weight;  // [out, in] bfloat16 or int8, or [out, in / 2] with two int4, as number + 8, in a byte
   const uint8_t* scale;   // float32 [out, groups]; null for bfloat16
-  const uint8_t* zero;    // float32 [out, groups], or null: 8; int4 only
+  const uint8_t* zero;    // float32 [out, groups], or null: 0; int4 only
   uint8_t* y;             // float32 [rows, out]
 
   int64_t row_bytes() const { return in * 4 / weights_per_word(form); }  // of the weight

@@ -90,10 +90,10 @@ def product(
     Args:
         x: float32 or bfloat16.
         weight: bfloat16 [outputs, inputs]; int8 [outputs, inputs], numbers q for weights q * scale; or uint8
-            [outputs, inputs / 2], two numbers u of 4 bits in a byte, the first input in the lower ones, for
-            weights (u - zero) * scale.
+            [outputs, inputs / 2], two numbers q of 4 bits in a byte, as q + 8, the first input in the lower
+            ones, for weights (q - zero) * scale.
         scale: for int8 and uint8, of each output and group of neighbouring inputs. Groups have one size.
-        zero: likewise, for uint8; None: 8.
+        zero: likewise, for uint8; None: 0.
 
     Raises:
         ValueError: dtypes or shapes do not fit each other.

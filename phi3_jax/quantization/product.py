@@ -63,7 +63,7 @@ def _library_fits(x: Array, weight: QuantizedWeight) -> bool:
 def _by_library(x: Array, weight: QuantizedWeight, dtype: jnp.dtype) -> Array:
     *outputs, columns = weight.values.shape
     by_group = (math.prod(outputs), weight.groups)
-    zero = None if weight.zero is None else weight.zero.reshape(by_group) + 8  # of values without a sign
+    zero = None if weight.zero is None else weight.zero.reshape(by_group)
     values, scale = weight.values.reshape(-1, columns), weight.scale.reshape(by_group)
     y = product(x.reshape(-1, x.shape[-1]), values, scale, zero)
     return y.reshape(*x.shape[:-1], *outputs).astype(dtype)

@@ -68,7 +68,7 @@ bool check(const char* name, Form form, bool x_is_bfloat16, int64_t rows, int64_
   }
   for (int64_t i = 0; i < out * groups; i++) {
     scale.set(i, draw_float());
-    zero.set(i, 15 * std::fabs(draw_float()));
+    zero.set(i, 8 * draw_float());
   }
   const bool packed = form != Form::kBfloat16;
   const phi3_jax::Operands operands = {form,
@@ -109,7 +109,7 @@ bool check(const char* name, Form form, bool x_is_bfloat16, int64_t rows, int64_
         if (form == Form::kInt8) value = (double)(int8_t)weight.bytes()[at] * scale.at(group);
         if (form == Form::kInt4) {
           const int number = weight.bytes()[at / 2] >> (at % 2 ? 4 : 0) & 15;
-          value = (number - (has_zero ? (double)zero.at(group) : 8.0)) * scale.at(group);
+          value = (number - 8 - (has_zero ? (double)zero.at(group) : 0.0)) * scale.at(group);
         }
         const double term = value * (x_is_bfloat16 ? x.bfloat16_at(row * in + i) : x.at(row * in + i));
         sum += term;

@@ -68,8 +68,8 @@ def make_case(
         weight = draws.integers(-128, 128, (outputs, inputs)).astype(np.int8)
         return Case(x, weight, scale, None, weight * wide)
     numbers = draws.integers(0, 16, (outputs, inputs)).astype(np.uint8)
-    zeros = draws.uniform(-1, 16, (outputs, groups)).astype(np.float32) if zero else None
-    shift = 8.0 if zeros is None else np.repeat(zeros, inputs // groups, axis=1).astype(np.float64)
+    zeros = draws.uniform(-9, 8, (outputs, groups)).astype(np.float32) if zero else None
+    shift = 8.0 if zeros is None else 8 + np.repeat(zeros, inputs // groups, axis=1).astype(np.float64)
     return Case(x, numbers[:, ::2] | numbers[:, 1::2] << 4, scale, zeros, (numbers - shift) * wide)
 
 
