@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from phi3_jax.batch.options import RowOptions
 from phi3_jax.batch.prefixes import CAPACITY
 from phi3_jax.cache import KVCache
+from phi3_jax.cache.layer_cache import write_row
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.forward import fill
 from phi3_jax.generation.sequences import Sequences
@@ -174,8 +175,10 @@ def _write_block(model: Phi3ForCausalLM, state: State, block: Block, at: Int[Arr
     cache = state.cache
 
     def write(whole: Float[Array, "B K S H"], new: Float[Array, "1 K size H"]) -> Array:
-        zero = jnp.int32(0)
-        return jax.lax.dynamic_update_slice(whole, new, (row, zero, number * new.shape[2], zero))
+        start, zero = number * new.shape[2], jnp.int32(0)
+        if model.decoder.mesh is None:
+            return write_row(whole, new, row, start)
+        return jax.lax.dynamic_update_slice(whole, new, (row, zero, start, zero))
 
     keys, values = (
         [jax.tree.map(write, old, new) for old, new in zip(olds, news, strict=True)]

@@ -21,6 +21,7 @@ from phi3_jax.batch.prefill import (
 )
 from phi3_jax.batch.scheduler import PoolSize, Prefill
 from phi3_jax.cache import KVCache
+from phi3_jax.cache.layer_cache import write_row
 from phi3_jax.cache.ragged import RaggedVectors
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.generation.processors import LogitsProcessorList
@@ -169,7 +170,9 @@ def _copy_row(
 
     def write_vectors(ragged: Any, vectors: Array) -> Any:
         part = ragged.parts[pool]
-        part = _write_row(part, vectors[:, :, : part.shape[2]], slot)
+        vectors = vectors[:, :, : part.shape[2]].astype(part.dtype)
+        write = write_row if model.decoder.mesh is None else _write_row
+        part = write(part, vectors, slot)
         return RaggedVectors([*ragged.parts[:pool], part, *ragged.parts[pool + 1 :]])
 
     keys, values = (

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from phi3_jax.generation import CompiledModel
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.native.product import variant
+from phi3_jax.native.targets import variant
 from phi3_jax.runs.allocator import keep_freed_memory
 
 

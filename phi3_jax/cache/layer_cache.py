@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.cache.ragged import RaggedVectors
+from phi3_jax.native.write import can_write
+from phi3_jax.native.write import write as native_write
 from phi3_jax.parallel.sharding import constrain, shards, spec
 
 Vectors = Float[Array, "B K S H"] | QuantizedVectors | RaggedVectors
@@ -90,7 +92,7 @@ def _write_at(
 ) -> tuple[Vectors, Vectors]:
     """Returns `cached` with `new` written at `start`.
 
-    On CPU the write is in a conditional that is always true. Otherwise XLA repeats it inside the attention
+    XLA's write on CPU is in a conditional that is always true. Otherwise XLA repeats it inside the attention
     that reads the result, and copies the whole cache for that.
     """
 
@@ -100,6 +102,9 @@ def _write_at(
     def write_on_cpu(cached: tuple[Vectors, Vectors]) -> tuple[Vectors, Vectors]:
         return jax.lax.cond(jnp.all(start > -(1 << 30)), write_all, lambda same: same, cached)
 
+    pairs = zip(jax.tree.leaves(cached), jax.tree.leaves(new), strict=True)
+    if all(can_write(slots, chunk) for slots, chunk in pairs):
+        return write_all(cached)
     return jax.lax.platform_dependent(cached, cpu=write_on_cpu, default=write_all)
 
 
@@ -107,11 +112,52 @@ def write_slots(
     slots: Float[Array, "B K S ..."], new: Float[Array, "B K T ..."], start: Int[Array, " B"]
 ) -> Float[Array, "B K S ..."]:
     """Returns `slots` with each row's `new` at [start, start + T), which must be inside."""
+    if can_write(slots, new):
+        return _write_natively(slots, new, jnp.arange(slots.shape[0], dtype=jnp.int32), start)
+    return _update_slots(slots, new, start)
+
+
+def write_row(
+    slots: Float[Array, "B K S ..."], new: Float[Array, "1 K T ..."], row: Int[Array, ""], start: Any = 0
+) -> Float[Array, "B K S ..."]:
+    """Returns `slots`, on one device, with `new` at [start, start + T) of a row; they must be inside."""
+    rows, start = jnp.reshape(row, 1), jnp.full(1, start, jnp.int32)
+    return (_write_natively if can_write(slots, new) else _update_rows)(slots, new, rows, start)
+
+
+def _update_slots(slots: Array, new: Array, start: Array) -> Array:
     if slots.shape[0] == 1:  # in place on every platform; a scatter may copy
         return jax.lax.dynamic_update_slice_in_dim(slots, new, start[0], axis=2)
     return jax.vmap(lambda row, chunk, at: jax.lax.dynamic_update_slice_in_dim(row, chunk, at, axis=1))(
         slots, new, start
     )
+
+
+def _update_rows(slots: Array, new: Array, rows: Array, start: Array) -> Array:
+    """Writes `new[n]` at `start[n]` of row `rows[n]`; with all rows, they are in order."""
+    if len(rows) == len(slots):
+        return _update_slots(slots, new, start)
+    (row,), (first,) = rows, start
+    return jax.lax.dynamic_update_slice(slots, new, [row, 0, first, *[0] * (slots.ndim - 3)])
+
+
+@jax.custom_vjp
+def _write_natively(slots: Array, new: Array, rows: Array, start: Array) -> Array:
+    rows, start = rows.astype(jnp.int32), start.astype(jnp.int32)
+    return jax.lax.platform_dependent(slots, new, rows, start, cpu=native_write, default=_update_rows)
+
+
+def _write_forward(slots: Array, new: Array, rows: Array, start: Array) -> tuple[Array, Any]:
+    return _write_natively(slots, new, rows, start), (slots, new, rows, start)
+
+
+def _write_backward(saved: Any, gradient: Array) -> tuple[Array, Array, None, None]:
+    slots, new, rows, start = saved
+    _, transpose = jax.vjp(lambda slots, new: _update_rows(slots, new, rows, start), slots, new)
+    return (*transpose(gradient), None, None)
+
+
+_write_natively.defvjp(_write_forward, _write_backward)
 
 
 def fill_slots(
@@ -175,7 +221,7 @@ def write_ring(
     at = first - wrapping
     slots = write_slots(slots, jnp.where(wraps, read_slots(slots, at, length), rolled), at)
     front = slots[:, :, :length]
-    return slots.at[:, :, :length].set(jnp.where(wraps, rolled, front))
+    return write_slots(slots, jnp.where(wraps, rolled, front), jnp.zeros_like(start))
 
 
 def read_slots(

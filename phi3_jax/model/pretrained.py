@@ -15,6 +15,7 @@ from phi3_jax.model.kernels.dispatch import IMPLEMENTATIONS
 from phi3_jax.model.layers import Embedding, Linear, QuantizedParam, check_layer, normal
 from phi3_jax.model.loading import load_model
 from phi3_jax.model.saving import save_model
+from phi3_jax.native.attention import can_attend
 from phi3_jax.parallel.sharding import check_divides, place
 from phi3_jax.sizes import round_up
 
@@ -47,11 +48,13 @@ class Phi3PreTrainedModel(nnx.Module):
 
     @property
     def cache_dtype(self) -> jnp.dtype:
-        """The dtype with which a cache of this model is fastest, float32 on CPU and elsewhere the model's.
+        """The dtype with which a cache of this model is fastest: float32 for XLA on CPU, else the model's.
 
-        On CPU, XLA has no 16-bit updates: it would widen and copy the whole cache at every step.
+        On CPU, XLA before jaxlib 0.11 has no 16-bit updates: it would widen and copy the whole cache at every
+        step. The C++ library writes and reads bfloat16.
         """
-        return jnp.dtype(jnp.float32) if self.on_cpu else self.dtype
+        takes_bfloat16 = self.dtype == jnp.bfloat16 and can_attend(self.config.head_dim)
+        return jnp.dtype(jnp.float32) if self.on_cpu and not takes_bfloat16 else self.dtype
 
     def num_parameters(self) -> int:
         """Returns the number of elements in all parameters; a quantized weight has those of the original."""

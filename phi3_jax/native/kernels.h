@@ -558,6 +558,3 @@ static void multiply(const Operands& p, const void* copy, uint8_t* scratch, int6
   if (p.form == Form::kInt8) return multiply_form<Form::kInt8>(p, copy, scratch, first, last);
   multiply_form<Form::kInt4>(p, copy, scratch, first, last);
 }
-
-#undef INLINE
-#undef UNROLL

@@ -21,8 +21,8 @@ from phi3_jax.runs.files import remove_leftovers, replacing
 VARIABLE = "PHI3_JAX_NATIVE"
 """The environment variable: 0 turns the library off, a path names another folder for it."""
 
-HEADERS = ("product.h", "kernels.h")
-SOURCES = ("product.cc", "binding.cc")
+HEADERS = ("product.h", "kernels.h", "attention.h", "attention_kernels.h", "threads.h", "frame.h")
+SOURCES = ("variants.cc", "product_handler.cc", "attention_handler.cc", "write_handler.cc")
 COMPILERS = ("c++", "g++", "clang++")
 """The compilers that are tried; the variable CXX names another one."""
 

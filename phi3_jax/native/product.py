@@ -1,9 +1,5 @@
 """Multiplies by a packed weight with the C++ library."""
 
-import ctypes
-import functools
-import logging
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,40 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Num
 
-from phi3_jax.native.library import VARIABLE, UnavailableError, is_wanted, load_library
-
-logger = logging.getLogger(__name__)
+from phi3_jax.native.targets import PRODUCT, available, variant
 
 MOST_ROWS = 256
 """The rows up to which the product with bfloat16 weights takes no longer than XLA's."""
 
 MOST_ROWS_PORTABLE = 16
 """The same for any weights, without instructions for wide vectors."""
-
-TARGET = "phi3_jax_product"
-"""The name of the custom call in a program."""
-
-_lock = threading.Lock()
-
-
-def available() -> bool:
-    """Whether `product` can run; builds and loads the library if necessary, once in a process.
-
-    False on a machine with an accelerator, whose programs for the CPU use XLA, and if PHI3_JAX_NATIVE=0. If
-    the library cannot be built or loaded, one warning says why.
-    """
-    with _lock:
-        return _library() is not None
-
-
-def variant() -> str | None:
-    """Returns the name of the instructions that the library uses here; None if it is not available."""
-    if not available():
-        return None
-    library = _library()
-    assert library is not None
-    library.phi3_jax_variant.restype = ctypes.c_char_p
-    return library.phi3_jax_variant().decode()
 
 
 def is_faster(rows: Any, *, packed: bool) -> bool:
@@ -58,19 +27,6 @@ def is_faster(rows: Any, *, packed: bool) -> bool:
     if variant() == "portable":
         return rows <= MOST_ROWS_PORTABLE
     return packed or rows <= MOST_ROWS
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    if not is_wanted() or jax.default_backend() != "cpu":
-        return None
-    try:
-        library = load_library()
-    except UnavailableError as error:
-        logger.warning("products are slower, by XLA: %s (%s=0 is silent)", error, VARIABLE)
-        return None
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.phi3_jax_product), platform="cpu")
-    return library
 
 
 def product(
@@ -130,7 +86,7 @@ def _fit(x: Array, weight: Array, scale: Array | None, zero: Array | None) -> bo
 @jax.custom_batching.custom_vmap
 def _product(*operands: Array) -> Array:
     result = jax.eval_shape(_result, *operands[:2])
-    return jax.ffi.ffi_call(TARGET, result)(*operands)
+    return jax.ffi.ffi_call(PRODUCT, result)(*operands)
 
 
 def _result(x: Array, weight: Array) -> Array:

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 
 from phi3_jax.native.library import load_library
-from phi3_jax.native.product import available
+from phi3_jax.native.targets import available
 
 
 @pytest.fixture(scope="session")

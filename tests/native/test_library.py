@@ -14,7 +14,7 @@ import pytest
 
 from phi3_jax.model.layers import matmul
 from phi3_jax.native import library as module
-from phi3_jax.native import product as products
+from phi3_jax.native import targets
 from phi3_jax.native.library import UnavailableError, library_folder, load_library
 
 LOAD = "from phi3_jax.native.library import load_library; load_library()"
@@ -66,9 +66,9 @@ def builds(tmp_path: Path, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def new_process() -> Iterator[None]:
     """Lets this process look for the library again, and forget the result after the test."""
-    products._library.cache_clear()
+    targets._library.cache_clear()
     yield
-    products._library.cache_clear()
+    targets._library.cache_clear()
 
 
 def test_builds_once_for_a_compiler(builds: Builds) -> None:
@@ -125,14 +125,14 @@ def test_one_warning_and_xla_without_a_compiler(
     (record,) = caplog.records
     assert "no C++ compiler on PATH" in record.getMessage()
     assert "\n" not in record.getMessage()
-    assert products.variant() is None
+    assert targets.variant() is None
 
 
 def test_is_left_out_by_the_variable(
     monkeypatch: pytest.MonkeyPatch, builds: Builds, new_process: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PHI3_JAX_NATIVE", "0")
-    assert not products.available()
+    assert not targets.available()
     assert builds.count == 0
     assert not caplog.records
 

@@ -16,7 +16,8 @@ from phi3_jax import Phi3ForCausalLM
 from phi3_jax.model import layers
 from phi3_jax.model.layers import matmul
 from phi3_jax.native import product as products
-from phi3_jax.native.product import MOST_ROWS, MOST_ROWS_PORTABLE, TARGET
+from phi3_jax.native.product import MOST_ROWS, MOST_ROWS_PORTABLE
+from phi3_jax.native.targets import PRODUCT
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -42,7 +43,7 @@ def by_xla(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def uses_library(function: Callable[..., Any], *arguments: Any) -> bool:
-    return TARGET in jax.jit(lambda *a: function(*a)).lower(*arguments).as_text()
+    return PRODUCT in jax.jit(lambda *a: function(*a)).lower(*arguments).as_text()
 
 
 def test_products_of_bfloat16_use_the_library() -> None:
@@ -127,13 +128,13 @@ def test_exports() -> None:
     (rows,) = export.symbolic_shape("rows")
     open_rows = jax.ShapeDtypeStruct((rows, 1, 40), jnp.bfloat16)
     program = export.export(jax.jit(matmul))(open_rows, weight)
-    assert TARGET not in program.mlir_module()
+    assert PRODUCT not in program.mlir_module()
     np.testing.assert_allclose(program.call(x, weight), jax.jit(matmul)(x, weight), rtol=1e-5, atol=1e-5)
 
-    with pytest.raises(ValueError, match=TARGET):
+    with pytest.raises(ValueError, match=PRODUCT):
         export.export(jax.jit(matmul))(x, weight)
-    checks = [export.DisabledSafetyCheck.custom_call(TARGET)]
+    checks = [export.DisabledSafetyCheck.custom_call(PRODUCT)]
     program = export.export(jax.jit(matmul), disabled_checks=checks)(x, weight)
     np.testing.assert_array_equal(program.call(x, weight), jax.jit(matmul)(x, weight))
     for_tpu = export.export(jax.jit(matmul), platforms=["tpu"])(x, weight)
-    assert TARGET not in for_tpu.mlir_module()
+    assert PRODUCT not in for_tpu.mlir_module()

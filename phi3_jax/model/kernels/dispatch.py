@@ -13,15 +13,19 @@ from jaxtyping import Array, Float
 
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.errors import UserError
-from phi3_jax.model.kernels import blockwise, cudnn, splash
+from phi3_jax.model.kernels import blockwise, cudnn, native, splash
 from phi3_jax.model.kernels.blockwise import blockwise_attention
 from phi3_jax.model.kernels.cached import cached_attention
+from phi3_jax.model.kernels.native import native_attention
 from phi3_jax.model.kernels.xla import Attended, xla_attention
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.parallel.sharding import spec
 
 IMPLEMENTATIONS = (None, "xla", "pallas", "cudnn")
-"""The values of `attn_implementation`; None: Pallas on TPU, cuDNN on GPU, XLA elsewhere."""
+"""The values of `attn_implementation`; None: Pallas on TPU, cuDNN on GPU, our C++ on CPU, else XLA."""
+
+PLATFORMS = ("tpu", "cuda", "cpu", "default")
+"""The platforms for which a kernel is chosen; "default" is any other."""
 
 PALLAS = ("splash", "cached")
 
@@ -44,7 +48,7 @@ def choose_kernels(
     platform: str | None = None,
     context: int = 1,
 ) -> dict[str, str]:
-    """Returns the name of the kernel for a TPU, for CUDA and for any other platform ("default").
+    """Returns the name of the kernel for each of `PLATFORMS`.
 
     Args:
         query, key, mask: as in `xla_attention`.
@@ -62,7 +66,7 @@ def choose_kernels(
                 f"attn_implementation={implementation!r} needs a length that is a number, and jax.export "
                 f"leaves {length} open; choose set_attn_implementation('xla') or export one length"
             )
-        return dict.fromkeys(("tpu", "cuda", "default"), "xla")
+        return dict.fromkeys(PLATFORMS, "xla")
     many_scores = length >= LEAST_QUERIES if mask.prefill else key.shape[2] >= LEAST_SLOTS
     blocks = implementation is None and not mask.prefill and floats and length >= blockwise.LEAST_QUERIES
     default = "blockwise" if blocks else "xla"
@@ -73,7 +77,7 @@ def choose_kernels(
         pallas_works = mask.key_segments is None
     pallas = "splash" if mask.prefill else "cached"
     if implementation == "pallas" and pallas_works:
-        return dict.fromkeys(("tpu", "cuda", "default"), pallas)
+        return dict.fromkeys(PLATFORMS, pallas)
 
     # With 64-bit numbers on, JAX cannot lower Pallas kernels for a TPU.
     suits_pallas = many_scores and pallas_works and jax.dtypes.canonicalize_dtype(jnp.int64) != jnp.int64
@@ -82,8 +86,13 @@ def choose_kernels(
     suits_cudnn = many_scores and (no_mask if mask.prefill else length > 1 and mask.key_segments is None)
     use_cudnn = implementation == "cudnn" or (implementation is None and suits_cudnn)
     use_cudnn = use_cudnn and floats and context == 1 and platform in (None, "gpu")
+    # Short prefills are those of training, whose gradient would compute the attention again.
+    suits_native = implementation is None and (not mask.prefill or length >= LEAST_QUERIES)
     return {
         "tpu": pallas if implementation is None and suits_pallas else default,
+        "cpu": "native"
+        if implementation is None and suits_native and native.fits(query, key, mask)
+        else default,
         "cuda": "cudnn" if use_cudnn and cudnn.supported(query.dtype, query.shape[-1]) else default,
         "default": default,
     }
@@ -193,7 +202,8 @@ def _run(
         # The kernel's gradient for a query without a visible key is wrong by any factor.
         visible = mask.has_visible_key()[..., None, None, None]
         return Attended(jnp.where(visible, out, 0), None, None)
-    run = blockwise_attention if name == "blockwise" else _interpreted if interpret else _compiled
+    runs: dict[str, Kernel] = {"blockwise": blockwise_attention, "native": native_attention}
+    run = runs.get(name, _interpreted if interpret else _compiled)
     attended = _with_xla_gradient(run, scale, query, key, value, mask)
     return attended if output_lse else attended._replace(lse=None)
 

@@ -1,6 +1,5 @@
-// Runs every variant of the kernels on odd shapes, and compares with a plain sum. `.ci/run kernels` compiles it with
-// sanitizers: each array has a block of memory of its own, which ends where the array ends and begins at an odd
-// address, so that reading or writing beside an array ends the program.
+// Runs every variant of the product on odd shapes, and compares with a plain sum. `.ci/run kernels` compiles it with
+// sanitizers.
 
 #include <cmath>
 #include <cstdio>
@@ -8,51 +7,12 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "arrays.h"
 #include "product.h"
 
 using phi3_jax::Form;
 
 namespace {
-
-uint32_t state = 1;
-
-uint32_t draw(uint32_t below) {
-  state = state * 1664525u + 1013904223u;
-  return (state >> 8) % below;
-}
-
-float draw_float() { return (float)draw(2001) / 1000.0f - 1.0f; }
-
-// Bytes at an odd address.
-struct Array {
-  uint8_t* memory;
-  explicit Array(size_t size) : memory((uint8_t*)std::malloc(size + 1)) {}
-  Array(const Array&) = delete;
-  ~Array() { std::free(memory); }
-  uint8_t* bytes() const { return memory + 1; }
-
-  float at(int64_t index) const {
-    float value;
-    std::memcpy(&value, bytes() + 4 * index, 4);
-    return value;
-  }
-
-  void set(int64_t index, float value) { std::memcpy(bytes() + 4 * index, &value, 4); }
-
-  float bfloat16_at(int64_t index) const {
-    uint32_t wide = bytes()[2 * index] << 16 | (uint32_t)bytes()[2 * index + 1] << 24;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  }
-
-  void set_bfloat16(int64_t index, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bytes()[2 * index] = (uint8_t)(bits >> 16);
-    bytes()[2 * index + 1] = (uint8_t)(bits >> 24);
-  }
-};
 
 // Returns whether a random product of these sizes is right, if the variant runs here.
 bool check(const char* name, Form form, bool x_is_bfloat16, int64_t rows, int64_t in, int64_t out, int64_t groups,

@@ -1,5 +1,6 @@
-// The variants of the product, and the choice between them.
+// The variants of the kernels, and the choice between them.
 
+#include "attention.h"
 #include "product.h"
 
 #include <cstring>
@@ -16,9 +17,12 @@ namespace portable {
 #define BYTES 16
 #define PAIRS 0
 #include "kernels.h"
+#include "attention_kernels.h"
 #undef TARGET
 #undef BYTES
 #undef PAIRS
+#undef INLINE
+#undef UNROLL
 }  // namespace portable
 
 #if defined(__x86_64__)
@@ -28,9 +32,12 @@ namespace avx2 {
 #define BYTES 32
 #define PAIRS 0
 #include "kernels.h"
+#include "attention_kernels.h"
 #undef TARGET
 #undef BYTES
 #undef PAIRS
+#undef INLINE
+#undef UNROLL
 }  // namespace avx2
 
 namespace avx512 {
@@ -38,9 +45,12 @@ namespace avx512 {
 #define BYTES 64
 #define PAIRS 0
 #include "kernels.h"
+#include "attention_kernels.h"
 #undef TARGET
 #undef BYTES
 #undef PAIRS
+#undef INLINE
+#undef UNROLL
 }  // namespace avx512
 
 // Products of bfloat16 are exact here, too, but bfloat16 numbers below the normal ones count as zero.
@@ -49,9 +59,12 @@ namespace avx512bf16 {
 #define BYTES 64
 #define PAIRS 1
 #include "kernels.h"
+#include "attention_kernels.h"
 #undef TARGET
 #undef BYTES
 #undef PAIRS
+#undef INLINE
+#undef UNROLL
 }  // namespace avx512bf16
 
 #endif
@@ -130,13 +143,33 @@ static const Variant kVariants[] = {
 #endif
     VARIANT(portable, always, false)};
 
-const Variant* choose_variant(const Operands& p, const char* name) {
-  if (p.groups > 1 && p.in / p.groups % weights_per_word(p.form) != 0) return &kAnyGroups;
-  for (const Variant& variant : kVariants) {
-    if (name ? std::strcmp(name, variant.name) != 0 : variant.bfloat16_only && !p.x_is_bfloat16) continue;
-    if (variant.runs_here() && (p.x_is_bfloat16 || !variant.bfloat16_only)) return &variant;
+#define ATTENTION(name, runs_here, bfloat16_only) \
+  {#name, runs_here, bfloat16_only, name::attention_scratch_bytes, name::add_keys}
+
+static const AttentionVariant kAttentions[] = {
+#if defined(__x86_64__)
+    ATTENTION(avx512bf16, has_avx512bf16, true), ATTENTION(avx512, has_avx512, false), ATTENTION(avx2, has_avx2, false),
+#endif
+    ATTENTION(portable, always, false)};
+
+// Returns the first variant that this machine runs, or the one called `name`.
+template <typename V, size_t count>
+static const V* first_here(const V (&variants)[count], bool is_bfloat16, const char* name) {
+  for (const V& variant : variants) {
+    if (name ? std::strcmp(name, variant.name) == 0 : is_bfloat16 || !variant.bfloat16_only) {
+      if (variant.runs_here() && (is_bfloat16 || !variant.bfloat16_only)) return &variant;
+    }
   }
   return nullptr;
+}
+
+const AttentionVariant* choose_attention(const Attention& a, const char* name) {
+  return first_here(kAttentions, a.is_bfloat16, name);
+}
+
+const Variant* choose_variant(const Operands& p, const char* name) {
+  if (p.groups > 1 && p.in / p.groups % weights_per_word(p.form) != 0) return &kAnyGroups;
+  return first_here(kVariants, p.x_is_bfloat16, name);
 }
 
 }  // namespace phi3_jax
