@@ -198,7 +198,7 @@ struct Layout {
     per_block = p.groups > 1 && block % group == 0 && block > group ? block / group : 0;
     for (int lane = 0; lane < kLanes; lane++) lanes[lane] = (int32_t)(lane * per_block / kLanes);
     x_bytes = (size_t)(p.rows * blocks * block) * sizeof(Element);
-    sums = p.zero ? (p.groups + kLanes - 1) / kLanes * kLanes : 0;
+    sums = p.zero && !p.scales_first ? (p.groups + kLanes - 1) / kLanes * kLanes : 0;
     bytes = x_bytes + (size_t)(p.rows * sums) * sizeof(float);
   }
 };
@@ -374,27 +374,54 @@ TARGET static void multiply_few(const Operands& p, const void* x_copy, int64_t f
 // With many rows, the weights of a chunk are first unpacked to panels of `kOutputs` outputs, in the order in which
 // they are multiplied. They stay in the second level of the cache while the rows pass.
 
+// Returns an operand with weights in place of integers.
+INLINE Words scaled(Words operand, Floats scale, Floats zero) {
+#if PAIRS
+  const Floats low = ((Floats)(operand << 16) - zero) * scale, high = ((Floats)(operand & 0xffff0000u) - zero) * scale;
+  typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+  const Words lows = __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)low), Words);
+  return lows | __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)high), Words) << 16;
+#else
+  return (Words)(((Floats)operand - zero) * scale);
+#endif
+}
+
 template <Form form>
 TARGET static void unpack_panel(const Operands& p, const Layout& layout, int64_t output, int64_t count, Element* to) {
+  int64_t index[kOutputs];
+  UNROLL for (int o = 0; o < kOutputs; o++) index[o] = output + (o < count ? o : count - 1);
   for (int64_t block = 0; block < layout.blocks; block++) {
     Words packed[kOutputs];
     const int64_t size = block < layout.full ? BYTES : layout.row_bytes - block * BYTES;
     UNROLL for (int o = 0; o < kOutputs; o++) {
-      const uint8_t* from = p.weight + (output + (o < count ? o : count - 1)) * layout.row_bytes + block * BYTES;
+      const uint8_t* from = p.weight + index[o] * layout.row_bytes + block * BYTES;
       __builtin_prefetch(from + kOutputs * layout.row_bytes, 0, 2);
       packed[o] = size == BYTES ? load(from) : load_some(from, size);
     }
-    UNROLL for (int k = 0; k < kVectors<form>; k++) {
-      UNROLL for (int o = 0; o < kOutputs; o++, to += kElements) {
-        const Words operand = unpack<form>(packed[o], k);
-        __builtin_memcpy(to, &operand, BYTES);
+    if (form == Form::kBfloat16 || !p.scales_first) {
+      UNROLL for (int k = 0; k < kVectors<form>; k++) {
+        UNROLL for (int o = 0; o < kOutputs; o++, to += kElements) {
+          const Words operand = unpack<form>(packed[o], k);
+          __builtin_memcpy(to, &operand, BYTES);
+        }
+      }
+      continue;
+    }
+    UNROLL for (int o = 0; o < kOutputs; o++) {
+      const int64_t first = 4 * index[o] * p.groups, segment = block / layout.segment;
+      const Floats scale = of_lanes(p, layout, p.scale + first, segment, kBlock<form>);
+      const Floats zero = p.zero ? of_lanes(p, layout, p.zero + first, segment, kBlock<form>) : Floats{};
+      UNROLL for (int k = 0; k < kVectors<form>; k++) {
+        const Words operand = scaled(unpack<form>(packed[o], k), scale, zero);
+        __builtin_memcpy(to + (k * kOutputs + o) * kElements, &operand, BYTES);
       }
     }
+    to += kVectors<form> * kOutputs * kElements;
   }
 }
 
 // Multiplies some rows with `outputs` of a panel, the first of which is number `first`.
-template <Form form, int rows, int outputs>
+template <Form form, int rows, int outputs, bool is_scaled = form == Form::kBfloat16>
 INLINE void add_outputs(const Operands& p, const Layout& layout, const Rows& x, const Element* panel,
                         const int64_t (&index)[outputs], int first, Floats (&sum)[rows][kOutputs]) {
   const Element* of_x = x.x;
@@ -413,7 +440,7 @@ INLINE void add_outputs(const Operands& p, const Layout& layout, const Rows& x, 
         UNROLL for (int o = 0; o < outputs; o++) dot[r][o] = multiply_add(row, weight[o], dot[r][o]);
       }
     }
-    add_segment<form>(p, layout, index, segment, dot, own);
+    add_segment<is_scaled ? Form::kBfloat16 : form>(p, layout, index, segment, dot, own);
   }
   UNROLL for (int r = 0; r < rows; r++) {
     UNROLL for (int o = 0; o < outputs; o++) sum[r][first + o] = own[r][o];
@@ -427,6 +454,14 @@ TARGET static void multiply_panel(const Operands& p, const Layout& layout, const
   int64_t index[kOutputs];
   UNROLL for (int o = 0; o < kOutputs; o++) index[o] = output + (o < count ? o : count - 1);
   Floats sum[rows][kOutputs];
+  if (p.scales_first) {
+    Layout whole = layout;
+    whole.segment = layout.blocks;
+    whole.segments = 1;
+    // The blocks are still those of `form`, by which x is copied.
+    add_outputs<form, rows, kOutputs, true>(p, whole, x, panel, index, 0, sum);
+    return store_rows<rows>(p, x, sum, output, count);
+  }
   if (PAIRS && form != Form::kBfloat16 && layout.segment == 1) {
     // The scales change with every block: for the sums of all outputs there are not registers enough.
     add_outputs<form, rows, 2>(p, layout, x, panel, {index[0], index[1]}, 0, sum);
@@ -503,7 +538,7 @@ template <Form form>
 TARGET static void copy_form(const Operands& p, void* copy, int64_t first, int64_t last) {
   const Layout layout(p, kBlock<form>);
   for (int64_t row = first, rows; row < last; row += rows) {
-    rows = rows_together<form>(p.rows - row, p.rows <= kFewRows);
+    rows = rows_together<form>(p.rows - row, p.are_few());
     const Rows part(layout, kBlock<form>, copy, row);
     Element* to = const_cast<Element*>(part.x);
     for (int64_t block = 0; block < layout.blocks; block++) {
@@ -523,7 +558,7 @@ TARGET static void copy_form(const Operands& p, void* copy, int64_t first, int64
         }
       }
     }
-    if (!p.zero) continue;
+    if (!layout.sums) continue;
     float* sums = const_cast<float*>(part.sums);
     for (int64_t r = 0; r < rows; r++, sums += layout.sums) {
       for (int64_t group = 0; group < layout.sums; group++) {
@@ -542,14 +577,14 @@ static void copy(const Operands& p, void* to, int64_t first, int64_t last) {
 }
 
 static size_t scratch_bytes(const Operands& p) {
-  if (p.rows <= kFewRows) return 0;
+  if (p.are_few()) return 0;
   const int block = kLanes * weights_per_word(p.form);
   return (size_t)(Layout(p, block).blocks * block) * sizeof(Element);
 }
 
 template <Form form>
 TARGET static void multiply_form(const Operands& p, const void* copy, uint8_t* scratch, int64_t first, int64_t last) {
-  if (p.rows <= kFewRows) return multiply_few<form>(p, copy, first, last);
+  if (p.are_few()) return multiply_few<form>(p, copy, first, last);
   multiply_many<form>(p, copy, (Element*)scratch, first, last);
 }
 

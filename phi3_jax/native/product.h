@@ -12,6 +12,12 @@ enum class Form { kBfloat16, kInt8, kInt4 };
 // How many weights a 32-bit word holds.
 constexpr int weights_per_word(Form form) { return form == Form::kBfloat16 ? 2 : form == Form::kInt8 ? 4 : 8; }
 
+// With more rows, the weights of a chunk of outputs are unpacked once for all of them.
+constexpr int64_t kFewRows = 16;
+
+// With more rows, groups are multiplied by their scales first: for each row it would take as long as the product.
+constexpr int64_t kExactRows = 64;
+
 // The arrays of a product. Their addresses need no alignment.
 struct Operands {
   Form form;
@@ -23,12 +29,14 @@ struct Operands {
   const uint8_t* scale;   // float32 [out, groups]; null for bfloat16
   const uint8_t* zero;    // float32 [out, groups], or null: 0; int4 only
   uint8_t* y;             // float32 [rows, out]
+  bool scales_first;      // whether the weights are multiplied by their scales, and rounded to the dtype of the product
 
+  bool are_few() const { return rows <= kFewRows && !scales_first; }
   int64_t row_bytes() const { return in * 4 / weights_per_word(form); }  // of the weight
 };
 
 // The kernels for one set of instructions. The results depend neither on the limits of `multiply` nor on the number
-// of rows: each element of y is one sum, always in the same order.
+// of rows, but only on `scales_first`: each element of y is one sum, always in the same order.
 struct Variant {
   const char* name;
   bool (*runs_here)();
@@ -48,9 +56,6 @@ constexpr int64_t kOutputs = 4;
 
 // A multiple of every number of rows that are computed together.
 constexpr int64_t kRows = 24;
-
-// With more rows, the weights of a chunk of outputs are unpacked once for all of them.
-constexpr int64_t kFewRows = 16;
 
 // Returns the fastest variant that this machine runs, or the one called `name`; null if it does not run here.
 const Variant* choose_variant(const Operands& operands, const char* name = nullptr);

@@ -15,6 +15,9 @@ MOST_ROWS = 256
 MOST_ROWS_PORTABLE = 16
 """The same for any weights, without instructions for wide vectors."""
 
+EXACT_ROWS = 64
+"""The rows up to which scales of groups are applied to sums of integers."""
+
 
 def is_faster(rows: Any, *, packed: bool) -> bool:
     """Whether `product` is available, and takes no longer than XLA's product of this many rows.
@@ -40,8 +43,9 @@ def product(
     It works if it is `available()`, in programs for one CPU or within `shard_map`; `is_faster` says for how
     many rows it pays. Callers choose it with
     `jax.lax.platform_dependent(..., cpu=product)`. It has no gradient. The bytes of a row of the result do
-    not depend on the number of rows or threads. With bfloat16 rows, some processors count bfloat16 numbers
-    below 1.2e-38 as zero.
+    not depend on the number of rows or threads, but weights in groups are multiplied by their scales and
+    rounded to bfloat16 for more than `EXACT_ROWS` rows of bfloat16. With such rows, some processors count
+    bfloat16 numbers below 1.2e-38 as zero.
 
     Args:
         x: float32 or bfloat16.

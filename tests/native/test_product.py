@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from phi3_jax.native.product import product
+from phi3_jax.native.product import EXACT_ROWS, product
+from phi3_jax.native.targets import variant
 
 VARIANTS = ("portable", "avx2", "avx512", "avx512bf16")
 FORMS = ("bfloat16", "int8", "int4")
@@ -38,12 +39,12 @@ class Case(NamedTuple):
     def operands(self) -> list[np.ndarray]:
         return [each for each in self[:4] if each is not None]
 
-    def assert_close(self, found: np.ndarray) -> None:
+    def assert_close(self, found: np.ndarray, rtol: float = 1e-5) -> None:
         """Compares with the exact product, relative to the sum of the absolute terms."""
         x = self.x.astype(np.float64)
         expected, magnitude = x @ self.dense.T, np.abs(x) @ np.abs(self.dense).T
         assert found.shape == expected.shape
-        assert np.all(np.abs(found - expected) <= 1e-5 * magnitude + 1e-30)
+        assert np.all(np.abs(found - expected) <= rtol * magnitude + 1e-30)
 
 
 def make_case(
@@ -133,8 +134,8 @@ def test_matches_numpy(kernels: Kernels, variant: str, form: str, dtype: Any) ->
 def test_bytes_depend_neither_on_the_other_rows_nor_on_chunks(
     kernels: Kernels, variant: str, form: str, dtype: Any
 ) -> None:
-    group = None if form == "bfloat16" else 32
     """More than 16 rows take another way than fewer."""
+    group = None if form == "bfloat16" else 32
     case = make_case(form, dtype, 27, 352, 23, group, zero=form == "int4")
     whole = kernels(variant, case)
     for chunk in (1, 4, 12):
@@ -197,10 +198,26 @@ def test_programs_take_many_rows(library: Any, name: str) -> None:
     case = case._replace(x=(case.x * draws).reshape(-1, case.x.shape[1]))
     program = jax.jit(product)
     found = np.asarray(program(*case.operands))
-    case.assert_close(found)
-    for first in (0, 511, 1180):
-        rows = case._replace(x=case.x[first : first + 5])
-        np.testing.assert_array_equal(np.asarray(program(*rows.operands)), found[first : first + 5])
+    rounds = case.scale is not None and case.scale.shape[1] > 1
+    case.assert_close(found, 2**-8 if rounds and case.x.dtype == ml_dtypes.bfloat16 else 1e-5)
+    for first in (0, 511, 1125):
+        last = first + (EXACT_ROWS + 1 if rounds else 5)
+        rows = case._replace(x=case.x[first:last])
+        np.testing.assert_array_equal(np.asarray(program(*rows.operands)), found[first:last])
+
+
+def test_rounds_weights_in_groups_for_many_rows(library: Any) -> None:
+    """bfloat16 rows are multiplied by weights in bfloat16, as exact as a model's other weights."""
+    case = CASES["int4"]
+    case = case._replace(x=np.repeat(case.x, 40, axis=0))
+    assert len(case.x) > EXACT_ROWS
+    weight = case.dense.astype(ml_dtypes.bfloat16)
+    found = np.asarray(jax.jit(product)(*case.operands))
+    rounded = case._replace(dense=weight.astype(np.float64))
+    if variant() == "avx512bf16":
+        rounded.assert_close(found)
+    else:
+        case.assert_close(found)
 
 
 def test_runs_without_jit(library: Any) -> None:
