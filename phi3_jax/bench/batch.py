@@ -14,7 +14,7 @@ from phi3_jax.batch.continuous import ContinuousBatch, Prompt, slot_length
 from phi3_jax.batch.engine import default_slots
 from phi3_jax.batch.pools import choose_pools
 from phi3_jax.bench.models import describe_products, load_ours, load_theirs
-from phi3_jax.bench.turns import Turn, median_ratio, take_turns, with_transformers
+from phi3_jax.bench.turns import Sides, Turn, choose_peer, median_ratio, take_turns
 from phi3_jax.generation.memory import token_capacity
 
 LONGEST_PROMPT, LONGEST_ANSWER, SHORTEST_ANSWER = 2000, 256, 4
@@ -64,7 +64,10 @@ class BatchTime(NamedTuple):
 
 def run_batch_bench(options: BatchBenchOptions, label: str, rounds: int) -> None:
     """Compares with transformers if possible, and prints a table."""
-    results: dict[str, list[BatchTime]] = take_turns(with_transformers(_ours, _theirs, options), rounds)
+    sides: Sides = {"phi3-jax": (_ours, options)}
+    if choose_peer(None) is not None:
+        sides["transformers"] = (_theirs, options)
+    results: dict[str, list[BatchTime]] = take_turns(sides, rounds)
     prompts, answers = map(sum, zip(*options.lengths(), strict=True))
     weights = f"{options.quantization} and {options.dtype}" if options.quantization else options.dtype
     table = Table(

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from phi3_jax.bench.models import describe_products, load_ours, load_theirs
-from phi3_jax.bench.turns import Sides, Turn, median_ratio, take_turns, take_turns_here, with_transformers
-from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.costs.shapes import parameters
-from phi3_jax.costs.work import ITEM_BYTES
+from phi3_jax.bench.models import describe_products, load_llama, load_ours, load_theirs
+from phi3_jax.bench.turns import Sides, Turn, choose_peer, median_ratio, take_turns, take_turns_here
+from phi3_jax.checkpoint import open_checkpoint
+from phi3_jax.errors import UserError
 from phi3_jax.generation.generate import Call
 from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.model.abstract import abstract_cache, abstract_model
+from phi3_jax.model.abstract import abstract_cache
+from phi3_jax.model.loading import load_abstract
 from phi3_jax.parallel.distributed import process_count
 from phi3_jax.parallel.sharding import make_mesh
-from phi3_jax.quantization import Quantization
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 
@@ -63,16 +63,24 @@ class Times(NamedTuple):
     steps: int
 
 
-def run_generate_bench(options: BenchOptions, label: str, rounds: int, prompt_lookup: int | None) -> None:
-    """Compares with transformers if possible, or prompt lookup with plain decoding; prints a table."""
+def run_generate_bench(
+    options: BenchOptions, label: str, rounds: int, prompt_lookup: int | None, peer: str | None = None
+) -> None:
+    """Compares with a peer if possible, or prompt lookup with plain decoding; prints a table.
+
+    Raises:
+        UserError: the peer is not installed, or cannot do this.
+    """
     sides: Sides = {"phi3-jax": (_ours, options)}
     if prompt_lookup is not None:
         lookup = replace(options, generate_options=(("prompt_lookup_num_tokens", prompt_lookup),))
         sides = {f"lookup of {prompt_lookup}": (_ours, lookup), "plain": (_ours, options)}
-    elif not options.mesh:
-        sides = with_transformers(_ours, _theirs, options)
+    elif not options.mesh and (name := choose_peer(peer)) is not None:
+        if name == "llama.cpp":
+            _check_llama(options)
+        sides[name] = (_llama if name == "llama.cpp" else _theirs, options)
     results = (take_turns if process_count() == 1 else take_turns_here)(sides, rounds)
-    print_table(label, results, options, Phi3Config.from_pretrained(options.model))
+    print_table(label, results, options)
 
 
 def _ours(options: BenchOptions) -> Turn:
@@ -130,10 +138,35 @@ def _theirs(options: BenchOptions) -> Turn:
     return turn
 
 
-def print_table(
-    label: str, results: dict[str, list[Times]], options: BenchOptions, config: Phi3Config
-) -> None:
+def _check_llama(options: BenchOptions) -> None:
+    """Raises UserError unless llama.cpp can do this."""
+    if options.model.suffix != ".gguf":
+        raise UserError("llama.cpp reads GGUF files; name one with --model")
+    if options.batch > 1 or options.prompt is not None:
+        raise UserError("llama.cpp continues one row of random tokens here; leave out --batch and --prompt")
+
+
+def _llama(options: BenchOptions) -> Turn:
+    model = load_llama(options.model, options.prompt_tokens + options.new_tokens + 1)
+    (ids,) = options.ids(model.n_vocab()).tolist()
+
+    def turn() -> Times:
+        model.reset()
+        start = time.perf_counter()
+        model.eval(ids)
+        token = model.sample(temp=0.0)
+        first = time.perf_counter()
+        for _ in range(options.new_tokens):
+            model.eval([token])
+            token = model.sample(temp=0.0)
+        return Times(first - start, time.perf_counter() - first, options.new_tokens)
+
+    return turn
+
+
+def print_table(label: str, results: dict[str, list[Times]], options: BenchOptions) -> None:
     """Prints the medians of all turns and, for two sides, the medians of their ratios."""
+    config = open_checkpoint(options.model).config
     length = options.ids(config.vocab_size).shape[1]
     rounds = len(next(iter(results.values())))
     # In half precision, a near tie can end the answer of one side before the other's.
@@ -156,7 +189,7 @@ def print_table(
         cells = [show(statistics.median(each)) for each in seconds]
         table.add_row(name, *cells, *([median_ratio(*seconds)] if ratio and len(seconds) == 2 else []))
 
-    tokens, size = options.batch * length, bytes_per_step(config, options, length)
+    tokens, size = options.batch * length, bytes_per_step(options, length)
     prefill = [[times.prefill for times in turns] for turns in results.values()]
     decode = [[times.decode / times.steps for times in turns] for turns in results.values()]
     add_row("prefill, tokens/s", prefill, lambda seconds: f"{tokens / seconds:,.0f}", ratio=True)
@@ -166,12 +199,17 @@ def print_table(
     Console().print(table)
 
 
-def bytes_per_step(config: Phi3Config, options: BenchOptions, prompt_tokens: int) -> int:
+def bytes_per_step(options: BenchOptions, prompt_tokens: int) -> int:
     """Returns the bytes that a decode step reads: the weights, and the cache halfway through the answer."""
-    item, text = ITEM_BYTES[options.dtype], options.quantization
-    quantization = None if text is None else Quantization.parse(text)
-    used = [p for p in parameters(config) if config.tie_word_embeddings or p.name != "embed_tokens"]
-    model = abstract_model(Phi3ForCausalLM, config, dtype=options.dtype)
+    model = load_abstract(
+        Phi3ForCausalLM, options.model, dtype=options.dtype, quantization=options.quantization
+    )
+    weights = sum(map(_bytes, jax.tree.leaves(model)))
+    if not model.config.tie_word_embeddings:  # a step reads only a few rows
+        weights -= sum(map(_bytes, jax.tree.leaves(model.model.embed_tokens)))
     cache = abstract_cache(model, options.batch, prompt_tokens + options.new_tokens // 2, options.dtype)
-    cached = sum(vectors.size for vectors in jax.tree.leaves((cache.keys, cache.values)))
-    return round(sum(p.size * p.element_bytes(item, quantization) for p in used)) + cached * item
+    return round(weights + sum(map(_bytes, jax.tree.leaves((cache.keys, cache.values)))))
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> float:
+    return leaf.size * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize)

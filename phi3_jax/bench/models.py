@@ -1,5 +1,6 @@
 """Loads the models of both sides of a comparison."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,23 @@ def load_theirs(path: Path, dtype: str, *, end_tokens: bool) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    is_gguf = path.is_file()
+    folder, options = (path.parent, {"gguf_file": path.name}) if is_gguf else (path, {})
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=getattr(torch, dtype), **options).eval()
     if not end_tokens:
         model.generation_config.eos_token_id = None
     return model.cuda() if torch.cuda.is_available() else model
+
+
+def load_llama(path: Path, tokens: int) -> Any:
+    """Returns llama.cpp's model of a GGUF file, with room for so many tokens, on all processors."""
+    from llama_cpp import Llama
+
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Llama(
+        str(path), n_ctx=tokens, n_batch=tokens, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
 
 
 def describe_products(dtype: str, *, divided: bool = False, quantization: str | None = None) -> str:

@@ -29,28 +29,33 @@ def run_bench(
     dtype: str,
     mesh: Mesh | None = None,
     quantization: str | None = None,
+    peer: str | None = None,
     cache_dir: Path | None,
 ) -> None:
     """Measures and prints a table; the command's help explains the arguments.
 
     Raises:
-        UserError: `layers` with a checkpoint, a preset in several processes, or `requests` with a mesh or
-            a prompt.
+        UserError: `layers` with a checkpoint, a preset in several processes, `requests` with a mesh or a
+            prompt, or a peer that is not installed or cannot do this.
     """
     if requests is not None and (mesh is not None or prompt is not None or prompt_lookup is not None):
         raise UserError("--requests has its own prompts, on one device; leave out --mesh and --prompt")
+    if peer is not None and (mesh is not None or prompt_lookup is not None):
+        raise UserError("--peer is for one device without drafts; leave out --mesh and --prompt-lookup")
+    if peer == "llama.cpp" and requests is not None:
+        raise UserError("--peer llama.cpp continues one prompt; leave out --requests")
     if process_count() > 1 and model in Phi3Config.presets():
         raise UserError(f"{model} is a preset; for several processes give a checkpoint that all can read")
     with tempfile.TemporaryDirectory(prefix="phi3-jax-bench-") as scratch:
         path = _checkpoint(model, layers, dtype, Path(scratch) / "model", cache_dir)
-        label = model or path.name
+        label = path.name if model is None or path.is_file() else model
         if requests is not None:
             run_batch_bench(BatchBenchOptions(path, dtype, requests, quantization), label, rounds)
             return
         axes = () if mesh is None else tuple(mesh.shape.items())
         sizes = batch, prompt_tokens, new_tokens, prompt
         options = BenchOptions(path, dtype, *sizes, mesh=axes, quantization=quantization)
-        run_generate_bench(options, label, rounds, prompt_lookup)
+        run_generate_bench(options, label, rounds, prompt_lookup, peer)
 
 
 def _checkpoint(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from phi3_jax.errors import UserError
+
 PAUSE = 0.5
 """The seconds before a turn, in which the OpenMP threads of the other sides stop spinning."""
 
@@ -25,12 +27,25 @@ Sides = dict[str, tuple[MakeTurn, Any]]
 """The names of the sides, each with its `MakeTurn` and options."""
 
 
-def with_transformers(ours: MakeTurn, theirs: MakeTurn, options: Any) -> Sides:
-    """Returns a side for this package and, if PyTorch and transformers are installed, one for them."""
-    sides: Sides = {"phi3-jax": (ours, options)}
-    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        sides["transformers"] = (theirs, options)
-    return sides
+PEERS = {"transformers": ("torch", "transformers"), "llama.cpp": ("llama_cpp",)}
+"""The modules of each program that phi3-jax is compared with."""
+
+
+def choose_peer(peer: str | None) -> str | None:
+    """Returns the peer to compare with: transformers by default, if it is installed.
+
+    Raises:
+        UserError: there is no such peer, or it is not installed.
+    """
+    name = "transformers" if peer is None else peer
+    if name not in PEERS:
+        raise UserError(f"peer {name!r} is not known; use {' or '.join(PEERS)}")
+    if all(importlib.util.find_spec(module) for module in PEERS[name]):
+        return name
+    if peer is None:
+        return None
+    package = "llama-cpp-python" if name == "llama.cpp" else " ".join(PEERS[name])
+    raise UserError(f"{name} is not installed (pip install {package})")
 
 
 def take_turns(sides: Sides, rounds: int) -> dict[str, list[Any]]:

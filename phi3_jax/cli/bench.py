@@ -16,7 +16,9 @@ app = typer.Typer(add_completion=False)
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(help="A directory, or a preset's name for random weights; default: the default model."),
+        typer.Option(
+            help="A directory, a .gguf file, or a preset for random weights; default: SmolLM2-135M."
+        ),
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Use only this many layers of a preset.")] = None,
     prompt: Annotated[
@@ -36,15 +38,19 @@ def bench(
     rounds: Annotated[
         int, typer.Option(min=1, help="The number of measurements; the two sides take turns.")
     ] = 5,
+    peer: Annotated[
+        str | None,
+        typer.Option(help="What to compare with: transformers, the default if installed, or llama.cpp."),
+    ] = None,
     dtype: options.Dtype = "bfloat16",
     quantize: options.Quantize = None,
     mesh: options.Mesh = None,
     distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Measure generate, side by side with transformers.
+    """Measure generate, side by side with transformers or llama.cpp.
 
-    transformers takes part where it is installed and no mesh is given.
+    transformers takes part where it is installed and no mesh is given. llama.cpp reads the same GGUF file.
     """
     where = prepare(mesh, distributed)
     common.keep_compiled_programs(cache_dir)
@@ -61,5 +67,6 @@ def bench(
         dtype=dtype,
         mesh=where,
         quantization=quantize,
+        peer=peer,
         cache_dir=cache_dir,
     )

@@ -1,12 +1,16 @@
 """`phi3-jax bench`: bytes, prompts and tables, and small runs of both comparisons."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from gguf_files import VOCAB, byte_level, stored_layout, weights, write_gguf
 from reference import small_config, write_random_model
 from small_checkpoint import PROMPT, write_checkpoint
 
@@ -14,6 +18,7 @@ from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.bench import batch as bench_batch
 from phi3_jax.bench import generate as bench
 from phi3_jax.bench import models, run, turns
+from phi3_jax.errors import UserError
 
 
 def run_bench(model: Path, **changes: Any) -> None:
@@ -28,16 +33,25 @@ def run_bench(model: Path, **changes: Any) -> None:
     run.run_bench(str(model), **options | changes)
 
 
-@pytest.mark.parametrize(("dtype", "tied"), [("float32", False), ("bfloat16", True)])
-def test_bytes_per_step_are_those_of_the_weights_and_the_cache(dtype: str, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tied", "quantization"),
+    [("float32", False, None), ("bfloat16", True, None), ("bfloat16", False, "int4:group_size=8")],
+)
+def test_bytes_per_step_are_those_of_the_weights_and_the_cache(
+    tmp_path: Path, dtype: str, tied: bool, quantization: str | None
+) -> None:
     config = small_config(head_dim=20, tie_word_embeddings=tied)
-    model = Phi3ForCausalLM(config, dtype=dtype)
-    embedding = 0 if tied else config.vocab_size * config.hidden_size  # a step reads only a few rows
-    weights = (model.num_parameters() - embedding) * model.dtype.itemsize
+    Phi3ForCausalLM(config, dtype=dtype).save_pretrained(tmp_path)
+    model = Phi3ForCausalLM.from_pretrained(tmp_path, quantization=quantization)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    if not tied:  # a step reads only a few rows
+        weights -= model.model.embed_tokens.weight[...].nbytes
     cache = model.init_cache(2, 10 + 4 // 2, dtype)
     cached = sum(slots.nbytes for slots in (*cache.keys, *cache.values))
-    options = bench.BenchOptions(Path(), dtype, batch=2, prompt_tokens=99, new_tokens=4)
-    assert bench.bytes_per_step(config, options, prompt_tokens=10) == weights + cached
+    options = bench.BenchOptions(
+        tmp_path, dtype, 2, prompt_tokens=99, new_tokens=4, quantization=quantization
+    )
+    assert bench.bytes_per_step(options, prompt_tokens=10) == weights + cached
 
 
 def test_prompts_are_random_or_of_a_file(tmp_path: Path) -> None:
@@ -58,11 +72,12 @@ def test_prompts_are_random_or_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("theirs", "steps"), [(5, "5 steps"), (9, "5 and 9 steps")])
 def test_table_shows_the_steps_of_both_sides(
-    theirs: int, steps: str, capsys: pytest.CaptureFixture[str]
+    theirs: int, steps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_checkpoint(tmp_path)
     results = {"lookup of 3": [bench.Times(1.0, 2.0, 5)], "plain": [bench.Times(1.0, 2.0, theirs)]}
-    options = bench.BenchOptions(Path(), "float32", batch=1, prompt_tokens=8, new_tokens=9)
-    bench.print_table("small", results, options, small_config())
+    options = bench.BenchOptions(tmp_path, "float32", batch=1, prompt_tokens=8, new_tokens=9)
+    bench.print_table("small", results, options)
     table = " ".join(capsys.readouterr().out.split())
     assert f"prompt, {steps}, median of 1" in table
     assert table.endswith("products by XLA")
@@ -110,6 +125,73 @@ def test_compares_prompt_lookup_with_plain_decoding(
     for row in ("lookup of 2", "plain", "ratio"):
         assert row in table
     assert re.search(r"decode, tokens/s\W+[\d,.]+\W+[\d,.]+\W+\d+\.\d\d\b", table), table
+
+
+class FakeLlama:
+    """As much of llama_cpp.Llama as the comparison uses; its next token is the last one plus 1."""
+
+    def __init__(self, path: str, **options: Any):
+        self.path, self.options, self.tokens = path, options, list[int]()
+
+    def n_vocab(self) -> int:
+        return VOCAB
+
+    def reset(self) -> None:
+        self.tokens = []
+
+    def eval(self, tokens: list[int]) -> None:
+        self.tokens += tokens
+        assert len(self.tokens) <= self.options["n_ctx"]
+
+    def sample(self, temp: float) -> int:
+        assert temp == 0
+        return (self.tokens[-1] + 1) % VOCAB
+
+
+def test_measures_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[FakeLlama] = []
+    monkeypatch.setitem(
+        sys.modules,
+        "llama_cpp",
+        SimpleNamespace(Llama=lambda *a, **b: made.append(FakeLlama(*a, **b)) or made[-1], __spec__=object()),
+    )
+    options = bench.BenchOptions(tmp_path / "a.gguf", "bfloat16", 1, prompt_tokens=6, new_tokens=4)
+    times = bench._llama(options)()
+    assert (times.steps, len(made[0].tokens)) == (4, 6 + 4)
+    assert made[0].tokens[:6] == options.ids(VOCAB)[0].tolist()
+    assert made[0].tokens[6:] == [(made[0].tokens[5] + 1 + step) % VOCAB for step in range(4)]
+    assert times.prefill > 0
+    assert times.decode > 0
+
+
+@pytest.mark.slow
+def test_gguf_files_are_compared_with_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = stored_layout(weights(fused=False))
+    path = write_gguf(tmp_path / "a.gguf", "llama", tensors, tokenizer=byte_level("llama-bpe"))
+    run_bench(path)
+    assert "transformers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peer": "vllm"}, "use transformers or llama.cpp"),
+        ({"peer": "llama.cpp", "installed": False}, "pip install llama-cpp-python"),
+        ({"peer": "llama.cpp"}, "reads GGUF files"),
+        ({"peer": "llama.cpp", "requests": 3}, "leave out --requests"),
+        ({"peer": "transformers", "prompt_lookup": 2}, "leave out --mesh"),
+    ],
+)
+def test_rejects_peers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write_checkpoint(tmp_path)
+    installed = changes.pop("installed", True)
+    monkeypatch.setattr(turns.importlib.util, "find_spec", lambda name: object() if installed else None)
+    with pytest.raises(UserError, match=message):
+        run_bench(tmp_path, **changes)
 
 
 def test_rejects_layers_of_a_checkpoint(tmp_path: Path) -> None:
