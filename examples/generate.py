@@ -4,7 +4,7 @@ $ python examples/generate.py
 What is the capital of France?
     The capital of France is Paris.
 What is the boiling point of water?
-    The boiling point of water is approximately 100°C (182°F). This is a fundamental
+    The boiling point of water is approximately 100°C (212°F). This is a fundamental
 """
 
 import sys
