@@ -1,4 +1,4 @@
-// The kernels of one variant. `product.cc` includes this file once for each, in a namespace of its own, after it
+// The kernels of one variant. `variants.cc` includes this file once for each, in a namespace of its own, after it
 // has defined
 //
 //   TARGET  the attribute of every function here: the instructions that it may use
