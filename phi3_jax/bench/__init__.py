@@ -1,1 +1,1 @@
-"""Benchmarks of generation, side by side with transformers."""
+"""Benchmarks of generation, side by side with transformers or llama.cpp."""

@@ -1,4 +1,4 @@
-"""Measures one call of `generate`, side by side with transformers on the same weights."""
+"""Measures one call of `generate`, side by side with transformers or llama.cpp on the same weights."""
 
 import statistics
 import time

@@ -18,7 +18,7 @@ COMMANDS = {
     "evaluate": "Measure the perplexity and the bits per byte of a text.",
     "rope": "Measure, compare and search rope scalings.",
     "plan": "Compile a step for absent TPUs: does it fit, what moves, how fast at most?",
-    "bench": "Measure generate, side by side with transformers.",
+    "bench": "Measure generate, side by side with transformers or llama.cpp.",
     "bench-finetune": "Measure training steps, side by side with transformers.",
 }
 """Each command's line in `phi3-jax --help`, which is the first sentence of its own help.
