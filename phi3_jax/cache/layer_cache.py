@@ -137,8 +137,9 @@ def _update_rows(slots: Array, new: Array, rows: Array, start: Array) -> Array:
     """Writes `new[n]` at `start[n]` of row `rows[n]`; with all rows, they are in order."""
     if len(rows) == len(slots):
         return _update_slots(slots, new, start)
-    (row,), (first,) = rows, start
-    return jax.lax.dynamic_update_slice(slots, new, [row, 0, first, *[0] * (slots.ndim - 3)])
+    zero = jnp.int32(0)
+    at = [rows[0].astype(jnp.int32), zero, start[0].astype(jnp.int32), *[zero] * (slots.ndim - 3)]
+    return jax.lax.dynamic_update_slice(slots, new, at)
 
 
 @jax.custom_vjp
