@@ -50,7 +50,7 @@ class Phi3PreTrainedModel(nnx.Module):
     def cache_dtype(self) -> jnp.dtype:
         """The dtype with which a cache of this model is fastest: float32 for XLA on CPU, else the model's.
 
-        On CPU, XLA before jaxlib 0.11 has no 16-bit updates: it would widen and copy the whole cache at every
+        On CPU, XLA of jaxlib 0.10 has no 16-bit updates: it would widen and copy the whole cache at every
         step. The C++ library writes and reads bfloat16.
         """
         takes_bfloat16 = self.dtype == jnp.bfloat16 and can_attend(self.config.head_dim)

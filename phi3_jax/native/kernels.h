@@ -92,7 +92,7 @@ INLINE Floats int8_at(Words packed, int k) {
   return __builtin_convertvector((Ints)(packed << (24 - 8 * k)) >> 24, Floats);
 }
 
-// Returns operand `k` of a block. int4 are numbers from -8, so that a zero of 8 needs no correction.
+// Returns operand `k` of a block. int4 are numbers from -8.
 template <Form form>
 INLINE Words unpack(Words packed, int k) {
 #if PAIRS

@@ -90,9 +90,7 @@ def choose_kernels(
     suits_native = implementation is None and (not mask.prefill or length >= LEAST_QUERIES)
     return {
         "tpu": pallas if implementation is None and suits_pallas else default,
-        "cpu": "native"
-        if implementation is None and suits_native and native.fits(query, key, mask)
-        else default,
+        "cpu": "native" if suits_native and native.fits(query, key, mask) else default,
         "cuda": "cudnn" if use_cudnn and cudnn.supported(query.dtype, query.shape[-1]) else default,
         "default": default,
     }
