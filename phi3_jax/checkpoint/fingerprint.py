@@ -24,7 +24,7 @@ def fingerprint(path: Path) -> dict[str, str]:
     """
     files = [path] if path.is_file() else [path / name for name in _READ if (path / name).is_file()]
     if path.is_dir():
-        files += sorted(path.glob("*.safetensors"))
+        files += sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
     return digests(files)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from phi3_jax.checkpoint.companions import DirectoryFiles
 from phi3_jax.checkpoint.gguf_blocks import GROUP, ROUNDING, concatenate, form_of_blocks, is_kept, read_blocks
 from phi3_jax.checkpoint.gguf_config import ROPE_TENSORS, read_config
 from phi3_jax.checkpoint.source import CheckpointError
@@ -105,7 +106,7 @@ class GGUFSource:
         """Returns the file's hyperparameters as the contents of Hugging Face's config.json."""
         return copy.deepcopy(self._config)
 
-    def generation_config(self) -> GenerationConfig:
+    def generation_config(self) -> GenerationConfig | None:
         """Returns the generation settings that the file's special tokens make."""
         return GenerationConfig.from_dict(generation_config(self._file.metadata, self._vocabulary), self.path)
 
@@ -185,6 +186,17 @@ class GGUFSource:
                 "Phi-3 has no biases" if unknown[0].endswith(".bias") else "Phi-3's block has no such tensor"
             )
             raise self._file.error(f"tensor {unknown[0]!r} ({len(unknown)} such): {reason}")
+
+
+class GGUFDirectory(DirectoryFiles, GGUFSource):
+    """A directory in Hugging Face's layout whose weights are in a .gguf file, as a `CheckpointSource`.
+
+    The config, the tokenizer and the generation settings are the directory's, not the file's.
+    """
+
+    def __init__(self, file: Path):
+        super().__init__(file)
+        self.path = file.parent
 
 
 @dataclass(frozen=True)

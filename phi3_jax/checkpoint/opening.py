@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from phi3_jax.checkpoint.composed import compose
-from phi3_jax.checkpoint.gguf import GGUFSource
+from phi3_jax.checkpoint.gguf import GGUFDirectory, GGUFSource
 from phi3_jax.checkpoint.quantization_config import quantization_entry, without_quantization
 from phi3_jax.checkpoint.quantized import QuantizedSource
 from phi3_jax.checkpoint.safetensors import SafetensorsSource
@@ -25,6 +25,8 @@ class Checkpoint(NamedTuple):
 
 def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
     """Opens a directory in Hugging Face's layout or a GGUF file; returns an open checkpoint as it is.
+
+    A directory without safetensors may have its weights in one GGUF file.
 
     Raises:
         CheckpointError: the path is not a checkpoint, or its headers are broken.
@@ -51,9 +53,30 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
     except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint: {error}") from error
     entry = quantization_entry(config)
-    source: CheckpointSource = SafetensorsSource(path) if entry is None else QuantizedSource(path, entry)
+    source: CheckpointSource
+    if entry is not None:
+        source = QuantizedSource(path, entry)
+    elif (file := _gguf_file(path)) is not None:
+        source = GGUFDirectory(file)
+    else:
+        source = SafetensorsSource(path)
     config = without_quantization(config)
     return Checkpoint(compose(source, config), config)
+
+
+def _gguf_file(directory: Path) -> Path | None:
+    """Returns the file with the weights of a directory that has no safetensors.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    if any(directory.glob("*.safetensors*")):
+        return None
+    files = sorted(directory.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{directory} has several .gguf files ({names}); name one of them")
+    return files[0] if files else None
 
 
 def read_generation_config(source: CheckpointSource, config: Phi3Config) -> GenerationConfig:

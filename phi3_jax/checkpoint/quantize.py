@@ -11,7 +11,12 @@ from phi3_jax.checkpoint.compressed_tensors import BFLOAT16, CompressedSource, c
 from phi3_jax.checkpoint.convert import check_destination
 from phi3_jax.checkpoint.opening import Checkpoint, open_checkpoint
 from phi3_jax.checkpoint.safetensors import write_tensors
-from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource, TensorSource
+from phi3_jax.checkpoint.source import (
+    CheckpointError,
+    CheckpointSource,
+    TensorSource,
+    has_quantized_weights,
+)
 from phi3_jax.config.model_config import CONFIG_NAME
 from phi3_jax.config.rope_argument import as_longrope
 from phi3_jax.errors import UserError
@@ -103,7 +108,7 @@ def open_floats(
     """
     checkpoint = open_checkpoint(Path(source_path))
     destination = check_destination(Path(source_path), destination_dir)
-    if any(checkpoint.source.form(name) is not None for name in checkpoint.source.names()):
+    if has_quantized_weights(checkpoint.source):
         raise CheckpointError(
             f"{source_path} is quantized already; quantize the original, or make floats of it first "
             "(phi3-jax convert)"

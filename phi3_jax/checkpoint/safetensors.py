@@ -14,13 +14,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from phi3_jax.checkpoint.companions import copy_companions
+from phi3_jax.checkpoint.companions import DirectoryFiles
 from phi3_jax.checkpoint.source import CheckpointError, FloatSource, TensorSource
-from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.errors import UserError
 from phi3_jax.runs.text import read_json
 from phi3_jax.sizes import round_up
-from phi3_jax.tokenizer import Phi3Tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,7 +59,7 @@ class _Stored(NamedTuple):
         return math.prod(self.shape[:1]), math.prod(self.shape[1:])
 
 
-class SafetensorsSource(FloatSource):
+class SafetensorsSource(DirectoryFiles, FloatSource):
     """The safetensors of a directory in Hugging Face's layout; each file's header is read once, at the start.
 
     Args:
@@ -140,21 +138,6 @@ class SafetensorsSource(FloatSource):
                         part[:] = block[:, columns]
                     at += len(part)
         return kept
-
-    def generation_config(self) -> GenerationConfig | None:
-        try:
-            return GenerationConfig.from_pretrained(self.path)
-        except FileNotFoundError:
-            return None
-
-    def tokenizer(self) -> Phi3Tokenizer:
-        try:
-            return Phi3Tokenizer.from_pretrained(self.path)
-        except FileNotFoundError as error:
-            raise CheckpointError(str(error)) from error
-
-    def write_companions(self, directory: Path) -> None:
-        copy_companions(self.path, directory)
 
     def _files(self) -> list[tuple[Path, set[str] | None]]:
         """Returns the files to read, each with the tensors that an index expects in it."""

@@ -11,7 +11,14 @@ from phi3_jax.errors import CheckpointError
 from phi3_jax.quantization import StoredWeight, WeightForm
 from phi3_jax.tokenizer import Phi3Tokenizer
 
-__all__ = ["CheckpointError", "CheckpointSource", "FloatSource", "QuantizedTensors", "TensorSource"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointSource",
+    "FloatSource",
+    "QuantizedTensors",
+    "TensorSource",
+    "has_quantized_weights",
+]
 
 
 class TensorSource(Protocol):
@@ -57,6 +64,11 @@ class QuantizedTensors(TensorSource, Protocol):
             CheckpointError: its numbers cannot be those of a weight; the message names file and tensor.
         """
         ...
+
+
+def has_quantized_weights(source: QuantizedTensors) -> bool:
+    """Whether some weight of a checkpoint is quantized."""
+    return any(source.form(name) is not None for name in source.names())
 
 
 class FloatSource:

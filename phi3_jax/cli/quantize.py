@@ -106,5 +106,5 @@ def _calibrate(
 
 def _gigabytes(path: Path) -> str:
     """Returns the size of a checkpoint's weights."""
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    files = list(path.glob("*.safetensors")) or list(path.glob("*.gguf")) if path.is_dir() else [path]
     return f"{sum(file.stat().st_size for file in files) / 1e9:.2f} GB"

@@ -30,7 +30,7 @@ from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import abstract_model
 from phi3_jax.model.loading import load_model
 from phi3_jax.model.quantizing import has_quantized_weights
-from phi3_jax.quantization import Quantization, StoredWeight, WeightForm
+from phi3_jax.quantization import FLOATS, Quantization, StoredWeight, WeightForm
 from phi3_jax.runs.exchange import restore
 from phi3_jax.sources.hub import resolve, resolve_adapter
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -226,6 +226,7 @@ def load_merged(
     """Loads a model of class `cls` with its adapter, if there is one, merged into its floats.
 
     An adapter of quantized weights is not merged but computed beside them, as in the training of such ones.
+    If it is DoRA, they become floats, unless a quantization is asked for.
 
     Args:
         checkpoint: of `open_model`.
@@ -237,6 +238,8 @@ def load_merged(
     """
     if adapter is not None:
         check_adapters(abstract_model(cls, config or checkpoint.config, mesh=mesh), adapter)
+        if quantization is None and read_adapter_fields(adapter / CONFIG).get("use_dora"):
+            quantization = FLOATS
     options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "config": config, "quantization": quantization}
     model = load_model(cls, checkpoint, **options, **config_changes)
     if adapter is None:

@@ -186,12 +186,17 @@ def add_lora(
             options: Any = {"rslora": rslora, "dropout": lora_dropout, "dora": dora}
             linear.adapter = LoRA(linear, rank=rank, alpha=alpha, **options, rngs=rngs)
             if dora:
-                if isinstance(linear.weight, QuantizedParam):
-                    raise UserError(f"{name} is quantized, and DoRA needs its floats; use plain LoRA")
+                check_floats(name, linear)
                 magnitude = linear.adapter.magnitude
                 lengths = row_lengths(linear.weight[...], magnitude.ndim)
                 magnitude.set_value(place(lengths, linear.mesh, magnitude.axes))
     return model
+
+
+def check_floats(name: str, linear: Linear) -> None:
+    """Raises UserError unless DoRA can adapt this projection."""
+    if isinstance(linear.weight, QuantizedParam):
+        raise UserError(f'{name} is quantized, and DoRA needs its floats (quantization="none")')
 
 
 def merge_lora(model: Model) -> Model:

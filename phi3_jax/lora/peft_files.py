@@ -17,7 +17,7 @@ from phi3_jax.checkpoint.parts import put_parameter
 from phi3_jax.checkpoint.safetensors import SafetensorsSource, some, write_file
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 from phi3_jax.errors import UserError
-from phi3_jax.lora.adapters import TARGETS, LoRA, projections
+from phi3_jax.lora.adapters import TARGETS, LoRA, check_floats, projections
 from phi3_jax.lora.peft_config import AdapterConfig, adapter_fields, read_adapter_config
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import with_shardings
@@ -176,10 +176,13 @@ def _abstract_adapters(config: AdapterConfig, linears: dict[str, Linear]) -> dic
         options: Any = {"rslora": config.rslora, "dropout": config.dropout, "dora": config.dora}
         return LoRA(linear, rank=rank, alpha=alpha, **options, rngs=nnx.Rngs(0))
 
+    adapted = {name: linear for name, linear in linears.items() if config.targets(name)}
+    if config.dora:
+        for name, linear in adapted.items():
+            check_floats(name, linear)
     adapters = {
         name: with_shardings(jax.eval_shape(partial(build, linear, name)), linear.mesh)
-        for name, linear in linears.items()
-        if config.targets(name)
+        for name, linear in adapted.items()
     }
     if not adapters:
         targets = config.fields["target_modules"]

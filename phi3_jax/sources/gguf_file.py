@@ -239,7 +239,27 @@ def _open(path: Path) -> Any:
                     raise ValueError("it has arrays of arrays")
                 self.elements += int(self._get(orig_offs + 4, np.uint64)[0])
                 _check_count("elements of arrays", self.elements, MOST_ELEMENTS)
+                return self._get_array(orig_offs)
             return super()._get_field_parts(orig_offs, raw_type)
+
+        def _get_array(self, start: int) -> Any:
+            # The package's own loop takes a second for the vocabulary of a small model.
+            number, count = self._get(start, np.uint32), self._get(start + 4, np.uint64)
+            parts, indices, at = [number, count], [], start + 12
+            kind = GGUFValueType(int(number[0]))
+            types = [GGUFValueType.ARRAY, kind] if count[0] else [GGUFValueType.ARRAY]
+            if kind == GGUFValueType.STRING:
+                for index in range(int(count[0])):
+                    length, text = self._get_str(at)
+                    parts += length, text
+                    indices.append(2 * index + 3)
+                    at += 8 + len(text)
+            else:
+                numbers = self._get(at, self.gguf_scalar_to_np[kind], int(count[0]))
+                parts.extend(numbers.reshape(-1, 1))
+                indices += range(2, 2 + len(numbers))
+                at += numbers.nbytes
+            return at - start, parts, indices, types
 
         def _build_fields(self, offs: int, count: int) -> int:
             _check_count("metadata keys", count, MOST_KEYS)

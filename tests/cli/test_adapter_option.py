@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from small_checkpoint import PROMPT, write_checkpoint
 
 from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification
 from phi3_jax.checkpoint import open_checkpoint, quantize_checkpoint
+from phi3_jax.errors import UserError
 from phi3_jax.lora import adapted as module
 from phi3_jax.lora import add_lora, load_adapters, merge_lora, save_adapters
 from phi3_jax.lora.adapters import projections
 from phi3_jax.lora.peft_config import AdapterConfig
 from phi3_jax.model import Phi3PreTrainedModel
+from phi3_jax.model.quantizing import has_quantized_weights
 from phi3_jax.sources.hub import ADAPTER_FILES
 
 TEXT = "What is the capital of France? "
@@ -233,6 +236,25 @@ def test_an_adapter_on_quantized_weights(model_folder: Path, tmp_path: Path) -> 
     assert source.form("score.weight") is None
     assert source.form(name) == own.form(name) is not None
     np.testing.assert_array_equal(source.read_quantized(name).values, own.read_quantized(name).values)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_dora_makes_floats_of_quantized_weights(
+    model_folder: Path, tmp_path: Path, quantization: str | None
+) -> None:
+    """Unless a quantization is asked for: then an error says that it needs floats."""
+    base = tmp_path / "base"
+    quantize_checkpoint(model_folder, base)
+    floats = Phi3ForCausalLM.from_pretrained(base, quantization="none")
+    adapted = add_lora(floats, rank=2, dora=True)
+    save_adapters(adapted, tmp_path / "adapter", base_model=str(base))
+    checkpoint = module.open_model(module.ModelPaths(base, tmp_path / "adapter"))
+    load = partial(module.load_merged, Phi3ForCausalLM, checkpoint, tmp_path / "adapter", dtype="float32")
+    if quantization is None:
+        assert not has_quantized_weights(load())
+    else:
+        with pytest.raises(UserError, match="DoRA needs its floats"):
+            load(quantization=quantization)
 
 
 def test_keeps_the_modules_that_the_adapter_has_as_a_whole() -> None:

@@ -9,6 +9,7 @@ import pytest
 from test_perplexity import recipe, slide
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
+from phi3_jax.checkpoint import convert_checkpoint
 from phi3_jax.checkpoint.default_model import default_model
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation import Scorer, perplexity
@@ -21,7 +22,7 @@ LENGTH, STRIDE, TOKENS = 600, 410, 900
 
 
 @pytest.fixture(scope="module")
-def models(shared_data: Callable[..., Path]) -> Any:
+def models(shared_data: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Returns a scorer, transformers' model, and the tokens."""
     import torch
     import transformers
@@ -33,7 +34,9 @@ def models(shared_data: Callable[..., Path]) -> Any:
     text = shared_data("long_text", "war_and_peace.txt").read_text(encoding="utf-8")
     ids = np.array(Phi3Tokenizer.from_pretrained(folder).encode(text[:12000])[:TOKENS])
     ours = Phi3ForCausalLM.from_pretrained(folder, dtype="float32")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    floats = tmp_path_factory.mktemp("floats") / "model"
+    convert_checkpoint(folder, floats)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32).eval()
     return Scorer(ours), theirs, ids
 
 

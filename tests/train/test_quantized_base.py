@@ -10,9 +10,11 @@ from reference import distance
 from runs import run, settings_of
 
 from phi3_jax import Phi3ForSequenceClassification
+from phi3_jax.checkpoint import quantize_checkpoint
 from phi3_jax.errors import UserError
 from phi3_jax.lora import load_adapters
 from phi3_jax.model.layers import QuantizedParam
+from phi3_jax.model.quantizing import has_quantized_weights
 
 INT4 = "int4:group_size=8"
 ADAPTERS = {"trained": "lora", "lora_rank": 2, "learning_rate": 0.02}
@@ -54,6 +56,25 @@ def test_a_step_keeps_the_integers_and_the_scales_of_the_base(folder, base):
     assert len(weights) == 8
     assert {weight.get_value().scale.dtype.name for weight in weights} == {"float32"}
     assert {weight.get_value().values.dtype.name for weight in weights} == {"uint8"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        (ADAPTERS, True),
+        ({"trained": "head"}, True),
+        ({"trained": "full"}, False),
+        (ADAPTERS | {"use_dora": True}, False),
+    ],
+    ids=["lora", "head", "full", "dora"],
+)
+def test_quantized_weights_become_floats_if_they_are_trained(folder, base, tmp_path, caplog, changes, kept):
+    quantize_checkpoint(base, tmp_path / "small", INT4)
+    recipe = make_recipe(settings_of(folder, tmp_path / "small", **changes), None, None)
+    with caplog.at_level("INFO", logger="phi3_jax"):
+        model = with_adapters(new_model(recipe, None), recipe)
+    assert has_quantized_weights(model) == kept
+    assert any("quantized weights, which are trained as floats" in line for line in caplog.messages) != kept
 
 
 @pytest.mark.parametrize(
