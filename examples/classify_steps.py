@@ -34,7 +34,9 @@ def main() -> None:
     path = default_model()
     tokenizer = Phi3Tokenizer.from_pretrained(path)
     names = {0: "negative", 1: "positive"}
-    model = Phi3ForSequenceClassification.from_pretrained(path, dtype="float32", id2label=names)
+    model = Phi3ForSequenceClassification.from_pretrained(
+        path, dtype="float32", quantization="none", id2label=names
+    )
     optimizer = nnx.Optimizer(model, optax.adamw(2e-5), wrt=nnx.Param)
     batch = dict(tokenizer(TEXTS))
     for number in range(6):

@@ -18,7 +18,7 @@ from phi3_jax.checkpoint.default_model import default_model
 def main() -> None:
     path = default_model()
     mesh = make_mesh("fsdp=-1")
-    model = Phi3ForCausalLM.from_pretrained(path, dtype="float32", mesh=mesh)
+    model = Phi3ForCausalLM.from_pretrained(path, dtype="float32", quantization="none", mesh=mesh)
     leaves = jax.tree.leaves(model)
     own = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / 2**20
     whole = sum(leaf.nbytes for leaf in leaves) / 2**20

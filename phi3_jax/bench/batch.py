@@ -13,7 +13,7 @@ from rich.table import Table
 from phi3_jax.batch.continuous import ContinuousBatch, Prompt, slot_length
 from phi3_jax.batch.engine import default_slots
 from phi3_jax.batch.pools import choose_pools
-from phi3_jax.bench.models import describe_products, load_ours, load_theirs
+from phi3_jax.bench.models import describe_products, describe_weights, load_ours, load_theirs
 from phi3_jax.bench.turns import Sides, Turn, choose_peer, median_ratio, take_turns
 from phi3_jax.generation.memory import token_capacity
 
@@ -69,11 +69,11 @@ def run_batch_bench(options: BatchBenchOptions, label: str, rounds: int) -> None
         sides["transformers"] = (_theirs, options)
     results: dict[str, list[BatchTime]] = take_turns(sides, rounds)
     prompts, answers = map(sum, zip(*options.lengths(), strict=True))
-    weights = f"{options.quantization} and {options.dtype}" if options.quantization else options.dtype
+    weights = describe_weights(options.model, options.dtype, options.quantization)
     table = Table(
         title=f"{label}, {weights}: {options.requests} prompts of {prompts:,} tokens, "
         f"{answers:,} tokens made, median of {rounds}",
-        caption=describe_products(options.dtype),
+        caption=describe_products(options.model, options.dtype, options.quantization),
     )
     for name in ("", "how", "seconds", "tokens/s in", "tokens/s out", "ratio"):
         table.add_column(name, justify="left" if name in ("", "how") else "right")

@@ -13,9 +13,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from phi3_jax.bench.models import describe_products, load_llama, load_ours, load_theirs
+from phi3_jax.bench.models import describe_products, describe_weights, load_llama, load_ours, load_theirs
+from phi3_jax.bench.products import ProductSpeed, Speeds
 from phi3_jax.bench.turns import Sides, Turn, choose_peer, median_ratio, take_turns, take_turns_here
 from phi3_jax.checkpoint import open_checkpoint
+from phi3_jax.checkpoint.opening import gguf_file
 from phi3_jax.errors import UserError
 from phi3_jax.generation.generate import Call
 from phi3_jax.model import Phi3ForCausalLM
@@ -61,6 +63,8 @@ class Times(NamedTuple):
     prefill: float
     decode: float
     steps: int
+    speeds: Speeds | None = None
+    """Of our products alone and of memory, on one CPU."""
 
 
 def run_generate_bench(
@@ -91,6 +95,8 @@ def _ours(options: BenchOptions) -> Turn:
     arguments |= dict(options.generate_options)
     if options.prompt is None:
         arguments["eos_token_id"] = []
+    is_one_cpu = mesh is None and jax.default_backend() == "cpu"
+    products = ProductSpeed(compiled.model, options.batch) if is_one_cpu else None
 
     def turn() -> Times:
         start = time.perf_counter()
@@ -98,7 +104,8 @@ def _ours(options: BenchOptions) -> Turn:
         next(tokens)
         first = time.perf_counter()
         steps = sum(1 for _ in tokens)
-        return Times(first - start, time.perf_counter() - first, steps)
+        end = time.perf_counter()
+        return Times(first - start, end - first, steps, None if products is None else products.measure())
 
     return turn
 
@@ -140,7 +147,7 @@ def _theirs(options: BenchOptions) -> Turn:
 
 def _check_llama(options: BenchOptions) -> None:
     """Raises UserError unless llama.cpp can do this."""
-    if options.model.suffix != ".gguf":
+    if not options.model.is_file() and gguf_file(options.model) is None:
         raise UserError("llama.cpp reads GGUF files; name one with --model")
     if options.batch > 1 or options.prompt is not None:
         raise UserError("llama.cpp continues one row of random tokens here; leave out --batch and --prompt")
@@ -171,12 +178,12 @@ def print_table(label: str, results: dict[str, list[Times]], options: BenchOptio
     rounds = len(next(iter(results.values())))
     # In half precision, a near tie can end the answer of one side before the other's.
     steps = " and ".join(str(count) for count in dict.fromkeys(times[0].steps for times in results.values()))
-    weights = f"{options.quantization} and {options.dtype}" if options.quantization else options.dtype
+    weights = describe_weights(options.model, options.dtype, options.quantization)
     table = Table(
         title=f"{label}, {config.num_hidden_layers} layers, {weights}, batch {options.batch}, "
         f"{length}-token prompt, {steps} steps, median of {rounds}",
         caption=describe_products(
-            options.dtype, divided=bool(options.mesh), quantization=options.quantization
+            options.model, options.dtype, options.quantization, divided=bool(options.mesh)
         ),
     )
     table.add_column("")
@@ -196,6 +203,10 @@ def print_table(label: str, results: dict[str, list[Times]], options: BenchOptio
     add_row("decode, tokens/s", decode, lambda seconds: f"{options.batch / seconds:,.1f}", ratio=True)
     add_row("decode, ms a token", decode, lambda seconds: f"{1e3 * seconds:,.1f}")
     add_row("decode, GB/s read", decode, lambda seconds: f"{size / seconds / 1e9:,.1f}")
+    for index, name in enumerate(("its products alone, GB/s", "memory that is only read, GB/s")):
+        speeds = [[times.speeds[index] for times in turns if times.speeds] for turns in results.values()]
+        if any(speeds):
+            table.add_row(name, *(f"{statistics.median(each) / 1e9:,.1f}" if each else "" for each in speeds))
     Console().print(table)
 
 

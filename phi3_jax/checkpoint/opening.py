@@ -56,7 +56,7 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
     source: CheckpointSource
     if entry is not None:
         source = QuantizedSource(path, entry)
-    elif (file := _gguf_file(path)) is not None:
+    elif (file := gguf_file(path)) is not None:
         source = GGUFDirectory(file)
     else:
         source = SafetensorsSource(path)
@@ -64,7 +64,7 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
     return Checkpoint(compose(source, config), config)
 
 
-def _gguf_file(directory: Path) -> Path | None:
+def gguf_file(directory: Path) -> Path | None:
     """Returns the file with the weights of a directory that has no safetensors.
 
     Raises:
@@ -77,6 +77,11 @@ def _gguf_file(directory: Path) -> Path | None:
         names = ", ".join(file.name for file in files)
         raise CheckpointError(f"{directory} has several .gguf files ({names}); name one of them")
     return files[0] if files else None
+
+
+def has_gguf_weights(path: Path) -> bool:
+    """Whether a checkpoint, a directory or a file, has its weights in a GGUF file."""
+    return path.is_file() or gguf_file(path) is not None
 
 
 def read_generation_config(source: CheckpointSource, config: Phi3Config) -> GenerationConfig:

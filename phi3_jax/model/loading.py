@@ -13,7 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 
 from phi3_jax.checkpoint.layout import ignorable, layout_of
-from phi3_jax.checkpoint.opening import Checkpoint, open_checkpoint, read_generation_config
+from phi3_jax.checkpoint.opening import (
+    Checkpoint,
+    has_gguf_weights,
+    open_checkpoint,
+    read_generation_config,
+)
 from phi3_jax.checkpoint.parts import put_parameter
 from phi3_jax.checkpoint.safetensors import parameter_dtype, some
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
@@ -22,7 +27,8 @@ from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.abstract import abstract_model
 from phi3_jax.model.loading_arguments import CONFIG_FIELDS, UNSUPPORTED
 from phi3_jax.model.quantizing import quantize_abstract
-from phi3_jax.quantization import Quantization
+from phi3_jax.native.targets import available
+from phi3_jax.quantization import FLOATS, Quantization
 from phi3_jax.runs.arguments import refuse
 from phi3_jax.sources.hub import resolve
 
@@ -104,7 +110,7 @@ def load_model(
     shapes.set_attn_implementation(attn_implementation)
     expected = {name: leaf.get_value().shape for name, leaf in _parameters(shapes).items()}
     files = _match(cls, source, config, expected, ignore_mismatched_sizes, new_head, path)
-    modules = quantize_abstract(shapes, source, files, quantization)
+    modules = quantize_abstract(shapes, source, files, chosen_quantization(source.path, quantization))
     parameters = {name: leaf.get_value() for name, leaf in _parameters(shapes).items()}
     if parameters_dtype is None:
         parameters_dtype = _stored_dtype(source, files.values(), path)
@@ -196,8 +202,21 @@ def load_abstract(
     _check_layers(source, config or own_config, source.path)
     parameters_dtype = _requested_dtype(dtype) or _stored_dtype(source, source.names(), source.path)
     model = abstract_model(cls, config or own_config, dtype=parameters_dtype, mesh=mesh)
-    quantize_abstract(model, source, {name: name for name in source.names()}, quantization)
+    quantize_abstract(
+        model, source, {name: name for name in source.names()}, chosen_quantization(source.path, quantization)
+    )
     return model
+
+
+def chosen_quantization(path: Path, quantization: Quantization | str | None) -> Quantization | str | None:
+    """Returns the quantization that is asked for; None: as the checkpoint at `path` has it.
+
+    On CPUs XLA multiplies groups of small integers six times as slowly as floats. So without the C++ library,
+    GGUF files, which are made for CPUs, become floats.
+    """
+    if quantization is None and jax.default_backend() == "cpu" and has_gguf_weights(path):
+        return None if available() else FLOATS
+    return quantization
 
 
 def _check_layers(source: TensorSource, config: Phi3Config, path: Path) -> None:

@@ -18,7 +18,10 @@ from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.bench import batch as bench_batch
 from phi3_jax.bench import generate as bench
 from phi3_jax.bench import models, run, turns
+from phi3_jax.bench.products import ProductSpeed, Speeds, _products
+from phi3_jax.checkpoint import default_model, quantize_checkpoint
 from phi3_jax.errors import UserError
+from phi3_jax.model import quantize_model
 
 
 def run_bench(model: Path, **changes: Any) -> None:
@@ -75,22 +78,55 @@ def test_table_shows_the_steps_of_both_sides(
     theirs: int, steps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(tmp_path)
-    results = {"lookup of 3": [bench.Times(1.0, 2.0, 5)], "plain": [bench.Times(1.0, 2.0, theirs)]}
+    ours = bench.Times(1.0, 2.0, 5, Speeds(27.3e9, 31e9))
+    results = {"lookup of 3": [ours], "plain": [bench.Times(1.0, 2.0, theirs)]}
     options = bench.BenchOptions(tmp_path, "float32", batch=1, prompt_tokens=8, new_tokens=9)
     bench.print_table("small", results, options)
     table = " ".join(capsys.readouterr().out.split())
     assert f"prompt, {steps}, median of 1" in table
+    assert "its products alone, GB/s │ 27.3 │ │ │" in table
+    assert "memory that is only read, GB/s │ 31.0 │" in table
     assert table.endswith("products by XLA")
 
 
-def test_table_says_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_says_what_the_weights_are_and_what_multiplies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "floats").mkdir()
+    write_checkpoint(tmp_path / "floats")
+    quantize_checkpoint(tmp_path / "floats", tmp_path / "small")
+    library, xla = "products by the C++ library, avx2", "products by XLA"
     monkeypatch.setattr(models, "variant", lambda: "avx2")
-    assert models.describe_products("bfloat16") == "products by the C++ library, avx2"
-    assert models.describe_products("bfloat16", divided=True) == "products by XLA"
-    assert models.describe_products("float32") == "products by XLA"
-    assert models.describe_products("float32", quantization="int8") == "products by the C++ library, avx2"
+    for folder, dtype, quantization, kinds, products in (
+        ("floats", "bfloat16", None, "bfloat16", library),
+        ("floats", "float32", None, "float32", xla),
+        ("floats", "float32", "int8", "int8 and float32", library),
+        ("small", "float32", None, "weights as stored and float32", library),
+        ("small", "float32", "none", "float32", xla),
+    ):
+        given = tmp_path / folder, dtype, quantization
+        assert models.describe_weights(*given) == kinds
+        assert models.describe_products(*given) == products
+        assert models.describe_products(*given, divided=True) == xla
     monkeypatch.setattr(models, "variant", lambda: None)
-    assert models.describe_products("bfloat16") == "products by XLA"
+    assert models.describe_products(tmp_path / "floats", "bfloat16", None) == xla
+
+
+@pytest.mark.parametrize("quantization", [None, "int4:group_size=8"])
+def test_speed_of_products_counts_the_bytes_of_their_weights(quantization: str | None) -> None:
+    model = Phi3ForCausalLM(small_config(head_dim=20, tie_word_embeddings=False))
+    if quantization is not None:
+        model = quantize_model(model, quantization)
+    weights = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - model.model.embed_tokens.weight[...].nbytes
+    )
+    norms = sum(leaf.nbytes for leaf in jax.tree.leaves(model) if leaf.ndim == 1)
+    speed = ProductSpeed(model, rows=2)
+    assert speed._bytes == weights - norms
+    assert min(speed.measure()) > 0
+    outputs = _products(model, speed._inputs)
+    assert len(outputs) == 4 * model.config.num_hidden_layers + 1
+    assert outputs[-1].shape == (2, 1, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("lookup", [None, 2])
@@ -99,7 +135,7 @@ def test_measures_our_turns(tmp_path: Path, lookup: int | None) -> None:
     options = () if lookup is None else (("prompt_lookup_num_tokens", lookup),)
     turn = bench._ours(bench.BenchOptions(tmp_path, "float32", 1, 10, 5, generate_options=options))
     times = [turn(), turn()]
-    assert all(run.prefill > 0 and run.decode > 0 and run.steps == 5 for run in times)
+    assert all(run.prefill > 0 and run.decode > 0 and run.steps == 5 and run.speeds for run in times)
 
 
 @pytest.mark.slow
@@ -155,8 +191,11 @@ def test_measures_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "llama_cpp",
         SimpleNamespace(Llama=lambda *a, **b: made.append(FakeLlama(*a, **b)) or made[-1], __spec__=object()),
     )
-    options = bench.BenchOptions(tmp_path / "a.gguf", "bfloat16", 1, prompt_tokens=6, new_tokens=4)
+    (tmp_path / "a.gguf").touch()
+    options = bench.BenchOptions(tmp_path, "bfloat16", 1, prompt_tokens=6, new_tokens=4)
+    bench._check_llama(options)
     times = bench._llama(options)()
+    assert made[0].path == str(tmp_path / "a.gguf")
     assert (times.steps, len(made[0].tokens)) == (4, 6 + 4)
     assert made[0].tokens[:6] == options.ids(VOCAB)[0].tolist()
     assert made[0].tokens[6:] == [(made[0].tokens[5] + 1 + step) % VOCAB for step in range(4)]
@@ -165,12 +204,15 @@ def test_measures_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["file", "directory"])
 def test_gguf_files_are_compared_with_transformers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
+    """Also those in a directory with their config, as the default model has."""
     tensors = stored_layout(weights(fused=False))
     path = write_gguf(tmp_path / "a.gguf", "llama", tensors, tokenizer=byte_level("llama-bpe"))
-    run_bench(path)
+    default_model._describe(path, tmp_path)
+    run_bench(path if place == "file" else tmp_path)
     assert "transformers" in capsys.readouterr().out
 
 

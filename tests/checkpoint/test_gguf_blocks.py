@@ -17,6 +17,7 @@ from phi3_jax import Phi3ForCausalLM, make_mesh
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.checkpoint.gguf_blocks import concatenate, form_of_blocks, read_blocks
 from phi3_jax.errors import CheckpointError, UserError
+from phi3_jax.model import loading
 from phi3_jax.model.layers import QuantizedParam
 from phi3_jax.model.quantizing import quantizable
 from phi3_jax.quantization import WeightForm
@@ -94,8 +95,9 @@ def test_forms_follow_the_kinds_of_all_parts(tmp_path: Path, caplog: pytest.LogC
     assert message.endswith("stored as Q4_1 and Q5_1 and Q8_0 are rounded to int8 with groups of 32 inputs")
 
 
-def test_loads_small_integers(tmp_path: Path) -> None:
+def test_loads_small_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They equal the floats that the file stands for, on one device and on a mesh."""
+    monkeypatch.setattr(loading, "available", lambda: True)  # also without a compiler
     path = write_file(tmp_path, kinds=SEVERAL).path
     model = Phi3ForCausalLM.from_pretrained(path, dtype="float32")
     kinds = {
@@ -121,8 +123,9 @@ def test_loads_small_integers(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(ours, input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_minima_are_not_saved(tmp_path: Path) -> None:
+def test_minima_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints have integers for zero points."""
+    monkeypatch.setattr(loading, "available", lambda: True)
     path = write_file(tmp_path).path
     model = Phi3ForCausalLM.from_pretrained(path, dtype="float32")
     with pytest.raises(UserError, match=r'are not integers of 4 bits.*quantization="none" or "int8"'):

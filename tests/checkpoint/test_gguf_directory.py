@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import VOCAB, byte_level, stored_layout, weights, write_gguf
-from reference import run
+from reference import run, write_random_model
 
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
-from phi3_jax.checkpoint import convert_checkpoint, default_model, open_checkpoint
+from phi3_jax.checkpoint import convert_checkpoint, default_model, open_checkpoint, quantize_checkpoint
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.checkpoint.gguf import GGUFSource
 from phi3_jax.errors import CheckpointError
+from phi3_jax.model import loading
+from phi3_jax.model.quantizing import has_quantized_weights
 
 IDS = np.arange(24).reshape(2, 12) * 3 % VOCAB
 
@@ -36,7 +38,8 @@ def directory(tmp_path: Path) -> Path:
     return folder
 
 
-def test_has_the_file_s_weights_and_its_own_config(directory: Path) -> None:
+def test_has_the_file_s_weights_and_its_own_config(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available", lambda: True)
     source, config = open_checkpoint(directory)
     file = GGUFSource(directory / "a.gguf")
     assert config.rope_theta == 123.0
@@ -52,6 +55,16 @@ def test_has_the_file_s_weights_and_its_own_config(directory: Path) -> None:
     np.testing.assert_array_equal(run(model, input_ids=IDS).logits, run(same, input_ids=IDS).logits)
     other = Phi3ForCausalLM.from_pretrained(directory / "a.gguf", dtype="float32")
     assert np.abs(run(other, input_ids=IDS).logits - run(model, input_ids=IDS).logits).max() > 1e-3
+
+
+def test_becomes_floats_where_only_xla_multiplies(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available", lambda: False)
+    for path in (directory, directory / "a.gguf"):
+        assert not has_quantized_weights(Phi3ForCausalLM.from_pretrained(path))
+        model = Phi3ForCausalLM.from_pretrained(path, quantization="int8")
+        assert model.model.layers[0].mlp.down_proj.weight.get_value().values.dtype == "int8"
+    quantize_checkpoint(write_random_model(directory.parent / "floats"), directory.parent / "small")
+    assert has_quantized_weights(Phi3ForCausalLM.from_pretrained(directory.parent / "small"))
 
 
 def test_has_its_own_tokenizer(directory: Path) -> None:
