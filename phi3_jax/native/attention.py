@@ -16,7 +16,10 @@ WIDTHS = 16
 
 
 def can_attend(width: int) -> bool:
-    """Whether `attention` takes heads of this width, and is faster than XLA here."""
+    """Whether `attention` takes heads of this width, and is faster than XLA here.
+
+    This was measured on x86. On Arm it is assumed, because XLA copies the cache there, too.
+    """
     return width % WIDTHS == 0 and available() and variant() != "portable"
 
 

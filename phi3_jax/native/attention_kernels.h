@@ -53,7 +53,7 @@ INLINE float bfloat16_at(const uint8_t* from, int64_t index) {
 // Stores the first `count` of some probabilities, as operands of a product: in bfloat16 with PAIRS.
 INLINE void store_elements(Floats values, Element* to, int64_t count) {
 #if PAIRS
-  const __m256bh halves = _mm512_cvtneps_pbh((__m512)values);
+  const Halves halves = narrow(values);
 #else
   const Floats halves = values;
 #endif
@@ -66,21 +66,7 @@ INLINE void store_elements(Floats values, Element* to, int64_t count) {
 
 // Returns some numbers of a vector of values in float32.
 INLINE Floats load_value(bool is_int8, const uint8_t* from) {
-  if (!is_int8) {
-    typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
-    Halves halves;
-    __builtin_memcpy(&halves, from, sizeof halves);
-    return (Floats)(__builtin_convertvector(halves, Words) << 16);
-  }
-#if BYTES == 64
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-#elif BYTES == 32
-  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
-#else
-  Floats values;
-  for (int lane = 0; lane < kLanes; lane++) values[lane] = (float)(int8_t)from[lane];
-  return values;
-#endif
+  return is_int8 ? widen_int8(from) : widen_bfloat16(from);
 }
 
 // The arrays that some rows of queries need, in one piece of memory.
@@ -309,3 +295,11 @@ TARGET static void add_keys(const Attention& a, int64_t head, int64_t first, int
     }
   }
 }
+
+// The next variant defines them again.
+#undef TARGET
+#undef BYTES
+#undef PAIRS
+#undef NEON
+#undef INLINE
+#undef UNROLL

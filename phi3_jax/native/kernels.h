@@ -4,6 +4,7 @@
 //   TARGET  the attribute of every function here: the instructions that it may use
 //   BYTES   the size of a vector: 64, 32 or 16
 //   PAIRS   1: x stays bfloat16, and one instruction multiplies and adds pairs of bfloat16; 0: x becomes float32
+//   NEON    1: `arm.h` has the instructions
 //
 // A row of a weight is read as blocks of one vector of 32-bit words. Word w of a block holds some neighbouring
 // inputs (2 of bfloat16, 4 of int8, 8 of int4), and `unpack` makes operands of them, in which lane w has inputs of
@@ -16,6 +17,7 @@
 typedef float Floats __attribute__((vector_size(BYTES)));
 typedef int32_t Ints __attribute__((vector_size(BYTES)));
 typedef uint32_t Words __attribute__((vector_size(BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));  // one for each lane
 
 #if PAIRS
 typedef uint16_t Element;
@@ -32,51 +34,10 @@ constexpr int kBlock = kLanes * weights_per_word(form);  // inputs
 template <Form form>
 constexpr int kVectors = kBlock<form> / kElements;  // operands of a block
 
-// Returns how many of the rows left are computed together: as many as there are registers for their sums. Unpacking
-// integers to bfloat16 takes as long as multiplying four rows, so that eight rows share it if there are few.
-template <Form form>
-constexpr int64_t rows_together(int64_t rest, bool are_few) {
-  if (PAIRS && form == Form::kInt8 && are_few && rest >= 8) return 8;
-  const int64_t most = BYTES == 32 ? 2 : BYTES == 64 && !are_few ? 6 : 4;
-  return rest >= most ? most : rest > 4 ? 4 : rest;
-}
-
-// The input, counted from the first one of its block, at an element of an operand.
-template <Form form>
-constexpr int input_at(int vector, int element) {
-#if PAIRS
-  if (form == Form::kBfloat16) return element;
-  return weights_per_word(form) * (element / 2) +
-         (form == Form::kInt4 ? 4 * (element % 2) + vector : 2 * vector + element % 2);
-#else
-  return weights_per_word(form) * element + vector;
-#endif
-}
-
 INLINE Words load(const void* from) {
   Words words;
   __builtin_memcpy(&words, from, BYTES);
   return words;
-}
-
-// Returns the first `bytes`, less than a vector, and then zeros.
-INLINE Words load_some(const void* from, int64_t bytes) {
-#if BYTES == 64
-  return (Words)_mm512_maskz_loadu_epi8((__mmask64)((1ull << bytes) - 1), from);
-#else
-  Words words = {};
-  __builtin_memcpy(&words, from, bytes);
-  return words;
-#endif
-}
-
-// Returns some inputs of x in float32, one for each lane.
-INLINE Floats load_x(const Operands& p, int64_t index) {
-  if (!p.x_is_bfloat16) return (Floats)load(p.x + 4 * index);
-  typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
-  Halves halves;
-  __builtin_memcpy(&halves, p.x + 2 * index, sizeof halves);
-  return (Floats)(__builtin_convertvector(halves, Words) << 16);
 }
 
 INLINE float load_float(const uint8_t* from, int64_t index) {
@@ -87,89 +48,52 @@ INLINE float load_float(const uint8_t* from, int64_t index) {
 
 INLINE Floats broadcast(float value) { return value - Floats{}; }
 
-// Returns int8 number `k` of each word as float32.
-INLINE Floats int8_at(Words packed, int k) {
-  return __builtin_convertvector((Ints)(packed << (24 - 8 * k)) >> 24, Floats);
+#include "vectors.h"
+
+// Returns how many of the rows left are computed together. Unpacking integers to bfloat16 takes as long as multiplying
+// four rows, so that eight rows share it if there are few.
+template <Form form>
+constexpr int64_t rows_together(int64_t rest, bool are_few) {
+  if (PAIRS && form == Form::kInt8 && are_few && rest >= 8) return 8;
+  const int64_t most = are_few ? kFewTogether : kManyTogether;
+  return rest >= most ? most : rest > 4 ? 4 : rest;
 }
 
-// Returns operand `k` of a block. int4 are numbers from -8.
+// The input, counted from the first one of its block, at an element of an operand.
+template <Form form>
+constexpr int input_at(int vector, int element) {
+#if PAIRS
+  if (form == Form::kBfloat16) return element;
+  return weights_per_word(form) * (element / 2) +
+         (form == Form::kInt4 ? int4_number(vector) + 4 * (element % 2) : 2 * vector + element % 2);
+#else
+  return weights_per_word(form) * element + (form == Form::kInt4 ? int4_number(vector) : vector);
+#endif
+}
+
+// Returns some inputs of x in float32, one for each lane.
+INLINE Floats load_x(const Operands& p, int64_t index) {
+  return p.x_is_bfloat16 ? widen_bfloat16(p.x + 2 * index) : (Floats)load(p.x + 4 * index);
+}
+
+// Returns operand `k` of a block.
 template <Form form>
 INLINE Words unpack(Words packed, int k) {
+  if (form == Form::kInt4) return unpack_int4(packed, k);
 #if PAIRS
-  alignas(64) static constexpr uint16_t kNibbles[32] = {
-      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
-      0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-      0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // -8 to 7, twice
   if (form == Form::kBfloat16) return packed;
   // An int8 fits bfloat16, so the lower half of its float32 is zero.
-  if (form == Form::kInt8) return (Words)int8_at(packed, 2 * k) >> 16 | (Words)int8_at(packed, 2 * k + 1);
-  // Five bits are the index of a 16-bit lane; the fifth does not matter, as the table repeats.
-  return (Words)_mm512_permutexvar_epi16((__m512i)(packed >> (4 * k)), _mm512_load_si512(kNibbles));
+  return upper_halves(int8_at(packed, 2 * k), int8_at(packed, 2 * k + 1));
 #else
   if (form == Form::kBfloat16) return k == 0 ? packed << 16 : packed & 0xffff0000u;
-  if (form == Form::kInt8) return (Words)int8_at(packed, k);
-#if BYTES == 64
-  const __m512 nibbles = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  return (Words)_mm512_permutexvar_ps((__m512i)(packed >> (4 * k)), nibbles);
-#else
-  const Words flipped = packed ^ 0x88888888u;  // nibbles of u - 8 in two's complement
-  return (Words)__builtin_convertvector((Ints)(flipped << (28 - 4 * k)) >> 28, Floats);
-#endif
-#endif
-}
-
-INLINE Floats multiply_add(Words x, Words weight, Floats sum) {
-#if PAIRS
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
-#elif BYTES == 64
-  return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)weight, (__m512)sum);
-#elif BYTES == 32
-  return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)weight, (__m256)sum);
-#else
-  return (Floats)x * (Floats)weight + sum;
-#endif
-}
-
-// Returns the first `count` numbers, each for as many neighbouring lanes as `lanes` says; then zeros.
-INLINE Floats spread(const uint8_t* from, int64_t count, const int32_t* lanes) {
-#if BYTES == 64
-  const __m512 numbers = _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
-  return (Floats)_mm512_permutexvar_ps(_mm512_load_si512(lanes), numbers);
-#elif BYTES == 32
-  const __m256i first = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  const __m256 numbers = _mm256_maskload_ps((const float*)from, first);
-  return (Floats)_mm256_permutevar8x32_ps(numbers, _mm256_load_si256((const __m256i*)lanes));
-#else
-  Floats values = {};
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (lanes[lane] < count) values[lane] = load_float(from, lanes[lane]);
-  }
-  return values;
+  return (Words)int8_at(packed, k);
 #endif
 }
 
 // Stores the sums over the lanes of the first `count` of four vectors.
 INLINE void store_totals(const Floats (&sums)[4], uint8_t* y, int64_t count) {
   alignas(16) float totals[4];
-#if BYTES == 64
-  const __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  const __m256 half =
-      _mm256_add_ps(_mm512_castps512_ps256(abcd),
-                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(abcd), 1)));
-#elif BYTES == 32
-  const __m256 a = (__m256)sums[0], b = (__m256)sums[1], c = (__m256)sums[2], d = (__m256)sums[3];
-  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-  const __m256 half = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
-#endif
-#if BYTES >= 32
-  _mm_store_ps(totals, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#else
-  for (int o = 0; o < 4; o++) totals[o] = (sums[o][0] + sums[o][1]) + (sums[o][2] + sums[o][3]);
-#endif
+  add_lanes(sums, totals);
   if (count == 4) {
     __builtin_memcpy(y, totals, sizeof totals);
   } else {
@@ -299,7 +223,7 @@ TARGET static void multiply_tile(const Operands& p, const Layout& layout, const 
   for (int64_t segment = 0, block = 0; segment < layout.segments; segment++) {
     if (form != Form::kBfloat16 && layout.segment == 1) {
       // The scales change with every block: with fewer outputs together, their sums take fewer registers.
-      constexpr int together = rows <= 2 ? 2 : rows <= 4 ? outputs : 1;
+      constexpr int together = rows <= 2 ? kScaledTogether : rows <= 4 ? outputs : 1;
       const bool is_full = block < layout.full;
       UNROLL for (int first = 0; first < outputs; first += together) {
         Words packed[together];
@@ -378,9 +302,7 @@ TARGET static void multiply_few(const Operands& p, const void* x_copy, int64_t f
 INLINE Words scaled(Words operand, Floats scale, Floats zero) {
 #if PAIRS
   const Floats low = ((Floats)(operand << 16) - zero) * scale, high = ((Floats)(operand & 0xffff0000u) - zero) * scale;
-  typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
-  const Words lows = __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)low), Words);
-  return lows | __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)high), Words) << 16;
+  return __builtin_convertvector(narrow(low), Words) | __builtin_convertvector(narrow(high), Words) << 16;
 #else
   return (Words)(((Floats)operand - zero) * scale);
 #endif

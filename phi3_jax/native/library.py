@@ -21,16 +21,22 @@ from phi3_jax.runs.files import remove_leftovers, replacing
 VARIABLE = "PHI3_JAX_NATIVE"
 """The environment variable: 0 turns the library off, a path names another folder for it."""
 
-HEADERS = ("product.h", "kernels.h", "attention.h", "attention_kernels.h", "threads.h", "frame.h")
+HEADERS = (
+    *("product.h", "kernels.h", "vectors.h", "arm.h"),
+    *("attention.h", "attention_kernels.h", "threads.h", "frame.h"),
+)
 SOURCES = ("variants.cc", "product_handler.cc", "attention_handler.cc", "write_handler.cc")
 COMPILERS = ("c++", "g++", "clang++")
 """The compilers that are tried; the variable CXX names another one."""
 
 FLAGS = (
     *("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
-    *("-ffp-contract=fast", "-w"),
+    *("-ffp-contract=fast", "-fno-schedule-insns", "-w"),
 )
-"""The compiler's options. They name no instructions: the library chooses its variant when it runs."""
+"""The compiler's options. They name no instructions: the library chooses its variant when it runs.
+
+For Arm, GCC would reorder instructions before it assigns registers, and then lack registers for sums.
+"""
 
 _LONGEST_BUILD = 300
 """In seconds."""

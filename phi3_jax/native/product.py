@@ -12,8 +12,8 @@ from phi3_jax.native.targets import PRODUCT, available, variant
 MOST_ROWS = 256
 """The rows up to which the product with bfloat16 weights takes no longer than XLA's."""
 
-MOST_ROWS_PORTABLE = 16
-"""The same for any weights, without instructions for wide vectors."""
+MOST_ROWS_NARROW = 16
+"""The same with vectors of 16 bytes, and without Arm's instructions for any weights."""
 
 EXACT_ROWS = 64
 """The rows up to which scales of groups are applied to sums of integers."""
@@ -23,13 +23,15 @@ def is_faster(rows: Any, *, packed: bool) -> bool:
     """Whether `product` is available, and takes no longer than XLA's product of this many rows.
 
     `packed` says that the weights are integers, which XLA widens first. False for an open number of rows, as
-    `jax.export` has it, and for none.
+    `jax.export` has it, and for none. The numbers of rows were measured on x86; on Arm they are a guess,
+    which leaves many rows of bfloat16 weights to XLA.
     """
     if not isinstance(rows, int) or rows < 1 or not available():
         return False
-    if variant() == "portable":
-        return rows <= MOST_ROWS_PORTABLE
-    return packed or rows <= MOST_ROWS
+    name = variant()
+    if name == "portable":
+        return rows <= MOST_ROWS_NARROW
+    return packed or rows <= (MOST_ROWS_NARROW if name in ("neon", "neonbf16") else MOST_ROWS)
 
 
 def product(

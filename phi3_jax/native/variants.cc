@@ -7,22 +7,30 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#endif
+
+// Linux says whether a processor has `bfdot`, and these compilers can use it where only some processors have it.
+#if defined(__aarch64__) && defined(HWCAP2_BF16) && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
+#define NEONBF16 1
+#else
+#define NEONBF16 0
 #endif
 
 namespace phi3_jax {
 
-// Any processor, by the vectors that it always has.
+// Any processor, by vectors that compilers make of what it has.
 namespace portable {
 #define TARGET
 #define BYTES 16
 #define PAIRS 0
+#define NEON 0
 #include "kernels.h"
 #include "attention_kernels.h"
-#undef TARGET
-#undef BYTES
-#undef PAIRS
-#undef INLINE
-#undef UNROLL
 }  // namespace portable
 
 #if defined(__x86_64__)
@@ -31,26 +39,18 @@ namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma")))
 #define BYTES 32
 #define PAIRS 0
+#define NEON 0
 #include "kernels.h"
 #include "attention_kernels.h"
-#undef TARGET
-#undef BYTES
-#undef PAIRS
-#undef INLINE
-#undef UNROLL
 }  // namespace avx2
 
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define BYTES 64
 #define PAIRS 0
+#define NEON 0
 #include "kernels.h"
 #include "attention_kernels.h"
-#undef TARGET
-#undef BYTES
-#undef PAIRS
-#undef INLINE
-#undef UNROLL
 }  // namespace avx512
 
 // Products of bfloat16 are exact here, too, but bfloat16 numbers below the normal ones count as zero.
@@ -58,14 +58,36 @@ namespace avx512bf16 {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
 #define BYTES 64
 #define PAIRS 1
+#define NEON 0
 #include "kernels.h"
 #include "attention_kernels.h"
-#undef TARGET
-#undef BYTES
-#undef PAIRS
-#undef INLINE
-#undef UNROLL
 }  // namespace avx512bf16
+
+#elif defined(__aarch64__)
+
+// Any 64-bit Arm processor.
+namespace neon {
+#define TARGET
+#define BYTES 16
+#define PAIRS 0
+#define NEON 1
+#include "kernels.h"
+#include "attention_kernels.h"
+}  // namespace neon
+
+#if NEONBF16
+// Here, too, products of two bfloat16 are exact, and numbers below the normal ones count as zero. `bfdot` adds a pair
+// of products before it adds them to the sum. It sets the last bit of both results if they are not exact, so that each
+// has an error of less than one unit of this bit, instead of half a unit.
+namespace neonbf16 {
+#define TARGET __attribute__((target("arch=armv8.2-a+bf16")))
+#define BYTES 16
+#define PAIRS 1
+#define NEON 1
+#include "kernels.h"
+#include "attention_kernels.h"
+}  // namespace neonbf16
+#endif
 
 #endif
 
@@ -121,7 +143,9 @@ static bool always() { return true; }
 
 #define NAMED_VARIANT(text, name, runs_here, bfloat16_only) \
   {text, runs_here, bfloat16_only, name::copy_bytes, name::copy, name::scratch_bytes, name::multiply}
-#define VARIANT(name, runs_here, bfloat16_only) NAMED_VARIANT(#name, name, runs_here, bfloat16_only)
+#define PRODUCT(name, runs_here, bfloat16_only) NAMED_VARIANT(#name, name, runs_here, bfloat16_only)
+#define ATTENTION(name, runs_here, bfloat16_only) \
+  {#name, runs_here, bfloat16_only, name::attention_scratch_bytes, name::add_keys}
 
 static const Variant kAnyGroups = NAMED_VARIANT("any groups", any_groups, always, false);
 
@@ -134,23 +158,25 @@ static bool has_avx512() {
 }
 
 static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#elif NEONBF16
+static bool has_neonbf16() { return getauxval(AT_HWCAP2) & HWCAP2_BF16; }
 #endif
 
 // From the fastest to the slowest.
-static const Variant kVariants[] = {
 #if defined(__x86_64__)
-    VARIANT(avx512bf16, has_avx512bf16, true), VARIANT(avx512, has_avx512, false), VARIANT(avx2, has_avx2, false),
+#define VARIANTS(OF) \
+  OF(avx512bf16, has_avx512bf16, true), OF(avx512, has_avx512, false), OF(avx2, has_avx2, false), \
+      OF(portable, always, false)
+#elif NEONBF16
+#define VARIANTS(OF) OF(neonbf16, has_neonbf16, true), OF(neon, always, false), OF(portable, always, false)
+#elif defined(__aarch64__)
+#define VARIANTS(OF) OF(neon, always, false), OF(portable, always, false)
+#else
+#define VARIANTS(OF) OF(portable, always, false)
 #endif
-    VARIANT(portable, always, false)};
 
-#define ATTENTION(name, runs_here, bfloat16_only) \
-  {#name, runs_here, bfloat16_only, name::attention_scratch_bytes, name::add_keys}
-
-static const AttentionVariant kAttentions[] = {
-#if defined(__x86_64__)
-    ATTENTION(avx512bf16, has_avx512bf16, true), ATTENTION(avx512, has_avx512, false), ATTENTION(avx2, has_avx2, false),
-#endif
-    ATTENTION(portable, always, false)};
+static const Variant kVariants[] = {VARIANTS(PRODUCT)};
+static const AttentionVariant kAttentions[] = {VARIANTS(ATTENTION)};
 
 // Returns the first variant that this machine runs, or the one called `name`.
 template <typename V, size_t count>

@@ -16,7 +16,7 @@ from phi3_jax import Phi3ForCausalLM
 from phi3_jax.model import layers
 from phi3_jax.model.layers import matmul
 from phi3_jax.native import product as products
-from phi3_jax.native.product import MOST_ROWS, MOST_ROWS_PORTABLE
+from phi3_jax.native.product import MOST_ROWS, MOST_ROWS_NARROW
 from phi3_jax.native.targets import PRODUCT
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -46,7 +46,8 @@ def uses_library(function: Callable[..., Any], *arguments: Any) -> bool:
     return PRODUCT in jax.jit(lambda *a: function(*a)).lower(*arguments).as_text()
 
 
-def test_products_of_bfloat16_use_the_library() -> None:
+def test_products_of_bfloat16_use_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "variant", lambda: "avx2")
     for rows in ((1, 1), (MOST_ROWS, 1), (1, MOST_ROWS), (2, 1, 3)):
         assert uses_library(matmul, *operands(*rows))
     for rows in ((0, 1), (1, MOST_ROWS + 1)):
@@ -59,9 +60,19 @@ def test_products_of_bfloat16_use_the_library() -> None:
 
 def test_without_wide_vectors_few_rows_use_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "variant", lambda: "portable")
-    assert uses_library(matmul, *operands(MOST_ROWS_PORTABLE, 1))
-    assert not uses_library(matmul, *operands(MOST_ROWS_PORTABLE + 1, 1))
-    assert not products.is_faster(MOST_ROWS_PORTABLE + 1, packed=True)
+    assert uses_library(matmul, *operands(MOST_ROWS_NARROW, 1))
+    assert not uses_library(matmul, *operands(MOST_ROWS_NARROW + 1, 1))
+    assert not products.is_faster(MOST_ROWS_NARROW + 1, packed=True)
+
+
+@pytest.mark.parametrize("name", ["neon", "neonbf16"])
+def test_arm_uses_the_library_for_few_rows_and_packed_weights(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(products, "variant", lambda: name)
+    assert products.is_faster(MOST_ROWS_NARROW, packed=False)
+    assert not products.is_faster(MOST_ROWS_NARROW + 1, packed=False)
+    assert products.is_faster(MOST_ROWS + 1, packed=True)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 3), (5, 11)])

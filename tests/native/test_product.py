@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from phi3_jax.native.product import EXACT_ROWS, product
 from phi3_jax.native.targets import variant
 
-VARIANTS = ("portable", "avx2", "avx512", "avx512bf16")
+VARIANTS = ("portable", "avx2", "avx512", "avx512bf16", "neon", "neonbf16")
 FORMS = ("bfloat16", "int8", "int4")
 GROUPS = {
     "bfloat16": [None],
@@ -214,7 +214,7 @@ def test_rounds_weights_in_groups_for_many_rows(library: Any) -> None:
     weight = case.dense.astype(ml_dtypes.bfloat16)
     found = np.asarray(jax.jit(product)(*case.operands))
     rounded = case._replace(dense=weight.astype(np.float64))
-    if variant() == "avx512bf16":
+    if variant() in ("avx512bf16", "neonbf16"):
         rounded.assert_close(found)
     else:
         case.assert_close(found)
