@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import VOCAB, byte_level, stored_layout, weights, write_gguf
-from reference import run, write_random_model
+from reference import run, small_config
 
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.checkpoint import convert_checkpoint, default_model, open_checkpoint, quantize_checkpoint
@@ -63,7 +63,8 @@ def test_becomes_floats_where_only_xla_multiplies(directory: Path, monkeypatch: 
         assert not has_quantized_weights(Phi3ForCausalLM.from_pretrained(path))
         model = Phi3ForCausalLM.from_pretrained(path, quantization="int8")
         assert model.model.layers[0].mlp.down_proj.weight.get_value().values.dtype == "int8"
-    quantize_checkpoint(write_random_model(directory.parent / "floats"), directory.parent / "small")
+    Phi3ForCausalLM(small_config()).save_pretrained(directory.parent / "floats")
+    quantize_checkpoint(directory.parent / "floats", directory.parent / "small")
     assert has_quantized_weights(Phi3ForCausalLM.from_pretrained(directory.parent / "small"))
 
 
