@@ -134,6 +134,7 @@ class Form:
     shuffled: bool = False
     is_float: bool = False
     one_scale: bool = False
+    int8_activations: bool = False
     scales: Any = np.float16
     extras: dict[str, np.ndarray] = field(default_factory=dict)
     """More tensors of each module."""
@@ -207,6 +208,7 @@ FORMS: dict[str, Form] = {
         compressed("int-quantized", num_bits=8, activations=True),
         bits=8,
         group_size=None,
+        int8_activations=True,
         scales=BFLOAT16,
     ),
     "int-quantized with zero points": Form(
