@@ -92,15 +92,15 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_sums_are_exact(library: bool) -> None:
     """Sums above 2**24, which float32 does not count one by one."""
-    x = np.full((2, 4000), 127, np.float32)
-    values = np.full((3, 4000), 127, np.int8)
-    values[1, 17:] = 126
-    values[2, 1:] = -127
-    linear = make_linear(4000, {"embed": 3})
-    set_weight("w", linear, StoredWeight(values, np.ones((3, 1), np.float32), 8, int8_activations=True))
-    sums = values.astype(np.int64).sum(axis=1) * 127
+    rng = np.random.default_rng(5)
+    x = rng.integers(100, 127, (4, 4000)).astype(np.float32)
+    x[:, 0] = 127
+    values = rng.integers(100, 127, (64, 4000)).astype(np.int8)
+    linear = make_linear(4000, {"embed": 64})
+    set_weight("w", linear, StoredWeight(values, np.ones((64, 1), np.float32), 8, int8_activations=True))
+    sums = x.astype(np.int64) @ values.T.astype(np.int64)
     expected = sums.astype(np.float32) * formula(x)[1]
-    assert np.abs(sums[:2]).min() > 2**25
+    assert sums.min() > 2**25
     for rows in (x, x[:1]):
         np.testing.assert_allclose(linear(rows), expected[: len(rows)], rtol=1e-6 if library else 0)
 
@@ -114,6 +114,9 @@ def test_zeros_stay_zeros_and_broken_numbers_are_seen() -> None:
     x[2, 5], x[3, 5], x[4, 5] = np.nan, np.inf, -np.inf
     x[5] *= 1e-41 / np.abs(x[5]).max()
     x[6] *= 3e38 / np.abs(x[6]).max()
+    scales = np.array(round_rows(x)[1])[:, 0]
+    assert (scales[[0, 1, 5, 6, 7]] > 0).all()
+    assert not np.isfinite(scales[2:5]).any()
     for dtype in (np.float32, ml_dtypes.bfloat16):
         y = np.array(linear(x.astype(dtype)))
         np.testing.assert_array_equal(y[1], 0)

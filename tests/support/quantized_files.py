@@ -184,6 +184,13 @@ FORMS: dict[str, Form] = {
     "pack-quantized of 8 bits": Form(
         packed, compressed("pack-quantized", num_bits=8), bits=8, group_size=None, scales=BFLOAT16
     ),
+    "pack-quantized of 8 bits with activations": Form(
+        packed,
+        compressed("pack-quantized", num_bits=8, activations=True),
+        bits=8,
+        group_size=None,
+        int8_activations=True,
+    ),
     "pack-quantized with zero points": Form(
         lambda weight: packed(weight, symmetric=False),
         compressed("pack-quantized", symmetric=False, **GROUPS),
