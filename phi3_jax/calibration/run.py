@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,9 @@ class CalibratedSource(RoundedSource):
         layer, own = _layer_of(name)
         if layer is None:
             return super().read_quantized(name)
-        return read_projection(self._folder, layer, own)
+        form = self.form(name)
+        assert form is not None
+        return replace(read_projection(self._folder, layer, own), int8_activations=form.int8_activations)
 
 
 def _layer_of(name: str) -> tuple[int | None, str]:
@@ -217,7 +219,7 @@ def _in_checkpoint_order(shape: tuple[int, ...], name: str, stored: StoredWeight
     values, scale = move(stored.values), move(stored.scale)
     assert values is not None
     assert scale is not None
-    return StoredWeight(values=values, scale=scale, bits=stored.bits, zero=move(stored.zero))
+    return replace(stored, values=values, scale=scale, zero=move(stored.zero))
 
 
 def _next_states(runner: LayerRunner, layer: Any, states: np.ndarray, rows: int) -> np.ndarray:

@@ -87,6 +87,7 @@ class ComposedSource:
             bits=parts[0].bits,
             zero=np.concatenate(zeros) if zeros else None,
             order=orders[0] if orders else None,
+            int8_activations=parts[0].int8_activations,
         )
 
     def generation_config(self) -> GenerationConfig | None:

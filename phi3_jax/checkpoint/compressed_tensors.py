@@ -36,7 +36,13 @@ class PlainTensor:
             tensors.check("weight_zero_point", (INT8, FLOAT8), *shapes)
         self.scale_dtype = tensors.dtype("weight_scale")
         groups = tensors.groups(scheme, self.shape[1])
-        self.form = WeightForm(scheme.bits, groups, not scheme.symmetric, is_float=scheme.is_float)
+        self.form = WeightForm(
+            bits=scheme.bits,
+            groups=groups,
+            has_zero=not scheme.symmetric,
+            is_float=scheme.is_float,
+            int8_activations=scheme.int8_activations,
+        )
 
     def read(self, rows: Sequence[slice]) -> StoredWeight:
         tensors, scheme = self._tensors, self._scheme
@@ -49,7 +55,8 @@ class PlainTensor:
         zero = None
         if "weight_zero_point" in tensors:
             zero = _by_rows(tensors, "weight_zero_point", rows, tensors.read).astype(np.float32)
-        return StoredWeight(values, scale, scheme.bits, _expected_zero(tensors, scheme, zero))
+        zero = _expected_zero(tensors, scheme, zero)
+        return StoredWeight(values, scale, scheme.bits, zero, int8_activations=scheme.int8_activations)
 
 
 class PackedTensor:
@@ -96,8 +103,13 @@ class PackedTensor:
 
     @property
     def form(self) -> WeightForm:
-        has_zero, has_order = not self._scheme.symmetric, self._order is not None
-        return WeightForm(self._scheme.bits, self._groups, has_zero, has_order)
+        return WeightForm(
+            bits=self._scheme.bits,
+            groups=self._groups,
+            has_zero=not self._scheme.symmetric,
+            has_order=self._order is not None,
+            int8_activations=self._scheme.int8_activations,
+        )
 
     def read(self, rows: Sequence[slice]) -> StoredWeight:
         tensors, scheme = self._tensors, self._scheme
@@ -106,7 +118,7 @@ class PackedTensor:
             sort_inputs(values, self._order)
         scale = _by_rows(tensors, "weight_scale", rows, tensors.read_scale)
         zero = _expected_zero(tensors, scheme, self._zero(rows))
-        return StoredWeight(values, scale, scheme.bits, zero, self._order)
+        return StoredWeight(values, scale, scheme.bits, zero, self._order, scheme.int8_activations)
 
     def _zero(self, rows: Sequence[slice]) -> Float[np.ndarray, "rows groups"] | None:
         tensors = self._tensors
@@ -179,8 +191,8 @@ def compressed_headers(
     """Returns the shapes and dtypes of the tensors that `compress` makes of such a weight."""
     outputs, inputs = shape
     headers: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    if form.is_float:
-        headers["weight"] = shape, FLOAT8
+    if form.is_float or form.int8_activations:
+        headers["weight"] = shape, FLOAT8 if form.is_float else INT8
     else:
         headers["weight_packed"] = (outputs, ceil_div(inputs * form.bits, 32)), INT32
         headers["weight_shape"] = (2,), INT64
@@ -195,10 +207,10 @@ def compressed_headers(
 def compress(stored: StoredWeight) -> dict[str, np.ndarray]:
     """Returns the tensors that compressed-tensors stores of a weight, by the last part of their names.
 
-    Integers are pack-quantized, which vLLM reads without quantized activations; floats are float-quantized.
-    Scales are float32.
+    Integers are pack-quantized, which vLLM reads without quantized activations, or int-quantized, which it
+    reads with them; floats are float-quantized. Scales are float32.
     """
-    if stored.form.is_float:
+    if stored.form.is_float or stored.int8_activations:
         return {"weight": stored.values, "weight_scale": stored.scale}
     values, groups = stored.values, stored.scale.shape[1]
     tensors: dict[str, np.ndarray] = {}
@@ -285,10 +297,13 @@ class _Scheme(NamedTuple):
     symmetric: bool
     is_float: bool
     has_order: bool
+    int8_activations: bool
 
     @property
     def format(self) -> str:
-        return "float-quantized" if self.is_float else "pack-quantized"
+        if self.is_float:
+            return "float-quantized"
+        return "int-quantized" if self.int8_activations else "pack-quantized"
 
     def group(self, targets: list[str]) -> dict[str, Any]:
         weights = {
@@ -300,11 +315,12 @@ class _Scheme(NamedTuple):
             "actorder": "group" if self.has_order else None,
             "dynamic": False,
         }
+        by_row = {"type": "int", "num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
         return {
             "targets": targets,
             "format": self.format,
             "weights": weights,
-            "input_activations": None,
+            "input_activations": by_row if self.int8_activations else None,
             "output_activations": None,
         }
 
@@ -321,7 +337,14 @@ def compressed_config(source: QuantizedTensors) -> dict[str, Any]:
         if form is not None:
             # One group of the size of others' is one of theirs.
             size = sizes[name] if form.groups > 1 or sizes[name] in several else None
-            scheme = _Scheme(form.bits, size, not form.has_zero, form.is_float, form.has_order)
+            scheme = _Scheme(
+                bits=form.bits,
+                group_size=size,
+                symmetric=not form.has_zero,
+                is_float=form.is_float,
+                has_order=form.has_order,
+                int8_activations=form.int8_activations,
+            )
             schemes.setdefault(scheme, []).append(module)
         elif not module.endswith("embed_tokens"):
             ignored.append(module)

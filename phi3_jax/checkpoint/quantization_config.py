@@ -34,6 +34,8 @@ class WeightScheme(NamedTuple):
     """Whether the values are float8_e4m3fn."""
     zeros_less_one: bool | None = False
     """Whether GPTQ's zero points are stored less one; None: they tell, as the weights are symmetric."""
+    int8_activations: bool = False
+    """Whether products round each row of activations to int8."""
 
 
 Rules = list[tuple[Test, WeightScheme | None]]
@@ -51,7 +53,7 @@ class QuantizationSettings:
     lists_floats: bool
     """Whether projections with floats are listed, so that others must be quantized."""
     notes: tuple[str, ...] = ()
-    """What the settings ask for and readers of weights leave out."""
+    """What the settings ask for besides weights, and what becomes of it."""
 
     def scheme(self, module: str) -> WeightScheme | None:
         """Returns the scheme of a module; None: its weight is a float."""
@@ -200,7 +202,11 @@ def _compressed_tensors(fields: Mapping[str, Any], where: str) -> QuantizationSe
         form = _field(group, "format", _TEXT_OR_NULL, place, None) or whole
         scheme = _compressed_scheme(_field(group, "weights", _OBJECT, place), form, f"{place}: weights")
         if group.get("input_activations") or group.get("output_activations"):
-            notes.append("activations stay floats")
+            if _rounds_rows(group, scheme):
+                scheme = scheme._replace(int8_activations=True)
+                notes.append("activations are rounded to int8")
+            else:
+                notes.append("activations stay floats")
         for target in _field(group, "targets", _TEXTS, place):
             (classes if target in _CLASSES else named).append((_target(target, place), scheme))
     ignored = _field(fields, "ignore", _TEXTS_OR_NULL, where, None) or ()
@@ -210,6 +216,17 @@ def _compressed_tensors(fields: Mapping[str, Any], where: str) -> QuantizationSe
         lists_floats=True,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _rounds_rows(group: Mapping[str, Any], scheme: WeightScheme) -> bool:
+    """Whether each row of inputs is rounded to int8, and weights are int8 with a scale for each output."""
+    inputs = group.get("input_activations")
+    if not isinstance(inputs, Mapping) or group.get("output_activations"):
+        return False
+    expected = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    defaults = {"type": "int", "symmetric": True}
+    is_int8 = scheme.bits == 8 and scheme.group_size is None and scheme.symmetric and not scheme.is_float
+    return is_int8 and all((defaults | {**inputs}).get(key) == value for key, value in expected.items())
 
 
 def _target(text: str, where: str) -> Test:

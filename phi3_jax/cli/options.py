@@ -45,8 +45,9 @@ Dtype = Annotated[str, Option(help="The dtype of parameters and activations.")]
 Quantize = Annotated[
     str | None,
     Option(
-        help="Round the projections' weights as they are loaded: int8, int4, int4:group_size=32, or none for "
-        "floats; default: as the checkpoint has them."
+        help="Round the projections' weights as they are loaded: int8, int4, int4:group_size=32, "
+        "int8:activations=int8 (also what they multiply), or none for floats; default: as the checkpoint has "
+        "them."
     ),
 ]
 Ropes = Annotated[

@@ -39,7 +39,8 @@ def plan(
     ] = "full",
     dtype: Annotated[str, Option(help="The dtype of parameters and activations.")] = "bfloat16",
     quantize: Annotated[
-        str | None, Option(help="Weights as int8, int4 or int4:group_size=128; default: floats.")
+        str | None,
+        Option(help="Weights as int8, int4, int4:group_size=128 or int8:activations=int8; default: floats."),
     ] = None,
     cache_dtype: Annotated[
         str | None, Option(help="The dtype of the cache, which may be int8; default: --dtype.")

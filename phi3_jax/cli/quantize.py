@@ -31,7 +31,8 @@ def quantize(
         str,
         typer.Option(
             help="int8, int4, or with changes: int4:group_size=32, int4:symmetric=false, int8:skip=lm_head "
-            "(modules that stay floats; default: embed_tokens+lm_head)."
+            "(modules that stay floats; default: embed_tokens+lm_head), int8:activations=int8 (products "
+            "round activations, too)."
         ),
     ] = "int8",
     calibrate: Annotated[

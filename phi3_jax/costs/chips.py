@@ -34,6 +34,8 @@ class Chip:
     devices_per_chip: int = 1
     options: tuple[tuple[str, str], ...] = ()
     """The arguments that JAX's `get_topology_desc` needs besides the name."""
+    int8_speed: float = 2
+    """How many times as fast it multiplies int8."""
 
     @property
     def is_tpu(self) -> bool:
@@ -55,8 +57,8 @@ _SOLID = (*_SMALL, "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 
 # FLOP/s, HBM bandwidth and ICI are from the same pages. They give ICI both ways over all links: v5e 400 GB/s
 # over 4 links, v6e 800 over 4, v4 600 over 6 (2,400 Gbit/s one way), v5p 1,200 over 6, tpu7x 1,200 over 6.
-# The numbers here are for one link, one way. HBM bytes are the "available HBM" in libtpu's error (0.0.42 and
-# 0.0.52) for a program that is too big.
+# The numbers here are for one link, one way. v5e, v5p and v6e multiply int8 at twice the rate of bfloat16.
+# HBM bytes are the "available HBM" in libtpu's error (0.0.42 and 0.0.52) for a program that is too big.
 _TPUS = (
     Chip(
         "v4",
@@ -67,11 +69,22 @@ _TPUS = (
         50e9,
         _SOLID,
         options=(("chip_config_name", "megacore"),),
+        int8_speed=1,
     ),
     Chip("v5e", "TPU v5e", int(15.75 * GIB), 197e12, 819e9, 50e9, _FLAT),
     Chip("v5p", "TPU v5p", int(95.73 * GIB), 459e12, 2765e9, 100e9, (*_SOLID, "16x16x16", "16x16x24")),
     Chip("v6e", "TPU v6e", int(31.24 * GIB), 918e12, 1640e9, 100e9, _FLAT),
-    Chip("tpu7x", "TPU7x", int(94.74 * GIB), 2307e12 / 2, 7380e9 / 2, 100e9 / 2, _SOLID, devices_per_chip=2),
+    Chip(
+        "tpu7x",
+        "TPU7x",
+        int(94.74 * GIB),
+        2307e12 / 2,
+        7380e9 / 2,
+        100e9 / 2,
+        _SOLID,
+        devices_per_chip=2,
+        int8_speed=1,
+    ),
 )
 
 # From NVIDIA's data sheets, SXM where there is a choice: dense bfloat16 (half of the advertised rate "with

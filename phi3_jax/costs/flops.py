@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.costs.shapes import layer_projections, lora_parameters
 from phi3_jax.costs.work import Work
+from phi3_jax.quantization import Quantization
 
 
 def attention_pairs(config: Phi3Config, queries: int, keys: int) -> int:
@@ -27,6 +28,10 @@ class Flops:
     head: int
     recomputed: int
     """The operations that remat repeats."""
+    int8: int = 0
+    """The part of `model` with int8 activations and int8 weights."""
+    int8_recomputed: int = 0
+    """The same of `recomputed`."""
 
     @property
     def model(self) -> int:
@@ -37,6 +42,12 @@ class Flops:
     def hardware(self) -> int:
         """The operations that are computed."""
         return self.model + self.recomputed
+
+    def seconds(self, flops_per_s: float, int8_speed: float, *, recomputed: bool) -> float:
+        """Returns the least time, given the rate of bfloat16, with or without what remat repeats."""
+        operations = self.hardware if recomputed else self.model
+        int8 = self.int8 + (self.int8_recomputed if recomputed else 0)
+        return (operations - int8 + int8 / int8_speed) / flops_per_s
 
 
 def step_flops(work: Work) -> Flops:
@@ -55,8 +66,9 @@ def step_flops(work: Work) -> Flops:
     attention = 4 * config.head_dim * config.num_attention_heads * config.num_hidden_layers * pairs
     scored = work.tokens if work.task == "finetune" else work.batch
     head = 2 * scored * config.hidden_size * config.vocab_size
+    int8, int8_head = _with_int8_activations(work)
     if work.task != "finetune":
-        return Flops(projections, attention, head, 0)
+        return Flops(projections, attention, head, 0, int8=2 * tokens * int8 + 2 * scored * int8_head)
     adapters = 0 if work.lora is None else 2 * tokens * lora_parameters(config, work.lora)
     recomputed = {"full": projections + adapters + attention, "dots": attention, "none": 0}[work.remat]
     frozen = work.lora is not None
@@ -65,4 +77,17 @@ def step_flops(work: Work) -> Flops:
         attention=3 * attention,
         head=(2 if frozen else 3) * head,
         recomputed=recomputed,
+        int8=2 * tokens * int8 + 2 * scored * int8_head,
+        int8_recomputed=2 * tokens * int8 if work.remat == "full" else 0,
     )
+
+
+def _with_int8_activations(work: Work) -> tuple[int, int]:
+    """Returns the sizes of the layers' weights, and of the head, that multiply int8 activations."""
+    quantization = None if work.quantization is None else Quantization.parse(work.quantization)
+    if quantization is None or quantization.activations is None:
+        return 0, 0
+    config = work.config
+    layers = sum(p.size for p in layer_projections(config) if quantization.includes(p.name))
+    has_head = quantization.includes("lm_head") and not config.tie_word_embeddings
+    return layers, config.hidden_size * config.vocab_size if has_head else 0

@@ -165,6 +165,7 @@ def set_abstract(name: str, module: Linear | Embedding, form: WeightForm) -> Non
         scale=cast(Array, scale),
         zero=cast(Array, scale) if form.has_zero else None,
         order=cast(Array, jax.ShapeDtypeStruct((columns,), jnp.int32)) if form.has_order else None,
+        int8_activations=form.int8_activations,
     )
     module.weight = QuantizedParam(_place(weight, axes, module.mesh, _abstract), axes=axes, keeps_dtype=True)
 
@@ -194,7 +195,10 @@ def device_weight(name: str, module: Linear | Embedding, stored: StoredWeight) -
         values = np.moveaxis(values.reshape(*outputs, groups, -1), -2, 0)
         by_group = [None if leaf is None else np.moveaxis(leaf, -1, 0) for leaf in by_group]
     order = None if stored.order is None else stored.order.astype(np.int32)
-    weight = QuantizedWeight(*(cast(Array, leaf) for leaf in (values, *by_group, order)))
+    scale, zero = (cast(Array, leaf) for leaf in by_group)
+    weight = QuantizedWeight(
+        cast(Array, values), scale, zero, cast(Array, order), int8_activations=stored.int8_activations
+    )
     return _place(weight, axes, module.mesh, _put)
 
 
@@ -206,6 +210,7 @@ def form_of(weight: QuantizedWeight) -> WeightForm:
         has_zero=weight.zero is not None,
         has_order=weight.order is not None,
         is_float=weight.values.dtype == jnp.float8_e4m3fn,
+        int8_activations=weight.int8_activations,
     )
 
 
@@ -228,6 +233,7 @@ def stored_weight(weight: QuantizedWeight, layout: TensorLayout) -> StoredWeight
         bits=form_of(weight).bits,
         zero=None if weight.zero is None else plain(weight.zero, by_group),
         order=None if weight.order is None else np.asarray(readable(weight.order)),
+        int8_activations=weight.int8_activations,
     )
 
 

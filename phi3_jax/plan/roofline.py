@@ -52,7 +52,8 @@ def roofline(work: Work, topology: Topology, analytic: Analytic, program: Progra
     flops = analytic.flops.hardware / count
     link_bytes = analytic.link_bytes if program is None else program.link_bytes
     link_rate = topology.link_bytes_per_s
-    compute_seconds = flops / chip.flops_per_s
+    rates = chip.flops_per_s, chip.int8_speed
+    compute_seconds = analytic.flops.seconds(*rates, recomputed=True) / count
     hbm_seconds = analytic.hbm_traffic_bytes / chip.hbm_bytes_per_s
     link_seconds = link_bytes / link_rate if link_rate else 0.0
     waiting = None if program is None else program.waiting_link_bytes / link_rate if link_rate else 0.0
@@ -65,5 +66,5 @@ def roofline(work: Work, topology: Topology, analytic: Analytic, program: Progra
         intensity=flops / analytic.hbm_traffic_bytes,
         ridge=chip.flops_per_s / chip.hbm_bytes_per_s,
         tokens=work.tokens,
-        flops_share=analytic.flops.model / count / chip.flops_per_s / bound,
+        flops_share=analytic.flops.seconds(*rates, recomputed=False) / count / bound,
     )

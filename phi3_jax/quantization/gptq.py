@@ -37,7 +37,8 @@ def round_for_inputs(
     if not np.isfinite(products).all():
         raise UserError(f"{name} gets inputs that are not finite, so that it cannot be rounded for them")
     out, columns = weight.shape
-    groups = quantization.form(name, columns).groups
+    form = quantization.form(name, columns)
+    groups = form.groups
     scale, zero = choose_scales(weight.astype(np.float32).reshape(out, groups, -1), quantization, name)
     order = np.argsort(-np.diag(products), kind="stable")
     rest = np.ascontiguousarray(weight.astype(np.float32).T[order])  # [in, out]
@@ -61,7 +62,13 @@ def round_for_inputs(
         rest[block.stop :] -= factor[block, block.stop :].T @ errors
     own = np.empty_like(values)
     own[order] = values
-    return StoredWeight(values=np.ascontiguousarray(own.T), scale=scale, bits=quantization.bits, zero=zero)
+    return StoredWeight(
+        np.ascontiguousarray(own.T),
+        scale,
+        quantization.bits,
+        zero=zero,
+        int8_activations=form.int8_activations,
+    )
 
 
 def _factor(products: Float[np.ndarray, "in in"]) -> Float[np.ndarray, "in in"]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int8
 
 from phi3_jax.native.product import is_faster, product
 from phi3_jax.quantization import kernel
@@ -21,8 +22,9 @@ def quantized_product(
 ) -> Float[Array, "..."]:
     """Returns the product [*rows, *outputs] with the dequantized weight, summed in float32, in `dtype`.
 
-    It has a gradient for `x` and none for the weight. `alone` says that no mesh divides the arrays, so that
-    kernels can take them.
+    With `int8_activations` the rows of `x` are rounded to integers first, and summed in int32, on a CPU
+    perhaps in float32. The product has a gradient for `x`, that of the product without rounded activations,
+    and none for the weight. `alone` says that no mesh divides the arrays, so that kernels can take them.
     """
     if weight.order is not None:
         x = jnp.take(x, weight.order, axis=-1)
@@ -31,6 +33,8 @@ def quantized_product(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x: Array, weight: QuantizedWeight, dtype: jnp.dtype, alone: bool) -> Array:
+    if weight.int8_activations:
+        return _rounded_product(x, weight, alone).astype(dtype)
     count = math.prod(x.shape[:-1])
     is_few = isinstance(count, int) and count <= FEW_ROWS  # `jax.export` may leave the number open
     default: Any = partial(_by_xla, dtype=dtype, is_few=is_few)
@@ -39,6 +43,61 @@ def _product(x: Array, weight: QuantizedWeight, dtype: jnp.dtype, alone: bool) -
     if alone and not is_few and _kernel_fits(x, weight):
         return jax.lax.platform_dependent(x, weight, tpu=partial(_by_kernel, dtype=dtype), default=default)
     return default(x, weight)
+
+
+def round_rows(x: Float[Array, "*rows in"]) -> tuple[Int8[Array, "*rows in"], Float32[Array, "*rows 1"]]:
+    """Returns each row as integers of -127 to 127, and the scales with which they are multiplied.
+
+    A row of zeros stays zeros. A row with NaN has the scale NaN, one with infinity the scale infinity: its
+    products are not finite, whatever the integers are.
+    """
+    wide = x.astype(jnp.float32)
+    # On a mesh that divides the inputs, this is the maximum of the whole row.
+    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    # A scale below the least normal number would count as zero. XLA replaces divisions by such factors, but
+    # not in all programs.
+    scale = jnp.maximum(largest * np.float32(1 / 127), jnp.finfo(jnp.float32).tiny)
+    return jnp.round(wide * (1 / scale)).astype(jnp.int8), scale
+
+
+def _rounded_product(x: Array, weight: QuantizedWeight, alone: bool) -> Array:
+    """Multiplies rounded activations by the integers of the weight; all scales are applied to the result.
+
+    Sums in int32 are exact, however a mesh divides the inputs. The C++ library sums in float32, which is
+    exact up to 2**24, and so for 1,040 inputs of any size.
+    """
+    integers, scale = round_rows(x)
+    if alone:
+        is_fast = is_faster(math.prod(x.shape[:-1]), packed=True)
+        cpu = _library_sums if is_fast else _flat_int32_sums
+        y = jax.lax.platform_dependent(integers, weight, cpu=cpu, default=_int32_sums)
+    else:
+        y = _int32_sums(integers, weight)
+    return y * scale.reshape(*x.shape[:-1], *(1 for _ in weight.shape[:-1]))
+
+
+def _library_sums(x: Array, weight: QuantizedWeight) -> Array:
+    """Returns float32 sums of integers, times the weight's scales."""
+    return _by_library(x.astype(jnp.bfloat16), weight, jnp.dtype(jnp.float32))
+
+
+def _int32_sums(x: Array, weight: QuantizedWeight) -> Array:
+    """Returns int32 sums of integers, times the weight's scales."""
+    y = _dot(x, weight.values, jnp.dtype(jnp.int32)).astype(jnp.float32)
+    return y * _across(weight.scale[..., 0], y.ndim)
+
+
+def _flat_int32_sums(x: Array, weight: QuantizedWeight) -> Array:
+    """Multiplies matrices of at least two rows.
+
+    XLA's CPU back end copies a weight that is not flat, and computes one row by a loop, thirty times slower.
+    """
+    rows, outputs, columns = x.shape[:-1], weight.shape[:-1], x.shape[-1]
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), weight)
+    x = x.reshape(-1, columns)
+    if math.prod(rows) == 1:
+        return _int32_sums(jnp.broadcast_to(x, (2, columns)), flat)[:1].reshape(*rows, *outputs)
+    return _int32_sums(x, flat).reshape(*rows, *outputs)
 
 
 def _by_xla(x: Array, weight: QuantizedWeight, dtype: jnp.dtype, is_few: bool) -> Array:

@@ -1,4 +1,4 @@
-"""The user's choice of how weights are quantized."""
+"""The user's choice of how weights, and the activations that they multiply, are quantized."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -28,11 +28,13 @@ class WeightForm(NamedTuple):
     """Whether the inputs are stored in another order."""
     is_float: bool = False
     """Whether the values are float8_e4m3fn."""
+    int8_activations: bool = False
+    """Whether its product rounds activations to int8."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of a model are quantized.
+    """How the weights of a model, and the activations that they multiply, are quantized.
 
     Raises:
         UserError: a field has a value that it cannot have.
@@ -46,12 +48,22 @@ class Quantization:
     """Whether zero is always the integer 0; otherwise each group has a zero point of its own."""
     skip: tuple[str, ...] = VOCABULARY
     """The modules that are left as they are, by the last part of their names."""
+    activations: str | None = None
+    """"int8": products round each row of activations to int8 (W8A8); None: activations stay floats."""
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise UserError(f"bits={self.bits} of a quantization must be 8 or 4")
         if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
             raise UserError(f"group_size={self.group_size} of a quantization must be a multiple of 8")
+        if self.activations not in (None, "int8"):
+            raise UserError(f"activations={self.activations!r} of a quantization must be 'int8' or None")
+        if self.activations and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+            raise UserError(
+                "activations=int8 of a quantization needs bits=8, group_size=none and symmetric=true, not "
+                f"bits={self.bits}, group_size={_text(self.group_size)}, symmetric={_text(self.symmetric)}; "
+                "use int8:activations=int8"
+            )
 
     @classmethod
     def parse(cls, quantization: "Quantization | str") -> "Quantization":
@@ -96,6 +108,8 @@ class Quantization:
     def form(self, name: str, inputs: int) -> WeightForm:
         """Returns the form of a weight with this name and so many inputs.
 
+        An embedding multiplies no activations; those of a tied head stay floats.
+
         Raises:
             UserError: the groups do not divide the inputs.
         """
@@ -107,7 +121,13 @@ class Quantization:
                 f"{name} has {inputs} inputs, which groups of {size} do not divide; use group_size="
                 f"{' or '.join(map(str, near)) or 'none'}"
             )
-        return WeightForm(bits=self.bits, groups=inputs // size, has_zero=not self.symmetric)
+        is_embedding = name.removesuffix(".weight").endswith("embed_tokens")
+        return WeightForm(
+            bits=self.bits,
+            groups=inputs // size,
+            has_zero=not self.symmetric,
+            int8_activations=self.activations == "int8" and not is_embedding,
+        )
 
 
 NAMED = {"int8": Quantization(), "int4": Quantization(bits=4, group_size=64)}
@@ -117,11 +137,13 @@ _READERS: dict[str, Any] = {
     "group_size": lambda text: None if text == "none" else int(text),
     "symmetric": {"true": True, "false": False}.__getitem__,
     "skip": lambda text: tuple(part for part in text.split("+") if part != "none"),
+    "activations": {"int8": "int8", "none": None}.__getitem__,
 }
 _EXAMPLES = {
     "group_size": "group_size=128 or none",
     "symmetric": "symmetric=true or false",
     "skip": "skip=lm_head or none",
+    "activations": "activations=int8 or none",
 }
 
 

@@ -29,6 +29,8 @@ class StoredWeight:
     zero: Float[np.ndarray, "out groups"] | None = None
     """float32; None: 0."""
     order: Int[np.ndarray, " in"] | None = None
+    int8_activations: bool = False
+    """Whether its product rounds activations to int8."""
 
     @property
     def form(self) -> WeightForm:
@@ -38,6 +40,7 @@ class StoredWeight:
             has_zero=self.zero is not None,
             has_order=self.order is not None,
             is_float=self.values.dtype == ml_dtypes.float8_e4m3fn,
+            int8_activations=self.int8_activations,
         )
 
     def take_rows(self, runs: Sequence[slice]) -> "StoredWeight":
@@ -81,7 +84,8 @@ def round_weight(weight: Float[np.ndarray, "out in"], quantization: Quantization
         UserError: the groups do not divide the inputs, or numbers are not finite.
     """
     rows, columns = weight.shape
-    groups = quantization.form(name, columns).groups
+    form = quantization.form(name, columns)
+    groups = form.groups
     values = np.empty((rows, columns), np.int8)
     scale = np.empty((rows, groups), np.float32)
     zero = None if quantization.symmetric else np.empty((rows, groups), np.float32)
@@ -93,7 +97,7 @@ def round_weight(weight: Float[np.ndarray, "out in"], quantization: Quantization
         values[block] = rounded.reshape(-1, columns)
         if zero is not None:
             zero[block] = zeros
-    return StoredWeight(values=values, scale=scale, bits=quantization.bits, zero=zero)
+    return StoredWeight(values, scale, quantization.bits, zero=zero, int8_activations=form.int8_activations)
 
 
 def _round(

@@ -1,6 +1,6 @@
 """The quantized weight of a model, on its devices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import jax
@@ -31,6 +31,11 @@ class QuantizedWeight:
     zero: Float[Array, "..."] | None = None
     """float32, of the shape of `scale`; None: 0."""
     order: Int[Array, " in"] | None = None
+    int8_activations: bool = field(default=False, metadata={"static": True})
+    """Whether the product rounds each row of activations to int8.
+
+    Such a weight is int8, with a scale for each output and no zero.
+    """
 
     @property
     def packed(self) -> bool:
@@ -80,6 +85,7 @@ class QuantizedWeight:
             scale=cast(Array, scale),
             zero=None if self.zero is None else cast(Array, scale),
             order=None if self.order is None else cast(Array, (None,)),
+            int8_activations=self.int8_activations,
         )
 
     def unpacked(self) -> Array:

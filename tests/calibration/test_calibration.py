@@ -81,6 +81,14 @@ def test_answers_are_nearer_to_those_of_the_floats(folder, calibrated, tokens, t
     assert forms[0] == forms[1]
 
 
+def test_keeps_the_choice_of_int8_activations(folder, tokens, tmp_path):
+    calibrate_checkpoint(folder, tmp_path / "model", tokens, "int8:activations=int8", OPTIONS)
+    source = open_checkpoint(tmp_path / "model").source
+    forms = [form for name in source.names() if (form := source.form(name)) is not None]
+    assert len(forms) == 8
+    assert all(form.int8_activations for form in forms)
+
+
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_resumes_after_a_kill(folder, calibrated, tokens, tmp_path, after):
     out = tmp_path / "model"

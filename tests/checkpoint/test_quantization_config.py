@@ -74,6 +74,44 @@ def test_reads_settings(settings: dict[str, Any], module: str, expected: WeightS
     assert read_settings(settings, "config.json").scheme(module) == expected
 
 
+BY_ROW = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def rounding(weights: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Returns settings of compressed-tensors with rounded activations."""
+    settings = compressed("int-quantized", **{"num_bits": 8} | weights)
+    settings["config_groups"]["group_0"] |= {"input_activations": BY_ROW} | fields
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("weights", "fields", "follows"),
+    [
+        ({}, {}, True),
+        ({"strategy": "tensor"}, {}, True),
+        ({}, {"format": "pack-quantized"}, True),
+        ({}, {"input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True}}, True),
+        ({}, {"input_activations": BY_ROW | {"dynamic": False}}, False),
+        ({}, {"input_activations": BY_ROW | {"strategy": "tensor"}}, False),
+        ({}, {"input_activations": BY_ROW | {"symmetric": False}}, False),
+        ({}, {"input_activations": BY_ROW | {"num_bits": 4}}, False),
+        ({}, {"input_activations": BY_ROW | {"type": "float"}}, False),
+        ({}, {"input_activations": [8]}, False),
+        ({}, {"output_activations": BY_ROW}, False),
+        ({"symmetric": False}, {}, False),
+        ({"num_bits": 4}, {}, False),
+        ({"strategy": "group", "group_size": 16}, {}, False),
+    ],
+)
+def test_follows_activations_of_int8_by_row(weights: dict[str, Any], fields: Any, follows: bool) -> None:
+    settings = read_settings(rounding(weights, **fields), "config.json")
+    scheme = settings.scheme("model.layers.0.mlp.down_proj")
+    assert scheme is not None
+    assert scheme.int8_activations == follows
+    assert settings.notes == ("activations are rounded to int8" if follows else "activations stay floats",)
+    assert settings.scheme("lm_head") is None
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

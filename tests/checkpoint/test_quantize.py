@@ -1,13 +1,14 @@
 """Tests that weights are rounded, written in the format of compressed-tensors, and read again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from quantized_files import BFLOAT16, FLOAT8, FORMS, words, write_quantized
-from reference import small_config, write_random_model
+from reference import distance, run, small_config, write_random_model
 from safetensors.numpy import load_file, save_file
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM
@@ -16,6 +17,7 @@ from phi3_jax.checkpoint.compressed_tensors import CompressedSource, compress, c
 from phi3_jax.checkpoint.safetensors import SafetensorsSource, write_tensors
 from phi3_jax.errors import UserError
 from phi3_jax.quantization import Quantization, StoredWeight, round_weight
+from phi3_jax.quantization.product import round_rows
 
 PROJECTIONS = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")
 
@@ -45,7 +47,7 @@ def random_stored(rng: np.random.Generator, *, bits: int = 4, groups: int = 3, *
         if (np.diff(g_idx) >= 0).all():
             g_idx = g_idx[::-1]
         order = np.argsort(g_idx, kind="stable").astype(np.int32)
-    return StoredWeight(values, scale, bits, zero, order)
+    return StoredWeight(values, scale, bits, zero, order, kinds.get("int8_activations", False))
 
 
 class Weights:
@@ -88,6 +90,7 @@ KINDS: list[dict[str, Any]] = [
     {"bits": 8, "has_zero": True, "has_order": True},
     {"has_order": True},
     {"bits": 8, "groups": 1, "is_float": True},
+    {"bits": 8, "groups": 1, "int8_activations": True},
 ]
 
 
@@ -164,6 +167,27 @@ def test_config_names_schemes() -> None:
     assert [group["targets"] for group in same.values()] == [["Linear", "Embedding"]]
 
 
+def test_config_says_how_activations_are_rounded() -> None:
+    """As vLLM and transformers read it; an embedding is of another group."""
+    eight = random_stored(np.random.default_rng(0), bits=8, groups=1, int8_activations=True)
+    only = compressed_config(Weights({"a.weight": eight}, FLOATS))
+    group = only["config_groups"]["group_0"]
+    assert (only["format"], group["format"], group["targets"]) == (
+        "int-quantized",
+        "int-quantized",
+        ["Linear"],
+    )
+    assert (group["weights"]["strategy"], group["weights"]["symmetric"]) == ("channel", True)
+    by_row = {"type": "int", "num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+    assert group["input_activations"] == by_row
+    tied = {"model.embed_tokens.weight": replace(eight, int8_activations=False), "a.weight": eight}
+    mixed = compressed_config(Weights(tied, {}))
+    assert [(group["targets"], group["input_activations"]) for group in mixed["config_groups"].values()] == [
+        (["model.embed_tokens"], None),
+        (["a"], by_row),
+    ]
+
+
 # Whole checkpoints.
 
 
@@ -177,7 +201,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "text",
-    ["int8", "int4:group_size=16", "int4:group_size=8,symmetric=false", "int8:symmetric=false,skip=none"],
+    [
+        "int8",
+        "int4:group_size=16",
+        "int4:group_size=8,symmetric=false",
+        "int8:symmetric=false,skip=none",
+        "int8:activations=int8,skip=none",
+    ],
 )
 def test_rounds_a_checkpoint(folder: Path, tmp_path: Path, text: str) -> None:
     done = []
@@ -340,3 +370,40 @@ def test_transformers_reads_what_is_written(folder: Path, tmp_path: Path, text: 
     theirs, expected, original = logits
     np.testing.assert_allclose(theirs, expected, rtol=1e-5, atol=1e-5)
     assert np.abs(original - expected).max() > 1e-2
+
+
+@pytest.mark.live
+def test_transformers_rounds_activations_as_we_do(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With scales like ours and vLLM's: the library divides the largest number by 127.5, not by 127."""
+    helpers = pytest.importorskip("compressed_tensors.quantization.utils.helpers")
+    import torch
+    import transformers
+
+    monkeypatch.setattr(helpers, "calculate_range", lambda *_: (torch.tensor(-127), torch.tensor(127)))
+    quantize_checkpoint(folder, tmp_path / "out", "int8:activations=int8")
+    ids = np.random.default_rng(1).integers(4, 96, (2, 9))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits.numpy()
+    ours, floats = (
+        run(Phi3ForCausalLM.from_pretrained(tmp_path / "out", quantization=text), input_ids=ids).logits
+        for text in (None, "none")
+    )
+    assert distance(ours, theirs) < 1e-5
+    assert distance(floats, theirs) > 1e-2
+
+
+@pytest.mark.live
+def test_rounded_rows_match_the_library() -> None:
+    """Its rounding, given the scales that vLLM has, too."""
+    import torch
+
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    x = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
+    integers, scale = (np.array(each) for each in round_rows(x))
+    arguments = quantization.QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+    theirs = forward.fake_quantize(torch.tensor(x), torch.tensor(scale), torch.zeros(5, 1), arguments)
+    np.testing.assert_allclose(integers * scale, theirs.numpy(), rtol=1e-6)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from quantized_files import AWQ, FLOAT8, FORMS, compressed, read_tensors, write_quantized
-from reference import run
+from reference import distance, run
 from safetensors.numpy import load_file, save_file
 
 from phi3_jax import CheckpointError, Phi3Config, Phi3ForCausalLM, convert_checkpoint
@@ -102,7 +102,8 @@ def test_reads_the_numbers_of_every_form(folders: Any, monkeypatch: pytest.Monke
         stored = source.read_quantized(tensor)
         np.testing.assert_array_equal(stored.dequantize(), expected)
         groups = expected.shape[1] // (form.group_size or expected.shape[1])
-        assert stored.form == found == (form.bits, groups, not form.symmetric, form.shuffled, form.is_float)
+        kinds = not form.symmetric, form.shuffled, form.is_float, form.int8_activations
+        assert stored.form == found == (form.bits, groups, *kinds)
         assert stored.values.dtype == (FLOAT8 if form.is_float else np.int8)
         assert stored.values.flags.c_contiguous
         part = source.read_part(tensor, [slice(20, 41), slice(3, 5)], slice(7, 31))
@@ -150,6 +151,20 @@ def test_a_model_computes_with_the_weights(folders: Any, tmp_path: Path, name: s
     np.testing.assert_allclose(run(model, input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_rounds_activations_as_the_settings_say(folders: Any) -> None:
+    """int8 and none name other forms."""
+    folder, _ = folders("int-quantized")
+    ids = np.random.default_rng(1).integers(4, 96, (2, 9))
+    floats, own, weights = (
+        Phi3ForCausalLM.from_pretrained(folder, dtype="float32", quantization=text)
+        for text in ("none", None, "int8")
+    )
+    assert own.model.layers[0].mlp.down_proj.weight.get_value().int8_activations
+    assert not weights.model.layers[0].mlp.down_proj.weight.get_value().int8_activations
+    expected = run(floats, input_ids=ids).logits
+    assert 1e-3 < distance(run(own, input_ids=ids).logits, expected) < 0.1
+
+
 Tensors = dict[str, np.ndarray]
 
 
@@ -178,7 +193,9 @@ def test_older_key_and_notes(folders: Any, tmp_path: Path, caplog: pytest.LogCap
 
     with caplog.at_level(logging.INFO):
         source, config = open_checkpoint(changed(folder, tmp_path / "copy", config=rename))
-    assert "weights are read, activations stay floats (compressed-tensors, int-quantized)" in caplog.text
+        open_checkpoint(folders("float-quantized")[0])
+    assert "weights are read, activations are rounded to int8 (compressed-tensors, int-" in caplog.text
+    assert "weights are read, activations stay floats (compressed-tensors, float-quantized)" in caplog.text
     assert "compression_config" not in config.extra
     own = Phi3Config.from_pretrained(source.path)
     Phi3ForCausalLM.from_pretrained(source.path, quantization="none", config=own).save_pretrained(
@@ -299,7 +316,7 @@ def as_llama(folder: Path, to: Path, change: Callable[[Tensors], object] = lambd
     return to
 
 
-@pytest.mark.parametrize("name", ["gptq, sorted by importance", "pack-quantized", "float-quantized"])
+@pytest.mark.parametrize("name", ["gptq, sorted by importance", "pack-quantized", "int-quantized"])
 def test_projections_apart_become_one(folders: Any, tmp_path: Path, name: str) -> None:
     folder, floats = folders(name)
     source = open_checkpoint(as_llama(folder, tmp_path / "llama")).source

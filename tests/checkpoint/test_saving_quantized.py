@@ -17,6 +17,7 @@ from phi3_jax.checkpoint.quantize import quantize_checkpoint
 from phi3_jax.errors import UserError
 from phi3_jax.lora import add_lora
 from phi3_jax.model import quantize_model, quantizing
+from phi3_jax.model.layers import QuantizedParam
 from phi3_jax.model.quantizing import matrix_shape, quantizable, set_weight
 from phi3_jax.quantization import Quantization, StoredWeight, round_weight
 
@@ -26,6 +27,8 @@ TEXTS = [
     "int4:group_size=16",
     "int4:group_size=8,symmetric=false,skip=none",
     "int4:group_size=none",
+    "int8:activations=int8",
+    "int8:skip=none,activations=int8",
 ]
 
 
@@ -35,11 +38,21 @@ def model() -> Phi3ForCausalLM:
 
 
 def assert_same(found: Any, expected: Any) -> None:
+    """Compares what products do with activations, which no array says, and all numbers."""
+    assert rounded_activations(found) == rounded_activations(expected)
     ours, theirs = (jax.tree_util.tree_leaves_with_path(each) for each in (found, expected))
     assert [path for path, _ in ours] == [path for path, _ in theirs]
     for (path, one), (_, other) in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype, path
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=str(path))
+
+
+def rounded_activations(model: Any) -> dict[str, bool]:
+    return {
+        name: module.weight.get_value().int8_activations
+        for name, module in quantizable(model)
+        if isinstance(module.weight, QuantizedParam)
+    }
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -49,7 +62,10 @@ def test_loads_the_same_numbers(model: Phi3ForCausalLM, tmp_path: Path, text: st
     assert_same(Phi3ForCausalLM.from_pretrained(tmp_path, dtype="bfloat16"), quantized)
 
 
-@pytest.mark.parametrize("text", ["int8", "int4:group_size=8,symmetric=false,skip=none"])
+@pytest.mark.parametrize(
+    "text",
+    ["int8", "int4:group_size=8,symmetric=false,skip=none", *TEXTS[-2:]],
+)
 def test_writes_the_files_of_quantize(model: Phi3ForCausalLM, tmp_path: Path, text: str) -> None:
     """Which transformers and vLLM read."""
     model.save_pretrained(tmp_path / "floats")

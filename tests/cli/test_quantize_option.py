@@ -68,6 +68,7 @@ def test_batch_is_not_resumed_with_another_quantization(run: Any, model_folder: 
     [
         ("int2", "quantization 'int2' is not known; use int8 or int4"),
         ("int4:group_size=1024", "groups of 1024 do not divide"),
+        ("int4:activations=int8", "activations=int8 of a quantization needs bits=8"),
     ],
 )
 def test_rejects_a_quantization(run: Any, model_folder: Path, value: str, message: str) -> None:

@@ -13,9 +13,14 @@ from phi3_jax.plan import Work, hlo
 from phi3_jax.plan.absent import absent_devices
 from phi3_jax.plan.analytic import analyse
 from phi3_jax.plan.cycles import PRODUCTS, estimated_cycles
+from phi3_jax.plan.roofline import roofline
 from phi3_jax.plan.steps import abstract_step
 
 MINI = Phi3Config.preset("phi-3-mini-4k-instruct").replace(num_hidden_layers=1)
+
+
+PROJECTIONS = 3072 * (9216 + 3072 + 16384 + 8192)
+"""The elements of a layer's weights."""
 
 
 def work(quantization, **changes):
@@ -59,6 +64,41 @@ def test_rejects_work(changes, message):
         work(**{"quantization": "int8"} | changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sizes", "forwards"),
+    [
+        ({}, PROJECTIONS, 1),
+        ({"quantization": "int8:activations=int8,skip=o_proj+lm_head"}, PROJECTIONS - 3072 * 3072, 1),
+        ({"task": "finetune", "lora": 8}, PROJECTIONS, 2),
+        ({"task": "finetune", "lora": 8, "remat": "none"}, PROJECTIONS, 1),
+    ],
+)
+def test_int8_activations_halve_the_time_of_forward_products(changes, sizes, forwards):
+    """On chips that multiply int8 twice as fast; gradients are products of bfloat16."""
+    changes = {"task": "prefill", "quantization": "int8:activations=int8"} | changes
+    rounded = analyse(work(**changes), {}).flops
+    plain = analyse(work(**changes | {"quantization": None}), {}).flops
+    found = {speed: rounded.seconds(1, speed, recomputed=True) for speed in (1, 2)}
+    assert found[1] == plain.seconds(1, 2, recomputed=True) == plain.hardware
+    assert found[1] - found[2] == forwards * 8 * 256 * sizes
+    assert rounded.model - rounded.seconds(1, 2, recomputed=False) == 8 * 256 * sizes
+
+
+def test_a_rounded_head_multiplies_int8():
+    heads = [f"int8:activations=int8,skip={skip}" for skip in ("none", "lm_head")]
+    with_head, without = (analyse(work(text, task="prefill"), {}).flops.int8 for text in heads)
+    assert with_head - without == 2 * 8 * 3072 * MINI.vocab_size
+
+
+def test_bounds_use_the_rate_of_int8():
+    def seconds(quantization, chips):
+        one = work(quantization, task="prefill", seq=2048)
+        return roofline(one, topology(chips), analyse(one, {})).compute_seconds
+
+    assert seconds("int8:activations=int8", "v5e:1x1") < 0.6 * seconds("int8", "v5e:1x1")
+    assert seconds("int8:activations=int8", "v4:1x1x1") == seconds("int8", "v4:1x1x1")
+
+
 TEXT = """
 HloModule m
 %fused (p: bf16[8,8]) -> f32[8,8] {
@@ -78,11 +118,11 @@ def test_sums_cycles_by_kind_of_operation():
     assert estimated_cycles(TEXT) == {PRODUCTS: 100, "copies": 30, "all else": 5}
 
 
-def compile_decode(quantization):
+def compile_step(quantization, task="decode", batch=8, seq=256):
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config = MINI.replace(num_hidden_layers=4, vocab_size=1024, **tokens)
     mesh = make_mesh("tensor=1", absent_devices(topology("v5e:1x1")))
-    step = abstract_step(Work(config, "decode", 8, 256, quantization=quantization), mesh)
+    step = abstract_step(Work(config, task, batch, seq, quantization=quantization), mesh)
     return step.function.lower(*step.arguments).compile()
 
 
@@ -90,19 +130,25 @@ def compile_decode(quantization):
 def cycles_of_floats():
     """Returns the estimated cycles of a decode step's products in bfloat16."""
     pytest.importorskip("libtpu", reason="the compiler for TPUs (extra: tpu) is not installed")
-    return estimated_cycles(compile_decode(None).as_text())[PRODUCTS]
+    return estimated_cycles(compile_step(None).as_text())[PRODUCTS]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("quantization", "share"), [("int8", 0.45), ("int4:group_size=none", 0.35), ("int4:group_size=128", 0.40)]
+    ("quantization", "share"),
+    [
+        ("int8", 0.45),
+        ("int8:activations=int8", 0.40),
+        ("int4:group_size=none", 0.35),
+        ("int4:group_size=128", 0.40),
+    ],
 )
 def test_products_of_a_decode_step_take_less_on_v5e(cycles_of_floats, quantization, share):
     """The compiler widens integers within the products, and never writes a wider weight to memory.
 
     With more layers the shares are smaller: the first products wait for their weights.
     """
-    small = compile_decode(quantization)
+    small = compile_step(quantization)
     assert estimated_cycles(small.as_text())[PRODUCTS] <= share * cycles_of_floats
     memory = small.memory_analysis()
     assert memory.temp_size_in_bytes < 0.05 * memory.argument_size_in_bytes
@@ -114,3 +160,12 @@ def test_products_of_a_decode_step_take_less_on_v5e(cycles_of_floats, quantizati
     ]
     smallest = 3072 * 3072  # the elements of o_proj
     assert [one for one in floats_of_entry if prod(map(int, one[1].split(","))) >= smallest] == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cycles_of_floats")  # which needs the compiler
+def test_products_of_a_prefill_with_int8_activations_take_half_on_v5e():
+    """The compiler multiplies int8 by int8, and applies the scales within the product."""
+    prefills = (compile_step(text, "prefill", 1, 2048) for text in ("int8:activations=int8", "int8"))
+    rounded, plain = (estimated_cycles(step.as_text())[PRODUCTS] for step in prefills)
+    assert rounded < 0.55 * plain

@@ -9,6 +9,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.quantization import round_weight, stored
 
 TEXTS = ["int8", "int4", "int8:group_size=32", "int4:group_size=none", "int4:symmetric=false,skip=none"]
+TEXTS += ["int8:activations=int8", "int8:skip=none,activations=int8"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -30,12 +31,20 @@ def test_reads_every_field():
     [
         ("fp4", "'fp4' is not known; use int8 or int4"),
         ("", "use int8 or int4"),
-        ("int4:groups=4", "'groups' is not known; use group_size, symmetric, skip"),
+        ("int4:groups=4", "'groups' is not known; use group_size, symmetric, skip, activations"),
         ("int4:group_size=many", "group_size='many' cannot be read; write group_size=128 or none"),
         ("int4:group_size", "group_size='' cannot be read"),
         ("int4:group_size=12", "group_size=12 of a quantization must be a multiple of 8"),
         ("int4:group_size=-8", "must be a multiple of 8"),
         ("int4:symmetric=maybe", "write symmetric=true or false"),
+        ("int8:activations=fp8", "activations='fp8' cannot be read; write activations=int8 or none"),
+        (
+            "int4:activations=int8",
+            "activations=int8 of a quantization needs bits=8, group_size=none and symmetric=true, not "
+            "bits=4, group_size=64, symmetric=true; use int8:activations=int8",
+        ),
+        ("int8:activations=int8,group_size=32", "not bits=8, group_size=32, symmetric=true"),
+        ("int8:symmetric=false,activations=int8", "not bits=8, group_size=none, symmetric=false"),
     ],
 )
 def test_rejects_texts(text, message):
@@ -46,6 +55,8 @@ def test_rejects_texts(text, message):
 def test_rejects_bits():
     with pytest.raises(UserError, match="bits=3 of a quantization must be 8 or 4"):
         Quantization(bits=3)
+    with pytest.raises(UserError, match="activations='int4' of a quantization must be 'int8' or None"):
+        Quantization(activations="int4")
 
 
 @pytest.fixture(scope="module")

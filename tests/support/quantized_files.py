@@ -134,6 +134,7 @@ class Form:
     shuffled: bool = False
     is_float: bool = False
     one_scale: bool = False
+    int8_activations: bool = False
     scales: Any = np.float16
     extras: dict[str, np.ndarray] = field(default_factory=dict)
     """More tensors of each module."""
@@ -183,6 +184,13 @@ FORMS: dict[str, Form] = {
     "pack-quantized of 8 bits": Form(
         packed, compressed("pack-quantized", num_bits=8), bits=8, group_size=None, scales=BFLOAT16
     ),
+    "pack-quantized of 8 bits with activations": Form(
+        packed,
+        compressed("pack-quantized", num_bits=8, activations=True),
+        bits=8,
+        group_size=None,
+        int8_activations=True,
+    ),
     "pack-quantized with zero points": Form(
         lambda weight: packed(weight, symmetric=False),
         compressed("pack-quantized", symmetric=False, **GROUPS),
@@ -207,6 +215,7 @@ FORMS: dict[str, Form] = {
         compressed("int-quantized", num_bits=8, activations=True),
         bits=8,
         group_size=None,
+        int8_activations=True,
         scales=BFLOAT16,
     ),
     "int-quantized with zero points": Form(
