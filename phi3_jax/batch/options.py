@@ -13,6 +13,7 @@ from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.errors import UserError
 from phi3_jax.generation import processors as rules
 from phi3_jax.generation import warpers
+from phi3_jax.generation.largest import argmax
 from phi3_jax.generation.sequences import Sequences
 from phi3_jax.sizes import INT32_MAX
 
@@ -74,7 +75,7 @@ class GreedyRows(rules.LogitsProcessor):
 
     def __call__(self, sequences: Sequences, scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         tokens = jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
-        best = tokens == jnp.argmax(scores, axis=-1).astype(jnp.int32)[:, None]
+        best = tokens == argmax(scores)[:, None]
         return jnp.where(self.rows & ~best, -jnp.inf, scores)
 
 

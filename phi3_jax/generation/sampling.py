@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.forward import Records, needs_recomputation, next_logits, process
+from phi3_jax.generation.largest import argmax
 from phi3_jax.generation.protocol import CausalLM
 from phi3_jax.generation.state import NO_TOKEN, State, StepSettings, append
 
@@ -34,7 +35,7 @@ def choose(
     A draw depends on the key, the row and its number of generated tokens, not on the rest of the batch.
     """
     if key is None:
-        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        return argmax(scores)
     keys = row_keys(key, new)
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 

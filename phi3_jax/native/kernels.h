@@ -342,55 +342,26 @@ TARGET static void unpack_panel(const Operands& p, const Layout& layout, int64_t
   }
 }
 
-// Multiplies some rows with `outputs` of a panel, the first of which is number `first`.
-template <Form form, int rows, int outputs, bool is_scaled = form == Form::kBfloat16>
-INLINE void add_outputs(const Operands& p, const Layout& layout, const Rows& x, const Element* panel,
-                        const int64_t (&index)[outputs], int first, Floats (&sum)[rows][kOutputs]) {
-  const Element* of_x = x.x;
-  panel += first * kElements;
-  Floats own[rows][outputs] = {};
-  for (int64_t segment = 0, block = 0; segment < layout.segments; segment++) {
-    const int64_t blocks = block + layout.segment < layout.blocks ? layout.segment : layout.blocks - block;
-    const Element* const end = of_x + blocks * kBlock<form> * rows;
-    block += blocks;
-    Floats dot[rows][outputs] = {};
-    for (; of_x != end; of_x += rows * kElements, panel += kOutputs * kElements) {
-      Words weight[outputs];
-      UNROLL for (int o = 0; o < outputs; o++) weight[o] = load(panel + o * kElements);
-      UNROLL for (int r = 0; r < rows; r++) {
-        const Words row = load(of_x + r * kElements);
-        UNROLL for (int o = 0; o < outputs; o++) dot[r][o] = multiply_add(row, weight[o], dot[r][o]);
-      }
-    }
-    add_segment<is_scaled ? Form::kBfloat16 : form>(p, layout, index, segment, dot, own);
-  }
-  UNROLL for (int r = 0; r < rows; r++) {
-    UNROLL for (int o = 0; o < outputs; o++) sum[r][first + o] = own[r][o];
-  }
-}
-
-// Multiplies some rows with a panel.
+// Multiplies some rows with a panel. There is one scale for each output, or the weights were multiplied by theirs.
 template <Form form, int rows>
 TARGET static void multiply_panel(const Operands& p, const Layout& layout, const Rows& x, const Element* panel,
                                   int64_t output, int64_t count) {
+  const Element* of_x = x.x;
+  const Element* const end = of_x + layout.blocks * kBlock<form> * rows;
+  Floats dot[rows][kOutputs] = {};
+  for (; of_x != end; of_x += rows * kElements, panel += kOutputs * kElements) {
+    Words weight[kOutputs];
+    UNROLL for (int o = 0; o < kOutputs; o++) weight[o] = load(panel + o * kElements);
+    UNROLL for (int r = 0; r < rows; r++) {
+      const Words row = load(of_x + r * kElements);
+      UNROLL for (int o = 0; o < kOutputs; o++) dot[r][o] = multiply_add(row, weight[o], dot[r][o]);
+    }
+  }
+  if (form == Form::kBfloat16 || p.scales_first) return store_rows<rows>(p, x, dot, output, count);
   int64_t index[kOutputs];
   UNROLL for (int o = 0; o < kOutputs; o++) index[o] = output + (o < count ? o : count - 1);
-  Floats sum[rows][kOutputs];
-  if (p.scales_first) {
-    Layout whole = layout;
-    whole.segment = layout.blocks;
-    whole.segments = 1;
-    // The blocks are still those of `form`, by which x is copied.
-    add_outputs<form, rows, kOutputs, true>(p, whole, x, panel, index, 0, sum);
-    return store_rows<rows>(p, x, sum, output, count);
-  }
-  if (PAIRS && form != Form::kBfloat16 && layout.segment == 1) {
-    // The scales change with every block: for the sums of all outputs there are not registers enough.
-    add_outputs<form, rows, 2>(p, layout, x, panel, {index[0], index[1]}, 0, sum);
-    add_outputs<form, rows, 2>(p, layout, x, panel, {index[2], index[3]}, 2, sum);
-  } else {
-    add_outputs<form, rows, kOutputs>(p, layout, x, panel, index, 0, sum);
-  }
+  Floats sum[rows][kOutputs] = {};
+  add_segment<form>(p, layout, index, 0, dot, sum);
   if (form == Form::kInt4 && p.zero) subtract_zeros<rows, kOutputs>(p, layout, x, index, sum);
   store_rows<rows>(p, x, sum, output, count);
 }

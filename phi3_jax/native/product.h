@@ -12,11 +12,9 @@ enum class Form { kBfloat16, kInt8, kInt4 };
 // How many weights a 32-bit word holds.
 constexpr int weights_per_word(Form form) { return form == Form::kBfloat16 ? 2 : form == Form::kInt8 ? 4 : 8; }
 
-// With more rows, the weights of a chunk of outputs are unpacked once for all of them.
+// With more rows, the weights of a chunk of outputs are unpacked once for all of them, and those in groups multiplied
+// by their scales: for each row it would take as long as the product.
 constexpr int64_t kFewRows = 16;
-
-// With more rows, groups are multiplied by their scales first: for each row it would take as long as the product.
-constexpr int64_t kExactRows = 64;
 
 // The arrays of a product. Their addresses need no alignment.
 struct Operands {
@@ -29,7 +27,9 @@ struct Operands {
   const uint8_t* scale;   // float32 [out, groups]; null for bfloat16
   const uint8_t* zero;    // float32 [out, groups], or null: 0; int4 only
   uint8_t* y;             // float32 [rows, out]
-  bool scales_first;      // whether the weights are multiplied by their scales, and rounded to the dtype of the product
+  // Whether the weights are multiplied by their scales, and rounded to the dtype of the product. It must be so for more
+  // than a few rows and several groups, and may be for few, if they are part of many.
+  bool scales_first;
 
   bool are_few() const { return rows <= kFewRows && !scales_first; }
   int64_t row_bytes() const { return in * 4 / weights_per_word(form); }  // of the weight

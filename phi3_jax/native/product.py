@@ -15,7 +15,7 @@ MOST_ROWS = 256
 MOST_ROWS_NARROW = 16
 """The same with vectors of 16 bytes, and without Arm's instructions for any weights."""
 
-EXACT_ROWS = 64
+EXACT_ROWS = 16
 """The rows up to which scales of groups are applied to sums of integers."""
 
 

@@ -65,7 +65,7 @@ bool run_part(const Operands& operands, const Variant* variant, int64_t chunk, c
 bool run_product(const Operands& operands, const Variant* variant, int64_t chunk, const XLA_FFI_CallFrame* frame) {
   for (int64_t row = 0; row < operands.rows; row += kMostRows) {
     Operands part = operands;
-    part.scales_first = operands.groups > 1 && operands.rows > kExactRows;
+    part.scales_first = operands.groups > 1 && operands.rows > kFewRows;
     part.rows = operands.rows - row < kMostRows ? operands.rows - row : kMostRows;
     part.x += row * operands.in * (operands.x_is_bfloat16 ? 2 : 4);
     part.y += 4 * row * operands.out;

@@ -44,7 +44,7 @@ bool check(const char* name, Form form, bool x_is_bfloat16, int64_t rows, int64_
                                        packed ? scale.bytes() : nullptr,
                                        has_zero ? zero.bytes() : nullptr,
                                        y.bytes(),
-                                       groups > 1 && draw(2)};
+                                       groups > 1 && (rows > phi3_jax::kFewRows || draw(2))};
   const phi3_jax::Variant* variant = phi3_jax::choose_variant(operands, name);
   if (!variant) return true;
   checks += !std::strcmp(variant->name, name);
