@@ -124,9 +124,7 @@ def test_speed_of_products_counts_the_bytes_of_their_weights(quantization: str |
     speed = ProductSpeed(model, rows=2)
     assert speed._bytes == weights - norms
     assert min(speed.measure()) > 0
-    outputs = _products(model, speed._inputs)
-    assert len(outputs) == 4 * model.config.num_hidden_layers + 1
-    assert outputs[-1].shape == (2, 1, model.config.vocab_size)
+    assert np.isfinite(_products(model, speed._inputs)).all()
 
 
 @pytest.mark.parametrize("lookup", [None, 2])
