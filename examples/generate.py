@@ -3,8 +3,8 @@
 $ python examples/generate.py
 What is the capital of France?
     The capital of France is Paris.
-What is the boiling point of water?
-    The boiling point of water is approximately 100°C (212°F). This is a fundamental
+What is the capital of Italy?
+    The capital of Italy is Rome.
 """
 
 import sys
@@ -33,4 +33,4 @@ def main(questions: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["What is the capital of France?", "What is the boiling point of water?"])
+    main(sys.argv[1:] or ["What is the capital of France?", "What is the capital of Italy?"])
