@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-MOST_CHUNK = 512
-"""Numbers of a chunk; there are fewer chunks than that in a row of a vocabulary."""
+LEAST_CHUNK, MOST_CHUNK = 16, 512
+"""Numbers of a chunk, which divide a row."""
 
 
 def argmax(x: Float[Array, "... N"]) -> Int32[Array, "..."]:
@@ -16,7 +16,7 @@ def argmax(x: Float[Array, "... N"]) -> Int32[Array, "..."]:
     """
     size = x.shape[-1]
     chunk = max((n for n in range(1, MOST_CHUNK + 1) if size % n == 0), default=1)
-    if chunk < 16:
+    if chunk < LEAST_CHUNK:
         return _argmax(x)
     return jax.lax.platform_dependent(x, cpu=lambda x: _by_chunks(x, chunk), default=_argmax)
 
