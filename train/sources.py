@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from phi3_jax.data.rows import BadRowError, BadRows, Row, TextFormat
 from phi3_jax.data.tasks import CausalLM, SequenceClassification, Task, TokenClassification, encode_rows
 from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
+from phi3_jax.storage.fetch import fetch
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 from .labels import BaseHead, ModelLabels, given_labels, match_labels
@@ -271,7 +271,7 @@ def _read(
     paths = [
         path
         for each in ([given] if isinstance(given, str) else given)
-        for path in files_of(Path(each), split=split, file_format=settings.file_format)
+        for path in files_of(fetch(each), split=split, file_format=settings.file_format)
     ]
     # All files are looked for before the first row is read.
     return chain.from_iterable(

@@ -19,6 +19,7 @@ from phi3_jax.batch.summary import BatchSummary
 from phi3_jax.errors import UserError
 from phi3_jax.parallel import distributed
 from phi3_jax.runs.files import remove_leftovers
+from phi3_jax.storage.fetch import input_record
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +63,7 @@ class _Input:
         """Returns values that change when the file does."""
         if self.path == STANDARD:
             return {"input": "-"}
-        stat = self.path.stat()
-        return {
-            "input": str(self.path.resolve()),
-            "input_size": stat.st_size,
-            "input_modified": stat.st_mtime_ns,
-        }
+        return input_record(self.path)
 
     def count(self) -> int | None:
         """Returns the number of lines that are not blank; None: not known before all are read."""

@@ -90,6 +90,9 @@ class ComposedSource:
             int8_activations=parts[0].int8_activations,
         )
 
+    def check_unchanged(self) -> None:
+        self._source.check_unchanged()
+
     def generation_config(self) -> GenerationConfig | None:
         return self._source.generation_config()
 

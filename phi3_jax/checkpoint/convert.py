@@ -12,6 +12,7 @@ from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
 from phi3_jax.config.rope_argument import as_longrope
 from phi3_jax.runs.exchange import exchanging
+from phi3_jax.sources.hub import local_model
 
 
 def convert_checkpoint(
@@ -28,7 +29,7 @@ def convert_checkpoint(
     frequencies. It holds one tensor at a time in memory. The destination appears whole or not at all.
 
     Args:
-        source_path: a directory in Hugging Face's layout or a GGUF file.
+        source_path: a directory in Hugging Face's layout or a GGUF file, or the URL of one.
         destination_dir: another directory; a checkpoint in it is replaced, other files stay.
         dtype: the tensors' new dtype; None keeps each as it is.
         max_shard_size: the largest file, such as "5GB".
@@ -38,7 +39,7 @@ def convert_checkpoint(
         CheckpointError: the source is not a checkpoint, or the destination has no name or cannot be written.
         UserError: the dtype is not one of parameters, or the size cannot be read.
     """
-    source_path = Path(source_path)
+    source_path = local_model(source_path)
     kind = None if dtype is None else parameter_dtype(dtype)
     source, own_config = open_checkpoint(source_path)
     destination = check_destination(source_path, destination_dir)
@@ -47,6 +48,7 @@ def convert_checkpoint(
     extra = {key: value for key, value in config.extra.items() if key != "torch_dtype"}
     with exchanging(destination, config=CONFIG_NAME, replaced=CHECKPOINT_FILES) as work:
         write_tensors(cast(source, kind), work, max_shard_size)
+        source.check_unchanged()
         source.write_companions(work)
         config.replace(extra=extra | {"dtype": str(stored)}).save_pretrained(work)
 

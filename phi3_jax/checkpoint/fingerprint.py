@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from phi3_jax.checkpoint.safetensors import weight_files
 from phi3_jax.config.generation_config import GENERATION_CONFIG_NAME
 from phi3_jax.config.model_config import CONFIG_NAME
+from phi3_jax.storage.objects import LocalFile, RemoteFile
 from phi3_jax.tokenizer import TOKENIZER_FILES
 
 _READ = (CONFIG_NAME, GENERATION_CONFIG_NAME, *TOKENIZER_FILES)
@@ -20,12 +22,17 @@ def fingerprint(path: Path) -> dict[str, str]:
     """Returns a digest of each file that a model's results follow from, by the file's name.
 
     Weights are read whole, since a file may change within its size and time; those in the Hub's cache are
-    named by their digest already.
+    named by their digest already, and those in a store by its version of them.
     """
     files = [path] if path.is_file() else [path / name for name in _READ if (path / name).is_file()]
-    if path.is_dir():
-        files += sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
-    return digests(files)
+    if not path.is_dir():
+        return digests(files)
+    weights = weight_files(path).values()
+    remote = {file.name: file.entry.version for file in weights if isinstance(file, RemoteFile)}
+    local = [file.path for file in weights if isinstance(file, LocalFile)]
+    if not remote:
+        local = sorted(local) or sorted(path.glob("*.gguf"))
+    return digests([*files, *local]) | remote
 
 
 def digests(files: Sequence[Path]) -> dict[str, str]:

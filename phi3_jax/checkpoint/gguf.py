@@ -102,6 +102,9 @@ class GGUFSource:
         parts = [whole[run, columns] for run in rows]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def check_unchanged(self) -> None:
+        """Does nothing: the file is mapped, and a file that takes its name does not change it."""
+
     def config_dict(self) -> dict[str, Any]:
         """Returns the file's hyperparameters as the contents of Hugging Face's config.json."""
         return copy.deepcopy(self._config)

@@ -7,7 +7,7 @@ from phi3_jax.checkpoint.composed import compose
 from phi3_jax.checkpoint.gguf import GGUFDirectory, GGUFSource
 from phi3_jax.checkpoint.quantization_config import quantization_entry, without_quantization
 from phi3_jax.checkpoint.quantized import QuantizedSource
-from phi3_jax.checkpoint.safetensors import SafetensorsSource
+from phi3_jax.checkpoint.safetensors import INDEX, SafetensorsSource, weight_files
 from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource
 from phi3_jax.config.generation_config import GenerationConfig
 from phi3_jax.config.model_config import Phi3Config
@@ -42,7 +42,7 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
     if not path.is_dir():
         problem = "is a file; name its directory, or a .gguf file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {problem}")
-    if (path / ADAPTER_CONFIG).is_file() and not any(path.glob("model*.safetensors*")):
+    if (path / ADAPTER_CONFIG).is_file() and not any(name.startswith("model") for name in weight_files(path)):
         raise CheckpointError(f"{path} holds adapters and no model; give it as the adapter (--adapter)")
     if (path / RUN).is_file() and not (path / "config.json").exists():
         raise CheckpointError(
@@ -70,7 +70,7 @@ def gguf_file(directory: Path) -> Path | None:
     Raises:
         CheckpointError: there are several.
     """
-    if any(directory.glob("*.safetensors*")):
+    if weight_files(directory) or (directory / INDEX).is_file():
         return None
     files = sorted(directory.glob("*.gguf"))
     if len(files) > 1:

@@ -22,6 +22,7 @@ from phi3_jax.config.rope_argument import as_longrope
 from phi3_jax.errors import UserError
 from phi3_jax.quantization import Quantization, StoredWeight, WeightForm, round_weight
 from phi3_jax.runs.exchange import exchanging
+from phi3_jax.sources.hub import local_model
 
 
 class RoundedSource:
@@ -79,7 +80,7 @@ def quantize_checkpoint(
     destination appears whole or not at all.
 
     Args:
-        source_path: a directory in Hugging Face's layout or a GGUF file, with floats.
+        source_path: a directory in Hugging Face's layout or a GGUF file, or the URL of one, with floats.
         destination_dir: another directory; a checkpoint in it is replaced, other files stay.
         quantization: such as "int8", "int4:group_size=32", or a `Quantization`.
         max_shard_size: the largest file, such as "5GB".
@@ -106,8 +107,9 @@ def open_floats(
         CheckpointError: the source is not a checkpoint or is quantized already, or the destination has no
             name or is the source.
     """
-    checkpoint = open_checkpoint(Path(source_path))
-    destination = check_destination(Path(source_path), destination_dir)
+    path = local_model(source_path)
+    checkpoint = open_checkpoint(path)
+    destination = check_destination(path, destination_dir)
     if has_quantized_weights(checkpoint.source):
         raise CheckpointError(
             f"{source_path} is quantized already; quantize the original, or make floats of it first "
@@ -133,5 +135,6 @@ def write_rounded(
     extra |= {"dtype": str(stored), "quantization_config": compressed_config(rounded)}
     with exchanging(destination, config=CONFIG_NAME, replaced=CHECKPOINT_FILES) as work:
         write_tensors(_ReportedSource(tensors, report), work, max_shard_size)
+        source.check_unchanged()
         source.write_companions(work)
         config.replace(extra=extra).save_pretrained(work)

@@ -120,6 +120,9 @@ class QuantizedSource:
         weight = self._weights[name]
         return weight.read([slice(0, weight.shape[0])])
 
+    def check_unchanged(self) -> None:
+        self._source.check_unchanged()
+
     def generation_config(self) -> GenerationConfig | None:
         return self._source.generation_config()
 

@@ -9,10 +9,12 @@ from phi3_jax.checkpoint.companions import CHECKPOINT_FILES, copy_companions, ow
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.opening import open_checkpoint
 from phi3_jax.checkpoint.quantized import QuantizedSource
-from phi3_jax.checkpoint.safetensors import INDEX, SafetensorsSource
+from phi3_jax.checkpoint.safetensors import INDEX, SafetensorsSource, weight_files
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
 from phi3_jax.runs.exchange import exchanging
+from phi3_jax.storage.fetch import download
+from phi3_jax.storage.objects import RemoteFile
 
 
 def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) -> None:
@@ -34,6 +36,9 @@ def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) 
         config = config.replace(extra=config.extra | opened.config_entry)
     with exchanging(destination, config=CONFIG_NAME, replaced=CHECKPOINT_FILES) as work:
         copy_companions(source, work)
+        for file in weight_files(source).values():
+            if isinstance(file, RemoteFile):
+                download(file, work / file.name)
         for pattern in ("*.safetensors", INDEX):
             for path in source.glob(pattern):
                 _link(own_file(path), work / path.name)

@@ -1,12 +1,15 @@
 """Reads and writes safetensors: single files, and shards with an index."""
 
+import fnmatch
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +22,8 @@ from phi3_jax.checkpoint.source import CheckpointError, FloatSource, TensorSourc
 from phi3_jax.errors import UserError
 from phi3_jax.runs.text import read_json
 from phi3_jax.sizes import round_up
+from phi3_jax.storage.fetch import remote_files
+from phi3_jax.storage.objects import LocalFile, RangedFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,6 +31,11 @@ AUTO_GPTQ = "gptq_model-*.safetensors"
 """The name that AutoGPTQ gives its only file."""
 BLOCK = 1 << 23
 """Bytes to read at once where only some columns of the rows are kept."""
+
+HEADER_BLOCK = 1 << 18
+"""Bytes of a remote file to read first; most headers are shorter."""
+MOST_HEADER = 100_000_000
+"""The longest header that the format allows."""
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -48,7 +58,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 class _Stored(NamedTuple):
     """The position of a tensor's bytes in a file, and their meaning."""
 
-    path: Path
+    file: RangedFile
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -74,10 +84,11 @@ class SafetensorsSource(DirectoryFiles, FloatSource):
         self.path = Path(directory)
         self._stored: dict[str, _Stored] = {}
         dtypes = _DTYPES | _QUANTIZED_DTYPES if quantized else _DTYPES
-        for path, expected in self._files():
-            header = _read_header(path)
+        self._ranged_files = self._files()
+        for file, expected in self._ranged_files:
+            header = _read_header(file)
             if expected is not None and (absent := sorted(expected.difference(header))):
-                raise CheckpointError(f"{path} lacks {some(absent)}, which {INDEX} places there")
+                raise CheckpointError(f"{file} lacks {some(absent)}, which {INDEX} places there")
             for name, (offset, dtype, shape) in header.items():
                 if expected is not None and name not in expected:
                     continue
@@ -89,17 +100,21 @@ class SafetensorsSource(DirectoryFiles, FloatSource):
                             "quantization_config that says how: copy the config.json of the same checkpoint"
                         )
                     raise CheckpointError(
-                        f"{path}: {name} has dtype {dtype}; expected one of {', '.join(dtypes)}{advice}"
+                        f"{file}: {name} has dtype {dtype}; expected one of {', '.join(dtypes)}{advice}"
                     )
-                self._stored[name] = _Stored(path, offset, shape, dtypes[dtype])
+                self._stored[name] = _Stored(file, offset, shape, dtypes[dtype])
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
-    def file(self, name: str) -> Path:
-        """Returns the file that has this tensor, or would have it if it were there."""
+    def file(self, name: str) -> str:
+        """Returns the path or URL of the file that has this tensor, or would have it if it were there."""
         stored = self._stored.get(name)
-        return self.path if stored is None else stored.path
+        return str(self.path if stored is None else stored.file)
+
+    def check_unchanged(self) -> None:
+        for file, _ in self._ranged_files:
+            file.check()
 
     def names(self) -> Sequence[str]:
         return list(self._stored)
@@ -115,68 +130,113 @@ class SafetensorsSource(DirectoryFiles, FloatSource):
         return self.read_part(name, [slice(0, height)], slice(0, width)).reshape(self.shape(name))
 
     def read_part(self, name: str, rows: Sequence[slice], columns: slice) -> np.ndarray:
-        # Read, not mapped: the pages of a mapped file would stay in memory beside the copy.
         stored = self._stored[name]
         _, width = stored.matrix
+        size = width * stored.dtype.itemsize
         whole = columns == slice(0, width)
         kept = np.empty(
             (sum(run.stop - run.start for run in rows), columns.stop - columns.start), stored.dtype
         )
-        size = width * stored.dtype.itemsize
+        pieces: list[tuple[int, np.ndarray]] = []  # the offset of rows in the file, and the rows
         at = 0
-        with stored.path.open("rb") as file:
-            for run in rows:
-                file.seek(stored.offset + run.start * size)
-                count = run.stop - run.start
-                step = max(1, count if whole else BLOCK // size)
-                for start in range(0, count, step):
-                    part = kept[at : at + min(step, count - start)]
-                    block = part if whole else np.empty((len(part), width), stored.dtype)
-                    if file.readinto(block.reshape(-1).view(np.uint8).data) != block.nbytes:
-                        raise CheckpointError(f"{stored.path} ends within {name}; fetch it again")
-                    if not whole:
-                        part[:] = block[:, columns]
-                    at += len(part)
+        for run in rows:
+            pieces.append((stored.offset + run.start * size, kept[at : at + run.stop - run.start]))
+            at += run.stop - run.start
+        try:
+            if whole:
+                stored.file.read([(offset, _bytes(part)) for offset, part in pieces])
+            else:
+                self._read_columns(stored, pieces, columns)
+        except EOFError:
+            raise CheckpointError(f"{stored.file} ends within {name}; fetch it again") from None
         return kept
 
-    def _files(self) -> list[tuple[Path, set[str] | None]]:
+    def _read_columns(
+        self, stored: _Stored, pieces: Sequence[tuple[int, np.ndarray]], columns: slice
+    ) -> None:
+        """Reads rows in blocks of which only some columns are kept."""
+        _, width = stored.matrix
+        size = width * stored.dtype.itemsize
+        for offset, part in pieces:
+            step = max(1, BLOCK // size)
+            for start in range(0, len(part), step):
+                kept = part[start : start + step]
+                block = np.empty((len(kept), width), stored.dtype)
+                stored.file.read([(offset + start * size, _bytes(block))])
+                kept[:] = block[:, columns]
+
+    def _files(self) -> list[tuple[RangedFile, set[str] | None]]:
         """Returns the files to read, each with the tensors that an index expects in it."""
+        files = weight_files(self.path)
         index = self.path / INDEX
-        if (self.path / SINGLE).is_file():
-            return [(self.path / SINGLE, None)]
-        if not index.is_file() and len(files := list(self.path.glob(AUTO_GPTQ))) == 1:
-            return [(files[0], None)]
+        if SINGLE in files:
+            return [(files[SINGLE], None)]
+        if not index.is_file() and len(found := fnmatch.filter(files, AUTO_GPTQ)) == 1:
+            return [(files[found[0]], None)]
         if not index.is_file():
-            found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
             raise CheckpointError(
                 f"{self.path} is not a checkpoint: it has neither {SINGLE} nor {INDEX}, "
-                f"only {some(found) if found else 'nothing'}. Pickled weights (.bin, .pth) are not read; "
+                f"only {some(names) if names else 'nothing'}. Pickled weights (.bin, .pth) are not read; "
                 "save them as safetensors with transformers first"
             )
         shards: dict[str, set[str]] = {}
         for tensor, shard in _weight_map(index).items():
             shards.setdefault(shard, set()).add(tensor)
-        if absent := [name for name in sorted(shards) if not (self.path / name).is_file()]:
+        if absent := [name for name in sorted(shards) if name not in files]:
             raise CheckpointError(f"{self.path} lacks {some(absent)}, which {INDEX} names; copy it again")
-        return [(self.path / name, shards[name]) for name in sorted(shards)]
+        return [(files[name], shards[name]) for name in sorted(shards)]
 
 
-def _read_header(path: Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
+def weight_files(directory: Path) -> dict[str, RangedFile]:
+    """Returns a directory's safetensors by name; of one that was fetched those that stayed in its store."""
+    found: dict[str, RangedFile] = {
+        path.name: LocalFile(path) for path in directory.glob("*.safetensors") if path.is_file()
+    }
+    return found | remote_files(directory)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _read_header(file: RangedFile) -> dict[str, tuple[int, str, tuple[int, ...]]]:
     """Returns the offset, the dtype's name and the shape of each tensor in a file."""
     try:
-        with safe_open(path, framework="np") as file:  # checks the header, and the file's size against it
-            names = file.offset_keys()
-            tensors = [file.get_slice(name) for name in names]
+        # The library checks the header, and the file's size against it.
+        with _with_header(file) as path, safe_open(path, framework="np") as opened:
+            names = opened.offset_keys()
+            tensors = [opened.get_slice(name) for name in names]
             headers = [(tensor.get_dtype(), tuple(tensor.get_shape())) for tensor in tensors]
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}; "
-            "fetch it again"
+            f"{file} ({file.size} bytes) is truncated or not a safetensors file: {error}; fetch it again"
         ) from error
     # The library does not tell the offsets. The tensors have no gaps between them and end with the file.
     sizes = [math.prod(shape) * _bits(dtype) // 8 for dtype, shape in headers]
-    offsets = accumulate(sizes, initial=path.stat().st_size - sum(sizes))
+    offsets = accumulate(sizes, initial=file.size - sum(sizes))
     return {name: (start, *header) for name, start, header in zip(names, offsets, headers, strict=False)}
+
+
+@contextmanager
+def _with_header(file: RangedFile) -> Iterator[Path]:
+    """Yields a local file with the header and the size of `file`, and a hole in place of remote tensors."""
+    if isinstance(file, LocalFile):
+        yield file.path
+        return
+    start = bytearray(min(file.size, HEADER_BLOCK))
+    file.read([(0, memoryview(start))])
+    rest = min(file.size, 8 + min(MOST_HEADER, int.from_bytes(start[:8], "little"))) - len(start)
+    if rest > 0:
+        more = bytearray(rest)
+        file.read([(len(start), memoryview(more))])
+        start += more
+    with TemporaryDirectory(prefix="phi3-jax-") as folder:
+        path = Path(folder, file.name)
+        with path.open("wb") as stub:
+            stub.write(start)
+            stub.truncate(file.size)
+        yield path
 
 
 def _bits(dtype: str) -> int:

@@ -96,6 +96,14 @@ class CheckpointSource(QuantizedTensors, Protocol):
         """
         ...
 
+    def check_unchanged(self) -> None:
+        """Checks that no file of tensors changed since the checkpoint was opened.
+
+        Raises:
+            ChangedError: one did, so that tensors that were read may be of different checkpoints.
+        """
+        ...
+
     def generation_config(self) -> GenerationConfig | None:
         """Returns the checkpoint's generation settings, or None if it has none.
 

@@ -38,6 +38,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.lora import ModelPaths, open_model
 from phi3_jax.runs.files import check_outputs
 from phi3_jax.runs.progress import FileProgress
+from phi3_jax.storage.fetch import display_name, input_record
 
 logger = logging.getLogger(__name__)
 
@@ -182,12 +183,9 @@ def _options(
     source: Path, paths: ModelPaths, task: ClassifierTask, mesh: Mesh | None, **settings: Any
 ) -> dict[str, Any]:
     """Returns everything that the output depends on, as JSON values."""
-    status = source.stat()
     return {
-        "input": str(source.resolve()),
-        "input_size": status.st_size,
-        "input_modified": status.st_mtime_ns,
-        "model": str(paths.base.resolve()),
+        **input_record(source),
+        "model": display_name(paths.base),
         "model_files": fingerprint(paths.base),
         **paths.adapter_record,
         "mesh": None if mesh is None else dict(mesh.shape),

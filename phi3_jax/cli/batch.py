@@ -16,6 +16,7 @@ from phi3_jax.lora import ModelPaths
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 from phi3_jax.runs.files import check_outputs
+from phi3_jax.storage.fetch import display_name, fetch
 
 SOME_ERRORS = 3
 """The exit code where every line has an answer and some answers are errors."""
@@ -73,7 +74,8 @@ def batch(
     its share of the lines, and --mesh divides the devices of each.
     """
     where = prepare(mesh, distributed, own_devices=True)
-    if source != "-" and not Path(source).is_file():
+    requests = Path(source) if source == "-" else fetch(source, cache_dir)
+    if source != "-" and not requests.is_file():
         raise FileNotFoundError(f"there is no file {source}")
     generation: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -88,7 +90,7 @@ def batch(
     paths = common.model_paths(model, adapter, cache_dir)
     check_outputs(
         {"--output": None if output == "-" else Path(output), "--stats": stats},
-        {"--input": None if source == "-" else Path(source)} | paths.inputs,
+        {"--input": None if source == "-" else requests} | paths.inputs,
     )
 
     def engine() -> Engine:
@@ -97,7 +99,7 @@ def batch(
 
     summary = batch_file(
         engine,
-        Path(source),
+        requests,
         Path(output),
         # Standard output cannot be resumed, so that the weights need not be read for a fingerprint.
         options={}
@@ -114,7 +116,7 @@ def batch(
 def _model_options(paths: ModelPaths, dtype: str, rope: str | None, quantize: str | None) -> dict[str, Any]:
     """Returns what the answers depend on besides the options of generation."""
     options: dict[str, Any] = {
-        "model": str(paths.base.resolve()),
+        "model": display_name(paths.base),
         "model_files": fingerprint(paths.base),
         "dtype": dtype,
     } | paths.adapter_record

@@ -22,7 +22,7 @@ def bench(
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Use only this many layers of a preset.")] = None,
     prompt: Annotated[
-        Path | None, typer.Option(help="A text file to answer; default: random tokens.", dir_okay=False)
+        Path | None, typer.Option(help="A text file to answer; default: random tokens.", **options.INPUT)
     ] = None,
     prompt_lookup: Annotated[
         int | None,

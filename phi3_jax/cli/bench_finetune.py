@@ -20,7 +20,7 @@ REQUIRED = ("torch", "transformers")
 
 def _bench_finetune(
     config: Annotated[
-        Path | None, Argument(help="A YAML file of settings; default: the settings below.", dir_okay=False)
+        Path | None, Argument(help="A YAML file of settings; default: the settings below.", **options.INPUT)
     ] = None,
     steps: Annotated[int, Option(min=1, help="The steps of a turn; all turns take the same batches.")] = 8,
     rounds: Annotated[int, Option(min=1, help="The turns of each side, in alternation.")] = 3,

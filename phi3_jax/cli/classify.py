@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False)
 def classify(
     source: Annotated[
         Path,
-        Option("--input", help="A CSV, TSV, JSONL, Parquet or CoNLL file, by its suffix.", dir_okay=False),
+        Option("--input", help="A CSV, TSV, JSONL, Parquet or CoNLL file, by its suffix.", **options.INPUT),
     ],
     output: Annotated[
         Path, Option(help="A .csv, .tsv or .jsonl file, or .conll for tags of words.", dir_okay=False)

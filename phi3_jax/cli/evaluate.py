@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def evaluate(
     text: Annotated[
-        Path, Argument(help="A text file, or a .jsonl file with one text a line.", dir_okay=False)
+        Path, Argument(help="A text file, or a .jsonl file with one text a line.", **options.INPUT)
     ],
     model: options.Model = None,
     adapter: options.Adapter = None,

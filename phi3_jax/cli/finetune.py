@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False)
 def _finetune(
     config: Annotated[
         Path | None,
-        typer.Argument(help="A YAML file of settings; default: the settings below.", dir_okay=False),
+        typer.Argument(help="A YAML file of settings; default: the settings below.", **options.INPUT),
     ] = None,
     mesh: options.Mesh = None,
     distributed: options.Distributed = False,

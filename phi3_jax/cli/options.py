@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 from typer import BadParameter, Option
 
 from phi3_jax.errors import UserError
+from phi3_jax.storage.fetch import fetch
 
 Model = Annotated[
     str | None,
-    Option(help="A directory, a .gguf file or a hub name; default: SmolLM2-135M-Instruct, fetched once."),
+    Option(
+        help="A directory, a .gguf file, a hub name or a URL (gs://, s3://); default: SmolLM2-135M-Instruct, "
+        "fetched once."
+    ),
 ]
 Adapter = Annotated[
     str | None,
@@ -22,8 +27,9 @@ CacheDir = Annotated[
     Path | None,
     Option(
         envvar="PHI3_JAX_CACHE",
-        help="A directory for the default model and compiled programs.",
+        help="A directory for the default model, compiled programs and copies of remote files.",
         file_okay=False,
+        is_eager=True,
     ),
 ]
 Mesh = Annotated[
@@ -83,6 +89,23 @@ RepetitionPenalty = Annotated[
 PromptLookup = Annotated[
     int | None, Option(min=1, help="Draft this many tokens from earlier text; the answer stays the same.")
 ]
+
+
+def input_file(text: str) -> Path:
+    """Parses the name of a file to read; that of a URL is fetched."""
+    # --cache-dir is parsed first.
+    context = click.get_current_context(silent=True)
+    try:
+        path = fetch(text, None if context is None else context.params.get("cache_dir"))
+    except (UserError, FileNotFoundError) as error:
+        raise BadParameter(str(error)) from error
+    if path.is_dir():
+        raise BadParameter(f"File {text!r} is a directory.")
+    return path
+
+
+INPUT: dict[str, Any] = {"parser": input_file, "metavar": "FILE"}
+"""What options of files to read have in common."""
 
 
 def directory(text: str) -> Path:

@@ -14,6 +14,7 @@ from phi3_jax.plan import Work, render, to_dict
 from phi3_jax.plan import plan as make_plan
 from phi3_jax.plan.absent import keep_to_the_compiler
 from phi3_jax.runs.files import check_outputs, write_text
+from phi3_jax.storage.urls import is_url
 
 app = typer.Typer(add_completion=False)
 
@@ -91,7 +92,7 @@ def plan(
 
 
 def model_config(model: str) -> Phi3Config:
-    """Returns the config of a preset or of a local checkpoint."""
-    if Path(model).exists():
+    """Returns the config of a preset or of a checkpoint."""
+    if Path(model).exists() or is_url(model):
         return Phi3Config.from_pretrained(model)
     return Phi3Config.preset(model)

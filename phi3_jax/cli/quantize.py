@@ -40,7 +40,7 @@ def quantize(
         typer.Option(
             help="A text for which layers keep their outputs (GPTQ): 4 bits that keep more of the answers, "
             "in minutes to hours.",
-            dir_okay=False,
+            **options.INPUT,
         ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="The most windows of the text.")] = 128,

@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def compare(
     text: Annotated[
-        Path, Option(help="A text file with at least as many tokens as the longest length.", dir_okay=False)
+        Path, Option(help="A text file with at least as many tokens as the longest length.", **options.INPUT)
     ],
     lengths: Annotated[str, Option(help="Context lengths in tokens, such as 2048,4096,8192.")],
     output: Annotated[

@@ -43,7 +43,7 @@ def passkey(
     ] = False,
     text: Annotated[
         Path | None,
-        Option(help="A file whose lines are the filler; default: built-in lines.", dir_okay=False),
+        Option(help="A file whose lines are the filler; default: built-in lines.", **options.INPUT),
     ] = None,
     seed: Annotated[int, Option(min=0, help="The seed of keys and filler.")] = 0,
     batch_size: Annotated[

@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def search(
     text: Annotated[
-        Path, Option(help="The text for measuring perplexity; not the text of later tests.", dir_okay=False)
+        Path, Option(help="The text for measuring perplexity; not the text of later tests.", **options.INPUT)
     ],
     length: Annotated[int, Option(min=2, help="The context length in tokens to search for.")],
     output: Annotated[

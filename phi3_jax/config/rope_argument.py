@@ -15,6 +15,7 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.errors import UserError
 from phi3_jax.runs.text import read_json
+from phi3_jax.storage.fetch import fetch
 
 EXAMPLE = "none, linear:factor=4, dynamic:factor=4, yarn:factor=4, longrope:@factors.json or @rope.json"
 
@@ -174,7 +175,7 @@ def _parse(text: str) -> RopeArgument:
     entry: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = part.partition("=")
-        given = _read(Path(part[1:]).expanduser()) if part.startswith("@") else {key: _value(value)}
+        given = _read(fetch(part[1:]).expanduser()) if part.startswith("@") else {key: _value(value)}
         if not (equals or part.startswith("@")):
             raise UserError(f"{part!r} is neither key=value nor @FILE")
         if twice := sorted(entry.keys() & given.keys()):

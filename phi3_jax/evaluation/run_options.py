@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import check_outputs
+from phi3_jax.storage.fetch import display_name
 
 STATE = "state.json"
 """The file of results so far, by which a run resumes."""
@@ -35,7 +36,7 @@ def check_output(output: Path, names: Iterable[str], *, model: Path, text: Path 
 def model_options(model: Path, dtype: Any, mesh: Mesh | None) -> dict[str, Any]:
     """Returns what identifies a model and its computations, for JSON."""
     return {
-        "model": str(model.resolve()),
+        "model": display_name(model),
         "model_files": fingerprint(model),
         "dtype": str(dtype),
         "mesh": None if mesh is None else dict(mesh.shape),

@@ -33,6 +33,7 @@ from phi3_jax.model.quantizing import has_quantized_weights
 from phi3_jax.quantization import FLOATS, Quantization, StoredWeight, WeightForm
 from phi3_jax.runs.exchange import restore
 from phi3_jax.sources.hub import resolve, resolve_adapter
+from phi3_jax.storage.fetch import display_name
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 Model = TypeVar("Model", bound=Phi3PreTrainedModel)
@@ -61,7 +62,7 @@ class ModelPaths(NamedTuple):
             return {}
         files = [self.adapter / name for name in (CONFIG, WEIGHTS, CONFIG_NAME)]
         found = [file for file in files if file.is_file()]
-        return {"adapter": str(self.adapter.resolve()), "adapter_files": digests(found)}
+        return {"adapter": display_name(self.adapter), "adapter_files": digests(found)}
 
 
 def find_model(
@@ -201,6 +202,9 @@ class _AdaptedSource:
     def read_quantized(self, name: str) -> StoredWeight:
         source, stored = self._stored(name)
         return source.read_quantized(stored)
+
+    def check_unchanged(self) -> None:
+        self.base.check_unchanged()
 
     def generation_config(self) -> GenerationConfig | None:
         return self.base.generation_config()

@@ -24,12 +24,13 @@ from phi3_jax.model.abstract import with_shardings
 from phi3_jax.model.layers import Linear
 from phi3_jax.model.saving import ParameterSource, write_in_one
 from phi3_jax.runs.exchange import exchanging, restore
-from phi3_jax.sources.hub import ADAPTER_CONFIG, resolve_adapter
+from phi3_jax.sources.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_adapter
+from phi3_jax.storage.objects import LocalFile, RangedFile
 
 Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 
 CONFIG = ADAPTER_CONFIG
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ADAPTER_WEIGHTS
 _WEIGHTS = re.compile(r"adapter_model\..*")
 PREFIX = "base_model.model."
 """PEFT adds this to the names of the model that it wraps."""
@@ -44,13 +45,13 @@ HEAD = "score"
 class AdapterSource(SafetensorsSource):
     """The tensors of a directory of adapters."""
 
-    def _files(self) -> list[tuple[Path, set[str] | None]]:
+    def _files(self) -> list[tuple[RangedFile, set[str] | None]]:
         if not (self.path / WEIGHTS).is_file():
             raise CheckpointError(
                 f"{self.path} has no {WEIGHTS}. Pickled adapters (.bin) are not supported; save them as "
                 "safetensors with PEFT first"
             )
-        return [(self.path / WEIGHTS, None)]
+        return [(LocalFile(self.path / WEIGHTS), None)]
 
 
 def save_adapters(

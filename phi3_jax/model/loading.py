@@ -128,6 +128,7 @@ def load_model(
             values[name] = put_parameter(
                 source, file_name, layout, leaf.shape, parameters_dtype, leaf.sharding
             )
+    source.check_unchanged()
     graph, abstract = nnx.split(shapes)
     leaves = [
         (keys, leaf.replace(values[".".join(map(str, keys))])) for keys, leaf in nnx.to_flat_state(abstract)

@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import jax
-
 CACHE_VARIABLE = "PHI3_JAX_CACHE"
 
 
@@ -20,6 +18,8 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 def keep_compiled_programs(cache_dir: str | os.PathLike[str] | None) -> None:
     """Keeps compiled programs between runs, unless the user has set JAX's own cache directory."""
+    import jax  # tokenizers and files need no JAX
+
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # set at run time
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from phi3_jax.errors import CheckpointError
+from phi3_jax.storage.fetch import fetch, fetch_folder, matches
+from phi3_jax.storage.urls import is_url, local_part
 
 # Weights only as safetensors: the pickled formats run code when they are opened.
 WANTED_FILES = ("*.json", "*.safetensors", "*tokenizer.model", "*.jinja", "*chat_template*.txt")
@@ -20,9 +22,11 @@ TOKENIZER_FILES = (
 ADAPTER_CONFIG = "adapter_config.json"
 """The file by which PEFT recognises a directory of adapters."""
 
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "config.json")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "config.json")
 """Files of an adapter on the Hub; a config.json says which labels and rope a model has with the adapter."""
 
+HUB_URL = "hf://"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKEN = "pass a token that may read it (HF_TOKEN, or `hf auth login`)"
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pth")
@@ -46,6 +50,9 @@ def resolve(
         CheckpointError: there is no such model, or it cannot be fetched.
     """
     name = os.fspath(name_or_path)
+    if is_url(name) and not name.startswith(HUB_URL):
+        return _fetch_model(name, tokenizer_only)
+    name, revision = _without_protocol(name, revision)
     path = Path(name).expanduser()
     if name and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
@@ -75,6 +82,41 @@ def resolve(
     return folder
 
 
+def _without_protocol(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Returns the name and the revision of hf://org/name@revision."""
+    if not name.startswith(HUB_URL):
+        return name, revision
+    repository, _, named = name.removeprefix(HUB_URL).strip("/").partition("@")
+    return repository, revision or named or None
+
+
+def local_model(name_or_path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a model: of one in a store the local directory or .gguf file, else as it is.
+
+    Raises:
+        CheckpointError, StorageError: the URL names no model, or it cannot be fetched.
+    """
+    name = os.fspath(name_or_path)
+    return _fetch_model(name) if is_url(name) else Path(name)
+
+
+def _fetch_model(url: str, tokenizer_only: bool = False) -> Path:
+    """Returns the local directory or .gguf file of a model in a store; safetensors stay in the store."""
+    if url.endswith(".gguf") or local_part(url) is not None:
+        return fetch(url)
+    files = TOKENIZER_FILES if tokenizer_only else (*WANTED_FILES, ADAPTER_WEIGHTS, "*.gguf")
+    try:
+        return fetch_folder(
+            url,
+            wanted=matches(files),
+            remote=lambda name: name.endswith(".safetensors") and name != ADAPTER_WEIGHTS,
+        )
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{url} does not exist; give the URL of a model's directory, or of a .gguf file"
+        ) from None
+
+
 def find_file(
     name_or_path: str | os.PathLike[str],
     file: str,
@@ -91,7 +133,14 @@ def find_file(
     Raises:
         CheckpointError: there is no such repository or file on the Hub, or it cannot be fetched.
     """
-    name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+    name = os.fspath(name_or_path)
+    if is_url(name) and not name.startswith(HUB_URL):
+        if (local := local_part(name)) is not None:
+            name = local
+        else:
+            return fetch(name if name.endswith(_FILE_SUFFIXES) else f"{name.rstrip('/')}/{file}")
+    name, revision = _without_protocol(name, revision)
+    path = Path(name).expanduser()
     if path.exists() or not isinstance(name_or_path, str) or not is_hub_name(name):
         return path / file if path.is_dir() else path
     folder = _fetch(
@@ -114,6 +163,9 @@ def resolve_adapter(name_or_path: str | os.PathLike[str]) -> Path:
         CheckpointError: there is no such directory or repository, or it cannot be fetched.
     """
     name = os.fspath(name_or_path)
+    if is_url(name) and not name.startswith(HUB_URL):
+        return _fetch_model(name)
+    name, revision = _without_protocol(name, None)
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
@@ -123,7 +175,7 @@ def resolve_adapter(name_or_path: str | os.PathLike[str]) -> Path:
             f"the adapter {name!r} {problem}; give a directory that PEFT wrote, or an adapter on the Hub as "
             "owner/name"
         )
-    return _fetch(name, ADAPTER_FILES, revision=None, local_files_only=False)
+    return _fetch(name, ADAPTER_FILES, revision=revision, local_files_only=False)
 
 
 def is_hub_name(name: str) -> bool:

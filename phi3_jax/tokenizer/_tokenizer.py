@@ -15,6 +15,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.runs.arguments import refuse
 from phi3_jax.runs.text import lone_surrogate
 from phi3_jax.sources.hub import is_hub_name, resolve
+from phi3_jax.storage.urls import is_url
 
 from . import _batching as batching
 from . import _chat, _files
@@ -100,7 +101,8 @@ class Phi3Tokenizer(Vocabulary):
         refuse("from_pretrained", more, LOAD, (*_LOAD_ARGUMENTS, *_files.NAMED_TOKENS))
         path = Path(pretrained_model_name_or_path).expanduser()
         name = os.fspath(pretrained_model_name_or_path)
-        if not path.exists() and isinstance(pretrained_model_name_or_path, str) and is_hub_name(name):
+        is_text = isinstance(pretrained_model_name_or_path, str)
+        if is_url(name) or (not path.exists() and is_text and is_hub_name(name)):
             hub: Any = {"revision": revision, "token": token, "cache_dir": cache_dir}
             path = resolve(name, local_files_only=local_files_only, tokenizer_only=True, **hub)
         is_gguf = path.suffix == ".gguf" and path.is_file()

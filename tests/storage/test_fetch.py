@@ -1,0 +1,166 @@
+"""Remote files and folders are copied once, and again when they change."""
+
+from pathlib import Path
+
+import pytest
+from stores import Store
+
+from phi3_jax.storage import objects
+from phi3_jax.storage.fetch import cached_path, display_name, fetch, fetch_all, fetch_folder, remote_files
+from phi3_jax.storage.objects import LocalFile, RemoteFile
+from phi3_jax.storage.urls import ChangedError, StorageError, find_entry, is_url, list_entries
+
+
+def test_copies_a_file_once(store: Store) -> None:
+    url = store.put("data/train.csv", b"text,label\n")
+    path = fetch(url)
+    assert path == cached_path(url)
+    assert path.read_bytes() == b"text,label\n"
+    state = path.stat()
+    assert fetch(url).stat().st_ino == state.st_ino
+    assert display_name(path) == url
+    assert fetch(store.put("data/empty.csv", b"")).read_bytes() == b""
+
+
+def test_copies_a_changed_file_again(store: Store) -> None:
+    url = store.put("a.txt", b"before")
+    assert fetch(url).read_bytes() == b"before"
+    store.put("a.txt", b"behind")
+    assert fetch(url).read_bytes() == b"behind"
+
+
+def test_copies_again_what_a_killed_process_left(memory: Store) -> None:
+    url = memory.put("a.txt", b"text")
+    path = fetch(url)
+    next(path.parent.glob(".a.txt*")).write_text("{")
+    path.write_bytes(b"te")
+    assert fetch(url).read_bytes() == b"text"
+
+
+def test_reads_large_files_in_many_requests(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "CHUNK", 1000)
+    content = bytes(range(256)) * 40 + b"end"
+    path = fetch(store.put("large.bin", content))
+    assert path.read_bytes() == content
+
+
+def test_copies_the_files_of_a_folder(store: Store) -> None:
+    for name in ("part-1.csv", "part-2.csv", "notes.md", "weights.bin", "inner/part-3.csv"):
+        store.put(f"data/{name}", name.encode())
+    url = f"{store.url}/data/"
+    folder = fetch_folder(
+        url, wanted=lambda name: name != "notes.md", remote=lambda name: name == "weights.bin"
+    )
+    assert sorted(path.name for path in folder.glob("[!.]*")) == ["part-1.csv", "part-2.csv"]
+    store.remove("data/part-2.csv")
+    store.put("data/part-1.csv", b"new")
+    (file,) = remote_files(fetch_folder(url, remote=lambda name: name == "weights.bin")).values()
+    assert sorted(path.name for path in folder.glob("[!.]*")) == ["notes.md", "part-1.csv"]
+    assert (folder / "part-1.csv").read_bytes() == b"new"
+    memory = bytearray(3)
+    file.read([(2, memoryview(memory))])
+    assert memory == b"igh"
+    assert str(file) == f"{store.url}/data/weights.bin"
+    assert fetch(f"{store.url}/data") == folder
+
+
+def test_a_pattern_names_many_files(store: Store) -> None:
+    for name in ("part-2.gz", "part-1.gz", "other.gz"):
+        store.put(f"in/{name}", name.encode())
+    assert [path.name for path in fetch_all(f"{store.url}/in/part-*.gz")] == ["part-1.gz", "part-2.gz"]
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*/in/none-\*"):
+        fetch_all(f"{store.url}/in/none-*")
+
+
+def test_a_pattern_names_many_local_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c[1].txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in fetch_all(f"{tmp_path}/[ab].txt")] == ["a.txt", "b.txt"]
+    assert fetch_all(f"{tmp_path}/c[1].txt") == [tmp_path / "c[1].txt"]
+    assert fetch_all(f"file://{tmp_path}/a.txt") == [tmp_path / "a.txt"]
+    assert fetch_all(str(tmp_path / "absent.txt")) == [tmp_path / "absent.txt"]
+
+
+def test_says_what_does_not_exist(store: Store) -> None:
+    store.put("data/train.csv", b"x")
+    with pytest.raises(FileNotFoundError, match=f"there is nothing at {store.url}/none"):
+        fetch(f"{store.url}/none")
+    assert find_entry(f"{store.url}/data") is None
+    assert list_entries(f"{store.url}/data/train.csv") == []
+
+
+def test_rejects_urls_that_nothing_opens() -> None:
+    with pytest.raises(StorageError, match="no library opens odd:// URLs; use gs://, s3:// or a path"):
+        fetch("odd://bucket/file")
+    with pytest.raises(StorageError, match="memory:// names no file; write memory://BUCKET/PATH"):
+        fetch("memory://")
+
+
+def test_names_the_extra_of_an_absent_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(protocol: str, **_: object) -> None:
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr("fsspec.filesystem", absent)
+    with pytest.raises(StorageError, match=r"gs:// URLs need another library: pip install 'phi3-jax\[gcs\]'"):
+        fetch("gs://bucket/file")
+
+
+def test_paths_are_not_urls(tmp_path: Path) -> None:
+    assert not any(map(is_url, ("gs:/bucket", "/tmp/a", "C:\\a", "org/name", "", "://a", Path("gs://a"))))
+    assert all(map(is_url, ("gs://bucket", "S3://a/b", "hf://org/name")))
+    assert fetch("plain/path") == Path("plain/path")
+    assert display_name(tmp_path) == str(tmp_path)
+
+
+def test_fetches_again_what_changes_meanwhile(memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = memory.put("a.bin", b"before")
+    read = RemoteFile.read
+    changes = iter([b"after!", b"longer than before"])
+
+    def change(file: RemoteFile, pieces: list[tuple[int, memoryview]]) -> None:
+        read(file, pieces)
+        if (content := next(changes, None)) is not None:
+            memory.put("a.bin", content)
+
+    monkeypatch.setattr(RemoteFile, "read", change)
+    assert fetch(url).read_bytes() == b"longer than before"
+
+
+def test_gives_up_on_what_always_changes(memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = memory.put("a.bin", b"0")
+    read = RemoteFile.read
+
+    def change(file: RemoteFile, pieces: list[tuple[int, memoryview]]) -> None:
+        read(file, pieces)
+        memory.put("a.bin", b"1")
+
+    monkeypatch.setattr(RemoteFile, "read", change)
+    with pytest.raises(ChangedError, match=r"a\.bin changed while it was read; start again when nothing"):
+        fetch(url)
+    assert not cached_path(url).exists()
+
+
+def test_says_that_a_file_was_removed_or_cut(memory: Store) -> None:
+    url = memory.put("a.bin", b"0123456789")
+    entry = find_entry(url)
+    assert entry is not None
+    buffer = memoryview(bytearray(8))
+    memory.put("a.bin", b"0123")
+    with pytest.raises(ChangedError, match="changed while it was read"):
+        RemoteFile(entry).read([(0, buffer)])
+    memory.remove("a.bin")
+    with pytest.raises(ChangedError, match="was removed while it was read"):
+        RemoteFile(entry).read([(0, buffer)])
+
+
+def test_a_local_file_that_changes(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"0123")
+    file = LocalFile(path)
+    file.check()
+    path.write_bytes(b"01234")
+    with pytest.raises(ChangedError, match="changed while it was read"):
+        file.check()
+    path.unlink()
+    with pytest.raises(ChangedError):
+        file.check()
