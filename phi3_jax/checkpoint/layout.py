@@ -62,6 +62,10 @@ class TensorLayout:
             )
         return _runs(rows.reshape(-1)), adjacent[0]
 
+    def row_runs(self, shape: tuple[int, ...], numbers: Sequence[int]) -> list[slice]:
+        """Returns the runs of stored rows that hold the parameter's rows of these numbers, in their order."""
+        return _runs(self.rows(shape[: self.row_axes]).reshape(-1)[list(numbers)])
+
     def to_checkpoint(self, parameter: np.ndarray) -> np.ndarray:
         """Returns the whole parameter as it is stored."""
         stored = parameter.reshape(self.checkpoint_shape(parameter.shape))

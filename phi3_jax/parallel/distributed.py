@@ -127,7 +127,7 @@ def from_primary_on(mesh: Mesh | None, work: Callable[[], T]) -> T:
 def run_everywhere(work: Callable[[], T]) -> T:
     """Runs `work` in every process; returns this one's result, or raises the first error in all.
 
-    `work` must not wait for other processes itself.
+    `work` may call this itself, but not wait for other processes in other ways.
     """
     if process_count() == 1:
         return work()
@@ -135,6 +135,8 @@ def run_everywhere(work: Callable[[], T]) -> T:
     try:
         result = work()
     except BaseException as error:
+        if getattr(error, "everywhere", False):
+            raise
         own = error
     flags = np.zeros(process_count(), np.uint8)
     flags[process_index()] = own is not None
@@ -143,8 +145,10 @@ def run_everywhere(work: Callable[[], T]) -> T:
         return result
     theirs = broadcast(own and portable(own), source=int(failed[0]))
     if own is not None:
+        own.everywhere = True  # type: ignore[attr-defined]
         raise own
     theirs.of_process = int(failed[0])
+    theirs.everywhere = True
     raise theirs
 
 
