@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from phi3_jax.costs import shapes
 from phi3_jax.costs.flops import Flops, step_flops
 from phi3_jax.costs.work import Work
+from phi3_jax.model.kernels.dispatch import LEAST_QUERIES
+from phi3_jax.model.remat import ATTENDED, KEPT
 from phi3_jax.plan.collectives import traffic
 from phi3_jax.quantization import Quantization
-from phi3_jax.sizes import ceil_div
+from phi3_jax.sizes import ceil_div, round_up
 
 _ID_ARRAYS = {"finetune": 3, "prefill": 2, "decode": 1}
 """The number of arrays in a batch: ids, mask, labels."""
@@ -156,6 +158,21 @@ def _layer_width(chip: _Share) -> float:
     return 4 * config.hidden_size + divided / tensor
 
 
+def _kept_bytes(chip: _Share) -> float:
+    """Returns the bytes that one layer keeps of a token for the backward pass."""
+    work, config, tensor = chip.work, chip.work.config, chip.axis("tensor")
+    kept = KEPT[work.remat]
+    outputs = {p.name: p.outputs for p in shapes.layer_projections(config)}
+    values = config.hidden_size + sum(
+        outputs[name] / (1 if name == "o_proj" else tensor) for name in kept if name in outputs
+    )
+    attended = 0.0
+    if ATTENDED in kept:  # the output, which a TPU pads, and a float32 number a head
+        width = round_up(config.head_dim, 128)
+        attended = config.num_attention_heads / tensor * (width * work.item_bytes + 4)
+    return values * work.item_bytes + attended
+
+
 def _temporary_bytes(chip: _Share) -> int:
     """Estimates the temporaries.
 
@@ -170,10 +187,21 @@ def _temporary_bytes(chip: _Share) -> int:
     gathered = 2 * chip.used_weight_bytes / config.num_hidden_layers if chip.axis("fsdp") > 1 else 0
     if work.task != "finetune":
         return round(layer + chip.rows * vocab * 4 + gathered)
-    share = {"full": chip.tokens * config.hidden_size * item, "dots": layer / 2, "none": layer}[work.remat]
+    share = layer if work.remat == "none" else chip.tokens * _kept_bytes(chip)
     logits = 2 * chip.tokens * vocab * 4
+    scores = score_bytes(work, chip.mesh) if work.seq < LEAST_QUERIES else 0
     trained = chip.trained * (item + work.optimizer_item_bytes)
-    return round(config.num_hidden_layers * share + 2 * layer + logits + trained + gathered)
+    return round(config.num_hidden_layers * share + 2 * layer + scores + logits + trained + gathered)
+
+
+def score_bytes(work: Work, mesh: Mapping[str, int]) -> int:
+    """Returns one layer's scores, probabilities and their gradients, in XLA's attention.
+
+    Such attention serves short rows, and what the kernels of the platform cannot do.
+    """
+    chip = _Share(work, mesh)
+    pairs = ceil_div(work.seq, chip.axis("context")) * work.seq
+    return 4 * 4 * chip.rows * ceil_div(work.config.num_attention_heads, chip.axis("tensor")) * pairs
 
 
 def _hbm_traffic(chip: _Share) -> float:
@@ -187,7 +215,7 @@ def _hbm_traffic(chip: _Share) -> float:
     work, config, item = chip.work, chip.work.config, chip.work.item_bytes
     passes = 1
     if work.task == "finetune":
-        passes = {"full": 3, "dots": 2, "none": 2}[work.remat]
+        passes = 3 if work.remat == "full" else 2
     gathered = 2 if chip.axis("fsdp") > 1 else 1
     weights = passes * gathered * chip.used_weight_bytes
     activations = passes * 2 * chip.tokens * _layer_width(chip) * config.num_hidden_layers * item
