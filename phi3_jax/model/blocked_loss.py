@@ -96,9 +96,9 @@ def blocked_cross_entropy_sum(
 def _forward(head: BlockedHead, x: Any, weight: Any, labels: Any) -> tuple[Array, Any]:
     """Computes the loss and the gradients of those arguments that are differentiated."""
     perturbed = x.perturbed, any(leaf.perturbed for leaf in _primals(weight))
-    arguments = jax.tree.map(lambda leaf: leaf.value, (x, weight, labels), is_leaf=_is_primal)
-    sums = _sums(head, *arguments, perturbed)
-    like = jnp.zeros((0,), arguments[1].dtype) if perturbed[1] else None
+    x, weight, labels = jax.tree.map(lambda leaf: leaf.value, (x, weight, labels), is_leaf=_is_primal)
+    sums = _sums(head, x, weight, labels, perturbed)
+    like = jnp.zeros((0,), weight.dtype) if perturbed[1] else None
     return sums.loss, (sums.x, sums.weight, like)
 
 
@@ -132,12 +132,12 @@ def _sums(head: BlockedHead, x: Array, weight: Any, labels: Array, wanted: tuple
     weights = jax.tree.map(
         lambda axes: spec(*gathered_axes(axes)), axes, is_leaf=lambda node: isinstance(node, tuple)
     )
-    sums: Any = _Sums(spec(), positions if wanted[0] else None, spec(*head.axes) if wanted[1] else None)
+    sums: Any = spec(), positions if wanted[0] else None, spec(*head.axes) if wanted[1] else None
     return jax.shard_map(
         local,
         mesh=head.mesh,
         in_specs=(positions, weights, spec("batch", "length")),
-        out_specs=sums,
+        out_specs=_Sums(*sums),
         check_vma=False,  # sums over blocks start as zeros, which are the same on all devices
     )(x, weight, labels)
 
@@ -154,8 +154,7 @@ def _local_sums(head: BlockedHead, wanted: tuple[bool, bool], x: Array, weight: 
 
     def add(total: _Sums, item: tuple[Array, Array]) -> tuple[_Sums, Array | None]:
         own = _block_sums(head, wanted, item[0], weight, item[1])
-        of_weight = None if total.weight is None else total.weight + own.weight
-        return _Sums(total.loss + own.loss, None, of_weight), own.x
+        return _Sums(total.loss + own.loss, None, jax.tree.map(jnp.add, total.weight, own.weight)), own.x
 
     zeros = jnp.zeros((vocabulary, size), jnp.float32) if wanted[1] else None
     (loss, _, of_weight), of_x = jax.lax.scan(
