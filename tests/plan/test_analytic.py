@@ -177,6 +177,30 @@ def test_decode_reads_weights_and_the_visible_cache(small: Phi3Config) -> None:
 
 
 @pytest.mark.parametrize(
+    ("lora", "mesh", "expected"),
+    [
+        # 1,024 positions of 200,064 / 2 tokens have logits, 512 with a frozen head.
+        (None, {"tensor": 2}, 200_064 // 2 * (1_024 * 4 + 3_072 * 4)),
+        (16, {"tensor": 2}, 200_064 // 2 * 512 * 4),
+        (None, {"fsdp": 8}, 200_064 * (1_024 * 4 + 3_072 * (4 + 2))),
+        (16, {"fsdp": 8}, 200_064 * (512 * 4 + 3_072 * 2)),
+    ],
+)
+def test_temporaries_of_a_loss_in_blocks_match_counts_by_hand(
+    lora: int | None, mesh: dict[str, int], expected: int
+) -> None:
+    """A chip has 8,192 positions, the logits of some, the gathered weight and its float32 gradient."""
+    large = Phi3Config.preset("phi-4-mini-instruct")
+    work = Work(large, "finetune", 2 * mesh.get("fsdp", 1), 4096, lora=lora)
+    small = replace(work, config=large.replace(vocab_size=2, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+    loss = analyse(work, mesh).temporary_bytes - analyse(small, mesh).temporary_bytes
+    rows = (200_064 - 2) * 3_072 // mesh.get("fsdp", 1) // mesh.get("tensor", 1)
+    trained = 0 if lora else rows * (2 + 4)
+    gathered = 2 * 2 * (200_064 - 2) * 3_072 / 32 if "fsdp" in mesh else 0
+    assert loss == pytest.approx(expected + trained + gathered, rel=1e-3)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"task": "train"}, "finetune, prefill, decode"),
