@@ -207,7 +207,7 @@ def _temporary_bytes(chip: _Share) -> int:
 
     finetune: each layer's input (remat "full"), all its activations ("none") or about half of them ("dots");
     one layer's activations forward and backward; the loss; the trained parameters in the dtype of the
-    computation, and their gradients. Other tasks: one layer's activations and the logits.
+    computation, and their gradients; the floats of the largest quantized weight, twice. Other tasks: one layer's activations and the logits.
     fsdp adds the gathered weights of two layers: one in use, the next on its way.
     """
     work, config, item = chip.work, chip.work.config, chip.work.item_bytes
@@ -218,8 +218,17 @@ def _temporary_bytes(chip: _Share) -> int:
     share = layer if work.remat == "none" else chip.tokens * _kept_bytes(chip)
     scores = score_bytes(work, chip.mesh) if work.seq < LEAST_QUERIES else 0
     trained = chip.trained * (item + work.optimizer_item_bytes)
+    floats = 0.0
+    if work.quantization is not None:
+        floats = 2 * item * max(p.inputs * p.outputs for p in shapes.layer_projections(config))
     return round(
-        config.num_hidden_layers * share + 2 * layer + scores + _loss_bytes(chip) + trained + gathered
+        config.num_hidden_layers * share
+        + 2 * layer
+        + scores
+        + _loss_bytes(chip)
+        + trained
+        + gathered
+        + floats / chip.axis("tensor")
     )
 
 
