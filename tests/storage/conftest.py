@@ -30,13 +30,17 @@ def stores() -> Iterator[Callable[[str], Store]]:
         yield find
 
 
-@pytest.fixture(params=KINDS)
+SERVERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]]
+"""Kinds of stores whose libraries and servers take seconds to start."""
+
+
+@pytest.fixture(params=[KINDS[0], *SERVERS])
 def store(request: pytest.FixtureRequest, stores: Callable[[str], Store]) -> Store:
     """An empty folder of each kind of store."""
     return stores(request.param)
 
 
-@pytest.fixture(params=KINDS[1:])
+@pytest.fixture(params=SERVERS)
 def server(request: pytest.FixtureRequest, stores: Callable[[str], Store]) -> Store:
     """An empty folder of each kind of store that has a server."""
     return stores(request.param)

@@ -1,5 +1,6 @@
 """Commands read from stores; they refuse to write there, and say so."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_reads_model_and_text_from_a_store(memory: Store, folder: Path, tmp_path
         line for line in local.stdout.splitlines() if "perplexity" in line
     ]
     assert list((tmp_path / "other").rglob("text.txt"))
+    assert os.environ["PHI3_JAX_CACHE"] == str(tmp_path / "cache")
 
 
 def test_an_absent_file_is_one_clear_line(memory: Store) -> None:
