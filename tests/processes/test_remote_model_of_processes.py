@@ -92,7 +92,9 @@ def test_each_process_reads_its_share(folder: Path, tmp_path: Path) -> None:
     for counts in zip(*(json.loads(each.out.splitlines()[-1]) for each in ended), strict=True):
         assert max(counts) < size  # it is smaller than the block that the header is sought in
         assert size <= sum(counts) <= 3 * size + 2 * header
-    served = sum(each.bytes for each in requests if "model.safetensors" in each.path and "alt=media" in each.path)
+    served = sum(
+        each.bytes for each in requests if "model.safetensors" in each.path and "alt=media" in each.path
+    )
     assert served <= 3 * 3 * size
 
 
