@@ -78,8 +78,8 @@ def check_comparable(settings: Settings) -> None:
     """
     if settings.optim != "adamw":
         raise UserError(f"optim={settings.optim} is not compared with transformers; use adamw")
-    if settings.remat == "dots":
-        raise UserError("remat=dots has no counterpart in transformers; use full or none")
+    if settings.remat not in ("auto", "full", "none"):
+        raise UserError(f"remat={settings.remat} has no counterpart in transformers; use full or none")
 
 
 def _ours(options: TurnOptions) -> Callable[[], TurnResult]:

@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax
 import numpy as np
 
 from phi3_jax.config.model_checks import PROBLEM_TYPES
@@ -196,8 +195,7 @@ def _model(recipe: Recipe) -> Any:
                 setattr(config, rate, 0.0)
         kind = getattr(transformers, CLASSES[settings.task])
         model = kind.from_pretrained(base, config=config, dtype=dtype)
-        # Without a setting, as `finetune` does on this platform.
-        if (settings.remat or ("none" if jax.default_backend() == "cpu" else "full")) == "full":
+        if recipe.remat != "none":
             model.activation_checkpointing_enable()
         if settings.trained == "lora":
             from peft import PeftModel

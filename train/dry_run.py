@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from phi3_jax.errors import UserError
 from phi3_jax.parallel.sharding import abstract_mesh, parse_mesh
 from phi3_jax.plan import Plan, Topology, mesh_sizes, plan
 from phi3_jax.plan import topology as topology_named
-from phi3_jax.quantization import FLOATS
 from phi3_jax.trainer.batches import abstract_batch
 
 from .recipe import Recipe, make_recipe, make_trainer, new_shapes
+from .remat import choose_on_chips, step_work, sum_bytes
 from .run_directory import RunDirectory
 from .settings import Settings
 
@@ -114,20 +114,13 @@ def _plan_step(recipe: Recipe, chips: Topology, shape: AbstractMesh | None) -> P
     Raises:
         UserError: the step does not fit.
     """
-    settings, config = recipe.settings, recipe.config
-    parts = settings.gradient_accumulation_steps if recipe.plan.step_batches == 1 else 1
-    work = Work(
-        config,
-        "finetune",
-        recipe.plan.rows // parts,
-        min(recipe.plan.widths[-1], config.context_length),
-        dtype=settings.dtype,
-        # A head alone is about as small as adapters of rank 1. The compiler sees the parameters themselves.
-        lora={"full": None, "lora": settings.lora_rank, "head": 1}[settings.trained],
-        quantization=None if settings.quantize == FLOATS else settings.quantize,
-        remat=settings.remat or "full",
-    )
+    settings, usable = recipe.settings, chips.chip.hbm_bytes
     sizes = {"data": 1} if shape is None else dict(shape.shape)
+    remat, _ = choose_on_chips(
+        settings, recipe.config, recipe.plan, sizes, usable, on_gpu=not chips.chip.is_tpu
+    )
+    recipe = replace(recipe, remat=remat)
+    work = replace(step_work(settings, recipe.config, recipe.plan), remat=remat)
     result = plan(work, chips, sizes, build=partial(_abstract_step, recipe))
     needed = _needed_bytes(recipe, result)
     if not result.fits or needed > result.usable_bytes:
@@ -141,8 +134,10 @@ def _plan_step(recipe: Recipe, chips: Topology, shape: AbstractMesh | None) -> P
 
 def _needed_bytes(recipe: Recipe, result: Plan) -> int:
     """Returns one chip's bytes, with the gradients that several batches of a step add up in."""
-    several = recipe.plan.step_batches > 1
-    return result.needed_bytes + (result.analytic.gradient_sum_bytes if several else 0)
+    # Micro-batches of one batch add up within the program that the compiler saw.
+    several = recipe.plan.step_batches > 1 or not result.compiled
+    more = sum_bytes(recipe.settings, recipe.plan, result.work, result.mesh) if several else 0
+    return result.needed_bytes + more
 
 
 def _abstract_step(recipe: Recipe, work: Work, mesh: Mesh) -> AbstractStep:

@@ -183,14 +183,17 @@ def scorer(trainer: Trainer, kind: str, mesh: Mesh | None) -> Score:
 
     def score(state: TrainState, batch: Batch) -> Any:
         model = trainer.computing(state)
+        count = objective.count(model, batch)
+        if kind == "causal-lm":
+            return replicate((objective.loss_sum(model, batch), count, ()), mesh)
         logits = model(**model_inputs(batch)).logits.astype(jnp.float32)
-        losses = objective.loss_sum_of_logits(model, logits, batch), objective.count(model, batch)
-        outputs: tuple[Any, ...] = ()
+        loss = objective.loss_sum_of_logits(model, logits, batch)
+        outputs: tuple[Any, ...]
         if kind in PROBLEM_TYPES:
             outputs = (logits,)
-        elif kind == "token-classification":
+        else:
             outputs = jnp.argmax(logits, axis=-1), jnp.max(jax.nn.softmax(logits), axis=-1)
-        return replicate((*losses, outputs), mesh)
+        return replicate((loss, count, outputs), mesh)
 
     return jax.jit(score)
 

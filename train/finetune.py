@@ -18,6 +18,7 @@ from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Batch, load
 from phi3_jax.errors import UserError
 from phi3_jax.parallel import distributed
+from phi3_jax.parallel.messages import tell
 from phi3_jax.trainer.batches import local_rows, to_devices
 from phi3_jax.trainer.step import Metrics
 
@@ -78,6 +79,8 @@ def finetune(
         if finished is not None:
             logger.warning("%s is finished; nothing is left to do", directory.path)
             return finished
+        if recipe.remat_choice is not None:
+            tell(str(recipe.remat_choice))
         run = FinetuneRun(recipe, mesh)
         run.open(directory, stack)
         distributed.from_primary(directory.begin)

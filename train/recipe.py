@@ -33,8 +33,10 @@ from phi3_jax.model import (
 from phi3_jax.model.abstract import abstract_model, with_shardings
 from phi3_jax.model.layer_stack import can_stack
 from phi3_jax.model.loading import check_model, load_model
+from phi3_jax.model.remat import Remat
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import shards
+from phi3_jax.plan.remat import RematChoice
 from phi3_jax.quantization import FLOATS
 from phi3_jax.tokenizer import Phi3Tokenizer
 from phi3_jax.trainer.batches import check_rows, width_multiple
@@ -45,6 +47,7 @@ from phi3_jax.trainer.step import Trainer
 from .adapters import with_adapter_settings
 from .labels import base_head
 from .metrics import direction
+from .remat import find_remat
 from .settings import Settings
 from .sources import Data, load_data
 
@@ -92,6 +95,9 @@ class Recipe:
     """The metric that chooses the best parameters."""
     sign: int
     """1 if a greater value of the metric is better, -1 if a smaller one is."""
+    remat: Remat
+    remat_choice: RematChoice | None
+    """The figures that decided `remat`, if memory did."""
 
 
 def make_recipe(settings: Settings, mesh: Mesh | AbstractMesh | None, cache_dir: Path | None) -> Recipe:
@@ -155,7 +161,9 @@ def make_recipe(settings: Settings, mesh: Mesh | AbstractMesh | None, cache_dir:
         else settings.warmup_steps,
     )
     model_parts = paths, adapter, tokenizer, config
-    return Recipe(settings, *model_parts, data, pad, plan, total, schedule, kind, metric, sign)
+    steps = plan, total, schedule
+    remat = find_remat(settings, config, plan, mesh)
+    return Recipe(settings, *model_parts, data, pad, *steps, kind, metric, sign, *remat)
 
 
 def _step_batches(settings: Settings, widths: int, devices: int) -> tuple[int, int]:
@@ -288,6 +296,6 @@ def make_trainer(recipe: Recipe, model: Phi3PreTrainedModel, mesh: Mesh | None) 
         accumulate=settings.gradient_accumulation_steps if recipe.plan.step_batches == 1 else 1,
         wrt=wrt,
         compute_dtype=jnp.dtype(settings.dtype),
-        remat=settings.remat or ("none" if on_cpu else "full"),
+        remat=recipe.remat,
         scan_layers=(not on_cpu or mesh is not None) and can_stack(model.decoder.layers),
     )

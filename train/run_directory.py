@@ -12,7 +12,7 @@ from phi3_jax.lora import save_adapters, save_merged
 from phi3_jax.lora.adapted import base_name, saved_modules
 from phi3_jax.parallel import distributed
 from phi3_jax.runs.exchange import restore
-from phi3_jax.runs.files import check_writable, remove_leftovers, write_text
+from phi3_jax.runs.files import check_local, check_writable, remove_leftovers, write_text
 from phi3_jax.runs.json_values import ADAPTER, RUN
 from phi3_jax.runs.resume import RunFile, differences
 
@@ -43,6 +43,7 @@ class RunDirectory:
     def __init__(self, recipe: Recipe):
         settings = recipe.settings
         self.path = settings.output_dir
+        check_local(self.path)
         self.started = False
         """Whether the directory holds this run, started by an earlier process."""
         self.finished_steps: int | None = None

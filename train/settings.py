@@ -110,8 +110,12 @@ class Settings(BaseModel):
     lora_targets: list[str] = Field(
         ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], description="Projections with adapters."
     )
-    remat: Literal["full", "dots", "none"] | None = Field(
-        None, description="What is computed again in the backward pass; default: none on CPU, full elsewhere."
+    remat: Literal["auto", "full", "attention_dots", "attention", "dots", "dots_and_attention", "none"] = (
+        Field(
+            "auto",
+            description="What a layer keeps for the backward pass, from its input (full) to everything "
+            "(none); auto: the fastest that fits into memory, and none on CPU.",
+        )
     )
     dropout: bool = Field(
         True, description="Apply the dropout rates of the model's config, and lora_dropout."
@@ -303,8 +307,8 @@ def _fault(error: Any) -> str:
     return f"{name}={error['input']!r}: {message}" if name else message
 
 
-FREE = frozenset({"overwrite_output_dir", "output_dir", "logging_steps", "keep_checkpoints"})
-"""Settings that may change when a run is resumed: no result depends on them."""
+FREE = frozenset({"overwrite_output_dir", "output_dir", "logging_steps", "keep_checkpoints", "remat"})
+"""Settings that may change when a run is resumed: no result depends on them, but for rounding."""
 
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
 """Settings that may change when a run is resumed, as long as it has not done more steps already."""

@@ -53,8 +53,7 @@ def put_parameter(
         if index is not None
     }
     different = list(dict.fromkeys(boxes.values()))
-    across = isinstance(where, NamedSharding) and not where.is_fully_addressable
-    if across and remote_files(source.path):
+    if isinstance(where, NamedSharding) and not where.is_fully_addressable and remote_files(source.path):
         parts = {box: np.empty(_sizes(box), dtype) for box in different}
         _read_together(source, name, layout, shape, dtype, where, parts)
     elif len(different) == 1:

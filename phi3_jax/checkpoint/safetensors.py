@@ -32,7 +32,7 @@ AUTO_GPTQ = "gptq_model-*.safetensors"
 BLOCK = 1 << 23
 """Bytes to read at once where only some columns of the rows are kept."""
 
-HEADER_BLOCK = 1 << 18
+HEADER_BLOCK = 1 << 16
 """Bytes of a remote file to read first; most headers are shorter."""
 MOST_HEADER = 100_000_000
 """The longest header that the format allows."""

@@ -1,13 +1,31 @@
 """Options that several commands share, and the arguments of `generate` that they stand for."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
-from typer import BadParameter, Option
+from typer import BadParameter, Context, Option
 
 from phi3_jax.errors import UserError
+from phi3_jax.runs.cache_folder import CACHE_VARIABLE
 from phi3_jax.storage.fetch import fetch
+
+
+def _set_cache_dir(context: Context, directory: Path | None) -> Path | None:
+    """Makes the directory that of everything that the command does, also of the options after it."""
+    if directory is not None:
+        before = os.environ.get(CACHE_VARIABLE)
+
+        def restore() -> None:
+            if before is None:
+                os.environ.pop(CACHE_VARIABLE, None)
+            else:
+                os.environ[CACHE_VARIABLE] = before
+
+        os.environ[CACHE_VARIABLE] = str(directory)
+        context.call_on_close(restore)
+    return directory
+
 
 Model = Annotated[
     str | None,
@@ -26,10 +44,11 @@ Adapter = Annotated[
 CacheDir = Annotated[
     Path | None,
     Option(
-        envvar="PHI3_JAX_CACHE",
+        envvar=CACHE_VARIABLE,
         help="A directory for the default model, compiled programs and copies of remote files.",
         file_okay=False,
         is_eager=True,
+        callback=_set_cache_dir,
     ),
 ]
 Mesh = Annotated[
@@ -93,10 +112,8 @@ PromptLookup = Annotated[
 
 def input_file(text: str) -> Path:
     """Parses the name of a file to read; that of a URL is fetched."""
-    # --cache-dir is parsed first.
-    context = click.get_current_context(silent=True)
     try:
-        path = fetch(text, None if context is None else context.params.get("cache_dir"))
+        path = fetch(text)
     except (UserError, FileNotFoundError) as error:
         raise BadParameter(str(error)) from error
     if path.is_dir():

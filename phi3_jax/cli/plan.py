@@ -13,6 +13,7 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.plan import Work, render, to_dict
 from phi3_jax.plan import plan as make_plan
 from phi3_jax.plan.absent import keep_to_the_compiler
+from phi3_jax.plan.remat import AUTO
 from phi3_jax.runs.files import check_outputs, write_text
 from phi3_jax.storage.urls import is_url
 
@@ -35,9 +36,10 @@ def plan(
     remat: Annotated[
         str,
         Option(
-            help="What the backward pass computes again: full (layers), dots (all but matrix products), none."
+            help="What the backward pass computes again, from whole layers to nothing: full, "
+            "attention_dots, attention, dots, dots_and_attention or none; auto: as little as memory allows."
         ),
-    ] = "full",
+    ] = AUTO,
     dtype: Annotated[str, Option(help="The dtype of parameters and activations.")] = "bfloat16",
     quantize: Annotated[
         str | None,
@@ -78,9 +80,9 @@ def plan(
         optimizer_dtype=optimizer_dtype,
         lora=lora,
         quantization=quantize,
-        remat=remat,  # type: ignore[arg-type]
+        remat="full" if remat == AUTO else remat,  # type: ignore[arg-type]
     )
-    result = make_plan(work, topology, mesh, compiled=compiled)
+    result = make_plan(work, topology, mesh, compiled=compiled, auto_remat=remat == AUTO)
     text = json.dumps({"model": model, **to_dict(result)}, indent=2)
     if json_file == "-":
         print(text)

@@ -19,7 +19,7 @@ from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.config.rope_types import RopeBase
 from phi3_jax.errors import UserError
 from phi3_jax.runs.exchange import restore
-from phi3_jax.runs.files import replacing
+from phi3_jax.runs.files import check_local, replacing
 from phi3_jax.runs.odd_values import read_odd
 from phi3_jax.runs.text import read_json
 from phi3_jax.sources.hub import find_file
@@ -368,6 +368,7 @@ class Phi3Config:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `config.json` whole or not at all; makes the folder if needed."""
         target = Path(directory) / CONFIG_NAME
+        check_local(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as work:
             work.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")

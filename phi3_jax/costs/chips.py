@@ -173,6 +173,21 @@ DEVICE_KINDS = {
 """JAX's names of the devices whose peak is known."""
 
 
+def memory_bytes(devices: Sequence[Any]) -> int | None:
+    """Returns the least memory of JAX's devices, which this process must own; None if it is not known."""
+    sizes = list(map(_memory_bytes, devices))
+    known = [size for size in sizes if size is not None]
+    return min(known) if len(known) == len(sizes) else None
+
+
+def _memory_bytes(device: Any) -> int | None:
+    limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is not None:
+        return limit
+    chip = DEVICE_KINDS.get(device.device_kind)
+    return None if chip is None else CHIPS[chip].hbm_bytes
+
+
 def peak_flops(devices: Sequence[Any]) -> float | None:
     """Returns the peak FLOP/s of JAX's devices, all of one kind together; None if it is not known."""
     chip = DEVICE_KINDS.get(devices[0].device_kind)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.costs.shapes import layer_projections, lora_parameters
+from phi3_jax.costs.shapes import Parameter, layer_projections, lora_parameters
 from phi3_jax.costs.work import Work
+from phi3_jax.model.remat import ATTENDED, KEPT
 from phi3_jax.quantization import Quantization
 
 
@@ -66,11 +67,15 @@ def step_flops(work: Work) -> Flops:
     attention = 4 * config.head_dim * config.num_attention_heads * config.num_hidden_layers * pairs
     scored = work.tokens if work.task == "finetune" else work.batch
     head = 2 * scored * config.hidden_size * config.vocab_size
-    int8, int8_head = _with_int8_activations(work)
+    int8 = _int8_size(work, layer_projections(config))
+    int8_head = _int8_head_size(work)
     if work.task != "finetune":
         return Flops(projections, attention, head, 0, int8=2 * tokens * int8 + 2 * scored * int8_head)
     adapters = 0 if work.lora is None else 2 * tokens * lora_parameters(config, work.lora)
-    recomputed = {"full": projections + adapters + attention, "dots": attention, "none": 0}[work.remat]
+    again = _recomputed_projections(work)
+    recomputed = 2 * tokens * sum(p.size for p in again) + _recomputed_adapters(work)
+    if work.remat != "none" and ATTENDED not in KEPT[work.remat]:
+        recomputed += attention
     frozen = work.lora is not None
     return Flops(
         layers=(2 if frozen else 3) * projections + 3 * adapters,
@@ -78,16 +83,42 @@ def step_flops(work: Work) -> Flops:
         head=(2 if frozen else 3) * head,
         recomputed=recomputed,
         int8=2 * tokens * int8 + 2 * scored * int8_head,
-        int8_recomputed=2 * tokens * int8 if work.remat == "full" else 0,
+        int8_recomputed=2 * tokens * _int8_size(work, again),
     )
 
 
-def _with_int8_activations(work: Work) -> tuple[int, int]:
-    """Returns the sizes of the layers' weights, and of the head, that multiply int8 activations."""
+def _recomputed_projections(work: Work) -> list[Parameter]:
+    """Returns the projections that remat repeats; no gradient needs the output of down_proj."""
+    if work.remat == "none":
+        return []
+    kept = (*KEPT[work.remat], "down_proj")
+    return [p for p in layer_projections(work.config) if p.name not in kept]
+
+
+def _recomputed_adapters(work: Work) -> int:
+    """Counts what remat repeats of adapters: their inner values, and their outputs with the projection's."""
+    if work.lora is None or work.remat == "none":
+        return 0
+    again = _recomputed_projections(work)
+    inputs = sum(p.count * p.inputs for p in layer_projections(work.config))
+    return 2 * work.tokens * work.lora * (inputs + sum(p.count * p.outputs for p in again))
+
+
+def _int8_size(work: Work, projections: list[Parameter]) -> int:
+    """Returns the size of those of these projections that multiply int8 activations."""
+    quantization = _with_int8_activations(work)
+    if quantization is None:
+        return 0
+    return sum(p.size for p in projections if quantization.includes(p.name))
+
+
+def _int8_head_size(work: Work) -> int:
+    """Returns the size of the head if it multiplies int8 activations, else 0."""
+    config, quantization = work.config, _with_int8_activations(work)
+    has_head = quantization is not None and quantization.includes("lm_head")
+    return config.hidden_size * config.vocab_size if has_head and not config.tie_word_embeddings else 0
+
+
+def _with_int8_activations(work: Work) -> Quantization | None:
     quantization = None if work.quantization is None else Quantization.parse(work.quantization)
-    if quantization is None or quantization.activations is None:
-        return 0, 0
-    config = work.config
-    layers = sum(p.size for p in layer_projections(config) if quantization.includes(p.name))
-    has_head = quantization.includes("lm_head") and not config.tie_word_embeddings
-    return layers, config.hidden_size * config.vocab_size if has_head else 0
+    return None if quantization is None or quantization.activations is None else quantization

@@ -9,14 +9,11 @@ from jax.sharding import Mesh
 
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
+from phi3_jax.model.remat import REMAT, Remat
 from phi3_jax.quantization import Quantization
 
 Task = Literal["finetune", "prefill", "decode"]
 TASKS: tuple[Task, ...] = get_args(Task)
-
-Remat = Literal["full", "dots", "none"]
-REMAT: tuple[Remat, ...] = get_args(Remat)
-"""In its backward pass a training step computes layers again, all but matrix products again, or nothing."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 

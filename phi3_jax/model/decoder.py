@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, Num
 
@@ -69,6 +70,8 @@ class Phi3Attention(nnx.Module):
         key: Key[Array, ""] | None,
     ) -> LayerOutput:
         qkv = self.qkv_proj(x, fold_in(key, 0)).astype(x.dtype)  # [B, T, K, G + 2, H]
+        # Kept flat: a TPU pads head_dim to a multiple of 128.
+        qkv = checkpoint_name(qkv.reshape(*qkv.shape[:2], -1), "qkv_proj").reshape(qkv.shape)
         # Split, not sliced: gradients are then concatenated rather than padded with zeros and added.
         queries, keys, values = jax.lax.split(qkv, (qkv.shape[3] - 2, 1, 1), axis=3)
         query_tables = (last_positions(table, keep) for table in tables)
@@ -92,7 +95,8 @@ class Phi3Attention(nnx.Module):
             dropout_key=key,
             output_weights=output_attentions,
         )
-        return self.o_proj(out, fold_in(key, 1)).astype(x.dtype), weights, present
+        y = self.o_proj(out, fold_in(key, 1)).astype(x.dtype)
+        return checkpoint_name(y, "o_proj"), weights, present
 
 
 class Phi3MLP(nnx.Module):
@@ -108,6 +112,7 @@ class Phi3MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
         gate_up = self.gate_up_proj(x, fold_in(key, 0)).astype(x.dtype)  # [B, T, 2, F]
+        gate_up = checkpoint_name(gate_up, "gate_up_proj")
         gate, up = jax.lax.split(gate_up, (1, 1), axis=-2)
         product = (up * activation(self.hidden_act)(gate))[..., 0, :]
         return self.down_proj(product, fold_in(key, 1)).astype(x.dtype)

@@ -16,17 +16,26 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.arguments import batch_shape, check_labels, check_sequence_labels, select_positions
+from phi3_jax.model.blocked_loss import BlockedHead, Product, blocked_cross_entropy_sum, needs_blocks
 from phi3_jax.model.decoder import Phi3Model
 from phi3_jax.model.layers import Embedding, Linear, QuantizedParam, check_layer, dropout, is_alone, matmul
-from phi3_jax.model.losses import cross_entropy, sequence_loss_count, sequence_loss_sum
+from phi3_jax.model.losses import (
+    IGNORE_INDEX,
+    cross_entropy,
+    cross_entropy_sum,
+    sequence_loss_count,
+    sequence_loss_sum,
+)
 from phi3_jax.model.outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
 from phi3_jax.model.pretrained import Phi3PreTrainedModel
-from phi3_jax.parallel.sharding import constrain, gather
+from phi3_jax.parallel.sharding import constrain, gather, shards
 from phi3_jax.quantization.product import quantized_product
+from phi3_jax.quantization.weight import QuantizedWeight
+from phi3_jax.sizes import ceil_div
 
 
 class _ModelWithHead(Phi3PreTrainedModel):
@@ -118,13 +127,41 @@ class Phi3ForCausalLM(_ModelWithHead, GenerationMixin):
         return self._logits(hidden_states, None)
 
     def _logits(self, x: Float[Array, "B T D"], length_axis: str | None) -> Float[Array, "B T V"]:
-        weight = self.get_output_embeddings().weight
-        if isinstance(weight, QuantizedParam):
-            mesh, kind = self.model.mesh, jnp.dtype(jnp.float32)
-            logits = quantized_product(x, weight.gathered(mesh), kind, alone=is_alone(mesh))
-        else:
-            logits = matmul(x, gather(weight[...], self.model.mesh, weight.axes), self.model.mesh)
+        weight, product = self._head()
+        logits = product(x, weight)
         return constrain(logits, self.model.mesh, "batch", length_axis, "vocab")
+
+    def _head(self) -> tuple[Array | QuantizedWeight, Product]:
+        """Returns the head's weight, gathered along `fsdp`, and its product with hidden states."""
+        weight, mesh = self.get_output_embeddings().weight, self.model.mesh
+        if isinstance(weight, QuantizedParam):
+            options: Any = {"dtype": jnp.dtype(jnp.float32), "alone": is_alone(mesh)}
+            return weight.gathered(mesh), partial(quantized_product, **options)
+        return gather(weight[...], mesh, weight.axes), partial(matmul, mesh=mesh)
+
+    def cross_entropy_sum(
+        self, hidden_states: Float[Array, "B T D"], labels: Int[Array, "B T"], label_smoothing: float = 0.0
+    ) -> Float[Array, ""]:
+        """Returns the sum of the cross entropies of all labels that are not -100, which are shifted here.
+
+        If the logits of all positions are too large, blocks of them are computed one after another.
+
+        Args:
+            hidden_states: the decoder's `last_hidden_state`, without a cache.
+            labels: the token ids themselves, -100 where nothing is predicted.
+            label_smoothing: the share of each label that is spread over the vocabulary.
+        """
+        mesh, vocabulary = self.model.mesh, self.config.vocab_size
+        batch, length, _ = hidden_states.shape
+        positions = ceil_div(batch, shards(mesh, "batch")) * ceil_div(length, shards(mesh, "length"))
+        if not needs_blocks(positions, vocabulary // shards(mesh, "vocab")):
+            logits = self._logits(hidden_states, "length")
+            return cross_entropy_sum(logits[:, :-1], labels[:, 1:], None, label_smoothing)
+        weight, product = self._head()
+        labels = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+        axes = self.get_output_embeddings().weight.axes
+        head = BlockedHead(product, axes, vocabulary, label_smoothing, mesh)
+        return blocked_cross_entropy_sum(head, hidden_states, weight, labels)
 
     def get_output_embeddings(self) -> Embedding | Linear:
         """Returns the output layer, whose weight is [V, D]: the embeddings if they are tied."""

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
@@ -66,13 +65,9 @@ def matmul(
     """Returns `x @ weight.T`, with sums in float32. `mesh` divides the operands, if there is one."""
     rows = math.prod(x.shape[:-1])
     if mesh is None and x.dtype == weight.dtype == jnp.bfloat16 and is_faster(rows, packed=False):
-        return checkpoint_name(_contract_flat(x, weight, 1, jnp.dtype(jnp.float32)), PROJECTION)
+        return _contract_flat(x, weight, 1, jnp.dtype(jnp.float32))
     operand = pad_single_row(x) if rows == 1 else x
     return contract(operand, weight, 1, jnp.dtype(jnp.float32))[..., : x.shape[-2], :]
-
-
-PROJECTION = "projection"
-"""The name of 16-bit products for policies of `jax.checkpoint`, which cannot recognise them as products."""
 
 
 def contract(
@@ -85,7 +80,7 @@ def contract(
     """
     if x.dtype.itemsize >= jnp.dtype(dtype).itemsize:
         return _product(x, weight, axes, dtype)
-    return checkpoint_name(_contract(x, weight, axes, dtype), PROJECTION)
+    return _contract(x, weight, axes, dtype)
 
 
 def _product(x: Array, weight: Array, axes: int, dtype: jnp.dtype) -> Array:

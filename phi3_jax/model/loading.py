@@ -21,7 +21,7 @@ from phi3_jax.checkpoint.opening import (
 )
 from phi3_jax.checkpoint.parts import put_parameter
 from phi3_jax.checkpoint.safetensors import parameter_dtype, some
-from phi3_jax.checkpoint.source import CheckpointError, TensorSource
+from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource, TensorSource
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.abstract import abstract_model
@@ -160,7 +160,7 @@ def check_model(
 
 def _abstract_with_files(
     cls: type[Model],
-    source: TensorSource,
+    source: CheckpointSource,
     config: Phi3Config,
     mesh: Mesh | AbstractMesh | None,
     quantization: Quantization | str | None,

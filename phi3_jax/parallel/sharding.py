@@ -126,10 +126,15 @@ def sharding(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], ndim: int | 
 
 def shards(mesh: Mesh | AbstractMesh | None, axis: str) -> int:
     """Returns the number of pieces that `mesh` divides the logical axis into."""
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in axis_names(mesh, axis))
+
+
+def axis_names(mesh: Mesh | AbstractMesh | None, axis: str) -> tuple[str, ...]:
+    """Returns the names of the mesh axes that divide the logical axis; without a mesh, none."""
     names = RULES[axis]
     if mesh is None or names is None:
-        return 1
-    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+        return ()
+    return (names,) if isinstance(names, str) else names
 
 
 def constrain(x: Array, mesh: Mesh | None, *axes: str | None) -> Array:
@@ -159,8 +164,12 @@ def gather(weight: Array, mesh: Mesh | None, axes: Sequence[str | None]) -> Arra
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(weight: Array, mesh: Mesh, axes: tuple[str | None, ...]) -> Array:
-    kept = (None if axis is not None and RULES[axis] == "fsdp" else axis for axis in axes)
-    return constrain(weight, mesh, *kept)
+    return constrain(weight, mesh, *gathered_axes(axes))
+
+
+def gathered_axes(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    """Returns the logical axes of a parameter that `gather` gathered."""
+    return tuple(None if axis is not None and RULES[axis] == "fsdp" else axis for axis in axes)
 
 
 def _gather_forward(weight: Array, mesh: Mesh, axes: tuple[str | None, ...]) -> tuple[Array, None]:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from phi3_jax.costs import shapes
 from phi3_jax.costs.flops import Flops, step_flops
 from phi3_jax.costs.work import Work
+from phi3_jax.model.blocked_loss import block_positions, needs_blocks
+from phi3_jax.model.kernels.dispatch import LEAST_QUERIES
+from phi3_jax.model.remat import ATTENDED, KEPT
 from phi3_jax.plan.collectives import traffic
 from phi3_jax.quantization import Quantization
-from phi3_jax.sizes import ceil_div
+from phi3_jax.sizes import ceil_div, round_up
 
 _ID_ARRAYS = {"finetune": 3, "prefill": 2, "decode": 1}
 """The number of arrays in a batch: ids, mask, labels."""
@@ -92,9 +95,37 @@ class _Share:
         return self._bytes(self._products(), self.gathered)
 
     def _products(self) -> list[shapes.Parameter]:
-        config = self.work.config
-        head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-        return [p for p in shapes.parameters(config) if p.input_axes or p.name == head]
+        return [p for p in shapes.parameters(self.work.config) if p.input_axes or p == self._head]
+
+    @property
+    def _head(self) -> shapes.Parameter:
+        name = "embed_tokens" if self.work.config.tie_word_embeddings else "lm_head"
+        return next(p for p in shapes.parameters(self.work.config) if p.name == name)
+
+    @property
+    def head_weights(self) -> int:
+        """The head's parameters that its product on this chip needs."""
+        return self._head.shard_size(self.gathered)
+
+    @property
+    def head_weight_bytes(self) -> float:
+        return self._bytes([self._head], self.gathered)
+
+    @property
+    def vocabulary(self) -> int:
+        """The tokens in this chip's part of the vocabulary."""
+        return self.work.config.vocab_size // self.axis("tensor")
+
+    @property
+    def loss_block(self) -> int:
+        """The positions whose logits a training step has at a time."""
+        if not needs_blocks(self.tokens, self.vocabulary):
+            return self.tokens
+        return block_positions(self.tokens, self.vocabulary, trained=self.work.lora is None)
+
+    @property
+    def loss_blocks(self) -> int:
+        return ceil_div(self.tokens, self.loss_block)
 
     def _bytes(self, parameters: Iterable[shapes.Parameter], mesh: Mapping[str, int]) -> float:
         item, text = self.work.item_bytes, self.work.quantization
@@ -156,24 +187,72 @@ def _layer_width(chip: _Share) -> float:
     return 4 * config.hidden_size + divided / tensor
 
 
+def _kept_bytes(chip: _Share) -> float:
+    """Returns the bytes that one layer keeps of a token for the backward pass."""
+    work, config, tensor = chip.work, chip.work.config, chip.axis("tensor")
+    kept = KEPT[work.remat]
+    outputs = {p.name: p.outputs for p in shapes.layer_projections(config)}
+    values = config.hidden_size + sum(
+        outputs[name] / (1 if name == "o_proj" else tensor) for name in kept if name in outputs
+    )
+    attended = 0.0
+    if ATTENDED in kept:  # the output, which a TPU pads, and a float32 number a head
+        width = round_up(config.head_dim, 128)
+        attended = config.num_attention_heads / tensor * (width * work.item_bytes + 4)
+    return values * work.item_bytes + attended
+
+
 def _temporary_bytes(chip: _Share) -> int:
     """Estimates the temporaries.
 
     finetune: each layer's input (remat "full"), all its activations ("none") or about half of them ("dots");
-    one layer's activations forward and backward; logits and their gradient in float32; the trained parameters
-    in the dtype of the computation, and their gradients. Other tasks: one layer's activations and the logits.
+    one layer's activations forward and backward; the loss; the trained parameters in the dtype of the
+    computation, and their gradients; the floats of the largest quantized weight, twice. Other tasks: one layer's activations and the logits.
     fsdp adds the gathered weights of two layers: one in use, the next on its way.
     """
     work, config, item = chip.work, chip.work.config, chip.work.item_bytes
-    vocab = config.vocab_size / chip.axis("tensor")
     layer = chip.tokens * _layer_width(chip) * item
     gathered = 2 * chip.used_weight_bytes / config.num_hidden_layers if chip.axis("fsdp") > 1 else 0
     if work.task != "finetune":
-        return round(layer + chip.rows * vocab * 4 + gathered)
-    share = {"full": chip.tokens * config.hidden_size * item, "dots": layer / 2, "none": layer}[work.remat]
-    logits = 2 * chip.tokens * vocab * 4
+        return round(layer + chip.rows * chip.vocabulary * 4 + gathered)
+    share = layer if work.remat == "none" else chip.tokens * _kept_bytes(chip)
+    scores = score_bytes(work, chip.mesh) if work.seq < LEAST_QUERIES else 0
     trained = chip.trained * (item + work.optimizer_item_bytes)
-    return round(config.num_hidden_layers * share + 2 * layer + logits + trained + gathered)
+    floats = 0.0
+    if work.quantization is not None:
+        floats = 2 * item * max(p.inputs * p.outputs for p in shapes.layer_projections(config))
+    return round(
+        config.num_hidden_layers * share
+        + 2 * layer
+        + scores
+        + _loss_bytes(chip)
+        + trained
+        + gathered
+        + floats / chip.axis("tensor")
+    )
+
+
+def score_bytes(work: Work, mesh: Mapping[str, int]) -> int:
+    """Returns one layer's scores, probabilities and their gradients, in XLA's attention.
+
+    Such attention serves short rows, and what the kernels of the platform cannot do.
+    """
+    chip = _Share(work, mesh)
+    pairs = ceil_div(work.seq, chip.axis("context")) * work.seq
+    return 4 * 4 * chip.rows * ceil_div(work.config.num_attention_heads, chip.axis("tensor")) * pairs
+
+
+def _loss_bytes(chip: _Share) -> float:
+    """Estimates the temporaries of the loss.
+
+    These are logits and their gradient in float32. In blocks, they are one block's logits, the head's weight
+    if fsdp gathers it, and the weight's gradient in float32 if it is trained.
+    """
+    if chip.loss_block == chip.tokens:
+        return 2 * chip.tokens * chip.vocabulary * 4
+    gathered = chip.head_weight_bytes if chip.axis("fsdp") > 1 else 0
+    gradient = 0 if chip.work.lora is not None else chip.head_weights * 4
+    return chip.loss_block * chip.vocabulary * 4 + gathered + gradient
 
 
 def _hbm_traffic(chip: _Share) -> float:
@@ -181,13 +260,14 @@ def _hbm_traffic(chip: _Share) -> float:
 
     Each use of the weights reads them once: forward, remat's second forward, and the inputs' gradients.
     Weights that fsdp gathers are also written once a use. A layer's activations are written and read once a
-    pass. Adam writes and reads the gradients, and reads and writes the trained parameters and both moments.
-    Decode reads the cache within the window.
+    pass. Each block of the loss after the first reads the head's weight twice again, and reads and writes its
+    float32 gradient. Adam writes and reads the gradients, and reads and writes the trained parameters and
+    both moments. Decode reads the cache within the window.
     """
     work, config, item = chip.work, chip.work.config, chip.work.item_bytes
     passes = 1
     if work.task == "finetune":
-        passes = {"full": 3, "dots": 2, "none": 2}[work.remat]
+        passes = 3 if work.remat == "full" else 2
     gathered = 2 if chip.axis("fsdp") > 1 else 1
     weights = passes * gathered * chip.used_weight_bytes
     activations = passes * 2 * chip.tokens * _layer_width(chip) * config.num_hidden_layers * item
@@ -198,8 +278,10 @@ def _hbm_traffic(chip: _Share) -> float:
         moved += chip.cache_bytes(work.seq)
     if work.task == "finetune":
         moved += chip.trained * (2 + 2 * 3) * work.optimizer_item_bytes
+        gradient = 0 if work.lora is not None else 2 * chip.head_weights * 4
+        moved += (chip.loss_blocks - 1) * (2 * chip.head_weight_bytes + gradient)
     scored = chip.tokens if work.task == "finetune" else chip.rows
-    return moved + 2 * scored * config.vocab_size / chip.axis("tensor") * 4
+    return moved + 2 * scored * chip.vocabulary * 4
 
 
 def _link_bytes(chip: _Share) -> float:

@@ -12,6 +12,7 @@ from phi3_jax.parallel.sharding import AXES, make_mesh, parse_mesh
 from phi3_jax.plan.absent import absent_devices
 from phi3_jax.plan.analytic import Analytic, analyse
 from phi3_jax.plan.program import Program, Refusal, bytes_per_chip, compile_step
+from phi3_jax.plan.remat import RematChoice, choose_remat
 from phi3_jax.plan.roofline import Roofline, roofline
 from phi3_jax.plan.search import COMPILED, sensible_meshes
 from phi3_jax.plan.steps import abstract_step
@@ -33,6 +34,8 @@ class Plan:
     """The reason why the step could not be built on this mesh."""
     part_bytes: dict[str, int] = field(default_factory=dict)
     """One chip's bytes of the step's arguments, such as parameters, optimizer, cache and batch."""
+    remat_choice: RematChoice | None = None
+    """The figures that chose `work.remat`, if `plan` did."""
     others: "tuple[Plan, ...]" = ()
     """The plans on the other meshes, best first."""
 
@@ -71,6 +74,7 @@ def plan(
     mesh: str | Mapping[str, int] | None = None,
     *,
     compiled: int = COMPILED,
+    auto_remat: bool = False,
     build: BuildStep | None = None,
 ) -> Plan:
     """Plans one step.
@@ -80,6 +84,7 @@ def plan(
         topology: "v5e:4x4" or "h100:8", for example; for GPUs nothing is compiled.
         mesh: "fsdp=16" or a mapping; None tries all sensible meshes and returns the best, with `others`.
         compiled: the number of meshes that are compiled, best by shapes first, where `mesh` is None.
+        auto_remat: choose `work.remat` on each mesh, as `finetune` does; see `choose_remat`.
         build: builds the step in place of `abstract_step`.
 
     Raises:
@@ -88,11 +93,12 @@ def plan(
     """
     topology = topology_named(topology) if isinstance(topology, str) else topology
     if mesh is not None:
-        return _plan_on(work, topology, mesh_sizes(mesh, topology), build)
-    candidates = [_from_shapes(work, topology, sizes) for sizes in sensible_meshes(work, topology.devices)]
+        return _compiled(_from_shapes(work, topology, mesh_sizes(mesh, topology), auto_remat), build)
+    meshes = sensible_meshes(work, topology.devices)
+    candidates = [_from_shapes(work, topology, sizes, auto_remat) for sizes in meshes]
     candidates.sort(key=_rank)
     if topology.chip.is_tpu:
-        tried = [_try_plan_on(work, topology, one.mesh, build) for one in candidates[:compiled]]
+        tried = [_try_compiled(one, build) for one in candidates[:compiled]]
         candidates = tried + candidates[compiled:]
     best, *others = sorted(candidates, key=_rank)
     if best.problem is not None:
@@ -126,23 +132,28 @@ def mesh_sizes(mesh: str | Mapping[str, int], topology: Topology) -> dict[str, i
     return {name: sizes.get(name, 1) for name in AXES}
 
 
-def _from_shapes(work: Work, topology: Topology, sizes: dict[str, int]) -> Plan:
+def _from_shapes(work: Work, topology: Topology, sizes: dict[str, int], auto_remat: bool) -> Plan:
+    choice = None
+    if auto_remat and work.task == "finetune":
+        choice = choose_remat(work, sizes, topology.chip.hbm_bytes)
+        work = replace(work, remat=choice.remat)
     analytic = analyse(work, sizes)
-    return Plan(work, topology, sizes, analytic, roofline(work, topology, analytic))
+    return Plan(work, topology, sizes, analytic, roofline(work, topology, analytic), remat_choice=choice)
 
 
-def _try_plan_on(work: Work, topology: Topology, sizes: dict[str, int], build: BuildStep | None) -> Plan:
+def _try_compiled(estimate: Plan, build: BuildStep | None) -> Plan:
     try:
-        return _plan_on(work, topology, sizes, build)
+        return _compiled(estimate, build)
     except UserError as error:
-        return replace(_from_shapes(work, topology, sizes), problem=str(error))
+        return replace(estimate, problem=str(error))
 
 
-def _plan_on(work: Work, topology: Topology, sizes: dict[str, int], build: BuildStep | None) -> Plan:
-    estimate = _from_shapes(work, topology, sizes)
+def _compiled(estimate: Plan, build: BuildStep | None) -> Plan:
+    """Returns the plan with what the compiler says of the step, where it can compile for the chip."""
+    work, topology = estimate.work, estimate.topology
     if not topology.chip.is_tpu:
         return estimate
-    mesh = make_mesh(sizes, absent_devices(topology))
+    mesh = make_mesh(estimate.mesh, absent_devices(topology))
     step = (build or abstract_step)(work, mesh)
     parts = {name: bytes_per_chip(tree) for name, tree in step.parts.items()}
     result = compile_step(step, dict(mesh.shape))

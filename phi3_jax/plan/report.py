@@ -273,6 +273,8 @@ def _link_bytes(plan: Plan) -> float:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
+    if plan.remat_choice is not None:
+        yield f"{plan.remat_choice}."
     if plan.program is not None:
         yield f"Compiled in {plan.program.compile_seconds:.1f} s."
         if any(not one.certain for one in plan.program.collectives):

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from phi3_jax.errors import CheckpointError
-from phi3_jax.runs.files import PARTIAL, REPLACED, sync
+from phi3_jax.runs.files import PARTIAL, REPLACED, check_local, sync
 
 _JOURNAL = "exchange.json"
 """In the directory of files moved away: the names that leave and arrive, until the exchange is done."""
@@ -41,8 +41,10 @@ def exchanging(target: Path, *, config: str, replaced: re.Pattern[str]) -> Itera
         replaced: names of files that belong to the old contents.
 
     Raises:
+        UserError: `target` is a URL.
         CheckpointError: the disk is full, the folder cannot be written, or another process is writing it.
     """
+    check_local(target)
     exists = target.exists()
     try:
         if exists and not target.is_dir():

@@ -3,6 +3,7 @@
 import errno
 import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping
@@ -13,6 +14,21 @@ from phi3_jax.errors import UserError
 
 PARTIAL, REPLACED = ".phi3-jax-partial", ".phi3-jax-replaced"
 """Endings of hidden files and directories: those being written, and those moved away for new ones."""
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")
+
+
+def check_local(path: Path) -> None:
+    """Checks that a path to write was not the URL of a file in a store, whose slashes are one here.
+
+    Raises:
+        UserError: it was.
+    """
+    if _URL.match(str(path)):
+        raise UserError(
+            f"{path} is a URL, and results are written to local paths; choose one, and copy it to the store"
+        )
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
@@ -36,6 +52,7 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
     for name, path in outputs.items():
         if path is None:
             continue
+        check_local(path)
         if path.exists() and not path.is_file():
             raise UserError(f"{name} {path} is not a regular file; choose a file's name")
         identity = _identity(path)
@@ -70,7 +87,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The file is on the disk before it gets its name, and the name when this returns. A killed process leaves
     the temporary file; `remove_leftovers` deletes it.
+
+    Raises:
+        UserError: the path is a URL.
     """
+    check_local(path)
     work = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield work

@@ -65,17 +65,18 @@ class Objective:
         self, model: Phi3PreTrainedModel, batch: Batch, key: Key[Array, ""] | None = None
     ) -> Float[Array, ""]:
         """Returns the sum of the batch's losses; `key` turns dropout on."""
+        if isinstance(model, Phi3ForCausalLM):
+            hidden = model.decoder(**model_inputs(batch), rngs=key).last_hidden_state
+            return model.cross_entropy_sum(hidden, batch["labels"], self.label_smoothing)
         return self.loss_sum_of_logits(model, model(**model_inputs(batch), rngs=key).logits, batch)
 
     def loss_sum_of_logits(
         self, model: Phi3PreTrainedModel, logits: Float[Array, "..."], batch: Batch
     ) -> Float[Array, ""]:
-        """Returns the sum of the batch's losses, given the model's logits."""
+        """Returns the sum of the batch's losses, given the logits of a classifier."""
         labels, options = batch["labels"], (self.class_weights, self.label_smoothing)
         if isinstance(model, Phi3ForSequenceClassification):
             return sequence_loss_sum(model.config, logits, labels, batch.get("weights"), *options)
-        if isinstance(model, Phi3ForCausalLM):
-            logits, labels = logits[:, :-1], labels[:, 1:]
         return cross_entropy_sum(logits, labels, *options)
 
     def count(self, model: Phi3PreTrainedModel, batch: Batch) -> Float[Array, ""]:

@@ -1,6 +1,6 @@
 """One training step: loss, gradients, update; parameters and optimizer state go in and come out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,19 +15,8 @@ from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import with_shardings
 from phi3_jax.model.layer_stack import stack_layers, unstack_layers
-from phi3_jax.model.layers import PROJECTION
+from phi3_jax.model.remat import REMAT_POLICIES, Remat
 from phi3_jax.trainer.objectives import Batch, Objective
-
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PROJECTION),
-    ),
-    "none": None,
-}
-"""What a layer keeps for the backward pass: with "full" its input, with "dots" its projections too, with
-"none" everything."""
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +81,7 @@ class Trainer:
         wrt: Any = nnx.Param,
         master_dtype: Any = jnp.float32,
         compute_dtype: Any = None,
-        remat: str = "full",
+        remat: Remat = "full",
         scan_layers: bool = True,
     ):
         if remat not in REMAT_POLICIES:

@@ -56,11 +56,11 @@ def test_roofline_matches_a_bound_by_hand() -> None:
 
 
 def test_training_is_limited_by_compute() -> None:
-    """A parameter and token take 6 FLOPs, and 2 more for remat, so three quarters of the peak are useful."""
+    """A parameter and token take 6 FLOPs. Remat repeats 2 for most, not for down_proj and the head."""
     work = Work(MINI, "finetune", 16, 4096)
     bound = roofline(work, topology("h100:8"), analyse(work, {**ONE, "fsdp": 8}))
     assert bound.limited_by == "compute"
-    assert bound.flops_share == pytest.approx(0.75, abs=0.01)
+    assert bound.flops_share == pytest.approx(0.795, abs=0.005)
     without = Work(MINI, "finetune", 16, 4096, remat="none")
     assert roofline(without, topology("h100:8"), analyse(without, {**ONE, "fsdp": 8})).flops_share == 1
 

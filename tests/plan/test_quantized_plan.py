@@ -65,22 +65,23 @@ def test_rejects_work(changes, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "sizes", "forwards"),
+    ("changes", "sizes", "repeated"),
     [
-        ({}, PROJECTIONS, 1),
-        ({"quantization": "int8:activations=int8,skip=o_proj+lm_head"}, PROJECTIONS - 3072 * 3072, 1),
-        ({"task": "finetune", "lora": 8}, PROJECTIONS, 2),
-        ({"task": "finetune", "lora": 8, "remat": "none"}, PROJECTIONS, 1),
+        ({}, PROJECTIONS, 0),
+        ({"quantization": "int8:activations=int8,skip=o_proj+lm_head"}, PROJECTIONS - 3072 * 3072, 0),
+        ({"task": "finetune", "lora": 8}, PROJECTIONS, PROJECTIONS - 3072 * 8192),
+        ({"task": "finetune", "lora": 8, "remat": "attention"}, PROJECTIONS, 3072 * 16384),
+        ({"task": "finetune", "lora": 8, "remat": "none"}, PROJECTIONS, 0),
     ],
 )
-def test_int8_activations_halve_the_time_of_forward_products(changes, sizes, forwards):
+def test_int8_activations_halve_the_time_of_forward_products(changes, sizes, repeated):
     """On chips that multiply int8 twice as fast; gradients are products of bfloat16."""
     changes = {"task": "prefill", "quantization": "int8:activations=int8"} | changes
     rounded = analyse(work(**changes), {}).flops
     plain = analyse(work(**changes | {"quantization": None}), {}).flops
     found = {speed: rounded.seconds(1, speed, recomputed=True) for speed in (1, 2)}
     assert found[1] == plain.seconds(1, 2, recomputed=True) == plain.hardware
-    assert found[1] - found[2] == forwards * 8 * 256 * sizes
+    assert found[1] - found[2] == 8 * 256 * (sizes + repeated)
     assert rounded.model - rounded.seconds(1, 2, recomputed=False) == 8 * 256 * sizes
 
 

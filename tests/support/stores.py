@@ -5,7 +5,7 @@ import http.server
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +82,10 @@ def _handler(proxy: Proxy, port: int) -> type[http.server.BaseHTTPRequestHandler
             self.end_headers()
             self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
             self.close_connection = fault == "cut"
+
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # a client may end at any time
+                super().handle()
 
         def log_message(self, *_: object) -> None:
             pass

@@ -131,8 +131,8 @@ def test_both_sides_have_the_same_losses(model: Path, rows: Path, changes: dict[
 
 
 @pytest.mark.live
-@pytest.mark.parametrize(("remat", "kept"), [(None, True), ("none", True), ("full", False)])
-def test_remat_applies_to_both_sides(model: Path, rows: Path, remat: str | None, kept: bool) -> None:
+@pytest.mark.parametrize(("remat", "kept"), [("auto", True), ("none", True), ("full", False)])
+def test_remat_applies_to_both_sides(model: Path, rows: Path, remat: str, kept: bool) -> None:
     recipe = make_recipe(settings(model, rows, **SEQUENCE, remat=remat), None, None)
     assert bench_torch._model(recipe).is_activation_checkpointing != kept
 

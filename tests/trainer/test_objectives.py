@@ -6,10 +6,18 @@ import numpy as np
 import optax
 import pytest
 from answers import stored
+from flax import nnx
 from marks import slow
 from reference import on_mesh, padding_mask, pair, run, small_config
 
-from phi3_jax.model import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification
+from phi3_jax.lora import add_lora
+from phi3_jax.lora.adapters import projections
+from phi3_jax.model import (
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    blocked_loss,
+)
 from phi3_jax.parallel.sharding import make_mesh
 from phi3_jax.trainer import Trainer
 from phi3_jax.trainer.objectives import Objective
@@ -135,6 +143,40 @@ def test_devices_add_up_to_the_whole_batch(kind):
     mesh = make_mesh("data=4", jax.devices()[:4])
     several = on_mesh(model, mesh)
     parts, ours = gradients(several, batch)
+    close(parts.loss, whole.loss, 1e-6)
+    close(ours, expected, 2e-6)  # float32 sums in another order
+
+
+def with_small_blocks(monkeypatch):
+    """Makes the causal loss compute the logits of 16 positions or fewer at a time."""
+    for name in ("LEAST_POSITIONS", "LEAST_TRAINED_POSITIONS", "BLOCK_BYTES", "WHOLE_BYTES"):
+        monkeypatch.setattr(blocked_loss, name, 16)
+
+
+def test_the_loss_with_logits_in_blocks_is_that_with_whole_logits(monkeypatch):
+    model, batch, objective = model_of("causal"), ragged("causal"), Objective(label_smoothing=0.2)
+    whole = jax.jit(lambda model: objective.loss_sum(model, batch))(model)
+    with_small_blocks(monkeypatch)
+    lowered = jax.jit(lambda model: objective.loss_sum(model, batch)).lower(model)
+    assert "tensor<16x96xf32>" in lowered.as_text()  # the logits of a block
+    close(lowered.compile()(model), whole, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [None, "fsdp=2,tensor=2"])
+def test_a_step_with_logits_in_blocks_is_that_with_whole_logits(sizes, monkeypatch):
+    """One device has 48 positions of a micro-batch, four have 24 each; on one, the head is frozen."""
+    model, batch, options = model_of("causal"), ragged("causal"), {"accumulate": 2}
+    if sizes is None:
+        model, options["wrt"] = add_lora(model, 4), nnx.LoRAParam
+        for _, linear in projections(model):
+            b = linear.adapter.b
+            b.set_value(0.1 * jax.random.normal(jax.random.key(b.size), b.shape))
+    whole, expected = gradients(model, batch, **options)
+    with_small_blocks(monkeypatch)
+    if sizes is not None:
+        model = on_mesh(model, make_mesh(sizes, jax.devices()[:4]))
+    parts, ours = gradients(model, batch, **options)
     close(parts.loss, whole.loss, 1e-6)
     close(ours, expected, 2e-6)  # float32 sums in another order
 

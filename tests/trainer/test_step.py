@@ -18,7 +18,7 @@ from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.layer_stack import stack_layers, unstack_layers
 from phi3_jax.model.saving import ModelSource
 from phi3_jax.parallel.sharding import make_mesh
-from phi3_jax.trainer import Trainer
+from phi3_jax.trainer import REMAT_POLICIES, Trainer
 
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12}
 ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
@@ -128,7 +128,7 @@ def test_stacked_and_unstacked_layers_are_the_same_model():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_remat_changes_no_number(remat):
     model = Phi3ForCausalLM(small_config())
     trainer = Trainer(model, optax.sgd(0.1), remat=remat)
@@ -156,7 +156,10 @@ def test_steps_compute_in_bfloat16_and_keep_float32_weights():
 
 
 def test_rejects_an_unknown_remat():
-    with pytest.raises(ValueError, match="remat='some' is unknown; use full, dots, none"):
+    with pytest.raises(
+        ValueError,
+        match="remat='some' is unknown; use full, attention_dots, attention, dots, dots_and_attention, none",
+    ):
         Trainer(Phi3ForCausalLM(small_config()), optax.sgd(0.1), remat="some")
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.errors import UserError
+from phi3_jax.model.remat import ATTENDED
 from phi3_jax.sizes import ceil_div, round_up
 
 TILE = 128
@@ -104,6 +105,7 @@ def make_kernel(
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=shards,
+            residual_checkpoint_name=ATTENDED,
             interpret=interpret,
         )
         return jax.tree.map(np.asarray, kernel)
