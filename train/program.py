@@ -11,6 +11,7 @@ from phi3_jax.runs.cache_folder import keep_compiled_programs
 from .dry_run import dry_run
 from .finetune import InterruptedRunError, finetune
 from .settings import Settings
+from .tensorboard import TENSORBOARD
 
 
 def run_settings(settings: Settings, *, mesh: str | None, distributed: bool, cache_dir: Path | None) -> None:
@@ -29,8 +30,8 @@ def run_settings(settings: Settings, *, mesh: str | None, distributed: bool, cac
     for split, metrics in results.items():
         print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(
-        f"{settings.output_dir}: model, tokenizer, report.md, metrics.json, curves.png, log.jsonl, "
-        "tensorboard"
+        f"{settings.output_dir}: model, tokenizer, report.md, metrics.json, curves.png, log.jsonl"
+        + (", tensorboard" if (settings.output_dir / TENSORBOARD).exists() else "")
     )
 
 

@@ -50,6 +50,7 @@ from .metrics import direction
 from .remat import find_remat
 from .settings import Settings
 from .sources import Data, load_data
+from .trackers import TrackerName, find_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ class Recipe:
     remat: Remat
     remat_choice: RematChoice | None
     """The figures that decided `remat`, if memory did."""
+    trackers: tuple[TrackerName, ...]
+    """The libraries that the run reports its numbers to."""
 
 
 def make_recipe(settings: Settings, mesh: Mesh | AbstractMesh | None, cache_dir: Path | None) -> Recipe:
@@ -105,6 +108,7 @@ def make_recipe(settings: Settings, mesh: Mesh | AbstractMesh | None, cache_dir:
     kind = settings.problem_type if settings.task == "sequence-classification" else settings.task
     metric = settings.metric_for_best_model or BEST_BY[kind]
     sign = direction(kind, metric)
+    trackers = find_trackers(settings.report_to)
     check_rows(settings.train_batch_size, settings.gradient_accumulation_steps, mesh, "train_batch_size")
     check_rows(settings.eval_batch_size, 1, mesh, "eval_batch_size")
 
@@ -163,7 +167,7 @@ def make_recipe(settings: Settings, mesh: Mesh | AbstractMesh | None, cache_dir:
     model_parts = paths, adapter, tokenizer, config
     steps = plan, total, schedule
     remat = find_remat(settings, config, plan, mesh)
-    return Recipe(settings, *model_parts, data, pad, *steps, kind, metric, sign, *remat)
+    return Recipe(settings, *model_parts, data, pad, *steps, kind, metric, sign, *remat, trackers)
 
 
 def _step_batches(settings: Settings, widths: int, devices: int) -> tuple[int, int]:

@@ -17,10 +17,11 @@ from phi3_jax.runs.json_values import ADAPTER, RUN
 from phi3_jax.runs.resume import RunFile, differences
 
 from .checkpoints import remove_checkpoints, saved_steps
-from .logs import LOG, TENSORBOARD, read_log
+from .logs import LOG, read_log
 from .recipe import Recipe
 from .report import Results, write_report
 from .settings import FREE, LENGTH
+from .tensorboard import TENSORBOARD
 
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints."""
