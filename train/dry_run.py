@@ -16,6 +16,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.parallel.sharding import abstract_mesh, parse_mesh
 from phi3_jax.plan import Plan, Topology, mesh_sizes, plan
 from phi3_jax.plan import topology as topology_named
+from phi3_jax.plan.remat import RematChoice
 from phi3_jax.trainer.batches import abstract_batch
 
 from .recipe import Recipe, make_recipe, make_trainer, new_shapes
@@ -33,6 +34,8 @@ class DryRun:
     recipe: Recipe
     plan: Plan | None
     """Its step on the chips of the topology, if one is given."""
+    remat: RematChoice | None
+    """What the step keeps on these chips, if their memory decides."""
     state: str
     """What the output directory means for the run."""
 
@@ -58,6 +61,8 @@ class DryRun:
         )
         if self.plan is not None:
             yield _chip_line(recipe, self.plan)
+        if self.remat is not None:
+            yield str(self.remat)
         yield f"{recipe.settings.output_dir}: {self.state}"
 
 
@@ -85,8 +90,8 @@ def dry_run(
     make_trainer(recipe, new_shapes(recipe, None), None)
     if shape is not None:
         new_shapes(recipe, shape)
-    step = None if chips is None else _plan_step(recipe, chips, shape)
-    return DryRun(recipe, step, _state(directory, finished is not None))
+    step, remat = (None, None) if chips is None else _plan_step(recipe, chips, shape)
+    return DryRun(recipe, step, remat, _state(directory, finished is not None))
 
 
 def _mesh_shape(mesh: str | None, chips: Topology | None, distributed: bool) -> AbstractMesh | None:
@@ -108,15 +113,17 @@ def _mesh_shape(mesh: str | None, chips: Topology | None, distributed: bool) -> 
     return abstract_mesh({name: max(size, 1) for name, size in sizes.items()})
 
 
-def _plan_step(recipe: Recipe, chips: Topology, shape: AbstractMesh | None) -> Plan:
-    """Returns the plan of the run's own step, on a batch of its widest rows.
+def _plan_step(
+    recipe: Recipe, chips: Topology, shape: AbstractMesh | None
+) -> tuple[Plan, RematChoice | None]:
+    """Returns the plan of the run's own step on a batch of its widest rows, and what it keeps.
 
     Raises:
         UserError: the step does not fit.
     """
     settings, usable = recipe.settings, chips.chip.hbm_bytes
     sizes = {"data": 1} if shape is None else dict(shape.shape)
-    remat, _ = choose_on_chips(
+    remat, choice = choose_on_chips(
         settings, recipe.config, recipe.plan, sizes, usable, on_gpu=not chips.chip.is_tpu
     )
     recipe = replace(recipe, remat=remat)
@@ -129,7 +136,7 @@ def _plan_step(recipe: Recipe, chips: Topology, shape: AbstractMesh | None) -> P
             f"the {result.usable_bytes / GIB:.2f} GiB of each chip of {chips.name}, mesh {result.mesh_text}; "
             "use more chips, a smaller train_batch_size or max_length, trained=lora, or quantize"
         )
-    return result
+    return result, choice
 
 
 def _needed_bytes(recipe: Recipe, result: Plan) -> int:
