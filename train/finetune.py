@@ -172,7 +172,14 @@ class FinetuneRun:
         stack.callback(self._batches.close)
         self._log = None
         if distributed.is_primary():
-            self._log = stack.enter_context(RunLog(directory.path, resume_at=self.step))
+            self._log = stack.enter_context(
+                RunLog(
+                    directory.path,
+                    resume_at=self.step,
+                    trackers=recipe.trackers,
+                    settings=recipe.settings.model_dump(mode="json"),
+                )
+            )
 
     def train(self, show: bool) -> None:
         """Takes all steps, or fewer if evaluations stop getting better; evaluates and saves in between.

@@ -5,10 +5,13 @@ from pathlib import Path
 
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
+from phi3_jax.plan.absent import keep_to_the_compiler
 from phi3_jax.runs.cache_folder import keep_compiled_programs
 
+from .dry_run import dry_run
 from .finetune import InterruptedRunError, finetune
 from .settings import Settings
+from .tensorboard import TENSORBOARD
 
 
 def run_settings(settings: Settings, *, mesh: str | None, distributed: bool, cache_dir: Path | None) -> None:
@@ -27,6 +30,15 @@ def run_settings(settings: Settings, *, mesh: str | None, distributed: bool, cac
     for split, metrics in results.items():
         print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(
-        f"{settings.output_dir}: model, tokenizer, report.md, metrics.json, curves.png, log.jsonl, "
-        "tensorboard"
+        f"{settings.output_dir}: model, tokenizer, report.md, metrics.json, curves.png, log.jsonl"
+        + (", tensorboard" if (settings.output_dir / TENSORBOARD).exists() else "")
     )
+
+
+def check_settings(
+    settings: Settings, *, mesh: str | None, topology: str | None, distributed: bool, cache_dir: Path | None
+) -> None:
+    """Checks a run as `dry_run` does, on the CPU alone, and prints what it would do."""
+    keep_to_the_compiler()
+    result = dry_run(settings, mesh=mesh, topology=topology, distributed=distributed, cache_dir=cache_dir)
+    print("\n".join(result.lines()))

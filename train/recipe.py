@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from phi3_jax.checkpoint.default_model import default_model
+from phi3_jax.checkpoint.opening import Checkpoint
 from phi3_jax.checkpoint.source import has_quantized_weights
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import as_longrope, parse_rope
@@ -29,9 +30,9 @@ from phi3_jax.model import (
     Phi3ForTokenClassification,
     Phi3PreTrainedModel,
 )
-from phi3_jax.model.abstract import abstract_model
+from phi3_jax.model.abstract import abstract_model, with_shardings
 from phi3_jax.model.layer_stack import can_stack
-from phi3_jax.model.loading import load_model
+from phi3_jax.model.loading import check_model, load_model
 from phi3_jax.model.remat import Remat
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import shards
@@ -49,6 +50,7 @@ from .metrics import direction
 from .remat import find_remat
 from .settings import Settings
 from .sources import Data, load_data
+from .trackers import TrackerName, find_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +99,16 @@ class Recipe:
     remat: Remat
     remat_choice: RematChoice | None
     """The figures that decided `remat`, if memory did."""
+    trackers: tuple[TrackerName, ...]
+    """The libraries that the run reports its numbers to."""
 
 
-def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -> Recipe:
+def make_recipe(settings: Settings, mesh: Mesh | AbstractMesh | None, cache_dir: Path | None) -> Recipe:
     """Reads the examples and plans the steps; arguments and errors are those of `finetune`."""
     kind = settings.problem_type if settings.task == "sequence-classification" else settings.task
     metric = settings.metric_for_best_model or BEST_BY[kind]
     sign = direction(kind, metric)
+    trackers = find_trackers(settings.report_to)
     check_rows(settings.train_batch_size, settings.gradient_accumulation_steps, mesh, "train_batch_size")
     check_rows(settings.eval_batch_size, 1, mesh, "eval_batch_size")
 
@@ -162,7 +167,7 @@ def make_recipe(settings: Settings, mesh: Mesh | None, cache_dir: Path | None) -
     model_parts = paths, adapter, tokenizer, config
     steps = plan, total, schedule
     remat = find_remat(settings, config, plan, mesh)
-    return Recipe(settings, *model_parts, data, pad, *steps, kind, metric, sign, *remat)
+    return Recipe(settings, *model_parts, data, pad, *steps, kind, metric, sign, *remat, trackers)
 
 
 def _step_batches(settings: Settings, widths: int, devices: int) -> tuple[int, int]:
@@ -189,30 +194,41 @@ def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:
 
     `with_adapters` adds a given adapter, whose head then gets its order.
     """
+    cls, checkpoint, arguments = _model_arguments(recipe)
+    model = load_model(cls, checkpoint, mesh=mesh, rngs=recipe.settings.seed, **arguments)
+    return model if recipe.adapter is not None else _with_head_rows(model, recipe.data.base_rows)
+
+
+def new_shapes(recipe: Recipe, mesh: Mesh | AbstractMesh | None) -> Phi3PreTrainedModel:
+    """Returns the model that is trained with shapes in place of numbers, after all checks of `new_model`."""
+    cls, checkpoint, arguments = _model_arguments(recipe)
+    model = check_model(cls, checkpoint, mesh=mesh, **arguments)
+    if recipe.settings.trained != "lora":
+        return model
+    # The numbers of given adapters are also their settings, so that new ones have the same shapes.
+    return with_shardings(nnx.eval_shape(partial(_with_new_adapters, recipe.settings), model), mesh)
+
+
+def _model_arguments(recipe: Recipe) -> tuple[type[Phi3PreTrainedModel], Checkpoint, dict[str, Any]]:
+    """Returns the class, the checkpoint and the other arguments of `load_model`."""
     settings, labels = recipe.settings, recipe.data.labels
-    changes: dict[str, Any] = {"pad_token_id": recipe.pad_token_id}
-    if labels is not None:
-        changes["id2label"] = dict(enumerate(labels.names))
-    if settings.task == "sequence-classification":
-        changes["problem_type"] = settings.problem_type
-    rows = recipe.data.base_rows
     checkpoint, quantization = open_model(recipe.paths), settings.quantize
     needs_floats = settings.trained == "full" or settings.use_dora
     if quantization is None and needs_floats and has_quantized_weights(checkpoint.source):
         logger.info("%s has quantized weights, which are trained as floats", recipe.paths.base)
         quantization = FLOATS
-    model = load_model(
-        MODELS[settings.task],
-        checkpoint,
-        dtype="float32" if settings.trained == "full" else settings.dtype,
-        mesh=mesh,
-        rngs=settings.seed,
-        config=recipe.config,
-        new_head=rows is None,
-        quantization=quantization,
-        **changes,
-    )
-    return model if recipe.adapter is not None else _with_head_rows(model, rows)
+    arguments: dict[str, Any] = {
+        "dtype": "float32" if settings.trained == "full" else settings.dtype,
+        "config": recipe.config,
+        "new_head": recipe.data.base_rows is None,
+        "quantization": quantization,
+        "pad_token_id": recipe.pad_token_id,
+    }
+    if labels is not None:
+        arguments["id2label"] = dict(enumerate(labels.names))
+    if settings.task == "sequence-classification":
+        arguments["problem_type"] = settings.problem_type
+    return MODELS[settings.task], checkpoint, arguments
 
 
 def _with_head_rows(model: Phi3PreTrainedModel, rows: tuple[int, ...] | None) -> Phi3PreTrainedModel:
@@ -236,8 +252,10 @@ def with_adapters(model: Phi3PreTrainedModel, recipe: Recipe) -> Phi3PreTrainedM
                 node.set_value(node[...].astype(jnp.float32))  # it is trained from all bits that are stored
         model = load_adapters(model, recipe.paths.adapter, keep_head=rows is None)
         return _with_head_rows(model, rows)
-    if settings.trained != "lora":
-        return model
+    return _with_new_adapters(settings, model) if settings.trained == "lora" else model
+
+
+def _with_new_adapters(settings: Settings, model: Phi3PreTrainedModel) -> Phi3PreTrainedModel:
     return add_lora(
         model,
         settings.lora_rank,
@@ -264,7 +282,9 @@ def make_trainer(recipe: Recipe, model: Phi3PreTrainedModel, mesh: Mesh | None) 
         wrt = nnx.Any(nnx.LoRAParam, head, partial(_is_saved, recipe.adapter))
     elif settings.trained == "head":
         wrt = head
-    on_cpu = jax.default_backend() == "cpu"
+    # A mesh may have devices that are absent, for which a step is only compiled.
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    on_cpu = platform == "cpu"
     return Trainer(
         model,
         make_optimizer(

@@ -12,15 +12,16 @@ from phi3_jax.lora import save_adapters, save_merged
 from phi3_jax.lora.adapted import base_name, saved_modules
 from phi3_jax.parallel import distributed
 from phi3_jax.runs.exchange import restore
-from phi3_jax.runs.files import check_local, remove_leftovers, write_text
+from phi3_jax.runs.files import check_local, check_writable, remove_leftovers, write_text
 from phi3_jax.runs.json_values import ADAPTER, RUN
 from phi3_jax.runs.resume import RunFile, differences
 
 from .checkpoints import remove_checkpoints, saved_steps
-from .logs import LOG, TENSORBOARD, read_log
+from .logs import LOG, read_log
 from .recipe import Recipe
 from .report import Results, write_report
 from .settings import FREE, LENGTH
+from .tensorboard import TENSORBOARD
 
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints."""
@@ -80,20 +81,41 @@ class RunDirectory:
         restore(self.path)
         if overwrite:
             self._file.path.unlink(missing_ok=True)
+        results = self._check_content()
+        if self.started:
+            remove_leftovers(self.path)
+            return results
+        remove_checkpoints(self.path / CHECKPOINTS)
+        remove_leftovers(self.path)
+        self.begin()
+        return None
+
+    def check(self) -> SplitMetrics | None:
+        """Checks what `open` does, and that the directory can be written; changes nothing.
+
+        Raises:
+            UserError: as `open`.
+            OSError: the directory cannot be made or written.
+        """
+        self._check_inputs()
+        check_writable(self.path)
+        if not self.path.exists():
+            return None
+        self._file.check_lock()
+        return None if self._recipe.settings.overwrite_output_dir else self._check_content()
+
+    def _check_content(self) -> SplitMetrics | None:
+        """Checks that the directory holds this very run or nothing; returns a finished run's results."""
         if self._file.path.exists():
             results = self._file.read(self._check_state)
-            remove_leftovers(self.path)
             self.started = True
             return results
         found = [name for name in _WRITTEN if (self.path / name).exists()]
-        if found and not overwrite:
+        if found and not self._recipe.settings.overwrite_output_dir:
             raise UserError(
                 f"{self.path} holds {' and '.join(found)}, which no run of finetune wrote; choose another "
                 "--output-dir, or give --overwrite-output-dir"
             )
-        remove_checkpoints(self.path / CHECKPOINTS)
-        remove_leftovers(self.path)
-        self.begin()
         return None
 
     def begin(self) -> None:

@@ -147,6 +147,11 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32)
 
     logging_steps: int = Field(1, ge=1)
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "all", "none"]] = Field(
+        ["tensorboard"],
+        description="What gets the numbers of log.jsonl, too: tensorboard, wandb, mlflow, all that are "
+        "installed, or none.",
+    )
     eval_steps: int | None = Field(None, ge=1, description="Default: once an epoch.")
     save_strategy: Literal["steps", "epoch", "best", "no"] = Field(
         "steps",
@@ -169,6 +174,18 @@ class Settings(BaseModel):
     def _no_in_yaml(cls, value: Any) -> Any:
         """Reads a bare `no` of YAML, which is false there, as the word."""
         return "no" if value is False else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_library(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _all_or_none_alone(cls, value: list[str]) -> list[str]:
+        if len(value) > 1 and {"all", "none"} & set(value):
+            raise UserError(f"report_to={','.join(value)}: give all or none alone")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -307,7 +324,9 @@ def _fault(error: Any) -> str:
     return f"{name}={error['input']!r}: {message}" if name else message
 
 
-FREE = frozenset({"overwrite_output_dir", "output_dir", "logging_steps", "keep_checkpoints", "remat"})
+FREE = frozenset(
+    {"overwrite_output_dir", "output_dir", "logging_steps", "keep_checkpoints", "remat", "report_to"}
+)
 """Settings that may change when a run is resumed: no result depends on them, but for rounding."""
 
 LENGTH = frozenset({"max_steps", "num_train_epochs"})

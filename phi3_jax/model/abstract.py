@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
@@ -18,7 +18,7 @@ Tree = TypeVar("Tree")
 
 
 def abstract_model(
-    cls: type[Model], config: Phi3Config, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+    cls: type[Model], config: Phi3Config, *, dtype: Any = jnp.float32, mesh: Mesh | AbstractMesh | None = None
 ) -> Model:
     """Returns a model of class `cls` whose parameters are `jax.ShapeDtypeStruct`s; nothing is allocated.
 
@@ -30,7 +30,7 @@ def abstract_model(
     return with_shardings(shapes, mesh)
 
 
-def with_shardings(tree: Tree, mesh: Mesh | None) -> Tree:
+def with_shardings(tree: Tree, mesh: Mesh | AbstractMesh | None) -> Tree:
     """Returns abstract arrays with shardings: a parameter's by its axes, all else whole on every device."""
 
     def place(leaf: Any, axes: tuple[str | None, ...] = ()) -> jax.ShapeDtypeStruct:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding
+from jax.sharding import AbstractMesh, Mesh, Sharding
 
 from phi3_jax.checkpoint.layout import ignorable, layout_of
 from phi3_jax.checkpoint.opening import (
@@ -21,7 +21,7 @@ from phi3_jax.checkpoint.opening import (
 )
 from phi3_jax.checkpoint.parts import put_parameter
 from phi3_jax.checkpoint.safetensors import parameter_dtype, some
-from phi3_jax.checkpoint.source import CheckpointError, TensorSource
+from phi3_jax.checkpoint.source import CheckpointError, CheckpointSource, TensorSource
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.abstract import abstract_model
@@ -104,13 +104,10 @@ def load_model(
     path = source.path
     config = (config or own_config).replace(**config_changes)
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
-    _check_layers(source, config, path)
     build: Callable[..., Model] = cls
-    shapes = abstract_model(cls, config, mesh=mesh)
-    shapes.set_attn_implementation(attn_implementation)
-    expected = {name: leaf.get_value().shape for name, leaf in _parameters(shapes).items()}
-    files = _match(cls, source, config, expected, ignore_mismatched_sizes, new_head, path)
-    modules = quantize_abstract(shapes, source, files, chosen_quantization(source.path, quantization))
+    shapes, files, modules = _abstract_with_files(
+        cls, source, config, mesh, quantization, attn_implementation, ignore_mismatched_sizes, new_head
+    )
     parameters = {name: leaf.get_value() for name, leaf in _parameters(shapes).items()}
     if parameters_dtype is None:
         parameters_dtype = _stored_dtype(source, files.values(), path)
@@ -137,6 +134,53 @@ def load_model(
     if isinstance(model, GenerationMixin):
         model.generation_config = read_generation_config(source, config)
     return model
+
+
+def check_model(
+    cls: type[Model],
+    checkpoint: Checkpoint,
+    *,
+    dtype: Any,
+    mesh: Mesh | AbstractMesh | None = None,
+    config: Phi3Config | None = None,
+    quantization: Quantization | str | None = None,
+    new_head: bool = False,
+    **config_changes: Any,
+) -> Model:
+    """Returns the abstract model that `load_model` would fill, after its checks of names, shapes and mesh.
+
+    Only headers are read. The arguments and the errors are those of `load_model`.
+    """
+    source, own_config = checkpoint
+    config = (config or own_config).replace(**config_changes)
+    return _abstract_with_files(
+        cls, source, config, mesh, quantization, new_head=new_head, dtype=parameter_dtype(dtype)
+    )[0]
+
+
+def _abstract_with_files(
+    cls: type[Model],
+    source: CheckpointSource,
+    config: Phi3Config,
+    mesh: Mesh | AbstractMesh | None,
+    quantization: Quantization | str | None,
+    attn_implementation: str | None = None,
+    ignore_mismatched_sizes: bool = False,
+    new_head: bool = False,
+    dtype: Any = np.float32,
+) -> tuple[Model, dict[str, str], dict[str, Any]]:
+    """Returns the abstract model, the tensor of each parameter, and the modules that are quantized.
+
+    Raises:
+        CheckpointError, UserError: as `load_model`.
+    """
+    _check_layers(source, config, source.path)
+    shapes = abstract_model(cls, config, dtype=dtype, mesh=mesh)
+    shapes.set_attn_implementation(attn_implementation)
+    expected = {name: leaf.get_value().shape for name, leaf in _parameters(shapes).items()}
+    files = _match(cls, source, config, expected, ignore_mismatched_sizes, new_head, source.path)
+    modules = quantize_abstract(shapes, source, files, chosen_quantization(source.path, quantization))
+    return shapes, files, modules
 
 
 class ModuleLoader:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
 from phi3_jax.checkpoint.layout import TensorLayout
@@ -243,9 +243,9 @@ def pack(values: np.ndarray) -> np.ndarray:
     return above_zero[:, ::2] | above_zero[:, 1::2] << 4
 
 
-def platform(mesh: Mesh | None) -> str:
-    """Returns the platform of a mesh's devices, or of the default device."""
-    return (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
+def platform(mesh: Mesh | AbstractMesh | None) -> str:
+    """Returns the platform of a mesh's devices; of the default device if there are none."""
+    return (mesh.devices.flat if isinstance(mesh, Mesh) else jax.devices())[0].platform
 
 
 def _outputs(module: Linear | Embedding) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from phi3_jax.errors import UserError
@@ -99,6 +99,12 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = No
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """Returns a mesh of these sizes without devices, for checks and for shapes."""
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def _text(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
@@ -108,7 +114,7 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None], ndim: int | None = None) -> NamedSharding:
+def sharding(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], ndim: int | None = None) -> NamedSharding:
     """Returns the sharding on `mesh` of an array with these logical axes.
 
     If the array has more dimensions (`ndim`) than axes, the first ones, such as stacked layers, are not
@@ -118,12 +124,12 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], ndim: int | None = None) ->
     return NamedSharding(mesh, spec(*(None,) * extra, *axes))
 
 
-def shards(mesh: Mesh | None, axis: str) -> int:
+def shards(mesh: Mesh | AbstractMesh | None, axis: str) -> int:
     """Returns the number of pieces that `mesh` divides the logical axis into."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in axis_names(mesh, axis))
 
 
-def axis_names(mesh: Mesh | None, axis: str) -> tuple[str, ...]:
+def axis_names(mesh: Mesh | AbstractMesh | None, axis: str) -> tuple[str, ...]:
     """Returns the names of the mesh axes that divide the logical axis; without a mesh, none."""
     names = RULES[axis]
     if mesh is None or names is None:

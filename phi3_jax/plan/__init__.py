@@ -2,7 +2,7 @@
 
 from phi3_jax.costs.chips import CHIPS, Chip, Topology, topology
 from phi3_jax.costs.work import AbstractStep, Task, Work
-from phi3_jax.plan.planning import Plan, plan
+from phi3_jax.plan.planning import Plan, mesh_sizes, plan
 from phi3_jax.plan.report import render, to_dict
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Task",
     "Topology",
     "Work",
+    "mesh_sizes",
     "plan",
     "render",
     "to_dict",

@@ -93,7 +93,7 @@ def plan(
     """
     topology = topology_named(topology) if isinstance(topology, str) else topology
     if mesh is not None:
-        return _compiled(_from_shapes(work, topology, _sizes(mesh, topology), auto_remat), build)
+        return _compiled(_from_shapes(work, topology, mesh_sizes(mesh, topology), auto_remat), build)
     meshes = sensible_meshes(work, topology.devices)
     candidates = [_from_shapes(work, topology, sizes, auto_remat) for sizes in meshes]
     candidates.sort(key=_rank)
@@ -113,7 +113,12 @@ def _rank(one: Plan) -> tuple[bool, bool, bool, float, float]:
     return one.problem is not None, not one.fits, not one.compiled, bound.step_seconds, total
 
 
-def _sizes(mesh: str | Mapping[str, int], topology: Topology) -> dict[str, int]:
+def mesh_sizes(mesh: str | Mapping[str, int], topology: Topology) -> dict[str, int]:
+    """Returns the size of every axis of a mesh over all devices of a topology; -1 takes those that are left.
+
+    Raises:
+        UserError: the sizes cannot be read, or do not multiply to the number of devices.
+    """
     sizes = parse_mesh(mesh) if isinstance(mesh, str) else dict(mesh)
     named = prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values() and topology.devices % named == 0:

@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,17 @@ def _identity(path: Path) -> Hashable:
         return stat.st_dev, stat.st_ino
     except OSError:
         return path.resolve()
+
+
+def check_writable(directory: Path) -> None:
+    """Checks that files can be written in a directory, or that it can be made; leaves nothing behind.
+
+    Raises:
+        OSError: they cannot; it has the name of the directory or of its first parent that exists.
+    """
+    existing = next(each for each in (directory, *directory.absolute().parents) if each.exists())
+    with tempfile.TemporaryFile(dir=existing):
+        pass
 
 
 @contextmanager

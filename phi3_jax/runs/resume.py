@@ -87,11 +87,23 @@ class RunFile:
         Raises:
             UserError: another process has the lock.
         """
+        self._acquire()
+        remove_leftovers(self.path.parent, self.path.name)
+
+    def check_lock(self) -> None:
+        """Checks that no other process has the lock.
+
+        Raises:
+            UserError: another process has it.
+        """
+        self._acquire()
+        self.release()
+
+    def _acquire(self) -> None:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"another process is writing {self._output}") from None
-        remove_leftovers(self.path.parent, self.path.name)
 
     def release(self) -> None:
         """Lets other processes in."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 
 from phi3_jax.errors import UserError
@@ -16,7 +16,7 @@ MOST_ROWS = 2**16
 """The most rows of a batch. Batches are padded to their rows, so that more would fill the memory."""
 
 
-def check_rows(rows: int, parts: int, mesh: Mesh | None, name: str) -> None:
+def check_rows(rows: int, parts: int, mesh: Mesh | AbstractMesh | None, name: str) -> None:
     """Checks that a batch can have this many `rows`, and that they divide over micro-batches and the mesh.
 
     Raises:
@@ -33,7 +33,7 @@ def check_rows(rows: int, parts: int, mesh: Mesh | None, name: str) -> None:
         )
 
 
-def width_multiple(mesh: Mesh | None, multiple: int = 8) -> int:
+def width_multiple(mesh: Mesh | AbstractMesh | None, multiple: int = 8) -> int:
     """Returns the number that the widths of rows must be multiples of."""
     return multiple if mesh is None else math.lcm(multiple, mesh.shape["context"])
 
@@ -46,6 +46,22 @@ def local_rows(rows: int, mesh: Mesh | None) -> Int[np.ndarray, "local"] | None:
     return np.unique(np.concatenate([np.arange(rows)[part] for part in parts if part is not None]))
 
 
+def has_tokens(x: np.ndarray) -> bool:
+    """Returns whether an array of a batch has a number for each token, and not for the classes of a row."""
+    return x.ndim == 2 and np.issubdtype(x.dtype, np.integer)
+
+
+def abstract_batch(arrays: Mapping[str, np.ndarray], width: int, mesh: Mesh) -> dict[str, Any]:
+    """Returns the shapes of a batch on `mesh` with rows of `width` tokens; `arrays` has one of any width."""
+
+    def shape(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        axes = ("batch", "length") if has_tokens(x) else ("batch", None)[: x.ndim]
+        sizes = (len(x), width) if has_tokens(x) else x.shape
+        return jax.ShapeDtypeStruct(sizes, x.dtype, sharding=sharding(mesh, axes))
+
+    return {name: shape(x) for name, x in arrays.items()}
+
+
 def to_devices(
     arrays: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None, own: Int[np.ndarray, "local"] | None
 ) -> dict[str, Any]:
@@ -55,9 +71,7 @@ def to_devices(
 
     def put(x: np.ndarray) -> jax.Array:
         shape = (rows, *x.shape[1:])
-        # Integers of two axes belong to tokens; other numbers belong to the classes of a row.
-        tokens = x.ndim == 2 and np.issubdtype(x.dtype, np.integer)
-        spec = sharding(mesh, ("batch", "length") if tokens else ("batch", None)[: x.ndim])
+        spec = sharding(mesh, ("batch", "length") if has_tokens(x) else ("batch", None)[: x.ndim])
 
         def part(index: Any) -> np.ndarray:
             held = np.arange(rows)[index[0]]
