@@ -207,7 +207,8 @@ def _temporary_bytes(chip: _Share) -> int:
 
     finetune: each layer's input (remat "full"), all its activations ("none") or about half of them ("dots");
     one layer's activations forward and backward; the loss; the trained parameters in the dtype of the
-    computation, and their gradients; the floats of the largest quantized weight, twice. Other tasks: one layer's activations and the logits.
+    computation, and their gradients; the floats of the largest quantized weight, twice. Other tasks: one
+    layer's activations and the logits.
     fsdp adds the gathered weights of two layers: one in use, the next on its way.
     """
     work, config, item = chip.work, chip.work.config, chip.work.item_bytes
