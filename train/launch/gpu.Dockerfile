@@ -20,7 +20,7 @@ COPY phi3_jax phi3_jax
 COPY train train
 # hadolint ignore=SC2086
 RUN python -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir -c train/launch/constraints.txt ".[train]" "jax[cuda12]" ${PACKAGES}
+    && /venv/bin/pip install --no-cache-dir -c train/launch/constraints.txt ".[train]" "jax[cuda13]" ${PACKAGES}
 
 FROM ${PYTHON}
 RUN useradd --create-home --uid 1000 phi3

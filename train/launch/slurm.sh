@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@300
 
-# --- Place 1 of 2: the nodes, and the environment in which phi3-jax[train] and jax[cuda12] are installed.
+# --- Place 1 of 2: the nodes, and the environment in which phi3-jax[train] and jax[cuda13] are installed.
 #SBATCH --job-name=phi3-jax-finetune
 #SBATCH --partition=gpu
 #SBATCH --nodes=2
