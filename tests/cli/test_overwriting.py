@@ -46,6 +46,18 @@ def test_keeps_the_input(
     assert {path.name for path in source.parent.iterdir()} == before
 
 
+def test_a_comparison_keeps_each_of_its_files(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phi3_jax.cli.bench_finetune.REQUIRED", [])
+    monkeypatch.chdir(tmp_path)
+    Path("one.csv").write_text("text,label\n")
+    words = ("bench-finetune", "--train-file", "one.csv,two.csv", "--whole-run", "--output", "one.csv")
+    result = run(*words)
+    assert result.code == 1
+    assert "phi3-jax: --output one.csv is also the data one.csv; choose another --output" in result.err
+
+
 def test_keeps_the_model(run: Any, model_folder: Path, source: Path) -> None:
     weights, config = model_folder / "model.safetensors", model_folder / "config.json"
     before = weights.read_bytes(), config.read_bytes()
