@@ -30,6 +30,8 @@ from phi3_jax.quantization import Quantization, StoredWeight
 from phi3_jax.quantization.gptq import round_for_inputs
 from phi3_jax.runs.files import replacing
 from phi3_jax.runs.resume import RunFile
+from phi3_jax.storage.fetch import cached_path
+from phi3_jax.storage.outputs import Target
 
 SUFFIX = ".calibration"
 """What the name of the folder for unfinished work has beyond that of the destination."""
@@ -54,7 +56,7 @@ class CalibrationOptions:
 
 def calibrate_checkpoint(
     source_path: str | os.PathLike[str],
-    destination_dir: str | os.PathLike[str],
+    destination_dir: Target,
     tokens: Int[np.ndarray, " T"],
     quantization: Quantization | str = "int4",
     options: CalibrationOptions | None = None,
@@ -66,12 +68,12 @@ def calibrate_checkpoint(
 
     Layers are rounded one after the other: each gets what the rounded layers before it put out. Memory holds
     one layer's weights and the activations of all windows. The same call resumes killed work after the last
-    finished layer; DESTINATION.calibration has it until then. Embeddings and head, if they are quantized at
-    all, are rounded plainly.
+    finished layer; DESTINATION.calibration has it until then, for a URL in the cache folder. Embeddings and
+    head, if they are quantized at all, are rounded plainly.
 
     Args:
         source_path: a directory in Hugging Face's layout or a GGUF file, with floats.
-        destination_dir: another directory; a checkpoint in it is replaced, other files stay.
+        destination_dir: another directory or its URL; a checkpoint in it is replaced, other files stay.
         tokens: of the text.
         quantization: such as "int4:group_size=128", or a `Quantization`.
         options: sizes of the calibration.
@@ -85,10 +87,10 @@ def calibrate_checkpoint(
     options, quantization = options or CalibrationOptions(), Quantization.parse(quantization)
     checkpoint, destination = open_floats(source_path, destination_dir)
     windows = cut(tokens, options, checkpoint)
-    folder = destination.with_name(destination.name + SUFFIX)
+    folder = _work_folder(destination)
     source = CalibratedSource(checkpoint.source, quantization, folder)
     about = {
-        "model": fingerprint(Path(source_path)),
+        "model": fingerprint(checkpoint.source.path),
         "tokens": hashlib.sha256(windows.tobytes()).hexdigest(),
         "quantization": str(quantization),
         **asdict(options),
@@ -129,6 +131,12 @@ def cut(
         )
     count -= count % options.rows if count > options.rows else 0  # programs have one number of rows
     return np.asarray(tokens[: count * options.length], np.int32).reshape(count, options.length)
+
+
+def _work_folder(destination: Path | str) -> Path:
+    """Returns the folder for unfinished work."""
+    path = cached_path(destination) if isinstance(destination, str) else destination
+    return path.with_name(path.name + SUFFIX)
 
 
 class CalibratedSource(RoundedSource):

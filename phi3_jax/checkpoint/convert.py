@@ -11,13 +11,14 @@ from phi3_jax.checkpoint.safetensors import cast, parameter_dtype, write_tensors
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
 from phi3_jax.config.rope_argument import as_longrope
-from phi3_jax.runs.exchange import exchanging
 from phi3_jax.sources.hub import local_model
+from phi3_jax.storage.fetch import display_name
+from phi3_jax.storage.outputs import Target, exchanging, local_target
 
 
 def convert_checkpoint(
     source_path: str | os.PathLike[str],
-    destination_dir: str | os.PathLike[str],
+    destination_dir: Target,
     *,
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
@@ -30,7 +31,7 @@ def convert_checkpoint(
 
     Args:
         source_path: a directory in Hugging Face's layout or a GGUF file, or the URL of one.
-        destination_dir: another directory; a checkpoint in it is replaced, other files stay.
+        destination_dir: another directory or its URL; a checkpoint in it is replaced, other files stay.
         dtype: the tensors' new dtype; None keeps each as it is.
         max_shard_size: the largest file, such as "5GB".
         config: written in place of the checkpoint's own.
@@ -53,15 +54,20 @@ def convert_checkpoint(
         config.replace(extra=extra | {"dtype": str(stored)}).save_pretrained(work)
 
 
-def check_destination(source_path: Path, destination_dir: str | os.PathLike[str]) -> Path:
-    """Returns the directory to write, which is not the checkpoint that is read.
+def check_destination(source_path: Path, destination_dir: Target) -> Path | str:
+    """Returns the directory to write, or its URL, which is not the checkpoint that is read.
 
     Raises:
         CheckpointError: it is, or its name is empty or that of a file.
     """
     if not os.fspath(destination_dir):
         raise CheckpointError("the destination's name is empty; write . for the current directory")
-    destination = Path(destination_dir)
+    destination = local_target(destination_dir)
+    if destination is None:
+        url = os.fspath(destination_dir).rstrip("/")
+        if display_name(source_path) == url:
+            raise CheckpointError(f"{url} is the checkpoint itself; name another directory")
+        return url
     if destination.exists() and destination.samefile(source_path):
         raise CheckpointError(f"{destination} is the checkpoint itself; name another directory")
     if destination.exists() and not destination.is_dir():

@@ -21,8 +21,8 @@ from phi3_jax.config.model_config import CONFIG_NAME
 from phi3_jax.config.rope_argument import as_longrope
 from phi3_jax.errors import UserError
 from phi3_jax.quantization import Quantization, StoredWeight, WeightForm, round_weight
-from phi3_jax.runs.exchange import exchanging
 from phi3_jax.sources.hub import local_model
+from phi3_jax.storage.outputs import Target, exchanging
 
 
 class RoundedSource:
@@ -68,7 +68,7 @@ class _ReportedSource:
 
 def quantize_checkpoint(
     source_path: str | os.PathLike[str],
-    destination_dir: str | os.PathLike[str],
+    destination_dir: Target,
     quantization: Quantization | str = "int8",
     *,
     max_shard_size: int | str = "5GB",
@@ -81,7 +81,7 @@ def quantize_checkpoint(
 
     Args:
         source_path: a directory in Hugging Face's layout or a GGUF file, or the URL of one, with floats.
-        destination_dir: another directory; a checkpoint in it is replaced, other files stay.
+        destination_dir: another directory or its URL; a checkpoint in it is replaced, other files stay.
         quantization: such as "int8", "int4:group_size=32", or a `Quantization`.
         max_shard_size: the largest file, such as "5GB".
         report: gets the number of tensors that are written, and of all.
@@ -99,8 +99,8 @@ def quantize_checkpoint(
 
 
 def open_floats(
-    source_path: str | os.PathLike[str], destination_dir: str | os.PathLike[str]
-) -> tuple[Checkpoint, Path]:
+    source_path: str | os.PathLike[str], destination_dir: Target
+) -> tuple[Checkpoint, Path | str]:
     """Opens a checkpoint that will be rounded, and returns the directory for the result as a path.
 
     Raises:
@@ -121,7 +121,7 @@ def open_floats(
 def write_rounded(
     checkpoint: Checkpoint,
     rounded: RoundedSource,
-    destination: Path,
+    destination: Target,
     max_shard_size: int | str,
     report: Callable[[int, int], None],
 ) -> None:

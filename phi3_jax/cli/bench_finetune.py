@@ -44,9 +44,9 @@ def _bench_finetune(
         raise UserError(f"the comparison needs {' and '.join(absent)}; pip install {' '.join(absent)}")
     if output is not None and not whole_run:
         raise UserError("--output is for the metrics of --whole-run; add --whole-run or omit --output")
-    given = (settings.train_file, settings.validation_file, settings.test_file)
+    splits = (settings.train_file, settings.validation_file, settings.test_file)
     files = [
-        file for each in given if each is not None for file in ([each] if isinstance(each, str) else each)
+        file for each in splits if each is not None for file in ([each] if isinstance(each, str) else each)
     ]
     check_outputs(
         {"--output": output}, {"the settings": config} | {f"the data {file}": Path(file) for file in files}

@@ -1,11 +1,13 @@
 """Finds and loads the model of a command, and keeps compiled programs."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from phi3_jax.checkpoint.default_model import default_model
+from phi3_jax.checkpoint.safetensors import weight_files
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.lora import ModelPaths, find_model, open_model
@@ -13,6 +15,9 @@ from phi3_jax.parallel.distributed import run_everywhere
 from phi3_jax.parallel.messages import tell
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.cache_folder import keep_compiled_programs
+from phi3_jax.storage.objects import LocalFile
+from phi3_jax.storage.outputs import Target, local_target
+from phi3_jax.storage.urls import list_entries
 
 
 def load_pipeline(
@@ -41,6 +46,18 @@ def load_pipeline(
 def config_with(paths: ModelPaths, rope: str) -> Phi3Config:
     """Returns a model's config with the rope that `--rope` names."""
     return parse_rope(rope).config_to_save(open_model(paths).config)
+
+
+def weight_bytes(target: Target) -> int:
+    """Returns the bytes of the files that have a checkpoint's weights."""
+    path = local_target(target)
+    if path is None:
+        entries = list_entries(os.fspath(target))
+        return sum(entry.size for entry in entries if entry.name.endswith(".safetensors"))
+    if path.is_file():
+        return path.stat().st_size
+    files = list(weight_files(path).values()) or [LocalFile(each) for each in path.glob("*.gguf")]
+    return sum(file.size for file in files)
 
 
 def model_paths(model: str | None, adapter: str | None, cache_dir: Path | None) -> ModelPaths:

@@ -1,12 +1,12 @@
 """The command `phi3-jax convert`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from phi3_jax.checkpoint import convert_checkpoint, resolve
-from phi3_jax.cli.options import directory
+from phi3_jax.cli.common import weight_bytes
+from phi3_jax.cli.options import output_directory
 from phi3_jax.parallel.distributed import from_primary
 from phi3_jax.parallel.processes import join
 
@@ -15,9 +15,12 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub name.")],
+    source: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name or a URL.")],
     destination: Annotated[
-        Path, typer.Argument(help="The directory to write.", parser=directory, metavar="destination")
+        str,
+        typer.Argument(
+            help="The directory to write, or its URL.", parser=output_directory, metavar="destination"
+        ),
     ],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
@@ -37,7 +40,7 @@ def convert(
 
     def write() -> int:
         convert_checkpoint(resolve(source), destination, dtype=dtype, max_shard_size=max_shard_size)
-        return sum(path.stat().st_size for path in destination.glob("*.safetensors"))
+        return weight_bytes(destination)
 
     join(distributed)
     print(f"{destination}: {from_primary(write) / 1e9:.2f} GB")

@@ -12,8 +12,9 @@ from phi3_jax.cli import common, options
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.evaluate import evaluate as evaluate_text
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.runs.files import check_outputs, replacing
+from phi3_jax.runs.files import check_outputs
 from phi3_jax.runs.json_values import json_value
+from phi3_jax.storage.outputs import local_target, replacing
 
 app = typer.Typer(add_completion=False)
 
@@ -37,7 +38,8 @@ def evaluate(
     ] = None,
     text_key: Annotated[str, Option(help="The key of the texts in a .jsonl file.")] = "text",
     output: Annotated[
-        Path | None, Option(help="A JSON file for the results; default: standard output.", dir_okay=False)
+        str | None,
+        Option(help="A JSON file for the results, or its URL; default: standard output.", **options.OUTPUT),
     ] = None,
     dtype: options.Dtype = "bfloat16",
     quantize: options.Quantize = None,
@@ -53,7 +55,8 @@ def evaluate(
         raise FileNotFoundError(f"there is no file {text}")
     where = prepare(mesh, False)
     paths = common.model_paths(model, adapter, cache_dir)
-    check_outputs({"--output": output}, {"the text": text} | paths.inputs)
+    local = None if output is None else local_target(output)
+    check_outputs({"--output": local}, {"the text": text} | paths.inputs)
     result = evaluate_text(
         common.load_pipeline(paths, dtype, cache_dir, where, quantize=quantize),
         text,

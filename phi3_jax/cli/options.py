@@ -9,6 +9,7 @@ from typer import BadParameter, Context, Option
 from phi3_jax.errors import UserError
 from phi3_jax.runs.cache_folder import CACHE_VARIABLE
 from phi3_jax.storage.fetch import fetch
+from phi3_jax.storage.urls import is_url
 
 
 def _set_cache_dir(context: Context, directory: Path | None) -> Path | None:
@@ -123,6 +124,25 @@ def input_file(text: str) -> Path:
 
 INPUT: dict[str, Any] = {"parser": input_file, "metavar": "FILE"}
 """What options of files to read have in common."""
+
+
+def output_file(text: str) -> Path | str:
+    """Parses the name or the URL of a file to write."""
+    if is_url(text):
+        return text
+    path = Path(text)
+    if path.is_dir():
+        raise BadParameter(f"File {text!r} is a directory.")
+    return path
+
+
+OUTPUT: dict[str, Any] = {"parser": output_file, "metavar": "FILE"}
+"""What options of files to write have in common."""
+
+
+def output_directory(text: str) -> Path | str:
+    """Parses the name or the URL of a directory to write."""
+    return text if is_url(text) else directory(text)
 
 
 def directory(text: str) -> Path:

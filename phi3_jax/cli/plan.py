@@ -14,7 +14,8 @@ from phi3_jax.plan import Work, render, to_dict
 from phi3_jax.plan import plan as make_plan
 from phi3_jax.plan.absent import keep_to_the_compiler
 from phi3_jax.plan.remat import AUTO
-from phi3_jax.runs.files import check_outputs, write_text
+from phi3_jax.runs.files import check_outputs
+from phi3_jax.storage.outputs import local_target, write_text
 from phi3_jax.storage.urls import is_url
 
 app = typer.Typer(add_completion=False)
@@ -55,7 +56,7 @@ def plan(
     compiled: Annotated[int, Option(min=1, help="Without --mesh, compile this many of the best meshes.")] = 4,
     json_file: Annotated[
         str | None,
-        Option("--json", help="A JSON file for the plan; -: standard output, without tables."),
+        Option("--json", help="A JSON file for the plan, or its URL; -: standard output, without tables."),
     ] = None,
 ) -> None:
     """Compile a step for absent TPUs: does it fit, what moves, how fast at most?
@@ -65,7 +66,7 @@ def plan(
     keep_to_the_compiler()
     config = model_config(model)
     check_outputs(
-        {"--json": None if json_file in (None, "-") else Path(json_file)},
+        {"--json": None if json_file in (None, "-") else local_target(json_file)},
         {"--model": Path(model) if Path(model).exists() else None},
     )
     if layers is not None:
@@ -88,7 +89,7 @@ def plan(
         print(text)
         return
     if json_file is not None:
-        write_text(Path(json_file), text + "\n")
+        write_text(json_file, text + "\n")
     # Outside of a terminal the width is fixed, so that no line is cut.
     render(result, Console(width=None if sys.stdout.isatty() else 160))
 

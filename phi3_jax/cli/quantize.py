@@ -12,20 +12,26 @@ from phi3_jax.calibration import CalibrationOptions, calibrate_checkpoint
 from phi3_jax.calibration.measure import TOKENS, measure_rounding
 from phi3_jax.checkpoint import open_checkpoint, quantize_checkpoint, resolve
 from phi3_jax.cli import options
-from phi3_jax.cli.options import directory
+from phi3_jax.cli.common import weight_bytes
+from phi3_jax.cli.options import output_directory
 from phi3_jax.evaluation.texts import first_tokens, read_text
 from phi3_jax.parallel.messages import tell
 from phi3_jax.quantization import Quantization
 from phi3_jax.runs.progress import FileProgress
+from phi3_jax.sources.hub import local_model
+from phi3_jax.storage.outputs import Target
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub name.")],
+    source: Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub name or a URL.")],
     destination: Annotated[
-        Path, typer.Argument(help="The directory to write.", parser=directory, metavar="destination")
+        str,
+        typer.Argument(
+            help="The directory to write, or its URL.", parser=output_directory, metavar="destination"
+        ),
     ],
     weights: Annotated[
         str,
@@ -69,7 +75,7 @@ def quantize(
 
 def _calibrate(
     path: Path,
-    destination: Path,
+    destination: str,
     weights: str,
     text: Path,
     windows: int,
@@ -98,14 +104,15 @@ def _calibrate(
     table.add_column("perplexity", justify="right")
     table.add_column("change", justify="right")
     first = None
-    for name, value in measure_rounding(path, destination, quantization, rest, dtype=dtype, length=length):
+    for name, value in measure_rounding(
+        path, local_model(destination), quantization, rest, dtype=dtype, length=length
+    ):
         change = "" if first is None else f"{100 * (value / first - 1):+.2f} %"
         first = first or value
         table.add_row(name, f"{value:.3f}", change)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _gigabytes(path: Path) -> str:
+def _gigabytes(target: Target) -> str:
     """Returns the size of a checkpoint's weights."""
-    files = list(path.glob("*.safetensors")) or list(path.glob("*.gguf")) if path.is_dir() else [path]
-    return f"{sum(file.stat().st_size for file in files) / 1e9:.2f} GB"
+    return f"{weight_bytes(target) / 1e9:.2f} GB"

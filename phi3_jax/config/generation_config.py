@@ -15,10 +15,10 @@ from typing import Any, Literal
 from phi3_jax.config import generation_checks as checks
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
-from phi3_jax.runs.files import check_local, replacing
 from phi3_jax.runs.odd_values import evident_meaning, read_odd
 from phi3_jax.runs.text import read_json
 from phi3_jax.sources.hub import find_file
+from phi3_jax.storage.outputs import replacing, target_in
 
 logger = logging.getLogger(__name__)
 
@@ -256,12 +256,12 @@ class GenerationConfig:
         except ValueError as error:
             raise UserError(f"{file}: {error}") from error
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `generation_config.json` whole or not at all; makes the folder if needed."""
-        target = Path(directory) / GENERATION_CONFIG_NAME
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path | str:
+        """Writes `generation_config.json` whole or not at all, to a path or URL; returns where."""
+        target = target_in(directory, GENERATION_CONFIG_NAME)
         content = json.dumps(self.to_dict(), indent=2) + "\n"
-        check_local(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(target, Path):
+            target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as work:
             work.write_text(content, encoding="utf-8")
         return target

@@ -19,10 +19,10 @@ from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.config.rope_types import RopeBase
 from phi3_jax.errors import UserError
 from phi3_jax.runs.exchange import restore
-from phi3_jax.runs.files import check_local, replacing
 from phi3_jax.runs.odd_values import read_odd
 from phi3_jax.runs.text import read_json
 from phi3_jax.sources.hub import find_file
+from phi3_jax.storage.outputs import replacing, target_in
 
 logger = logging.getLogger(__name__)
 
@@ -365,11 +365,11 @@ class Phi3Config:
         config = cls.from_json_file(file)
         return config.replace(**changes) if changes else config
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `config.json` whole or not at all; makes the folder if needed."""
-        target = Path(directory) / CONFIG_NAME
-        check_local(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path | str:
+        """Writes `config.json` whole or not at all, to a path or URL; returns where."""
+        target = target_in(directory, CONFIG_NAME)
+        if isinstance(target, Path):
+            target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as work:
             work.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return target

@@ -1,7 +1,6 @@
 """Writes a model with its adapters merged, one tensor at a time."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,4 +71,4 @@ def save_merged(model: Phi3PreTrainedModel, directory: str | os.PathLike[str], d
         CheckpointError: the disk is full, or the directory cannot be written.
     """
     source = MergedSource(model, dtype)
-    write_in_one(source, lambda tensors: write_model(model, tensors, Path(directory), "5GB", dtype))
+    write_in_one(source, lambda tensors: write_model(model, tensors, directory, "5GB", dtype))

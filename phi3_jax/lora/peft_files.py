@@ -23,9 +23,10 @@ from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import with_shardings
 from phi3_jax.model.layers import Linear
 from phi3_jax.model.saving import ParameterSource, write_in_one
-from phi3_jax.runs.exchange import exchanging, restore
+from phi3_jax.runs.exchange import restore
 from phi3_jax.sources.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_adapter
 from phi3_jax.storage.objects import LocalFile, RangedFile
+from phi3_jax.storage.outputs import exchanging
 
 Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 
@@ -92,7 +93,7 @@ def save_adapters(
     tensors = _tensors(config, {name: linear.adapter for name, linear in adapted.items()}, model)
 
     def write(source: TensorSource) -> None:
-        with exchanging(config.path, config=CONFIG, replaced=_WEIGHTS) as work:
+        with exchanging(directory, config=CONFIG, replaced=_WEIGHTS) as work:
             write_file(source, source.names(), work / WEIGHTS)
             text = json.dumps(config.fields, indent=2, sort_keys=True)
             (work / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +24,7 @@ from phi3_jax.model.quantizing import form_of, has_quantized_weights, stored_wei
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import readable
 from phi3_jax.quantization import StoredWeight, WeightForm
-from phi3_jax.runs.exchange import exchanging
+from phi3_jax.storage.outputs import Target, exchanging
 
 _DROPPED = ("torch_dtype", *KEYS)
 """Fields of the checkpoint that a model was loaded from, which do not hold for the one that is written."""
@@ -148,7 +147,7 @@ def save_model(model: Any, directory: str | os.PathLike[str], *, max_shard_size:
         extra = {"quantization_config": compressed_config(quantized)}
     write_in_one(
         tensors,
-        lambda source: write_model(model, source, Path(directory), max_shard_size, model.dtype, extra),
+        lambda source: write_model(model, source, directory, max_shard_size, model.dtype, extra),
     )
 
 
@@ -175,7 +174,7 @@ def write_in_one(source: TensorSource, write: Callable[[TensorSource], None]) ->
 def write_model(
     model: Any,
     source: TensorSource,
-    directory: Path,
+    directory: Target,
     max_shard_size: int | str,
     dtype: Any,
     extra: Mapping[str, Any] = MappingProxyType({}),

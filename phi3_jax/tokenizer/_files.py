@@ -8,9 +8,10 @@ from typing import Any
 from tokenizers import AddedToken
 
 from phi3_jax.errors import UserError
-from phi3_jax.runs.exchange import exchanging, restore
+from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.odd_values import read_odd
 from phi3_jax.runs.text import parse_json
+from phi3_jax.storage.outputs import Target, exchanging
 
 from ._backends import Backend, JsonBackend, SentencePieceBackend
 
@@ -89,7 +90,7 @@ def read_gguf(path: Path) -> tuple[Backend, dict[str, Any], dict[str, bytes]]:
     return backend, vocabulary.tokenizer_config(file.require("{arch}.context_length")), {}
 
 
-def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+def write_files(directory: Target, files: Mapping[str, bytes]) -> None:
     """Writes the files, which replace those of an earlier tokenizer; all or none.
 
     Raises:

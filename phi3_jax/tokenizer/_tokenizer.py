@@ -15,6 +15,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.runs.arguments import refuse
 from phi3_jax.runs.text import lone_surrogate
 from phi3_jax.sources.hub import is_hub_name, resolve
+from phi3_jax.storage.outputs import target_in
 from phi3_jax.storage.urls import is_url
 
 from . import _batching as batching
@@ -518,8 +519,8 @@ class Phi3Tokenizer(Vocabulary):
                 config["chat_template"] = [{"name": key, "template": value} for key, value in named]
         if changed or new_template or _files.CONFIG not in files:
             files[_files.CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-        _files.write_files(Path(directory), files)
-        return tuple(str(Path(directory) / name) for name in files)
+        _files.write_files(directory, files)
+        return tuple(str(target_in(directory, name)) for name in files)
 
     def _config_to_write(self) -> dict[str, Any]:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config}
