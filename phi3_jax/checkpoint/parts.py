@@ -104,7 +104,9 @@ def _read_together(
     }
     for first in range(0, rows, share * devices.size):
         whole = (share * devices.size, *columns)  # the last devices may get rows that do not exist
-        own = by_rows.addressable_devices_indices_map(whole) or {}
+        indices: Any = by_rows.addressable_devices_indices_map(whole)
+        # By rows, so that those that do not exist come last.
+        own = dict(sorted(indices.items(), key=lambda each: each[1][0].start))
 
         def read(first: int = first, own: Any = own) -> np.ndarray:
             numbers = [

@@ -91,13 +91,13 @@ def _without_protocol(name: str, revision: str | None) -> tuple[str, str | None]
 
 
 def local_model(name_or_path: str | os.PathLike[str]) -> Path:
-    """Returns the path of a model: of one in a store the local directory or .gguf file, else as it is.
+    """Returns the path of a model: of a URL's the local directory or .gguf file, else as it is.
 
     Raises:
         CheckpointError, StorageError: the URL names no model, or it cannot be fetched.
     """
     name = os.fspath(name_or_path)
-    return _fetch_model(name) if is_url(name) else Path(name)
+    return resolve(name) if is_url(name) else Path(name)
 
 
 def _fetch_model(url: str, tokenizer_only: bool = False) -> Path:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
-from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ from phi3_jax.storage.objects import CHUNK, IN_FLIGHT, RemoteFile
 from phi3_jax.storage.urls import (
     ChangedError,
     RemoteEntry,
-    clear_errors,
     find_entry,
     is_url,
     list_entries,
     local_part,
     split_url,
-    store_of,
 )
 
 ATTEMPTS = 3
@@ -43,32 +40,6 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     if (entry := find_entry(name)) is not None:
         return _fetch_entry(entry, cache_dir)
     return fetch_folder(name, cache_dir=cache_dir)
-
-
-def fetch_all(pattern: str, cache_dir: str | Path | None = None) -> list[Path]:
-    """Returns the paths of all files that a pattern with *, ? or [] names, sorted; or of the only one.
-
-    Raises:
-        FileNotFoundError: there are none.
-        StorageError: they cannot be fetched.
-    """
-    if not is_url(pattern) or local_part(pattern) is not None:
-        path = fetch(pattern)
-        if path.exists() or not has_magic(str(path)):
-            return [path]
-        found = sorted(each for each in path.parent.glob(path.name) if each.is_file())
-    elif not has_magic(pattern):
-        return [fetch(pattern, cache_dir)]
-    else:
-        files = store_of(pattern)
-        protocol, path_pattern = split_url(pattern)
-        with clear_errors(pattern):
-            names = files.glob(path_pattern)
-        entries = [entry for each in sorted(names) if (entry := find_entry(f"{protocol}://{each}"))]
-        found = [_fetch_entry(entry, cache_dir) for entry in entries]
-    if not found:
-        raise FileNotFoundError(f"no file matches {pattern}")
-    return found
 
 
 def fetch_folder(

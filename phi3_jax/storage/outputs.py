@@ -59,7 +59,7 @@ def replacing(target: Target) -> Iterator[Path]:
             yield work
         return
     url = os.fspath(target)
-    check_writable(url.rstrip("/").rpartition("/")[0])
+    check_store_writable(url.rstrip("/").rpartition("/")[0])
     with _temporary_folder() as folder:
         work = folder / "file"
         yield work
@@ -89,7 +89,7 @@ def exchanging(target: Target, *, config: str, replaced: re.Pattern[str]) -> Ite
             yield work
         return
     url = os.fspath(target).rstrip("/")
-    check_writable(url)
+    check_store_writable(url)
     with _temporary_folder() as folder:
         yield folder
         new = sorted(each for each in folder.iterdir() if each.is_file())
@@ -102,7 +102,7 @@ def exchanging(target: Target, *, config: str, replaced: re.Pattern[str]) -> Ite
             _put(batch, [f"{url}/{each.name}" for each in batch])
 
 
-def check_writable(folder: str) -> None:
+def check_store_writable(folder: str) -> None:
     """Checks that files can be written in a folder of a store, by writing one and deleting it.
 
     Raises:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from phi3_jax.checkpoint import parts, safetensors
 from phi3_jax.checkpoint.layout import layout_of
 from phi3_jax.checkpoint.safetensors import SafetensorsSource
+from phi3_jax.parallel.sharding import make_mesh, sharding
 
 SHAPES = {
     "layers.0.self_attn.qkv_proj.weight": (3, 4, 5, 12),
@@ -43,6 +44,38 @@ def test_reads_every_part_of_every_kind(tmp_path: Path, monkeypatch: pytest.Monk
         found = source.read_part(name, rows, columns)
         expected = parameter[tuple(index)]
         np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
+SHARDINGS = {
+    "layers.0.self_attn.qkv_proj.weight": ("kv_heads", "groups", "head_dim", "embed"),
+    "layers.0.mlp.gate_up_proj.weight": ("gate_up", "mlp", "embed"),
+    "layers.0.mlp.down_proj.weight": ("embed", "mlp"),
+    "norm.weight": ("norm",),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4", "fsdp=8"])
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_devices_exchange_what_they_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, rows: int
+) -> None:
+    """Rows do not divide over the devices, whose order in the mesh is not that of the rows."""
+    shape = {"qkv": (4, 3, 5, 16), "gate": (2, 12, 16), "down": (24, 12), "norm": (11,)}[
+        next(key for key in ("qkv", "gate", "down", "norm") if key in name)
+    ]
+    layout = layout_of(name)
+    monkeypatch.setattr(parts, "SHARE", 4 * rows * int(np.prod(shape[layout.row_axes :])))
+    parameter = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    save_file({name: layout.to_checkpoint(parameter)}, tmp_path / "model.safetensors")
+    where = sharding(make_mesh(mesh), SHARDINGS[name])
+    indices = where.addressable_devices_indices_map(shape).values()
+    boxes = {tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for index in indices}
+    found = {box: np.zeros([stop - start for start, stop in box], np.float32) for box in boxes}
+    source: Any = SafetensorsSource(tmp_path)
+    parts._read_together(source, name, layout, shape, np.dtype(np.float32), where, found)
+    for box, values in found.items():
+        np.testing.assert_array_equal(values, parameter[tuple(slice(*ends) for ends in box)])
 
 
 def test_query_rows_come_before_keys_and_values() -> None:

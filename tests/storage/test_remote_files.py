@@ -6,7 +6,7 @@ import pytest
 from stores import Store
 
 from phi3_jax.storage import objects
-from phi3_jax.storage.fetch import cached_path, display_name, fetch, fetch_all, fetch_folder, remote_files
+from phi3_jax.storage.fetch import cached_path, display_name, fetch, fetch_folder, remote_files
 from phi3_jax.storage.objects import LocalFile, RemoteFile
 from phi3_jax.storage.urls import ChangedError, StorageError, find_entry, is_url, list_entries
 
@@ -64,23 +64,6 @@ def test_copies_the_files_of_a_folder(store: Store) -> None:
     assert fetch(f"{store.url}/data") == folder
 
 
-def test_a_pattern_names_many_files(store: Store) -> None:
-    for name in ("part-2.gz", "part-1.gz", "other.gz"):
-        store.put(f"in/{name}", name.encode())
-    assert [path.name for path in fetch_all(f"{store.url}/in/part-*.gz")] == ["part-1.gz", "part-2.gz"]
-    with pytest.raises(FileNotFoundError, match=r"no file matches .*/in/none-\*"):
-        fetch_all(f"{store.url}/in/none-*")
-
-
-def test_a_pattern_names_many_local_files(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "c[1].txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in fetch_all(f"{tmp_path}/[ab].txt")] == ["a.txt", "b.txt"]
-    assert fetch_all(f"{tmp_path}/c[1].txt") == [tmp_path / "c[1].txt"]
-    assert fetch_all(f"file://{tmp_path}/a.txt") == [tmp_path / "a.txt"]
-    assert fetch_all(str(tmp_path / "absent.txt")) == [tmp_path / "absent.txt"]
-
-
 def test_says_what_does_not_exist(store: Store) -> None:
     store.put("data/train.csv", b"x")
     with pytest.raises(FileNotFoundError, match=f"there is nothing at {store.url}/none"):
@@ -109,6 +92,7 @@ def test_paths_are_not_urls(tmp_path: Path) -> None:
     assert not any(map(is_url, ("gs:/bucket", "/tmp/a", "C:\\a", "org/name", "", "://a", Path("gs://a"))))
     assert all(map(is_url, ("gs://bucket", "S3://a/b", "hf://org/name")))
     assert fetch("plain/path") == Path("plain/path")
+    assert fetch(f"file://{tmp_path}/a.txt") == tmp_path / "a.txt"
     assert display_name(tmp_path) == str(tmp_path)
 
 
