@@ -14,7 +14,7 @@ from phi3_jax.parallel import distributed
 from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.files import check_local, check_writable, remove_leftovers, write_text
 from phi3_jax.runs.json_values import ADAPTER, RUN
-from phi3_jax.runs.resume import RunFile, differences
+from phi3_jax.storage.resume import RunFile, differences
 
 from .checkpoints import remove_checkpoints, saved_steps
 from .logs import LOG, read_log
@@ -80,7 +80,7 @@ class RunDirectory:
         self._file.lock()
         restore(self.path)
         if overwrite:
-            self._file.path.unlink(missing_ok=True)
+            self._file.remove()
         results = self._check_content()
         if self.started:
             remove_leftovers(self.path)
@@ -106,7 +106,7 @@ class RunDirectory:
 
     def _check_content(self) -> SplitMetrics | None:
         """Checks that the directory holds this very run or nothing; returns a finished run's results."""
-        if self._file.path.exists():
+        if self._file.exists():
             results = self._file.read(self._check_state)
             self.started = True
             return results

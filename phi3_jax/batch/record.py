@@ -11,8 +11,8 @@ from typing import Any
 from phi3_jax.batch.summary import BatchSummary
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing, write_text
-from phi3_jax.runs.resume import RunFile
 from phi3_jax.runs.text import read_json
+from phi3_jax.storage.resume import RunFile
 
 POLL_SECONDS = 0.5
 """Time between two looks at the state of other processes."""
@@ -48,16 +48,16 @@ class Record:
             raise FileNotFoundError(f"there is no folder {self.output.parent} to write {self.output.name} to")
         self._file.lock()
         parts = list(self.output.parent.glob(f"{glob.escape(self.output.name)}.part-*"))
-        path = self._file.path
         if overwrite:
-            for old in (path, self.output, *parts):
+            self._file.remove()
+            for old in (self.output, *parts):
                 old.unlink(missing_ok=True)
             parts = []
-        if not path.exists() or not (self.output.exists() or parts):
+        if not self._file.exists() or not (self.output.exists() or parts):
             if self.output.exists() and self.output.stat().st_size:
                 raise UserError(
-                    f"{self.output} already exists, and there is no {path.name} with its options; choose "
-                    "another output, or give --overwrite to start over"
+                    f"{self.output} already exists, and there is no {self._file.name} with its options; "
+                    "choose another output, or give --overwrite to start over"
                 )
             self._file.write(processes=self._processes)
             return None
@@ -78,7 +78,7 @@ class Record:
     @property
     def finished(self) -> dict[str, Any] | None:
         """The summary once process 0 has finished the output."""
-        finished: dict[str, Any] | None = read_json(self._file.path).get("finished")
+        finished: dict[str, Any] | None = read_json(Path(self._file.path)).get("finished")
         return finished
 
     def _finished(self, values: dict[str, Any]) -> dict[str, Any] | None:

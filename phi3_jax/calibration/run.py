@@ -29,9 +29,9 @@ from phi3_jax.model.quantizing import matrix_shape, set_weight
 from phi3_jax.quantization import Quantization, StoredWeight
 from phi3_jax.quantization.gptq import round_for_inputs
 from phi3_jax.runs.files import replacing
-from phi3_jax.runs.resume import RunFile
 from phi3_jax.storage.fetch import cached_path
-from phi3_jax.storage.outputs import Target
+from phi3_jax.storage.resume import RunFile
+from phi3_jax.storage.targets import Target
 
 SUFFIX = ".calibration"
 """What the name of the folder for unfinished work has beyond that of the destination."""
@@ -100,7 +100,7 @@ def calibrate_checkpoint(
     run = RunFile(folder / "calibration.json", folder, about, advice=advice)
     run.lock()
     try:
-        if run.path.exists():
+        if run.exists():
             run.read(lambda values: values)
         else:
             for left in folder.glob("*.safetensors"):  # of other work, whose removal was interrupted

@@ -13,7 +13,8 @@ from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
 from phi3_jax.config.rope_argument import as_longrope
 from phi3_jax.sources.hub import local_model
 from phi3_jax.storage.fetch import display_name
-from phi3_jax.storage.outputs import Target, exchanging, local_target
+from phi3_jax.storage.outputs import exchanging
+from phi3_jax.storage.targets import Target, local_target
 
 
 def convert_checkpoint(

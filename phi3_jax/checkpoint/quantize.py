@@ -22,7 +22,8 @@ from phi3_jax.config.rope_argument import as_longrope
 from phi3_jax.errors import UserError
 from phi3_jax.quantization import Quantization, StoredWeight, WeightForm, round_weight
 from phi3_jax.sources.hub import local_model
-from phi3_jax.storage.outputs import Target, exchanging
+from phi3_jax.storage.outputs import exchanging
+from phi3_jax.storage.targets import Target
 
 
 class RoundedSource:

@@ -13,8 +13,8 @@ from typing import Any
 from phi3_jax.data.rows import BadRowError, Row
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import sync
-from phi3_jax.runs.resume import ADVICE, RunFile
 from phi3_jax.runs.text import lone_surrogate
+from phi3_jax.storage.resume import ADVICE, RunFile
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CONLL = ".conll"
@@ -258,7 +258,7 @@ class PartialOutput:
         try:
             if output.exists() and not overwrite:
                 if not self.path.exists():  # of a process that was killed when everything was done
-                    self._state_file.path.unlink(missing_ok=True)
+                    self._state_file.remove()
                 raise UserError(f"{output} already exists; {ADVICE}")
             state = self._state_file.read(self._parse_state) if self.path.exists() else None
             if state is None:
@@ -279,8 +279,7 @@ class PartialOutput:
         state = OutputState(**values["done"])
         if (size := self.path.stat().st_size) < state.bytes:
             raise UserError(
-                f"{self.path} has {size} bytes, and {self._state_file.path.name} counts {state.bytes}; "
-                f"{ADVICE}"
+                f"{self.path} has {size} bytes, and {self._state_file.name} counts {state.bytes}; {ADVICE}"
             )
         return state
 
@@ -314,7 +313,7 @@ class PartialOutput:
         self._file.close()
         os.replace(self.path, self.output)
         sync(self.output.parent)
-        self._state_file.path.unlink()
+        self._state_file.remove()
         self.close()
 
     def close(self) -> None:

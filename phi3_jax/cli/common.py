@@ -16,7 +16,7 @@ from phi3_jax.parallel.messages import tell
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.cache_folder import keep_compiled_programs
 from phi3_jax.storage.objects import LocalFile
-from phi3_jax.storage.outputs import Target, local_target
+from phi3_jax.storage.targets import Target, local_target
 from phi3_jax.storage.urls import list_entries
 
 

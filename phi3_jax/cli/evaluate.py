@@ -14,7 +14,8 @@ from phi3_jax.evaluation.evaluate import evaluate as evaluate_text
 from phi3_jax.parallel.processes import prepare
 from phi3_jax.runs.files import check_outputs
 from phi3_jax.runs.json_values import json_value
-from phi3_jax.storage.outputs import local_target, replacing
+from phi3_jax.storage.outputs import replacing
+from phi3_jax.storage.targets import local_target
 
 app = typer.Typer(add_completion=False)
 

@@ -15,7 +15,8 @@ from phi3_jax.plan import plan as make_plan
 from phi3_jax.plan.absent import keep_to_the_compiler
 from phi3_jax.plan.remat import AUTO
 from phi3_jax.runs.files import check_outputs
-from phi3_jax.storage.outputs import local_target, write_text
+from phi3_jax.storage.outputs import write_text
+from phi3_jax.storage.targets import local_target
 from phi3_jax.storage.urls import is_url
 
 app = typer.Typer(add_completion=False)

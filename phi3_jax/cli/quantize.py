@@ -19,7 +19,7 @@ from phi3_jax.parallel.messages import tell
 from phi3_jax.quantization import Quantization
 from phi3_jax.runs.progress import FileProgress
 from phi3_jax.sources.hub import local_model
-from phi3_jax.storage.outputs import Target
+from phi3_jax.storage.targets import Target
 
 app = typer.Typer(add_completion=False)
 

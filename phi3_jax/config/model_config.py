@@ -22,7 +22,8 @@ from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.odd_values import read_odd
 from phi3_jax.runs.text import read_json
 from phi3_jax.sources.hub import find_file
-from phi3_jax.storage.outputs import replacing, target_in
+from phi3_jax.storage.outputs import replacing
+from phi3_jax.storage.targets import target_in
 
 logger = logging.getLogger(__name__)
 

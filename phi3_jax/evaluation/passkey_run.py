@@ -27,8 +27,8 @@ from phi3_jax.generation.prompts import cache_length, padded_length
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
-from phi3_jax.runs.journal import Journal
 from phi3_jax.runs.progress import FileProgress, time_left
+from phi3_jax.storage.journal import Journal
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 ROWS, ROWS_ON_CPU = 16, 4

@@ -25,8 +25,8 @@ from phi3_jax.evaluation.texts import first_tokens, read_text, text_digest
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
-from phi3_jax.runs.journal import Journal
 from phi3_jax.runs.progress import FileProgress, time_left
+from phi3_jax.storage.journal import Journal
 
 """The file of the output directory with every measured window."""
 

@@ -34,8 +34,8 @@ from phi3_jax.evaluation.texts import read_text, text_digest
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
-from phi3_jax.runs.journal import Journal
 from phi3_jax.runs.progress import FileProgress, time_left
+from phi3_jax.storage.journal import Journal
 
 ROWS, ROWS_ON_CPU = 16, 4
 """The most individuals at a time; a CPU gains little from more, and a kill loses more work."""

@@ -24,7 +24,8 @@ from phi3_jax.model.quantizing import form_of, has_quantized_weights, stored_wei
 from phi3_jax.parallel import distributed
 from phi3_jax.parallel.sharding import readable
 from phi3_jax.quantization import StoredWeight, WeightForm
-from phi3_jax.storage.outputs import Target, exchanging
+from phi3_jax.storage.outputs import exchanging
+from phi3_jax.storage.targets import Target
 
 _DROPPED = ("torch_dtype", *KEYS)
 """Fields of the checkpoint that a model was loaded from, which do not hold for the one that is written."""

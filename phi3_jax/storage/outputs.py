@@ -11,37 +11,11 @@ from pathlib import Path
 from phi3_jax.runs import exchange, files
 from phi3_jax.runs.cache_folder import cache_folder
 from phi3_jax.storage.objects import IN_FLIGHT
-from phi3_jax.storage.urls import (
-    StorageError,
-    clear_errors,
-    find_entry,
-    is_url,
-    list_entries,
-    local_part,
-    split_url,
-    store_of,
-)
-
-Target = str | os.PathLike[str]
-"""The path or the URL of what is to be written."""
+from phi3_jax.storage.targets import Target, local_target
+from phi3_jax.storage.urls import StorageError, clear_errors, find_entry, list_entries, split_url, store_of
 
 TRIAL = ".phi3-jax-trial"
 """The name of an empty file by which it is seen whether a store can be written."""
-
-
-def local_target(target: Target) -> Path | None:
-    """Returns the local path of a target; None if it is in a store."""
-    name = os.fspath(target)
-    if not is_url(name):
-        return Path(name)
-    path = local_part(name)
-    return None if path is None else Path(path)
-
-
-def target_in(directory: Target, name: str) -> Path | str:
-    """Returns the path or the URL of a file in a directory that is to be written."""
-    folder = local_target(directory)
-    return f"{os.fspath(directory).rstrip('/')}/{name}" if folder is None else folder / name
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from phi3_jax.errors import UserError
 from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.odd_values import read_odd
 from phi3_jax.runs.text import parse_json
-from phi3_jax.storage.outputs import Target, exchanging
+from phi3_jax.storage.outputs import exchanging
+from phi3_jax.storage.targets import Target
 
 from ._backends import Backend, JsonBackend, SentencePieceBackend
 

@@ -15,7 +15,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.runs.arguments import refuse
 from phi3_jax.runs.text import lone_surrogate
 from phi3_jax.sources.hub import is_hub_name, resolve
-from phi3_jax.storage.outputs import target_in
+from phi3_jax.storage.targets import target_in
 from phi3_jax.storage.urls import is_url
 
 from . import _batching as batching

@@ -5,7 +5,7 @@ from pathlib import Path
 from small_checkpoint import write_checkpoint
 
 from phi3_jax.checkpoint.fingerprint import fingerprint
-from phi3_jax.runs.resume import differences
+from phi3_jax.storage.resume import differences
 
 
 def test_each_file_counts(tmp_path: Path) -> None:

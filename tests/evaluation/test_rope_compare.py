@@ -16,7 +16,7 @@ from phi3_jax.evaluation.perplexity import perplexity
 from phi3_jax.evaluation.rope_compare import Comparison, compare_ropes
 from phi3_jax.evaluation.rope_report import table, write_comparison
 from phi3_jax.evaluation.scorer import Scorer
-from phi3_jax.runs.journal import Journal
+from phi3_jax.storage.journal import Journal
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROPES = ["none", "linear:factor=4", "dynamic:factor=4", "yarn:factor=4", "longrope:@factors.json"]

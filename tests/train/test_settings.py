@@ -6,7 +6,7 @@ from typer.main import get_command
 
 from phi3_jax.cli.finetune import app
 from phi3_jax.cli.settings import read_settings
-from phi3_jax.runs.resume import differences
+from phi3_jax.storage.resume import differences
 
 
 def test_options_take_precedence_over_the_file(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import remove_leftovers
 from phi3_jax.runs.json_values import json_value
-from phi3_jax.runs.resume import RunFile
+from phi3_jax.storage.resume import RunFile
 
 
 class Journal:
@@ -44,7 +44,7 @@ class Journal:
         try:
             self._file.lock()
             remove_leftovers(self._directory)  # of figures and reports, too
-            if self.path.exists() and (state := self._file.read(_state)):
+            if self._file.exists() and (state := self._file.read(_state)):
                 self._decisions, self.entries = state
         except BaseException:
             self._release()

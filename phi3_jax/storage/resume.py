@@ -1,6 +1,7 @@
 """Resuming: the file that says with which options an output was started, and its state."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,8 +9,12 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from phi3_jax.errors import UserError
-from phi3_jax.runs.files import remove_leftovers, write_text
+from phi3_jax.runs.files import remove_leftovers
 from phi3_jax.runs.json_values import json_value
+from phi3_jax.storage.claims import Claim
+from phi3_jax.storage.outputs import write_text
+from phi3_jax.storage.targets import Target, exists, local_target, read_bytes, remove
+from phi3_jax.storage.urls import StorageError
 
 ADVICE = "choose another output, or give --overwrite to start over"
 
@@ -19,10 +24,11 @@ T = TypeVar("T")
 class RunFile:
     """A JSON file with the options that an output was started with, and the state of the work.
 
-    Work is resumed only with the options that it was started with.
+    Work is resumed only with the options that it was started with. One process at a time has the file: a
+    local one is locked, and one in a store is claimed (see `Claim`).
 
     Args:
-        path: the file.
+        path: the file, or its URL.
         output: the name of the work in messages.
         options: everything that the output depends on, for JSON.
         key: the name of the options in the file.
@@ -33,7 +39,7 @@ class RunFile:
 
     def __init__(
         self,
-        path: Path,
+        path: Target,
         output: object,
         options: Mapping[str, Any],
         *,
@@ -46,7 +52,10 @@ class RunFile:
         self._output, self._key, self._free = output, key, free
         self._options = json_value(options)
         self._overwrite, self._advice = overwrite, advice
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+        local = local_target(path)
+        folder, _, self.name = os.fspath(path).rpartition("/")
+        self._claim = Claim(f"{folder}/.{self.name}.lock", output) if local is None else None
+        self._lock = None if local is None else FileLock(local.with_name(f".{self.name}.lock"))
 
     def read(self, parse: Callable[[dict[str, Any]], T]) -> T | None:
         """Returns what `parse` makes of the file's values; None if the work starts over.
@@ -55,11 +64,13 @@ class RunFile:
             UserError: the file is missing, broken or of other options, or `parse` refuses it.
         """
         try:
-            values = json.loads(self.path.read_bytes())
+            values = json.loads(read_bytes(self.path))
             before = json_value(values[self._key])
             if changed := differences(before, self._options, free=self._free):
                 raise self.mismatch(*changed)
             return parse(values)
+        except StorageError:
+            raise
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
             if self._overwrite:
                 return None
@@ -69,7 +80,13 @@ class RunFile:
             raise UserError(f"{self.path} {reason}; {self._advice}") from error
 
     def write(self, *, indent: int | None = 2, **state: Any) -> None:
-        """Writes the options and the state; they are on the disk when this returns."""
+        """Writes the options and the state; they are on the disk, or in the store, when this returns.
+
+        Raises:
+            UserError: another process took the file over.
+            StorageError: the store cannot be written.
+        """
+        self.check_claim()
         text = json.dumps({self._key: self._options} | state, indent=indent)
         write_text(self.path, text + "\n")
 
@@ -81,25 +98,50 @@ class RunFile:
             f"{advice}"
         )
 
+    def exists(self) -> bool:
+        """Whether there is a file."""
+        return exists(self.path)
+
+    def remove(self) -> None:
+        """Deletes the file, if there is one."""
+        remove(self.path)
+
     def lock(self) -> None:
         """Keeps other processes out until `release`, and deletes what killed ones left.
 
         Raises:
             UserError: another process has the lock.
+            StorageError: the store cannot be read or written.
         """
+        if self._claim is not None:
+            self._claim.take()
+            return
         self._acquire()
-        remove_leftovers(self.path.parent, self.path.name)
+        path = Path(self.path)
+        remove_leftovers(path.parent, path.name)
 
     def check_lock(self) -> None:
-        """Checks that no other process has the lock.
+        """Checks that no other process has the lock; of a store nothing can be said.
 
         Raises:
             UserError: another process has it.
         """
-        self._acquire()
-        self.release()
+        if self._claim is None:
+            self._acquire()
+            self.release()
+
+    def check_claim(self) -> None:
+        """Checks that no other process took a file in a store over, once this one has it.
+
+        Raises:
+            UserError: one did.
+            StorageError: the store cannot be read.
+        """
+        if self._claim is not None and self._claim.taken:
+            self._claim.check()
 
     def _acquire(self) -> None:
+        assert self._lock is not None
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -107,7 +149,9 @@ class RunFile:
 
     def release(self) -> None:
         """Lets other processes in."""
-        if self._lock.is_locked:
+        if self._claim is not None:
+            self._claim.release()
+        elif self._lock is not None and self._lock.is_locked:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from phi3_jax.runs.journal import Journal
+from phi3_jax.storage.journal import Journal
 
 OPTIONS = {"model": "m", "lengths": (1, 2), "seed": 0}
 

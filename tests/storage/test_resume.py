@@ -1,15 +1,21 @@
 """Files that say with which options an output was started."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from stores import Store
 
 from phi3_jax.batch.record import Record
 from phi3_jax.classification.output import PartialOutput
-from phi3_jax.runs.journal import Journal
-from phi3_jax.runs.resume import RunFile
+from phi3_jax.errors import UserError
+from phi3_jax.storage.journal import Journal
+from phi3_jax.storage.resume import RunFile
+from phi3_jax.storage.targets import remove
+from phi3_jax.storage.urls import StorageError
 
 OPTIONS = {"model": "m", "lengths": (1, 2), "seed": 0, "threshold": float("inf")}
 
@@ -104,3 +110,64 @@ def test_resumes_files_of_earlier_versions(tmp_path: Path) -> None:
     with Journal(tmp_path / "state.json", asked_now) as journal:
         assert journal.decide("rows", lambda: 9) == 4
         assert journal.entries == [{"x": "inf"}]
+
+
+def test_resumes_in_a_store_with_the_same_options(store: Store) -> None:
+    url = f"{store.empty_folder().url}/state.json"
+    first = RunFile(url, "OUTPUT", OPTIONS)
+    assert not first.exists()
+    first.lock()
+    first.write(done=3)
+    first.release()
+    assert RunFile(url, "OUTPUT", OPTIONS).read(lambda values: values["done"]) == 3
+    with pytest.raises(UserError, match="with other options"):
+        RunFile(url, "OUTPUT", {}).read(dict)
+    assert first.exists()
+    first.remove()
+    first.remove()
+    assert not first.exists()
+    with pytest.raises(UserError, match=r"state\.json is missing"):
+        first.read(dict)
+
+
+def test_a_run_that_was_taken_over_ends_at_its_next_write(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"{store.empty_folder().url}/state.json"
+    first, second = RunFile(url, "OUTPUT", OPTIONS), RunFile(url, "OUTPUT", OPTIONS)
+
+    def said() -> list[str]:  # not what a server in this process says
+        return [each.getMessage() for each in caplog.records if each.name.startswith("phi3_jax")]
+
+    first.lock()
+    first.write(done=1)
+    assert not said()
+    second.lock()
+    assert re.fullmatch(
+        r"OUTPUT was being written by process \d+ on \S+, since \S+; it ends at its next write if it still "
+        "runs",
+        said()[0],
+    )
+    with pytest.raises(UserError, match=r"^OUTPUT was taken over by process \d+ on"):
+        first.write(done=2)
+    first.release()  # gives nothing back, since the other one has it
+    second.write(done=3)
+    second.release()
+    assert second.read(lambda values: values["done"]) == 3
+    third = RunFile(url, "OUTPUT", OPTIONS)
+    third.lock()
+    assert len(said()) == 1
+    remove(f"{url.rpartition('/')[0]}/.state.json.lock")
+    with pytest.raises(UserError, match="is gone"):
+        third.write(done=4)
+
+
+def test_a_store_that_fails_does_not_start_a_run_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = RunFile("memory://bucket/state.json", "OUTPUT", OPTIONS, overwrite=True)
+
+    def fail(*_: object) -> bytes:
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_file", fail)
+    with pytest.raises(StorageError, match="the store gives no answer"):
+        file.read(dict)
