@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import sqlite3
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -13,10 +12,10 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from phi3_jax.batch.answered import Answered, Key, answer_key, error_key, key_of_line
 from phi3_jax.batch.requests import CHAT, BadRequestError, Request
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import sync
-from phi3_jax.runs.text import parse_json
 
 SYNC_SECONDS = 1.0
 """The time between two forced writes to the disk, each of which takes as long as a few tokens."""
@@ -62,52 +61,47 @@ def answer_line(answer: Answer, *, created: int) -> bytes:
     if is_chat:
         content = {"message": {"role": "assistant", "content": answer.text}}
     body = {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{request.line}",
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{_number(request)}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": request.model or "",
         "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": answer.finish_reason}],
         "usage": usage,
     }
-    return _line(_openai_response(request.line, request.id, 200, body))
+    return _line(_openai_response(request, 200, body))
 
 
 def error_line(error: BadRequestError) -> bytes:
     """Returns the output line of a request that cannot be answered."""
     values = {"code": error.code, "message": str(error)}
+    place: dict[str, Any] = {} if error.file is None else {"file": error.file.name}
+    place |= {"line": error.line}
     if not error.openai:
-        return _line({"id": error.id, "line": error.line, "error": values})
+        return _line({"id": error.id, **place, "error": values})
     body = {"error": values | {"type": "invalid_request_error", "param": None}}
-    return _line(_openai_response(error.line, error.id, 400, body) | {"line": error.line})
+    return _line(_openai_response(error, 400, body) | place)
 
 
-def _openai_response(line: int, id: str | int | None, status: int, body: dict[str, Any]) -> dict[str, Any]:
-    response = {"status_code": status, "request_id": f"req-{line}", "body": body}
-    return {"id": f"batch_req-{line}", "custom_id": id, "response": response, "error": None}
+def _openai_response(request: Request | BadRequestError, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    number = _number(request)
+    response = {"status_code": status, "request_id": f"req-{number}", "body": body}
+    return {"id": f"batch_req-{number}", "custom_id": request.id, "response": response, "error": None}
+
+
+def _number(request: Request | BadRequestError) -> str:
+    """Returns a number that no other line has, also of several files."""
+    return f"{request.line}" if request.file is None else f"{request.file.number}-{request.line}"
 
 
 def _line(values: dict[str, Any]) -> bytes:
     return json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
 
-class IdSet:
-    """A set of request ids and line numbers that is kept on disk when it is large."""
-
-    def __init__(self) -> None:
-        self._database = sqlite3.connect("", check_same_thread=False)  # a temporary file
-        self._database.execute("create table ids (id text primary key) without rowid")
-
-    def add(self, id: str | int) -> bool:
-        """Adds an id and returns whether it is new."""
-        cursor = self._database.execute("insert or ignore into ids values (?)", (json.dumps(id),))
-        return cursor.rowcount > 0
-
-    def __contains__(self, id: str | int) -> bool:
-        rows = self._database.execute("select 1 from ids where id = ?", (json.dumps(id),))
-        return rows.fetchone() is not None
-
-    def close(self) -> None:
-        self._database.close()
+def result_key(result: Answer | BadRequestError) -> Key:
+    """Returns the key of an answer or an error."""
+    if isinstance(result, Answer):
+        return answer_key(result.id)
+    return error_key(result.line, None if result.file is None else result.file.name)
 
 
 class AnswerFile:
@@ -126,9 +120,6 @@ class AnswerFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.count = 0
-        """The number of answers and errors in the file."""
-        self.errors = 0
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             self._lock.acquire(timeout=0)
@@ -136,9 +127,8 @@ class AnswerFile:
             raise UserError(f"{path} is being written by another process") from None
         with ExitStack() as stack:
             stack.callback(self._lock.release)
-            self._answered_ids, self._error_lines = IdSet(), IdSet()
-            stack.callback(self._answered_ids.close)
-            stack.callback(self._error_lines.close)
+            self._answered = Answered()
+            stack.callback(self._answered.close)
             self._file = stack.enter_context(path.open("r+b" if path.exists() else "x+b"))
             self._synced_bytes = self._read(self._file)
             self._sync_time = 0.0
@@ -147,13 +137,19 @@ class AnswerFile:
             sync(path.parent)
             self._stack = stack.pop_all()
 
+    @property
+    def count(self) -> int:
+        """The number of answers and errors in the file."""
+        return self._answered.count
+
+    @property
+    def errors(self) -> int:
+        """The number of errors in the file."""
+        return self._answered.errors
+
     def has(self, request: Request | BadRequestError) -> bool:
         """Returns whether the file has an answer or an error for this line."""
-        if isinstance(request, Request) and request.id in self._answered_ids:
-            return True
-        return (
-            request.line in self._error_lines
-        )  # also of valid lines: the engine rejects some requests later
+        return self._answered.has(request)
 
     def add(self, results: Sequence[Answer | BadRequestError]) -> None:
         """Appends answers and errors.
@@ -176,10 +172,7 @@ class AnswerFile:
                 error.errno, f"{reason}; once that is fixed, the same command resumes", str(self.path)
             ) from error
         for result in results:
-            if isinstance(result, Answer):
-                self._count_answer(result.id)
-            else:
-                self._count_error(result.line)
+            self._answered.add(result_key(result))
 
     def close(self) -> None:
         """Writes everything to the disk and releases the file."""
@@ -206,15 +199,6 @@ class AnswerFile:
         self.check_name()
         self._sync_time, self._synced_bytes = time.monotonic(), self._file.tell()
 
-    def _count_answer(self, id: str | int) -> None:
-        self.count += 1
-        self._answered_ids.add(id)
-
-    def _count_error(self, line: int) -> None:
-        self.count += 1
-        self.errors += 1
-        self._error_lines.add(line)
-
     def _read(self, file: BinaryIO) -> int:
         """Counts the lines of the file and returns the size of all whole lines in bytes."""
         size = 0
@@ -222,21 +206,14 @@ class AnswerFile:
             if not line.endswith(b"\n"):
                 break
             try:
-                values = parse_json(line, "the line")
-                id = values["custom_id" if "custom_id" in values else "id"]
-                error_line = values.get("line")
-                if error_line is not None:
-                    self._count_error(error_line)
-                elif isinstance(id, str | int):
-                    self._count_answer(id)
-                else:
-                    raise UserError("its id is missing")
-            except (UserError, KeyError, TypeError, AttributeError) as error:
+                key = key_of_line(line)
+            except UserError as error:
                 if not line.strip(b"\0\n"):
                     break  # a power failure can leave zeros in place of lines
                 raise UserError(
                     f"{self.path}, line {number} is not an answer ({error}); choose another output, or "
                     "remove the file"
                 ) from error
+            self._answered.add(key)
             size += len(line)
         return size

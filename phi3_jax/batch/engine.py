@@ -159,9 +159,9 @@ class Engine:
             return request
 
         def error(code: str, reason: object) -> BadRequestError:
-            message = f"line {request.line}: {reason}"
+            message, openai = f"{request.place}: {reason}", request.openai is not None
             return BadRequestError(
-                request.line, code, message, id=request.id, openai=request.openai is not None
+                request.line, code, message, id=request.id, openai=openai, file=request.file
             )
 
         options = dict(request.options)

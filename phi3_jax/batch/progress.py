@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +15,7 @@ from phi3_jax.costs.chips import peak_flops
 from phi3_jax.costs.flops import step_flops
 from phi3_jax.costs.work import Work
 from phi3_jax.runs.progress import FileProgress, time_left
+from phi3_jax.storage.targets import Target
 
 STATS_SECONDS = 10
 """The time between two writes of the statistics file."""
@@ -24,15 +24,18 @@ STATS_SECONDS = 10
 class ResultCounts(Protocol):
     """The number of lines and of errors that an output has."""
 
-    count: int
-    errors: int
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def errors(self) -> int: ...
 
 
 class BatchProgress:
     """Counts answers and tokens, shows a progress bar and keeps the statistics file up to date."""
 
     def __init__(
-        self, engine: Engine, output: ResultCounts, total: int | None, *, show: bool, stats: Path | None
+        self, engine: Engine, output: ResultCounts, total: int | None, *, show: bool, stats: Target | None
     ):
         self._engine, self._output, self._total, self._stats = engine, output, total, stats
         self._resumed = output.count

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 from phi3_jax.batch.options import RowOptions
 from phi3_jax.errors import UserError
@@ -37,6 +37,15 @@ _OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Unsupported options of the body, with the values that ask for nothing."""
 
 
+class RequestFile(NamedTuple):
+    """One of several input files."""
+
+    name: str
+    """Its path or URL."""
+    number: int
+    """Its number among the files, from 1."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt and the options of its answer."""
@@ -56,6 +65,13 @@ class Request:
     """The model's name in OpenAI's form; the answer repeats it."""
     tools: list[dict[str, Any]] | None = None
     """Schemas of tools for the chat template."""
+    file: RequestFile | None = None
+    """The file of the line; None: there is only one."""
+
+    @property
+    def place(self) -> str:
+        """Its line and file in messages."""
+        return _place(self.line, self.file)
 
 
 class BadRequestError(UserError):
@@ -66,27 +82,37 @@ class BadRequestError(UserError):
         id: the request's id; None: it is missing, invalid or that of an earlier line.
         code: the kind of error, for programs.
         openai: the line is in OpenAI's form, or looks like it.
+        file: the file of the line; None: there is only one.
     """
 
     def __init__(
-        self, line: int, code: str, message: str, *, id: str | int | None = None, openai: bool = False
+        self,
+        line: int,
+        code: str,
+        message: str,
+        *,
+        id: str | int | None = None,
+        openai: bool = False,
+        file: RequestFile | None = None,
     ):
         super().__init__(message)
-        self.line, self.code, self.id, self.openai = line, code, id, openai
+        self.line, self.code, self.id, self.openai, self.file = line, code, id, openai, file
 
 
-def read_requests(lines: Iterable[bytes]) -> Iterator[Request | BadRequestError]:
+def read_requests(
+    lines: Iterable[bytes], file: RequestFile | None = None
+) -> Iterator[Request | BadRequestError]:
     """Yields a request or an error for each line that is not blank; reads one line at a time."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield parse_request(line, number)
+            yield parse_request(line, number, file)
         except BadRequestError as error:
             yield error
 
 
-def parse_request(line: bytes, number: int) -> Request:
+def parse_request(line: bytes, number: int, file: RequestFile | None = None) -> Request:
     """Returns the request of a line.
 
     Raises:
@@ -95,33 +121,33 @@ def parse_request(line: bytes, number: int) -> Request:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        message = f"line {number} is not valid UTF-8: {error.reason} at byte {error.start}"
-        raise BadRequestError(number, "invalid_encoding", message) from None
+        message = f"{_place(number, file)} is not valid UTF-8: {error.reason} at byte {error.start}"
+        raise BadRequestError(number, "invalid_encoding", message, file=file) from None
     try:
-        values = parse_json(text, f"line {number}")
+        values = parse_json(text, _place(number, file))
     except UserError as error:
-        raise BadRequestError(number, "invalid_json", str(error)) from None
-    return parse_object(values, number)
+        raise BadRequestError(number, "invalid_json", str(error), file=file) from None
+    return parse_object(values, number, file)
 
 
-def parse_object(values: Any, number: int) -> Request:
+def parse_object(values: Any, number: int, file: RequestFile | None = None) -> Request:
     """Returns the request of a line's JSON value.
 
     Raises:
         BadRequestError: the value asks for something that is not supported.
     """
     if not isinstance(values, dict):
-        message = f"line {number} is {_json_type(values)}; expected an object"
-        raise BadRequestError(number, "invalid_request", message)
-    parser = _LineParser(number, values)
+        message = f"{_place(number, file)} is {_json_type(values)}; expected an object"
+        raise BadRequestError(number, "invalid_request", message, file=file)
+    parser = _LineParser(number, values, file)
     return parser.parse_openai() if "custom_id" in values else parser.parse_plain()
 
 
 class _LineParser:
     """Parses and checks the JSON object of a line."""
 
-    def __init__(self, number: int, values: dict[str, Any]):
-        self._number, self._values = number, values
+    def __init__(self, number: int, values: dict[str, Any], file: RequestFile | None):
+        self._number, self._values, self._file = number, values, file
         self._is_openai = "custom_id" in values
         id = values.get("custom_id" if self._is_openai else "id")
         self._id = id if _is_id(id) else None
@@ -140,7 +166,7 @@ class _LineParser:
             self._check_messages(messages)
         options = {name: values[name] for name in OPTIONS if values.get(name) is not None}
         tools = self._tools(values, messages)
-        return Request(self._number, id, prompt, messages, options, tools=tools)
+        return Request(self._number, id, prompt, messages, options, tools=tools, file=self._file)
 
     def parse_openai(self) -> Request:
         values = self._values
@@ -169,6 +195,7 @@ class _LineParser:
             url,
             model if isinstance(model, str) else None,
             self._tools(body, messages) if url == CHAT else None,
+            self._file,
         )
 
     def _openai_options(self, body: Mapping[str, Any], contents: tuple[str, ...]) -> dict[str, Any]:
@@ -246,9 +273,19 @@ class _LineParser:
             self._reject("invalid_encoding", "the text holds half of a surrogate pair")
 
     def _reject(self, code: str, message: str) -> NoReturn:
+        place = _place(self._number, self._file)
         raise BadRequestError(
-            self._number, code, f"line {self._number}: {message}", id=self._id, openai=self._is_openai
+            self._number,
+            code,
+            f"{place}: {message}",
+            id=self._id,
+            openai=self._is_openai,
+            file=self._file,
         )
+
+
+def _place(line: int, file: RequestFile | None) -> str:
+    return f"line {line}" if file is None else f"{file.name}, line {line}"
 
 
 def _is_id(value: Any) -> bool:

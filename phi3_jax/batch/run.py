@@ -1,38 +1,27 @@
-"""Answers a file of requests; several processes can divide it, and a killed run can be resumed."""
+"""Answers files of requests; several processes can divide them, and a killed run can be resumed."""
 
-import gzip
 import logging
+import os
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from phi3_jax.batch.answers import Answer, AnswerFile, IdSet, result_line
+from phi3_jax.batch.answers import Answer, result_line
 from phi3_jax.batch.engine import Engine
-from phi3_jax.batch.progress import BatchProgress, ResultCounts
-from phi3_jax.batch.record import Record, combine_parts, part_path
-from phi3_jax.batch.requests import BadRequestError, Request, read_requests
+from phi3_jax.batch.inputs import STANDARD, BatchInput
+from phi3_jax.batch.progress import BatchProgress
+from phi3_jax.batch.record import AnswerOutput, OutputRecord, Record
+from phi3_jax.batch.requests import BadRequestError, Request
+from phi3_jax.batch.store_record import StoreRecord
 from phi3_jax.batch.summary import BatchSummary
 from phi3_jax.errors import UserError
 from phi3_jax.parallel import distributed
-from phi3_jax.runs.files import remove_leftovers
-from phi3_jax.storage.fetch import input_record
+from phi3_jax.storage.parts import PART_SECONDS
+from phi3_jax.storage.targets import Target, local_target
 
 logger = logging.getLogger(__name__)
-
-STANDARD = Path("-")
-"""Standard input or output."""
-
-
-class _Output(ResultCounts, Protocol):
-    """Takes answers and errors, and knows which lines have one."""
-
-    def has(self, request: Request | BadRequestError) -> bool: ...
-
-    def add(self, results: list[Answer | BadRequestError]) -> None: ...
 
 
 class _StandardOutput:
@@ -44,71 +33,28 @@ class _StandardOutput:
     def has(self, request: Request | BadRequestError) -> bool:
         return False
 
-    def add(self, results: list[Answer | BadRequestError]) -> None:
+    def add(self, results: Sequence[Answer | BadRequestError]) -> None:
         sys.stdout.buffer.write(b"".join(map(result_line, results)))
         sys.stdout.buffer.flush()
         self.count += len(results)
         self.errors += sum(isinstance(result, BadRequestError) for result in results)
 
+    def check_name(self) -> None:
+        pass
 
-@dataclass(frozen=True)
-class _Input:
-    """The lines of an input file that one of several processes answers."""
-
-    path: Path
-    processes: int
-    index: int
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Returns values that change when the file does."""
-        if self.path == STANDARD:
-            return {"input": "-"}
-        return input_record(self.path)
-
-    def count(self) -> int | None:
-        """Returns the number of lines that are not blank; None: not known before all are read."""
-        if self.path == STANDARD:
-            return None
-        with self._open() as lines:
-            return sum(self._has(number) and not line.isspace() for number, line in enumerate(lines, 1))
-
-    def unanswered(self, output: _Output) -> Iterator[Request | BadRequestError]:
-        """Yields the requests that `output` does not have; a repeated id is an error."""
-        with self._open() as lines, closing(IdSet()) as ids:
-            for request in read_requests(lines):
-                if isinstance(request, Request) and not ids.add(request.id):
-                    request = BadRequestError(
-                        request.line,
-                        "duplicate_id",
-                        f"line {request.line}: an earlier line has the same id {request.id!r}",
-                        openai=request.openai is not None,
-                    )
-                if self._has(request.line) and not output.has(request):
-                    yield request
-
-    def _has(self, line: int) -> bool:
-        return line % self.processes == self.index
-
-    @contextmanager
-    def _open(self) -> Iterator[Iterable[bytes]]:
-        if self.path == STANDARD:
-            yield sys.stdin.buffer
-            return
-        with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
-            try:
-                yield file
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{self.path} cannot be unpacked: {error}; is it complete?") from error
+    def close(self) -> None:
+        pass
 
 
 def batch_file(
     make_engine: Callable[[], Engine],
-    source: Path,
-    output: Path,
+    source: Path | Sequence[Path],
+    output: Target,
     *,
     options: dict[str, Any],
     overwrite: bool = False,
-    stats: Path | None = None,
+    stats: Target | None = None,
+    part_seconds: float = PART_SECONDS,
     show: bool = True,
 ) -> BatchSummary:
     """Writes an answer or an error for each line of requests, in the order in which they finish.
@@ -118,53 +64,63 @@ def batch_file(
 
     Args:
         make_engine: returns the engine; not called if the output is finished.
-        source: lines for `read_requests`; compressed if the name ends with .gz; "-": standard input.
-        output: receives one answer a line; "-": standard output, which cannot be resumed.
+        source: a file, or several whose ids all differ: lines for `read_requests`; compressed if the name
+            ends with .gz; "-": standard input.
+        output: receives one answer a line; "-": standard output, which cannot be resumed. The URL of a file
+            or, with / at its end, of a folder, is as `StoreRecord` takes it.
         options: JSON values that the answers depend on; an output with other options cannot be resumed.
         overwrite: start over, whatever the output holds.
         stats: a JSON file that receives the `BatchSummary`, also during the run.
+        part_seconds: how long an answer waits before it is written to a store.
         show: show the progress on standard error, in process 0.
 
     Raises:
         UserError: the output exists and has other options or other content; the input is damaged; several
             processes use standard input or output.
+        StorageError: a store cannot be read or written.
         OSError: a file cannot be read or written.
     """
     processes, index = distributed.process_count(), distributed.process_index()
-    if processes > 1 and STANDARD in (source, output):
+    paths = [source] if isinstance(source, Path) else source
+    if processes > 1 and STANDARD in (*paths, output):
         raise UserError("several processes need files that all of them can open for input and output")
-    lines = _Input(source, processes, index)
+    lines = BatchInput(paths, processes, index)
     options, total = lines.fingerprint() | options, lines.count()
     show, stats = show and index == 0, stats if index == 0 else None
 
-    def answer_lines(answers: _Output) -> BatchSummary:
+    def answer_lines(answers: AnswerOutput) -> BatchSummary:
         requests = lines.unanswered(answers)
         engine = make_engine()
         with BatchProgress(engine, answers, total, show=show, stats=stats) as progress:
             for result in engine.run(progress.start_with(requests)):
                 answers.add([result])
                 progress.update(result)
+        answers.check_name()
         return progress.summary()
 
     if output == STANDARD:
         summary = answer_lines(_StandardOutput())
     else:
-        record = Record(output, options, processes)
+        record = _record(output, options, processes, part_seconds)
         with ExitStack() as stack:
             stack.callback(record.release)
-            finished = distributed.from_primary(lambda: record.open(overwrite))
+            finished, claim = distributed.from_primary(lambda: (record.open(overwrite), record.claim_id))
             if finished is not None:
                 logger.warning("%s is finished; nothing is left to do", output)
                 return BatchSummary(**finished)
-            part = output if processes == 1 else part_path(output, index, processes)
-            with closing(AnswerFile(part)) as answers:
-                if index == 0:
-                    remove_leftovers(output.parent, output.name)
+            record.join_claim(claim)
+            with closing(record.answers(index)) as answers:
                 if answers.count:
-                    logger.warning("resuming: %d lines of %s are done", answers.count, source)
+                    logger.warning("resuming: %d lines of %s are done", answers.count, lines)
                 summary = answer_lines(answers)
-                answers.check_name()
-            summary = combine_parts(record, part, summary, processes, index)
+            summary = record.combine(summary, index)
     if stats is not None:
         summary.write(stats)
     return summary
+
+
+def _record(output: Target, options: dict[str, Any], processes: int, seconds: float) -> OutputRecord:
+    path = local_target(output)
+    if path is None:
+        return StoreRecord(os.fspath(output), options, processes, seconds)
+    return Record(path, options, processes)

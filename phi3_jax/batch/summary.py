@@ -3,10 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from phi3_jax.runs.files import write_text
+from phi3_jax.storage.outputs import write_text
+from phi3_jax.storage.targets import Target
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class BatchSummary:
         peak = self.peak_flops_per_second
         return None if peak is None else self.flops / max(self.seconds, 1e-9) / peak
 
-    def write(self, path: Path) -> None:
+    def write(self, target: Target) -> None:
         """Writes the fields, the rates and the share of the peak to a JSON file."""
         values = asdict(self) | {
             "prompt_tokens_per_second": self.input_rate,
             "completion_tokens_per_second": self.output_rate,
             "share_of_peak": self.share_of_peak,
         }
-        write_text(path, json.dumps(values, indent=2) + "\n")
+        write_text(target, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def combine(cls, parts: Sequence["BatchSummary"]) -> "BatchSummary":

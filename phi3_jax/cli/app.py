@@ -10,7 +10,7 @@ from phi3_jax.parallel.messages import show_log
 COMMANDS = {
     "generate": "Answer one prompt.",
     "chat": "Hold a conversation.",
-    "batch": "Answer a file of requests.",
+    "batch": "Answer files of requests.",
     "convert": "Rewrite a checkpoint as safetensors with config and tokenizer.",
     "quantize": "Round the weights of a checkpoint to 8 or 4 bits.",
     "finetune": "Train a classifier, a tagger or a language model.",

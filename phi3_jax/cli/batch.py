@@ -7,6 +7,7 @@ import typer
 from typer import Exit, Option
 
 from phi3_jax.batch import Engine
+from phi3_jax.batch.inputs import STANDARD
 from phi3_jax.batch.run import batch_file
 from phi3_jax.batch.summary import BatchSummary
 from phi3_jax.checkpoint.fingerprint import fingerprint
@@ -15,24 +16,35 @@ from phi3_jax.evaluation.scorer import frequencies_key
 from phi3_jax.lora import ModelPaths
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.runs.files import check_outputs
-from phi3_jax.storage.fetch import display_name, fetch
+from phi3_jax.storage.checks import check_outputs
+from phi3_jax.storage.fetch import display_name, fetch_files
+from phi3_jax.storage.parts import PART_SECONDS
 
 SOME_ERRORS = 3
 """The exit code where every line has an answer and some answers are errors."""
+
+REQUESTS = (".jsonl", ".jsonl.gz")
+"""The endings of the files of a folder that are read."""
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def batch(
-    source: Annotated[
-        str, Option("--input", help="A file of requests, one a line; .gz is unpacked; -: standard input.")
+    sources: Annotated[
+        list[str],
+        Option(
+            "--input",
+            help="A file of requests, one a line, a pattern such as 'part-*.jsonl.gz', or a folder; may be "
+            "repeated; .gz is unpacked; -: standard input.",
+        ),
     ],
     output: Annotated[
-        str,
+        Path,
         Option(
-            help="A file for the answers, one a line, in the order in which they finish; -: standard output."
+            help="A file for the answers, one a line, in the order in which they finish; a URL that ends in "
+            "/: a folder for files of them; -: standard output.",
+            **options.OUTPUT,
         ),
     ],
     model: options.Model = None,
@@ -59,7 +71,11 @@ def batch(
         int | None, Option(min=1, help="The prompts that are answered at a time; default: by memory.")
     ] = None,
     rope: options.Rope = None,
-    stats: Annotated[Path | None, Option(help="A JSON file for totals and speeds.", dir_okay=False)] = None,
+    stats: Annotated[Path | None, Option(help="A JSON file for totals and speeds.", **options.OUTPUT)] = None,
+    part_seconds: Annotated[
+        float,
+        Option(min=0, help="Answers wait this long before they are written to a URL; a kill loses them."),
+    ] = PART_SECONDS,
     overwrite: Annotated[bool, Option("--overwrite", help="Start over and replace the output.")] = False,
     dtype: options.Dtype = "bfloat16",
     quantize: options.Quantize = None,
@@ -67,16 +83,14 @@ def batch(
     distributed: options.Distributed = False,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Answer a file of requests.
+    """Answer files of requests.
 
     A line is {"id": ..., "prompt": ...} or {"id": ..., "messages": [...]}, perhaps with its own options, or a
     line of OpenAI's Batch API. The same command resumes an interrupted run. With several processes each takes
     its share of the lines, and --mesh divides the devices of each.
     """
     where = prepare(mesh, distributed, own_devices=True)
-    requests = Path(source) if source == "-" else fetch(source, cache_dir)
-    if source != "-" and not requests.is_file():
-        raise FileNotFoundError(f"there is no file {source}")
+    requests = [path for source in sources for path in _find(source, cache_dir)]
     generation: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -89,8 +103,8 @@ def batch(
     }
     paths = common.model_paths(model, adapter, cache_dir)
     check_outputs(
-        {"--output": None if output == "-" else Path(output), "--stats": stats},
-        {"--input": None if source == "-" else requests} | paths.inputs,
+        {"--output": None if output == STANDARD else output, "--stats": stats},
+        {f"--input {path}": path for path in requests if path != STANDARD} | paths.inputs,
     )
 
     def engine() -> Engine:
@@ -100,17 +114,25 @@ def batch(
     summary = batch_file(
         engine,
         requests,
-        Path(output),
+        output,
         # Standard output cannot be resumed, so that the weights need not be read for a fingerprint.
         options={}
-        if output == "-"
+        if output == STANDARD
         else _model_options(paths, dtype, rope, quantize) | generation | {"max_length": max_length},
         overwrite=overwrite,
         stats=stats,
+        part_seconds=part_seconds,
     )
     tell(_totals(summary))
     if summary.errors:
         raise Exit(SOME_ERRORS)
+
+
+def _find(source: str, cache_dir: Path | None) -> list[Path]:
+    """Returns the files that a value of --input names, after fetching those of a store."""
+    if source == str(STANDARD):
+        return [STANDARD]
+    return fetch_files(source, wanted=lambda name: name.endswith(REQUESTS), cache_dir=cache_dir)
 
 
 def _model_options(paths: ModelPaths, dtype: str, rope: str | None, quantize: str | None) -> dict[str, Any]:

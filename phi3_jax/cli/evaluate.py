@@ -12,10 +12,9 @@ from phi3_jax.cli import common, options
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.evaluate import evaluate as evaluate_text
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.runs.files import check_outputs
 from phi3_jax.runs.json_values import json_value
+from phi3_jax.storage.checks import check_outputs
 from phi3_jax.storage.outputs import replacing
-from phi3_jax.storage.targets import local_target
 
 app = typer.Typer(add_completion=False)
 
@@ -56,8 +55,7 @@ def evaluate(
         raise FileNotFoundError(f"there is no file {text}")
     where = prepare(mesh, False)
     paths = common.model_paths(model, adapter, cache_dir)
-    local = None if output is None else local_target(output)
-    check_outputs({"--output": local}, {"the text": text} | paths.inputs)
+    check_outputs({"--output": output}, {"the text": text} | paths.inputs)
     result = evaluate_text(
         common.load_pipeline(paths, dtype, cache_dir, where, quantize=quantize),
         text,

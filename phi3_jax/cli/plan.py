@@ -14,9 +14,8 @@ from phi3_jax.plan import Work, render, to_dict
 from phi3_jax.plan import plan as make_plan
 from phi3_jax.plan.absent import keep_to_the_compiler
 from phi3_jax.plan.remat import AUTO
-from phi3_jax.runs.files import check_outputs
+from phi3_jax.storage.checks import check_outputs
 from phi3_jax.storage.outputs import write_text
-from phi3_jax.storage.targets import local_target
 from phi3_jax.storage.urls import is_url
 
 app = typer.Typer(add_completion=False)
@@ -67,7 +66,7 @@ def plan(
     keep_to_the_compiler()
     config = model_config(model)
     check_outputs(
-        {"--json": None if json_file in (None, "-") else local_target(json_file)},
+        {"--json": None if json_file == "-" else json_file},
         {"--model": Path(model) if Path(model).exists() else None},
     )
     if layers is not None:

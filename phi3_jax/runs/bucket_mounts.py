@@ -10,16 +10,16 @@ MOUNTS = Path("/proc/self/mounts")
 """Linux's table of mounted file systems; other systems have none."""
 
 _PROGRAMS = {
-    "gcsfuse": "gs://",
-    "s3fs": "s3://",
-    "goofys": "s3://",
-    "geesefs": "s3://",
-    "mountpoint-s3": "s3://",
-    "blobfuse": "az://",
-    "blobfuse2": "az://",
-    "rclone": "gs:// or s3://",
+    "gcsfuse": "gs",
+    "rclone": "gs",
+    "s3fs": "s3",
+    "goofys": "s3",
+    "geesefs": "s3",
+    "mountpoint-s3": "s3",
+    "blobfuse": "az",
+    "blobfuse2": "az",
 }
-"""Programs that mount buckets, and the URLs to write to in their place."""
+"""Programs that mount buckets, and the protocol of the URLs to write to in their place."""
 
 
 class BucketMount(NamedTuple):
@@ -61,7 +61,7 @@ def check_no_bucket_mount(path: Path) -> None:
     if (mount := bucket_mount(path)) is not None:
         raise UserError(
             f"{path} is in a bucket that {mount.program} mounts at {mount.folder}, where a kill can lose "
-            f"data; give the bucket's own URL, {_PROGRAMS[mount.program]}, or a local path"
+            f"data; give its URL, as in {_PROGRAMS[mount.program]}://BUCKET/PATH, or a local path"
         )
 
 

@@ -29,12 +29,13 @@ class Claim:
 
     def __init__(self, url: str, output: object):
         self._url, self._output = url, output
-        self._id: str | None = None
+        self._own = False
+        self.id: str | None = None
+        """Identifies the run that has the output, in all of its processes; None: it is not this one."""
 
-    @property
-    def taken(self) -> bool:
-        """Whether this process claimed the output, and has not given it back."""
-        return self._id is not None
+    def join(self, id: str) -> None:
+        """Writes the output together with the process that claimed it, which alone gives it back."""
+        self.id = id
 
     def take(self) -> None:
         """Claims the output, and warns if another process has not given it back.
@@ -48,9 +49,9 @@ class Claim:
                 "%s was being written by %s; it ends at its next write if it still runs",
                 *(self._output, _writer(before)),
             )
-        self._id = uuid.uuid4().hex
+        self._own, self.id = True, uuid.uuid4().hex
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        values = {"id": self._id, "machine": platform.node(), "process": os.getpid(), "since": since}
+        values = {"id": self.id, "machine": platform.node(), "process": os.getpid(), "since": since}
         write_text(self._url, json.dumps(values) + "\n")
 
     def check(self) -> None:
@@ -63,16 +64,16 @@ class Claim:
         now = self._read()
         if now is None:
             raise UserError(f"{self._output}: {self._url} is gone, and other processes may write there, too")
-        if now.get("id") != self._id:
+        if now.get("id") != self.id:
             raise UserError(f"{self._output} was taken over by {_writer(now)}")
 
     def release(self) -> None:
         """Gives the output back, unless another process has it."""
-        if self._id is not None:
+        if self._own:
             now = self._read()
-            if now is not None and now.get("id") == self._id:
+            if now is not None and now.get("id") == self.id:
                 remove(self._url)
-            self._id = None
+        self._own, self.id = False, None
 
     def _read(self) -> dict[str, Any] | None:
         try:

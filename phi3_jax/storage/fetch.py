@@ -1,5 +1,6 @@
 """Copies of remote files in the cache folder, which are fetched again when the store has others."""
 
+import glob
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 from phi3_jax.runs.cache_folder import cache_folder
 from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.storage.objects import CHUNK, IN_FLIGHT, RemoteFile
+from phi3_jax.storage.targets import local_target
 from phi3_jax.storage.urls import (
     ChangedError,
     RemoteEntry,
@@ -17,6 +19,7 @@ from phi3_jax.storage.urls import (
     is_url,
     list_entries,
     local_part,
+    match_entries,
     split_url,
 )
 
@@ -75,6 +78,46 @@ def fetch_folder(
         list(pool.map(lambda entry: _fetch_entry(entry, cache_dir), copied))
     _write_origin(folder, url, {entry.name: entry for entry in entries if remote(entry.name)})
     return folder
+
+
+def fetch_files(
+    name: str, *, wanted: Callable[[str], bool], cache_dir: str | Path | None = None
+) -> list[Path]:
+    """Returns the paths of the files that a path or URL names, sorted by name; those of a URL are fetched.
+
+    Args:
+        name: a file; a folder, which stands for its files whose names are `wanted`; or a pattern of names
+            with *, ?, [...] or **.
+
+    Raises:
+        FileNotFoundError: there are none.
+        StorageError: they cannot be fetched.
+    """
+    local = local_target(name)
+    if local is not None:
+        paths = _local_files(local, wanted)
+    else:
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            paths = list(pool.map(lambda entry: _fetch_entry(entry, cache_dir), _entries(name, wanted)))
+    if not paths:
+        raise FileNotFoundError(f"there is no file {name}")
+    return paths
+
+
+def _local_files(path: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(each for each in path.iterdir() if each.is_file() and wanted(each.name))
+    return sorted(each for each in map(Path, glob.glob(str(path), recursive=True)) if each.is_file())
+
+
+def _entries(url: str, wanted: Callable[[str], bool]) -> list[RemoteEntry]:
+    if glob.has_magic(url):
+        return match_entries(url)
+    if (entry := find_entry(url)) is not None:
+        return [entry]
+    return [entry for entry in list_entries(url) if wanted(entry.name)]
 
 
 def remote_files(folder: Path) -> dict[str, RemoteFile]:

@@ -137,8 +137,18 @@ class RunFile:
             UserError: one did.
             StorageError: the store cannot be read.
         """
-        if self._claim is not None and self._claim.taken:
+        if self._claim is not None and self._claim.id is not None:
             self._claim.check()
+
+    @property
+    def claim_id(self) -> str | None:
+        """Identifies the run that has a file in a store; None: none has, or the file is local."""
+        return None if self._claim is None else self._claim.id
+
+    def join(self, claim_id: str | None) -> None:
+        """Joins the process of the same run that has the file, so that `check_claim` is of use here too."""
+        if self._claim is not None and claim_id is not None:
+            self._claim.join(claim_id)
 
     def _acquire(self) -> None:
         assert self._lock is not None

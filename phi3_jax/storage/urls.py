@@ -122,6 +122,25 @@ def list_entries(url: str) -> list[RemoteEntry]:
     return sorted(each for each in found if not path.endswith(f"/{each.name}") or len(found) > 1)
 
 
+def match_entries(pattern: str) -> list[RemoteEntry]:
+    """Returns the files whose URLs match a pattern with *, ?, [...] or **, sorted by name.
+
+    Raises:
+        StorageError: the store cannot be asked.
+    """
+    protocol, path = split_url(pattern)
+    with clear_errors(pattern):
+        try:
+            infos = store_of(pattern).glob(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return sorted(
+        _entry(f"{protocol}://{name.lstrip('/')}", info)
+        for name, info in infos.items()
+        if info["type"] == "file"
+    )
+
+
 def _entry(url: str, info: Mapping[str, Any]) -> RemoteEntry:
     version = next((info[key] for key in _VERSIONS if info.get(key)), "")
     if isinstance(version, datetime):  # which another answer of the same store gives as a number

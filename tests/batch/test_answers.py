@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from phi3_jax.batch import answers as module
-from phi3_jax.batch.answers import Answer, AnswerFile, IdSet, answer_line, error_line
+from phi3_jax.batch.answered import IdSet
+from phi3_jax.batch.answers import Answer, AnswerFile, answer_line, error_line
 from phi3_jax.batch.requests import BadRequestError, Request
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}

@@ -46,7 +46,9 @@ def test_finds_the_program_that_mounts_a_bucket(path: str, program: str | None) 
 
 
 def test_rejects_paths_in_a_bucket(tmp_path: Path) -> None:
-    expected = r"^/mnt/a bucket/out is in a bucket that gcsfuse mounts at /mnt/a bucket, .* own URL, gs://"
+    expected = (
+        r"^/mnt/a bucket/out is in a bucket that gcsfuse mounts at /mnt/a bucket, .* URL, as in gs://BUCKET/"
+    )
     with pytest.raises(ValueError, match=expected):
         check_no_bucket_mount(Path("/mnt/a bucket/out"))
     link = tmp_path / "link"

@@ -1,7 +1,9 @@
 """Object stores for tests: in memory, and servers of Cloud Storage and S3 on this machine that can fail."""
 
+import http
 import http.client
 import http.server
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import fsspec
 import pytest
@@ -59,7 +62,9 @@ def _handler(proxy: Proxy, port: int) -> type[http.server.BaseHTTPRequestHandler
             fault = proxy.fault(number, self.path)
             proxy.requests.append(Request(self.command, self.path, 0))
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if fault in ("503", "403"):
+            if fault is None and _exists_already(port, self.path, body):
+                fault = "412"
+            if fault in ("503", "403", "412"):
                 self.send_response(int(fault))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
@@ -93,6 +98,18 @@ def _handler(proxy: Proxy, port: int) -> type[http.server.BaseHTTPRequestHandler
     for method in ("HEAD", "PUT", "POST", "DELETE", "PATCH"):
         setattr(Handler, f"do_{method}", Handler.do_GET)
     return Handler
+
+
+def _exists_already(port: int, path: str, body: bytes) -> bool:
+    """Whether a request to Cloud Storage creates a file that exists; its emulator would replace the file."""
+    name = re.search(rb'"name": "([^"]+)"', body)
+    if "ifGenerationMatch=0" not in path or name is None:
+        return False
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", f"/storage/v1/b/bucket/o/{quote(name[1], safe='')}")
+    status = connection.getresponse().status
+    connection.close()
+    return status == http.HTTPStatus.OK
 
 
 class Store(NamedTuple):
