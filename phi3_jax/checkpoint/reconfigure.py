@@ -6,19 +6,19 @@ import shutil
 from pathlib import Path
 
 from phi3_jax.checkpoint.companions import CHECKPOINT_FILES, copy_companions, own_file
-from phi3_jax.checkpoint.convert import convert_checkpoint
+from phi3_jax.checkpoint.convert import check_destination, convert_checkpoint
 from phi3_jax.checkpoint.opening import open_checkpoint
 from phi3_jax.checkpoint.quantized import QuantizedSource
 from phi3_jax.checkpoint.safetensors import INDEX, SafetensorsSource, weight_files
-from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
-from phi3_jax.runs.exchange import exchanging
 from phi3_jax.storage.fetch import download
 from phi3_jax.storage.objects import RemoteFile
+from phi3_jax.storage.outputs import exchanging
+from phi3_jax.storage.targets import Target
 
 
-def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) -> None:
-    """Writes the checkpoint with another config to another directory, whole or not at all.
+def reconfigure_checkpoint(source: Path, destination_dir: Target, config: Phi3Config) -> None:
+    """Writes the checkpoint with another config to another directory or its URL, whole or not at all.
 
     The weights of a directory are hard links where the file system can, else copies; a GGUF file, or a Llama
     checkpoint, is converted. Links are safe: no function of ours changes a weights file in place.
@@ -26,8 +26,7 @@ def reconfigure_checkpoint(source: Path, destination: Path, config: Phi3Config) 
     Raises:
         CheckpointError: the source is not a checkpoint, or the destination cannot be written.
     """
-    if destination.exists() and destination.samefile(source):
-        raise CheckpointError(f"{destination} is the checkpoint itself; name another directory")
+    destination = check_destination(source, destination_dir)
     opened = open_checkpoint(source).source
     if not isinstance(opened, SafetensorsSource | QuantizedSource):  # its tensors need another order
         convert_checkpoint(source, destination, config=config)

@@ -1,6 +1,7 @@
 """Classifies a file chunk by chunk, and makes each chunk safe on disk before the next is written."""
 
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,14 +32,16 @@ from phi3_jax.classification.output import (
     Table,
     check_format,
 )
+from phi3_jax.classification.store_output import StoreOutput
 from phi3_jax.data.reading import read_items
 from phi3_jax.data.rows import PLAIN_TEXT, BadRowError, BadRows, Row, TextFormat
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.errors import UserError
 from phi3_jax.lora import ModelPaths, open_model
-from phi3_jax.runs.files import check_outputs
 from phi3_jax.runs.progress import FileProgress
+from phi3_jax.storage.checks import check_outputs
 from phi3_jax.storage.fetch import display_name, input_record
+from phi3_jax.storage.targets import Target, local_target, suffix_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class Summary:
 def classify_file(
     model: str | None,
     source: Path,
-    output: Path,
+    output: Target,
     *,
     adapter: str | None = None,
     all_scores: bool = False,
@@ -93,7 +96,8 @@ def classify_file(
         model: directory or hub name of a checkpoint whose config.json names a classifier; with an adapter,
             of its base model, and None is the one that the adapter names.
         source: CSV, TSV, JSONL, Parquet or CoNLL, by its suffix.
-        output: .csv, .tsv or .jsonl, or .conll for tags of words; OUTPUT.partial until it is complete.
+        output: the path or URL of a .csv, .tsv or .jsonl file, or of .conll for tags of words; until it is
+            complete, OUTPUT.partial, in a store a folder of parts.
         keep_bad_rows: writes a row that cannot be read or classified without a prediction, and in a column
             `error` what is wrong with it (not in CoNLL). So the output has all rows of the input.
         adapter: directory or hub name of the adapter of a classifier, in PEFT's format.
@@ -107,6 +111,7 @@ def classify_file(
 
     Raises:
         UserError: an argument cannot be used; BadRowError: a row is bad, and bad rows are not kept.
+        StorageError: a store cannot be read or written.
         OSError: a file cannot be read or written.
     """
     check_format(output)
@@ -124,7 +129,7 @@ def classify_file(
         settings["threshold"] = threshold
     if quantization is not None:
         settings["quantization"] = quantization
-    if output.suffix.lower() in DELIMITERS:  # their header has the column of errors
+    if suffix_of(output) in DELIMITERS:  # their header has the column of errors
         settings["keep_bad_rows"] = keep_bad_rows
     options = _options(source, paths, task, mesh, **settings, **text._asdict())
     partial = _open_partial(source, output, options, overwrite)
@@ -147,7 +152,7 @@ def classify_file(
 
 def _open_table(
     source: Path,
-    output: Path,
+    output: Target,
     head: Head,
     task: ClassifierTask,
     all_scores: bool,
@@ -156,7 +161,7 @@ def _open_table(
 ) -> tuple[Table | Sentences, Iterator[Row | BadRowError]]:
     """Checks the files; returns the table of the output, and the input's rows and errors of bad rows."""
     predicted = head.columns(all_scores)
-    if output.suffix.lower() == CONLL and not isinstance(task, TokenClassification):
+    if suffix_of(output) == CONLL and not isinstance(task, TokenClassification):
         raise UserError(f"{output} is for tags of words, and this model does {head.kind}; use .csv or .jsonl")
     items = read_items(source, columns=task.columns, only_columns=False, text=text)
     leading: list[Row | BadRowError] = []
@@ -170,7 +175,7 @@ def _open_table(
     if isinstance(first, BadRowError):
         raise UserError(f"{source} has no row that can be read: {leading[0]}")
     items = chain(leading, items)
-    if output.suffix.lower() == CONLL and isinstance(task, TokenClassification):
+    if suffix_of(output) == CONLL and isinstance(task, TokenClassification):
         return Sentences(task.words, predicted[0]), items
     of_words = isinstance(task, TokenClassification)
     separator = " " if isinstance(task, TokenClassification) else task.label_separator
@@ -194,8 +199,15 @@ def _options(
     }
 
 
-def _open_partial(source: Path, output: Path, options: dict[str, Any], overwrite: bool) -> PartialOutput:
-    partial = PartialOutput(output, options, overwrite)
+def _open_partial(
+    source: Path, output: Target, options: dict[str, Any], overwrite: bool
+) -> PartialOutput | StoreOutput:
+    path = local_target(output)
+    partial = (
+        StoreOutput(os.fspath(output), options, overwrite)
+        if path is None
+        else PartialOutput(path, options, overwrite)
+    )
     if done := partial.state.written:
         logger.warning("resuming after row %d of %s; earlier rows are in %s", done, source, partial.path)
     return partial
@@ -205,7 +217,7 @@ def _classify_chunks(
     classifier: Classifier,
     chunks: "_Chunks",
     table: Table | Sentences,
-    partial: PartialOutput,
+    partial: PartialOutput | StoreOutput,
     total_lines: int | None,
     all_scores: bool,
     show: bool,

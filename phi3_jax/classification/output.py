@@ -12,9 +12,11 @@ from typing import Any
 
 from phi3_jax.data.rows import BadRowError, Row
 from phi3_jax.errors import UserError
+from phi3_jax.runs.bucket_mounts import check_no_bucket_mount
 from phi3_jax.runs.files import sync
 from phi3_jax.runs.text import lone_surrogate
 from phi3_jax.storage.resume import ADVICE, RunFile
+from phi3_jax.storage.targets import Target, suffix_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CONLL = ".conll"
@@ -40,7 +42,7 @@ class Table:
 
     def __init__(
         self,
-        path: Path,
+        path: Target,
         first: Row,
         predicted: Sequence[str],
         *,
@@ -51,7 +53,7 @@ class Table:
         check_format(path)
         if errors:
             predicted = [*predicted, ERROR]
-        self._delimiter = DELIMITERS.get(path.suffix.lower())
+        self._delimiter = DELIMITERS.get(suffix_of(path))
         self._predicted = list(predicted)
         if fault := self._name_clash(first):
             raise UserError(f"{first.place.file} {fault}")
@@ -59,7 +61,7 @@ class Table:
         self._separator = separator
         if self._delimiter is not None and (odd := next((item for item in items if separator in item), None)):
             raise UserError(
-                f"the label {odd!r} contains {separator!r}, which separates labels in {path.suffix}; "
+                f"the label {odd!r} contains {separator!r}, which separates labels in {suffix_of(path)}; "
                 "write .jsonl"
             )
 
@@ -188,15 +190,16 @@ def _fits_a_line(word: str) -> bool:
     return lone_surrogate(word) is None and not set(word) & set("\t\n\r")
 
 
-def check_format(path: Path) -> None:
+def check_format(path: Target) -> None:
     """Checks that the suffix names a format that can be written.
 
     Raises:
         UserError: it does not.
     """
-    if path.suffix.lower() not in (*DELIMITERS, ".jsonl", CONLL):
+    suffix = suffix_of(path)
+    if suffix not in (*DELIMITERS, ".jsonl", CONLL):
         raise UserError(
-            f"{path} cannot be written: {path.suffix or 'no suffix'!r} is not a format to which rows can be "
+            f"{path} cannot be written: {suffix or 'no suffix'!r} is not a format to which rows can be "
             "appended; use .csv, .tsv or .jsonl, or .conll for tags of words"
         )
 
@@ -249,6 +252,7 @@ class PartialOutput:
     def __init__(self, output: Path, options: Mapping[str, Any], overwrite: bool):
         if not output.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {output.parent} to write {output.name} to")
+        check_no_bucket_mount(output)
         self.output = output
         self.path = output.with_name(f"{output.name}.partial")
         self._state_file = RunFile(

@@ -23,7 +23,7 @@ def classify(
         Option("--input", help="A CSV, TSV, JSONL, Parquet or CoNLL file, by its suffix.", **options.INPUT),
     ],
     output: Annotated[
-        Path, Option(help="A .csv, .tsv or .jsonl file, or .conll for tags of words.", dir_okay=False)
+        Path, Option(help="A .csv, .tsv or .jsonl file, or .conll for tags of words.", **options.OUTPUT)
     ],
     model: Annotated[
         str | None,

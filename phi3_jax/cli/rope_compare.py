@@ -27,7 +27,9 @@ def compare(
     output: Annotated[
         Path,
         Option(
-            help="A directory for tables, figures and report.", parser=options.directory, metavar="DIRECTORY"
+            help="A directory for tables, figures and report.",
+            parser=options.output_directory,
+            metavar="DIRECTORY",
         ),
     ],
     model: options.Model = None,

@@ -26,7 +26,7 @@ def passkey(
         Path,
         Option(
             help="A directory for rates, answers, heat map and report.",
-            parser=options.directory,
+            parser=options.output_directory,
             metavar="DIRECTORY",
         ),
     ],

@@ -15,6 +15,7 @@ from phi3_jax.evaluation.rope_search_run import SearchResult, search_ropes
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
+from phi3_jax.storage.targets import Target, target_in
 
 app = typer.Typer(add_completion=False)
 
@@ -29,7 +30,7 @@ def search(
         Path,
         Option(
             help="A directory for factors, history, figure and model.",
-            parser=options.directory,
+            parser=options.output_directory,
             metavar="DIRECTORY",
         ),
     ],
@@ -105,14 +106,14 @@ def search(
     print(f"{output}: perplexity {done.search.best().perplexity:.4f} at {length:,} tokens")
 
 
-def _print_result(done: SearchResult, output: Path) -> None:
+def _print_result(done: SearchResult, output: Target) -> None:
     Console().print(table(done.search))
     tell(f"{len(done.search.scored):,} measured, {done.new:,} of them in {done.seconds:,.1f} s")
     best = done.search.best()
     if best.individual.initial_tokens:
         tell(
-            f"{output / MODEL} has the best factors without unscaled tokens, because no config can express "
-            f"the {best.individual.initial_tokens} of the best"
+            f"{target_in(output, MODEL)} has the best factors without unscaled tokens, because no config can "
+            f"express the {best.individual.initial_tokens} of the best"
         )
 
 

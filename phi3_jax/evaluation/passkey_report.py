@@ -1,12 +1,10 @@
 """Results of a pass key measurement: rates in a table, a heat map, every answer, and a report."""
 
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -16,12 +14,14 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from phi3_jax.evaluation.passkey_run import PasskeyResult, Trial
+from phi3_jax.evaluation.result_files import write_csv, write_figure
 from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.runs import plots
-from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.runs.tables import markdown_table
 from phi3_jax.sizes import ceil_div
+from phi3_jax.storage.outputs import write_text
+from phi3_jax.storage.targets import Target, target_in
 
 RATES, ANSWERS, FIGURE, REPORT = "passkey.csv", "passkey.json", "passkey.png", "report.md"
 FILES = (RATES, ANSWERS, FIGURE, REPORT, STATE)
@@ -67,15 +67,15 @@ def rate(trials: Sequence[Trial]) -> float:
     return sum(trial.found for trial in trials) / len(trials)
 
 
-def write_passkey_report(output: Path, result: PasskeyResult) -> None:
+def write_passkey_report(output: Target, result: PasskeyResult) -> None:
     """Writes passkey.csv, passkey.json, passkey.png and report.md, each as a whole."""
     grid = TrialGrid(result)
-    with replacing(output / RATES) as work, work.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(_rows(grid))
+    write_csv(target_in(output, RATES), _rows(grid))
     content = {"asked": result.options, "trials": [asdict(trial) for trial in result.trials]}
-    write_text(output / ANSWERS, json.dumps(json_value(content), indent=2, ensure_ascii=False) + "\n")
-    plots.save(figure(grid), output / FIGURE)
-    write_text(output / REPORT, "\n".join(_lines(grid, result.options)) + "\n")
+    answers = json.dumps(json_value(content), indent=2, ensure_ascii=False)
+    write_text(target_in(output, ANSWERS), answers + "\n")
+    write_figure(target_in(output, FIGURE), figure(grid))
+    write_text(target_in(output, REPORT), "\n".join(_lines(grid, result.options)) + "\n")
 
 
 def table(result: PasskeyResult) -> Table:

@@ -29,6 +29,7 @@ from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.progress import FileProgress, time_left
 from phi3_jax.storage.journal import Journal
+from phi3_jax.storage.targets import Target, target_in
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 ROWS, ROWS_ON_CPU = 16, 4
@@ -97,7 +98,7 @@ class Ropes:
 
 def measure_passkeys(
     model: Path,
-    output: Path,
+    output: Target,
     ropes: Sequence[RopeArgument],
     *,
     lengths: Sequence[int],
@@ -140,7 +141,7 @@ def measure_passkeys(
     options = model_options(model, dtype, mesh) | _options(grid, frequencies, prompts)
     options |= {"text_digest": content and text_digest(content), "batch_size": batch_size}
     began = monotonic()
-    with Journal(output / STATE, options, overwrite=overwrite) as journal:
+    with Journal(target_in(output, STATE), options, overwrite=overwrite) as journal:
         before = len(journal.entries)
         if before < grid.size:
             longest = config.replace(max_position_embeddings=max(*lengths, config.max_position_embeddings))

@@ -27,6 +27,7 @@ from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.progress import FileProgress, time_left
 from phi3_jax.storage.journal import Journal
+from phi3_jax.storage.targets import Target, target_in
 
 """The file of the output directory with every measured window."""
 
@@ -90,7 +91,7 @@ class Comparison:
 def compare_ropes(
     model: Path,
     text: Path,
-    output: Path,
+    output: Target,
     arguments: Sequence[RopeArgument],
     *,
     lengths: Sequence[int],
@@ -131,7 +132,10 @@ def compare_ropes(
     plan = {length: windows(len(tokens), length, min(stride or length // 2, length)) for length in lengths}
     options = model_options(model, dtype, mesh)
     options |= {"text_digest": text_digest(content), "skip_tokens": skip_tokens}
-    with Journal(output / STATE, options, overwrite=overwrite) as journal, CompileTime() as compiling:
+    with (
+        Journal(target_in(output, STATE), options, overwrite=overwrite) as journal,
+        CompileTime() as compiling,
+    ):
         forward = 0.0
         if missing := _missing(plan, ropes, journal):
             planned = Scorer(load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh))

@@ -1,9 +1,7 @@
 """Results of a comparison of ropes: tables for people and programs, and figures."""
 
-import csv
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +9,15 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from phi3_jax.config.rope_argument import trained_length
+from phi3_jax.evaluation.result_files import write_csv, write_figure
 from phi3_jax.evaluation.rope_compare import Comparison, scaled_frequencies
 from phi3_jax.evaluation.rope_plots import perplexities, wavelengths
 from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.evaluation.scorer import frequencies_for
-from phi3_jax.runs import plots
-from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.runs.tables import markdown_table
+from phi3_jax.storage.outputs import write_text
+from phi3_jax.storage.targets import Target, target_in
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "report.md"
 PERPLEXITY, WAVELENGTHS = "perplexity.png", "wavelengths.png"
@@ -27,23 +26,22 @@ FILES = (CSV, JSON, MARKDOWN, PERPLEXITY, WAVELENGTHS, STATE)
 COLUMNS = ("rope", "length", "stride", "tokens", "loss", "perplexity", "seconds")
 
 
-def write_comparison(output: Path, comparison: Comparison) -> None:
+def write_comparison(output: Target, comparison: Comparison) -> None:
     """Writes results.csv, results.json, perplexity.png, wavelengths.png and report.md, each as a whole."""
     trained = trained_length(comparison.trained)
     lines = {
         rope.name: [comparison.cell(rope.name, length).loss.perplexity for length in comparison.lengths]
         for rope in comparison.ropes
     }
-    plots.save(perplexities(comparison.lengths, lines, trained), output / PERPLEXITY)
+    write_figure(target_in(output, PERPLEXITY), perplexities(comparison.lengths, lines, trained))
     scaled = list(scaled_frequencies(comparison))
-    plots.save(wavelengths(scaled, comparison.lengths[-1], trained), output / WAVELENGTHS)
-    with replacing(output / CSV) as work, work.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_rows(comparison))
+    write_figure(target_in(output, WAVELENGTHS), wavelengths(scaled, comparison.lengths[-1], trained))
+    rows = ([row[name] for name in COLUMNS] for row in _rows(comparison))
+    write_csv(target_in(output, CSV), [COLUMNS, *rows])
     content = json_value(_content(comparison))
-    write_text(output / JSON, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text(output / MARKDOWN, "\n".join(_lines(comparison)) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(target_in(output, JSON), text + "\n")
+    write_text(target_in(output, MARKDOWN), "\n".join(_lines(comparison)) + "\n")
 
 
 def table(comparison: Comparison) -> Table:

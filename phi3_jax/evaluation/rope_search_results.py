@@ -1,6 +1,5 @@
 """Results of a search for rope factors: the factors, its history, a figure, and a model that has them."""
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,13 @@ from rich.table import Table
 
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.evaluation.result_files import write_csv, write_figure
 from phi3_jax.evaluation.rope_search import RopeSearch, Scored
 from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.runs import plots
-from phi3_jax.runs.files import replacing, write_text
 from phi3_jax.runs.json_values import json_value
+from phi3_jax.storage.outputs import write_text
+from phi3_jax.storage.targets import Target, target_in
 
 FACTORS, HISTORY, FIGURE, MODEL = "factors.json", "history.csv", "search.png", "model"
 FILES = (FACTORS, HISTORY, FIGURE, MODEL, STATE)
@@ -34,7 +35,7 @@ KNOWN_COLOURS = {
 
 
 def write_results(
-    output: Path, search: RopeSearch, options: Mapping[str, Any], model: Path, config: Phi3Config
+    output: Target, search: RopeSearch, options: Mapping[str, Any], model: Path, config: Phi3Config
 ) -> None:
     """Writes factors.json, history.csv, search.png and model/, each as a whole.
 
@@ -42,12 +43,11 @@ def write_results(
         model: the checkpoint that was searched on.
         config: the config of the new model, with the best factors that a config can express.
     """
-    reconfigure_checkpoint(model, output / MODEL, config)
+    reconfigure_checkpoint(model, target_in(output, MODEL), config)
     factors = json_value(_factors(search, options, config))
-    write_text(output / FACTORS, json.dumps(factors, indent=2, ensure_ascii=False) + "\n")
-    with replacing(output / HISTORY) as work, work.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(_history(search))
-    plots.save(figure(search), output / FIGURE)
+    write_text(target_in(output, FACTORS), json.dumps(factors, indent=2, ensure_ascii=False) + "\n")
+    write_csv(target_in(output, HISTORY), _history(search))
+    write_figure(target_in(output, FIGURE), figure(search))
 
 
 def _factors(search: RopeSearch, options: Mapping[str, Any], config: Phi3Config) -> dict[str, Any]:

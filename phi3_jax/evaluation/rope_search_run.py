@@ -35,6 +35,7 @@ from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.runs.progress import FileProgress, time_left
+from phi3_jax.storage import targets
 from phi3_jax.storage.journal import Journal
 
 ROWS, ROWS_ON_CPU = 16, 4
@@ -81,7 +82,7 @@ class SearchResult:
 def search_ropes(
     model: Path,
     text: Path,
-    output: Path,
+    output: targets.Target,
     *,
     length: int,
     evolution: Evolution,
@@ -104,7 +105,7 @@ def search_ropes(
     Args:
         model: a checkpoint; its factors are relative to plain rope with its theta.
         text: the text of the perplexity; don't use it for later measurements.
-        output: a directory.
+        output: the path or URL of a directory.
         windows: parts of `length` tokens, evenly spread over the text.
         skip_tokens: tokens to skip at the start of the text.
         attention_factors: choices; "longrope" and "yarn" stand for the formulas of those methods.
@@ -129,7 +130,7 @@ def search_ropes(
     options |= {"text_digest": text_digest(content), "length": length, "windows": windows}
     options |= {"skip_tokens": skip_tokens, "batch_size": batch_size}
     began = monotonic()
-    with Journal(output / STATE, options, overwrite=overwrite) as journal:
+    with Journal(targets.target_in(output, STATE), options, overwrite=overwrite) as journal:
         _restore(search, journal)
         before = len(search.scored)
         if search.waiting:

@@ -167,10 +167,16 @@ def scatter(
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG; an existing file is replaced as a whole."""
-    with replacing(path) as work, warnings.catch_warnings():
+    with replacing(path) as work:
+        draw(figure, work)
+
+
+def draw(figure: Figure, file: Path) -> None:
+    """Writes a PNG to a new file."""
+    with warnings.catch_warnings():
         # Letters that the font lacks are drawn as boxes; the report has the full names.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(work, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
+        figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
 
 
 def plain(ax: Axes) -> None:

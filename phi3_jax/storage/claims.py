@@ -77,9 +77,11 @@ class Claim:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            values = json.loads(read_bytes(self._url))
+            content = read_bytes(self._url)
         except FileNotFoundError:
             return None
+        try:
+            values = json.loads(content)
         except ValueError:  # somebody else's file, or one cut off
             return {}
         return values if isinstance(values, dict) else {}

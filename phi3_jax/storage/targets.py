@@ -1,7 +1,7 @@
 """What is written or was written before: a local path, or the URL of a file in a store."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from phi3_jax.storage.urls import clear_errors, find_entry, is_url, local_part, split_url, store_of
 
@@ -22,6 +22,11 @@ def target_in(directory: Target, name: str) -> Path | str:
     """Returns the path or the URL of a file in a directory that is to be written."""
     folder = local_target(directory)
     return f"{os.fspath(directory).rstrip('/')}/{name}" if folder is None else folder / name
+
+
+def suffix_of(target: Target) -> str:
+    """Returns the ending of a name, from its last full stop, in small letters."""
+    return PurePosixPath(os.fspath(target)).suffix.lower()
 
 
 def exists(target: Target) -> bool:

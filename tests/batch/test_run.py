@@ -9,16 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
 from small_checkpoint import write_checkpoint
+from stores import open_store
 
 from phi3_jax import cli
 from phi3_jax.batch.run import batch_file
 from phi3_jax.cli import common
+from phi3_jax.storage.targets import local_target, read_bytes
+from phi3_jax.storage.urls import list_entries
 
 COMMAND = (sys.executable, "-c", "from phi3_jax.cli import main; main()", "batch")
 
@@ -204,8 +208,9 @@ def test_rejects_invalid_files_and_options(batch: Batch, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_resumes_after_twenty_kills(batch: Batch) -> None:
-    """The kills come during the start and after any answer.
+@pytest.mark.parametrize("kind", ["local", "gs"])
+def test_resumes_after_twenty_kills(batch: Batch, kind: str) -> None:
+    """The kills come during the start and after any answer, or after any part in a store.
 
     A run that ends before its kill is compared, and the next one starts a new file.
     """
@@ -216,37 +221,62 @@ def test_resumes_after_twenty_kills(batch: Batch) -> None:
         json.loads(line)["id"]: json.loads(line)
         for line in batch.output.with_name("whole.jsonl").read_bytes().splitlines()
     }
+    with ExitStack() as stack:
+        folder = str(batch.output.parent)
+        if kind == "gs":
+            folder = stack.enter_context(open_store(kind)).empty_folder().url
+            batch.environment = os.environ | batch.environment  # how to find the store, too
+        kill_often(batch, folder, whole)
+
+
+def kill_often(batch: Batch, folder: str, whole: dict[int, Any]) -> None:
     draws, kills, attempts = random.Random(3), 0, 0
+    name = "out.jsonl"
+
+    def files() -> dict[str, str]:
+        if local_target(folder) is not None:
+            return {path.name: str(path) for path in Path(folder).iterdir()}
+        return {
+            each.name: each.url for each in [*list_entries(folder), *list_entries(f"{folder}/{name}.partial")]
+        }
 
     def count() -> int:
-        return batch.output.read_bytes().count(b"\n") if batch.output.exists() else 0
+        """Returns the number of answers, of a store that of parts."""
+        if local_target(folder) is None:
+            return sum(each.startswith("part-") for each in files())
+        return read_bytes(f"{folder}/{name}").count(b"\n") if name in files() else 0
 
     def check() -> None:
-        lines = batch.lines()
+        lines = [json.loads(line) for line in read_bytes(f"{folder}/{name}").splitlines()]
         assert sorted(line["id"] for line in lines) == list(range(400))
         assert {line["id"]: line for line in lines} == whole
 
+    def start() -> "subprocess.Popen[bytes]":
+        return batch.start("--output", f"{folder}/{name}", "--part-seconds", 0.02)
+
     while kills < 20:
-        wanted, process = count() + draws.randrange(1, 30), batch.start()
+        wanted, process = count() + draws.randrange(1, 30), start()
         attempts += 1
-        if attempts % 5 == 0:
-            time.sleep(draws.uniform(0, 3))
-        else:
-            while process.poll() is None and count() < wanted:
-                time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+        try:
+            if attempts % 5 == 0:
+                time.sleep(draws.uniform(0, 3))
+            else:
+                while process.poll() is None and count() < wanted:
+                    time.sleep(0.02)
+        finally:
+            process.send_signal(signal.SIGKILL)
         _, error = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), error
         if process.returncode == 0:
             check()
-            batch.output = batch.output.with_name(f"out-{attempts}.jsonl")
+            name = f"out-{attempts}.jsonl"
         else:
             kills += 1
-    code, _, err = batch()
-    assert code == 0, err
+    process = start()
+    _, error = process.communicate()
+    assert process.returncode == 0, error
     check()
-    names = {path.name for path in batch.output.parent.iterdir()}
-    assert not [name for name in names if name.endswith("partial")]
+    assert not [each for each in files() if "part" in each]
 
 
 @pytest.mark.slow

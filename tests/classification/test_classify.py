@@ -17,7 +17,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from answers import stored
+from marks import slow
 from reference import Reference, pair, small_config
+from stores import open_store
 from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
@@ -29,16 +31,18 @@ from phi3_jax import (
     cli,
 )
 from phi3_jax.checkpoint import open_checkpoint
-from phi3_jax.classification import Classifier, classify, classify_file
+from phi3_jax.classification import Classifier, classify, classify_file, store_output
 from phi3_jax.classification.classifier import row_widths, task_of_model
 from phi3_jax.classification.head import Head
 from phi3_jax.classification.output import PartialOutput
+from phi3_jax.classification.store_output import StoreOutput
 from phi3_jax.cli import common
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.reading import read_items, read_rows
 from phi3_jax.data.rows import BadRowError, BadRows
 from phi3_jax.data.tasks import SequenceClassification, TokenClassification
 from phi3_jax.runs import progress
+from phi3_jax.storage.urls import list_entries
 
 TOLERANCE = 1e-5
 WORDS = [
@@ -539,6 +543,37 @@ def test_a_run_with_bad_rows_resumes(run: Any, tmp_path: Path) -> None:
     assert run("single", source, tmp_path / "o.csv", "--batch-size", 2)[0] == 1
     changed = run("single", source, tmp_path / "o.csv", *keep)[2]  # the header lacks the column
     assert "keep_bad_rows: False -> True. Choose another output, or give --overwrite" in changed
+
+
+@pytest.mark.parametrize("kind", ["memory", slow("gs"), slow("s3")])
+def test_writes_to_a_store(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """An interrupted run resumes, as on another machine."""
+    source, whole = write_rows(tmp_path / "new.csv", 300), tmp_path / "whole.csv"
+    options = ("--batch-size", 2, "--all-scores")
+    assert run("single", source, whole, *options)[0] == 0
+    monkeypatch.setattr(store_output, "PART_SECONDS", 0)
+    add = StoreOutput.add
+
+    def interrupt(self: StoreOutput, data: bytes, state: Any) -> None:
+        if state.written > 200:
+            raise KeyboardInterrupt
+        add(self, data, state)
+
+    with open_store(kind) as bucket:
+        store = bucket.empty_folder()
+        url = f"{store.url}/out.csv"
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreOutput, "add", interrupt)
+            assert run("single", source, url, *options)[0] == 130
+        assert run("single", source, url, *options, "--batch-size", 4)[0] == 1
+        code, out, err = run("single", source, url, *options)
+        assert code == 0, err
+        assert out.startswith(f"{url}: 300 rows; 108 in ")
+        assert store.get("out.csv") == whole.read_bytes()
+        assert [entry.name for entry in list_entries(store.url)] == ["out.csv"]
+        assert f"{url} already exists; choose another output" in run("single", source, url, *options)[2]
+        url = store.put("in.csv", source.read_bytes())
+        assert "is also the input; choose another" in run("single", url, url, *options)[2]
 
 
 def test_a_bad_sentence_keeps_its_words(run: Any, tmp_path: Path) -> None:

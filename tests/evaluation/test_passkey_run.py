@@ -12,6 +12,7 @@ from compilations import compilations
 from marks import slow
 from reference import LONG, SHORT
 from small_checkpoint import write_checkpoint
+from stores import open_store
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
@@ -19,6 +20,7 @@ from phi3_jax.evaluation import passkey_run
 from phi3_jax.evaluation.passkey import Case, PasskeyPrompts
 from phi3_jax.evaluation.passkey_report import LISTED, write_passkey_report
 from phi3_jax.evaluation.passkey_run import PasskeyResult, Ropes, Trial, measure_passkeys
+from phi3_jax.storage.urls import list_entries
 
 ROPES = ["none", "linear:factor=2", "yarn:factor=2"]
 LENGTHS = (320, 450)
@@ -33,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measure(model: Path, output: Path, ropes: list[str] = ROPES, **changes: Any) -> PasskeyResult:
+def measure(model: Path, output: Any, ropes: list[str] = ROPES, **changes: Any) -> PasskeyResult:
     grid = {"lengths": LENGTHS, "depths": (0.0, 1.0), "trials": 2, "max_new_tokens": NEW, "batch_size": 4}
     options = grid | {"dtype": "float32", "show": False} | changes
     return measure_passkeys(model, output, [parse_rope(rope) for rope in ropes], **options)
@@ -123,6 +125,23 @@ def test_resumes_after_a_kill(
     assert (tmp_path / "state.json").read_bytes() == (whole[1] / "state.json").read_bytes()
     monkeypatch.setattr(passkey_run.Pipeline, "load", None)
     assert measure(model, tmp_path).new == 0
+
+
+@pytest.mark.parametrize("kind", ["memory", slow("gs"), slow("s3")])
+def test_resumes_in_a_store(model: Path, whole: Any, tmp_path: Path, kind: str) -> None:
+    """Another machine answered all but the last two batches."""
+    state = json.loads((whole[1] / "state.json").read_text())
+    write_passkey_report(whole[1], whole[0])
+    with open_store(kind) as bucket:
+        store = bucket.empty_folder()
+        url = store.put("out/state.json", json.dumps(state | {"entries": state["entries"][:16]}).encode())
+        url = url.removesuffix("/state.json")
+        done = measure(model, url)
+        assert (done.new, done.trials) == (8, whole[0].trials)
+        write_passkey_report(url, done)
+        assert [entry.name for entry in list_entries(url)] == sorted(each.name for each in whole[1].iterdir())
+        for path in whole[1].iterdir():
+            assert store.get(f"out/{path.name}") == path.read_bytes(), path.name
 
 
 def test_rejects_wrong_options_before_any_work(

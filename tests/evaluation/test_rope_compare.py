@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import slow
 from small_checkpoint import write_checkpoint
+from stores import open_store
 
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
@@ -17,6 +19,7 @@ from phi3_jax.evaluation.rope_compare import Comparison, compare_ropes
 from phi3_jax.evaluation.rope_report import table, write_comparison
 from phi3_jax.evaluation.scorer import Scorer
 from phi3_jax.storage.journal import Journal
+from phi3_jax.storage.urls import list_entries
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROPES = ["none", "linear:factor=4", "dynamic:factor=4", "yarn:factor=4", "longrope:@factors.json"]
@@ -44,7 +47,7 @@ def compare(model: Path, ropes: list[str] = ROPES, **changes: Any) -> Comparison
     arguments: dict[str, Any] = {"lengths": LENGTHS, "dtype": "float32", "show": False}
     text = changes.pop("text", Path("text.txt"))
     return compare_ropes(
-        model, text, Path("out"), [parse_rope(each) for each in ropes], **arguments | changes
+        model, text, changes.pop("output", "out"), [parse_rope(each) for each in ropes], **arguments | changes
     )
 
 
@@ -69,6 +72,29 @@ def test_cells_match_the_perplexity_of_the_same_tokens(model: Path) -> None:
             assert cell.stride == (length if length == 48 else length // 2)
     values = [comparison.cell(name, 48).loss.loss for name in ROPES]
     assert len({round(value, 3) for value in values}) == len(ROPES)
+
+
+@pytest.mark.parametrize("kind", ["memory", slow("gs"), slow("s3")])
+def test_writes_to_a_store(model: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that resumes measures nothing again."""
+    local = compare(model, ROPES[:2])
+    with open_store(kind) as bucket:
+        store = bucket.empty_folder()
+        url = f"{store.url}/out"
+        compare(model, ROPES[:1], output=url)
+        both = compare(model, ROPES[:2], output=url)
+        assert [cell[:4] for cell in both.cells] == [cell[:4] for cell in local.cells]
+        monkeypatch.setattr(rope_compare.Pipeline, "load", None)
+        assert compare(model, ROPES[:2], output=url).seconds["forward"] == 0
+        with pytest.raises(ValueError, match=r"out was started with other options .* dtype: 'float32' -> "):
+            compare(model, output=url, dtype="bfloat16")
+        write_comparison(url, both)
+        write_comparison(Path("out"), both)
+        names = sorted(path.name for path in Path("out").iterdir())
+        assert [entry.name for entry in list_entries(url)] == names
+        for name in names:
+            if name != "state.json":  # it has the times
+                assert store.get(f"out/{name}") == Path("out", name).read_bytes(), name
 
 
 def test_limits_the_stride_to_the_length(model: Path) -> None:

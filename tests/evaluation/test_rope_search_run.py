@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from answers import stored
 from compilations import compilations
+from marks import slow
 from reference import distance, run, run_theirs
 from small_checkpoint import Checkpoint, write_checkpoint
+from stores import open_store
 from test_perplexity import Rope
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
@@ -179,6 +181,25 @@ def test_resumes_to_the_same_result(model, text, whole, tmp_path, monkeypatch, s
     done = search(model, text, output, initial_tokens=(0, 4))
     assert done.new < 18 or stop == 1
     assert contents(output) == contents(whole)
+
+
+@pytest.mark.parametrize("kind", ["memory", slow("gs"), slow("s3")])
+def test_resumes_in_a_store_to_the_same_result(model, text, whole, kind, monkeypatch, caplog) -> None:
+    """Another machine measured all but the last batches."""
+    state = json.loads((whole / "state.json").read_text())
+    with open_store(kind) as bucket:
+        store = bucket.empty_folder()
+        store.put("out/state.json", json.dumps(state | {"entries": state["entries"][:15]}).encode())
+        done = search(model, text, f"{store.url}/out/", initial_tokens=(0, 4))
+        assert done.new == 3
+        for name, content in contents(whole).items():
+            assert store.get(f"out/{name}") == content, name
+        with pytest.raises(ValueError, match=r"out was started with other options .* seed: 1 -> 2"):
+            search(
+                model, text, f"{store.url}/out", initial_tokens=(0, 4), evolution=Evolution(8, 2, 3, 0.3, 2)
+            )
+        monkeypatch.setattr(rope_search_run.Pipeline, "load", None)
+        assert search(model, text, f"{store.url}/out", initial_tokens=(0, 4)).new == 0
 
 
 def test_a_finished_search_needs_no_model(model, text, whole, monkeypatch) -> None:

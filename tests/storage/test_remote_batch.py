@@ -26,7 +26,6 @@ from phi3_jax.batch.summary import BatchSummary
 from phi3_jax.cli import batch
 from phi3_jax.errors import UserError
 from phi3_jax.storage.claims import Claim
-from phi3_jax.storage.parts import Parts
 from phi3_jax.storage.urls import StorageError, list_entries
 
 LINES = 7
@@ -166,12 +165,10 @@ def test_starts_over_after_a_kill_at_any_write(
         if summary is not None:
             break
         try:
-            again = run(source, url)
-        except UserError as error:  # before anything of the new output was written
-            assert re.search("with other options|already exists", str(error))
-            again = run(source, url, overwrite=True)
+            run(source, url)
+        except UserError:  # before anything of the new output was written
+            run(source, url, overwrite=True)
             refused += 1
-        assert again.done == LINES
         assert answers(store, name) == expected
     assert 0 < refused < write / 2
 
@@ -202,10 +199,10 @@ def test_an_interrupted_run_writes_what_it_has(memory: Store, source: Path) -> N
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("whole", [False, True])
 def test_an_earlier_process_ends_when_another_takes_over(
-    store: Store, source: Path, expected: list[bytes], name: str, whole: bool
+    memory: Store, source: Path, expected: list[bytes], name: str, whole: bool
 ) -> None:
     """The other one is started while the first answers, and ends, or is interrupted."""
-    url = f"{store.url}/{name}"
+    url = f"{memory.url}/{name}"
 
     def interrupt(number: int) -> None:
         if number == 1:
@@ -221,15 +218,14 @@ def test_an_earlier_process_ends_when_another_takes_over(
     with pytest.raises(UserError, match=r"was taken over by process|and other processes may write there"):
         run(source, url, take_over)
     run(source, url)
-    assert answers(store, name) == expected
+    assert answers(memory, name) == expected
 
 
-@pytest.mark.parametrize("name", FORMS)
 def test_processes_that_write_at_a_time_answer_once(
-    store: Store, source: Path, expected: list[bytes], name: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, source: Path, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The claim does not help between a check and the write after it; here it never does."""
-    url = f"{store.url}/{name}"
+    url = f"{store.url}/out/"
     monkeypatch.setattr(Claim, "check", lambda self: None)
 
     def interrupt(number: int) -> None:
@@ -243,7 +239,7 @@ def test_processes_that_write_at_a_time_answer_once(
 
     summary = run(source, url, write_too, part_seconds=1e9)
     assert summary.done == LINES
-    assert answers(store, name) == expected
+    assert answers(store, "out/") == expected
 
 
 def test_a_file_is_not_made_of_fewer_parts(memory: Store, source: Path) -> None:
@@ -279,15 +275,12 @@ def test_leaves_an_output_of_others(memory: Store, source: Path, name: str) -> N
             run(source, f"{memory.url}/{name}")
 
 
-@pytest.mark.parametrize(("fault", "at"), [("503", "all"), ("cut", "all"), ("slow", "parts")])
-def test_tries_again_when_a_store_fails(
-    server: Store, source: Path, expected: list[bytes], fault: str, at: str
-) -> None:
+def test_tries_again_when_a_store_fails(server: Store, source: Path, expected: list[bytes]) -> None:
     assert server.proxy is not None
-    server.proxy.fault = lambda number, path: (
-        fault if number % 9 == 4 and (at == "all" or "part-" in path) else None
-    )
+    faults = {3: "503", 6: "cut", 9: "lost", 12: "slow"}
+    server.proxy.fault = lambda number, path: faults.get(number)
     run(source, f"{server.url}/out/", part_seconds=1e9)
+    assert len(server.proxy.requests) > 20
     server.proxy.fault = lambda number, path: None
     assert answers(server, "out/") == expected
 

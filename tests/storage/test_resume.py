@@ -130,6 +130,22 @@ def test_resumes_in_a_store_with_the_same_options(store: Store) -> None:
         first.read(dict)
 
 
+def test_a_journal_resumes_in_a_store(store: Store) -> None:
+    url = f"{store.empty_folder().url}/out/state.json"
+    with Journal(url, OPTIONS) as journal:
+        assert journal.decide("rows", lambda: 4) == 4
+        journal.add([{"x": 1}])
+        with Journal(url, OPTIONS) as other:  # on another machine, while the first is slow
+            assert other.entries == [{"x": 1}]
+            other.add([{"x": 2}])
+        with pytest.raises(UserError, match=r"out: .*lock is gone, and other processes may write there, too"):
+            journal.add([{"x": 3}])
+    with Journal(url, OPTIONS) as journal:
+        assert (journal.entries, journal.decide("rows", lambda: 9)) == ([{"x": 1}, {"x": 2}], 4)
+    with pytest.raises(UserError, match=r"out was started with other options .* seed: 0 -> 1"):
+        Journal(url, OPTIONS | {"seed": 1}).__enter__()
+
+
 def test_a_run_that_was_taken_over_ends_at_its_next_write(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:

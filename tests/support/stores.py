@@ -34,7 +34,7 @@ class Proxy:
 
     Attributes:
         fault: gets the number of a request, from 0, and its path; returns "503", "403", "cut" (half of the
-            answer), "slow", or None.
+            answer), "lost" (all of it, after the server did what was asked), "slow", or None.
         requests: what was asked and answered.
     """
 
@@ -61,7 +61,11 @@ def _handler(proxy: Proxy, port: int) -> type[http.server.BaseHTTPRequestHandler
             number = len(proxy.requests)
             fault = proxy.fault(number, self.path)
             proxy.requests.append(Request(self.command, self.path, 0))
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(length)
+            if len(body) < length:  # the client was killed, and the server would wait for the rest
+                self.close_connection = True
+                return
             if fault is None and _exists_already(port, self.path, body):
                 fault = "412"
             if fault in ("503", "403", "412"):
@@ -77,13 +81,16 @@ def _handler(proxy: Proxy, port: int) -> type[http.server.BaseHTTPRequestHandler
             answer = connection.getresponse()
             content = answer.read()
             connection.close()
+            if fault == "lost":
+                self.close_connection = True
+                return
             proxy.requests[number] = Request(self.command, self.path, len(content))
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("connection", "transfer-encoding", "content-length"):
                     self.send_header(name, value)
-            length = answer.getheader("Content-Length") if self.command == "HEAD" else None
-            self.send_header("Content-Length", length or str(len(content)))
+            size = answer.getheader("Content-Length") if self.command == "HEAD" else None
+            self.send_header("Content-Length", size or str(len(content)))
             self.end_headers()
             self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
             self.close_connection = fault == "cut"
