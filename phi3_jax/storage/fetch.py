@@ -113,10 +113,10 @@ def _local_files(path: Path, wanted: Callable[[str], bool]) -> list[Path]:
 
 
 def _entries(url: str, wanted: Callable[[str], bool]) -> list[RemoteEntry]:
+    if (entry := find_entry(url)) is not None:  # its name may have brackets
+        return [entry]
     if glob.has_magic(url):
         return match_entries(url)
-    if (entry := find_entry(url)) is not None:
-        return [entry]
     return [entry for entry in list_entries(url) if wanted(entry.name)]
 
 

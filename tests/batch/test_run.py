@@ -21,6 +21,7 @@ from stores import open_store
 from phi3_jax import cli
 from phi3_jax.batch.run import batch_file
 from phi3_jax.cli import common
+from phi3_jax.runs import bucket_mounts
 from phi3_jax.storage.targets import local_target, read_bytes
 from phi3_jax.storage.urls import list_entries
 
@@ -205,6 +206,36 @@ def test_rejects_invalid_files_and_options(batch: Batch, tmp_path: Path) -> None
         "max_length=9999 must be from 2" in batch("--max-length", 9999, "--output", tmp_path / "b.jsonl")[2]
     )
     assert "top_p=3.0" in batch("--top-p", 3, "--output", tmp_path / "c.jsonl")[2]
+
+
+def test_refuses_a_mounted_bucket(batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "mounts"
+    table.write_text(f"bucket {tmp_path} fuse.gcsfuse rw 0 0\n")
+    monkeypatch.setattr(bucket_mounts, "MOUNTS", table)
+    batch.write(1)
+    code, _, err = batch()
+    assert code == 1
+    assert "out.jsonl is in a bucket that gcsfuse mounts at" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "mounts"]
+
+
+def test_answers_many_files(batch: Batch, tmp_path: Path) -> None:
+    for name, ids in (("b.jsonl", (1, 2)), ("a.jsonl", (3,))):
+        lines = [json.dumps({"id": id, "prompt": "abc"}) + "\n" for id in ids]
+        (tmp_path / name).write_text("".join(lines))
+    (tmp_path / "c.jsonl").write_text('{"custom_id": "x"}\n{"id": 1, "prompt": "x"}\n')
+    code, _, err = batch("--input", tmp_path / "[ab].jsonl", "--input", tmp_path / "c.jsonl")
+    assert code == 3, err
+    lines = batch.lines()
+    assert sorted(line["id"] for line in lines if "text" in line) == [1, 2, 3]
+    errors = {line["line"]: line for line in lines if "text" not in line}
+    place = str(tmp_path / "c.jsonl")
+    assert {line["file"] for line in errors.values()} == {place}
+    assert errors[1]["response"]["request_id"] == "req-3-1"
+    assert errors[2]["error"]["message"] == f"{place}, line 2: an earlier line has the same id 1"
+    asked = json.loads(batch.output.with_name("out.jsonl.run.json").read_text())["asked"]
+    assert list(asked["inputs"]) == [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    assert len(asked["inputs"][place]) == 2
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from phi3_jax.data.labels import Labels
 from phi3_jax.data.reading import read_items, read_rows
 from phi3_jax.data.rows import BadRowError, BadRows
 from phi3_jax.data.tasks import SequenceClassification, TokenClassification
-from phi3_jax.runs import progress
+from phi3_jax.runs import bucket_mounts, progress
 from phi3_jax.storage.urls import list_entries
 
 TOLERANCE = 1e-5
@@ -574,6 +574,15 @@ def test_writes_to_a_store(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert f"{url} already exists; choose another output" in run("single", source, url, *options)[2]
         url = store.put("in.csv", source.read_bytes())
         assert "is also the input; choose another" in run("single", url, url, *options)[2]
+
+
+def test_refuses_a_mounted_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "mounts"
+    table.write_text(f"bucket {tmp_path} fuse.gcsfuse rw 0 0\n")
+    monkeypatch.setattr(bucket_mounts, "MOUNTS", table)
+    with pytest.raises(ValueError, match=r"out\.csv is in a bucket that gcsfuse mounts at"):
+        PartialOutput(tmp_path / "out.csv", {}, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["mounts"]
 
 
 def test_a_bad_sentence_keeps_its_words(run: Any, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from stores import Store
 
 from phi3_jax.storage import objects
-from phi3_jax.storage.fetch import cached_path, display_name, fetch, fetch_folder, remote_files
+from phi3_jax.storage.fetch import cached_path, display_name, fetch, fetch_files, fetch_folder, remote_files
 from phi3_jax.storage.objects import LocalFile, RemoteFile
 from phi3_jax.storage.urls import ChangedError, StorageError, find_entry, is_url, list_entries
 
@@ -42,6 +42,46 @@ def test_reads_large_files_in_many_requests(store: Store, monkeypatch: pytest.Mo
     content = bytes(range(256)) * 40 + b"end"
     path = fetch(store.put("large.bin", content))
     assert path.read_bytes() == content
+
+
+NAMES = ("part-10.gz", "part-2.gz", "part-[2].gz", "notes.md", "inner/part-1.gz")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("part-*.gz", ["part-10.gz", "part-2.gz", "part-[2].gz"]),
+        ("part-?.gz", ["part-2.gz"]),
+        ("**/part-1.gz", ["inner/part-1.gz"]),
+        ("part-[2].gz", ["part-[2].gz"]),
+        ("", ["part-10.gz", "part-2.gz", "part-[2].gz"]),
+        ("notes.md", ["notes.md"]),
+        ("none-*", []),
+        ("none", []),
+    ],
+)
+@pytest.mark.parametrize("where", ["disk", "store"])
+def test_finds_the_files_of_a_pattern_or_a_folder(
+    store: Store, tmp_path: Path, name: str, found: list[str], where: str
+) -> None:
+    folder = str(tmp_path / "data") if where == "disk" else f"{store.url}/data"
+    for each in NAMES:
+        if where == "store":
+            store.put(f"data/{each}", each.encode())
+        else:
+            path = tmp_path / "data" / each
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(each.encode())
+
+    def find() -> list[str]:
+        paths = fetch_files(f"{folder}/{name}", wanted=lambda name: name.endswith(".gz"))
+        return [path.read_bytes().decode() for path in paths]
+
+    if found:
+        assert find() == found
+        return
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*/none"):
+        find()
 
 
 def test_copies_the_files_of_a_folder(store: Store) -> None:
