@@ -3,6 +3,7 @@
 import gzip
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -42,11 +43,11 @@ class BatchInput:
     index: int = 0
 
     def __post_init__(self) -> None:
-        names = [display_name(path) for path in self.paths]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UserError(f"--input {twice} is given twice; its ids would occur twice")
         if len(self.paths) > 1 and STANDARD in self.paths:
             raise UserError("--input -: standard input cannot be read beside files; give one or the other")
+        name, times = Counter(map(display_name, self.paths)).most_common(1)[0]
+        if times > 1:
+            raise UserError(f"--input {name} is given twice; its ids would occur twice")
 
     def __str__(self) -> str:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{len(self.paths)} files"
