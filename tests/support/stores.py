@@ -200,7 +200,7 @@ def _s3(patch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     patch.setenv("AWS_ACCESS_KEY_ID", "key")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("bucket")
+    s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)  # all servers of a process have the same buckets
     yield proxy
     s3fs.S3FileSystem.clear_instance_cache()
     proxy.close()
