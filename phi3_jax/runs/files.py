@@ -27,7 +27,7 @@ def check_local(path: Path) -> None:
     """
     if _URL.match(str(path)):
         raise UserError(
-            f"{path} is a URL, and results are written to local paths; choose one, and copy it to the store"
+            f"{path} is a URL, and a local path is expected; choose one, or in Python give the URL as text"
         )
 
 

@@ -76,6 +76,15 @@ def test_rejects_devices_and_directories(tmp_path: Path) -> None:
             check_outputs({"--output": path}, {})
 
 
+@pytest.mark.parametrize("url", ["gs://bucket/out.csv", "memory://out.csv"])
+def test_rejects_urls_as_paths(url: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match="is a URL, and a local path is expected; choose one, or in Python give the URL as text",
+    ):
+        check_outputs({"--output": Path(url)}, {})
+
+
 def test_accepts_different_files(tmp_path: Path) -> None:
     (tmp_path / "in.txt").touch()
     (tmp_path / "out.txt").touch()
