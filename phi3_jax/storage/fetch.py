@@ -23,6 +23,9 @@ from phi3_jax.storage.urls import (
     split_url,
 )
 
+ORIGIN = ".phi3-jax-url.json"
+"""The ending of the hidden file beside a copy that has its URL and version; it belongs to the cache only."""
+
 ATTEMPTS = 3
 """How often a file is fetched that changes meanwhile."""
 
@@ -62,7 +65,7 @@ def fetch_folder(
         FileNotFoundError: there is no such folder.
         StorageError: it cannot be fetched.
     """
-    entries = list_entries(url)
+    entries = [entry for entry in list_entries(url) if not entry.name.endswith(ORIGIN)]
     if not entries:
         raise FileNotFoundError(f"there is nothing at {url}")
     folder = cached_path(url, cache_dir)
@@ -212,4 +215,4 @@ def _origin(path: Path) -> dict[str, Any]:
 
 
 def _origin_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.phi3-jax-url.json")
+    return path.with_name(f".{path.name}{ORIGIN}")

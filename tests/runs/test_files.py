@@ -80,7 +80,7 @@ def test_rejects_devices_and_directories(tmp_path: Path) -> None:
 def test_rejects_urls_as_paths(url: str) -> None:
     with pytest.raises(
         ValueError,
-        match="is a URL, and a local path is expected; choose one, or in Python give the URL as text",
+        match="is a URL, and a local path is expected; choose one",
     ):
         check_outputs({"--output": Path(url)}, {})
 

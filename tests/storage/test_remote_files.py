@@ -81,6 +81,7 @@ def test_copies_the_files_of_a_folder(store: Store) -> None:
     for name in ("part-1.csv", "part-2.csv", "notes.md", "weights.bin", "inner/part-3.csv"):
         store.put(f"data/{name}", name.encode())
     url = f"{store.url}/data/"
+    store.put("data/.part-1.csv.phi3-jax-url.json", b"of another cache")
     folder = fetch_folder(
         url, wanted=lambda name: name != "notes.md", remote=lambda name: name == "weights.bin"
     )
