@@ -601,9 +601,9 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(folder, base, monkeypatc
     options = {"test_file": str(folder / "test.jsonl"), "max_steps": 2, "eval_steps": 1}
     call, calls = module.Evaluator.__call__, []
 
-    def broken(self, state):
+    def broken(self, state, stops):
         calls.append(None)
-        metrics, predictions = call(self, state)
+        metrics, predictions = call(self, state, stops)
         return (metrics | {score: np.nan} if len(calls) >= at else metrics), predictions
 
     with monkeypatch.context() as patch:
