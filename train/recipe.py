@@ -183,7 +183,8 @@ def _step_batches(settings: Settings, widths: int, devices: int, before: int | N
 
     Steps of the same ranges have the same examples on any devices, so those of a run that is resumed
     (`before`) stay. Batches are a multiple of the micro-batches that the settings ask for, and of several
-    ranges where the devices need more rows. With one width, or if the devices leave one batch, the trainer divides it.
+    ranges where the devices need more rows. With one width, or if the devices leave one batch, the trainer
+    divides it.
     """
     least, rows = settings.gradient_accumulation_steps, settings.train_batch_size
     sizes = [

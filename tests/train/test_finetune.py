@@ -182,7 +182,7 @@ def test_removes_temporary_files_of_killed_processes(folder, base, monkeypatch):
 def test_a_finished_run_changes_nothing(folder, base, caplog):
     results = run(folder, base, max_steps=2)
     record = json.loads((folder / "run" / "run.json").read_text())
-    assert record.keys() == {"settings", "data", "steps", "base", "base_files", "finished"}
+    assert record.keys() == {"settings", "data", "steps", "step_ranges", "base", "base_files", "finished"}
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").iterdir()}
     with caplog.at_level(logging.WARNING):
         assert run(folder, base, max_steps=2) == results
