@@ -303,36 +303,35 @@ class _Chunks:
         Raises:
             BadRowError: a row is bad, and bad rows are not kept.
         """
-        items = list(islice(self._items, CHUNK_BATCHES * self._classifier.batch_size))
+        items: list[Row | BadRowError] = []
+        bad: dict[int, tuple[Row, BadRowError]] = {}
+
+        def add(index: int, error: BadRowError) -> None:
+            self.bad(error)
+            bad[index] = Row(items[index].values, items[index].place), error
+
+        def checked() -> Iterator[Row | BadRowError]:
+            for item in islice(self._items, CHUNK_BATCHES * self._classifier.batch_size):
+                items.append(item)
+                yield self._checked(item)
+
+        encoded = self._classifier.encode(checked(), add)
         if not items:
             return None
-        bad: dict[int, tuple[Row, BadRowError]] = {}
-        index = 0
-
-        def add(error: BadRowError) -> None:
-            self.bad(error)
-            item = items[index]
-            bad[index] = Row(item.values, item.place), error
-
-        def good() -> Iterator[Row]:
-            nonlocal index
-            for number, item in enumerate(items):
-                index = number
-                try:
-                    if isinstance(item, BadRowError):
-                        raise item
-                    self._table.check(item)
-                except BadRowError as error:
-                    add(error)
-                else:
-                    yield item
-
-        encoded = self._classifier.encode(good(), add)
         task = self._classifier.task
         words = 0
         if isinstance(task, TokenClassification):
             words = sum(len(row.values[task.words]) for row in encoded.rows)
         return _Chunk(encoded, bad, words, (items[0].place.line, items[-1].place.line))
+
+    def _checked(self, item: Row | BadRowError) -> Row | BadRowError:
+        """Returns the item, or the error of a row that cannot be written."""
+        if isinstance(item, Row):
+            try:
+                self._table.check(item)
+            except BadRowError as error:
+                return error
+        return item
 
 
 def _total_lines(source: Path) -> int | None:
