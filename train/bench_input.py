@@ -32,8 +32,10 @@ from phi3_jax.data.tasks import SequenceClassification, TokenClassification, enc
 from phi3_jax.errors import UserError
 from phi3_jax.tokenizer import Phi3Tokenizer
 
-STAGES = ("read", "tokenise", "batch", "write")
-LIBRARY, ALL = "the tokenizer's library alone", "all stages, overlapping"
+LIBRARY, ALL = "its library alone", "all together"
+"""The tokenizer's library without what is around it, and the stages as classify runs them, overlapping."""
+
+STAGES = ("read", "tokenise", LIBRARY, "batch", "write", ALL)
 PREDICTED, TAGS = ("predicted_label", "score"), "predicted_labels"
 """The columns that are written."""
 
@@ -90,7 +92,7 @@ def run_input_bench(options: InputBenchOptions, rounds: int) -> None:
         if cores > 1 or not sides:
             sides[f"{cores} cores"] = (make_turn, replace(options, cores=cores))
         results = take_turns(sides, rounds)
-    print_table(options, {name: (1 if name == "1 core" else cores, turns) for name, turns in results.items()})
+    print_table(options, results)
 
 
 def make_turn(options: InputBenchOptions) -> Turn:
@@ -121,7 +123,7 @@ class _InputBench:
 
     def measure(self) -> InputTimes:
         """Runs each stage by itself, chunk by chunk, and then all together."""
-        seconds = dict.fromkeys((*STAGES, LIBRARY), 0.0)
+        seconds = dict.fromkeys(STAGES, 0.0)
 
         @contextmanager
         def timed(stage: str) -> Iterator[None]:
@@ -148,9 +150,9 @@ class _InputBench:
                     for start in range(0, len(texts), BATCH_ROWS):
                         self._tokenizer.encode_batch(texts[start : start + BATCH_ROWS])
                 rows, tokens = rows + len(chunk), tokens + int(examples.lengths.sum())
-        start = time.perf_counter()
-        self._all()
-        return InputTimes(rows, tokens, seconds | {ALL: time.perf_counter() - start})
+        with timed(ALL):
+            self._all()
+        return InputTimes(rows, tokens, seconds)
 
     def _all(self) -> None:
         """Runs the stages as classify does: a chunk is read while the one before is batched and written."""
@@ -205,9 +207,9 @@ class _InputBench:
         os.fsync(file.fileno())
 
 
-def print_table(options: InputBenchOptions, sides: dict[str, tuple[int, list[InputTimes]]]) -> None:
-    """Prints the medians of each side's turns; a side has its number of cores."""
-    (_, turns), *_ = sides.values()
+def print_table(options: InputBenchOptions, sides: dict[str, list[InputTimes]]) -> None:
+    """Prints the medians of each side's turns."""
+    turns, *_ = sides.values()
     rows, tokens = turns[0].rows, turns[0].tokens
     name = "generated rows" if options.source is None else options.source.name
     table = RichTable(
@@ -215,22 +217,13 @@ def print_table(options: InputBenchOptions, sides: dict[str, tuple[int, list[Inp
         f"median of {len(turns)}"
     )
     table.add_column("")
-    for side, (cores, _) in sides.items():
-        table.add_column(f"rows/s, {side}", justify="right")
-        if cores > 1:
-            table.add_column("a core", justify="right")
+    for side in sides:
+        table.add_column(f"{side}, rows/s", justify="right")
         table.add_column("tokens/s", justify="right")
 
-    def add_row(label: str, stage: str) -> None:
-        cells = []
-        for cores, turns in sides.values():
-            seconds = statistics.median(times.seconds[stage] for times in turns)
-            per_second = [rows / seconds, *([rows / seconds / cores] if cores > 1 else []), tokens / seconds]
-            cells += [f"{each:,.0f}" for each in per_second]
-        table.add_row(label, *cells)
-
-    for stage in ("read", "tokenise", LIBRARY, "batch", "write", ALL):
-        add_row(stage, stage)
+    for stage in STAGES:
+        seconds = [statistics.median(times.seconds[stage] for times in turns) for turns in sides.values()]
+        table.add_row(stage, *(f"{count / each:,.0f}" for each in seconds for count in (rows, tokens)))
     Console().print(table)
 
 
