@@ -32,7 +32,7 @@ from phi3_jax.data.tasks import SequenceClassification, TokenClassification, enc
 from phi3_jax.errors import UserError
 from phi3_jax.tokenizer import Phi3Tokenizer
 
-LIBRARY, ALL = "its library alone", "all together"
+LIBRARY, ALL = "library alone", "all together"
 """The tokenizer's library without what is around it, and the stages as classify runs them, overlapping."""
 
 STAGES = ("read", "tokenise", LIBRARY, "batch", "write", ALL)
