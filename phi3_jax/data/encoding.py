@@ -10,8 +10,9 @@ from phi3_jax.data.columns import errors_of
 from phi3_jax.data.rows import BadRowError, Place, Row
 from phi3_jax.tokenizer import Phi3Tokenizer
 
-BATCH_ROWS = 128
-"""Rows whose texts are tokenised by one call. With more rows, Python's garbage collector takes a share."""
+BATCH_ROWS, MOST_CHARACTERS = 128, 2**18
+"""Limits of the rows whose texts are tokenised by one call. More rows would give the garbage collector more to
+do, and more text would take memory, a hundred bytes a token."""
 
 MOST_WORDS, LONGEST_WORD = 2**16, 24
 """How many words keep their ids, and how many characters they may have: some 20 MB."""
@@ -130,17 +131,29 @@ class _WordCache:
 
 def _batches(items: Iterable[Row | BadRowError], encoder: RowEncoder) -> Iterator[_Batch]:
     iterator = iter(items)
-    failure: Exception | None = None
-    while failure is None:
-        read: list[Row | BadRowError] = []
+    more, failure = True, None
+    while more and failure is None:
+        batch = _Batch([], [], None)
         try:
-            # An error leaves the rows before it in the list.
-            read.extend(islice(iterator, BATCH_ROWS))
+            more = _fill(batch, iterator, encoder)
         except Exception as error:
             failure = error
-        if not read and failure is None:
-            return
-        yield _Batch(read, [_checked(item, encoder) for item in read], failure)
+        yield batch._replace(failure=failure)
+
+
+def _fill(batch: _Batch, items: Iterator[Row | BadRowError], encoder: RowEncoder) -> bool:
+    """Adds items until there are enough; returns whether there may be more."""
+    characters = 0
+    for item in islice(items, BATCH_ROWS):
+        checked = _checked(item, encoder)
+        batch.items.append(item)
+        batch.checked.append(checked)
+        if not isinstance(checked, BadRowError):
+            characters += sum(map(len, checked[0]))
+            # A row without texts is encoded by itself, so that to read others ahead would only take memory.
+            if characters > MOST_CHARACTERS or not checked[0]:
+                return True
+    return len(batch.items) == BATCH_ROWS
 
 
 def _checked(item: Row | BadRowError, encoder: RowEncoder) -> Checked | BadRowError:

@@ -76,11 +76,12 @@ def result_of(task: Task, row: Row | BadRowError, tokenizer: Phi3Tokenizer) -> l
         CausalLM(max_length=5),
     ],
 )
-@pytest.mark.parametrize("batch_rows", [1, 4, 128])
+@pytest.mark.parametrize(("batch_rows", "characters"), [(1, 99), (4, 99), (128, 99), (128, 9999)])
 def test_matches_rows_one_by_one(
-    tokenizer: Phi3Tokenizer, monkeypatch: pytest.MonkeyPatch, task: Task, batch_rows: int
+    tokenizer: Phi3Tokenizer, monkeypatch: pytest.MonkeyPatch, task: Task, batch_rows: int, characters: int
 ) -> None:
     monkeypatch.setattr(encoding, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(encoding, "MOST_CHARACTERS", characters)
     monkeypatch.setattr(encoding, "MOST_WORDS", 3)  # forgets some words
     rows = make_rows(60)
     alone = [result_of(task, row, tokenizer) for row in rows]
@@ -133,10 +134,12 @@ def test_a_text_that_the_tokenizer_refuses_fails_its_row_only(
     assert str(results[1]) == "rows, line 2: it breaks the library"
 
 
+@pytest.mark.parametrize(("batch_rows", "characters"), [(5, 9999), (999, 4 * len("the river"))])
 def test_reads_no_more_than_two_batches_ahead(
-    tokenizer: Phi3Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Phi3Tokenizer, monkeypatch: pytest.MonkeyPatch, batch_rows: int, characters: int
 ) -> None:
-    monkeypatch.setattr(encoding, "BATCH_ROWS", 5)
+    monkeypatch.setattr(encoding, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(encoding, "MOST_CHARACTERS", characters)
     read = 0
 
     def rows() -> Iterator[Row]:
@@ -148,4 +151,4 @@ def test_reads_no_more_than_two_batches_ahead(
     results = encode_items(rows(), task.encoder(tokenizer, None), tokenizer)
     ahead = [read - done for done, _ in enumerate(results)]
     assert len(ahead) == 100
-    assert max(ahead) <= 10
+    assert max(ahead) == 10
