@@ -11,8 +11,8 @@ from phi3_jax.data.rows import BadRowError, Place, Row
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 BATCH_ROWS, MOST_CHARACTERS = 128, 2**18
-"""Limits of the rows whose texts are tokenised by one call. More rows would give the garbage collector more to
-do, and more text would take memory, a hundred bytes a token."""
+"""Limits of the rows whose texts are tokenised by one call. More rows give the garbage collector more
+to do, and more text takes memory, a hundred bytes a token."""
 
 MOST_WORDS, LONGEST_WORD = 2**16, 24
 """How many words keep their ids, and how many characters they may have: some 20 MB."""
