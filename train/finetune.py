@@ -190,11 +190,7 @@ class FinetuneRun:
         """
         total = self._recipe.total_steps
         self._recorded_at = perf_counter()
-        with (
-            Progress(total, self.step, show) as self._progress,
-            self._input_wait,
-            Interrupts() as interrupts,
-        ):
+        with Progress(total, self.step, show) as self._progress, Interrupts() as interrupts:
             if self.step == total and not self._evaluated:
                 self._evaluate_and_save(interrupted=False)
             while self.step < total and not self._patience_is_over():

@@ -1,9 +1,12 @@
 """The speed of a run: tokens, operations, their share of the chips' peak, and how long the chips wait."""
 
+import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 import jax
 from jax.sharding import Mesh
@@ -66,13 +69,15 @@ class Speed:
 class InputWait:
     """Measures the share of the time in which the device has nothing to do, because its batch is not ready.
 
-    A thread notes when each step ends, which is the start of that time if the batch comes later. Used in
-    `with`, which ends the thread.
+    A thread notes when each step ends, which is the start of that time if the batch comes later. The thread
+    ends with this object, and never keeps the process from ending.
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._step_end: Future[float] | None = None
+        self._steps: SimpleQueue[_Step | None] = SimpleQueue()
+        threading.Thread(target=_note_ends, args=(self._steps,), daemon=True).start()
+        weakref.finalize(self, self._steps.put, None)
+        self._step: _Step | None = None
         self._before: float | None = None
         self._waited = self._total = 0.0
 
@@ -83,20 +88,16 @@ class InputWait:
         yield
         end, before = time.perf_counter(), self._before
         self._before = end
-        if before is None or self._step_end is None:
+        if before is None or self._step is None:
             return
         self._total += end - before
-        if self._step_end.done() and self._step_end.exception() is None:
-            self._waited += max(0.0, end - max(start, self._step_end.result()))
+        if self._step.end is not None:
+            self._waited += max(0.0, end - max(start, self._step.end))
 
     def after_step(self, result: jax.Array) -> None:
         """Takes a result of the step that has just been sent to the device."""
-
-        def end_of_step() -> float:
-            result.block_until_ready()
-            return time.perf_counter()
-
-        self._step_end = self._pool.submit(end_of_step)
+        self._step = _Step(result)
+        self._steps.put(self._step)
 
     def pause(self) -> None:
         """Leaves out the time until the next batch, in which the device has other work."""
@@ -108,8 +109,19 @@ class InputWait:
         self._waited = self._total = 0.0
         return waited / total if total else None
 
-    def __enter__(self) -> "InputWait":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+@dataclass
+class _Step:
+    result: jax.Array
+    end: float | None = None
+    """The time at which it ended; None before."""
+
+
+def _note_ends(steps: "SimpleQueue[_Step | None]") -> None:
+    """Waits for each step, in order, until None comes."""
+    while (step := steps.get()) is not None:
+        try:
+            step.result.block_until_ready()
+        except Exception:  # which the run gets where it reads the result
+            continue
+        step.end = time.perf_counter()

@@ -1,10 +1,10 @@
 """The share of the time in which the device waits for its batch."""
 
 import threading
+import time
 from typing import Any
 
 import pytest
-
 from phi3_jax.train import speed
 from phi3_jax.train.speed import InputWait
 
@@ -27,8 +27,8 @@ class Step:
 
     def end(self, wait: InputWait) -> None:
         self._ended.set()
-        assert wait._step_end is not None
-        wait._step_end.result()
+        while wait._step is None or wait._step.end is None:
+            time.sleep(0.001)
 
 
 @pytest.fixture
@@ -53,26 +53,36 @@ def take_step(
 
 
 def test_counts_the_time_after_the_end_of_a_step(clock: Clock) -> None:
-    with InputWait() as wait:
-        assert wait.share() is None
-        step = take_step(wait, clock, 5)  # the first batch does not count
-        assert wait.share() is None
-        clock.now += 1
-        step.end(wait)
-        step = take_step(wait, clock, 3)
-        assert wait.share() == pytest.approx(3 / 4)
-        step = take_step(wait, clock, 10, before=step, at=8)  # the step before ends after 8 of 10 seconds
-        assert wait.share() == pytest.approx(2 / 10)
-        before = step
-        step = take_step(wait, clock, 4)  # and this one after the wait
-        before._ended.set()
-        clock.now += 1
-        step.end(wait)
-        wait.pause()
-        clock.now += 100  # an evaluation
-        step = take_step(wait, clock, 7)
-        step.end(wait)
-        assert wait.share() == 0
-        step = take_step(wait, clock, 2)
-        assert wait.share() == 1
-        step.end(wait)
+    wait = InputWait()
+    assert wait.share() is None
+    step = take_step(wait, clock, 5)  # the first batch does not count
+    assert wait.share() is None
+    clock.now += 1
+    step.end(wait)
+    step = take_step(wait, clock, 3)
+    assert wait.share() == pytest.approx(3 / 4)
+    step = take_step(wait, clock, 10, before=step, at=8)  # the step before ends after 8 of 10 seconds
+    assert wait.share() == pytest.approx(2 / 10)
+    before = step
+    step = take_step(wait, clock, 4)  # and this one after the wait
+    before._ended.set()
+    clock.now += 1
+    step.end(wait)
+    wait.pause()
+    clock.now += 100  # an evaluation
+    step = take_step(wait, clock, 7)
+    step.end(wait)
+    assert wait.share() == 0
+    step = take_step(wait, clock, 2)
+    assert wait.share() == 1
+    step.end(wait)
+
+
+def test_the_thread_ends_with_its_owner() -> None:
+    before = set(threading.enumerate())
+    wait = InputWait()
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.daemon
+    del wait
+    thread.join(timeout=20)
+    assert not thread.is_alive()
