@@ -313,8 +313,9 @@ def test_logs_how_long_the_device_waits_for_batches(folder, base, monkeypatch):
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     shares = {record["step"]: record.get("input_wait") for record in log if record["kind"] == "train"}
     assert shares[1] is None
-    assert all(0.1 < shares[step] <= 1 for step in (2, 3, 4))
-    assert json.loads((folder / "run" / "metrics.json").read_text())["input_wait"] > 0.1
+    assert all(0 < shares[step] <= 1 for step in (2, 3, 4))  # little, if the step is compiled
+    report = json.loads((folder / "run" / "metrics.json").read_text())
+    assert report["input_wait"] == pytest.approx(np.mean([shares[step] for step in (2, 3, 4)]))
 
 
 def test_keeps_the_best_parameters(folder, base):
