@@ -41,7 +41,7 @@ from .report import Results
 from .run_directory import ADVICE, CHECKPOINTS, RunDirectory, SplitMetrics
 from .saving import SavePlan
 from .settings import Settings
-from .speed import Speed
+from .speed import InputWait, Speed
 from .time_left import TimeLeft
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class FinetuneRun:
         model = with_adapters(new_model(recipe, mesh), recipe)
         self._trainer = make_trainer(recipe, model, mesh)
         self._state = self._trainer.start(model)
-        self._speed = Speed(model.config, self._settings, mesh)
+        self._speed, self._input_wait = Speed(model.config, self._settings, mesh), InputWait()
         self._score = scorer(self._trainer, recipe.kind, mesh)
         self._validate = self._evaluator("validation", recipe.data.validation)
         test = recipe.data.test
@@ -216,9 +216,11 @@ class FinetuneRun:
 
     def _take_step(self) -> None:
         plan = self._recipe.plan
-        batches = [next(self._batches) for _ in range(plan.step_batches)]
-        arrays = [to_devices(each.arrays, plan.rows, self._mesh, self._own_rows) for each in batches]
+        with self._input_wait.batch():
+            batches = [next(self._batches) for _ in range(plan.step_batches)]
+            arrays = [to_devices(each.arrays, plan.rows, self._mesh, self._own_rows) for each in batches]
         self._state, metrics = self._trainer.step_in_batches(self._state, arrays, self._dropout_key)
+        self._input_wait.after_step(metrics.loss)
         if self._records_later:
             self._record_step()  # the one before, while this one runs
         self._unrecorded = batches, metrics
@@ -245,6 +247,7 @@ class FinetuneRun:
         speed = self._speed.after_step(tokens, shapes)
         values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate} | speed
         if step % settings.logging_steps == 0 or step == recipe.total_steps:
+            values["input_wait"] = self._input_wait.share()
             self._record("train", step, {name: x for name, x in values.items() if x is not None})
         new = self._pending_widths & {batch.width for batch in batches}
         self._pending_widths -= new
@@ -327,6 +330,7 @@ class FinetuneRun:
     def _after_evaluation(self, shown: dict[str, float]) -> None:
         """Takes the time of an evaluation with its checkpoint, and shows its numbers."""
         self._speed.pause()
+        self._input_wait.pause()
         new_widths = len(self._validate.widths) if self._first_evaluation else 0
         self._first_evaluation = False
         self._time_left.add_evaluation(self._seconds_since_record(), new_widths)
