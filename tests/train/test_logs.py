@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
-
 from phi3_jax.train import progress
 from phi3_jax.train.logs import RunLog, read_log
 from phi3_jax.train.progress import Progress
 from phi3_jax.train.time_left import TimeLeft
+from tensorboardX.proto.event_pb2 import Event
 
 
 def events(path: Path) -> list[Event]:

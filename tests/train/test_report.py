@@ -12,10 +12,10 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-
-from phi3_jax.runs import plots
 from phi3_jax.train.predictions import Predictions, confused_pairs, mistakes
 from phi3_jax.train.report import Results, write_report
+
+from phi3_jax.runs import plots
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LABELS = np.array([0, 0, 0, 0, 1, 1])
