@@ -161,6 +161,11 @@ class Checkpoints:
             if step != best:
                 self._manager.delete(step)
 
+    def delete(self, step: int) -> None:
+        """Deletes the checkpoint of a step, if there is one."""
+        if step in self.steps():
+            self._manager.delete(step)
+
     def close(self) -> None:
         """Waits for unfinished writing, even if it fails, and ends the threads."""
         self._manager.close()

@@ -29,6 +29,10 @@ Score = Callable[[Any, Any], tuple[Any, Any, tuple[Any, ...]]]
 """From a state and a batch to the sum of the losses, the count that divides it, and arrays of the rows."""
 
 
+class StoppedEvaluationError(Exception):
+    """An evaluation was not finished, because a signal came."""
+
+
 class NotFiniteError(UserError):
     """The loss, the gradient norm or a metric is infinite or NaN."""
 
@@ -102,8 +106,18 @@ class Evaluator:
         """The widths of batches, each compiled once."""
         return self._plan.widths
 
-    def __call__(self, state: Any) -> tuple[dict[str, float], Predictions | None]:
-        """Returns metrics by name, "loss" among them, and predictions in the order of the examples."""
+    def __call__(
+        self, state: Any, stops: Callable[[], bool] = lambda: False
+    ) -> tuple[dict[str, float], Predictions | None]:
+        """Returns metrics by name, "loss" among them, and predictions in the order of the examples.
+
+        Args:
+            state: of the trainer.
+            stops: whether to stop; called after each batch.
+
+        Raises:
+            StoppedEvaluationError: it was true.
+        """
         total = count = 0.0
         results: list[Any] = [None] * len(self._examples)
         batches = load(
@@ -122,6 +136,8 @@ class Evaluator:
                 for row, index in enumerate(batch.indices):
                     if index >= 0:
                         results[index] = [output[row] for output in outputs]
+                if stops():
+                    raise StoppedEvaluationError
         finally:
             batches.close()
         return self._measure(total, count, results)

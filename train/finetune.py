@@ -3,11 +3,12 @@
 import logging
 import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
@@ -23,7 +24,14 @@ from phi3_jax.trainer.batches import local_rows, to_devices
 from phi3_jax.trainer.step import Metrics
 
 from .checkpoints import Checkpoints, remove_checkpoints
-from .evaluate import EvaluationState, Evaluator, NotFiniteError, check_finite, scorer
+from .evaluate import (
+    EvaluationState,
+    Evaluator,
+    NotFiniteError,
+    StoppedEvaluationError,
+    check_finite,
+    scorer,
+)
 from .interrupts import Interrupts
 from .logs import RunLog
 from .predictions import Predictions
@@ -33,7 +41,7 @@ from .report import Results
 from .run_directory import ADVICE, CHECKPOINTS, RunDirectory, SplitMetrics
 from .saving import SavePlan
 from .settings import Settings
-from .speed import Speed
+from .speed import InputWait, Speed
 from .time_left import TimeLeft
 
 logger = logging.getLogger(__name__)
@@ -104,7 +112,7 @@ class FinetuneRun:
         model = with_adapters(new_model(recipe, mesh), recipe)
         self._trainer = make_trainer(recipe, model, mesh)
         self._state = self._trainer.start(model)
-        self._speed = Speed(model.config, self._settings, mesh)
+        self._speed, self._input_wait = Speed(model.config, self._settings, mesh), InputWait()
         self._score = scorer(self._trainer, recipe.kind, mesh)
         self._validate = self._evaluator("validation", recipe.data.validation)
         test = recipe.data.test
@@ -127,7 +135,7 @@ class FinetuneRun:
         self.kept_step: int | None = None
         """The step with the best score, if its parameters are kept; None: those of the last step are."""
         self._checkpoints: Checkpoints | None = None
-        # Whether the state was evaluated. A run that is resumed to end earlier may not have done it.
+        # Whether the state was evaluated. A signal may have come before, or the run now ends earlier.
         self._evaluated = True
 
     def open(self, directory: RunDirectory, stack: ExitStack) -> None:
@@ -142,9 +150,9 @@ class FinetuneRun:
                 directory.path / CHECKPOINTS, greater_is_better=recipe.sign > 0, last=self._save_plan.last
             )
             stack.callback(self._checkpoints.close)
-            restored = self._checkpoints.restore_last(self._state)
+            restored = self._checkpoints.restore_last(self._trainer.to_save(self._state))
         if restored is not None:
-            self.step, self._state = restored.step, restored.state
+            self.step, self._state = restored.step, self._trainer.from_saved(restored.state)
             self.evaluation = EvaluationState(**restored.about["standing"])
             self._evaluated = restored.about.get("evaluated", True)
             logger.warning("resuming after step %d of %d", self.step, recipe.total_steps)
@@ -158,8 +166,8 @@ class FinetuneRun:
             )
         if restored is not None and restored.about.get("step_ranges", 1) != recipe.plan.step_ranges:
             logger.warning(
-                "the steps before had other batches (other devices, or another version): the rest of this "
-                "epoch has other examples than it would have had"
+                "the steps before had other batches, of another version: the rest of this epoch has other "
+                "examples than it would have had"
             )
         self._batches = load(
             recipe.data.train,
@@ -191,19 +199,13 @@ class FinetuneRun:
         total = self._recipe.total_steps
         self._recorded_at = perf_counter()
         with Progress(total, self.step, show) as self._progress, Interrupts() as interrupts:
-            if self.step == total and not self._evaluated:
-                self._evaluate_and_save(interrupted=False)
+            if self._is_evaluated_at(self.step) and not self._evaluated:
+                if self._checkpoints is not None:
+                    self._checkpoints.delete(self.step)  # its score is not known
+                self._evaluate_and_save(interrupts)
             while self.step < total and not self._patience_is_over():
                 self._take_step()
-                interrupted = interrupts.at(self.step)
-                self._evaluate_and_save(interrupted)
-                if interrupted:
-                    assert interrupts.received is not None
-                    if self._checkpoints is not None:
-                        self._checkpoints.wait()
-                    raise InterruptedRunError(
-                        self.step, interrupts.received, saved=self._checkpoints is not None
-                    )
+                self._evaluate_and_save(interrupts)
             if self._checkpoints is not None:
                 self._checkpoints.wait()
                 last = 0 if self._save_plan.strategy == "best" else self._save_plan.last
@@ -214,9 +216,11 @@ class FinetuneRun:
 
     def _take_step(self) -> None:
         plan = self._recipe.plan
-        batches = [next(self._batches) for _ in range(plan.step_batches)]
-        arrays = [to_devices(each.arrays, plan.rows, self._mesh, self._own_rows) for each in batches]
+        with self._input_wait.batch():
+            batches = [next(self._batches) for _ in range(plan.step_batches)]
+            arrays = [to_devices(each.arrays, plan.rows, self._mesh, self._own_rows) for each in batches]
         self._state, metrics = self._trainer.step_in_batches(self._state, arrays, self._dropout_key)
+        self._input_wait.after_step(metrics.loss)
         if self._records_later:
             self._record_step()  # the one before, while this one runs
         self._unrecorded = batches, metrics
@@ -243,6 +247,7 @@ class FinetuneRun:
         speed = self._speed.after_step(tokens, shapes)
         values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate} | speed
         if step % settings.logging_steps == 0 or step == recipe.total_steps:
+            values["input_wait"] = self._input_wait.share()
             self._record("train", step, {name: x for name, x in values.items() if x is not None})
         new = self._pending_widths & {batch.width for batch in batches}
         self._pending_widths -= new
@@ -277,13 +282,29 @@ class FinetuneRun:
         if self._log is not None:
             self._log.record(kind, step, values)
 
-    def _evaluate_and_save(self, interrupted: bool) -> None:
-        """Evaluates and writes a checkpoint, each if the settings ask for it after this step."""
+    def _is_evaluated_at(self, step: int) -> bool:
+        """Whether the run evaluates after this step."""
+        return step > 0 and (step % self._evaluate_every == 0 or step == self._recipe.total_steps)
+
+    def _evaluate_and_save(self, interrupts: Interrupts) -> None:
+        """Evaluates and writes a checkpoint, each if the settings ask for it after this step.
+
+        A signal ends an evaluation, which may take longer than the machine is left; it is made up for when
+        the run is resumed.
+
+        Raises:
+            InterruptedRunError: a signal came.
+        """
         step, score = self.step, -self._recipe.sign * sys.float_info.max
-        self._evaluated = step % self._evaluate_every == 0 or step == self._recipe.total_steps
-        if self._evaluated:
+        interrupted, self._evaluated = interrupts.came(), False
+        if self._is_evaluated_at(step) and not interrupted:
             self._record_step()
-            metrics, _ = self._validate(self._state)
+            try:
+                metrics, _ = self._validate(self._state, interrupts.came)
+                self._evaluated = True
+            except StoppedEvaluationError:
+                interrupted = True
+        if self._evaluated:
             score = metrics[self._recipe.metric]
             check_finite(
                 metrics, self._recipe.metric, f"the evaluation of the validation data after step {step}"
@@ -296,10 +317,20 @@ class FinetuneRun:
             self._save(score)
         if self._evaluated:
             self._after_evaluation({self._recipe.metric: score, "validation_loss": metrics["loss"]})
+        if interrupted:
+            self._end_by(interrupts, step)
+
+    def _end_by(self, interrupts: Interrupts, step: int) -> NoReturn:
+        """Waits until the last checkpoint is written; raises `InterruptedRunError` with the saved step."""
+        assert interrupts.received is not None
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+        raise InterruptedRunError(step, interrupts.received, saved=self._checkpoints is not None)
 
     def _after_evaluation(self, shown: dict[str, float]) -> None:
         """Takes the time of an evaluation with its checkpoint, and shows its numbers."""
         self._speed.pause()
+        self._input_wait.pause()
         new_widths = len(self._validate.widths) if self._first_evaluation else 0
         self._first_evaluation = False
         self._time_left.add_evaluation(self._seconds_since_record(), new_widths)
@@ -312,7 +343,7 @@ class FinetuneRun:
             "evaluated": self._evaluated,
             "step_ranges": self._recipe.plan.step_ranges,
         }
-        self._checkpoints.save(self.step, self._state, about, score)
+        self._checkpoints.save(self.step, self._trainer.to_save(self._state), about, score)
 
     def close_checkpoints(self) -> None:
         """Ends the threads that write checkpoints, so that their folder can be removed."""
@@ -331,7 +362,8 @@ class FinetuneRun:
                 )
                 return
             try:
-                self._state = self._checkpoints.restore(best, self._state).state
+                saved = self._checkpoints.restore(best, self._trainer.to_save(self._state)).state
+                self._state = self._trainer.from_saved(saved)
             except CheckpointError as error:
                 logger.warning("%s; the last parameters are kept instead of the best", error)
                 return
@@ -342,15 +374,23 @@ class FinetuneRun:
 
         Raises:
             NotFiniteError: the loss or the metric is not finite.
+            InterruptedRunError: a signal came.
         """
+        with Interrupts() as interrupts:
+            try:
+                return self._evaluate(interrupts.came)
+            except StoppedEvaluationError:
+                self._end_by(interrupts, self.kept_step or self.step)
+
+    def _evaluate(self, stops: Callable[[], bool]) -> tuple[SplitMetrics, Predictions | None]:
         metric, kept = self._recipe.metric, self.kept_step or self.step
-        metrics, predictions = self._validate(self._state)
+        metrics, predictions = self._validate(self._state, stops)
         check_finite(
             metrics, metric, f"the evaluation of the validation data with the parameters of step {kept}"
         )
         results = {"validation": metrics}
         if self._test is not None:
-            results["test"], predictions = self._test(self._state)
+            results["test"], predictions = self._test(self._state, stops)
             check_finite(
                 results["test"], metric, f"the evaluation of the test data with the parameters of step {kept}"
             )

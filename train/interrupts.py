@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C during a run: it ends after a step, with its state saved."""
+"""SIGTERM and Ctrl-C during a run: it ends after a step or a batch of an evaluation, with its state saved."""
 
 import signal
+from itertools import count
 from types import FrameType
 
 import jax
@@ -10,9 +11,12 @@ from jax.experimental import multihost_utils
 class Interrupts:
     """Notes the signals that end a run; used in `with`. A second Ctrl-C ends it at once.
 
-    With several processes, JAX's preemption service notes the signal, and all processes agree on the step
-    (see `phi3_jax.parallel.distributed.start`).
+    With several processes, JAX's preemption service notes the signal, and all processes agree on the question
+    to which the answer is yes (see `phi3_jax.parallel.distributed.start`).
     """
+
+    _questions = count()
+    """Numbers for JAX's service, which must never become smaller."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -26,10 +30,10 @@ class Interrupts:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def at(self, step: int) -> bool:
-        """Returns whether the run ends after `step`; all processes call this and get the same answer."""
+    def came(self) -> bool:
+        """Returns whether the run ends here; all processes ask equally often, and get the same answer."""
         if jax.process_count() > 1:
-            if multihost_utils.reached_preemption_sync_point(step):
+            if multihost_utils.reached_preemption_sync_point(next(self._questions)):
                 self.received = signal.SIGTERM
                 return True
             return False

@@ -15,6 +15,9 @@ from rich.text import Text
 PLAIN_SECONDS = 10
 """The time between two lines where there is no terminal."""
 
+NOTABLE_WAIT = 0.05
+"""The share of the time that the devices wait for batches from which on it is shown."""
+
 
 class Progress:
     """Shows steps, loss, metrics, speed and time on standard error; used in `with`.
@@ -52,8 +55,8 @@ class Progress:
     ) -> None:
         """Shows that `step` steps are done; values stay until newer ones come, None changes nothing.
 
-        tokens_per_second, flops_per_second and mfu (0 to 1) are shown with their units, others by name. The
-        time left counts down between updates.
+        tokens_per_second, flops_per_second and mfu (0 to 1) are shown with their units, input_wait (0 to 1)
+        from `NOTABLE_WAIT` on, and others by name. The time left counts down between updates.
         """
         self._step = step
         # A new dict, because the bar's thread may be reading the old one.
@@ -98,8 +101,13 @@ class Progress:
             "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
             "flops_per_second": lambda value: f"{value / 1e12:,.3g} TFLOP/s",
             "mfu": lambda value: f"MFU {100 * value:.1f}%",
+            "input_wait": lambda value: f"{value:.0%} waiting for batches",
         }
-        values = self._values
+        values = {
+            name: value
+            for name, value in self._values.items()
+            if name != "input_wait" or value >= NOTABLE_WAIT
+        }
         named = [f"{name} {value:.4g}" for name, value in values.items() if name not in units]
         return named + [text(values[name]) for name, text in units.items() if name in values]
 

@@ -50,6 +50,7 @@ from .metrics import direction
 from .remat import find_remat
 from .settings import Settings
 from .sources import Data, load_data
+from .started import started_step_ranges
 from .trackers import TrackerName, find_trackers
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,9 @@ def make_recipe(settings: Settings, mesh: Mesh | AbstractMesh | None, cache_dir:
         if settings.packing
         else bucket_widths(data.train.lengths, most=settings.max_buckets, multiple=width_multiple(mesh))
     )
-    batches, ranges = _step_batches(settings, len(widths), 1 if mesh is None else shards(mesh, "batch"))
+    before = distributed.from_primary(lambda: _started_ranges(settings))
+    devices = 1 if mesh is None else shards(mesh, "batch")
+    batches, ranges = _step_batches(settings, len(widths), devices, before)
     plan = BatchPlan(
         data.train.lengths,
         rows=settings.train_batch_size // batches,
@@ -170,23 +173,31 @@ def make_recipe(settings: Settings, mesh: Mesh | AbstractMesh | None, cache_dir:
     return Recipe(settings, *model_parts, data, pad, *steps, kind, metric, sign, *remat, trackers)
 
 
-def _step_batches(settings: Settings, widths: int, devices: int) -> tuple[int, int]:
+def _started_ranges(settings: Settings) -> int | None:
+    """Returns the ranges of the run that this one resumes."""
+    return None if settings.overwrite_output_dir else started_step_ranges(settings.output_dir)
+
+
+def _step_batches(settings: Settings, widths: int, devices: int, before: int | None) -> tuple[int, int]:
     """Returns how many batches a step takes, each with a width of its own, and how many ranges of widths.
 
-    The ranges do not depend on the devices, so that steps have the same examples on any of them. Batches are
-    a multiple of the micro-batches that the settings ask for, and of several ranges where the devices need
-    more rows. With one width, or if the devices leave one batch, the trainer divides it.
+    Steps of the same ranges have the same examples on any devices, so those of a run that is resumed
+    (`before`) stay. Batches are a multiple of the micro-batches that the settings ask for, and of several
+    ranges where the devices need more rows. With one width, or if the devices leave one batch, the trainer
+    divides it.
     """
     least, rows = settings.gradient_accumulation_steps, settings.train_batch_size
     sizes = [
         size for size in range(1, max(STEP_BATCHES, least) + 1) if rows % size == 0 and size % least == 0
     ]
     ranges = max((size for size in sizes if rows > size or size == least), default=1)
+    if before is not None and rows % before == 0:
+        ranges = before
     if widths == 1 or ranges == 1:
         return 1, 1
     fitting = [size for size in sizes if ranges % size == 0 and rows // size % devices == 0]
     batches = max(fitting, default=1)
-    return (batches, ranges) if batches > 1 else (1, 1)
+    return (batches, ranges) if batches > 1 or before is not None else (1, 1)
 
 
 def new_model(recipe: Recipe, mesh: Mesh | None) -> Phi3PreTrainedModel:

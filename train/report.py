@@ -91,6 +91,7 @@ def write_report(
         "confused": [pair._asdict() for pair in findings.confused],
         "mistakes": [mistake._asdict() for mistake in findings.mistakes],
         "tokens_per_second": _speed(log),
+        "input_wait": _input_wait(log),
         "data": data,
         "settings": settings,
     }
@@ -135,6 +136,12 @@ def _speed(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"slowest": min(speeds), "median": statistics.median(speeds), "fastest": max(speeds)}
 
 
+def _input_wait(log: Sequence[Mapping[str, Any]]) -> float | None:
+    """Returns the mean share of the time that the devices waited for batches."""
+    shares = [record["input_wait"] for record in log if "input_wait" in record]
+    return statistics.fmean(shares) if shares else None
+
+
 def _lines(
     task: str,
     settings: Mapping[str, Any],
@@ -167,6 +174,8 @@ def _lines(
         yield from markdown_table(
             ("tokens/s", ""), [(name, f"{value:,.0f}") for name, value in speed.items()]
         )
+        if (wait := _input_wait(log)) is not None:
+            yield f"\nThe devices waited for their batches {wait:.1%} of the time."
     yield "\n## Data\n"
     yield from markdown_table(("", "count"), [(name, f"{count:,}") for name, count in data.items()])
     yield "\n## Settings\n"

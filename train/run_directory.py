@@ -53,6 +53,7 @@ class RunDirectory:
         self._state: dict[str, Any] = {
             "data": recipe.data.fingerprint(),
             "steps": recipe.total_steps,
+            "step_ranges": recipe.plan.step_ranges,
             "base": recipe.config.to_dict(),
             "base_files": fingerprint(recipe.paths.base) if distributed.is_primary() else {},
         } | (recipe.paths.adapter_record if distributed.is_primary() else {})

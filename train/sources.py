@@ -19,7 +19,7 @@ from phi3_jax.data.folders import files_of
 from phi3_jax.data.generated import generated_rows
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.packing import PackedExamples, pack
-from phi3_jax.data.reading import read_rows
+from phi3_jax.data.reading import good_rows, read_items
 from phi3_jax.data.rows import BadRowError, BadRows, Row, TextFormat
 from phi3_jax.data.tasks import CausalLM, SequenceClassification, Task, TokenClassification, encode_rows
 from phi3_jax.errors import UserError
@@ -88,7 +88,7 @@ def _found_messages(settings: Settings) -> str | None:
     Raises:
         UserError: the row has neither, but a prompt and a completion.
     """
-    rows = _read(settings, "train", BadRows(skip=True))
+    rows = good_rows(_read(settings, "train"), BadRows(skip=True))
     first = next(iter(rows), None)
     if first is None or settings.text_column in first.values:
         return None
@@ -121,8 +121,8 @@ def load_data(
     counts: dict[str, int] = {}
 
     def examples(split: str) -> Examples:
-        rows = _rows(settings, split, task, bad)
-        gathered = Examples.gather(encode_rows(task, rows, tokenizer, all_labels, bad=bad))
+        items = _items(settings, split, task)
+        gathered = Examples.gather(encode_rows(task, items, tokenizer, all_labels, bad=bad))
         if not len(gathered):
             raise UserError(f"the {split} rows hold no example. {bad.summary()}".strip())
         counts[f"{split} examples"] = len(gathered)
@@ -251,23 +251,23 @@ def _has(settings: Settings, split: str) -> bool:
 
 
 def _rows(settings: Settings, split: Any, task: Task, bad: BadRows) -> Iterable[Row]:
-    return _read(settings, split, bad, task.columns, task.optional_columns)
+    return good_rows(_items(settings, split, task), bad)
+
+
+def _items(settings: Settings, split: Any, task: Task) -> Iterable[Row | BadRowError]:
+    return _read(settings, split, task.columns, task.optional_columns)
 
 
 def _read(
-    settings: Settings,
-    split: Any,
-    bad: BadRows,
-    columns: Collection[str] = (),
-    optional: Collection[str] = (),
-) -> Iterable[Row]:
+    settings: Settings, split: Any, columns: Collection[str] = (), optional: Collection[str] = ()
+) -> Iterable[Row | BadRowError]:
     if settings.generated:
         return generated_rows(split, settings.task)
     if settings.dataset is not None:
         return read_dataset(settings.dataset, settings.dataset_splits[split])
     given = getattr(settings, f"{split}_file")
     text = TextFormat(settings.encoding, settings.quoting, tuple(settings.column_names or ()))
-    options: Any = {"columns": columns, "optional": optional, "text": text, "bad": bad}
+    options: Any = {"columns": columns, "optional": optional, "text": text}
     paths = [
         path
         for each in ([given] if isinstance(given, str) else given)
@@ -275,7 +275,7 @@ def _read(
     ]
     # All files are looked for before the first row is read.
     return chain.from_iterable(
-        [read_rows(path, file_format=settings.file_format, **options) for path in paths]
+        [read_items(path, file_format=settings.file_format, **options) for path in paths]
     )
 
 

@@ -1,7 +1,12 @@
-"""The speed of a run: tokens, operations, and their share of the chips' peak."""
+"""The speed of a run: tokens, operations, their share of the chips' peak, and how long the chips wait."""
 
+import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 import jax
 from jax.sharding import Mesh
@@ -59,3 +64,64 @@ class Speed:
         if settings.trained == "head":
             return flops.layers // 3 + flops.attention // 3
         return flops.layers + flops.attention + (flops.head if settings.task == "causal-lm" else 0)
+
+
+class InputWait:
+    """Measures the share of the time in which the device has nothing to do, because its batch is not ready.
+
+    A thread notes when each step ends, which is the start of that time if the batch comes later. The thread
+    ends with this object, and never keeps the process from ending.
+    """
+
+    def __init__(self) -> None:
+        self._steps: SimpleQueue[_Step | None] = SimpleQueue()
+        threading.Thread(target=_note_ends, args=(self._steps,), daemon=True).start()
+        weakref.finalize(self, self._steps.put, None)
+        self._step: _Step | None = None
+        self._before: float | None = None
+        self._waited = self._total = 0.0
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Measures the block that gets a batch; the first one, and the first after a pause, do not count."""
+        start = time.perf_counter()
+        yield
+        end, before = time.perf_counter(), self._before
+        self._before = end
+        if before is None or self._step is None:
+            return
+        self._total += end - before
+        if self._step.end is not None:
+            self._waited += max(0.0, end - max(start, self._step.end))
+
+    def after_step(self, result: jax.Array) -> None:
+        """Takes a result of the step that has just been sent to the device."""
+        self._step = _Step(result)
+        self._steps.put(self._step)
+
+    def pause(self) -> None:
+        """Leaves out the time until the next batch, in which the device has other work."""
+        self._before = None
+
+    def share(self) -> float | None:
+        """Returns the share, 0 to 1, since the last call; None if there was no step."""
+        waited, total = self._waited, self._total
+        self._waited = self._total = 0.0
+        return waited / total if total else None
+
+
+@dataclass
+class _Step:
+    result: jax.Array
+    end: float | None = None
+    """The time at which it ended; None before."""
+
+
+def _note_ends(steps: "SimpleQueue[_Step | None]") -> None:
+    """Waits for each step, in order, until None comes."""
+    while (step := steps.get()) is not None:
+        try:
+            step.result.block_until_ready()
+        except Exception:  # which the run gets where it reads the result
+            continue
+        step.end = time.perf_counter()

@@ -15,10 +15,11 @@ from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.classification.head import Head
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.data.batches import BatchPlan
+from phi3_jax.data.encoding import Example, encode_items
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Batch, load
-from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
-from phi3_jax.data.tasks import Example, SequenceClassification, TokenClassification
+from phi3_jax.data.rows import BadRowError, Place, Row
+from phi3_jax.data.tasks import SequenceClassification, TokenClassification
 from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
 from phi3_jax.lora import ModelPaths, find_model, load_merged, open_model
@@ -149,7 +150,11 @@ class Classifier:
         rows = [
             Row(self._values(item), Place("the input", number, "row")) for number, item in enumerate(items, 1)
         ]
-        return self.predict_encoded(self.encode(rows, BadRows(skip=False)), all_scores=all_scores)
+
+        def refuse(index: int, error: BadRowError) -> None:
+            raise error
+
+        return self.predict_encoded(self.encode(rows, refuse), all_scores=all_scores)
 
     def _values(self, item: Text) -> dict[str, Any]:
         if isinstance(item, Mapping):
@@ -160,19 +165,23 @@ class Classifier:
             return dict(zip((self.task.text, self.task.text_pair), item, strict=True))
         return {self.task.text: item}
 
-    def encode(self, rows: Iterable[Row], bad: Callable[[BadRowError], None]) -> EncodedRows:
-        """Tokenises rows; calls `bad` with the error of a bad one, which is left out, before the next row."""
+    def encode(
+        self, items: Iterable[Row | BadRowError], bad: Callable[[int, BadRowError], None]
+    ) -> EncodedRows:
+        """Tokenises rows; leaves out bad ones, and calls `bad` with the index and error of each.
+
+        An error among the items is that of a row that could not be read.
+        """
         good: list[Row] = []
 
         def examples() -> Iterable[Example]:
-            for row in rows:
-                try:
-                    (example,) = self.task.encode(row, self.tokenizer, None)  # type: ignore[arg-type]  # no labels
-                except BadRowError as error:
-                    bad(error)
-                else:
+            results = encode_items(items, self.task.encoder(self.tokenizer, None), self.tokenizer)
+            for index, (row, result) in enumerate(results):
+                if isinstance(result, BadRowError):
+                    bad(index, result)
+                elif isinstance(row, Row):
                     good.append(row)
-                    yield example
+                    yield from result
 
         return EncodedRows(good, Examples.gather(examples()))
 

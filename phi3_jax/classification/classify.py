@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -67,6 +67,8 @@ class Summary:
     """Rows that this process classified; `seconds` and `tokens` count these only."""
     seconds: float
     tokens: int
+    waited: float
+    """The seconds among them in which the device waited for rows to be read or written."""
 
 
 def classify_file(
@@ -223,13 +225,23 @@ def _classify_chunks(
     show: bool,
 ) -> Summary:
     """Classifies and writes all chunks, and gives the output its name."""
-    resumed, started, tokens = partial.state.written, monotonic(), 0
-    with FileProgress(total_lines, show) as progress, ThreadPoolExecutor(1) as pool:
-        next_chunk = pool.submit(chunks.next)
-        while (chunk := next_chunk.result()) is not None:
-            # The next rows are read and tokenised while these are classified.
-            next_chunk = pool.submit(chunks.next)
-            new_rows = partial.state.written - resumed
+    resumed, started, tokens, waited, new_rows = partial.state.written, monotonic(), 0, 0.0, 0
+
+    def write(chunk: _Chunk, predictions: list[dict[str, Any]]) -> None:
+        header = b"" if partial.state.written else table.header()
+        lines = table.lines(*chunk.with_bad_rows(predictions))
+        partial.add(header + lines, chunk.state(partial.state))
+
+    # The next chunk is read and tokenised, and the one before is written, while the device has this one.
+    with FileProgress(total_lines, show) as progress, ThreadPoolExecutor(1) as reader, _Writer() as writer:
+        next_chunk = reader.submit(chunks.next)
+        while True:
+            waited_from = monotonic()
+            chunk = next_chunk.result()
+            waited += monotonic() - waited_from
+            if chunk is None:
+                break
+            next_chunk = reader.submit(chunks.next)
 
             def show_progress(rows: int, chunk: _Chunk = chunk, before: int = new_rows) -> None:
                 speed = (before + rows) / max(monotonic() - started, 1e-9)
@@ -238,10 +250,10 @@ def _classify_chunks(
             predictions = classifier.predict_encoded(
                 chunk.encoded, all_scores=all_scores, after_batch=show_progress
             )
-            header = b"" if partial.state.written else table.header()
-            lines = table.lines(*chunk.with_bad_rows(predictions))
-            partial.add(header + lines, chunk.state(partial.state))
+            new_rows += chunk.rows
             tokens += int(chunk.encoded.examples.lengths.sum())
+            waited += writer.submit(write, chunk, predictions)
+        waited += writer.wait()
     done = partial.state
     partial.finish()
     return Summary(
@@ -253,7 +265,43 @@ def _classify_chunks(
         new_rows=done.written - resumed,
         seconds=monotonic() - started,
         tokens=tokens,
+        waited=waited,
     )
+
+
+class _Writer:
+    """A thread that writes one chunk at a time; used in `with`, which ends when the chunk is written."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def submit(self, write: Callable[..., None], *arguments: Any) -> float:
+        """Starts to write a chunk after the one before; returns the seconds that it waited for that one.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        waited = self.wait()
+        self._pending = self._pool.submit(write, *arguments)
+        return waited
+
+    def wait(self) -> float:
+        """Waits for the last chunk; returns the seconds.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        started = monotonic()
+        if self._pending is not None:
+            self._pending.result()
+        return monotonic() - started
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
 
 @dataclass(frozen=True)
@@ -269,6 +317,10 @@ class _Chunk:
     lines: tuple[int, int]
     """Lines of the first and the last row."""
 
+    @property
+    def rows(self) -> int:
+        return len(self.encoded.rows) + len(self.bad)
+
     def line_at(self, rows: int) -> float:
         """Estimates the line of the input at which this many rows of the chunk are done."""
         first, last = self.lines
@@ -279,8 +331,7 @@ class _Chunk:
     ) -> tuple[list[Row], list[dict[str, Any] | BadRowError]]:
         """Returns all rows in order, and the prediction or the error of each."""
         good = iter(zip(self.encoded.rows, predictions, strict=True))
-        count = len(self.encoded.rows) + len(self.bad)
-        pairs = [self.bad[index] if index in self.bad else next(good) for index in range(count)]
+        pairs = [self.bad[index] if index in self.bad else next(good) for index in range(self.rows)]
         return [row for row, _ in pairs], [result for _, result in pairs]
 
     def state(self, before: OutputState) -> OutputState:
@@ -288,7 +339,7 @@ class _Chunk:
         examples = self.encoded.examples
         tagged = 0 if examples.flat_firsts is None else int(examples.flat_firsts.sum())
         return OutputState(
-            written=before.written + len(examples) + len(self.bad),
+            written=before.written + self.rows,
             bad=before.bad + len(self.bad),
             cut=before.cut + int(np.count_nonzero(examples.truncated)),
             untagged=before.untagged + self.words - tagged,
@@ -315,36 +366,35 @@ class _Chunks:
         Raises:
             BadRowError: a row is bad, and bad rows are not kept.
         """
-        items = list(islice(self._items, CHUNK_BATCHES * self._classifier.batch_size))
+        items: list[Row | BadRowError] = []
+        bad: dict[int, tuple[Row, BadRowError]] = {}
+
+        def add(index: int, error: BadRowError) -> None:
+            self.bad(error)
+            bad[index] = Row(items[index].values, items[index].place), error
+
+        def checked() -> Iterator[Row | BadRowError]:
+            for item in islice(self._items, CHUNK_BATCHES * self._classifier.batch_size):
+                items.append(item)
+                yield self._checked(item)
+
+        encoded = self._classifier.encode(checked(), add)
         if not items:
             return None
-        bad: dict[int, tuple[Row, BadRowError]] = {}
-        index = 0
-
-        def add(error: BadRowError) -> None:
-            self.bad(error)
-            item = items[index]
-            bad[index] = Row(item.values, item.place), error
-
-        def good() -> Iterator[Row]:
-            nonlocal index
-            for number, item in enumerate(items):
-                index = number
-                try:
-                    if isinstance(item, BadRowError):
-                        raise item
-                    self._table.check(item)
-                except BadRowError as error:
-                    add(error)
-                else:
-                    yield item
-
-        encoded = self._classifier.encode(good(), add)
         task = self._classifier.task
         words = 0
         if isinstance(task, TokenClassification):
             words = sum(len(row.values[task.words]) for row in encoded.rows)
         return _Chunk(encoded, bad, words, (items[0].place.line, items[-1].place.line))
+
+    def _checked(self, item: Row | BadRowError) -> Row | BadRowError:
+        """Returns the item, or the error of a row that cannot be written."""
+        if isinstance(item, Row):
+            try:
+                self._table.check(item)
+            except BadRowError as error:
+                return error
+        return item
 
 
 def _total_lines(source: Path) -> int | None:

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3_jax.data.columns import are_words
 from phi3_jax.data.rows import BadRowError, Row
 from phi3_jax.errors import UserError
 from phi3_jax.runs.bucket_mounts import check_no_bucket_mount
@@ -54,6 +54,11 @@ class Table:
         if errors:
             predicted = [*predicted, ERROR]
         self._delimiter = DELIMITERS.get(suffix_of(path))
+        if self._delimiter is not None:
+            self._quote, self._quote_all = (
+                csv.writer(_Line(), delimiter=self._delimiter, lineterminator="\n", quoting=quoting)
+                for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+            )
         self._predicted = list(predicted)
         if fault := self._name_clash(first):
             raise UserError(f"{first.place.file} {fault}")
@@ -77,7 +82,7 @@ class Table:
                 f"has a column {min(odd)!r}, which the first row does not have; write .jsonl, where the "
                 "columns of rows may differ"
             )
-        if lone_surrogate(_json(row.values)) is not None:
+        if _has_lone_surrogate(row.values):
             fault = "contains half of a surrogate pair, which is not a character"
         if fault:
             raise BadRowError(row.place, fault)
@@ -94,7 +99,7 @@ class Table:
         )
 
     def _bad_row(self, row: Row, error: BadRowError) -> bytes:
-        if lone_surrogate(_json(row.values)) is not None:
+        if _has_lone_surrogate(row.values):
             row = row._replace(values={})
         text = f"{error.place.unit} {error.place.line}: {error.fault}"
         readable = text.encode("utf-8", "backslashreplace").decode()
@@ -112,22 +117,21 @@ class Table:
         return self._line([_field(values.get(name)) for name in self._columns])
 
     def _line(self, fields: list[str]) -> bytes:
-        text = io.StringIO()
         # csv does not quote a field for a carriage return alone, and readers would end the line there.
-        quote_all = any("\r" in field for field in fields)
-        assert self._delimiter is not None
-        csv.writer(
-            text,
-            delimiter=self._delimiter,
-            lineterminator="\n",
-            quoting=csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL,
-        ).writerow(fields)
-        return text.getvalue().encode()
+        quote_all = "\r" in "".join(fields)
+        return (self._quote_all if quote_all else self._quote).writerow(fields).encode()
 
     def _name_clash(self, row: Row) -> str | None:
         if taken := row.values.keys() & set(self._predicted):
             return f"already has a column {min(taken)!r}, which classify would write; rename or remove it"
         return None
+
+
+class _Line:
+    """A file for `csv.writer`, whose `writerow` then returns the line."""
+
+    def write(self, text: str) -> str:
+        return text
 
 
 class Sentences:
@@ -150,7 +154,11 @@ class Sentences:
         Raises:
             BadRowError: a word has a tab or a line break.
         """
-        for word in row.values.get(self._words) or ():
+        words = row.values.get(self._words) or ()
+        # All words at once, and one by one only to name the one that does not fit.
+        if isinstance(words, list) and are_words(words) and _fits_a_line("".join(words)):
+            return
+        for word in words:
             if isinstance(word, str) and not _fits_a_line(word):
                 raise BadRowError(
                     row.place, f"the word {word!r:.40} cannot be written to a line; write .jsonl"
@@ -209,6 +217,11 @@ def _field(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     return _json(value)
+
+
+def _has_lone_surrogate(values: Mapping[str, Any]) -> bool:
+    texts = [value if isinstance(value, str) else _json(value) for value in values.values()]
+    return lone_surrogate("".join([*values, *texts])) is not None
 
 
 def _json(value: Any) -> str:

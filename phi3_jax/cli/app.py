@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "Compile a step for absent TPUs: does it fit, what moves, how fast at most?",
     "bench": "Measure generate, side by side with transformers or llama.cpp.",
     "bench-finetune": "Measure training steps, side by side with transformers.",
+    "bench-input": "Measure how fast the host reads, tokenises, batches and writes rows, without a model.",
 }
 """Each command's line in `phi3-jax --help`, which is the first sentence of its own help.
 

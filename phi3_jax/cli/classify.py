@@ -15,6 +15,9 @@ from phi3_jax.parallel.processes import prepare
 
 app = typer.Typer(add_completion=False)
 
+NOTABLE_WAIT = 0.1
+"""The share of the time that the device waits for rows from which on the last line names it."""
+
 
 @app.command()
 def classify(
@@ -103,7 +106,9 @@ def _print_statistics(done: Summary, output: Path) -> None:
         words = f", and {done.untagged} words have no label" if done.untagged else ""
         tell(f"{done.cut} rows are longer than the maximum length and were cut{words}")
     seconds = max(done.seconds, 1e-9)
+    share = done.waited / seconds
+    waited = f", {share:.0%} of the time waiting for the host" if share >= NOTABLE_WAIT else ""
     print(
         f"{output}: {done.rows:,} rows; {done.new_rows:,} in {done.seconds:.1f} s, "
-        f"{done.new_rows / seconds:,.1f} rows/s, {done.tokens / seconds:,.0f} tokens/s"
+        f"{done.new_rows / seconds:,.1f} rows/s, {done.tokens / seconds:,.0f} tokens/s{waited}"
     )

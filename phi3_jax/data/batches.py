@@ -20,13 +20,13 @@ class BatchPlan:
     A step takes one batch or several, each of `rows` examples that are no longer than its width. The plan
     depends only on its arguments, not on the number of processes, and its batches can be read in any order.
 
-    An epoch shuffles the examples. With several batches a step, each `MIXED_STEPS` steps take the next
+    An epoch shuffles the examples. With several ranges a step, each `MIXED_STEPS` steps take the next
     examples, a random sample. The sample is sorted by width and divided into ranges, one for each batch of a
     step or several, and every step gets as many examples of each range. So a step has short and long
     examples, and what comes with their length, such as a class. The last steps of an epoch may have empty
     rows.
 
-    With one batch a step, all examples are sorted into the narrowest widths that hold them, and the batches
+    With one range, all examples are sorted into the narrowest widths that hold them, and the batches
     are shuffled. Examples that do not fill a batch of their width start one of the next wider; only the
     widest may have empty rows. Without `shuffle`, every epoch has the examples in order, longest first.
 
@@ -101,7 +101,7 @@ class BatchPlan:
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if not self._shuffle:
             indices = self._batches(np.argsort(-self._lengths, kind="stable"))
-        elif self.step_batches == 1:
+        elif self.step_ranges == 1:
             indices = self._batches(self._by_width(permutation(len(self._lengths), self._seed, epoch)))
             indices = indices[permutation(len(indices), self._seed, epoch, 1)]
         else:

@@ -16,12 +16,12 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @contextmanager
-def errors_of(row: Row, prefix: str = "") -> Iterator[None]:
+def errors_of(row: Row) -> Iterator[None]:
     """Makes an error of the block a `BadRowError` of this row."""
     try:
         yield
     except ValueError as error:
-        raise BadRowError(row.place, f"{prefix}{error}") from error
+        raise BadRowError(row.place, str(error)) from error
 
 
 def read_value(row: Row, column: str) -> Any:
@@ -47,6 +47,14 @@ def check_characters(row: Row, column: str, text: str) -> None:
         raise BadRowError(
             row.place, f"{column!r} has half of a surrogate pair at character {at + 1}, which is not text"
         )
+
+
+def are_words(values: list[Any]) -> bool:
+    """Returns whether all values are texts with a visible character and without half of a surrogate pair."""
+    try:
+        return all(map(str.strip, values)) and lone_surrogate("".join(values)) is None
+    except TypeError:  # a value is no text
+        return False
 
 
 def read_list(row: Row, column: str) -> list[Any]:
@@ -79,13 +87,17 @@ def label_names(row: Row, column: str, values: Any) -> list[str]:
     """Returns the names of the labels that a column has."""
     if not isinstance(values, list):
         raise BadRowError(row.place, f"{column!r} is {values!r:.40}; expected a list of labels")
-    with errors_of(row, f"{column!r}: "):
-        return [label_name(value) for value in values]
+    try:
+        return list(map(label_name, values))
+    except ValueError as error:
+        raise BadRowError(row.place, f"{column!r}: {error}") from error
 
 
-def label_id(row: Row, labels: Labels, name: str) -> int:
-    with errors_of(row):
-        return labels.id(name)
+def label_ids(row: Row, labels: Labels, names: Iterable[str]) -> list[int]:
+    try:
+        return labels.ids(names)
+    except ValueError as error:
+        raise BadRowError(row.place, str(error)) from error
 
 
 def collect_labels(rows: Iterable[Row], names_of: Callable[[Row], list[str]], bad: BadRows) -> Labels:

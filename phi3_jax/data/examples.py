@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
 from phi3_jax.data.batches import permutation
+from phi3_jax.data.encoding import Example
 from phi3_jax.data.rows import Place
-from phi3_jax.data.tasks import Example
 from phi3_jax.errors import UserError
 
 

@@ -71,6 +71,18 @@ class Labels:
             )
         return self._ids[name]
 
+    def ids(self, names: Iterable[str]) -> list[int]:
+        """Returns the ids of labels.
+
+        Raises:
+            UserError: there is no such label as one of them.
+        """
+        names = list(names)
+        try:
+            return list(map(self._ids.__getitem__, names))
+        except KeyError:
+            return [self.id(name) for name in names]
+
 
 def label_name(value: Any) -> str:
     """Returns the name of a label that is text or a whole number in a file.
@@ -78,6 +90,8 @@ def label_name(value: Any) -> str:
     Raises:
         UserError: it is missing, empty, or of another type.
     """
+    if isinstance(value, str) and (name := value.strip()):
+        return name
     if isinstance(value, float) and value.is_integer():  # a column with gaps has floats for whole numbers
         value = int(value)
     if not isinstance(value, (str, int)):

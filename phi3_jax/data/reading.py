@@ -35,10 +35,11 @@ def read_rows(
         only_columns=only_columns,
         text=text,
     )
-    return _good_rows(items, bad)
+    return good_rows(items, bad)
 
 
-def _good_rows(items: Iterable[Row | BadRowError], bad: BadRows) -> Iterator[Row]:
+def good_rows(items: Iterable[Row | BadRowError], bad: BadRows) -> Iterator[Row]:
+    """Yields the rows among the items; `bad` raises the errors, or counts them."""
     for item in items:
         if isinstance(item, BadRowError):
             bad(item)

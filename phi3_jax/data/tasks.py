@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, get_args
 
 from phi3_jax.data.chat_examples import as_messages, encode_chat
 from phi3_jax.data.columns import (
+    are_words,
     check_characters,
     check_two_classes,
     collect_labels,
     errors_of,
-    label_id,
+    label_ids,
     label_names,
     read_list,
     read_number,
@@ -18,27 +20,14 @@ from phi3_jax.data.columns import (
     read_value,
     read_zero_or_one,
 )
+from phi3_jax.data.encoding import Checked, Example, RowEncoder, encode_items, encode_row
 from phi3_jax.data.labels import Labels
-from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
+from phi3_jax.data.rows import BadRowError, BadRows, Row
 from phi3_jax.errors import UserError
 from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised row, or a part of one."""
-
-    input_ids: list[int]
-    labels: int | list[float] | list[int] | None
-    """A class; a number for each class or output; a class or id for each token (-100: ignored)."""
-    place: Place
-    firsts: list[bool] | None = None
-    """Whether each token is the first of a word."""
-    truncated: bool = False
-    """Whether the maximum length cut tokens off."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +99,7 @@ class SequenceClassification:
         Raises:
             BadRowError: as `encode`.
         """
-        self._texts(row)
+        self.texts(row)
         return [] if self.label is None or self.has_label_columns else self._names(row)
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
@@ -119,25 +108,29 @@ class SequenceClassification:
         Raises:
             BadRowError: there is no text, or the label is missing, unknown or not a number.
         """
-        text, pair = self._texts(row)
-        target = None if self.label is None else self._target(row, labels)
-        cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
-        with errors_of(row):
-            ids = tokenizer(text, pair, padding=False).input_ids[0]
-            if truncated := len(ids) > self.max_length:
-                ids = tokenizer(text, pair, padding=False, **cut).input_ids[0]
-        return [Example(ids.tolist(), target, row.place, truncated=truncated)]
+        return encode_row(row, self.encoder(tokenizer, labels), tokenizer)
 
-    def _texts(self, row: Row) -> tuple[str, str | None]:
+    def encoder(self, tokenizer: Phi3Tokenizer, labels: Labels | None) -> RowEncoder:
+        """Returns what `encode_items` takes; `labels` is None if rows are not labelled."""
+        return _TextEncoder(self, tokenizer, labels)
+
+    def texts(self, row: Row) -> tuple[str] | tuple[str, str]:
+        """Returns the text of a row, or the pair."""
         text = read_text(row, self.text)
-        return text, None if self.text_pair is None else read_text(row, self.text_pair, may_be_empty=True)
+        if self.text_pair is None:
+            return (text,)
+        return text, read_text(row, self.text_pair, may_be_empty=True)
 
-    def _target(self, row: Row, labels: Labels) -> int | list[float]:
+    def target(self, row: Row, labels: Labels | None) -> int | list[float] | None:
+        """Returns the label of a row, or the number for each class or output."""
+        if self.label is None:
+            return None
         if self.problem_type == "regression":
             return [read_number(row, column) for column in self._label_columns]
         if isinstance(self.label, tuple):
             return [read_zero_or_one(row, column) for column in self.label]
-        chosen = [label_id(row, labels, name) for name in self._names(row)]
+        assert labels is not None
+        chosen = label_ids(row, labels, self._names(row))
         if self.problem_type == "single_label_classification":
             return chosen[0]
         return [float(index in chosen) for index in range(len(labels))]
@@ -201,7 +194,8 @@ class TokenClassification:
         Raises:
             BadRowError: as `encode`.
         """
-        names = self._names(row, self._words(row))
+        _, names = self.words_and_names(row)
+        assert names is not None
         return names + [_inside(name) for name in names] if self.label_all_pieces else names
 
     def encode(self, row: Row, tokenizer: Phi3Tokenizer, labels: Labels) -> list[Example]:
@@ -211,65 +205,28 @@ class TokenClassification:
             BadRowError: there are no words, a word is empty, there is not one label for each word, or a label
                 is unknown.
         """
-        words = self._words(row)
-        names = None if self.labels is None else self._names(row, words)
-        pieces = self._pieces(row, words, tokenizer)
-        firsts = [position == 0 for piece in pieces for position in range(len(piece))]
-        targets: list[int] = []
-        if names is not None:
-            for piece, name in zip(pieces, names, strict=True):
-                inside = label_id(row, labels, _inside(name)) if self.label_all_pieces else IGNORE_INDEX
-                targets += [label_id(row, labels, name), *[inside] * (len(piece) - 1)]
-        before, after = _special_ids(tokenizer)
-        space = self.max_length - len(before) - len(after)
-        if space < 1:
-            least = len(before) + len(after) + 1
-            raise UserError(f"max_length={self.max_length} leaves no space for words; use {least} or more")
-        count = len(firsts)
-        kept = (
-            slice(0, space) if tokenizer.truncation_side == "right" else slice(max(count - space, 0), count)
-        )
-        ids = [token for piece in pieces for token in piece]
-        return [
-            Example(
-                [*before, *ids[kept], *after],
-                None if names is None else _surround(targets[kept], IGNORE_INDEX, before, after),
-                row.place,
-                firsts=_surround(firsts[kept], False, before, after),
-                truncated=count > space,
-            )
-        ]
+        return encode_row(row, self.encoder(tokenizer, labels), tokenizer)
 
-    def _words(self, row: Row) -> list[str]:
+    def encoder(self, tokenizer: Phi3Tokenizer, labels: Labels | None) -> RowEncoder:
+        """Returns what `encode_items` takes; `labels` is None if rows are not labelled."""
+        return _WordEncoder(self, tokenizer, labels)
+
+    def words_and_names(self, row: Row) -> tuple[list[str], list[str] | None]:
+        """Returns the words of a row and their tags, if rows are labelled."""
         words = read_list(row, self.words)
         if not words:
             raise BadRowError(row.place, f"{self.words!r} is empty")
-        for index, word in enumerate(words):
-            if not isinstance(word, str) or not word.strip():
-                raise BadRowError(row.place, f"{self.words}[{index}] is {word!r:.40}; expected a word")
-            check_characters(row, f"{self.words}[{index}]", word)
-        return words
-
-    def _names(self, row: Row, words: Sequence[str]) -> list[str]:
-        assert self.labels is not None
+        if not are_words(words):
+            for index, word in enumerate(words):
+                if not isinstance(word, str) or not word.strip():
+                    raise BadRowError(row.place, f"{self.words}[{index}] is {word!r:.40}; expected a word")
+                check_characters(row, f"{self.words}[{index}]", word)
+        if self.labels is None:
+            return words, None
         names = label_names(row, self.labels, read_value(row, self.labels))
         if len(names) != len(words):
             raise BadRowError(row.place, f"{len(words)} words and {len(names)} labels; expected one for each")
-        return names
-
-    def _pieces(self, row: Row, words: Sequence[str], tokenizer: Phi3Tokenizer) -> list[list[int]]:
-        space = " " if self.prefix_space and not _marks_word_starts(tokenizer) else ""
-        with errors_of(row):
-            pieces = [
-                tokenizer.encode(space + word if index else word, add_special_tokens=False)
-                for index, word in enumerate(words)
-            ]
-        for index, piece in enumerate(pieces):
-            if not piece:
-                if tokenizer.unk_token_id is None:
-                    raise BadRowError(row.place, f"the tokenizer has no token for the word {words[index]!r}")
-                piece.append(tokenizer.unk_token_id)
-        return pieces
+        return words, names
 
 
 @dataclass(frozen=True)
@@ -319,33 +276,11 @@ class CausalLM:
         Raises:
             BadRowError: there is no text or no answer of the assistant, or the chat template fails.
         """
-        if self.messages is not None:
-            messages = read_list(row, self.messages)
-            for column in _NOT_READ:
-                if row.values.get(column):
-                    raise BadRowError(row.place, f"the column {column!r} is not read; remove it")
-            tools = read_list(row, TOOLS) if row.values.get(TOOLS) else None
-            with errors_of(row):
-                ids, targets, truncated = encode_chat(
-                    as_messages(messages), tokenizer, self.max_length, tools
-                )
-            return [Example(ids, targets, row.place, truncated=truncated)]
-        ids = self._text_ids(row, tokenizer)
-        starts = range(0, len(ids) - 1, self.max_length - 1)
-        parts = [ids[start : start + self.max_length] for start in starts]
-        return [Example(part, part, row.place) for part in parts]
+        return encode_row(row, self.encoder(tokenizer, labels), tokenizer)
 
-    def _text_ids(self, row: Row, tokenizer: Phi3Tokenizer) -> list[int]:
-        text = read_text(row, self.text)
-        with errors_of(row):
-            ids = tokenizer.encode(text)
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        if len(ids) < 2:
-            raise BadRowError(
-                row.place, f"{self.text!r} is a single token, which nothing predicts: {text!r:.40}"
-            )
-        return ids
+    def encoder(self, tokenizer: Phi3Tokenizer, labels: Labels | None = None) -> RowEncoder:
+        """Returns what `encode_items` takes. Only texts are encoded together, not conversations."""
+        return _LongTextEncoder(self, tokenizer) if self.messages is None else _ChatEncoder(self, tokenizer)
 
 
 TOOLS = "tools"
@@ -356,20 +291,147 @@ Task = SequenceClassification | TokenClassification | CausalLM
 
 
 def encode_rows(
-    task: Task, rows: Iterable[Row], tokenizer: Phi3Tokenizer, labels: Any, *, bad: BadRows
+    task: Task,
+    rows: Iterable[Row | BadRowError],
+    tokenizer: Phi3Tokenizer,
+    labels: Labels | None,
+    *,
+    bad: BadRows,
 ) -> Iterator[Example]:
     """Yields the examples of all rows; `labels` is the result of `task.label_set`.
 
     Raises:
         BadRowError: a row is bad, and `bad` does not skip it.
     """
-    for row in rows:
-        try:
-            examples = task.encode(row, tokenizer, labels)
-        except BadRowError as error:
-            bad(error)
+    for _, result in encode_items(rows, task.encoder(tokenizer, labels), tokenizer):
+        if isinstance(result, BadRowError):
+            bad(result)
         else:
-            yield from examples
+            yield from result
+
+
+class _TextEncoder:
+    def __init__(self, task: SequenceClassification, tokenizer: Phi3Tokenizer, labels: Labels | None):
+        self._task, self._tokenizer, self._labels = task, tokenizer, labels
+        self._room = task.max_length - tokenizer.num_special_tokens_to_add(task.text_pair is not None)
+
+    def check(self, row: Row) -> Checked:
+        return self._task.texts(row), self._task.target(row, self._labels)
+
+    def examples(self, row: Row, target: Any, ids: Sequence[list[int]]) -> tuple[Example]:
+        truncated = sum(map(len, ids)) > self._room
+        with errors_of(row):
+            whole = self._tokenizer.surround(*ids, max_length=self._task.max_length)
+        return (Example(whole, target, row.place, truncated=truncated),)
+
+
+class _WordEncoder:
+    def __init__(self, task: TokenClassification, tokenizer: Phi3Tokenizer, labels: Labels | None):
+        self._task, self._tokenizer, self._labels = task, tokenizer, labels
+        self._space = " " if task.prefix_space and not _marks_word_starts(tokenizer) else ""
+        self._before, self._after = _special_ids(tokenizer)
+        self._room = task.max_length - len(self._before) - len(self._after)
+
+    def check(self, row: Row) -> Checked:
+        words, names = self._task.words_and_names(row)
+        space = self._space
+        return [words[0], *([space + word for word in words[1:]] if space else words[1:])], (words, names)
+
+    def examples(self, row: Row, values: Any, ids: Sequence[list[int]]) -> tuple[Example]:
+        words, names = values
+        pieces = self._pieces(row, words, ids)
+        targets = None if names is None else self._targets(row, names, pieces)
+        before, after, room = self._before, self._after, self._room
+        if room < 1:
+            least = len(before) + len(after) + 1
+            raise UserError(
+                f"max_length={self._task.max_length} leaves no space for words; use {least} or more"
+            )
+        tokens = list(chain.from_iterable(pieces))
+        count = len(tokens)
+        from_right = self._tokenizer.truncation_side == "right"
+        kept = slice(0, room) if from_right else slice(max(count - room, 0), count)
+        example = Example(
+            [*before, *tokens[kept], *after],
+            None if targets is None else self._surround(targets[kept], IGNORE_INDEX),
+            row.place,
+            firsts=self._surround(_firsts(pieces)[kept], False),
+            truncated=count > room,
+        )
+        return (example,)
+
+    def _pieces(self, row: Row, words: Sequence[str], ids: Sequence[list[int]]) -> Sequence[list[int]]:
+        """Returns the ids of each word, of which there is at least one."""
+        if all(ids):
+            return ids
+        unk = self._tokenizer.unk_token_id
+        if unk is None:
+            word = next(word for word, piece in zip(words, ids, strict=True) if not piece)
+            raise BadRowError(row.place, f"the tokenizer has no token for the word {word!r}")
+        return [piece or [unk] for piece in ids]
+
+    def _targets(self, row: Row, names: Sequence[str], pieces: Sequence[Sequence[int]]) -> list[int]:
+        """Returns the label of each token."""
+        assert self._labels is not None
+        if self._task.label_all_pieces:
+            both = label_ids(row, self._labels, [each for name in names for each in (_inside(name), name)])
+            others, firsts = both[::2], both[1::2]
+        else:
+            firsts = label_ids(row, self._labels, names)
+            others = [IGNORE_INDEX] * len(firsts)
+        targets: list[int] = []
+        for piece, first, other in zip(pieces, firsts, others, strict=True):
+            targets.append(first)
+            if len(piece) > 1:
+                targets += [other] * (len(piece) - 1)
+        return targets
+
+    def _surround(self, values: list[Any], fill: Any) -> list[Any]:
+        return [fill] * len(self._before) + values + [fill] * len(self._after)
+
+
+class _LongTextEncoder:
+    def __init__(self, task: CausalLM, tokenizer: Phi3Tokenizer):
+        self._task, self._tokenizer = task, tokenizer
+
+    def check(self, row: Row) -> Checked:
+        text = read_text(row, self._task.text)
+        return (text,), text
+
+    def examples(self, row: Row, text: str, ids: Sequence[list[int]]) -> list[Example]:
+        whole = list(self._tokenizer.surround(*ids))
+        end = self._tokenizer.eos_token_id
+        if end is not None and whole[-1:] != [end]:
+            whole.append(end)
+        if len(whole) < 2:
+            raise BadRowError(
+                row.place, f"{self._task.text!r} is a single token, which nothing predicts: {text!r:.40}"
+            )
+        length = self._task.max_length
+        parts = [whole[start : start + length] for start in range(0, len(whole) - 1, length - 1)]
+        return [Example(part, part, row.place) for part in parts]
+
+
+class _ChatEncoder:
+    """Encodes conversations one by one: what is a label depends on the texts of their parts."""
+
+    def __init__(self, task: CausalLM, tokenizer: Phi3Tokenizer):
+        self._task, self._tokenizer = task, tokenizer
+
+    def check(self, row: Row) -> Checked:
+        return (), None
+
+    def examples(self, row: Row, values: None, ids: Sequence[list[int]]) -> tuple[Example]:
+        assert self._task.messages is not None
+        messages = read_list(row, self._task.messages)
+        for column in _NOT_READ:
+            if row.values.get(column):
+                raise BadRowError(row.place, f"the column {column!r} is not read; remove it")
+        tools = read_list(row, TOOLS) if row.values.get(TOOLS) else None
+        with errors_of(row):
+            chat = encode_chat(as_messages(messages), self._tokenizer, self._task.max_length, tools)
+        own, targets, truncated = chat
+        return (Example(own, targets, row.place, truncated=truncated),)
 
 
 def _inside(name: str) -> str:
@@ -390,5 +452,11 @@ def _special_ids(tokenizer: Phi3Tokenizer) -> tuple[list[int], list[int]]:
     return whole[:at], whole[at + len(alone) :]
 
 
-def _surround(values: list[Any], fill: Any, before: Sequence[int], after: Sequence[int]) -> list[Any]:
-    return [fill] * len(before) + values + [fill] * len(after)
+def _firsts(pieces: Iterable[Sequence[int]]) -> list[bool]:
+    """Returns whether each token is the first of its word."""
+    firsts: list[bool] = []
+    for piece in pieces:
+        firsts.append(True)
+        if len(piece) > 1:
+            firsts += [False] * (len(piece) - 1)
+    return firsts

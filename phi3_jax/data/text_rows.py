@@ -16,6 +16,7 @@ from phi3_jax.runs.text import lone_surrogate, parse_json
 
 _LONGEST_FIELD = 2**24
 _CONLLU = 10
+_DOCUMENT = "-DOCSTART-"
 
 
 def _lines(path: Path, text: TextFormat) -> Iterator[tuple[int, str]]:
@@ -136,7 +137,7 @@ def read_conll(path: Path, columns: Columns, text: TextFormat) -> Iterator[Row |
             if sentence := _without_comments(lines, least):
                 yield _sentence(path, sentence, least, text)
             lines = []
-        elif _fields(line)[0].split()[:1] != ["-DOCSTART-"]:
+        elif _DOCUMENT not in line or _fields(line)[0].split()[:1] != [_DOCUMENT]:
             lines.append((number, line))
 
 
@@ -166,8 +167,11 @@ def _sentence(
 ) -> Row | BadRowError:
     fields = [_fields(line) for _, line in lines]
     words_only = least == 1 and all(len(parts) == 1 for parts in fields)
+    decoded = _encoding_fault("".join(line for _, line in lines), text) is None
     for (number, line), parts in zip(lines, fields, strict=True):
-        if fault := _encoding_fault(line, text) or (None if words_only else _word_fault(line, parts)):
+        if fault := (None if decoded else _encoding_fault(line, text)) or (
+            None if words_only else _word_fault(line, parts)
+        ):
             return BadRowError(Place(str(path), number), fault, {"words": [parts[0] for parts in fields]})
     place = Place(str(path), lines[0][0])
     if all(len(parts) == _CONLLU and parts[0][:1].isdigit() for parts in fields):

@@ -129,3 +129,37 @@ def unstack_layers(model: Model) -> Model:
     if isinstance(model.decoder.layers, StackedLayers):
         model.decoder.layers = nnx.List(model.decoder.layers.unstack())
     return model
+
+
+def stack_states(tree: Any) -> Any:
+    """Returns a tree in which the layers of each `nnx.State` are stacked, as `stack_layers` does it."""
+
+    def stack(layers: nnx.State[Any, Any]) -> dict[Any, Any]:
+        own = [layers[index] for index in sorted(layers)]
+        return {_STACK: jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)}
+
+    return _with_layers(tree, stack)
+
+
+def unstack_states(tree: Any) -> Any:
+    """Returns a tree in which the layers of each `nnx.State` have numbers; the inverse of `stack_states`."""
+
+    def unstack(layers: nnx.State[Any, Any]) -> dict[Any, Any]:
+        stack = layers[_STACK]
+        count = len(jax.tree.leaves(stack)[0])
+        return {index: jax.tree.map(itemgetter(index), stack) for index in range(count)}
+
+    return _with_layers(tree, unstack)
+
+
+_STACK = "layer"
+"""The name of the one layer of a stack."""
+
+
+def _with_layers(tree: Any, change: Callable[[nnx.State[Any, Any]], dict[Any, Any]]) -> Any:
+    def changed(node: Any) -> Any:
+        if not isinstance(node, nnx.State) or "layers" not in node.get("model", {}):
+            return node
+        return nnx.State({**node, "model": {**node["model"], "layers": change(node["model"]["layers"])}})
+
+    return jax.tree.map(changed, tree, is_leaf=lambda node: isinstance(node, nnx.State))

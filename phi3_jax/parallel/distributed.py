@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phi3_jax.errors import UserError
+from phi3_jax.parallel.heartbeats import watch_other_processes
 from phi3_jax.sizes import power_of_two
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ def start(timeout: int = 300, *, preemption: bool = False) -> None:
 
     JAX recognises Cloud TPU, GKE (xpk too), SLURM, Open MPI and Kubernetes by their variables. Elsewhere give
     every process JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    A process that loses another one ends by itself (see `Heartbeats`).
 
     Args:
         timeout: seconds to wait for the others.
@@ -66,6 +69,7 @@ def start(timeout: int = 300, *, preemption: bool = False) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[0]
         raise ConnectionError(f"cannot join the other processes: {first}") from error
+    watch_other_processes(jax.process_index(), jax.process_count())
     broadcast(None)  # Gloo connects with the first message, and does not wait long for a busy process
 
 

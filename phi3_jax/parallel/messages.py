@@ -85,8 +85,10 @@ def run_program(program: Callable[[], object]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:  # XLA's errors
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        tell_error(UserError(f"there is not enough memory on a device ({str(error).splitlines()[0]})"))
-        sys.exit(1)
+        if "RESOURCE_EXHAUSTED" in str(error):
+            tell_error(UserError(f"there is not enough memory on a device ({str(error).splitlines()[0]})"))
+            sys.exit(1)
+        if heartbeats := sys.modules.get("phi3_jax.parallel.heartbeats"):
+            heartbeats.wait_for_lost_process()
+        raise
     sys.exit(0)

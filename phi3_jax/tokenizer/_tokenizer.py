@@ -202,6 +202,41 @@ class Phi3Tokenizer(Vocabulary):
         )
         return batch.input_ids[0].tolist() if return_tensors is None else batch.input_ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text without the special tokens around it; all cores take part.
+
+        Raises:
+            UserError, TypeError: a text cannot be encoded, as in `encode`.
+        """
+        try:
+            return self.backend.encode_batch(texts)
+        except (UserError, TypeError, RuntimeError):  # of one text, which `_encode` names
+            return [self._encode(text, self.backend.encode) for text in texts]
+
+    def surround(
+        self, ids: list[int], pair_ids: list[int] | None = None, *, max_length: int | None = None
+    ) -> list[int]:
+        """Puts the special tokens of the files around the ids of a text or a pair.
+
+        With `max_length` the ids are cut as `truncation=True` cuts them. The result may be `ids` itself.
+
+        Raises:
+            UserError: `max_length` is too short for the special tokens.
+        """
+        layout = self._single if pair_ids is None else self._pair
+        room = None if max_length is None else max_length - batching.overhead(layout)
+        first, second = ids, pair_ids or []
+        if room is not None and len(first) + len(second) > room:
+            pieces, pair_pieces = Pieces(first, [], []), Pieces(second, [], [])
+            pieces, pair_pieces = batching.truncate(
+                pieces, pair_pieces, "longest_first", room, self.truncation_side
+            )
+            first, second = pieces.ids, pair_pieces.ids
+        if layout == ("A",):
+            return first
+        parts = {"A": first, "B": second}
+        return [i for part in layout for i in (parts[part] if isinstance(part, str) else (part,))]
+
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False) -> list[str]:
         """Returns the tokens of a text."""
         ids = self.encode(text, pair, add_special_tokens)

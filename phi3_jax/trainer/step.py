@@ -1,6 +1,6 @@
 """One training step: loss, gradients, update; parameters and optimizer state go in and come out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import with_shardings
-from phi3_jax.model.layer_stack import stack_layers, unstack_layers
+from phi3_jax.model.layer_stack import can_stack, stack_layers, stack_states, unstack_layers, unstack_states
 from phi3_jax.model.remat import REMAT_POLICIES, Remat
 from phi3_jax.trainer.objectives import Batch, Objective
 
@@ -96,6 +96,7 @@ class Trainer:
         self.compute_dtype = jnp.dtype(compute_dtype or model.dtype)
         self._wrt = wrt
         self._arrange = stack_layers if scan_layers else unstack_layers
+        self._stacks_saved = not scan_layers and can_stack(model.decoder.layers)
         mesh = model.decoder.mesh
         shapes = jax.eval_shape(self._arrange, model)
         shapes.decoder.remat_policy = REMAT_POLICIES[remat]
@@ -158,6 +159,27 @@ class Trainer:
         count = jnp.where(sums.counted == 0, 1.0, sums.counted)
         gradients = jax.tree.map(lambda x: x / count, sums.gradients)
         return self._updated(state, sums.loss / count, gradients)
+
+    def to_save(self, state: TrainState) -> TrainState:
+        """Returns the state for a checkpoint: with its layers stacked, also where a list of them is trained.
+
+        So another machine can continue a run. What Adafactor keeps depends on the arrangement, and stays.
+        """
+        return self._rearranged(state, stack_states) if self._saves_stack(state) else state
+
+    def from_saved(self, saved: TrainState) -> TrainState:
+        """Returns the state that was made for a checkpoint by `to_save`, here or on another machine."""
+        return self._rearranged(saved, unstack_states) if self._saves_stack(saved) else saved
+
+    def _saves_stack(self, state: TrainState) -> bool:
+        shapes = jax.tree.map(jnp.shape, state.trained)
+        kept = jax.tree.leaves(state.optimizer, is_leaf=lambda node: isinstance(node, nnx.State))
+        alike = (jax.tree.map(jnp.shape, node) == shapes for node in kept if isinstance(node, nnx.State))
+        return self._stacks_saved and all(alike)
+
+    @staticmethod
+    def _rearranged(state: TrainState, change: Callable[[Any], Any]) -> TrainState:
+        return replace(state, trained=change(state.trained), optimizer=change(state.optimizer))
 
     def model(self, state: TrainState) -> Any:
         """Returns the model with the parameters of `state` and a list of layers."""

@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -431,7 +433,9 @@ def test_parses_the_input_once(checkpoint: Any, tmp_path: Path, monkeypatch: pyt
     assert len(readers) == 1
 
 
-def test_reads_one_chunk_ahead(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_one_chunk_ahead_and_writes_one_after(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read, ahead = 0, []
 
     def count_rows(*arguments: Any, **options: Any) -> Iterator[Any]:
@@ -451,7 +455,51 @@ def test_reads_one_chunk_ahead(checkpoint: Any, tmp_path: Path, monkeypatch: pyt
     source = write_rows(tmp_path / "new.csv", 400)
     classify_file(str(checkpoint("single")[0]), source, tmp_path / "out.csv", batch_size=2, dtype="float32")
     assert len(ahead) == 7
-    assert max(ahead) <= 2 * 64 + 2
+    # One is written, one classified, one read.
+    assert max(ahead) <= 3 * 64 + 2
+
+
+def test_writes_a_chunk_while_the_next_is_classified(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second, overlapped, calls = threading.Event(), [], 0
+    predict, add = Classifier.predict_encoded, PartialOutput.add
+
+    def count(self: Classifier, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            second.set()
+        return predict(self, *arguments, **options)
+
+    def wait(self: PartialOutput, *arguments: Any) -> None:
+        overlapped.append(second.wait(timeout=20))
+        add(self, *arguments)
+
+    monkeypatch.setattr(Classifier, "predict_encoded", count)
+    monkeypatch.setattr(PartialOutput, "add", wait)
+    source = write_rows(tmp_path / "new.csv", 100)
+    classify_file(str(checkpoint("single")[0]), source, tmp_path / "out.csv", batch_size=2, dtype="float32")
+    assert overlapped == [True, True]
+
+
+def test_counts_the_time_that_the_device_waits(
+    run: Any, checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = classify._Chunks.next
+
+    def read_slowly(self: Any) -> Any:
+        time.sleep(0.3)
+        return read(self)
+
+    folder, source = str(checkpoint("single")[0]), write_rows(tmp_path / "new.csv", 100)
+    done = classify_file(folder, source, tmp_path / "fast.csv", batch_size=2, dtype="float32")
+    assert 0 < done.waited < done.seconds
+    monkeypatch.setattr(classify._Chunks, "next", read_slowly)
+    slow = classify_file(folder, source, tmp_path / "slow.csv", batch_size=2, dtype="float32")
+    assert done.waited + 0.3 < slow.waited < slow.seconds
+    _, out, _ = run("single", source, tmp_path / "out.csv", "--batch-size", 2)
+    assert re.search(r" tokens/s, \d\d?% of the time waiting for the host$", out.strip())
 
 
 @pytest.mark.parametrize("terminal", [False, True])

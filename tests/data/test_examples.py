@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phi3_jax.data.encoding import Example
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.rows import Place
-from phi3_jax.data.tasks import Example
 
 
 def example(

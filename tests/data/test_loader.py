@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from phi3_jax.data.batches import BatchPlan, bucket_widths
+from phi3_jax.data.encoding import Example
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.loader import Batch, load
 from phi3_jax.data.packing import PackedExamples, pack
 from phi3_jax.data.rows import Place
-from phi3_jax.data.tasks import Example
 
 PAD = 31999
 

@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 
+from phi3_jax.data.encoding import Example
 from phi3_jax.data.examples import Examples
 from phi3_jax.data.packing import PackedExamples, pack
 from phi3_jax.data.rows import Place
-from phi3_jax.data.tasks import Example
 
 
 def check_packing(rows: list[np.ndarray], lengths: np.ndarray, width: int) -> None:

@@ -11,11 +11,11 @@ import pytest
 from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from phi3_jax.data.encoding import Example
 from phi3_jax.data.labels import Labels
 from phi3_jax.data.rows import BadRowError, BadRows, Place, Row
 from phi3_jax.data.tasks import (
     CausalLM,
-    Example,
     SequenceClassification,
     Task,
     TokenClassification,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from phi3_jax.train.finetune import finetune
 from runs import losses, settings_of, write_base, write_rows
 from safetensors.numpy import load_file
 
+from phi3_jax.parallel.sharding import make_mesh
+
 OPTIONS: dict[str, Any] = {"max_steps": 8, "eval_steps": 4, "max_buckets": 2}
+IMPATIENT = "from phi3_jax.parallel import heartbeats\nheartbeats.SILENT_BEATS = 2\n"
 COMMAND = ("-c", f"{HIDES_TORCH}from phi3_jax.cli import main\nmain()", "finetune")
 PROGRAM = ("-m", "phi3_jax.train")
 
@@ -114,3 +118,33 @@ def test_sigterm_in_one_process_saves_in_both_and_the_same_command_resumes(
     assert losses(cut) == losses(whole)
     for name in ("model.safetensors", "config.json"):
         assert (cut / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
+
+
+def test_a_process_that_loses_the_other_one_ends_soon_and_one_process_resumes(
+    base: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Process 1 is killed without a word; the run goes on with other devices, all of one process."""
+    write_rows(tmp_path / "train.jsonl", 64)
+    cut = tmp_path / "cut"
+    log, ended_at = cut / "run" / "log.jsonl", list[float]()
+
+    def kill_one(processes: Any) -> None:
+        saved = log.exists() and len(losses(cut)) > 12
+        if not ended_at and saved:
+            processes[1].kill()
+            ended_at.append(time.monotonic())
+
+    command = ("-c", f"{HIDES_TORCH}{IMPATIENT}from phi3_jax.cli import main\nmain()", "finetune")
+    ended = run_both(base, tmp_path, cut, "fsdp=4", watch=kill_one, command=command, **LONG)
+    assert time.monotonic() - ended_at[0] < 40
+    assert ended[0].code == os.EX_TEMPFAIL, ended[0]
+    line = ended[0].err.splitlines()[-1]
+    assert line.startswith("phi3-jax (process 0): process 1 on "), line
+    assert "has given no sign of life for 10 seconds; this process ends with exit code 75." in line
+
+    settings = settings_of(tmp_path, base, output_dir=cut / "run", **OPTIONS | LONG)
+    finetune(settings, mesh=make_mesh("fsdp=8"), show=False)
+    steps_here, here = zip(*losses(cut), strict=True)
+    steps_whole, expected = zip(*losses(whole), strict=True)
+    assert steps_here == steps_whole
+    np.testing.assert_allclose(here, expected, rtol=1e-5)

@@ -57,14 +57,15 @@ def run(folder: Path, base: Path, **changes):
 
 
 def interrupted_after(monkeypatch, step: int) -> None:
-    """Sends SIGTERM to the run in this step."""
+    """Sends SIGTERM to the run after this step."""
+    take = module.FinetuneRun._take_step
 
-    def at(self, now):
-        if now == step:
+    def take_step(self):
+        take(self)
+        if self.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return self.received is not None
 
-    monkeypatch.setattr(module.Interrupts, "at", at)
+    monkeypatch.setattr(module.FinetuneRun, "_take_step", take_step)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

@@ -12,6 +12,7 @@ from small_tokenizers import ADDED, reference, write_json
 from their_tokenizer import TheirTokenizer
 from tokenizers import Tokenizer, decoders, processors
 
+from phi3_jax.errors import UserError
 from phi3_jax.tokenizer import (
     IncrementalDecoder,
     JsonBackend,
@@ -490,3 +491,41 @@ def test_pads_with_eos_without_a_pad_token(piece_folders, caplog):
     assert without(["dog", "dog"]).input_ids.shape[0] == 2, "there is nothing to pad"
     with pytest.raises(ValueError, match="neither a pad_token nor an eos_token"):
         without(["the dog", ""])
+
+
+# --- batches of texts
+
+
+def test_a_batch_has_the_ids_of_each_text(folder):
+    tokenizer = Phi3Tokenizer.from_pretrained(folder)
+    several = [*texts(3), *texts(3)[:5], ""]
+    expected = [tokenizer.encode(text, add_special_tokens=False) for text in several]
+    assert tokenizer.encode_batch(several) == expected
+    assert tokenizer.encode_batch([]) == []
+    with pytest.raises(UserError, match="half of a surrogate pair at 1"):
+        tokenizer.encode_batch(["a", "b\ud800"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("special", [False, True])
+def test_surrounds_and_cuts_ids_as_a_call_does(byte_level_folder, tmp_path, side, special):
+    tokenizer = Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
+    if special:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", pair="<|im_start|> $A $B <|im_end|>",
+            special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)],
+        )  # fmt: skip
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = Phi3Tokenizer.from_pretrained(tmp_path, truncation_side=side)
+    pairs = [("the lazy dog", "minds"), ("a", "the quick brown fox"), ("dog", ""), ("x", "y")]
+    for first, second in pairs:
+        ids, pair_ids = ours.encode_batch([first, second])
+        for length in (None, 2, 3, 5, 8, 200):
+            cut = {} if length is None else {"truncation": True, "max_length": length}
+            expected = ours(first, padding=False, **cut).input_ids[0].tolist()
+            assert ours.surround(ids, max_length=length) == expected
+            expected = ours(first, second, padding=False, **cut).input_ids[0].tolist()
+            assert ours.surround(ids, pair_ids, max_length=length) == expected
+    if special:
+        with pytest.raises(UserError, match="1 too short for the special tokens"):
+            ours.surround([5], max_length=0)

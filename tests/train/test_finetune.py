@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from functools import partial
 
 import jax
@@ -26,6 +27,7 @@ from phi3_jax import Phi3ForCausalLM, Phi3ForSequenceClassification
 from phi3_jax.checkpoint import CheckpointError
 from phi3_jax.classification import Classifier, classify_file
 from phi3_jax.data.labels import Labels
+from phi3_jax.data.loader import Loader
 from phi3_jax.data.rows import BadRowError, Place, Row
 from phi3_jax.data.tasks import TokenClassification
 from phi3_jax.lora import add_lora, load_adapters, save_adapters
@@ -182,7 +184,7 @@ def test_removes_temporary_files_of_killed_processes(folder, base, monkeypatch):
 def test_a_finished_run_changes_nothing(folder, base, caplog):
     results = run(folder, base, max_steps=2)
     record = json.loads((folder / "run" / "run.json").read_text())
-    assert record.keys() == {"settings", "data", "steps", "base", "base_files", "finished"}
+    assert record.keys() == {"settings", "data", "steps", "step_ranges", "base", "base_files", "finished"}
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").iterdir()}
     with caplog.at_level(logging.WARNING):
         assert run(folder, base, max_steps=2) == results
@@ -297,6 +299,23 @@ def test_losses_that_are_not_finite_stop_the_run(folder, base):
     assert "at learning rate 9.33e+29" in text
     assert "train.jsonl, line " in text
     assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["1"]
+
+
+def test_logs_how_long_the_device_waits_for_batches(folder, base, monkeypatch):
+    make = Loader.__next__
+
+    def make_slowly(self):
+        time.sleep(0.1)
+        return make(self)
+
+    monkeypatch.setattr(Loader, "__next__", make_slowly)
+    run(folder, base, max_steps=4, eval_steps=4)
+    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    shares = {record["step"]: record.get("input_wait") for record in log if record["kind"] == "train"}
+    assert shares[1] is None
+    assert all(0 < shares[step] <= 1 for step in (2, 3, 4))  # little, if the step is compiled
+    report = json.loads((folder / "run" / "metrics.json").read_text())
+    assert report["input_wait"] == pytest.approx(np.mean([shares[step] for step in (2, 3, 4)]))
 
 
 def test_keeps_the_best_parameters(folder, base):
@@ -601,9 +620,9 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(folder, base, monkeypatc
     options = {"test_file": str(folder / "test.jsonl"), "max_steps": 2, "eval_steps": 1}
     call, calls = module.Evaluator.__call__, []
 
-    def broken(self, state):
+    def broken(self, state, stops):
         calls.append(None)
-        metrics, predictions = call(self, state)
+        metrics, predictions = call(self, state, stops)
         return (metrics | {score: np.nan} if len(calls) >= at else metrics), predictions
 
     with monkeypatch.context() as patch:

@@ -18,6 +18,7 @@ from typer.main import get_command
 from phi3_jax.cli.finetune import app
 from phi3_jax.costs.chips import topology
 from phi3_jax.parallel.distributed import VARIABLES
+from phi3_jax.parallel.heartbeats import LOST_PROCESS
 from phi3_jax.parallel.sharding import parse_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def test_jobset_names_the_processes_and_restarts_preempted_runs():
     names = [each["name"] for each in container()["env"]]
     assert names == ["JOBSET", *VARIABLES]
     rules = job()["spec"]["podFailurePolicy"]["rules"]
-    assert rules[0]["onExitCodes"]["values"] == [PREEMPTED]
+    assert rules[0]["onExitCodes"]["values"] == [LOST_PROCESS, PREEMPTED]
     assert rules[0]["onExitCodes"]["containerName"] == container()["name"]
     assert job()["spec"]["backoffLimit"] == 0
     assert job()["spec"]["template"]["spec"]["restartPolicy"] == "Never"
@@ -151,7 +152,9 @@ def calls(folder: Path) -> list[str]:
     return (folder / "calls").read_text().splitlines()
 
 
-@pytest.mark.parametrize(("code", "requeues"), [(0, False), (1, False), (PREEMPTED, True)])
+@pytest.mark.parametrize(
+    ("code", "requeues"), [(0, False), (1, False), (PREEMPTED, True), (LOST_PROCESS, True)]
+)
 def test_slurm_queues_a_preempted_run_again(tmp_path, code, requeues):
     done = run_with(tmp_path, "slurm.sh", srun=f"exit {code}", scontrol="")
     assert done.returncode == code, done.stderr

@@ -153,6 +153,7 @@ def test_prints_a_line_now_and_then_without_a_terminal(
                 "tokens_per_second": 12345.6,
                 "flops_per_second": 2.5e12,
                 "mfu": None if step < 215 else 0.412,
+                "input_wait": 0.04 if step < 221 else 0.125,
             }
             shown.update(step, {"loss": 1 / step, **speed}, 1200.0 - step)
             if step == 212:
@@ -166,7 +167,7 @@ def test_prints_a_line_now_and_then_without_a_terminal(
         "step 220/1,200, loss 0.004545, accuracy 0.875, 12,346 tokens/s, 2.5 TFLOP/s, MFU 41.2%, "
         "0:00:20 elapsed, 0:16:20 left",
         "step 225/1,200, loss 0.004444, accuracy 0.875, 12,346 tokens/s, 2.5 TFLOP/s, MFU 41.2%, "
-        "0:00:25 elapsed, 0:16:15 left",
+        "12% waiting for batches, 0:00:25 elapsed, 0:16:15 left",
     ]
 
 

@@ -25,8 +25,9 @@ TWO = Predictions("test", LABELS, PREDICTED, CONFIDENCES, [f"test.csv, line {n}"
 
 
 def log(metric: str, steps: int = 100) -> list[dict[str, Any]]:
+    speed = [{"tokens_per_second": 100.0 + n, "input_wait": 0.25 * (n % 2)} for n in range(1, steps + 1)]
     train = [
-        {"kind": "train", "step": n, "loss": 2 / n, "learning_rate": 1e-4 / n, "tokens_per_second": 100.0 + n}
+        {"kind": "train", "step": n, "loss": 2 / n, "learning_rate": 1e-4 / n, **speed[n - 1]}
         for n in range(1, steps + 1)
     ]
     return train + [
@@ -106,6 +107,8 @@ def test_two_classes(write: Any, tmp_path: Path) -> None:
     assert summary["confused"][0] == {"true": "no", "predicted": "yes", "times": 2, "share": 0.5}
     assert [one["place"][-1] for one in summary["mistakes"]] == ["4", "7", "3"]  # the most confident first
     assert summary["tokens_per_second"] == {"slowest": 101, "median": 150.5, "fastest": 200}
+    assert summary["input_wait"] == 0.125
+    assert "\nThe devices waited for their batches 12.5% of the time.\n" in text
     assert summary["settings"] == {
         "command": "phi3-jax finetune a|b",
         "rate": 1e-4,

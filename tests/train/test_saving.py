@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -113,6 +115,49 @@ def test_best_resumes_from_the_interruption_and_from_the_best(folder, base, monk
     assert losses(folder) == losses(folder / "whole")
     assert same_weights(weights(folder), weights(folder / "whole"))
     assert checkpoints(folder) == [best]
+
+
+def stopped_in_evaluation(patch, number):
+    """Sends SIGTERM to the run after the first batch of this evaluation."""
+    known, begun = module.Evaluator._with_known_labels, []
+
+    def noted(self, arrays):
+        if len(begun) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return known(self, arrays)
+
+    call = module.Evaluator.__call__
+
+    def counted(self, *arguments):
+        begun.append(self)
+        return call(self, *arguments)
+
+    patch.setattr(module.Evaluator, "_with_known_labels", noted)
+    patch.setattr(module.Evaluator, "__call__", counted)
+
+
+@pytest.mark.parametrize("strategy", ["steps", pytest.param("best", marks=pytest.mark.slow)])
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(folder, base, monkeypatch, strategy):
+    """The evaluation is the third, which is the best; then it is the last one, of the finished training."""
+    options = {"metric_for_best_model": "loss", "max_steps": 8, "eval_batch_size": 4, **WILD}
+    options["save_strategy"] = strategy
+    run(folder, base, output_dir=folder / "whole" / "run", **options)
+    best = report(folder / "whole")["best_step"]
+    with monkeypatch.context() as patch:
+        stopped_in_evaluation(patch, best)
+        with pytest.raises(InterruptedRunError, match=f"interrupted after step {best}, which is saved"):
+            run(folder, base, **options)
+    assert [record["step"] for record in log(folder, "validation")] == list(range(1, best))
+    assert best in checkpoints(folder)
+    with monkeypatch.context() as patch:
+        stopped_in_evaluation(patch, 8 - best + 2)
+        with pytest.raises(InterruptedRunError, match=f"interrupted after step {best}, which is saved"):
+            run(folder, base, **options)
+    run(folder, base, **options)
+    assert losses(folder) == losses(folder / "whole")
+    assert log(folder, "validation") == log(folder / "whole", "validation")
+    assert report(folder)["best_step"] == best
+    assert same_weights(weights(folder), weights(folder / "whole"))
 
 
 def test_no_saves_nothing_and_starts_over(folder, base, monkeypatch, caplog):

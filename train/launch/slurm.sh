@@ -31,8 +31,8 @@ trap true TERM  # the run saves its state; this script must wait for it
 code=0
 srun --wait=300 "${command[@]}" || code=$?
 
-# 143 is 128 + SIGTERM: the run has saved its state, and the same command resumes it.
-if [ "$code" -eq 143 ]; then
+# 143 is 128 + SIGTERM: the run has saved its state. 75: another machine is gone. The same command resumes.
+if [ "$code" -eq 143 ] || [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
