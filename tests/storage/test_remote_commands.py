@@ -8,7 +8,9 @@ from small_checkpoint import write_checkpoint
 from stores import Store
 from typer.testing import CliRunner, Result
 
-from phi3_jax.cli import evaluate
+from phi3_jax.cli import evaluate, rope_compare, rope_passkey, rope_search
+from phi3_jax.evaluation import passkey_report, rope_report, rope_search_results
+from phi3_jax.storage.urls import list_entries
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,33 @@ def test_an_absent_file_is_one_clear_line(memory: Store) -> None:
     result = run(evaluate.app, f"{memory.url}/none.txt")
     assert result.exit_code == 2
     assert f"there is nothing at {memory.url}/none.txt" in " ".join(result.output.split())
+
+
+@pytest.mark.slow
+def test_measurements_of_ropes_are_written_to_a_store(memory: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_checkpoint(folder, max_position_embeddings=32, original_max_position_embeddings=32)
+    model, url = memory.put_folder("model", folder), f"{memory.url}/out"
+    text = memory.put("text.txt", b"What is the capital of France? " * 40)
+    common = ["--model", model, "--dtype", "float32", "--output"]
+    compare = ["--text", text, "--lengths", "16,24", "--rope", "linear:factor=2"]
+    search = ["--text", text, "--length", 64, "--population", 5, "--iterations", 0, "--parents", 2]
+    passkey = ["--lengths", 300, "--depths", 0, "--trials", 1, "--max-new-tokens", 4, "--raw"]
+    for app, options, names in (
+        (rope_compare.app, compare, rope_report.FILES),
+        (rope_search.app, search, rope_search_results.FILES),
+        (rope_passkey.app, passkey, passkey_report.FILES),
+    ):
+        for _ in range(2):  # the second run measures nothing
+            result = run(app, *options, *common, url)
+            assert result.exit_code == 0, (result.output, result.exception)
+            assert url in result.output
+        written = {entry.name for entry in list_entries(url)}
+        assert written == set(names) - {"model"}
+        if "model" in names:
+            assert memory.get("out/model/config.json") != memory.get("model/config.json")
+        for name in written:
+            memory.remove(f"out/{name}")
+    for app, options in ((rope_compare.app, compare), (rope_search.app, search), (rope_passkey.app, passkey)):
+        assert "would write over the model" in str(run(app, *options, *common, model).exception)
