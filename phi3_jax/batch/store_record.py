@@ -42,8 +42,12 @@ class AnswerParts:
         self._waiting: dict[Key, bytes] = {}
         self._bytes, self._since = 0, 0.0
         self._next, self._failed = 0, False
-        for number in parts.numbers():
-            self._read(number)
+        try:
+            for number in parts.numbers():
+                self._read(number)
+        except BaseException:
+            self._answered.close()
+            raise
 
     @property
     def count(self) -> int:

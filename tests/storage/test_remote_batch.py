@@ -400,6 +400,9 @@ def test_processes_write_sequences_of_their_own(memory: Store) -> None:
     assert another.open(overwrite=False) is None
     with pytest.raises(UserError, match="was taken over by process"):
         both[0].add([Answer(Request(1, 3, "x", None), "X", "stop", 1, 1)])
-    assert [another.answers(index).count for index in range(2)] == [2, 1]
+    again = [another.answers(index) for index in range(2)]
+    assert [each.count for each in again] == [2, 1]
+    for each in (*both, *again):
+        each.close()
     with pytest.raises(UserError, match="processes: 2 -> 1"):
         store_record.StoreRecord(f"{memory.url}/out/", OPTIONS, 1, 0).open(overwrite=False)
