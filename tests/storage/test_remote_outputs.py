@@ -74,7 +74,7 @@ def test_a_directory_without_config_is_one_that_is_not_complete(
     memory: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is the last thing that a killed process does, there is no mixture with a config."""
-    put, remove = outputs._put, outputs._remove
+    put, remove = outputs.put, outputs._remove
     calls: list[tuple[str, list[str]]] = []
 
     def watch(action: Any, name: str) -> Any:
@@ -85,7 +85,7 @@ def test_a_directory_without_config_is_one_that_is_not_complete(
         return run
 
     fill(memory, config="1", weights_1="a")
-    monkeypatch.setattr(outputs, "_put", watch(put, "put"))
+    monkeypatch.setattr(outputs, "put", watch(put, "put"))
     monkeypatch.setattr(outputs, "_remove", watch(remove, "remove"))
     fill(memory, config="2", weights_2="b")
     assert calls == [
