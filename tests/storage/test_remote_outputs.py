@@ -135,6 +135,7 @@ def test_converts_and_quantizes(memory: Store, folder: Path) -> None:
     convert_checkpoint(folder, f"{memory.url}/converted")
     quantize_checkpoint(f"{memory.url}/converted", f"{memory.url}/int8", "int8")
     assert "config.json" in names(f"{memory.url}/int8")
+    assert not any(name.startswith(".") for name in names(f"{memory.url}/int8"))
     Phi3ForCausalLM.from_pretrained(f"{memory.url}/int8")
     with pytest.raises(CheckpointError, match=r"memory://.*/converted is the checkpoint itself"):
         quantize_checkpoint(f"{memory.url}/converted", f"{memory.url}/converted/", "int8")
