@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,7 +61,7 @@ class Checkpoints:
     while: what one process writes to them is written by a `CheckpointWriter`.
 
     Args:
-        directory: a path or a URL, made if it does not exist; leftovers of killed processes in it are removed.
+        directory: a path or a URL, made if it does not exist. Leftovers in it are removed.
         greater_is_better: whether a greater score is better.
         last: how many checkpoints are kept beside the best.
         check: called before a checkpoint is written to a store; it raises `TakenOverError` if another
@@ -110,8 +109,8 @@ class Checkpoints:
                 os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
         elif distributed.process_count() > 1:
             raise UserError(
-                f"{url}: several processes write checkpoints to gs:// or to a folder that all of them see; choose "
-                "such an --output-dir"
+                f"{url}: several processes write checkpoints to gs:// or to a folder that all of them see; "
+                "choose such an --output-dir"
             )
         else:
             self._mirror = Mirror(url, stack.enter_context(temporary_folder()))

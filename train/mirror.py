@@ -11,7 +11,7 @@ from phi3_jax.storage.targets import exists, files_below, names_in, remove_folde
 from phi3_jax.storage.urls import find_entry
 
 COMMITTED = "commit_success.txt"
-"""The file of a checkpoint in a store that arrives last and leaves first: without it, parts may be missing."""
+"""The file of a checkpoint in a store that arrives last and leaves first; without it, parts may lack."""
 
 
 def committed_steps(url: str) -> list[int]:

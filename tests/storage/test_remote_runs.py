@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phi3_jax.train import finetune as module
 from phi3_jax.train.checkpoints import saved_steps
 from phi3_jax.train.finetune import InterruptedRunError, finetune
 from runs import interrupted_after, settings_of, write_base, write_rows
 from stores import Store
 
 from phi3_jax.classification import Classifier
-from phi3_jax.storage.targets import files_below, names_in
+from phi3_jax.storage.targets import names_in
 
 OPTIONS: dict[str, Any] = {"max_steps": 4, "eval_steps": 2}
 
