@@ -76,7 +76,7 @@ class CheckpointWriter:
         return False
 
     def add(self, snapshot: Snapshot) -> None:
-        """Takes a snapshot, for which `accepts` has found room, and begins to write it if that is possible."""
+        """Takes a snapshot for which there is room, and begins to write it if that is possible."""
         self._waiting = snapshot
         self.poll()
 

@@ -56,7 +56,8 @@ class Mirror:
         here, there = {str(step) for step in steps}, {str(step) for step in committed_steps(self._url)}
         for name in sorted(here - there):
             remove_folder(f"{self._url}/{name}")  # a part of it that a failed attempt left
-            paths = sorted(path for path in (self.folder / name).rglob("*") if path.is_file())
+            step, mark = self.folder / name, self.folder / name / COMMITTED  # which Orbax writes, too
+            paths = [path for path in sorted(step.rglob("*")) if path.is_file() and path != mark]
             put(paths, [f"{self._url}/{path.relative_to(self.folder).as_posix()}" for path in paths])
             write_bytes(f"{self._url}/{name}/{COMMITTED}", b"")
         for name in there - here:

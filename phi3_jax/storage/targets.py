@@ -120,3 +120,7 @@ def remove_folder(directory: Target, *, first: str = "") -> None:
         remove(f"{url}/{first}")
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         list(pool.map(lambda name: remove(f"{url}/{name}"), [name for name in names if name != first]))
+    store, path = store_of(url), split_url(url)[1]
+    with clear_errors(url):
+        if store.isdir(path):  # in stores that have folders without files
+            store.rm(path, recursive=True)

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phi3_jax.train import finetune as module
 from phi3_jax.train.checkpoints import saved_steps
+from phi3_jax.train.dry_run import dry_run
 from phi3_jax.train.finetune import InterruptedRunError, finetune
 from runs import interrupted_after, settings_of, write_base, write_rows
 from stores import Store
 
 from phi3_jax.classification import Classifier
-from phi3_jax.storage.targets import names_in
+from phi3_jax.errors import UserError
+from phi3_jax.storage.claims import TakenOverError
+from phi3_jax.storage.targets import files_below, names_in
+from phi3_jax.storage.urls import StorageError
 
 OPTIONS: dict[str, Any] = {"max_steps": 4, "eval_steps": 2}
 
@@ -80,3 +85,96 @@ def test_a_run_is_resumed_on_another_machine(
         assert run(folder, base, url) == results
     assert "is finished; nothing is left to do" in caplog.text
     Classifier.from_pretrained(url)
+
+
+def test_keeps_no_checkpoints_on_request_and_starts_over(
+    memory: Store, folder: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"{memory.url}/run"
+    run(folder, base, url, max_steps=1, keep_checkpoints=False)
+    assert "checkpoints" not in names_in(url)
+    memory.put("run/checkpoints/9/half", b"")
+    with pytest.raises(UserError, match=r"resumed: seed: 0 -> 1\. Choose another --output-dir"):
+        run(folder, base, url, max_steps=1, seed=1)
+    run(folder, base, url, max_steps=1, seed=1, overwrite_output_dir=True)
+    assert names_in(f"{url}/checkpoints") == ["1"]
+    memory.put("mine/model.safetensors", b"")
+    with pytest.raises(UserError, match=r"mine holds model\.safetensors, which no run of finetune wrote"):
+        run(folder, base, f"{memory.url}/mine")
+
+
+def test_a_run_that_was_taken_over_ends(
+    memory: Store, folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step, url = module.FinetuneRun._take_step, f"{memory.url}/run"
+
+    def take_over(self: Any) -> None:
+        take_step(self)
+        memory.put("run/.run.json.lock", b'{"id": "other", "process": 7, "machine": "m"}')
+
+    monkeypatch.setattr(module.FinetuneRun, "_take_step", take_over)
+    with pytest.raises(TakenOverError, match="run was taken over by process 7 on m"):
+        run(folder, base, url)
+    assert saved_steps(f"{url}/checkpoints") == []
+
+
+def test_a_dry_run_says_that_a_store_cannot_be_written(server: Store, folder: Path, base: Path) -> None:
+    assert server.proxy is not None
+    settings = settings_of(folder, base, output_dir=f"{server.url}/run")
+    options: Any = {"mesh": None, "topology": None, "distributed": False, "cache_dir": None}
+    assert list(dry_run(settings, **options).lines())[-1].startswith(f"{server.url}/run: model, report")
+    server.proxy.fault = lambda number, path: "403"
+    with pytest.raises(StorageError, match="the store refuses access"):
+        dry_run(settings, **options)
+    with pytest.raises(StorageError, match="the store refuses access"):
+        run(folder, base, f"{server.url}/run")
+
+
+def test_resumes_from_the_checkpoint_before_a_damaged_one(
+    store: Store, folder: Path, base: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """A store that gives no answer is an error, after which the checkpoints are as before."""
+    url = f"{store.url}/run"
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 3)
+        with pytest.raises(InterruptedRunError):
+            run(folder, base, url)
+    if store.proxy is not None:
+        store.proxy.fault = lambda number, path: "403" if "checkpoints" in path else None
+        with pytest.raises(StorageError, match="the store refuses access"):
+            run(folder, base, url)
+        store.proxy.fault = lambda number, path: None
+    names = files_below(f"{url}/checkpoints/3")
+    name = max(
+        (each for each in names if "/d/" in each),
+        key=lambda each: len(store.get(f"run/checkpoints/3/{each}")),
+    )
+    store.put(f"run/checkpoints/3/{name}", b"damaged")
+    with caplog.at_level(logging.WARNING):
+        run(folder, base, url)
+    assert "3 cannot be read" in caplog.text
+    assert "resuming after step 2 of 4" in caplog.text
+    assert_is_whole(store, whole)
+
+
+def test_a_store_that_fails_delays_checkpoints_and_not_the_run(
+    server: Store, folder: Path, base: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Of 25 requests one fails and one answer is cut; checkpoints are refused for a while."""
+    assert server.proxy is not None
+    refused = []
+
+    def fault(number: int, path: str) -> str | None:
+        if "checkpoints" in path and "_METADATA" in path and len(refused) < 3:
+            refused.append(path)
+            return "403"
+        return {0: "503", 9: "cut"}.get(number % 25)
+
+    server.proxy.fault = fault
+    with caplog.at_level(logging.WARNING):
+        run(folder, base, f"{server.url}/run")
+    assert refused
+    assert "is not written: " in caplog.text
+    assert "the store refuses access" in caplog.text
+    server.proxy.fault = lambda number, path: None
+    assert_is_whole(server, whole)
