@@ -1,12 +1,17 @@
 """Files and directories to write, also to stores, where they appear when they are complete."""
 
+import glob
 import os
+import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from phi3_jax.runs import exchange, files
 from phi3_jax.runs.cache_folder import cache_folder
@@ -129,9 +134,17 @@ def _remove(url: str, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def temporary_folder(cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """Yields a folder in the cache folder, which has room for models; it is deleted at the end."""
-    place = cache_folder(cache_dir) / "outputs"
+def temporary_folder() -> Iterator[Path]:
+    """Yields a folder in the cache folder, which has room for models; it is deleted at the end.
+
+    Those that killed processes of this machine left are deleted first.
+    """
+    place, machine = cache_folder() / "outputs", platform.node()
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    for folder in place.glob(f"{glob.escape(machine)}-*-*"):
+        process = folder.name.removeprefix(f"{machine}-").partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+    prefix = f"{machine}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as made:
+        yield Path(made)

@@ -1,5 +1,6 @@
 """Outputs in stores appear when they are complete, and replace what was there."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.cli import convert, evaluate, quantize
 from phi3_jax.lora import add_lora, load_adapters, save_adapters
 from phi3_jax.storage import outputs
-from phi3_jax.storage.outputs import exchanging, replacing, write_text
+from phi3_jax.storage.outputs import exchanging, replacing, temporary_folder, write_text
 from phi3_jax.storage.urls import StorageError, list_entries
 
 PATTERN = re.compile(r"weights-\d|config")
@@ -58,6 +59,18 @@ def test_an_error_leaves_the_file(memory: Store, cache: Path) -> None:
         (work.parent / "absent" / "half").write_text("half")
     assert memory.get("results.json") == b"before"
     assert list((cache / "outputs").iterdir()) == []
+
+
+def test_deletes_the_folders_of_killed_processes(cache: Path) -> None:
+    with temporary_folder() as mine:
+        number = str(os.getpid())
+        left = mine.with_name(mine.name.replace(number, "4194305"))  # above the greatest number of Linux
+        other = mine.with_name(f"other-{left.name}")
+        left.mkdir()
+        other.mkdir()
+        with temporary_folder():
+            assert mine.exists()
+    assert list((cache / "outputs").iterdir()) == [other]
 
 
 def test_a_directory_replaces_its_own_files(store: Store) -> None:
