@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
@@ -34,8 +35,11 @@ logger = logging.getLogger(__name__)
 _OF_ORBAX = ("gs",)
 """Protocols of the stores that Orbax writes to by itself."""
 
+READ_ATTEMPTS = 3
+"""How often a checkpoint in a store is read before it is taken for damaged: an answer may have been cut."""
+
 _OF_STORES = re.compile(
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|Forbidden|\b50[0-4]\b"
+    r"payload|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|Forbidden|\b50[0-4]\b"
 )
 """What texts of errors have in them if the store, and not the checkpoint, is at fault."""
 
@@ -243,29 +247,40 @@ class Checkpoints:
             StorageError: the store gives no answer, which says nothing about the checkpoint.
         """
         shapes = jax.tree.map(_abstract, _changing(state))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", ResourceWarning
-                )  # Orbax leaves files to the garbage collector
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(shapes), about=ocp.args.JsonRestore()
-                    ),
-                )
-            changing, about = restored["state"], restored["about"]
-            if int(_checksum(changing)) != about["checksum"]:
-                raise UserError("its numbers are not those that were saved")
-        except Exception as error:  # the libraries raise many types for a damaged file
-            self._check_answers(step, error)
-            reason = str(error).strip().splitlines()
-            raise CheckpointError(
-                f"{target_in(self.directory, str(step))} cannot be read: "
-                f"{reason[0][:200] if reason else error!r}"
-            ) from error
+        attempts = READ_ATTEMPTS if self._is_direct() and distributed.process_count() == 1 else 1
+        for attempt in range(1, attempts + 1):
+            try:
+                changing, about = self._read(step, shapes)
+                break
+            except Exception as error:  # the libraries raise many types for a damaged file
+                if attempt < attempts:
+                    time.sleep(attempt)
+                    continue
+                self._check_answers(step, error)
+                reason = str(error).strip().splitlines()
+                raise CheckpointError(
+                    f"{target_in(self.directory, str(step))} cannot be read: "
+                    f"{reason[0][:200] if reason else error!r}"
+                ) from error
         whole = TrainState(changing["trained"], state.frozen, changing["optimizer"], changing["step"])
         return RestoredCheckpoint(step, whole, about)
+
+    def _read(self, step: int, shapes: Any) -> tuple[Any, dict[str, Any]]:
+        """Returns the numbers of a checkpoint, and what is kept with them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # Orbax leaves files to the garbage collector
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), about=ocp.args.JsonRestore()),
+            )
+        changing, about = restored["state"], restored["about"]
+        if int(_checksum(changing)) != about["checksum"]:
+            raise UserError("its numbers are not those that were saved")
+        return changing, about
+
+    def _is_direct(self) -> bool:
+        """Returns whether Orbax itself reads from a store."""
+        return isinstance(self.directory, str) and self._place == self.directory
 
     def _clear_errors(self) -> AbstractContextManager[None]:
         """Turns errors of a store into `StorageError`; those of disks stay."""
@@ -277,7 +292,7 @@ class Checkpoints:
         Raises:
             StorageError: it is.
         """
-        if self._place != self.directory or not isinstance(self.directory, str):
+        if not self._is_direct():
             return
         url = f"{self.directory}/{step}/{COMMITTED}"
         if _OF_STORES.search(" ".join(map(str, _chain(error)))):

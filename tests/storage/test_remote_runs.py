@@ -160,7 +160,7 @@ def test_resumes_from_the_checkpoint_before_a_damaged_one(
 def test_a_store_that_fails_delays_checkpoints_and_not_the_run(
     server: Store, folder: Path, base: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """Of 25 requests one fails and one answer is cut; checkpoints are refused for a while."""
+    """Of 60 requests one fails and one answer is cut; checkpoints are refused for a while."""
     assert server.proxy is not None
     refused = []
 
@@ -168,7 +168,7 @@ def test_a_store_that_fails_delays_checkpoints_and_not_the_run(
         if "checkpoints" in path and "_METADATA" in path and len(refused) < 3:
             refused.append(path)
             return "403"
-        return {0: "503", 9: "cut"}.get(number % 25)
+        return {0: "503", 9: "cut"}.get(number % 60)
 
     server.proxy.fault = fault
     with caplog.at_level(logging.WARNING):
