@@ -1,7 +1,9 @@
 """Runs of finetune in stores: the same results as on a disk, resumed from any machine."""
 
+import gc
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,20 @@ from phi3_jax.storage.claims import TakenOverError
 from phi3_jax.storage.targets import files_below, names_in
 from phi3_jax.storage.urls import StorageError
 
+# If Orbax cannot read or write, its threads end with the error too and leave coroutines.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 OPTIONS: dict[str, Any] = {"max_steps": 4, "eval_steps": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_coroutines() -> Iterator[None]:
+    """Ends Orbax's coroutines here, where their warnings are expected, not in a test of another module."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
