@@ -23,6 +23,9 @@ from phi3_jax.storage.urls import (
 ATTEMPTS = 3
 """How often a file is fetched that changes meanwhile."""
 
+ORIGIN = ".phi3-jax-url.json"
+"""The ending of hidden files in the cache folder that name the URL of the copy beside them."""
+
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     """Returns the path of a file or folder; those of a URL are copied to the cache folder first.
@@ -66,7 +69,11 @@ def fetch_folder(
     if folder.is_file():  # what was a file is a folder now
         folder.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    copied = [entry for entry in entries if wanted(entry.name) and not remote(entry.name)]
+    copied = [
+        entry
+        for entry in entries
+        if wanted(entry.name) and not remote(entry.name) and not entry.name.endswith(ORIGIN)
+    ]
     kept = {entry.name for entry in copied}
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith(".") and wanted(path.name) and path.name not in kept:
@@ -169,4 +176,4 @@ def _origin(path: Path) -> dict[str, Any]:
 
 
 def _origin_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.phi3-jax-url.json")
+    return path.with_name(f".{path.name}{ORIGIN}")
