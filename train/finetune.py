@@ -38,8 +38,8 @@ from .predictions import Predictions
 from .progress import Progress
 from .recipe import Recipe, make_recipe, make_trainer, new_model, with_adapters
 from .report import Results
-from .run_directory import ADVICE, CHECKPOINTS, RunDirectory, SplitMetrics
-from .saving import SavePlan
+from .run_directory import ADVICE, RunDirectory, SplitMetrics
+from .saving import SaveClock, SavePlan
 from .settings import Settings
 from .speed import InputWait, Speed
 from .time_left import TimeLeft
@@ -100,7 +100,7 @@ def finetune(
         distributed.from_primary(lambda: directory.finish(results))
         if not settings.keep_checkpoints:
             run.close_checkpoints()
-            distributed.from_primary(lambda: remove_checkpoints(directory.path / CHECKPOINTS))
+            distributed.from_primary(lambda: remove_checkpoints(directory.checkpoints))
     return results
 
 
@@ -121,6 +121,7 @@ class FinetuneRun:
         self._save_plan = SavePlan.from_settings(
             self._settings, epoch=recipe.plan.steps_per_epoch, total=recipe.total_steps
         )
+        self._save_clock = SaveClock(self._settings.save_minutes)
         self._dropout_key = jax.random.key(self._settings.seed) if self._settings.dropout else None
         self._own_rows = local_rows(recipe.plan.rows, mesh)
         # On CPU a step is done when it has been sent: nothing would run while its numbers are recorded.
@@ -135,6 +136,8 @@ class FinetuneRun:
         self.kept_step: int | None = None
         """The step with the best score, if its parameters are kept; None: those of the last step are."""
         self._checkpoints: Checkpoints | None = None
+        self._log: RunLog | None = None
+        self._saves_log = False
         # Whether the state was evaluated. A signal may have come before, or the run now ends earlier.
         self._evaluated = True
 
@@ -147,7 +150,10 @@ class FinetuneRun:
         recipe, restored = self._recipe, None
         if self._save_plan.strategy != "no":
             self._checkpoints = Checkpoints(
-                directory.path / CHECKPOINTS, greater_is_better=recipe.sign > 0, last=self._save_plan.last
+                directory.checkpoints,
+                greater_is_better=recipe.sign > 0,
+                last=self._save_plan.last,
+                check=directory.check_claim,
             )
             stack.callback(self._checkpoints.close)
             restored = self._checkpoints.restore_last(self._trainer.to_save(self._state))
@@ -178,11 +184,12 @@ class FinetuneRun:
             local_rows=self._own_rows,
         )
         stack.callback(self._batches.close)
-        self._log = None
         if distributed.is_primary():
+            self._saves_log = not directory.is_local  # where the file is not up to date after a kill
+            work = directory.open_work(stack, None if restored is None else restored.about.get("log"))
             self._log = stack.enter_context(
                 RunLog(
-                    directory.path,
+                    work,
                     resume_at=self.step,
                     trackers=recipe.trackers,
                     settings=recipe.settings.model_dump(mode="json"),
@@ -206,6 +213,8 @@ class FinetuneRun:
             while self.step < total and not self._patience_is_over():
                 self._take_step()
                 self._evaluate_and_save(interrupts)
+                if self._checkpoints is not None:
+                    self._checkpoints.poll()
             if self._checkpoints is not None:
                 self._checkpoints.wait()
                 last = 0 if self._save_plan.strategy == "best" else self._save_plan.last
@@ -311,10 +320,12 @@ class FinetuneRun:
             )
             self._record("validation", step, metrics)
             self.evaluation = self.evaluation.with_score(step, score, self._recipe.sign)
-        best = self.evaluation.best_step == step
-        if self._save_plan.saves(step, evaluated=self._evaluated, best=best, interrupted=interrupted):
+        best, due = self.evaluation.best_step == step, self._save_clock.is_over(step)
+        if self._save_plan.saves(
+            step, evaluated=self._evaluated, best=best, interrupted=interrupted, due=due
+        ):
             self._record_step()
-            self._save(score)
+            self._save(score, best, last=interrupted or step == self._recipe.total_steps)
         if self._evaluated:
             self._after_evaluation({self._recipe.metric: score, "validation_loss": metrics["loss"]})
         if interrupted:
@@ -336,14 +347,19 @@ class FinetuneRun:
         self._time_left.add_evaluation(self._seconds_since_record(), new_widths)
         self._progress.update(self.step, shown, self._seconds_left(self.step))
 
-    def _save(self, score: float) -> None:
+    def _save(self, score: float, best: bool, last: bool) -> None:
         assert self._checkpoints is not None
-        about = {
+        if last:  # which must not be skipped for one that is still being written
+            self._checkpoints.wait()
+        about: dict[str, Any] = {
             "standing": asdict(self.evaluation),
             "evaluated": self._evaluated,
             "step_ranges": self._recipe.plan.step_ranges,
         }
-        self._checkpoints.save(self.step, self._trainer.to_save(self._state), about, score)
+        if self._saves_log and self._log is not None:
+            about["log"] = self._log.text()
+        self._checkpoints.save(self.step, self._trainer.to_save(self._state), about, score, best)
+        self._save_clock.restart()
 
     def close_checkpoints(self) -> None:
         """Ends the threads that write checkpoints, so that their folder can be removed."""

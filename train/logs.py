@@ -9,7 +9,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.runs.files import replacing
 from phi3_jax.runs.json_values import json_value
 
-from .trackers import TrackerName, open_trackers
+from .trackers import TrackerName, open_trackers, scalars_of
 
 LOG = "log.jsonl"
 
@@ -46,14 +46,25 @@ class RunLog:
         if resume_at and path.exists():
             # The end of the run scores the test data again.
             kept = [
-                line
+                (line, record)
                 for line, record in _lines(path)
                 if record["step"] <= resume_at and record.get("kind") != "test"
             ]
         with replacing(path) as work:
-            work.write_bytes(b"".join(line + b"\n" for line in kept))
-        self._trackers = open_trackers(trackers, directory, resume_at=resume_at, settings=settings or {})
+            work.write_bytes(b"".join(line + b"\n" for line, _ in kept))
+        self._trackers = open_trackers(
+            trackers,
+            directory,
+            resume_at=resume_at,
+            settings=settings or {},
+            records=[record for _, record in kept],
+        )
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
+
+    def text(self) -> str:
+        """Returns all lines."""
+        return self._path.read_text(encoding="utf-8")
 
     def record(
         self, kind: Literal["train", "validation", "test"], step: int, values: Mapping[str, float]
@@ -63,7 +74,7 @@ class RunLog:
         self._file.write(json.dumps({"kind": kind, "step": step, **numbers}, allow_nan=False) + "\n")
         self._file.flush()
         for tracker in self._trackers:
-            tracker.add(step, {f"{kind}/{name}": float(value) for name, value in values.items()})
+            tracker.add(step, scalars_of(kind, values))
 
     def close(self, *, failed: bool = False) -> None:
         """Closes the file and ends the reports.

@@ -7,6 +7,7 @@ from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 from phi3_jax.plan.absent import keep_to_the_compiler
 from phi3_jax.runs.cache_folder import keep_compiled_programs
+from phi3_jax.storage.targets import names_in
 
 from .dry_run import dry_run
 from .finetune import InterruptedRunError, finetune
@@ -31,7 +32,7 @@ def run_settings(settings: Settings, *, mesh: str | None, distributed: bool, cac
         print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(
         f"{settings.output_dir}: model, tokenizer, report.md, metrics.json, curves.png, log.jsonl"
-        + (", tensorboard" if (settings.output_dir / TENSORBOARD).exists() else "")
+        + (", tensorboard" if TENSORBOARD in names_in(settings.output_dir) else "")
     )
 
 

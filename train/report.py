@@ -17,7 +17,7 @@ from phi3_jax.runs.tables import markdown_table
 from .metrics import ClassScores, classification_table, confusion, entity_table
 from .predictions import ConfusedPair, Mistake, Predictions, class_ids, columns, confused_pairs, mistakes
 
-CURVES, CONFUSION, SCATTER = "curves.png", "confusion.png", "scatter.png"
+CURVES, CONFUSION, SCATTER = FIGURES = "curves.png", "confusion.png", "scatter.png"
 
 TITLES = {
     "single_label_classification": "Sequence classification",
@@ -77,7 +77,7 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     findings, figures = _examine(task, results.predictions, names)
     figures[CURVES] = plots.curves(task, log, results.metric, results.best_step)
-    for name in (CURVES, CONFUSION, SCATTER):
+    for name in FIGURES:
         if name in figures:
             plots.save(figures[name], directory / name)
         else:

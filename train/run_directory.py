@@ -1,7 +1,9 @@
 """The directory of a run: `run.json`, which says what the run does, and the files for users."""
 
+import os
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,30 @@ from phi3_jax.lora import save_adapters, save_merged
 from phi3_jax.lora.adapted import base_name, saved_modules
 from phi3_jax.parallel import distributed
 from phi3_jax.runs.exchange import restore
-from phi3_jax.runs.files import check_local, check_writable, remove_leftovers, write_text
+from phi3_jax.runs.files import check_writable, remove_leftovers
 from phi3_jax.runs.json_values import ADAPTER, RUN
+from phi3_jax.storage.fetch import display_name
+from phi3_jax.storage.outputs import check_store_writable, temporary_folder, write_text
 from phi3_jax.storage.resume import RunFile, differences
+from phi3_jax.storage.targets import (
+    Target,
+    exists,
+    local_target,
+    names_in,
+    read_bytes,
+    remove,
+    remove_folder,
+    target_in,
+)
 
 from .checkpoints import remove_checkpoints, saved_steps
 from .logs import LOG, read_log
 from .recipe import Recipe
-from .report import Results, write_report
+from .report import FIGURES, Results, write_report
 from .settings import FREE, LENGTH
 from .tensorboard import TENSORBOARD
+from .trackers import RUNS
+from .uploads import Uploads
 
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints."""
@@ -39,12 +55,21 @@ SplitMetrics = dict[str, dict[str, float]]
 
 
 class RunDirectory:
-    """The directory that a recipe's run writes."""
+    """The directory that a recipe's run writes, local or in a store.
+
+    Stores append to no file. The files that grow, and the report, are therefore written to a local folder,
+    from where `Uploads` copies them; checkpoints contain the log.
+    """
 
     def __init__(self, recipe: Recipe):
         settings = recipe.settings
-        self.path = settings.output_dir
-        check_local(self.path)
+        self._local = local_target(settings.output_dir)
+        self.path: Target = self._local or os.fspath(settings.output_dir).rstrip("/")
+        self.is_local = self._local is not None
+        self.checkpoints = target_in(self.path, CHECKPOINTS)
+        """The folder of checkpoints, or its URL."""
+        self._work: Path | None = self._local
+        self._uploads: Uploads | None = None
         self.started = False
         """Whether the directory holds this run, started by an earlier process."""
         self.finished_steps: int | None = None
@@ -58,7 +83,7 @@ class RunDirectory:
             "base_files": fingerprint(recipe.paths.base) if distributed.is_primary() else {},
         } | (recipe.paths.adapter_record if distributed.is_primary() else {})
         self._file = RunFile(
-            self.path / RUN,
+            target_in(self.path, RUN),
             self.path,
             settings.model_dump(mode="json"),
             key="settings",
@@ -77,31 +102,66 @@ class RunDirectory:
         """
         overwrite = self._recipe.settings.overwrite_output_dir
         self._check_inputs()
-        self.path.mkdir(parents=True, exist_ok=True)
+        if self._local is not None:
+            self._local.mkdir(parents=True, exist_ok=True)
         self._file.lock()
-        restore(self.path)
+        if self._local is not None:
+            restore(self._local)
         if overwrite:
             self._file.remove()
         results = self._check_content()
-        if self.started:
-            remove_leftovers(self.path)
-            return results
-        remove_checkpoints(self.path / CHECKPOINTS)
-        remove_leftovers(self.path)
-        self.begin()
-        return None
+        if not self.started:
+            remove_checkpoints(self.checkpoints)
+        if self._local is not None:
+            remove_leftovers(self._local)
+        if not self.started:
+            self.begin()
+        return results
+
+    def check_claim(self) -> None:
+        """Checks that no other process has taken a directory in a store over.
+
+        Raises:
+            TakenOverError: one has.
+            StorageError: the store cannot be read.
+        """
+        self._file.check_claim()
+
+    def open_work(self, stack: ExitStack, log: str | None) -> Path:
+        """Returns the local folder for log and report, of which `stack` closes what copies it to a store.
+
+        Args:
+            stack: closes it after what it gets later.
+            log: from the last checkpoint; None: the log is the one of the directory.
+        """
+        if self._work is None:
+            name = os.fspath(self.path).rpartition("/")[2]
+            self._work = stack.enter_context(temporary_folder()) / name
+            self._work.mkdir()
+            for file in (LOG, RUNS):
+                url = target_in(self.path, file)
+                if self.started and exists(url):
+                    (self._work / file).write_bytes(read_bytes(url))
+            remove_folder(target_in(self.path, TENSORBOARD))  # written again from the log
+            self._uploads = stack.enter_context(Uploads(self._work, os.fspath(self.path), self.check_claim))
+        if log is not None:
+            write_text(self._work / LOG, log)
+        return self._work
 
     def check(self) -> SplitMetrics | None:
         """Checks what `open` does, and that the directory can be written; changes nothing.
 
         Raises:
             UserError: as `open`.
-            OSError: the directory cannot be made or written.
+            OSError: the directory cannot be made or written; `StorageError` in a store.
         """
         self._check_inputs()
-        check_writable(self.path)
-        if not self.path.exists():
-            return None
+        if self._local is None:
+            check_store_writable(os.fspath(self.path))
+        else:
+            check_writable(self._local)
+            if not self._local.exists():
+                return None
         self._file.check_lock()
         return None if self._recipe.settings.overwrite_output_dir else self._check_content()
 
@@ -111,7 +171,8 @@ class RunDirectory:
             results = self._file.read(self._check_state)
             self.started = True
             return results
-        found = [name for name in _WRITTEN if (self.path / name).exists()]
+        there = names_in(self.path)
+        found = [name for name in _WRITTEN if name in there]
         if found and not self._recipe.settings.overwrite_output_dir:
             raise UserError(
                 f"{self.path} holds {' and '.join(found)}, which no run of finetune wrote; choose another "
@@ -126,14 +187,15 @@ class RunDirectory:
     def _check_inputs(self) -> None:
         """Checks that the run would not write over the model or the adapter that it starts from."""
         base, adapter = self._recipe.paths
-        if self.path.exists() and self.path.samefile(base):
+        if _is_same(self.path, base):
             raise UserError(f"{self.path} is the base model itself; choose another --output-dir")
         if adapter is None:
             return
-        adapter, own = adapter.resolve(), self.path.resolve()
-        written = own, (own / ADAPTER).resolve()
-        if adapter in written or own / CHECKPOINTS in adapter.parents:
-            raise UserError(f"{self.path} would write over --adapter {adapter}; choose another --output-dir")
+        inside = self._local is not None and self._local.resolve() / CHECKPOINTS in adapter.resolve().parents
+        if inside or _is_same(self.path, adapter) or _is_same(target_in(self.path, ADAPTER), adapter):
+            raise UserError(
+                f"{self.path} would write over --adapter {display_name(adapter)}; choose another --output-dir"
+            )
 
     def release(self) -> None:
         """Lets other runs open the directory."""
@@ -156,7 +218,7 @@ class RunDirectory:
         Raises:
             UserError: it has done more, or is finished and has no checkpoint to continue from.
         """
-        saved, steps = saved_steps(self.path / CHECKPOINTS), self._state["steps"]
+        saved, steps = saved_steps(self.checkpoints), self._state["steps"]
         done = before if finished else max(saved, default=0)
         if done > steps:
             raise UserError(
@@ -192,7 +254,7 @@ class RunDirectory:
             saved = None if adapter is None else saved_modules(adapter, model)
             save_adapters(
                 model,
-                self.path / ADAPTER,
+                target_in(self.path, ADAPTER),
                 base_model=base or str(self._recipe.paths.base),
                 modules_to_save=saved,
             )
@@ -202,24 +264,42 @@ class RunDirectory:
         self._recipe.tokenizer.save_pretrained(self.path)
         if settings.trained == "lora":
             # Labels and rope, which PEFT's files do not have.
-            text = (self.path / CONFIG_NAME).read_text(encoding="utf-8")
-            write_text(self.path / ADAPTER / CONFIG_NAME, text)
+            text = read_bytes(target_in(self.path, CONFIG_NAME)).decode()
+            write_text(target_in(target_in(self.path, ADAPTER), CONFIG_NAME), text)
 
     def report(self, results: Results) -> None:
-        """Writes the report; only process 0 does."""
+        """Writes the report; only process 0 does.
+
+        Raises:
+            StorageError: the store cannot be written.
+            TakenOverError: another process writes there.
+        """
         if not distributed.is_primary():
             return
         recipe = self._recipe
         labels = recipe.data.all_labels
+        assert self._work is not None
         write_report(
-            self.path,
+            self._work,
             task=recipe.kind,
             settings={"command": _command()} | recipe.settings.model_dump(mode="json"),
             data=recipe.data.counts,
-            log=read_log(self.path / LOG),
+            log=read_log(self._work / LOG),
             results=results,
             names=() if labels is None else labels.names,
         )
+        if self._uploads is not None:
+            self._uploads.flush()
+            for name in FIGURES:
+                if not (self._work / name).exists():  # of an earlier report
+                    remove(target_in(self.path, name))
+
+
+def _is_same(target: Target, path: Path) -> bool:
+    """Returns whether a target is an existing file or folder, or the URL that this is a copy of."""
+    if (local := local_target(target)) is not None:
+        return local.exists() and local.samefile(path)
+    return os.fspath(target) == display_name(path).rstrip("/")
 
 
 def _command() -> str:

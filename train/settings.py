@@ -12,6 +12,7 @@ from phi3_jax.config.rope_types import is_positive
 from phi3_jax.data.tasks import ProblemType
 from phi3_jax.errors import UserError
 from phi3_jax.quantization import FLOATS, Quantization
+from phi3_jax.storage.urls import is_url
 
 TaskName = Literal["sequence-classification", "token-classification", "causal-lm"]
 
@@ -35,7 +36,9 @@ class Settings(BaseModel):
         description="Replaces the model's rope scaling, and is saved with it: linear:factor=4, "
         "yarn:factor=4, longrope:@factors.json and so on.",
     )
-    output_dir: Path = Field(Path("runs/demo"), description="For the model, checkpoints, logs and report.")
+    output_dir: Path | str = Field(
+        Path("runs/demo"), description="For the model, checkpoints, logs and report; a directory, or its URL."
+    )
     overwrite_output_dir: bool = Field(False, description="Start over where a run already exists.")
 
     train_file: str | list[str] | None = Field(
@@ -161,6 +164,12 @@ class Settings(BaseModel):
     save_steps: int | None = Field(
         None, ge=1, description="For save_strategy=steps; default: with each evaluation."
     )
+    save_minutes: float | None = Field(
+        None, gt=0, description="Also write a checkpoint when so many minutes have passed since the last one."
+    )
+    save_total_limit: int = Field(
+        2, ge=1, description="How many checkpoints are kept beside the best, the last ones."
+    )
     keep_checkpoints: bool = Field(
         True, description="Keep checkpoints of a finished run; off: only the model stays."
     )
@@ -168,6 +177,11 @@ class Settings(BaseModel):
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after this many evaluations without a better one."
     )
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _path_or_url(cls, value: Any) -> Any:
+        return Path(value) if isinstance(value, str) and not is_url(value) else value
 
     @field_validator("save_strategy", mode="before")
     @classmethod
@@ -242,6 +256,11 @@ class Settings(BaseModel):
         if self.save_steps is not None and self.save_strategy != "steps":
             raise UserError(
                 f"save_steps={self.save_steps} is for save_strategy=steps, not for "
+                f"{self.save_strategy}; leave one of the two out"
+            )
+        if self.save_minutes is not None and self.save_strategy not in ("steps", "epoch"):
+            raise UserError(
+                f"save_minutes={self.save_minutes} is for save_strategy=steps or epoch, not for "
                 f"{self.save_strategy}; leave one of the two out"
             )
         if self.train_file is None and (self.validation_file or self.test_file):
@@ -325,7 +344,10 @@ def _fault(error: Any) -> str:
 
 
 FREE = frozenset(
-    {"overwrite_output_dir", "output_dir", "logging_steps", "keep_checkpoints", "remat", "report_to"}
+    {
+        *("overwrite_output_dir", "output_dir", "logging_steps", "keep_checkpoints", "remat", "report_to"),
+        *("save_minutes", "save_total_limit"),
+    }
 )
 """Settings that may change when a run is resumed: no result depends on them, but for rounding."""
 

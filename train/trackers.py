@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import write_text
 
-from .tensorboard import EventFile
+from .tensorboard import TENSORBOARD, EventFile
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
@@ -53,8 +53,18 @@ def find_trackers(report_to: Sequence[str]) -> tuple[TrackerName, ...]:
     return wanted
 
 
+def scalars_of(kind: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Returns the numbers of a record by the names that they are reported with."""
+    return {f"{kind}/{name}": float(value) for name, value in values.items()}
+
+
 def open_trackers(
-    names: Sequence[TrackerName], directory: Path, *, resume_at: int, settings: Mapping[str, Any]
+    names: Sequence[TrackerName],
+    directory: Path,
+    *,
+    resume_at: int,
+    settings: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]] = (),
 ) -> list[Tracker]:
     """Opens the reports of a run; one that is resumed after a step continues them.
 
@@ -62,6 +72,7 @@ def open_trackers(
         directory: of the run, whose name they get.
         resume_at: the step; 0 starts new reports.
         settings: of the run, for libraries that show them.
+        records: of the log up to this step, for TensorBoard if its folder is not there.
 
     Raises:
         UserError: a library cannot start, for example without a key or a connection.
@@ -73,7 +84,7 @@ def open_trackers(
     try:
         for name in names:
             if name == "tensorboard":
-                opened.append(EventFile(directory, resume_at))
+                opened.append(_event_file(directory, resume_at, records))
                 continue
             kind = _Wandb if name == "wandb" else _Mlflow
             tracker = kind(directory, known.get(name), settings)
@@ -86,6 +97,16 @@ def open_trackers(
     if runs:
         write_text(path, json.dumps(known | runs) + "\n")
     return opened
+
+
+def _event_file(directory: Path, resume_at: int, records: Sequence[Mapping[str, Any]]) -> EventFile:
+    known = (directory / TENSORBOARD).exists()
+    events = EventFile(directory, resume_at)
+    if not known:
+        for record in records:
+            values = {name: value for name, value in record.items() if name not in ("kind", "step")}
+            events.add(record["step"], scalars_of(record["kind"], values))
+    return events
 
 
 class _Wandb:

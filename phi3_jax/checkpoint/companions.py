@@ -20,7 +20,18 @@ CHECKPOINT_FILES = re.compile(
 )
 """Names of the files that belong to a model, its tokenizer or its adapters."""
 
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+_LEFT_OUT = (
+    ".safetensors",
+    ".bin",
+    ".pth",
+    ".pt",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".index.json",
+    ORIGIN,
+)
 
 
 class DirectoryFiles:
@@ -51,7 +62,7 @@ def copy_companions(source: Path, destination: Path) -> None:
         CheckpointError: one of them is a link to a file elsewhere.
     """
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.name != CONFIG_NAME and not path.name.endswith((*_WEIGHTS, ORIGIN)):
+        if path.is_file() and path.name != CONFIG_NAME and not path.name.endswith(_LEFT_OUT):
             shutil.copyfile(own_file(path), destination / path.name)
 
 

@@ -10,7 +10,7 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
-from phi3_jax.cli.options import directory
+from phi3_jax.cli.options import output_directory
 from phi3_jax.errors import UserError
 from phi3_jax.train.settings import Settings, parse_yaml
 
@@ -57,7 +57,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     kinds = _kinds(field)
     plain = [kind for kind in kinds if kind in (bool, int, float, Path)]
     kind = plain[0] if plain else str
-    how: dict[str, Any] = {"parser": directory, "metavar": "DIRECTORY"} if kind is Path else {}
+    how: dict[str, Any] = {"parser": output_directory, "metavar": "DIRECTORY"} if kind is Path else {}
     annotation = Annotated[kind | None, typer.Option(help=_help(field), rich_help_panel="Settings", **how)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

@@ -15,6 +15,10 @@ from phi3_jax.storage.targets import read_bytes, remove
 logger = logging.getLogger(__name__)
 
 
+class TakenOverError(UserError):
+    """Another process writes what this one wrote."""
+
+
 class Claim:
     """A file in a store that names the process which writes an output: the last one that claimed it.
 
@@ -58,14 +62,16 @@ class Claim:
         """Checks that this process still has the output; call it before each write.
 
         Raises:
-            UserError: another one took it over, or the claim is gone.
+            TakenOverError: another one took it over, or the claim is gone.
             StorageError: the store cannot be read.
         """
         now = self._read()
         if now is None:
-            raise UserError(f"{self._output}: {self._url} is gone, and other processes may write there, too")
+            raise TakenOverError(
+                f"{self._output}: {self._url} is gone, and other processes may write there, too"
+            )
         if now.get("id") != self.id:
-            raise UserError(f"{self._output} was taken over by {_writer(now)}")
+            raise TakenOverError(f"{self._output} was taken over by {_writer(now)}")
 
     def release(self) -> None:
         """Gives the output back, unless another process has it."""

@@ -72,7 +72,11 @@ def fetch_folder(
     if folder.is_file():  # what was a file is a folder now
         folder.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    copied = [entry for entry in entries if wanted(entry.name) and not remote(entry.name)]
+    copied = [
+        entry
+        for entry in entries
+        if wanted(entry.name) and not remote(entry.name) and not entry.name.endswith(ORIGIN)
+    ]
     kept = {entry.name for entry in copied}
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith(".") and wanted(path.name) and path.name not in kept:

@@ -1,12 +1,17 @@
 """Files and directories to write, also to stores, where they appear when they are complete."""
 
+import glob
 import os
+import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from phi3_jax.runs import exchange, files
 from phi3_jax.runs.cache_folder import cache_folder
@@ -34,16 +39,26 @@ def replacing(target: Target) -> Iterator[Path]:
         return
     url = os.fspath(target)
     check_store_writable(url.rstrip("/").rpartition("/")[0])
-    with _temporary_folder() as folder:
+    with temporary_folder() as folder:
         work = folder / "file"
         yield work
-        _put([work], [url])
+        put([work], [url])
 
 
 def write_text(target: Target, text: str) -> None:
     """Writes a file of text as `replacing` does; bytes of file names that are not UTF-8 are escaped."""
     with replacing(target) as work:
         work.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_bytes(url: str, content: bytes) -> None:
+    """Writes a file of a store, which appears whole.
+
+    Raises:
+        StorageError: the store cannot be written.
+    """
+    with clear_errors(url):
+        store_of(url).pipe_file(split_url(url)[1], content)
 
 
 @contextmanager
@@ -64,7 +79,7 @@ def exchanging(target: Target, *, config: str, replaced: re.Pattern[str]) -> Ite
         return
     url = os.fspath(target).rstrip("/")
     check_store_writable(url)
-    with _temporary_folder() as folder:
+    with temporary_folder() as folder:
         yield folder
         new = sorted(each for each in folder.iterdir() if each.is_file())
         names = {each.name for each in new}
@@ -73,7 +88,7 @@ def exchanging(target: Target, *, config: str, replaced: re.Pattern[str]) -> Ite
         _remove(url, [name for name in old if name not in names and replaced.fullmatch(name)])
         for last in (False, True):
             batch = [each for each in new if (each.name == config) == last]
-            _put(batch, [f"{url}/{each.name}" for each in batch])
+            put(batch, [f"{url}/{each.name}" for each in batch])
 
 
 def check_store_writable(folder: str) -> None:
@@ -93,10 +108,14 @@ def check_store_writable(folder: str) -> None:
         raise StorageError(f"{folder}: there is no such bucket") from error
 
 
-def _put(paths: Sequence[Path], urls: Sequence[str]) -> None:
-    """Writes files, several at a time; each appears whole."""
+def put(paths: Sequence[Path], urls: Sequence[str]) -> None:
+    """Writes local files to a store, several at a time; each appears whole.
 
-    def put(path: Path, url: str) -> None:
+    Raises:
+        StorageError: the store cannot be written, or has not all that was written.
+    """
+
+    def put_one(path: Path, url: str) -> None:
         with clear_errors(url):
             store_of(url).put_file(str(path), split_url(url)[1])
         entry = find_entry(url)
@@ -104,7 +123,7 @@ def _put(paths: Sequence[Path], urls: Sequence[str]) -> None:
             raise StorageError(f"{url}: the store does not have all that was written; try again")
 
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        list(pool.map(put, paths, urls))
+        list(pool.map(put_one, paths, urls))
 
 
 def _remove(url: str, names: Sequence[str]) -> None:
@@ -115,9 +134,17 @@ def _remove(url: str, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """Yields a folder in the cache folder, which has room for models."""
-    place = cache_folder() / "outputs"
+def temporary_folder() -> Iterator[Path]:
+    """Yields a folder in the cache folder, which has room for models; it is deleted at the end.
+
+    Those that killed processes of this machine left are deleted first.
+    """
+    place, machine = cache_folder() / "outputs", platform.node()
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    for folder in place.glob(f"{glob.escape(machine)}-*-*"):
+        process = folder.name.removeprefix(f"{machine}-").partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+    prefix = f"{machine}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as made:
+        yield Path(made)

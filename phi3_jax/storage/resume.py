@@ -83,7 +83,7 @@ class RunFile:
         """Writes the options and the state; they are on the disk, or in the store, when this returns.
 
         Raises:
-            UserError: another process took the file over.
+            TakenOverError: another process took the file over.
             StorageError: the store cannot be written.
         """
         self.check_claim()
@@ -134,7 +134,7 @@ class RunFile:
         """Checks that no other process took a file in a store over, once this one has it.
 
         Raises:
-            UserError: one did.
+            TakenOverError: one did.
             StorageError: the store cannot be read.
         """
         if self._claim is not None and self._claim.id is not None:

@@ -12,10 +12,13 @@ import pytest
 from commands import HIDES_TORCH
 from pair import Ended, run_pair
 from phi3_jax.train.finetune import finetune
+from phi3_jax.train.mirror import committed_steps
 from runs import losses, settings_of, write_base, write_rows
 from safetensors.numpy import load_file
+from stores import open_store
 
 from phi3_jax.parallel.sharding import make_mesh
+from phi3_jax.storage.targets import files_below
 
 OPTIONS: dict[str, Any] = {"max_steps": 8, "eval_steps": 4, "max_buckets": 2}
 IMPATIENT = "from phi3_jax.parallel import heartbeats\nheartbeats.SILENT_BEATS = 2\n"
@@ -40,7 +43,7 @@ def run_both(
     **changes: Any,
 ) -> list[Ended]:
     folder.mkdir(exist_ok=True)
-    settings = settings_of(data, base, output_dir=folder / "run", **OPTIONS | changes)
+    settings = settings_of(data, base, **{"output_dir": folder / "run"} | OPTIONS | changes)
     config = folder / "config.yaml"
     config.write_text(settings.model_dump_json(exclude_defaults=True))  # JSON is YAML
     arguments = [*command, config, "--distributed", "--mesh", mesh]
@@ -148,3 +151,28 @@ def test_a_process_that_loses_the_other_one_ends_soon_and_one_process_resumes(
     steps_whole, expected = zip(*losses(whole), strict=True)
     assert steps_here == steps_whole
     np.testing.assert_allclose(here, expected, rtol=1e-5)
+
+
+def test_two_processes_write_one_run_to_a_store(base: Path, whole: Path, tmp_path: Path) -> None:
+    """A run that a signal ended is resumed from the parts that both wrote."""
+    write_rows(tmp_path / "train.jsonl", 64)
+    with open_store("gs") as store:
+        url, sent = f"{store.url}/run", []
+
+        def end_one(processes: Any) -> None:
+            if not sent and committed_steps(f"{url}/checkpoints"):
+                os.kill(processes[1].pid, signal.SIGTERM)
+                sent.append(1)
+
+        options: dict[str, Any] = {"output_dir": url, "save_steps": 2, **LONG}
+        ended = run_both(base, tmp_path, tmp_path / "first", "fsdp=4", watch=end_one, **options)
+        assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2, ended
+        ended = run_both(base, tmp_path, tmp_path / "second", "fsdp=4", **options)
+        assert [one.code for one in ended] == [0, 0], ended
+        parts = files_below(f"{url}/checkpoints/{LONG['max_steps']}/state")
+        assert {f"ocdbt.process_{number}/manifest.ocdbt" for number in (0, 1)} <= set(parts)
+        for name in ("model.safetensors", "config.json"):
+            assert store.get(f"run/{name}") == (whole / "run" / name).read_bytes()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "log.jsonl").write_bytes(store.get("run/log.jsonl"))
+        assert losses(tmp_path) == losses(whole)

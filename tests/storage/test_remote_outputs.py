@@ -1,5 +1,6 @@
 """Outputs in stores appear when they are complete, and replace what was there."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.cli import convert, evaluate, quantize
 from phi3_jax.lora import add_lora, load_adapters, save_adapters
 from phi3_jax.storage import outputs
-from phi3_jax.storage.outputs import exchanging, replacing, write_text
+from phi3_jax.storage.outputs import exchanging, replacing, temporary_folder, write_text
 from phi3_jax.storage.urls import StorageError, list_entries
 
 PATTERN = re.compile(r"weights-\d|config")
@@ -60,6 +61,18 @@ def test_an_error_leaves_the_file(memory: Store, cache: Path) -> None:
     assert list((cache / "outputs").iterdir()) == []
 
 
+def test_deletes_the_folders_of_killed_processes(cache: Path) -> None:
+    with temporary_folder() as mine:
+        number = str(os.getpid())
+        left = mine.with_name(mine.name.replace(number, "4194305"))  # above the greatest number of Linux
+        other = mine.with_name(f"other-{left.name}")
+        left.mkdir()
+        other.mkdir()
+        with temporary_folder():
+            assert mine.exists()
+    assert list((cache / "outputs").iterdir()) == [other]
+
+
 def test_a_directory_replaces_its_own_files(store: Store) -> None:
     url = fill(store, config="1", weights_1="a", weights_2="b")
     store.put("out/notes", b"mine")
@@ -74,7 +87,7 @@ def test_a_directory_without_config_is_one_that_is_not_complete(
     memory: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is the last thing that a killed process does, there is no mixture with a config."""
-    put, remove = outputs._put, outputs._remove
+    put, remove = outputs.put, outputs._remove
     calls: list[tuple[str, list[str]]] = []
 
     def watch(action: Any, name: str) -> Any:
@@ -85,7 +98,7 @@ def test_a_directory_without_config_is_one_that_is_not_complete(
         return run
 
     fill(memory, config="1", weights_1="a")
-    monkeypatch.setattr(outputs, "_put", watch(put, "put"))
+    monkeypatch.setattr(outputs, "put", watch(put, "put"))
     monkeypatch.setattr(outputs, "_remove", watch(remove, "remove"))
     fill(memory, config="2", weights_2="b")
     assert calls == [
@@ -135,7 +148,7 @@ def test_converts_and_quantizes(memory: Store, folder: Path) -> None:
     convert_checkpoint(folder, f"{memory.url}/converted")
     quantize_checkpoint(f"{memory.url}/converted", f"{memory.url}/int8", "int8")
     assert "config.json" in names(f"{memory.url}/int8")
-    assert names(f"{memory.url}/int8") == names(f"{memory.url}/converted")  # and nothing of the cache
+    assert not any(name.startswith(".") for name in names(f"{memory.url}/int8"))
     Phi3ForCausalLM.from_pretrained(f"{memory.url}/int8")
     with pytest.raises(CheckpointError, match=r"memory://.*/converted is the checkpoint itself"):
         quantize_checkpoint(f"{memory.url}/converted", f"{memory.url}/converted/", "int8")

@@ -182,6 +182,7 @@ def _cloud_storage(patch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     server.start()
     proxy = Proxy(server._api._httpd.server_address[1])
     patch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", proxy.url)
     gcsfs.GCSFileSystem.clear_instance_cache()
     yield proxy
     gcsfs.GCSFileSystem.clear_instance_cache()

@@ -8,8 +8,9 @@ import signal
 import numpy as np
 import pytest
 from phi3_jax.train import finetune as module
+from phi3_jax.train import saving
 from phi3_jax.train.finetune import InterruptedRunError
-from phi3_jax.train.saving import SavePlan
+from phi3_jax.train.saving import SaveClock, SavePlan
 from phi3_jax.train.settings import parse_yaml
 from runs import files, interrupted_after, losses, run, settings_of, write_rows
 from safetensors.numpy import load_file
@@ -64,6 +65,69 @@ def test_a_plan_saves_by_its_strategy(folder, base, strategy, options, saved):
         return plan.saves(step, evaluated=evaluated, best=step == 3, interrupted=step == 4)
 
     assert [step for step in range(1, 11) if saves(step)] == saved
+
+
+@pytest.mark.slow
+def test_keeps_as_many_checkpoints_as_the_settings_say(folder, base):
+    """The best of the four steps is the last one or the one before; the limit may change later."""
+    run(folder, base, max_steps=4, eval_steps=4, save_steps=1, save_total_limit=3)
+    assert checkpoints(folder) == [2, 3, 4]
+    run(folder, base, max_steps=5, eval_steps=4, save_steps=1, save_total_limit=1)
+    assert checkpoints(folder) in ([4, 5], [5])
+
+
+class FakeClock:
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def test_a_clock_saves_when_minutes_have_passed():
+    time = FakeClock()
+    clock = SaveClock(2.0, time)
+    due = []
+    for step in range(1, 21):  # a step takes 15 seconds
+        time.seconds += 15
+        if clock.is_over(step):
+            due.append(step)
+            clock.restart()
+    assert due == [8, 16]
+    assert not SaveClock(None, time).is_over(1)
+
+
+def test_processes_ask_the_first_about_every_ten_seconds(monkeypatch):
+    time, asked = FakeClock(), []
+
+    def from_primary(work):
+        asked.append(int(time.seconds))
+        return work()
+
+    monkeypatch.setattr(saving.distributed, "process_count", lambda: 2)
+    monkeypatch.setattr(saving.distributed, "from_primary", from_primary)
+    clock = SaveClock(0.5, time)
+    due = []
+    for step in range(1, 41):  # a step takes 2 seconds
+        time.seconds += 2
+        if clock.is_over(step):
+            due.append(step)
+            clock.restart()
+    assert asked == [2, 4, *range(14, 80, 10)]
+    assert due == [17, 32]
+
+
+def test_rejects_save_minutes_that_nothing_reads(folder, base):
+    with pytest.raises(
+        ValueError, match=r"save_minutes=1\.0 is for save_strategy=steps or epoch, not for no"
+    ):
+        settings_of(folder, base, save_strategy="no", save_minutes=1)
+
+
+def test_saves_by_time_between_evaluations(folder, base, monkeypatch):
+    monkeypatch.setattr(saving.SaveClock, "is_over", lambda self, step: step == 2)
+    run(folder, base, max_steps=4, eval_steps=4, save_minutes=1)
+    assert checkpoints(folder) == [2, 4]
 
 
 def test_reads_no_from_yaml_and_rejects_save_steps_that_nothing_reads(folder, base):
