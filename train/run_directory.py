@@ -13,6 +13,7 @@ from phi3_jax.errors import UserError
 from phi3_jax.lora import save_adapters, save_merged
 from phi3_jax.lora.adapted import base_name, saved_modules
 from phi3_jax.parallel import distributed
+from phi3_jax.runs.bucket_mounts import check_no_bucket_mount
 from phi3_jax.runs.exchange import restore
 from phi3_jax.runs.files import check_writable, remove_leftovers
 from phi3_jax.runs.json_values import ADAPTER, RUN
@@ -185,7 +186,9 @@ class RunDirectory:
         self._file.write(**self._state)
 
     def _check_inputs(self) -> None:
-        """Checks that the run would not write over the model or the adapter that it starts from."""
+        """Checks that the run would not write over what it starts from, nor to where a kill loses data."""
+        if self._local is not None:
+            check_no_bucket_mount(self._local)
         base, adapter = self._recipe.paths
         if _is_same(self.path, base):
             raise UserError(f"{self.path} is the base model itself; choose another --output-dir")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from forks import Fork, Forks
 from small_checkpoint import write_checkpoint
 from stores import open_store
 
@@ -56,16 +57,17 @@ class Batch:
     def start(self, *options: object, **streams: Any) -> "subprocess.Popen[bytes]":
         """Starts the command in a process of its own."""
         return subprocess.Popen(
-            [*COMMAND, *self._words(*options)],
+            [*COMMAND, *self.words(*options)],
             env=self.environment,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams,
         )
 
     def __call__(self, *options: object) -> tuple[int, str, str]:
         """Runs the command in this process and returns its exit code, output and errors."""
-        return self._command("batch", *self._words(*options))
+        return self._command("batch", *self.words(*options))
 
-    def _words(self, *options: object) -> list[str]:
+    def words(self, *options: object) -> list[str]:
+        """Returns the options of a command."""
         words = ["--model", self._model, "--dtype", "float32", "--slots", 8, "--max-new-tokens", 6, *options]
         if "--input" not in options:
             words += ["--input", self.source]
@@ -257,10 +259,14 @@ def test_resumes_after_twenty_kills(batch: Batch, kind: str) -> None:
         if kind == "gs":
             folder = stack.enter_context(open_store(kind)).empty_folder().url
             batch.environment = os.environ | batch.environment  # how to find the store, too
-        kill_often(batch, folder, whole)
+        forks = stack.enter_context(Forks(MODULES, batch.output.parent.parent, batch.environment))
+        kill_often(batch, forks, folder, whole)
 
 
-def kill_often(batch: Batch, folder: str, whole: dict[int, Any]) -> None:
+MODULES = ("phi3_jax.cli.batch", "phi3_jax.pipeline", "phi3_jax.generation.engine", "tokenizers", "gcsfs")
+
+
+def kill_often(batch: Batch, forks: Forks, folder: str, whole: dict[int, Any]) -> None:
     draws, kills, attempts = random.Random(3), 0, 0
     name = "out.jsonl"
     # The store is in this process, and has parts of many answers.
@@ -284,30 +290,30 @@ def kill_often(batch: Batch, folder: str, whole: dict[int, Any]) -> None:
         assert sorted(line["id"] for line in lines) == list(range(400))
         assert {line["id"]: line for line in lines} == whole
 
-    def start() -> "subprocess.Popen[bytes]":
-        return batch.start("--output", f"{folder}/{name}", "--part-seconds", 0.1)
+    def start() -> Fork:
+        return forks.start("batch", *batch.words("--output", f"{folder}/{name}", "--part-seconds", 0.1))
 
     while kills < 20:
         wanted, process = count() + draws.randrange(1, most), start()
         attempts += 1
         try:
             if attempts % 5 == 0:
-                time.sleep(draws.uniform(0, 3))
+                time.sleep(draws.uniform(0, 2))
             else:
                 while process.poll() is None and count() < wanted:
                     time.sleep(pause)
         finally:
-            process.send_signal(signal.SIGKILL)
-        _, error = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), error
+            process.kill()
+        text = process.text()
+        assert process.returncode in (0, -signal.SIGKILL), text
         if process.returncode == 0:
             check()
             name = f"out-{attempts}.jsonl"
         else:
             kills += 1
     process = start()
-    _, error = process.communicate()
-    assert process.returncode == 0, error
+    text = process.text()
+    assert process.returncode == 0, text
     check()
     assert not [each for each in files() if "part" in each]
 

@@ -15,6 +15,7 @@ from filelock import FileLock
 from flax import nnx
 from marks import slow
 from phi3_jax.train import finetune as module
+from phi3_jax.train.dry_run import dry_run
 from phi3_jax.train.evaluate import NotFiniteError
 from phi3_jax.train.finetune import InterruptedRunError, finetune
 from phi3_jax.train.recipe import make_recipe, make_trainer, new_model, with_adapters
@@ -30,8 +31,10 @@ from phi3_jax.data.labels import Labels
 from phi3_jax.data.loader import Loader
 from phi3_jax.data.rows import BadRowError, Place, Row
 from phi3_jax.data.tasks import TokenClassification
+from phi3_jax.errors import UserError
 from phi3_jax.lora import add_lora, load_adapters, save_adapters
 from phi3_jax.parallel.sharding import make_mesh
+from phi3_jax.runs import bucket_mounts
 from phi3_jax.runs.files import replacing
 from phi3_jax.tokenizer import Phi3Tokenizer
 
@@ -190,6 +193,17 @@ def test_a_finished_run_changes_nothing(folder, base, caplog):
         assert run(folder, base, max_steps=2) == results
     assert "is finished; nothing is left to do" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in (folder / "run").iterdir()} == before
+
+
+def test_refuses_a_bucket_that_is_mounted_as_a_folder(folder, base, monkeypatch):
+    table = folder / "mounts"
+    table.write_text(f"my-bucket {folder} fuse.gcsfuse rw 0 0\n")
+    monkeypatch.setattr(bucket_mounts, "MOUNTS", table)
+    where = {"mesh": None, "topology": None, "distributed": False, "cache_dir": None}
+    for start in (run, lambda *given: dry_run(settings_of(*given), **where)):
+        with pytest.raises(UserError, match=r"run is in a bucket that gcsfuse mounts at .* give its URL"):
+            start(folder, base)
+    assert not (folder / "run").exists()
 
 
 def test_removes_the_checkpoints_of_a_finished_run_on_request(folder, base):
