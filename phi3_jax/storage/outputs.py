@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from phi3_jax.runs import exchange, files
 from phi3_jax.runs.cache_folder import cache_folder
 from phi3_jax.storage.objects import IN_FLIGHT
@@ -139,6 +137,8 @@ def temporary_folder() -> Iterator[Path]:
 
     Those that killed processes of this machine left are deleted first.
     """
+    import psutil  # local outputs do without it
+
     place, machine = cache_folder() / "outputs", platform.node()
     place.mkdir(parents=True, exist_ok=True)
     for folder in place.glob(f"{glob.escape(machine)}-*-*"):

@@ -105,7 +105,7 @@ def test_rejects_impossible_destinations(source, tmp_path):
     with pytest.raises(CheckpointError, match="is the checkpoint itself"):
         reconfigure_checkpoint(source, source, config)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="there is a file of that name"):
+    with pytest.raises(CheckpointError, match="is a file; name a directory"):
         reconfigure_checkpoint(source, tmp_path / "file", config)
     assert (tmp_path / "file").read_text() == ""
 
