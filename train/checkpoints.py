@@ -2,21 +2,16 @@
 
 import logging
 import os
-import re
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Array, UInt32
+from jaxtyping import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
 from phi3_jax.checkpoint.source import CheckpointError
@@ -27,7 +22,9 @@ from phi3_jax.storage.targets import Target, local_target, names_in, remove_fold
 from phi3_jax.storage.urls import StorageError, clear_errors, find_entry, split_url
 from phi3_jax.trainer.step import TrainState
 
+from .checkpoint_errors import is_of_store, reason_of, silence_writes_after_a_failed_one
 from .checkpoint_writer import CheckpointWriter, Snapshot
+from .checksum import checksum
 from .mirror import COMMITTED, Mirror, committed_steps
 
 logger = logging.getLogger(__name__)
@@ -37,11 +34,6 @@ _OF_ORBAX = ("gs",)
 
 READ_ATTEMPTS = 3
 """How often a checkpoint in a store is read before it is taken for damaged: an answer may have been cut."""
-
-_OF_STORES = re.compile(
-    r"payload|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|Forbidden|\b50[0-4]\b"
-)
-"""What texts of errors have in them if the store, and not the checkpoint, is at fault."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ class Checkpoints:
         """Where Orbax writes."""
         self._mirror: Mirror | None = None
         self._writer: CheckpointWriter | None = None
-        _silence_writes_after_a_failed_one()
+        silence_writes_after_a_failed_one()
         with ExitStack() as stack:
             if local is None:
                 self._open_store(stack)
@@ -168,7 +160,7 @@ class Checkpoints:
         if self._writer is None and isinstance(self.directory, str) and not self._accepts(step, best):
             return
         changing = _changing(state)
-        about = {**about, "checksum": int(_checksum(changing))}
+        about = {**about, "checksum": int(checksum(changing))}
         if self._writer is not None:
             self._writer.add(Snapshot(step, _in_host_memory(changing), about, score, best))
             return
@@ -274,7 +266,7 @@ class Checkpoints:
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), about=ocp.args.JsonRestore()),
             )
         changing, about = restored["state"], restored["about"]
-        if int(_checksum(changing)) != about["checksum"]:
+        if int(checksum(changing)) != about["checksum"]:
             raise UserError("its numbers are not those that were saved")
         return changing, about
 
@@ -295,7 +287,7 @@ class Checkpoints:
         if not self._is_direct():
             return
         url = f"{self.directory}/{step}/{COMMITTED}"
-        if _OF_STORES.search(" ".join(map(str, _chain(error)))):
+        if is_of_store(error):
             with clear_errors(url):
                 raise error
         find_entry(url)
@@ -351,32 +343,9 @@ class Checkpoints:
                     raise error
             except Exception as clear:
                 return CheckpointError(f"{clear}; the checkpoint before it is intact")
-        causes = list(_chain(error))
-        texts = [str(each) for each in causes]
-        full = any(
-            "No space left" in text or "RESOURCE_EXHAUSTED" in text or "quota" in text for text in texts
+        return CheckpointError(
+            f"{name} cannot be written: {reason_of(error)}; the checkpoint before it is intact"
         )
-        reason = texts[0].strip().splitlines()[0][:200]
-        if system := re.search(r": ([^:]+) \[os_error_code=", " ".join(texts)):  # at the end of a long text
-            reason = system[1]
-        for cause in causes:
-            if isinstance(cause, OSError) and cause.strerror:
-                reason = cause.strerror
-        if full:
-            reason = "there is no space left on the disk"
-        return CheckpointError(f"{name} cannot be written: {reason}; the checkpoint before it is intact")
-
-
-@cache
-def _silence_writes_after_a_failed_one() -> None:
-    """Drops the tracebacks of writes that end after another one has failed, whose error is raised."""
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def saved_steps(directory: Target) -> list[int]:
@@ -414,27 +383,3 @@ def _changing(state: TrainState) -> dict[str, Any]:
 
 def _abstract(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-@jax.jit
-def _checksum(tree: Any) -> UInt32[Array, ""]:
-    """Returns a number that depends on every bit, and on the order of the numbers."""
-    total = jnp.uint32(0)
-    for leaf in jax.tree.leaves(tree):
-        if leaf.dtype == jnp.int4:
-            leaf = leaf.astype(jnp.int8)
-        bits = jax.lax.bitcast_convert_type(leaf, np.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(
-            jnp.uint32
-        )
-        weight = jnp.ones((), jnp.uint32)
-        for axis, size in enumerate(leaf.shape):
-            shape = [size if each == axis else 1 for each in range(leaf.ndim)]
-            weight = weight * (2 * jnp.arange(size, dtype=jnp.uint32) + 1).reshape(shape)
-        total = total * jnp.uint32(31) + jnp.sum(bits * weight, dtype=jnp.uint32)
-    return total
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from marks import slow
-from phi3_jax.train import checkpoints as checkpoints_module
+from phi3_jax.train import checkpoint_errors
 from phi3_jax.train.checkpoints import Checkpoints
 from reference import on_mesh, small_config
 
@@ -176,7 +176,7 @@ def test_writes_after_a_failed_one_are_silent(monkeypatch):
     """Only those: other errors that nothing can raise are printed as before."""
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
-    checkpoints_module._silence_writes_after_a_failed_one.__wrapped__()
+    checkpoint_errors.silence_writes_after_a_failed_one.__wrapped__()
     for error in (
         RuntimeError("Event loop is closed"),
         RuntimeError("else"),
