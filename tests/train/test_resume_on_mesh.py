@@ -62,9 +62,9 @@ def test_resumes_on_other_devices(tmp_path, base, data, whole, monkeypatch, firs
     saved, restored = [], []
     save, open_run = module.FinetuneRun._save, module.FinetuneRun.open
 
-    def noted_save(self, score):
+    def noted_save(self, *arguments, **options):
         saved.append(gathered(self._trainer.to_save(self._state)))
-        save(self, score)
+        save(self, *arguments, **options)
 
     def noted_open(self, *arguments):
         open_run(self, *arguments)
