@@ -45,7 +45,7 @@ def test_a_program_that_runs_again_reuses_its_memory() -> None:
     freed = pages(keep=False)
     if freed < 4000:
         pytest.skip(f"this C library keeps memory by itself: {freed} pages in eight runs")
-    # Now and then more threads than before need memory at the same moment, so that the process takes more once.
+    # Now and then more threads than before need memory at the same moment, and the process takes more once.
     assert any(pages(keep=True) < freed / 10 for _ in range(3))
 
 
