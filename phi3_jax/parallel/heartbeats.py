@@ -62,7 +62,8 @@ class Heartbeats:
         self._missed_answers = self._own = 0
 
     def start(self) -> None:
-        """Starts the threads, which beat and watch until `stop`."""
+        """Beats once, so that the others know this machine's name, and starts the threads."""
+        self._write_beat()
         for work in (self.beat, self.watch):
             Thread(target=self._repeat, args=[work], name="heartbeats", daemon=True).start()
 
@@ -84,7 +85,7 @@ class Heartbeats:
         """Writes a beat, and reads those of the others."""
         self._own += 1
         try:
-            self._set(f"{self._own} on {platform.node()}")
+            self._write_beat()
             found = self._store.key_value_dir_get(_FOLDER)
         except RuntimeError:  # `watch` counts
             return
@@ -101,6 +102,9 @@ class Heartbeats:
         self._missed_answers += 1
         if self._missed_answers > SILENT_BEATS:
             self._end(0, "")
+
+    def _write_beat(self) -> None:
+        self._set(f"{self._own} on {platform.node()}")
 
     def _set(self, value: str) -> None:
         self._store.key_value_set(f"{_FOLDER}/{self._index}", value, allow_overwrite=True)

@@ -1,5 +1,6 @@
 """Processes that lose another one end with a line, and blame nobody who only was slow or is done."""
 
+import platform
 from collections.abc import Iterable
 
 import pytest
@@ -106,3 +107,12 @@ def test_the_others_end_without_process_0(processes: Processes) -> None:
 def test_stops_where_process_0_is_gone(processes: Processes) -> None:
     processes.texts.gone = True
     processes.beats[1].stop()
+
+
+def test_a_machine_that_dies_at_once_is_named(processes: Processes) -> None:
+    quiet = Heartbeats(processes.texts, 2, 3, print, 1000.0)
+    quiet.start()
+    processes.live([0, 1], SILENT_BEATS + 1)
+    quiet.stop()
+    assert processes.ended == [0, 1]
+    assert processes.lines[0][0].startswith(f"process 2 on {platform.node()} has")
