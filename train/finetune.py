@@ -136,6 +136,7 @@ class FinetuneRun:
         self.kept_step: int | None = None
         """The step with the best score, if its parameters are kept; None: those of the last step are."""
         self._checkpoints: Checkpoints | None = None
+        self._restored_step: int | None = None
         self._log: RunLog | None = None
         self._saves_log = False
         # Whether the state was evaluated. A signal may have come before, or the run now ends earlier.
@@ -159,6 +160,7 @@ class FinetuneRun:
             restored = self._checkpoints.restore_last(self._trainer.to_save(self._state))
         if restored is not None:
             self.step, self._state = restored.step, self._trainer.from_saved(restored.state)
+            self._restored_step = restored.step
             self.evaluation = EvaluationState(**restored.about["standing"])
             self._evaluated = restored.about.get("evaluated", True)
             logger.warning("resuming after step %d of %d", self.step, recipe.total_steps)
@@ -207,8 +209,6 @@ class FinetuneRun:
         self._recorded_at = perf_counter()
         with Progress(total, self.step, show) as self._progress, Interrupts() as interrupts:
             if self._is_evaluated_at(self.step) and not self._evaluated:
-                if self._checkpoints is not None:
-                    self._checkpoints.delete(self.step)  # its score is not known
                 self._evaluate_and_save(interrupts)
             while self.step < total and not self._patience_is_over():
                 self._take_step()
@@ -318,10 +318,14 @@ class FinetuneRun:
             check_finite(
                 metrics, self._recipe.metric, f"the evaluation of the validation data after step {step}"
             )
+            if step == self._restored_step and self._checkpoints is not None:
+                self._checkpoints.delete(step)  # it has no score; until now, a kill would have lost its steps
             self._record("validation", step, metrics)
             self.evaluation = self.evaluation.with_score(step, score, self._recipe.sign)
-        best, due = self.evaluation.best_step == step, self._save_clock.is_over(step)
-        if self._save_plan.saves(
+        best = self.evaluation.best_step == step
+        due = self._save_clock.is_over(step) or step == self._restored_step
+        is_saved = step == self._restored_step and not self._evaluated
+        if not is_saved and self._save_plan.saves(
             step, evaluated=self._evaluated, best=best, interrupted=interrupted, due=due
         ):
             self._record_step()

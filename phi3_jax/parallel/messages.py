@@ -88,7 +88,8 @@ def run_program(program: Callable[[], object]) -> NoReturn:
         if "RESOURCE_EXHAUSTED" in str(error):
             tell_error(UserError(f"there is not enough memory on a device ({str(error).splitlines()[0]})"))
             sys.exit(1)
-        if heartbeats := sys.modules.get("phi3_jax.parallel.heartbeats"):
+        heartbeats = sys.modules.get("phi3_jax.parallel.heartbeats")
+        if heartbeats is not None and "jax" in type(error).__module__:
             heartbeats.wait_for_lost_process()
         raise
     sys.exit(0)

@@ -214,6 +214,15 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(folder, 
     assert [record["step"] for record in log(folder, "validation")] == list(range(1, best))
     assert best in checkpoints(folder)
     with monkeypatch.context() as patch:
+        stopped_in_evaluation(patch, 1)  # again, before the evaluation is made up for
+        with pytest.raises(InterruptedRunError, match=f"interrupted after step {best}, which is saved"):
+            run(folder, base, **options)
+    with monkeypatch.context() as patch:  # as if killed there
+        patch.setattr(module.Evaluator, "_with_known_labels", lambda self, arrays: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(folder, base, **options)
+    assert best in checkpoints(folder)
+    with monkeypatch.context() as patch:
         stopped_in_evaluation(patch, 8 - best + 2)
         with pytest.raises(InterruptedRunError, match=f"interrupted after step {best}, which is saved"):
             run(folder, base, **options)
