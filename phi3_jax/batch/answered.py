@@ -92,3 +92,23 @@ class Answered:
         """Frees the memory and the disk that the keys take."""
         self._ids.close()
         self._lines.close()
+
+
+class CountsAnswered:
+    """What outputs of answers have in common: they know the requests that have an answer or an error."""
+
+    _answered: Answered
+
+    @property
+    def count(self) -> int:
+        """The number of answers and errors, including those that are not written yet."""
+        return self._answered.count
+
+    @property
+    def errors(self) -> int:
+        """The number of errors among them."""
+        return self._answered.errors
+
+    def has(self, request: Request | BadRequestError) -> bool:
+        """Returns whether there is an answer or an error for this line."""
+        return self._answered.has(request)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from phi3_jax.batch.answered import Answered, Key, answer_key, error_key, key_of_line
+from phi3_jax.batch.answered import Answered, CountsAnswered, Key, answer_key, error_key, key_of_line
 from phi3_jax.batch.requests import CHAT, BadRequestError, Request
 from phi3_jax.errors import UserError
 from phi3_jax.runs.files import sync
@@ -104,7 +104,7 @@ def result_key(result: Answer | BadRequestError) -> Key:
     return error_key(result.line, None if result.file is None else result.file.name)
 
 
-class AnswerFile:
+class AnswerFile(CountsAnswered):
     """The answers to one input file, one JSON object a line.
 
     Only one process can open the file at a time. A line that a killed process left incomplete is removed.
@@ -136,20 +136,6 @@ class AnswerFile:
             self._file.seek(self._synced_bytes)
             sync(path.parent)
             self._stack = stack.pop_all()
-
-    @property
-    def count(self) -> int:
-        """The number of answers and errors in the file."""
-        return self._answered.count
-
-    @property
-    def errors(self) -> int:
-        """The number of errors in the file."""
-        return self._answered.errors
-
-    def has(self, request: Request | BadRequestError) -> bool:
-        """Returns whether the file has an answer or an error for this line."""
-        return self._answered.has(request)
 
     def add(self, results: Sequence[Answer | BadRequestError]) -> None:
         """Appends answers and errors.

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from phi3_jax.batch.answered import Answered, Key, key_of_line
+from phi3_jax.batch.answered import Answered, CountsAnswered, Key, key_of_line
 from phi3_jax.batch.answers import Answer, result_key, result_line
 from phi3_jax.batch.record import OutputRecord
-from phi3_jax.batch.requests import BadRequestError, Request
+from phi3_jax.batch.requests import BadRequestError
 from phi3_jax.errors import UserError
 from phi3_jax.storage.outputs import check_store_writable, replacing
 from phi3_jax.storage.parts import PART_BYTES, Parts
@@ -20,7 +20,7 @@ PART = re.compile(r"part-(\d+-of-\d+-)?\d+\.jsonl|part-\d+-of-\d+\.done")
 """The names of what processes write before the output is finished."""
 
 
-class AnswerParts:
+class AnswerParts(CountsAnswered):
     """The answers of one process in a store, one JSON object a line, in parts.
 
     Answers wait in memory for a full part, or for `seconds`. A part is created only after all those before
@@ -48,20 +48,6 @@ class AnswerParts:
         except BaseException:
             self._answered.close()
             raise
-
-    @property
-    def count(self) -> int:
-        """The number of answers and errors, including those that wait."""
-        return self._answered.count
-
-    @property
-    def errors(self) -> int:
-        """The number of errors among them."""
-        return self._answered.errors
-
-    def has(self, request: Request | BadRequestError) -> bool:
-        """Returns whether there is an answer or an error for this line."""
-        return self._answered.has(request)
 
     def add(self, results: Sequence[Answer | BadRequestError]) -> None:
         """Adds answers and errors, and writes a part if it is time.
