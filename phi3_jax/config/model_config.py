@@ -13,6 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
+from phi3_jax.config.block_pattern import BlockPattern
 from phi3_jax.config.model_checks import FORGIVING, RULES, is_size
 from phi3_jax.config.relatives import RELATIVES, as_phi3
 from phi3_jax.config.rope_scaling import RopeScaling
@@ -211,6 +212,11 @@ class Phi3Config:
     def context_length(self) -> int:
         """The most tokens of a text, `max_position_embeddings` or, for dynamic NTK, `factor` times that."""
         return self.rope_scaling.context(self.rope_base)
+
+    @property
+    def block_pattern(self) -> BlockPattern | None:
+        """The blocks of keys that the heads of block-sparse layers see; None: no layer is block-sparse."""
+        return None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

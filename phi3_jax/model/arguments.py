@@ -13,6 +13,7 @@ from phi3_jax.cache.cache import KVCache
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.generation.prompts import rectangle
+from phi3_jax.model.block_sparse import SparseBlocks
 from phi3_jax.model.losses import IGNORE_INDEX, problem_type
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.symbolic import is_certain
@@ -212,6 +213,11 @@ def _check_mask(
             f"tokens only, {(batch, length)}"
         )
     if mask.ndim == 4:
+        if config.block_pattern is not None:
+            raise UserError(
+                "a 4-D attention_mask does not say which slots hold tokens, by which block-sparse layers count "
+                "blocks by that; give a 2-D mask, or segment_ids for several texts in a row"
+            )
         heads = (1, config.num_attention_heads)
         if mask.shape[0] not in (1, batch) or mask.shape[1] not in heads or mask.shape[2:] != (length, keys):
             raise UserError(
@@ -261,13 +267,19 @@ def locate(new: NewTokens, cache: KVCache | None, config: Phi3Config, rope_lengt
             new_mask = jnp.take_along_axis(is_token, jnp.clip(index, 0, length - 1), axis=1)
             key_mask = jnp.where((index >= 0) & (index < length), new_mask, cache.mask)
     counts = past[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32)
-    position_ids = _positions(new, counts, is_token) if new.position_ids is None else new.position_ids
+    positions = _positions(new, counts, is_token)
+    position_ids = positions if new.position_ids is None else new.position_ids
     mask: CausalMask | Array | None = new.mask_4d
     if mask is None:
         segments = None if new.segment_ids is None else jnp.where(is_token, new.segment_ids, 0)
         slots = start[:, None] + offsets
         window, prefill = config.sliding_window, cache is None
-        mask = CausalMask(slots, key_slots, key_mask, window, prefill, segments, segments)
+        blocks = None
+        if (pattern := config.block_pattern) is not None:
+            in_cache = jnp.cumsum(key_mask, axis=1, dtype=jnp.int32) - 1
+            shifts = jnp.asarray(pattern.shifts).reshape(config.num_key_value_heads, -1)
+            blocks = SparseBlocks(positions, positions if cache is None else in_cache, shifts, pattern)
+        mask = CausalMask(slots, key_slots, key_mask, window, prefill, segments, segments, blocks)
     if rope_length is None:
         rope_length = jnp.max(jnp.where(is_token, position_ids + 1, 0), axis=1)
         rope_length = rope_length if cache is None else jnp.maximum(rope_length, cache.rope_length)

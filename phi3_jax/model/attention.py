@@ -54,6 +54,8 @@ def attention(
         return jnp.concatenate(outputs), None
     assert not isinstance(key, RaggedVectors)
     assert not isinstance(value, RaggedVectors)
+    if isinstance(mask, CausalMask):
+        mask = mask.without_idle_blocks()
     has_dropout = dropout_key is not None and dropout_rate > 0
     if isinstance(mask, CausalMask) and not output_weights and not has_dropout:
         if mesh is not None:

@@ -1,10 +1,14 @@
 """Masks: which query sees which key."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+from phi3_jax.model.block_sparse import SparseBlocks
+from phi3_jax.model.symbolic import is_certain
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +32,10 @@ class CausalMask:
     query_segments: Int[Array, "B T"] | None = None
     """Queries see only keys of their own segment; 0 is padding."""
     key_segments: Int[Array, "B S"] | None = None
+    blocks: SparseBlocks | None = None
+    """In a block-sparse layer, the blocks of keys that each head sees of these."""
 
-    def dense(self) -> Bool[Array, "B 1 T S"]:
+    def dense(self) -> Bool[Array, "B #N T S"]:
         """Returns the mask as an array, True where a query sees a key."""
         query = self.query_slots[:, :, None]  # [B, T, 1]
         key = self.key_slots[:, None, :]  # [B, 1, S]
@@ -38,7 +44,7 @@ class CausalMask:
             visible &= key > query - self.window
         if self.query_segments is not None and self.key_segments is not None:
             visible &= self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        return visible[:, None]
+        return visible[:, None] if self.blocks is None else visible[:, None] & self.blocks.dense()
 
     def has_visible_key(self) -> Bool[Array, "B T"]:
         """Returns which queries of a prefill see any key: all but some that are padding."""
@@ -59,11 +65,29 @@ class CausalMask:
             query_slots=self.query_slots[rows],
             key_slots=key_slots[:, :slots],
             key_mask=self.key_mask[rows, :slots],
+            blocks=None if self.blocks is None else self.blocks.take_rows(rows, slots),
         )
+
+    def without_idle_blocks(self) -> "CausalMask":
+        """Returns the mask without `blocks` if the keys are so few that these hide none."""
+        blocks = self.blocks
+        if blocks is None or not is_certain(lambda: self.key_mask.shape[1] <= blocks.pattern.dense_length):
+            return self
+        return replace(self, blocks=None)
+
+    def query_arrays(self) -> tuple[Any, ...]:
+        """Returns the arrays [B, T] that describe queries, for `with_queries`; some are None."""
+        positions = None if self.blocks is None else self.blocks.query_positions
+        return self.query_slots, self.query_segments, positions
+
+    def with_queries(self, arrays: tuple[Any, ...]) -> "CausalMask":
+        """Returns the mask of other queries over the same keys."""
+        slots, segments, positions = arrays
+        blocks = None if self.blocks is None else replace(self.blocks, query_positions=positions)
+        return replace(self, query_slots=slots, query_segments=segments, blocks=blocks)
 
     def last_queries(self, count: int) -> "CausalMask":
         """Returns the mask of the last `count` queries."""
-        query_slots = self.query_slots[:, -count:]
-        segments = None if self.query_segments is None else self.query_segments[:, -count:]
-        prefill = self.prefill and query_slots.shape == self.query_slots.shape
-        return replace(self, query_slots=query_slots, query_segments=segments, prefill=prefill)
+        last = self.with_queries(jax.tree.map(lambda x: x[:, -count:], self.query_arrays()))
+        prefill = self.prefill and last.query_slots.shape == self.query_slots.shape
+        return replace(last, prefill=prefill)

@@ -67,6 +67,8 @@ def choose_kernels(
                 f"leaves {length} open; choose set_attn_implementation('xla') or export one length"
             )
         return dict.fromkeys(PLATFORMS, "xla")
+    if mask.blocks is not None:
+        return dict.fromkeys(PLATFORMS, "xla")
     many_scores = length >= LEAST_QUERIES if mask.prefill else key.shape[2] >= LEAST_SLOTS
     blocks = implementation is None and not mask.prefill and floats and length >= blockwise.LEAST_QUERIES
     default = "blockwise" if blocks else "xla"
@@ -152,6 +154,10 @@ def attend_on_mesh(
     masks: Any = replace(mask, query_slots=query_rows, key_slots=slot_rows, key_mask=key_rows)
     if mask.key_segments is not None:
         masks = replace(masks, query_segments=query_rows, key_segments=key_rows)
+    if mask.blocks is not None:
+        heads: Any = spec("kv_heads", "groups")
+        blocks = replace(mask.blocks, query_positions=query_rows, key_positions=key_rows, shifts=heads)
+        masks = replace(masks, blocks=blocks)
 
     def local(operand: Any, query: Array, key: Vectors, value: Vectors, mask: CausalMask) -> Array:
         attended = _run(

@@ -1,7 +1,6 @@
 """Attention in plain JAX, for every platform, mask and dtype; the other kernels are compared with it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -98,15 +97,14 @@ def by_query_blocks(
 
     rows: Any
     if isinstance(mask, CausalMask):
-        rows = jax.tree.map(lambda x: split(x, 1), (mask.query_slots, mask.query_segments))
+        rows = jax.tree.map(lambda x: split(x, 1), mask.query_arrays())
     else:
         rows = split(mask, 2)
 
     def attend_block(block: tuple[Array, Array, Any]) -> tuple[Array, Array | None]:
         index, queries, visible = block
         if isinstance(mask, CausalMask):
-            slots, segments = visible
-            visible = replace(mask, query_slots=slots, query_segments=segments)
+            visible = mask.with_queries(visible)
         attended = attend(index, queries, visible)
         return attended.out, attended.lse
 
