@@ -68,7 +68,8 @@ def choose_kernels(
             )
         return dict.fromkeys(PLATFORMS, "xla")
     if mask.blocks is not None:
-        return dict.fromkeys(PLATFORMS, "xla")
+        on_cpu = "native" if implementation is None and native.fits(query, key, mask) else "xla"
+        return {**dict.fromkeys(PLATFORMS, "xla"), "cpu": on_cpu}
     many_scores = length >= LEAST_QUERIES if mask.prefill else key.shape[2] >= LEAST_SLOTS
     blocks = implementation is None and not mask.prefill and floats and length >= blockwise.LEAST_QUERIES
     default = "blockwise" if blocks else "xla"
