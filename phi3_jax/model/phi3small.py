@@ -1,8 +1,8 @@
 """Phi-3-small: the parts that differ from Phi-3's, and its model classes.
 
-The formulas are those of Microsoft's remote code. Norms and all projections but the head have a bias. The
-MLP's activation is gegelu, and the attention of some layers is block-sparse. Embeddings, scores and logits have
-muP's multipliers.
+The formulas are those of Microsoft's remote code. Norms and all projections but the head have a bias, the
+MLP's activation is gegelu, and the attention of some layers is block-sparse. muP's multipliers scale
+embeddings, scores and logits.
 """
 
 from collections.abc import Callable
