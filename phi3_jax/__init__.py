@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi3_jax.cache import KVCache
     from phi3_jax.checkpoint import CheckpointError, convert_checkpoint
-    from phi3_jax.config import GenerationConfig, Phi3Config, RopeScaling, rope_type
+    from phi3_jax.config import GenerationConfig, Phi3Config, Phi3SmallConfig, RopeScaling, rope_type
     from phi3_jax.model import (
         Phi3ForCausalLM,
         Phi3ForSequenceClassification,
         Phi3ForTokenClassification,
         Phi3Model,
+        Phi3SmallForCausalLM,
+        Phi3SmallForSequenceClassification,
+        Phi3SmallForTokenClassification,
+        Phi3SmallModel,
     )
     from phi3_jax.parallel.sharding import make_mesh
     from phi3_jax.quantization import Quantization
@@ -28,6 +32,11 @@ __all__ = [
     "Phi3ForSequenceClassification",
     "Phi3ForTokenClassification",
     "Phi3Model",
+    "Phi3SmallConfig",
+    "Phi3SmallForCausalLM",
+    "Phi3SmallForSequenceClassification",
+    "Phi3SmallForTokenClassification",
+    "Phi3SmallModel",
     "Phi3Tokenizer",
     "Quantization",
     "RopeScaling",
@@ -41,6 +50,7 @@ _MODULES = {
     "GenerationConfig": "config",
     "KVCache": "cache",
     "Phi3Config": "config",
+    "Phi3SmallConfig": "config",
     "Phi3Tokenizer": "tokenizer",
     "Quantization": "quantization",
     "RopeScaling": "config",

@@ -134,8 +134,9 @@ def compose(source: CheckpointSource, config: Phi3Config) -> CheckpointSource:
     prefix = _shared_prefix(source)
     stored = {name.removeprefix(prefix): name for name in source.names()}
     parts: dict[str, tuple[str, ...]] = {}
+    fuses = config.model_type == Phi3Config.model_type
     for name, whole in stored.items():
-        match = _PROJECTION.fullmatch(name)
+        match = _PROJECTION.fullmatch(name) if fuses else None
         if match is None:
             parts[name] = (whole,)
             continue

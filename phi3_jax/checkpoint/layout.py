@@ -1,7 +1,7 @@
 """The table of layouts that converts checkpoint tensors to parameters and back.
 
-Names are the same on both sides. A parameter's first axes are the stored rows, and its last axes the columns;
-only the fused query/key/value rows are in another order.
+Names are the same on both sides. A parameter's first axes are the stored rows, and its last axes the columns.
+The rows of two are in another order: Phi-3's fused query/key/value, and Phi-3-small's `up_proj`.
 """
 
 import math
@@ -30,6 +30,11 @@ def _group_order(shape: tuple[int, ...]) -> Int[np.ndarray, "K slots H"]:
         [queries.reshape(kv_heads, slots - 2), keys[:, None], values[:, None]], axis=1
     )  # [K, G + 2]
     return grouped[..., None] * head_dim + np.arange(head_dim)
+
+
+def _turns_order(shape: tuple[int, ...]) -> Int[np.ndarray, "2 F"]:
+    """Returns the numbers of rows that take turns as [all even ones, all odd ones]."""
+    return np.arange(math.prod(shape)).reshape(shape[::-1]).T
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ LAYOUTS = {
     "qkv_proj.weight": TensorLayout(3, _group_order),
     "gate_up_proj.weight": TensorLayout(2),
     "o_proj.weight": TensorLayout(1),
+    **dict.fromkeys(("query_key_value.weight", "query_key_value.bias"), TensorLayout(3)),
+    **dict.fromkeys(("up_proj.weight", "up_proj.bias"), TensorLayout(2, _turns_order)),
 }
 """Layouts by the last two parts of the name; other tensors are the same on both sides."""
 

@@ -1,6 +1,6 @@
 """The rules that each field of a model's config keeps by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from phi3_jax.config.rope_types import is_number, is_positive
@@ -16,11 +16,14 @@ def is_size(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _is_rate(value: Any) -> bool:
+def is_rate(value: Any) -> bool:
     return is_number(value) and 0 <= value < 1
 
 
-RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+Rules = Mapping[str, tuple[str, Callable[[Any], bool]]]
+"""The rule of each field, in words and as a test."""
+
+RULES: Rules = {
     **dict.fromkeys(
         (
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -35,11 +38,11 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     **dict.fromkeys(
         ("resid_pdrop", "embd_pdrop", "attention_dropout"),
-        ("a rate from 0 (no dropout) to below 1", _is_rate),
+        ("a rate from 0 (no dropout) to below 1", is_rate),
     ),
     **dict.fromkeys(
         ("classifier_dropout", "hidden_dropout"),
-        ("a rate from 0 (no dropout) to below 1, or None", lambda v: v is None or _is_rate(v)),
+        ("a rate from 0 (no dropout) to below 1, or None", lambda v: v is None or is_rate(v)),
     ),
     "initializer_range": ("a number, 0 or more", lambda v: is_number(v) and v >= 0),
     "rms_norm_eps": ("a positive number of float32's range, such as 1e-05", is_positive),
@@ -50,7 +53,6 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sliding_window": ("a positive integer, or None for no window", lambda v: v is None or is_size(v)),
     "problem_type": (f"one of {', '.join(PROBLEM_TYPES)}, or None", lambda v: v in (None, *PROBLEM_TYPES)),
 }
-"""The rule of each field, in words and as a test."""
 
 FORGIVING = (
     *("resid_pdrop", "embd_pdrop", "attention_dropout", "classifier_dropout", "hidden_dropout"),

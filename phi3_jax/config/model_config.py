@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from phi3_jax.config.block_pattern import BlockPattern
-from phi3_jax.config.model_checks import FORGIVING, RULES, is_size
+from phi3_jax.config.model_checks import FORGIVING, RULES, Rules, is_size
 from phi3_jax.config.relatives import RELATIVES, as_phi3
 from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.config.rope_types import RopeBase
@@ -29,7 +29,6 @@ from phi3_jax.storage.targets import target_in
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
-SUPPORTED_MODEL_TYPES = ("phi3", *RELATIVES)
 
 # The default of a field that is derived from others. No such field is None after `__post_init__`.
 _DERIVED: Any = None
@@ -56,6 +55,10 @@ class Phi3Config:
     """
 
     model_type: ClassVar[str] = "phi3"
+    rules: ClassVar[Rules] = RULES
+    rope_defaults: ClassVar[Mapping[str, Any]] = _ROPE_DEFAULTS
+    families: ClassVar[dict[str, type["Phi3Config"]]] = {}
+    """The classes of the other families, by their `model_type`."""
 
     vocab_size: int = 32064
     hidden_size: int = 3072
@@ -88,17 +91,21 @@ class Phi3Config:
     hidden_dropout: float | None = None
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
+    def __init_subclass__(cls) -> None:
+        if "model_type" in vars(cls):
+            Phi3Config.families[cls.model_type] = cls
+
     def __post_init__(self) -> None:
         self._derive_heads()
         self._derive_labels()
         self._gather_rope()
         if isinstance(self.eos_token_id, list):
             self._set(eos_token_id=tuple(self.eos_token_id))
-        self._check(*RULES)
+        self._check(*self.rules)
         self._check_together()
         self._check_tokens()
         self._settle_rope()
-        if fields := sorted(self.extra.keys() & _field_names()):
+        if fields := sorted(self.extra.keys() & self._field_names()):
             raise UserError(f"extra holds {fields[0]!r}, which is a field; pass {fields[0]}=... instead")
         self._set(extra=copy.deepcopy(dict(self.extra)))
 
@@ -108,7 +115,7 @@ class Phi3Config:
 
     def _check(self, *names: str) -> None:
         for name in names:
-            expected, holds = RULES[name]
+            expected, holds = self.rules[name]
             if not holds(value := getattr(self, name)):
                 raise UserError(f"{name}={value!r:.80} must be {expected}")
 
@@ -150,7 +157,7 @@ class Phi3Config:
         entries = {name: entry for name, entry in entries.items() if entry is not None}
         scalings = [(name, _rope_scaling(name, entry)) for name, entry in entries.items()]
         self._set(rope_scaling=_common_value(scalings, RopeScaling()))
-        for key, default in _ROPE_DEFAULTS.items():
+        for key, default in self.rope_defaults.items():
             inside = [(f"{name}[{key!r}]", _rope_mapping(entry).get(key)) for name, entry in entries.items()]
             self._set(**{key: _common_value([(key, getattr(self, key)), *inside], default)})
 
@@ -214,6 +221,11 @@ class Phi3Config:
         return self.rope_scaling.context(self.rope_base)
 
     @property
+    def attention_scale(self) -> float:
+        """The factor on the scores of attention."""
+        return self.head_dim**-0.5
+
+    @property
     def block_pattern(self) -> BlockPattern | None:
         """The blocks of keys that the heads of block-sparse layers see; None: no layer is block-sparse."""
         return None
@@ -246,7 +258,7 @@ class Phi3Config:
         `head_dim`, `num_key_value_heads` and label names that equal their derived values are derived again. A
         new rope entry keeps `rope_theta` and the other fields beside it, unless it has its own.
         """
-        values = {name: getattr(self, name) for name in _field_names()} | {"rope_parameters": None}
+        values = {name: getattr(self, name) for name in self._field_names()} | {"rope_parameters": None}
         if self.head_dim * self.num_attention_heads == self.hidden_size:
             values["head_dim"] = None
         if self.num_key_value_heads == self.num_attention_heads:
@@ -264,27 +276,33 @@ class Phi3Config:
     def from_dict(cls, mapping: Mapping[str, Any], where: object = CONFIG_NAME) -> "Phi3Config":
         """Reads the contents of a `config.json` of any transformers version; `where` names it in warnings.
 
-        Llama's and Mistral's are read as Phi-3's, whose block is the same. Odd values on which no number of
-        the forward depends (tokens, dropout, names of labels) are left out, with a warning.
+        Llama's and Mistral's are read as Phi-3's, whose block is the same. Other families, such as
+        Phi-3-small, have classes of their own. Odd values on which no number of the forward depends (tokens,
+        dropout, names of labels) are left out, with a warning.
 
         Raises:
             UserError: the model is not a Phi-3, or a value does not fit.
         """
         model_type = mapping.get("model_type", cls.model_type)
-        if model_type not in SUPPORTED_MODEL_TYPES:
-            supported = ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
-            raise UserError(f"model_type={model_type!r:.80} is not supported; supported: {supported}")
-        mapping = as_phi3(mapping) if model_type in RELATIVES else mapping
+        supported = (Phi3Config.model_type, *RELATIVES, *cls.families)
+        if model_type not in supported:
+            names = ", ".join(map(repr, supported))
+            raise UserError(f"model_type={model_type!r:.80} is not supported; supported: {names}")
+        if model_type in RELATIVES:
+            mapping, model_type = as_phi3(mapping), Phi3Config.model_type
+        if cls.model_type != model_type:
+            cls = cls.families.get(model_type, Phi3Config)
+        mapping = cls._from_spelling(mapping)
         extra = {key: value for key, value in mapping.items() if (key, value) not in _UNREAD.items()}
         extra.pop("model_type", None)
         label2id = extra.pop("label2id", None)
-        fields = {name: extra.pop(name) for name in _field_names() - {"extra"} if name in extra}
+        fields = {name: extra.pop(name) for name in cls._field_names() - {"extra"} if name in extra}
         label2id = read_odd(
             "label2id", label2id, _is_label2id, None, where, "a mapping from names to 0, 1, 2"
         )
         if label2id and not fields.get("id2label"):
             fields["id2label"] = {index: name for name, index in label2id.items()}
-        _forgive(fields, where)
+        cls._forgive(fields, where)
         config = cls(**fields, extra=extra)
         if label2id and label2id != config.label2id:
             logger.warning("label2id=%r is not the inverse of id2label=%r", label2id, config.id2label)
@@ -293,7 +311,8 @@ class Phi3Config:
     def to_dict(self) -> dict[str, Any]:
         """Returns the contents of a `config.json`, for transformers 4 and 5 and for `from_dict`."""
         values = {
-            name: getattr(self, name) for name in _field_names() - {"extra", "rope_parameters", "num_labels"}
+            name: getattr(self, name)
+            for name in self._field_names() - {"extra", "rope_parameters", "num_labels"}
         }
         values["rope_scaling"] = self.rope_scaling.to_dict(self.rope_base)
         if self.rope_scaling.original_in_entry:
@@ -312,6 +331,45 @@ class Phi3Config:
                 del values[name]
         extra = _UNREAD | copy.deepcopy(self.extra)
         return {**extra, "model_type": self.model_type, **dict(sorted(values.items()))}
+
+    @classmethod
+    def _field_names(cls) -> set[str]:
+        return {f.name for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def _from_spelling(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the contents of a `config.json` with the names of the fields as keys."""
+        return mapping
+
+    @classmethod
+    def _forgive(cls, fields: dict[str, Any], where: object) -> None:
+        """Replaces odd values among a file's fields where no number of the forward depends on them."""
+        defaults = {each.name: each.default for each in dataclasses.fields(cls)}
+        for name in fields.keys() & set(FORGIVING):
+            words, holds = cls.rules[name]
+            fields[name] = read_odd(name, fields[name], holds, defaults[name], where, words)
+        if fields.get("id2label") is not None:
+            words = "a mapping from 0, 1, 2, ... to names"
+            fields["id2label"] = read_odd("id2label", fields["id2label"], _is_id2label, None, where, words)
+        size = fields.get("vocab_size", defaults["vocab_size"])
+        if not is_size(size):
+            return  # an error of its own
+        for name in fields.keys() & set(_TOKENS):
+
+            def holds(token: Any, name: str = name) -> bool:
+                if isinstance(token, list | tuple):
+                    return name == "eos_token_id" and all(map(_is_token, token))
+                return token is None or _is_token(token)
+
+            def _is_token(token: Any) -> bool:
+                return type(token) is int and 0 <= token < size
+
+            words = f"a token id, 0 to {size - 1}, or null for no such token"
+            value = fields[name]
+            if name == "eos_token_id" and isinstance(value, list):
+                found = [read_odd(name, each, _is_token, None, where, words) for each in value]
+                value = [each for each in found if each is not None] or None
+            fields[name] = read_odd(name, value, holds, None, where, words)
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> "Phi3Config":
@@ -399,40 +457,6 @@ class Phi3Config:
         return sorted(
             file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")
         )
-
-
-def _field_names() -> set[str]:
-    return {f.name for f in dataclasses.fields(Phi3Config)}
-
-
-def _forgive(fields: dict[str, Any], where: object) -> None:
-    """Replaces odd values among a file's fields where no number of the forward depends on them."""
-    defaults = {each.name: each.default for each in dataclasses.fields(Phi3Config)}
-    for name in fields.keys() & set(FORGIVING):
-        words, holds = RULES[name]
-        fields[name] = read_odd(name, fields[name], holds, defaults[name], where, words)
-    if fields.get("id2label") is not None:
-        words = "a mapping from 0, 1, 2, ... to names"
-        fields["id2label"] = read_odd("id2label", fields["id2label"], _is_id2label, None, where, words)
-    size = fields.get("vocab_size", defaults["vocab_size"])
-    if not is_size(size):
-        return  # an error of its own
-    for name in fields.keys() & set(_TOKENS):
-
-        def holds(token: Any, name: str = name) -> bool:
-            if isinstance(token, list | tuple):
-                return name == "eos_token_id" and all(map(_is_token, token))
-            return token is None or _is_token(token)
-
-        def _is_token(token: Any) -> bool:
-            return type(token) is int and 0 <= token < size
-
-        words = f"a token id, 0 to {size - 1}, or null for no such token"
-        value = fields[name]
-        if name == "eos_token_id" and isinstance(value, list):
-            found = [read_odd(name, each, _is_token, None, where, words) for each in value]
-            value = [each for each in found if each is not None] or None
-        fields[name] = read_odd(name, value, holds, None, where, words)
 
 
 def _is_id2label(value: Any) -> bool:

@@ -90,6 +90,7 @@ def _per_pair(value: Any, base: RopeBase) -> str | None:
 
 Positive: TypeAlias = Annotated[float, _positive]
 NotNegative: TypeAlias = Annotated[float, _must_be("a number, 0 or more", lambda v: is_number(v) and v >= 0)]
+Number: TypeAlias = Annotated[float, _must_be("a number", is_number)]
 Scale: TypeAlias = Annotated[float, _must_be("a number, 1 or more", lambda v: is_number(v) and v >= 1)]
 Length: TypeAlias = Annotated[int, _must_be("a positive integer", lambda v: type(v) is int and v > 0)]
 Flag: TypeAlias = Annotated[bool, _must_be("true or false", lambda v: isinstance(v, bool))]
@@ -286,6 +287,11 @@ def _short_or_long(
     return inv_freq, jnp.where(is_long, jnp.float32(long_attention), jnp.float32(short_attention))
 
 
+def _by_growth(growth: float, original: int) -> float:
+    """Returns the attention factor of a window that has grown from `original` tokens."""
+    return math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0
+
+
 def _longrope_entry(base: RopeBase, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "longrope", **parameters}  # transformers 4 does not accept `rope_type` here
 
@@ -306,13 +312,33 @@ def longrope(
 
     The attention factor is `attention_factor`, else the list's mscale, else follows from the window's growth.
     """
-    growth = base.extension if factor is None else factor
-    by_growth = 1.0
-    if growth > 1:
-        by_growth = math.sqrt(1 + math.log(growth) / math.log(base.original_max_position_embeddings))
+    by_growth = _by_growth(
+        base.extension if factor is None else factor, base.original_max_position_embeddings
+    )
     short_attention = attention_factor or short_mscale or by_growth
     long_attention = attention_factor or long_mscale or by_growth
     return _short_or_long(base, seq_len, (short_factor, long_factor), (short_attention, long_attention))
+
+
+@rope_type("phi3small", two_lists=True, entry=_longrope_entry)
+def phi3small(
+    base: RopeBase,
+    seq_len: Int[Array, "B"],
+    *,
+    short_factor: PerPair,
+    long_factor: PerPair,
+    short_mscale: Number | None = None,
+    long_mscale: Number | None = None,
+) -> Frequencies:
+    """Computes the LongRoPE of Phi-3-small's remote code.
+
+    An mscale that is positive is the list's attention factor. Without one, the factor is 1 for the short list
+    and follows from the window's growth for the long one.
+    """
+    short = short_mscale if short_mscale and short_mscale > 0 else 1.0
+    by_growth = _by_growth(base.extension, base.original_max_position_embeddings)
+    long = long_mscale if long_mscale and long_mscale > 0 else by_growth
+    return _short_or_long(base, seq_len, (short_factor, long_factor), (short, long))
 
 
 def _phi3_yarn_entry(base: RopeBase, parameters: Mapping[str, Any]) -> dict[str, Any]:

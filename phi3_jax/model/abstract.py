@@ -13,19 +13,21 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.model.layers import QuantizedParam
 from phi3_jax.parallel.sharding import sharding
 
-Model = TypeVar("Model", bound=nnx.Module)
+Model = TypeVar("Model", bound=Any)
 Tree = TypeVar("Tree")
 
 
 def abstract_model(
     cls: type[Model], config: Phi3Config, *, dtype: Any = jnp.float32, mesh: Mesh | AbstractMesh | None = None
 ) -> Model:
-    """Returns a model of class `cls` whose parameters are `jax.ShapeDtypeStruct`s; nothing is allocated.
+    """Returns a model whose parameters are `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Its class is `cls`, or the one with the same head for the config's family.
 
     Raises:
-        UserError: sizes that the mesh does not divide.
+        UserError: sizes that the mesh does not divide, or a config of a family without that head.
     """
-    build: Callable[..., Model] = cls
+    build: Callable[..., Model] = cls.for_config(config)
     shapes = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh))
     return with_shardings(shapes, mesh)
 

@@ -215,8 +215,8 @@ def _check_mask(
     if mask.ndim == 4:
         if config.block_pattern is not None:
             raise UserError(
-                "a 4-D attention_mask does not say which slots hold tokens, by which block-sparse layers count "
-                "blocks by that; give a 2-D mask, or segment_ids for several texts in a row"
+                "block-sparse layers count blocks by the tokens of a 2-D mask; give that instead of a 4-D "
+                "attention_mask, or segment_ids for several texts in a row"
             )
         heads = (1, config.num_attention_heads)
         if mask.shape[0] not in (1, batch) or mask.shape[1] not in heads or mask.shape[2:] != (length, keys):

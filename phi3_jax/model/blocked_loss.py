@@ -33,6 +33,15 @@ LEAST_TRAINED_POSITIONS = 1024
 """The same where a block also reads and writes the weight's gradient, which is float32."""
 
 Product = Callable[[Array, Any], Array]
+Finish = Callable[..., Array]
+"""Changes logits one by one; the second argument, default 0, is the id of the first of them."""
+
+
+def no_change(logits: Array, first: Any = 0) -> Array:
+    """Returns the logits as they are."""
+    return logits
+
+
 """Maps hidden states [positions, D] and a weight [V, D] to float32 logits [positions, V]."""
 
 
@@ -59,6 +68,7 @@ class BlockedHead:
     """A head without its numbers."""
 
     product: Product
+    finish: Finish
     axes: tuple[str, ...]
     """The logical axes of the weight [V, D]."""
     vocabulary: int
@@ -174,9 +184,10 @@ def _local_sums(head: BlockedHead, wanted: tuple[bool, bool], x: Array, weight: 
 
 def _block_sums(head: BlockedHead, wanted: tuple[bool, bool], x: Array, weight: Any, labels: Array) -> _Sums:
     """Returns the sums of a block of positions [P, D]; the gradients are those of this device's tokens."""
-    logits, pull = jax.vjp(lambda x: head.product(x, weight), x)  # [P, V]
+    products, pull = jax.vjp(lambda x: head.product(x, weight), x)  # [P, V]
     names, smoothing, counted = axis_names(head.mesh, "vocab"), head.label_smoothing, labels != IGNORE_INDEX
-    first = sum((jax.lax.axis_index(name) * logits.shape[1] for name in names), jnp.int32(0))
+    first = sum((jax.lax.axis_index(name) * products.shape[1] for name in names), jnp.int32(0))
+    logits, pull_finish = jax.vjp(lambda products: head.finish(products, first), products)
     is_label = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] == (labels - first)[:, None]
     largest = jax.lax.pmax(jnp.max(logits, axis=-1), tuple(names)) if names else jnp.max(logits, axis=-1)
     powers = jnp.exp(logits - largest[:, None])
@@ -190,6 +201,7 @@ def _block_sums(head: BlockedHead, wanted: tuple[bool, bool], x: Array, weight: 
         return _Sums(loss, None, None)
     gradient = powers / total[:, None] - smoothing / head.vocabulary
     gradient = jnp.where(counted[:, None], jnp.where(is_label, gradient - (1 - smoothing), gradient), 0)
+    (gradient,) = pull_finish(gradient)
     of_weight = None
     if wanted[1]:
         of_weight = jax.lax.dot_general(

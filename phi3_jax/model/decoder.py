@@ -1,6 +1,7 @@
 """The decoder: attention, MLP, layer, and `Phi3Model`, the one forward that everything else calls."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,11 +14,12 @@ from jaxtyping import Array, Float, Int, Key, Num
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.cache.layer_cache import LayerCache, Vectors
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.model.arguments import check, locate, refuse
+from phi3_jax.model.arguments import NewTokens, check, locate, refuse
 from phi3_jax.model.attention import attention
 from phi3_jax.model.layer_stack import StackedLayers, run_layers
 from phi3_jax.model.layers import (
     Embedding,
+    LayerNorm,
     Linear,
     RMSNorm,
     activation,
@@ -52,12 +54,21 @@ class Phi3Attention(nnx.Module):
         embed = {"embed": config.hidden_size}
         head_dim = {"head_dim": config.head_dim}
         init: dict[str, Any] = {"std": config.initializer_range, "rngs": rngs, "dtype": dtype, "mesh": mesh}
-        self.qkv_proj = Linear(embed, {**heads, "qkv": groups + 2, **head_dim}, **init)
-        self.o_proj = Linear({**heads, "groups": groups, **head_dim}, embed, **init)
-        self.scale = config.head_dim**-0.5
+        self._add_projections(
+            config,
+            partial(Linear, embed, {**heads, "qkv": groups + 2, **head_dim}, **init),
+            partial(Linear, {**heads, "groups": groups, **head_dim}, embed, **init),
+        )
+        self.scale = config.attention_scale
         self.mesh = mesh
         self.attn_implementation: str | None = None
         self.attention_dropout = config.attention_dropout
+
+    def _add_projections(
+        self, config: Phi3Config, qkv: Callable[..., Linear], output: Callable[..., Linear]
+    ) -> None:
+        self.qkv_proj = qkv()
+        self.o_proj = output()
 
     def __call__(
         self,
@@ -108,6 +119,7 @@ class Phi3MLP(nnx.Module):
         init: dict[str, Any] = {"std": config.initializer_range, "rngs": rngs, "dtype": dtype, "mesh": mesh}
         self.gate_up_proj = Linear(embed, {"gate_up": 2, **mlp}, **init)
         self.down_proj = Linear(mlp, embed, **init)
+        activation(config.hidden_act)  # an unknown name fails here, not in the first forward
         self.hidden_act = config.hidden_act
 
     def __call__(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
@@ -123,12 +135,11 @@ class Phi3DecoderLayer(nnx.Module):
 
     def __init__(self, config: Phi3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype, mesh: Mesh | None):
         self.self_attn = Phi3Attention(config, rngs=rngs, dtype=dtype, mesh=mesh)
-        self.mlp = Phi3MLP(config, rngs=rngs, dtype=dtype, mesh=mesh)
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, mesh=mesh)
-        self.post_attention_layernorm = RMSNorm(
-            config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, mesh=mesh
-        )
-        self.resid_pdrop = config.resid_pdrop
+        self.mlp: Any = Phi3MLP(config, rngs=rngs, dtype=dtype, mesh=mesh)
+        norm: dict[str, Any] = {"eps": config.rms_norm_eps, "dtype": dtype, "mesh": mesh}
+        self.input_layernorm: RMSNorm | LayerNorm = RMSNorm(config.hidden_size, **norm)
+        self.post_attention_layernorm: RMSNorm | LayerNorm = RMSNorm(config.hidden_size, **norm)
+        self.resid_attn_pdrop = self.resid_mlp_pdrop = config.resid_pdrop
         self.mesh = mesh
 
     def __call__(
@@ -148,9 +159,9 @@ class Phi3DecoderLayer(nnx.Module):
             self.input_layernorm(x), tables, mask, past, keep, output_attentions, keys[0]
         )
         x = last_positions(x, keep)
-        x = x + dropout(constrain(y, self.mesh, *axes), self.resid_pdrop, keys[1])
+        x = x + dropout(constrain(y, self.mesh, *axes), self.resid_attn_pdrop, keys[1])
         y = self.mlp(self.post_attention_layernorm(x), fold_in(key, 3))  # after the numbers of `split`
-        x = x + dropout(constrain(y, self.mesh, *axes), self.resid_pdrop, keys[2])
+        x = x + dropout(constrain(y, self.mesh, *axes), self.resid_mlp_pdrop, keys[2])
         return x, weights, present
 
 
@@ -164,8 +175,8 @@ class Phi3Model(Phi3PreTrainedModel):
         mesh: of `phi3_jax.make_mesh`; parameters, activations and caches are divided over it.
 
     Raises:
-        UserError: sizes that the mesh does not divide, an unknown `hidden_act`, a rope type of the user's own
-            whose numbers are not finite.
+        UserError: a config of another family, sizes that the mesh does not divide, an unknown `hidden_act`, a
+            rope type of the user's own whose numbers are not finite.
     """
 
     def __init__(
@@ -176,10 +187,10 @@ class Phi3Model(Phi3PreTrainedModel):
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
     ):
+        self.check_config(config)
         check_divides(mesh, config.divided_sizes)
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
         dtype = jnp.dtype(dtype)
-        activation(config.hidden_act)  # an unknown name fails here, not in the first forward
         config.rope_scaling.check_formula(config.rope_base)
         self.config = config
         self.mesh = mesh
@@ -196,15 +207,35 @@ class Phi3Model(Phi3PreTrainedModel):
         )
         self.layers: nnx.List[Phi3DecoderLayer] | StackedLayers = nnx.List(
             [
-                Phi3DecoderLayer(config, rngs=rngs, dtype=dtype, mesh=mesh)
-                for _ in range(config.num_hidden_layers)
+                self._make_layer(index, rngs=rngs, dtype=dtype, mesh=mesh)
+                for index in range(config.num_hidden_layers)
             ]
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, mesh=mesh)
+        self._add_norm(eps=config.rms_norm_eps, dtype=dtype, mesh=mesh)
+
+    def _make_layer(self, index: int, **init: Any) -> Phi3DecoderLayer:
+        return Phi3DecoderLayer(self.config, **init)
+
+    def _add_norm(self, **init: Any) -> None:
+        self.norm = RMSNorm(self.config.hidden_size, **init)
 
     @property
     def decoder(self) -> "Phi3Model":
         return self
+
+    def embed(
+        self, new: NewTokens, key: Key[Array, ""] | None = None, length_axis: str | None = None
+    ) -> Float[Array, "B T D"]:
+        """Returns the input of the first layer; `key` turns dropout on."""
+        x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
+        x = constrain(x.astype(self.dtype), self.mesh, "batch", length_axis, "hidden")
+        return dropout(x, self.config.embd_pdrop, key)
+
+    def rope_tables(
+        self, positions: Num[Array, "B T"], rope_length: Int[Array, " B"], *replaced: Any
+    ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+        """Returns cosines and sines as the function of that name does."""
+        return rope_tables(self.config, positions, rope_length, *replaced)
 
     def __call__(
         self,
@@ -266,10 +297,8 @@ class Phi3Model(Phi3PreTrainedModel):
         check_divides(self.mesh, {"batch": new.batch_size, "length": new.length if where.prefill else 0})
 
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
-        x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
-        x = constrain(x.astype(self.dtype), self.mesh, "batch", length_axis, "hidden")
-        x = dropout(x, self.config.embd_pdrop, None if key is None else jax.random.fold_in(key, 0))
-        tables = rope_tables(self.config, where.position_ids, where.rope_length, inv_freq, attention_scaling)
+        x = self.embed(new, fold_in(key, 0), length_axis)
+        tables = self.rope_tables(where.position_ids, where.rope_length, inv_freq, attention_scaling)
         states, attentions, present = run_layers(
             self.layers,
             x,

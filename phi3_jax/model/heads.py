@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,14 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.generation.mixin import GenerationMixin
 from phi3_jax.model.arguments import batch_shape, check_labels, check_sequence_labels, select_positions
-from phi3_jax.model.blocked_loss import BlockedHead, Product, blocked_cross_entropy_sum, needs_blocks
+from phi3_jax.model.blocked_loss import (
+    BlockedHead,
+    Finish,
+    Product,
+    blocked_cross_entropy_sum,
+    needs_blocks,
+    no_change,
+)
 from phi3_jax.model.decoder import Phi3Model
 from phi3_jax.model.layers import Embedding, Linear, QuantizedParam, check_layer, dropout, is_alone, matmul
 from phi3_jax.model.losses import (
@@ -45,6 +52,7 @@ class _ModelWithHead(Phi3PreTrainedModel):
     """
 
     model: Phi3Model
+    decoder_class: ClassVar[type[Phi3Model]] = Phi3Model
 
     def __init__(
         self,
@@ -55,7 +63,8 @@ class _ModelWithHead(Phi3PreTrainedModel):
         mesh: Mesh | None = None,
     ):
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
-        self.model = Phi3Model(config, rngs=rngs, dtype=dtype, mesh=mesh)
+        self.check_config(config)
+        self.model = self.decoder_class(config, rngs=rngs, dtype=dtype, mesh=mesh)
         inputs, std = {"embed": config.hidden_size}, config.initializer_range
         self._add_head(config, partial(Linear, inputs, std=std, rngs=rngs, dtype=jnp.dtype(dtype), mesh=mesh))
 
@@ -111,7 +120,7 @@ class Phi3ForCausalLM(_ModelWithHead, GenerationMixin):
         if labels is not None:
             if not keep_all:
                 raise UserError("labels need the logits of every position; leave logits_to_keep at 0")
-            labels = check_labels(labels, batch_shape(input_ids, decoder_arguments), self.config.vocab_size)
+            labels = self._check_labels(labels, batch_shape(input_ids, decoder_arguments))
         last = int(keep) if np.ndim(keep) == 0 and not keep_all else None
         out = self.model(input_ids, attention_mask, hidden_states_to_keep=last, **decoder_arguments)
         x = out.last_hidden_state if np.ndim(keep) == 0 else select_positions(out.last_hidden_state, keep)
@@ -122,14 +131,22 @@ class Phi3ForCausalLM(_ModelWithHead, GenerationMixin):
             loss = cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
         return CausalLMOutputWithPast(logits, loss, out.past_key_values, out.hidden_states, out.attentions)
 
+    def _check_labels(self, labels: Any, shape: tuple[int, int]) -> Array:
+        return check_labels(labels, shape, self.config.vocab_size)
+
     def logits(self, hidden_states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Applies the head to the decoder's `last_hidden_state`; float32."""
         return self._logits(hidden_states, None)
 
     def _logits(self, x: Float[Array, "B T D"], length_axis: str | None) -> Float[Array, "B T V"]:
         weight, product = self._head()
-        logits = product(x, weight)
+        logits = self._finish(product(x, weight))
         return constrain(logits, self.model.mesh, "batch", length_axis, "vocab")
+
+    @property
+    def _finish(self) -> Finish:
+        """What follows the product with the head's weight."""
+        return no_change
 
     def _head(self) -> tuple[Array | QuantizedWeight, Product]:
         """Returns the head's weight, gathered along `fsdp`, and its product with hidden states."""
@@ -160,7 +177,7 @@ class Phi3ForCausalLM(_ModelWithHead, GenerationMixin):
         weight, product = self._head()
         labels = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
         axes = self.get_output_embeddings().weight.axes
-        head = BlockedHead(product, axes, vocabulary, label_smoothing, mesh)
+        head = BlockedHead(product, self._finish, axes, vocabulary, label_smoothing, mesh)
         return blocked_cross_entropy_sum(head, hidden_states, weight, labels)
 
     def get_output_embeddings(self) -> Embedding | Linear:

@@ -22,18 +22,22 @@ LayerOutputs = tuple[list[Array], list[Array], list[tuple[Vectors, Vectors]]]
 
 
 def can_stack(layers: Iterable[Any]) -> bool:
-    """Whether all layers have the same parts and shapes."""
-    kinds = {(jax.tree.structure(layer), *(x.shape for x in jax.tree.leaves(layer))) for layer in layers}
+    """Whether all layers have the same parameters, by name and shape."""
+    kinds = {
+        tuple((jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(layer))
+        for layer in layers
+    }
     return len(kinds) == 1
 
 
 class StackedLayers(nnx.Module):
     """All layers as one, whose parameters have a leading axis of layers.
 
-    A scan compiles its body once, as training needs. It copies the cache, so inference uses a list.
+    A scan compiles its body once, as training needs. It copies the cache, so inference uses a list. Where
+    kinds of layers take turns, the body has one layer of each.
 
     Raises:
-        UserError: the layers differ, as where only some have adapters.
+        UserError: the parameters of the layers differ, as where only some have adapters.
     """
 
     def __init__(self, layers: list[Any]):
@@ -43,13 +47,28 @@ class StackedLayers(nnx.Module):
                 "(scan_layers=False)"
             )
         self.count = len(layers)
-        self.layer = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        self.kinds = _period([jax.tree.structure(layer) for layer in layers])
+        first = [jax.tree.unflatten(self.kinds[0], jax.tree.leaves(layer)) for layer in layers]
+        self.layer = jax.tree.map(lambda *leaves: jnp.stack(leaves), *first)
 
     def unstack(self) -> list[Any]:
-        return [jax.tree.map(itemgetter(index), self.layer) for index in range(self.count)]
+        return [
+            self.of_kind(index, jax.tree.map(itemgetter(index), self.layer)) for index in range(self.count)
+        ]
+
+    def of_kind(self, index: int, layer: Any) -> Any:
+        """Returns a layer of the first kind as one of the kind of the layer at `index`."""
+        return jax.tree.unflatten(self.kinds[index % len(self.kinds)], jax.tree.leaves(layer))
 
     def __len__(self) -> int:
         return self.count
+
+
+def _period(structures: list[Any]) -> tuple[Any, ...]:
+    """Returns the shortest run of structures that repeats to make the whole list."""
+    count = len(structures)
+    lengths = (n for n in range(1, count + 1) if count % n == 0)
+    return next(tuple(structures[:n]) for n in lengths if structures == structures[:n] * (count // n))
 
 
 def run_layers(
@@ -97,11 +116,25 @@ def _scan(
     mask: CausalMask | Array,
     key: Array | None,
 ) -> Array:
-    def body(x: Array, item: tuple[Array, Any]) -> tuple[Array, None]:
-        index, layer = item
-        return run(layer, x, tables, mask, None, None, False, _layer_key(key, index))[0], None
+    period = len(layers.kinds)
 
-    return jax.lax.scan(body, x, (jnp.arange(layers.count, dtype=jnp.int32), layers.layer))[0]
+    def by_period(leaf: Array) -> Array:
+        return leaf.reshape(-1, period, *leaf.shape[1:])
+
+    def part(leaf: Array, offset: int) -> Array:
+        # Split, not sliced: gradients are then concatenated rather than padded with zeros and added.
+        return jax.lax.split(leaf, (1,) * period)[offset][0]
+
+    def body(x: Array, item: tuple[Array, Any]) -> tuple[Array, None]:
+        numbers, stacked = item
+        for offset in range(period):
+            layer = layers.of_kind(offset, jax.tree.map(lambda leaf, at=offset: part(leaf, at), stacked))
+            layer_key = _layer_key(key, numbers[offset])
+            x = run(layer, x, tables, mask, None, None, False, layer_key)[0]
+        return x, None
+
+    numbers = jnp.arange(layers.count, dtype=jnp.int32)
+    return jax.lax.scan(body, x, jax.tree.map(by_period, (numbers, layers.layer)))[0]
 
 
 def _layer_key(key: Array | None, index: Array | int) -> Array | None:

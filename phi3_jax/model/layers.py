@@ -203,7 +203,8 @@ class Linear(nnx.Module):
     """A projection from one or more axes `inputs` to one or more axes `outputs`.
 
     The weight has shape (*outputs, *inputs): the checkpoint's [out, in] with separate axes, so that a mesh
-    axis divides between heads and never within one.
+    axis divides between heads and never within one. A `bias` starts at numbers between -`bias_bound` and
+    `bias_bound`.
     """
 
     def __init__(
@@ -216,14 +217,20 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         mesh: Mesh | None,
         bias: bool = False,
+        bias_bound: float = 0.0,
     ):
         self.inputs = tuple(inputs.items())
         self.mesh = mesh
         shape, axes = (*outputs.values(), *inputs.values()), (*outputs, *inputs)
         weight = (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
         self.weight: nnx.Param | QuantizedParam = nnx.Param(place(weight, mesh, axes), axes=axes)
-        zeros = place(jnp.zeros(shape[: len(outputs)], dtype), mesh, tuple(outputs)) if bias else None
-        self.bias = None if zeros is None else nnx.Param(zeros, axes=tuple(outputs))
+        values = jnp.zeros(shape[: len(outputs)], dtype) if bias else None
+        if values is not None and bias_bound:
+            drawn = jax.random.uniform(rngs.params(), values.shape, jnp.float32, -bias_bound, bias_bound)
+            values = drawn.astype(dtype)
+        self.bias = (
+            None if values is None else nnx.Param(place(values, mesh, tuple(outputs)), axes=tuple(outputs))
+        )
         self.adapter: Any = nnx.data(None)
         """A module that changes the output, such as `phi3_jax.lora.LoRA`."""
 
@@ -262,7 +269,10 @@ class Linear(nnx.Module):
         y = self.product(x)
         if self.adapter is not None:
             y = self.adapter(x, y, self, key)
-        return y if self.bias is None else y + across(self.bias[...].astype(jnp.float32), y.ndim)
+        if self.bias is None:
+            return y
+        bias = gather(self.bias[...], self.mesh, self.bias.axes)
+        return y + across(bias.astype(jnp.float32), y.ndim)
 
     def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the product with the weight, without the bias and the adapter."""
@@ -295,6 +305,22 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return across(self.weight[...], x.ndim) * normed.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Norm of mean and variance in float32, with a weight and a bias."""
+
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, mesh: Mesh | None):
+        self.eps = eps
+        self.weight = nnx.Param(place(jnp.ones((size,), dtype), mesh, ("norm",)), axes=("norm",))
+        self.bias = nnx.Param(place(jnp.zeros((size,), dtype), mesh, ("norm",)), axes=("norm",))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        centered = x.astype(jnp.float32)
+        centered = centered - jnp.mean(centered, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        weight, bias = (across(p[...].astype(jnp.float32), x.ndim) for p in (self.weight, self.bias))
+        return (centered * jax.lax.rsqrt(variance + self.eps) * weight + bias).astype(x.dtype)
 
 
 class Embedding(nnx.Module):

@@ -104,6 +104,7 @@ def load_model(
     path = source.path
     config = (config or own_config).replace(**config_changes)
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+    cls = cls.for_config(config)
     build: Callable[..., Model] = cls
     shapes, files, modules = _abstract_with_files(
         cls, source, config, mesh, quantization, attn_implementation, ignore_mismatched_sizes, new_head
@@ -175,6 +176,7 @@ def _abstract_with_files(
         CheckpointError, UserError: as `load_model`.
     """
     _check_layers(source, config, source.path)
+    cls = cls.for_config(config)
     shapes = abstract_model(cls, config, dtype=dtype, mesh=mesh)
     shapes.set_attn_implementation(attn_implementation)
     expected = {name: leaf.get_value().shape for name, leaf in _parameters(shapes).items()}

@@ -35,5 +35,6 @@ UNSUPPORTED: dict[str, UnsupportedArgument] = {
     "proxies": UnsupportedArgument("set HTTPS_PROXY", ({},)),
 }
 
-CONFIG_FIELDS = tuple(field.name for field in fields(Phi3Config))
+_families: tuple[type[Phi3Config], ...] = (Phi3Config, *Phi3Config.families.values())
+CONFIG_FIELDS = tuple(dict.fromkeys(field.name for family in _families for field in fields(family)))
 """Names that change the config."""

@@ -68,6 +68,10 @@ class CausalMask:
             blocks=None if self.blocks is None else self.blocks.take_rows(rows, slots),
         )
 
+    def without_blocks(self) -> "CausalMask":
+        """Returns the mask of a layer that is not block-sparse."""
+        return self if self.blocks is None else replace(self, blocks=None)
+
     def without_idle_blocks(self) -> "CausalMask":
         """Returns the mask without `blocks` if the keys are so few that these hide none."""
         blocks = self.blocks

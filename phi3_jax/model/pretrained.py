@@ -1,7 +1,7 @@
 """The base of all model classes: loading, saving, resizing the vocabulary, making a cache."""
 
 from os import PathLike
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,32 @@ class Phi3PreTrainedModel(nnx.Module):
     """Base of `Phi3Model` and of the heads on it."""
 
     config: Phi3Config
+    config_class: ClassVar[type[Phi3Config]] = Phi3Config
+
+    @classmethod
+    def for_config(cls, config: Phi3Config) -> type[Self]:
+        """Returns the class for this family that has the same head.
+
+        Raises:
+            UserError: there is none.
+        """
+        if isinstance(config, cls.config_class) and config.model_type == cls.config_class.model_type:
+            return cls
+        for family in cls.__subclasses__():
+            if family.config_class.model_type == config.model_type:
+                return family
+        raise UserError(
+            f"{cls.__name__} takes a {cls.config_class.__name__}, whose model_type is "
+            f"{cls.config_class.model_type!r}, and this one is a {type(config).__name__} "
+            f"with {config.model_type!r}"
+        )
+
+    @classmethod
+    def check_config(cls, config: Phi3Config) -> None:
+        """Raises a UserError if the config is another family's."""
+        family = cls.for_config(config)
+        if family is not cls:
+            raise UserError(f"{cls.__name__} does not take a {type(config).__name__}; use {family.__name__}")
 
     @property
     def decoder(self) -> Any:

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
@@ -10,7 +10,7 @@ from phi3_jax.errors import UserError
 
 def rope_tables(
     config: Phi3Config,
-    position_ids: Int[Array, "B T"],
+    position_ids: Num[Array, "B T"],
     rope_length: Int[Array, " B"],
     inv_freq: Float[Array, "..."] | None = None,
     attention_scaling: Float[Array, "..."] | float | None = None,

@@ -75,7 +75,7 @@ class Reference:
 
     def __init__(self, kind: str, config: Phi3Config, folder: Path, seed: int = 0):
         self.config, self.folder = config, folder
-        self._class = CLASSES[kind][0]
+        self._class = CLASSES[kind][1].for_config(config).__name__
         self.answer_key = ("weights", WEIGHTS, self._class, config.to_dict(), seed)
 
     @cached_property
@@ -114,7 +114,8 @@ def write_random_model(kind: str, config: Phi3Config, folder: Path, seed: int = 
         tensors[name] = values.astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"architectures": [CLASSES[kind][0]], **config.to_dict()}))
+    architecture = CLASSES[kind][1].for_config(config).__name__
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture], **config.to_dict()}))
 
 
 def pair(kind: str, config: Phi3Config, folder: Path, seed: int = 0) -> tuple[Any, Reference]:
