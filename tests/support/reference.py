@@ -103,10 +103,10 @@ def write_random_model(kind: str, config: Phi3Config, folder: Path, seed: int = 
     for name in source.names():
         rng = np.random.default_rng([seed, crc32(name.encode())])
         values = rng.normal(size=source.shape(name))
-        if "norm" in name:
-            values = 1.0 + 0.3 * values
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             values *= 0.3
+        elif "norm" in name:
+            values = 1.0 + 0.3 * values
         else:
             values *= config.initializer_range
         if ("embed_tokens" in name or "lm_head" in name) and config.pad_token_id is not None:
