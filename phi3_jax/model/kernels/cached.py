@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.cache.quantized import QuantizedVectors
+from phi3_jax.model.kernels import cached_blocks
 from phi3_jax.model.layers import wider_dtype
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.sizes import INT32_MAX, ceil_div, round_up
@@ -81,36 +82,104 @@ def cached_attention(
     """
     batch, length, kv_heads, groups, width = query.shape
     size = key.shape[2]
-    blocks = choose_blocks(length, kv_heads, groups, width, size, key.dtype.itemsize)
-    query_blocks = ceil_div(length, blocks.queries)
+    reads = plan_reads(query, key.dtype.itemsize, mask)
+    blocks, classes = reads.blocks, reads.classes
+    heads, query_blocks = kv_heads // classes, reads.counts.shape[1]
 
-    keys_at = jnp.where(mask.key_mask, mask.key_slots, FAR)
-    keys_at = _pad(keys_at, 1, round_up(size, blocks.keys), constant_values=FAR)  # [B, S rounded up]
-    # Queries that pad a block repeat the last one, so they see no other keys.
-    queries_at = _pad(mask.query_slots, 1, query_blocks * blocks.queries, mode="edge")
-    queries_at = queries_at.reshape(batch, query_blocks, blocks.queries)
-    order, counts = visible_blocks(queries_at, keys_at, mask.window, blocks.keys)
-
-    rows = query.swapaxes(1, 2)  # [B, K, T, G, H]
+    rows = query.reshape(batch, length, heads, classes, groups, width)
+    rows = rows.transpose(0, 3, 2, 1, 4, 5).reshape(batch * classes, heads, length, groups, width)
     rows = _pad(rows, 2, query_blocks * blocks.queries)
-    rows = rows.reshape(batch, kv_heads, query_blocks, blocks.queries * groups, width)
-    rows = _pad(rows, 3, blocks.rows).reshape(batch, kv_heads, -1, width)
-    rows_at = _pad(jnp.repeat(queries_at, groups, axis=2), 2, blocks.rows, mode="edge").reshape(batch, -1, 1)
-
-    out, lse = _call(
-        rows, key, value, rows_at, keys_at[:, None], order, counts, mask.window, scale, blocks, interpret
+    rows = rows.reshape(batch * classes, heads, query_blocks, blocks.queries * groups, width)
+    rows = _pad(rows, 3, blocks.rows).reshape(batch * classes, heads, -1, width)
+    shape = _Shape(
+        classes=classes,
+        kv_heads=kv_heads,
+        query_blocks=query_blocks,
+        key_blocks=reads.order.shape[2],
+        size=size,
+        window=mask.window,
+        local=None if mask.blocks is None else mask.blocks.pattern.local,
+        scale=scale,
+        # TPUs store [B, K, S, H] with S in the lanes unless H fills them, so the swapped view is free.
+        swapped=width % LANES != 0,
+        quantized=isinstance(key, QuantizedVectors),
     )
+    out, lse = _call(rows, key, value, reads, shape, interpret)
 
     def unfold(x: Array) -> Array:
-        """[B, K, rows, n] -> [B, T, K, G, n]."""
-        x = x.reshape(batch, kv_heads, query_blocks, blocks.rows, -1)[:, :, :, : blocks.queries * groups]
-        x = x.reshape(batch, kv_heads, query_blocks * blocks.queries, groups, -1)[:, :, :length]
-        return x.swapaxes(1, 2)
+        """[B * classes, K / classes, rows, n] -> [B, T, K, G, n]."""
+        x = x.reshape(batch * classes, heads, query_blocks, blocks.rows, -1)
+        x = x[:, :, :, : blocks.queries * groups]
+        x = x.reshape(batch, classes, heads, query_blocks * blocks.queries, groups, -1)[:, :, :, :length]
+        return x.transpose(0, 3, 2, 1, 4, 5).reshape(batch, length, kv_heads, groups, -1)
 
     return unfold(out), unfold(lse)[..., 0]
 
 
-def choose_blocks(length: int, kv_heads: int, groups: int, width: int, size: int, itemsize: int) -> Blocks:
+@dataclass(frozen=True)
+class Reads:
+    """What the kernel reads, and the numbers by which a query sees a key.
+
+    In block-sparse layers, classes of heads read different keys, as different rows of the batch do.
+    """
+
+    blocks: Blocks
+    classes: int
+    """Key/value heads k and k + classes read the same keys."""
+    row_marks: Int[Array, "B*classes R marks"]
+    """The slot of each query row; in block-sparse layers, its block and the remainder of far blocks too."""
+    key_marks: Int[Array, "B*classes marks S"]
+    """The same of keys, in whole blocks."""
+    order: Int[Array, "B*classes blocks key_blocks"]
+    counts: Int[Array, "B*classes blocks"]
+    """How many of `order` each block of queries reads."""
+
+
+def plan_reads(query: Float[Array, "B T K G H"], itemsize: int, mask: CausalMask) -> Reads:
+    """Returns what the kernel reads of a cache whose numbers have `itemsize` bytes."""
+    batch, length, kv_heads, groups, width = query.shape
+    size, classes, most_keys = mask.key_mask.shape[1], 1, LARGEST_KEY_BLOCK
+    if mask.blocks is not None:
+        classes = cached_blocks.count_classes(mask.blocks)
+        most_keys = cached_blocks.most_keys(mask.blocks, LANES) or LARGEST_KEY_BLOCK
+    blocks = choose_blocks(length, kv_heads // classes, groups, width, size, itemsize, most_keys)
+    query_blocks = ceil_div(length, blocks.queries)
+
+    def split_queries(x: Array) -> Array:
+        """[B, T] -> [B * classes, blocks, queries]; queries that pad a block repeat the last one."""
+        x = _pad(x, 1, query_blocks * blocks.queries, mode="edge")
+        return jnp.repeat(x.reshape(batch, query_blocks, blocks.queries), classes, axis=0)
+
+    def pad_keys(x: Array, **how: Any) -> Array:
+        """[B, S] -> [B * classes, S in whole blocks]."""
+        return jnp.repeat(_pad(x, 1, round_up(size, blocks.keys), **how), classes, axis=0)
+
+    queries_at = split_queries(mask.query_slots)
+    keys_at = pad_keys(jnp.where(mask.key_mask, mask.key_slots, FAR), constant_values=FAR)
+    row_marks = jnp.repeat(queries_at, groups, axis=2)[..., None]
+    key_marks = keys_at[:, None]
+    seen = None
+    if mask.blocks is not None:
+        queries, keys = split_queries(mask.blocks.query_positions), pad_keys(mask.blocks.key_positions)
+        seen = cached_blocks.may_see(mask.blocks, classes, queries, keys)
+        marks = cached_blocks.row_marks(mask.blocks, classes, queries)
+        row_marks = jnp.concatenate([row_marks, marks], axis=-1)
+        key_marks = jnp.concatenate([key_marks, cached_blocks.key_marks(mask.blocks, keys)], axis=1)
+    row_marks = _pad(row_marks, 2, blocks.rows, mode="edge")
+    row_marks = row_marks.reshape(batch * classes, -1, row_marks.shape[3])
+    order, counts = visible_blocks(queries_at, keys_at, mask.window, blocks.keys, seen)
+    return Reads(blocks, classes, row_marks, key_marks, order, counts)
+
+
+def choose_blocks(
+    length: int,
+    kv_heads: int,
+    groups: int,
+    width: int,
+    size: int,
+    itemsize: int,
+    most_keys: int = LARGEST_KEY_BLOCK,
+) -> Blocks:
     """Returns grid steps that are large against their overhead and fit into VMEM."""
     queries = length
     if length * groups > ROW_BLOCK:
@@ -120,7 +189,7 @@ def choose_blocks(length: int, kv_heads: int, groups: int, width: int, size: int
     lanes = round_up(width, LANES)
     # A head's sum, its result and queries (two buffers each), maximum, normalizer and log-sum-exp (two).
     head_rows_bytes = rows * (lanes * (4 + 2 * 4 + 2 * 4) + LANES * 4 * 4)
-    keys = min(KEY_BLOCK, size)
+    keys = min(KEY_BLOCK, most_keys, size)
 
     def fits(heads: int, keys: int) -> bool:
         return (
@@ -130,23 +199,30 @@ def choose_blocks(length: int, kv_heads: int, groups: int, width: int, size: int
         )
 
     heads = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or fits(n, keys)))
-    while keys < min(LARGEST_KEY_BLOCK, size) and fits(heads, 2 * keys):
+    while keys < min(most_keys, size) and fits(heads, 2 * keys):
         keys = min(2 * keys, size)
     return Blocks(queries=queries, rows=rows, heads=heads, keys=keys)
 
 
 def visible_blocks(
-    query_slots: Int[Array, "B blocks queries"], key_slots: Int[Array, "B S"], window: int | None, keys: int
+    query_slots: Int[Array, "B blocks queries"],
+    key_slots: Int[Array, "B S"],
+    window: int | None,
+    keys: int,
+    seen: Bool[Array, "B blocks S"] | None = None,
 ) -> tuple[Int[Array, "B blocks key_blocks"], Int[Array, "B blocks"]]:
     """Returns the blocks of keys that each block of queries reads, in order, and how many.
 
-    After these, the last index repeats; a repeated block is not fetched again.
+    After these, the last index repeats; a repeated block is not fetched again. Keys that are not `seen` are
+    not read.
     """
     key_blocks = key_slots.shape[1] // keys
     first, last = jnp.min(query_slots, axis=2), jnp.max(query_slots, axis=2)  # [B, blocks]
     visible = key_slots[:, None] <= last[:, :, None]  # [B, blocks, S]
     if window is not None:
         visible &= key_slots[:, None] > first[:, :, None] - window
+    if seen is not None:
+        visible &= seen
     visible = visible.reshape(*first.shape, key_blocks, keys).any(axis=3)
     seen = jnp.cumsum(visible, axis=2, dtype=jnp.int32)
     counts = seen[:, :, -1]
@@ -161,11 +237,15 @@ def visible_blocks(
 class _Shape:
     """Static sizes and options of a call of the kernel."""
 
+    classes: int
+    kv_heads: int
     query_blocks: int
     key_blocks: int
     size: int
     """Slots of the cache."""
     window: int | None
+    local: int | None
+    """In block-sparse layers, the nearest blocks that every head sees."""
     scale: float
     swapped: bool
     """Whether keys and values are [B, K, H, S]."""
@@ -176,30 +256,21 @@ def _call(
     rows: Array,
     key: Array | QuantizedVectors,
     value: Array | QuantizedVectors,
-    rows_at: Array,
-    keys_at: Array,
-    order: Array,
-    counts: Array,
-    window: int | None,
-    scale: float,
-    blocks: Blocks,
+    reads: Reads,
+    shape: _Shape,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """Runs the kernel on rows [B, K, R, H] with slots [B, R, 1] and keys with slots [B, 1, S]."""
-    # TPUs store [B, K, S, H] with S in the lanes unless H fills them, so the swapped view is free.
-    swapped = rows.shape[3] % LANES != 0
-    quantized = isinstance(key, QuantizedVectors)
-    query_blocks, key_blocks = order.shape[1:]
-    shape = _Shape(query_blocks, key_blocks, key.shape[2], window, scale, swapped, quantized)
+    """Runs the kernel on rows [B * classes, K / classes, R, H] and a cache [B, K, S, H]."""
 
     def operands(vectors: Array | QuantizedVectors) -> list[Array]:
         if isinstance(vectors, QuantizedVectors):
             return [*operands(vectors.values), vectors.scale]
-        return [vectors.swapaxes(2, 3) if swapped else vectors]
+        vectors = vectors.swapaxes(2, 3) if shape.swapped else vectors
+        return [vectors.reshape(vectors.shape[0], -1, shape.classes, *vectors.shape[2:])]
 
     return pl.pallas_call(
         partial(_kernel, shape),
-        grid_spec=_grid_spec(rows.shape, counts, shape, blocks),
+        grid_spec=_grid_spec(rows.shape, reads, shape),
         out_shape=[
             jax.ShapeDtypeStruct(rows.shape, jnp.float32),
             jax.ShapeDtypeStruct((*rows.shape[:3], 1), jnp.float32),
@@ -209,41 +280,56 @@ def _call(
         ),
         name="cached_attention",
         interpret=interpret,
-    )(order.reshape(-1), counts.reshape(-1), rows_at, keys_at, rows, *operands(key), *operands(value))
+    )(
+        reads.order.reshape(-1),
+        reads.counts.reshape(-1),
+        reads.row_marks,
+        reads.key_marks,
+        rows,
+        *operands(key),
+        *operands(value),
+    )
 
 
-def _grid_spec(
-    rows_shape: tuple[int, ...], counts: Array, shape: _Shape, blocks: Blocks
-) -> pltpu.PrefetchScalarGridSpec:
-    """Returns the grid (rows of the batch, blocks of heads, of queries, of keys) and the blocks of arrays."""
+def _grid_spec(rows_shape: tuple[int, ...], reads: Reads, shape: _Shape) -> pltpu.PrefetchScalarGridSpec:
+    """Returns the grid and the blocks of arrays.
+
+    The grid is (rows of the batch and classes, blocks of heads, of queries, of keys).
+    """
     batch, kv_heads, _, width = rows_shape
+    blocks, marks = reads.blocks, reads.row_marks.shape[2]
 
     def block(b: Array, q: Array, j: Array, order_ref: jax.Ref) -> Array:
         return order_ref[(b * shape.query_blocks + q) * shape.key_blocks + j]
 
+    def split_row(b: Array) -> tuple[Array, Array]:
+        """Returns the row of the batch, and the class."""
+        return jax.lax.div(b, shape.classes), jax.lax.rem(b, shape.classes)
+
     rows_spec = pl.BlockSpec((1, blocks.heads, blocks.rows, width), lambda b, h, q, j, *_: (b, h, q, 0))
-    if shape.swapped:
-        vectors_spec = pl.BlockSpec(
-            (1, blocks.heads, width, blocks.keys),
-            lambda b, h, q, j, order, counts: (b, h, 0, block(b, q, j, order)),
-        )
-    else:
-        vectors_spec = pl.BlockSpec(
-            (1, blocks.heads, blocks.keys, width),
-            lambda b, h, q, j, order, counts: (b, h, block(b, q, j, order), 0),
-        )
+
+    def vectors_index(
+        b: Array, h: Array, q: Array, j: Array, order: jax.Ref, counts: jax.Ref
+    ) -> tuple[Any, ...]:
+        batch_row, head_class = split_row(b)
+        at = block(b, q, j, order)
+        return batch_row, h, head_class, *((0, at) if shape.swapped else (at, 0))
+
+    vectors_shape = (width, blocks.keys) if shape.swapped else (blocks.keys, width)
+    vectors_spec = pl.BlockSpec((1, blocks.heads, None, *vectors_shape), vectors_index)
     # Scales of all heads, because a block of some rows must be whole tiles.
     scales_spec = pl.BlockSpec(
-        (1, kv_heads, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
+        (1, shape.kv_heads, blocks.keys),
+        lambda b, h, q, j, order, counts: (split_row(b)[0], 0, block(b, q, j, order)),
     )
     vectors_specs = [vectors_spec, scales_spec] if shape.quantized else [vectors_spec]
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(batch, kv_heads // blocks.heads, shape.query_blocks, jnp.maximum(jnp.max(counts), 1)),
+        grid=(batch, kv_heads // blocks.heads, shape.query_blocks, jnp.maximum(jnp.max(reads.counts), 1)),
         in_specs=[
-            pl.BlockSpec((1, blocks.rows, 1), lambda b, h, q, j, *_: (b, q, 0)),
+            pl.BlockSpec((1, blocks.rows, marks), lambda b, h, q, j, *_: (b, q, 0)),
             pl.BlockSpec(
-                (1, 1, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
+                (1, marks, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
             ),
             rows_spec,
             *vectors_specs,
@@ -257,7 +343,7 @@ def _grid_spec(
             pltpu.VMEM((blocks.heads, blocks.rows, width), jnp.float32),
             pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
             pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
-            *([pltpu.VMEM((kv_heads, blocks.keys), jnp.float32)] * 2 if shape.quantized else []),
+            *([pltpu.VMEM((shape.kv_heads, blocks.keys), jnp.float32)] * 2 if shape.quantized else []),
         ],
     )
 
@@ -266,8 +352,8 @@ def _kernel(
     shape: _Shape,
     order_ref: jax.Ref,
     counts_ref: jax.Ref,
-    rows_at_ref: jax.Ref,
-    keys_at_ref: jax.Ref,
+    row_marks_ref: jax.Ref,
+    key_marks_ref: jax.Ref,
     rows_ref: jax.Ref,
     *refs: jax.Ref,
 ) -> None:
@@ -279,7 +365,8 @@ def _kernel(
         key_ref, value_ref, out_ref, lse_ref, sum_ref, max_ref, norm_ref = refs
     row, head_block, query_block, step = (pl.program_id(axis) for axis in range(4))
     at = row * shape.query_blocks + query_block
-    heads, keys = rows_ref.shape[1], keys_at_ref.shape[2]
+    head_class = jax.lax.rem(row, shape.classes)
+    heads, keys = rows_ref.shape[1], key_marks_ref.shape[2]
     dtype = rows_ref.dtype if shape.quantized else wider_dtype(rows_ref.dtype, key_ref.dtype)
 
     @pl.when(step == 0)
@@ -290,17 +377,21 @@ def _kernel(
 
     @pl.when(step < counts_ref[at])
     def add_block() -> None:
-        keys_at, rows_at = keys_at_ref[0], rows_at_ref[0]  # [1, keys], [rows, 1]
+        key_marks, row_marks = key_marks_ref[0], row_marks_ref[0]  # [marks, keys], [rows, marks]
+        keys_at, rows_at = key_marks[:1], row_marks[:, :1]
         visible = keys_at <= rows_at
         if shape.window is not None:
             visible &= keys_at > rows_at - shape.window
+        if shape.local is not None:
+            near = row_marks[:, 1:2] - key_marks[1:2] < shape.local
+            visible &= near | (row_marks[:, 2:] == key_marks[2:])
         if shape.quantized:  # rows of packed numbers cannot be selected by a traced index
             key_scales[...] = key_scale_ref[0].astype(jnp.float32)
             value_scales[...] = value_scale_ref[0].astype(jnp.float32)
         left = shape.size - order_ref[at * shape.key_blocks + step] * keys
 
         def add_head(head: Array, _: None) -> None:
-            scale_row = pl.ds(head_block * heads + head, 1)
+            scale_row = pl.ds((head_block * heads + head) * shape.classes + head_class, 1)
             key = _widen(key_ref[0, head], dtype)
             scores = jax.lax.dot_general(
                 rows_ref[0, head].astype(dtype),
