@@ -74,17 +74,18 @@ def attention(
     """
     scales = () if key_scale is None or value_scale is None else (key_scale, value_scale)
     _check(query, key, value, query_slots, key_slots, *scales)
-    hidden, sizes = (), (0, 0, 0)
+    pattern: tuple[Array, ...] = ()
+    sizes = 0, 0, 0
     if blocks is not None:
-        hidden, sizes = blocks[:3], blocks[3:]
-        _check_blocks(query, key, *hidden)
+        pattern, sizes = blocks[:3], blocks[3:]
+        _check_blocks(query, key, *pattern)
     results = (
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
     )
     call = jax.ffi.ffi_call(ATTENTION, results, vmap_method="sequential")
     out, log_sum = call(
-        *(query, key, value, *scales, query_slots, key_slots, *hidden),
+        *(query, key, value, *scales, query_slots, key_slots, *pattern),
         scale=np.float32(scale),
         window=np.int64(window or 0),
         **{name: np.int64(size) for name, size in zip(("block", "local", "stride"), sizes, strict=True)},

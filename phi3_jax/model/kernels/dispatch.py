@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.errors import UserError
-from phi3_jax.model.kernels import block_splash, blockwise, cudnn, native, splash
+from phi3_jax.model.kernels import block_splash, blockwise, cudnn, native, splash, striped
 from phi3_jax.model.kernels.blockwise import blockwise_attention
 from phi3_jax.model.kernels.cached import cached_attention
 from phi3_jax.model.kernels.native import native_attention
@@ -70,6 +70,8 @@ def choose_kernels(
     many_scores = length >= LEAST_QUERIES if mask.prefill else key.shape[2] >= LEAST_SLOTS
     blocks = implementation is None and not mask.prefill and floats and length >= blockwise.LEAST_QUERIES
     default = "blockwise" if blocks and mask.blocks is None else "xla"
+    if implementation in (None, "cudnn") and context == 1 and striped.fits(mask):
+        default = "striped"
 
     if mask.prefill:
         pallas_works = context == 1 or length % (splash.TILE * context) == 0
@@ -208,6 +210,8 @@ def _run(
         return xla_attention(query, key, value, mask, scale=scale, output_lse=output_lse)
     if name == "cudnn":
         return Attended(cudnn.cudnn_attention(query, key, value, mask, scale=scale), None, None)
+    if name == "striped":
+        return Attended(striped.striped_attention(query, key, value, mask, scale=scale), None, None)
     if name == "splash" and mask.blocks is not None:
         return Attended(_block_splash(query, key, value, mask, scale, interpret, splash_kernel), None, None)
     if name == "splash":

@@ -1,8 +1,7 @@
-"""Masks of block-sparse attention for tests, and the pattern written out in NumPy."""
+"""Masks with blocks for tests of attention kernels, and their attention written out in NumPy."""
 
-from dataclasses import replace
+import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 
 from phi3_jax.config.block_pattern import BlockPattern
@@ -10,15 +9,15 @@ from phi3_jax.model.block_sparse import SparseBlocks
 from phi3_jax.model.masks import CausalMask
 
 PHI_3_SMALL = BlockPattern(size=64, local=16, stride=8, heads=32)
+"""The pattern of the published models, with 8 key/value heads."""
 
 
-def sparse_mask(mask: CausalMask, pattern: BlockPattern, kv_heads: int) -> CausalMask:
-    """Returns the mask with a pattern, whose blocks count from the first token of each row."""
-    positions = np.cumsum(mask.key_mask, axis=1, dtype=np.int32) - 1
-    queries = np.take_along_axis(positions, np.asarray(mask.query_slots), axis=1)
-    shifts = pattern.shifts.reshape(kv_heads, -1)
-    blocks = SparseBlocks(*map(jnp.asarray, (np.maximum(queries, 0), positions, shifts)), pattern)
-    return replace(mask, blocks=blocks)
+def with_blocks(mask: CausalMask, pattern: BlockPattern, groups: int) -> CausalMask:
+    """Returns the mask with blocks that count each row's tokens; queries are in slots of the keys."""
+    positions = np.maximum(np.cumsum(mask.key_mask, axis=1, dtype=np.int32) - 1, 0)
+    at_queries = np.take_along_axis(positions, np.asarray(mask.query_slots), axis=1)
+    shifts = pattern.shifts.reshape(-1, groups)
+    return dataclasses.replace(mask, blocks=SparseBlocks(at_queries, positions, shifts, pattern))
 
 
 def visible_keys(mask: CausalMask, pattern: BlockPattern) -> np.ndarray:
@@ -36,9 +35,11 @@ def visible_keys(mask: CausalMask, pattern: BlockPattern) -> np.ndarray:
     return visible
 
 
-def masked_softmax(query: np.ndarray, key: np.ndarray, value: np.ndarray, visible: np.ndarray, scale: float):
+def masked_softmax(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, visible: np.ndarray, scale: float
+) -> np.ndarray:
     """Returns attention [B, T, K, G, H] in float64, with zeros where a query sees no key."""
-    batch, length, kv_heads, groups, width = query.shape
+    batch, length, kv_heads, groups, _ = query.shape
     scores = np.einsum("BTKGH,BKSH->BKGTS", np.float64(query), np.float64(key)) * scale
     scores = np.where(visible.reshape(batch, kv_heads, groups, length, -1), scores, -np.inf)
     weights = np.exp(scores - np.maximum(scores.max(axis=-1, keepdims=True), -1e30))
