@@ -25,7 +25,7 @@ struct KeyRun {
 // slot before it, and not less.
 struct VisibleBlocks {
   const BlockPattern& pattern;
-  const uint8_t *query_positions, *key_positions;
+  const uint8_t *query_positions = nullptr, *key_positions = nullptr;
   int32_t shift = 0, first = 0, last = 0;  // blocks of the queries
 
   VisibleBlocks(const Attention& a, int64_t head, int64_t query, int64_t end) : pattern(a.pattern) {
