@@ -156,19 +156,33 @@ def test_gradients_equal_xla() -> None:
     mask = with_blocks(cache_mask("left", 2, 200, 190, 5, None), SMALL, 2)
     query, key, value = operands(mask, SMALL, 2, 64, "bfloat16")
     weight = np.random.default_rng(1).standard_normal(query.shape, np.float32)
-
-    def attend(*arrays: jax.Array) -> jax.Array:
-        return attention(*arrays, mask, scale=SCALE)[0]
-
-    def attend_by_xla(*arrays: jax.Array) -> jax.Array:
-        return attention(*arrays, mask, scale=SCALE, implementation="xla")[0]
-
-    ours, expected = (jax.jit(gradients_and_output(each, weight)) for each in (attend, attend_by_xla))
+    ours, expected = gradients(None, mask, weight), gradients("xla", mask, weight)
     assert ATTENTION in ours.lower(query, key, value).as_text()
-    for one, other in zip(
-        *map(jax.tree.leaves, (f(query, key, value) for f in (ours, expected))), strict=True
-    ):
+    found = ours(query, key, value), expected(query, key, value)
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
         assert_close(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+def test_gradients_of_a_long_prefill_equal_those_of_float32() -> None:
+    """They are those of stripes, which only the end rounds to the keys' bfloat16."""
+    plain = prefill_mask("left", 2, 300, None)
+    mask = with_blocks(plain, SMALL, 2)
+    query, key, value = operands(mask, SMALL, 2, 64, "bfloat16")
+    weight = np.random.default_rng(1).standard_normal(query.shape, np.float32)
+    weight *= plain.key_mask[:, :, None, None, None]
+    ours = gradients(None, mask, weight)
+    assert ATTENTION in ours.lower(query, key, value).as_text()
+    found, _ = ours(query, key, value)
+    expected, _ = gradients("xla", mask, weight)(query, floats(key), floats(value))
+    for one, other, rtol in zip(found, expected, (1e-5, 2**-8, 2**-8), strict=True):
+        assert_close(np.asarray(one, np.float32), np.asarray(other), rtol)
+
+
+def gradients(implementation: str | None, mask: CausalMask, weight: np.ndarray) -> Any:
+    def attend(*arrays: jax.Array) -> jax.Array:
+        return attention(*arrays, mask, scale=SCALE, implementation=implementation)[0]
+
+    return jax.jit(gradients_and_output(attend, weight))
 
 
 def test_devices_of_a_mesh_have_the_patterns_of_their_own_heads() -> None:

@@ -21,10 +21,11 @@ _LEAST = float(jnp.finfo(jnp.float32).min)
 
 def fits(mask: CausalMask) -> bool:
     """Whether the mask is a block-sparse prefill's, so long that this is faster than `xla_attention`."""
-    blocks, length = mask.blocks, mask.query_slots.shape[1]
+    blocks, length, slots = mask.blocks, mask.query_slots.shape[1], mask.key_mask.shape[1]
     if blocks is None or not mask.prefill or mask.key_segments is not None or mask.window is not None:
         return False
-    return length >= 2 * blocks.pattern.dense_length
+    # A device that has some of the queries of a mesh has more keys.
+    return length == slots and length >= 2 * blocks.pattern.dense_length
 
 
 def striped_attention(
@@ -44,7 +45,7 @@ def striped_attention(
     blocks = mask.blocks
     assert blocks is not None
     attend = partial(_attend, mask=mask, shifts=blocks.shifts, pattern=blocks.pattern, scale=scale)
-    return with_tokens_first(attend, query, key, value, mask.key_mask)
+    return with_tokens_first(attend, query, key.astype(query.dtype), value.astype(query.dtype), mask.key_mask)
 
 
 def _attend(
