@@ -15,12 +15,12 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Key
 
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.phi3small_config import Phi3SmallConfig
 from phi3_jax.errors import UserError
-from phi3_jax.model.arguments import NewTokens, is_concrete
+from phi3_jax.model.arguments import is_concrete
 from phi3_jax.model.decoder import LayerOutput, Phi3Attention, Phi3DecoderLayer, Phi3Model
 from phi3_jax.model.heads import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification
 from phi3_jax.model.layers import LayerNorm, Linear, fold_in
@@ -134,19 +134,6 @@ class Phi3SmallModel(Phi3Model):
     @property
     def norm(self) -> LayerNorm:  # type: ignore[override]
         return self.final_layernorm
-
-    def embed(
-        self, new: NewTokens, key: Key[Array, ""] | None = None, length_axis: str | None = None
-    ) -> Float[Array, "B T D"]:
-        x, factor = super().embed(new, key, length_axis), self.config.mup_embedding_multiplier
-        return x * factor if factor is not None and factor > 0 else x
-
-    def rope_tables(
-        self, positions: Num[Array, "B T"], rope_length: Int[Array, " B"], *replaced: Any
-    ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-        if self.config.rope_scaling.rope_type == "default":
-            positions = positions.astype(jnp.float32) * self.config.rope_position_scale
-        return super().rope_tables(positions, rope_length, *replaced)
 
 
 @dataclass(frozen=True)
