@@ -178,6 +178,7 @@ class Phi3SmallConfig(Phi3Config):
                 raise UserError(f"ff_dim_multiplier={multiplier!r:.80} must be a positive number")
             size = int(multiplier * (hidden // 3) * 2)
             values["ff_intermediate_size"] = round_up(size, 256) if pads else size
+        values.pop("auto_map", None)  # it names files of code, which are not saved with a model
         if isinstance(entry := values.get("rope_scaling"), Mapping):
             values["rope_scaling"] = _own_type(entry)
         for own, name in SPELLING.items():

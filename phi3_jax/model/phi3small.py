@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.phi3small_config import Phi3SmallConfig
@@ -167,6 +167,16 @@ class Phi3SmallForCausalLM(Phi3ForCausalLM):
         assert isinstance(config, Phi3SmallConfig)
         width = config.mup_width_multiplier
         return FinishLogits(width or 1.0, config.dummy_token_ids)
+
+    def cross_entropy_sum(
+        self, hidden_states: Float[Array, "B T D"], labels: Int[Array, "B T"], label_smoothing: float = 0.0
+    ) -> Float[Array, ""]:
+        if label_smoothing and self._finish.dummy_tokens:
+            raise UserError(
+                f"label_smoothing={label_smoothing} would give probability to ids of no token, whose logits "
+                "are the least float32; leave it at 0"
+            )
+        return super().cross_entropy_sum(hidden_states, labels, label_smoothing)
 
     def _check_labels(self, labels: Any, shape: tuple[int, int]) -> Array:
         labels = super()._check_labels(labels, shape)
