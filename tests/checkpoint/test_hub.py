@@ -22,6 +22,7 @@ FILES = {
     "config.json": b'{"model_type": "phi3"}',
     "model.safetensors": b"weights",
     "tokenizer.model": b"pieces",
+    "cl100k_base.tiktoken": b"ranks",
     "chat_template.jinja": b"{{ messages }}",
     "pytorch_model.bin": b"pickle",
     "README.md": b"# tiny",
