@@ -59,33 +59,28 @@ def phi3_small_tokenizer(content: bytes, name: str) -> Tokenizer:
     return tokenizer
 
 
-def phi3_small_config() -> dict[str, Any]:
-    """Returns the fields of tokenizer_config.json that Microsoft's class sets by itself."""
-    return {
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "padding_side": "left",
-    }
-
-
 def merge_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's configuration as that of the tokenizer.json that is made of the ranks.
 
-    Microsoft's class ignores added tokens of the configuration, since its own have fixed ids.
+    Microsoft's class sets bos, eos and the padding side; the end of text is also the family's padding. It
+    ignores added tokens of the configuration, since its own have fixed ids.
     """
     given = {key: value for key, value in config.items() if value is not None}
     for key in ("added_tokens_decoder", "auto_map", "tokenizer_class"):
         given.pop(key, None)
-    fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return {**fixed, **phi3_small_config(), **given}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),
+        "padding_side": "left",
+        **given,
+    }
 
 
 def special_tokens() -> dict[int, AddedToken]:
     """Returns the tokens after the ranks, by id; every id up to the end of the embedding has one.
 
-    `skip_special_tokens` keeps the first, 100256, as Microsoft's class does: it drops the ids from the end of
-    text on.
+    The first, 100256, is not flagged special: Microsoft's class drops the ids from the end of text on.
     """
     names = _NAMES | {token_id: f"dummy_id_{n}" for n, token_id in enumerate(_UNUSED)}
     return {

@@ -230,6 +230,12 @@ def test_errors_give_advice(server: Server, tmp_path: Path) -> None:
     assert "answered with status 500" in broken["error"]
 
 
+def test_every_kind_of_vocabulary_is_fetched_with_the_tokenizer_alone(server: Server, tmp_path: Path) -> None:
+    (fetched,) = run(server.url, tmp_path, ("org/tiny", {"tokenizer_only": True}))
+    names = {path.name for path in Path(fetched["path"]).iterdir()}
+    assert names == {"tokenizer.model", "cl100k_base.tiktoken", "chat_template.jinja"}
+
+
 def test_tokenizer_by_name_fetches_its_files_only(server: Server, tmp_path: Path) -> None:
     calls: list[tuple[str, dict[str, Any]]] = [
         ("org/words", {}),

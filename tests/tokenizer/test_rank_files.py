@@ -273,6 +273,7 @@ BYTES = rank_file([bytes([byte]) for byte in range(256)])
         (BYTES + b"YWI= 2x6\n", "line 257: expected a token"),
         (BYTES + b"YWI= -256\n", "line 257: expected a token"),
         (BYTES + b"YWI= 2 256\n", "line 257: expected a token"),
+        (BYTES + b"YW*I= 256\n", "line 257: expected a token"),
         (BYTES + b"==== 256\n", "line 257: expected a token"),
         (BYTES + b"YWI= 255\n", "line 257: the rank 255 occurs twice"),
         (BYTES + b"AA== 0\n", "line 257: the rank 0 occurs twice"),
