@@ -10,7 +10,9 @@ import pytest
 from attention_cases import SCALE, assert_close, cache_mask, gradients_and_output, prefill_mask, random_arrays
 from block_cases import PHI_3_SMALL, masked_softmax, visible_keys, with_blocks
 from marks import slow
+from phi3small import small_config
 
+from phi3_jax import Phi3SmallForCausalLM
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.config.block_pattern import BlockPattern
 from phi3_jax.model.attention import attention
@@ -192,6 +194,25 @@ def test_devices_of_a_mesh_have_the_patterns_of_their_own_heads() -> None:
     run = jax.jit(lambda *arrays: attention(*arrays, masked, scale=SCALE, mesh=mesh)[0])
     assert ATTENTION in run.lower(*arrays).as_text()
     assert_close(np.asarray(run(*arrays)), np.asarray(run_natively(*arrays, masked).out))
+
+
+@pytest.mark.slow
+def test_models_decode_from_bfloat16_caches() -> None:
+    """Answers are those of a float32 cache, by XLA, up to the cache's rounding. 7 tokens are a chunk."""
+    config = small_config(hidden_size=64)
+    model = Phi3SmallForCausalLM(config, dtype="bfloat16")
+    ids = np.random.default_rng(0).integers(5, 90, (2, 70))
+    mask = np.arange(70) >= [[0], [9]]
+
+    def logits(dtype: str) -> Any:
+        cache = model.init_cache(2, 128, dtype)
+        cache = model(ids[:, :-7], attention_mask=mask[:, :-7], past_key_values=cache).past_key_values
+        step = jax.jit(lambda cache: model(ids[:, -7:], past_key_values=cache).logits)
+        assert (ATTENTION in step.lower(cache).as_text()) == (dtype == "bfloat16")
+        return np.asarray(step(cache), np.float32)[..., 5:90]
+
+    found, expected = logits("bfloat16"), logits("float32")
+    assert np.sqrt(np.mean(np.square(found - expected))) <= 0.02 * np.sqrt(np.mean(np.square(expected)))
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), [("bfloat16", "native"), ("float32", "xla")])
