@@ -3,7 +3,7 @@
 from typing import Any
 
 from phi3_jax.errors import UserError
-from phi3_jax.lora.adapters import TARGETS, projections
+from phi3_jax.lora.adapters import own_names, projections
 from phi3_jax.lora.peft_config import AdapterConfig
 from phi3_jax.model import Phi3PreTrainedModel
 
@@ -16,7 +16,7 @@ def with_adapter_settings(settings: Settings, adapter: AdapterConfig, model: Phi
     Raises:
         UserError: a setting is given and the adapters have another value.
     """
-    fields = adapter.fields
+    fields, names = adapter.fields, own_names(model.config)
     adapted = {name.rpartition(".")[2] for name, _ in projections(model) if adapter.targets(name)}
     own: dict[str, Any] = {
         "lora_rank": fields["r"],
@@ -24,11 +24,13 @@ def with_adapter_settings(settings: Settings, adapter: AdapterConfig, model: Phi
         "use_rslora": adapter.rslora,
         "use_dora": adapter.dora,
         "lora_dropout": adapter.dropout,
-        "lora_targets": [name for name in TARGETS if name in adapted],
+        "lora_targets": [name for name in names.values() if name in adapted],
     }
     for name in sorted(own.keys() & settings.model_fields_set):
         given = getattr(settings, name)
-        same = set(given) == adapted if name == "lora_targets" else given == own[name]
+        same = given == own[name]
+        if name == "lora_targets":
+            same = {names.get(each, each) for each in given} == adapted
         if not same and given is not None:
             raise UserError(
                 f"{name}={given!r}, and {adapter.path} has {own[name]!r}, with which the adapters are "

@@ -1,5 +1,6 @@
 """Runs one layer of a model, and sums the products of the inputs of its projections."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,6 @@ from phi3_jax.model.layers import Linear
 from phi3_jax.model.quantizing import matrix_shape
 from phi3_jax.model.rope import rope_tables
 
-PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-"""The projections of a layer."""
-
 
 class LayerRunner:
     """Runs layers on windows of tokens, all of one length and without padding.
@@ -30,6 +28,7 @@ class LayerRunner:
     def __init__(self, config: Phi3Config, rows: int, length: int):
         where = locate(check(config, None, np.zeros((rows, length), np.int32)), None, config, None)
         self._mask = where.mask
+        self.projections = tuple(config.projections.values())
         self._tables = rope_tables(config, where.position_ids, where.rope_length)
 
     def outputs(self, layer: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -37,8 +36,8 @@ class LayerRunner:
         return _outputs(layer, x, self._tables, self._mask)
 
     def products(self, layer: Any, x: Float[Array, "B T D"]) -> dict[str, Float[Array, "in in"]]:
-        """Returns the sum of x x^T over the inputs x of each of `PROJECTIONS`, float32."""
-        return _products(layer, x, self._tables, self._mask)
+        """Returns the sum of x x^T over the inputs x of each projection, float32."""
+        return _products(layer, x, self._tables, self._mask, self.projections)
 
 
 class _Recorder(nnx.Module):
@@ -53,7 +52,7 @@ class _Recorder(nnx.Module):
 
 
 def projection(layer: Any, name: str) -> Linear:
-    """Returns one of `PROJECTIONS` of a layer."""
+    """Returns the projection of a layer at this path."""
     block, _, own = name.partition(".")
     return getattr(getattr(layer, block), own)
 
@@ -63,10 +62,12 @@ def _outputs(layer: Any, x: Array, tables: tuple[Array, Array], mask: Any) -> Ar
     return layer(x, tables, mask)[0]
 
 
-@jax.jit
-def _products(layer: Any, x: Array, tables: tuple[Array, Array], mask: Any) -> dict[str, Array]:
+@partial(jax.jit, static_argnums=4)
+def _products(
+    layer: Any, x: Array, tables: tuple[Array, Array], mask: Any, projections: tuple[str, ...]
+) -> dict[str, Array]:
     recorders = {}
-    for name in PROJECTIONS:
+    for name in projections:
         projection(layer, name).adapter = recorders[name] = _Recorder()
     layer(x, tables, mask)
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from phi3_jax.calibration.layers import PROJECTIONS, LayerRunner, projection
+from phi3_jax.calibration.layers import LayerRunner, projection
 from phi3_jax.checkpoint import Checkpoint
 from phi3_jax.checkpoint.fingerprint import fingerprint
 from phi3_jax.checkpoint.layout import layout_of
@@ -24,6 +24,7 @@ from phi3_jax.checkpoint.quantize import RoundedSource, open_floats, write_round
 from phi3_jax.checkpoint.source import CheckpointSource
 from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.model.layers import scaled
 from phi3_jax.model.loading import ModuleLoader
 from phi3_jax.model.quantizing import matrix_shape, set_weight
 from phi3_jax.quantization import Quantization, StoredWeight
@@ -177,7 +178,8 @@ def _round_layers(
     rows = min(options.rows, len(windows))
     first, states = _read_states(folder)
     if states is None:
-        embed = jax.jit(lambda module, ids: module(ids))
+        factor = checkpoint.config.embedding_multiplier
+        embed = jax.jit(lambda module, ids: scaled(module(ids), factor))
         module = loader.load("model.embed_tokens")
         states = np.concatenate([np.asarray(embed(module, part)) for part in _parts(windows, rows)])
     runner = LayerRunner(checkpoint.config, rows, options.length)
@@ -196,7 +198,7 @@ def _round_layer(
     runner: LayerRunner, layer: Any, states: np.ndarray, rows: int, quantization: Quantization, name: str
 ) -> dict[str, StoredWeight]:
     """Rounds the projections of a layer, which gets the rounded weights; returns them by name."""
-    wanted = [each for each in PROJECTIONS if quantization.includes(each)]
+    wanted = [each for each in runner.projections if quantization.includes(each)]
     sums: dict[str, np.ndarray] = {}
     for part in _parts(states, rows):
         found = runner.products(layer, jnp.asarray(part))

@@ -33,3 +33,25 @@ class BlockPattern:
         """The shift of each query head."""
         step = 0 if self.same_for_all_heads else max(1, self.stride // self.heads)
         return np.arange(self.heads, dtype=np.int32) * np.int32(step) % np.int32(self.stride)
+
+    def visible_pairs(self, queries: int, keys: int) -> int:
+        """Returns the visible pairs of a row's last queries and its keys, of all heads together."""
+        positions = np.arange(keys - queries, keys, dtype=np.int64)
+        block = positions // self.size
+        remote = np.maximum(block - self.local + 1, 0)  # blocks before the nearest ones
+        near = positions - remote * self.size + 1
+        # Of the blocks 0 to n - 1, a head with shift s sees those that are -1 - s modulo the stride.
+        shifts, counts = np.unique(self.shifts, return_counts=True)
+        pairs = 0
+        for shift, heads in zip(shifts, counts, strict=True):
+            seen = (remote + shift) // self.stride - shift // self.stride
+            pairs += int(heads) * int((near + seen * self.size).sum())
+        return pairs
+
+    def read_share(self, keys: int, kv_heads: int) -> float:
+        """Returns the share of a row's keys that its last query reads, a key/value head at a time."""
+        blocks = np.arange((keys - 1) // self.size + 1)
+        near = len(blocks) - blocks <= self.local
+        shifts = self.shifts.reshape(kv_heads, -1)  # [K, G]
+        remote = (blocks[:, None, None] + shifts + 1) % self.stride == 0
+        return float((near[:, None] | remote.any(axis=2)).mean())

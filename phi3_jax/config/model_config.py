@@ -57,6 +57,13 @@ class Phi3Config:
     model_type: ClassVar[str] = "phi3"
     rules: ClassVar[Rules] = RULES
     rope_defaults: ClassVar[Mapping[str, Any]] = _ROPE_DEFAULTS
+    projections: ClassVar[Mapping[str, str]] = {
+        "qkv_proj": "self_attn.qkv_proj",
+        "o_proj": "self_attn.o_proj",
+        "gate_up_proj": "mlp.gate_up_proj",
+        "down_proj": "mlp.down_proj",
+    }
+    """The projections of a layer: Phi-3's names for all families, and their paths in the layer."""
     families: ClassVar[dict[str, type["Phi3Config"]]] = {}
     """The classes of the other families, by their `model_type`."""
 
@@ -226,9 +233,23 @@ class Phi3Config:
         return self.head_dim**-0.5
 
     @property
+    def embedding_multiplier(self) -> float:
+        """The factor on the embeddings, after their dropout."""
+        return 1.0
+
+    @property
+    def position_scale(self) -> float:
+        """The factor on the positions from which rope's angles are computed."""
+        return 1.0
+
+    @property
     def block_pattern(self) -> BlockPattern | None:
         """The blocks of keys that the heads of block-sparse layers see; None: no layer is block-sparse."""
         return None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the attention of this layer, counted from 0, is block-sparse."""
+        return False
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

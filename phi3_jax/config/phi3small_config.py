@@ -50,6 +50,12 @@ class Phi3SmallConfig(Phi3Config):
         "partial_rotary_factor": 1.0,
         "original_max_position_embeddings": 8192,
     }
+    projections: ClassVar[Mapping[str, str]] = {
+        "qkv_proj": "self_attn.query_key_value",
+        "o_proj": "self_attn.dense",
+        "gate_up_proj": "mlp.up_proj",
+        "down_proj": "mlp.down_proj",
+    }
     rules: ClassVar[Rules] = {
         **RULES,
         "hidden_act": ("'gegelu', the only one", lambda v: v == "gegelu"),
@@ -99,7 +105,7 @@ class Phi3SmallConfig(Phi3Config):
     dense_attention_every_n_layers: int | None = 2
     """Layers n, 2n, 3n, ... see all keys; None: no layer does."""
     rope_position_scale: float = 1.0
-    """Factor on the positions of plain rope."""
+    """Factor on the positions of plain rope; other ropes ignore it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,8 +145,16 @@ class Phi3SmallConfig(Phi3Config):
     def attention_scale(self) -> float:
         return self.mup_attn_multiplier / self.head_dim if self.mup_use_scaling else super().attention_scale
 
+    @property
+    def embedding_multiplier(self) -> float:
+        factor = self.mup_embedding_multiplier
+        return factor if factor is not None and factor > 0 else 1.0
+
+    @property
+    def position_scale(self) -> float:
+        return self.rope_position_scale if self.rope_scaling.rope_type == "default" else 1.0
+
     def is_sparse(self, layer: int) -> bool:
-        """Whether the attention of this layer, counted from 0, is block-sparse."""
         every = self.dense_attention_every_n_layers
         return every is None or (layer + 1) % every != 0
 
@@ -164,6 +178,7 @@ class Phi3SmallConfig(Phi3Config):
                 raise UserError(f"ff_dim_multiplier={multiplier!r:.80} must be a positive number")
             size = int(multiplier * (hidden // 3) * 2)
             values["ff_intermediate_size"] = round_up(size, 256) if pads else size
+        values.pop("auto_map", None)  # it names files of code, which are not saved with a model
         if isinstance(entry := values.get("rope_scaling"), Mapping):
             values["rope_scaling"] = _own_type(entry)
         for own, name in SPELLING.items():

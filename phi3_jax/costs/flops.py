@@ -10,12 +10,25 @@ from phi3_jax.quantization import Quantization
 
 
 def attention_pairs(config: Phi3Config, queries: int, keys: int) -> int:
-    """Returns the visible query-key pairs of one row and head, where the queries are the last positions."""
+    """Returns the visible query-key pairs of one row and head, where the queries are the last positions.
+
+    It counts for layers that are not block-sparse.
+    """
     window = config.sliding_window or keys
     first = keys - queries + 1  # the keys that the first query sees, without a window
     growing = max(0, min(keys, window) - first + 1)  # the queries that see no more keys than the window has
     growing = min(growing, queries)
     return growing * (2 * first + growing - 1) // 2 + (queries - growing) * min(keys, window)
+
+
+def model_pairs(config: Phi3Config, queries: int, keys: int) -> int:
+    """Returns the visible query-key pairs of one row in all heads of all layers."""
+    heads, layers, pattern = config.num_attention_heads, config.num_hidden_layers, config.block_pattern
+    dense = heads * attention_pairs(config, queries, keys)
+    if pattern is None:
+        return layers * dense
+    sparse_layers = sum(config.is_sparse(layer) for layer in range(layers))
+    return (layers - sparse_layers) * dense + sparse_layers * pattern.visible_pairs(queries, keys)
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,7 @@ def step_flops(work: Work) -> Flops:
     projections = 2 * tokens * sum(p.size for p in layer_projections(config))
     keys = work.seq
     queries = 1 if work.task == "decode" else work.seq
-    pairs = work.batch * attention_pairs(config, queries, keys)
-    attention = 4 * config.head_dim * config.num_attention_heads * config.num_hidden_layers * pairs
+    attention = 4 * config.head_dim * work.batch * model_pairs(config, queries, keys)
     scored = work.tokens if work.task == "finetune" else work.batch
     head = 2 * scored * config.hidden_size * config.vocab_size
     int8 = _int8_size(work, layer_projections(config))
@@ -92,7 +104,7 @@ def _recomputed_projections(work: Work) -> list[Parameter]:
     if work.remat == "none":
         return []
     kept = (*KEPT[work.remat], "down_proj")
-    return [p for p in layer_projections(work.config) if p.name not in kept]
+    return [p for p in layer_projections(work.config) if p.role not in kept]
 
 
 def _recomputed_adapters(work: Work) -> int:

@@ -24,6 +24,9 @@ class Parameter:
     count: int
     input_axes: int = 0
     """The number of last axes that a projection sums over; 0 where the weight is not a projection's."""
+    role: str = ""
+    """Phi-3's name of a layer's projection."""
+    is_bias: bool = False
 
     @property
     def inputs(self) -> int:
@@ -33,6 +36,8 @@ class Parameter:
     @property
     def columns(self) -> int:
         """The columns of a projection or an embedding as a matrix; 0 for a vector."""
+        if self.is_bias:
+            return 0
         return self.inputs or (self.axes[-1][1] if len(self.axes) > 1 else 0)
 
     def element_bytes(self, item_bytes: int, quantization: Quantization | None) -> float:
@@ -79,17 +84,21 @@ def _pieces(axis: str, mesh: Mapping[str, int]) -> int:
 
 @lru_cache(maxsize=64)
 def parameters(config: Phi3Config) -> tuple[Parameter, ...]:
-    """Returns the parameters of `Phi3ForCausalLM`; those of the layers stand once, with their count."""
+    """Returns the parameters of a causal model; those of the layers stand once, with their count."""
     one_layer = abstract_model(Phi3ForCausalLM, config.replace(num_hidden_layers=1))
+    roles = {path: name for name, path in config.projections.items()}
     return tuple(
         Parameter(
             name=str(path[-1]),
-            axes=tuple(zip(weight.axes, weight.shape, strict=True)),
+            axes=tuple(zip(values.axes, values.shape, strict=True)),
             count=config.num_hidden_layers if "layers" in path else 1,
-            input_axes=module.input_axes if isinstance(module, Linear) else 0,
+            input_axes=module.input_axes if isinstance(module, Linear) and kind == "weight" else 0,
+            role=roles.get(".".join(map(str, path[-2:])), ""),
+            is_bias=kind == "bias",
         )
         for path, module in nnx.iter_modules(one_layer)
-        if isinstance(weight := getattr(module, "weight", None), nnx.Param)
+        for kind in ("weight", "bias")
+        if isinstance(values := getattr(module, kind, None), nnx.Param)
     )
 
 

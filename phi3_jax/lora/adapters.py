@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import jax
@@ -9,13 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.layers import Linear, QuantizedParam, across, dropout
 from phi3_jax.parallel.sharding import gather, place
 
-TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-"""The projections of a layer."""
+TARGETS = tuple(Phi3Config.projections)
+"""The projections of a layer, by Phi-3's names."""
 
 Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 
@@ -160,7 +162,7 @@ def add_lora(
         model: the base model, with a list of layers.
         rank: of every adapter.
         alpha: scales the adapters by alpha / rank; default: twice the rank.
-        targets: the projections that get adapters.
+        targets: the projections that get adapters, by Phi-3's names or by the model's own.
         rslora: scale by alpha / sqrt(rank) instead.
         dora: learn the lengths of the adapted weights' rows apart from their directions (DoRA).
         lora_dropout: the rate of dropout on the adapters' inputs, where the model gets `rngs`.
@@ -174,8 +176,10 @@ def add_lora(
         raise UserError(f"rank={rank} must be at least 1")
     if not 0 <= lora_dropout < 1:
         raise UserError(f"lora_dropout={lora_dropout} must be at least 0 and below 1")
-    if unknown := sorted(set(targets) - set(TARGETS)):
-        raise UserError(f"there is no projection {', '.join(unknown)}; use {', '.join(TARGETS)}")
+    names = own_names(model.config)
+    if unknown := sorted(set(targets) - names.keys() - set(names.values())):
+        raise UserError(f"there is no projection {', '.join(unknown)}; use {', '.join(names.values())}")
+    targets = {names.get(target, target) for target in targets}
     alpha = 2.0 * rank if alpha is None else alpha
     rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
     model = jax.tree.map(lambda leaf: leaf, model)
@@ -229,6 +233,10 @@ def projections(model: Phi3PreTrainedModel) -> Iterator[tuple[str, Linear]]:
         raise UserError("the model's layers are stacked; unstack them first (unstack_layers)")
     prefix = "" if model.decoder is model else "model."
     for index, layer in enumerate(model.decoder.layers):
-        for name in TARGETS:
-            block = "self_attn" if hasattr(layer.self_attn, name) else "mlp"
-            yield f"{prefix}layers.{index}.{block}.{name}", getattr(getattr(layer, block), name)
+        for path in model.config.projections.values():
+            yield f"{prefix}layers.{index}.{path}", attrgetter(path)(layer)
+
+
+def own_names(config: Phi3Config) -> dict[str, str]:
+    """Returns the names of a layer's projections, by Phi-3's."""
+    return {name: path.rpartition(".")[2] for name, path in config.projections.items()}

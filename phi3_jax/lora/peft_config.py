@@ -9,7 +9,7 @@ from typing import Any
 
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.errors import UserError
-from phi3_jax.lora.adapters import TARGETS
+from phi3_jax.lora.adapters import own_names
 from phi3_jax.model import (
     Phi3ForCausalLM,
     Phi3ForSequenceClassification,
@@ -215,6 +215,7 @@ def adapter_fields(
 ) -> dict[str, Any]:
     """Returns the fields of `adapter_config.json` for the model's adapters."""
     layers = model.config.num_hidden_layers
+    names = own_names(model.config).values()
     counts = Counter(name.rpartition(".")[2] for name in adapted)
     in_all_layers = all(count == layers for count in counts.values())
     ranks = {name: linear.adapter.rank for name, linear in adapted.items()}
@@ -233,7 +234,7 @@ def adapter_fields(
         "alpha_pattern": {name: other for name, other in alphas.items() if other != alpha},
         "use_rslora": first.rslora,
         "use_dora": first.magnitude is not None,
-        "target_modules": [name for name in TARGETS if name in counts] if in_all_layers else list(adapted),
+        "target_modules": [name for name in names if name in counts] if in_all_layers else list(adapted),
         "modules_to_save": list(modules_to_save) or None,
         "bias": "none",
         "init_lora_weights": True,

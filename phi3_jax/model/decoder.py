@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.cache.layer_cache import LayerCache, Vectors
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.model.arguments import NewTokens, check, locate, refuse
+from phi3_jax.model.arguments import check, locate, refuse
 from phi3_jax.model.attention import attention
 from phi3_jax.model.layer_stack import StackedLayers, run_layers
 from phi3_jax.model.layers import (
@@ -26,6 +26,7 @@ from phi3_jax.model.layers import (
     dropout,
     fold_in,
     last_positions,
+    scaled,
 )
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.outputs import BaseModelOutputWithPast
@@ -223,20 +224,6 @@ class Phi3Model(Phi3PreTrainedModel):
     def decoder(self) -> "Phi3Model":
         return self
 
-    def embed(
-        self, new: NewTokens, key: Key[Array, ""] | None = None, length_axis: str | None = None
-    ) -> Float[Array, "B T D"]:
-        """Returns the input of the first layer; `key` turns dropout on."""
-        x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
-        x = constrain(x.astype(self.dtype), self.mesh, "batch", length_axis, "hidden")
-        return dropout(x, self.config.embd_pdrop, key)
-
-    def rope_tables(
-        self, positions: Num[Array, "B T"], rope_length: Int[Array, " B"], *replaced: Any
-    ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-        """Returns cosines and sines as the function of that name does."""
-        return rope_tables(self.config, positions, rope_length, *replaced)
-
     def __call__(
         self,
         input_ids: Int[Array, "B T"] | None = None,
@@ -297,8 +284,10 @@ class Phi3Model(Phi3PreTrainedModel):
         check_divides(self.mesh, {"batch": new.batch_size, "length": new.length if where.prefill else 0})
 
         key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
-        x = self.embed(new, fold_in(key, 0), length_axis)
-        tables = self.rope_tables(where.position_ids, where.rope_length, inv_freq, attention_scaling)
+        x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
+        x = constrain(x.astype(self.dtype), self.mesh, "batch", length_axis, "hidden")
+        x = scaled(dropout(x, self.config.embd_pdrop, fold_in(key, 0)), self.config.embedding_multiplier)
+        tables = rope_tables(self.config, where.position_ids, where.rope_length, inv_freq, attention_scaling)
         states, attentions, present = run_layers(
             self.layers,
             x,

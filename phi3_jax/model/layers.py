@@ -167,6 +167,11 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def scaled(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
+    """Returns `factor` times `x`, in the dtype of `x`; for a factor of 1, `x` itself."""
+    return x if factor == 1 else x * factor
+
+
 def fold_in(key: Key[Array, ""] | None, number: int) -> Key[Array, ""] | None:
     """Returns a key of its own for each number, given a key."""
     return None if key is None else jax.random.fold_in(key, number)

@@ -15,12 +15,12 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key
 
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.phi3small_config import Phi3SmallConfig
 from phi3_jax.errors import UserError
-from phi3_jax.model.arguments import NewTokens, is_concrete
+from phi3_jax.model.arguments import is_concrete
 from phi3_jax.model.decoder import LayerOutput, Phi3Attention, Phi3DecoderLayer, Phi3Model
 from phi3_jax.model.heads import Phi3ForCausalLM, Phi3ForSequenceClassification, Phi3ForTokenClassification
 from phi3_jax.model.layers import LayerNorm, Linear, fold_in
@@ -135,19 +135,6 @@ class Phi3SmallModel(Phi3Model):
     def norm(self) -> LayerNorm:  # type: ignore[override]
         return self.final_layernorm
 
-    def embed(
-        self, new: NewTokens, key: Key[Array, ""] | None = None, length_axis: str | None = None
-    ) -> Float[Array, "B T D"]:
-        x, factor = super().embed(new, key, length_axis), self.config.mup_embedding_multiplier
-        return x * factor if factor is not None and factor > 0 else x
-
-    def rope_tables(
-        self, positions: Num[Array, "B T"], rope_length: Int[Array, " B"], *replaced: Any
-    ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-        if self.config.rope_scaling.rope_type == "default":
-            positions = positions.astype(jnp.float32) * self.config.rope_position_scale
-        return super().rope_tables(positions, rope_length, *replaced)
-
 
 @dataclass(frozen=True)
 class FinishLogits:
@@ -180,6 +167,16 @@ class Phi3SmallForCausalLM(Phi3ForCausalLM):
         assert isinstance(config, Phi3SmallConfig)
         width = config.mup_width_multiplier
         return FinishLogits(width or 1.0, config.dummy_token_ids)
+
+    def cross_entropy_sum(
+        self, hidden_states: Float[Array, "B T D"], labels: Int[Array, "B T"], label_smoothing: float = 0.0
+    ) -> Float[Array, ""]:
+        if label_smoothing and self._finish.dummy_tokens:
+            raise UserError(
+                f"label_smoothing={label_smoothing} would give probability to ids of no token, whose logits "
+                "are the least float32; leave it at 0"
+            )
+        return super().cross_entropy_sum(hidden_states, labels, label_smoothing)
 
     def _check_labels(self, labels: Any, shape: tuple[int, int]) -> Array:
         labels = super()._check_labels(labels, shape)

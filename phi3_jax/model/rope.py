@@ -2,15 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
+from phi3_jax.model.layers import scaled
 
 
 def rope_tables(
     config: Phi3Config,
-    position_ids: Num[Array, "B T"],
+    position_ids: Int[Array, "B T"],
     rope_length: Int[Array, " B"],
     inv_freq: Float[Array, "..."] | None = None,
     attention_scaling: Float[Array, "..."] | float | None = None,
@@ -39,7 +40,7 @@ def rope_tables(
         frequencies = jnp.atleast_2d(frequencies)[:, None, :]
     if scaling.shape not in ((), (1,), (batch,)):
         raise UserError(f"attention_scaling has shape {scaling.shape}; expected a number or [{batch}]")
-    angles = position_ids[..., None].astype(jnp.float32) * frequencies
+    angles = scaled(position_ids.astype(jnp.float32), config.position_scale)[..., None] * frequencies
     scaling = scaling.reshape(-1, 1, 1)
     return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
 

@@ -182,7 +182,7 @@ def _layer_width(chip: _Share) -> float:
     divided = sum(
         size
         for p in shapes.layer_projections(config)
-        for size in ((p.outputs,) if p.name in ("qkv_proj", "gate_up_proj") else (p.inputs,))
+        for size in ((p.outputs,) if p.role in ("qkv_proj", "gate_up_proj") else (p.inputs,))
     )
     return 4 * config.hidden_size + divided / tensor
 
@@ -191,7 +191,7 @@ def _kept_bytes(chip: _Share) -> float:
     """Returns the bytes that one layer keeps of a token for the backward pass."""
     work, config, tensor = chip.work, chip.work.config, chip.axis("tensor")
     kept = KEPT[work.remat]
-    outputs = {p.name: p.outputs for p in shapes.layer_projections(config)}
+    outputs = {p.role: p.outputs for p in shapes.layer_projections(config)}
     values = config.hidden_size + sum(
         outputs[name] / (1 if name == "o_proj" else tensor) for name in kept if name in outputs
     )
@@ -274,7 +274,7 @@ def _hbm_traffic(chip: _Share) -> float:
     activations = passes * 2 * chip.tokens * _layer_width(chip) * config.num_hidden_layers * item
     moved = weights + activations + chip.tokens * config.hidden_size * item  # the embeddings' rows
     if work.task == "decode":
-        moved += chip.cache_bytes(min(work.seq, config.sliding_window or work.seq))
+        moved += chip.cache_bytes(min(work.seq, config.sliding_window or work.seq)) * _cache_share(work)
     if work.task == "prefill":
         moved += chip.cache_bytes(work.seq)
     if work.task == "finetune":
@@ -283,6 +283,16 @@ def _hbm_traffic(chip: _Share) -> float:
         moved += (chip.loss_blocks - 1) * (2 * chip.head_weight_bytes + gradient)
     scored = chip.tokens if work.task == "finetune" else chip.rows
     return moved + 2 * scored * chip.vocabulary * 4
+
+
+def _cache_share(work: Work) -> float:
+    """Returns the share of the cache that a decode step reads: of a sparse layer, the blocks in sight."""
+    config, pattern = work.config, work.config.block_pattern
+    if pattern is None:
+        return 1.0
+    layers = config.num_hidden_layers
+    sparse = sum(config.is_sparse(layer) for layer in range(layers)) / layers
+    return 1 - sparse + sparse * pattern.read_share(work.seq, config.num_key_value_heads)
 
 
 def _link_bytes(chip: _Share) -> float:

@@ -12,11 +12,14 @@ from phi3_jax.storage.fetch import fetch, fetch_folder, matches
 from phi3_jax.storage.urls import is_url, local_part
 
 # Weights only as safetensors: the pickled formats run code when they are opened.
-WANTED_FILES = ("*.json", "*.safetensors", "*tokenizer.model", "*.jinja", "*chat_template*.txt")
+WANTED_FILES = (
+    *("*.json", "*.safetensors", "*tokenizer.model", "*.tiktoken", "*.jinja"),
+    "*chat_template*.txt",
+)
 
 TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.json", "*.jinja"),
+    *("*.tiktoken", "chat_template.json", "*.jinja"),
 )
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -1,4 +1,4 @@
-"""Turns text into ids and back: tokenizer.json or tokenizer.model, chat templates, streams of ids.
+"""Turns text into ids and back: files of three kinds, chat templates, streams of ids.
 
 It needs neither JAX nor transformers, so that data preparation and servers can use it alone.
 """

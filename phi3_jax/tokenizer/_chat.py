@@ -22,6 +22,7 @@ _TURNS = """\
 
 # For checkpoints without a template of their own.
 PHI3_MINI_TEMPLATE = _TURNS.replace("NEWLINE", r"\n")
+PHI3_SMALL_TEMPLATE = "{{ bos_token }}" + PHI3_MINI_TEMPLATE
 PHI4_MINI_TEMPLATE = _TURNS.replace("NEWLINE", "")
 PHI4_TEMPLATE = """\
 {%- for message in messages -%}
@@ -40,7 +41,8 @@ def default_template(token_to_id: Callable[[str], int | None], vocabulary: int) 
     """Returns the family's template that fits the special tokens, or None.
 
     Only phi-4 has `<|im_start|>` and `<|im_sep|>`. The others share `<|user|>`, `<|assistant|>` and
-    `<|end|>`; of these phi-4-mini, which writes no newlines, has 200,000 tokens, the next largest 100,000.
+    `<|end|>`. Of these phi-4-mini, which writes no newlines, has 200,000 tokens, the next largest 100,000.
+    That is Phi-3-small, which begins with the bos token, the only other one with `<|endofprompt|>`.
     """
 
     def has(*tokens: str) -> bool:
@@ -49,7 +51,9 @@ def default_template(token_to_id: Callable[[str], int | None], vocabulary: int) 
     if has("<|im_start|>", "<|im_sep|>", "<|im_end|>"):
         return PHI4_TEMPLATE
     if has("<|user|>", "<|assistant|>", "<|end|>"):
-        return PHI4_MINI_TEMPLATE if vocabulary > 150_000 else PHI3_MINI_TEMPLATE
+        if vocabulary > 150_000:
+            return PHI4_MINI_TEMPLATE
+        return PHI3_SMALL_TEMPLATE if has("<|endofprompt|>") else PHI3_MINI_TEMPLATE
     return None
 
 

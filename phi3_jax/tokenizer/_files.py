@@ -14,11 +14,12 @@ from phi3_jax.runs.text import parse_json
 from phi3_jax.storage.outputs import exchanging
 from phi3_jax.storage.targets import Target
 
+from . import _tiktoken
 from ._backends import Backend, JsonBackend, SentencePieceBackend
 
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", _tiktoken.FILE)
 _CONFIGS = (CONFIG, "special_tokens_map.json", "added_tokens.json")
 TEMPLATES = (TEMPLATE, "chat_template.json")
 TOKENIZER_FILES = (*_VOCABULARIES, *_CONFIGS, *TEMPLATES)
@@ -48,10 +49,13 @@ def read_folder(directory: Path) -> tuple[Backend, dict[str, Any], dict[str, byt
         backend = JsonBackend(files["tokenizer.json"], str(directory / "tokenizer.json"))
     elif "tokenizer.model" in files:
         backend = SentencePieceBackend(files["tokenizer.model"], str(directory / "tokenizer.model"))
+    elif _tiktoken.FILE in files:
+        path = str(directory / _tiktoken.FILE)
+        backend = JsonBackend(_tiktoken.phi3_small_tokenizer(files[_tiktoken.FILE], path).to_str(), path)
     else:
         found = ", ".join(sorted(path.name for path in directory.iterdir())[:12]) or "nothing"
         raise FileNotFoundError(
-            f"no tokenizer in {directory}: looked for tokenizer.json and tokenizer.model, found {found}"
+            f"no tokenizer in {directory}: looked for {' and '.join(_VOCABULARIES)}, found {found}"
         )
     texts = {
         name: _json_object(files[name], directory / name)
@@ -63,6 +67,9 @@ def read_folder(directory: Path) -> tuple[Backend, dict[str, Any], dict[str, byt
         if not any(name in files for name in _CONFIGS):
             config |= phi3_config() if backend.vocab_size == _PHI3_PIECES else {}
         config = backend.named_tokens | config
+    elif "tokenizer.json" not in files:
+        config = _tiktoken.merge_config(config)
+        files.pop(CONFIG, None)  # it names Microsoft's class, which reads no tokenizer.json
     if TEMPLATE in files:
         try:
             config["chat_template"] = files[TEMPLATE].decode("utf-8-sig")

@@ -84,9 +84,9 @@ class Phi3Tokenizer(Vocabulary):
     ) -> Self:
         """Reads a tokenizer from a local folder, a GGUF file or a name on the Hub.
 
-        A folder has tokenizer.json, else tokenizer.model with added tokens; one with tokenizer.model and no
-        tokenizer configuration gets Phi-3's added tokens and flags. From the Hub only the tokenizer's files
-        are fetched.
+        A folder has tokenizer.json, else tokenizer.model with added tokens, else Phi-3-small's
+        `cl100k_base.tiktoken`. One with tokenizer.model and no tokenizer configuration gets Phi-3's added
+        tokens and flags. From the Hub only the tokenizer's files are fetched.
 
         Args:
             pretrained_model_name_or_path: the folder, the `.gguf` file, or `org/name`.

@@ -22,6 +22,7 @@ FILES = {
     "config.json": b'{"model_type": "phi3"}',
     "model.safetensors": b"weights",
     "tokenizer.model": b"pieces",
+    "cl100k_base.tiktoken": b"ranks",
     "chat_template.jinja": b"{{ messages }}",
     "pytorch_model.bin": b"pickle",
     "README.md": b"# tiny",
@@ -227,6 +228,12 @@ def test_errors_give_advice(server: Server, tmp_path: Path) -> None:
     assert "org/empty holds no config.json" in empty["error"]
     assert "nor a valid name on the Hub" in invalid["error"]
     assert "answered with status 500" in broken["error"]
+
+
+def test_every_kind_of_vocabulary_is_fetched_with_the_tokenizer_alone(server: Server, tmp_path: Path) -> None:
+    (fetched,) = run(server.url, tmp_path, ("org/tiny", {"tokenizer_only": True}))
+    names = {path.name for path in Path(fetched["path"]).iterdir()}
+    assert names == {"tokenizer.model", "cl100k_base.tiktoken", "chat_template.jinja"}
 
 
 def test_tokenizer_by_name_fetches_its_files_only(server: Server, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_renders_phi4s_template(byte_level_folder):
     ("member", "default"),
     [
         ("phi-3-mini-4k-instruct", _chat.PHI3_MINI_TEMPLATE),
+        ("phi-3-small-8k-instruct", _chat.PHI3_SMALL_TEMPLATE),
         ("phi-4-mini-instruct", _chat.PHI4_MINI_TEMPLATE),
         ("phi-4", _chat.PHI4_TEMPLATE),
     ],

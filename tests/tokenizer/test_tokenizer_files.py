@@ -93,7 +93,8 @@ def test_failed_save_leaves_the_old_file(piece_folders, tmp_path, monkeypatch):
 def test_rejects_missing_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
-        FileNotFoundError, match=r"looked for tokenizer.json and tokenizer.model, found config.json"
+        FileNotFoundError,
+        match=r"looked for tokenizer.json and tokenizer.model and cl100k_base.tiktoken, found config.json",
     ):
         Phi3Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
