@@ -178,3 +178,25 @@ def test_compiles_at_the_published_shape_for_a_tpu(tpu_mesh: Mesh) -> None:
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
     # A causal kernel takes two times the queries.
     assert program.memory_analysis().temp_size_in_bytes < 6 * query.size * 2
+
+
+@pytest.mark.slow
+def test_compiles_for_a_mesh_of_a_tpu(tpu_mesh: Mesh) -> None:
+    """Each device has half of the heads and half of the queries."""
+    mesh = Mesh(tpu_mesh.devices.reshape(1, 1, 2, 2), ("data", "fsdp", "context", "tensor"))
+
+    def shape(array: np.ndarray, *axes: str | None, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=sharding)
+
+    query, key, _ = random_arrays(1, 2048, 2048, (8, 4), 128)
+    mask = with_blocks(prefill_mask("left", 1, 2048, None), PHI_3_SMALL, 4)
+    queries = shape(query, None, "context", "tensor", dtype=jnp.bfloat16)
+    keys = shape(key, None, "tensor", dtype=jnp.bfloat16)
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalMask) -> jax.Array:
+        return attention(query, key, value, mask, scale=SCALE, mesh=mesh)[0].astype(jnp.float32).sum()
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    program = run.lower(queries, keys, keys, jax.tree.map(shape, mask)).compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
