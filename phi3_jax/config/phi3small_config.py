@@ -147,7 +147,6 @@ class Phi3SmallConfig(Phi3Config):
 
     @property
     def dummy_token_ids(self) -> tuple[int, ...]:
-        """The ids that stand for no token; their logits are the least float32."""
         return tuple(token for token in _DUMMY_TOKENS if token < self.vocab_size)
 
     @property

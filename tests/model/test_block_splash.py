@@ -144,25 +144,59 @@ def test_leaves_other_patterns_to_xla(change: dict, context: int) -> None:
 # For TPUs that are absent
 
 
+def kernel_gradients(pattern: BlockPattern, *arguments: jax.Array) -> tuple:
+    """Returns the gradients of queries, keys and values; the last argument says which slots are tokens."""
+    *arrays, key_mask = arguments
+    length, groups, width = arrays[0].shape[1], *arrays[0].shape[3:]
+    kernel = block_splash.make_kernel(pattern, length)
+    shifts = pattern.shifts.reshape(-1, groups)
+    run = partial(block_splash.attend, kernel, shifts=shifts, scale=1 / width)
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return jnp.sum(block_splash.with_tokens_first(run, *arrays, key_mask).astype(jnp.float32))
+
+    return jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+
+
+def test_lowers_for_a_tpu() -> None:
+    arrays = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in random_arrays(1, 300, 300, (2, 3), 96)]
+    run = jax.jit(partial(kernel_gradients, PATTERNS["gqa"]))
+    lowered = run.trace(*arrays, jax.ShapeDtypeStruct((1, 300), bool)).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("tpu_custom_call") == 3
+
+
+@pytest.mark.slow
 def test_compiles_at_the_published_shape_for_a_tpu(tpu_mesh: Mesh) -> None:
     """Forward and backward at 8,192 tokens, without memory of length squared."""
     length, heads, width = 8192, (8, 4), 128
     sharding = NamedSharding(Mesh(tpu_mesh.devices[:1], ("context",)), PartitionSpec())
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=sharding)
     query, key = shape((1, length, *heads, width)), shape((1, heads[0], length, width))
-
-    def gradients(query: jax.Array, key: jax.Array, value: jax.Array, key_mask: jax.Array) -> tuple:
-        mask = with_blocks(prefill_mask("none", 1, length, None), PHI_3_SMALL, heads[1])
-        kernel = block_splash.make_kernel(PHI_3_SMALL, length)
-        run = partial(block_splash.attend, kernel, shifts=mask.blocks.shifts, scale=1 / width)
-
-        def loss(*arrays: jax.Array) -> jax.Array:
-            return jnp.sum(block_splash.with_tokens_first(run, *arrays, key_mask).astype(jnp.float32))
-
-        return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
-
     key_mask = jax.ShapeDtypeStruct((1, length), bool, sharding=sharding)
-    program = jax.jit(gradients).lower(query, key, key, key_mask).compile()
+    run = jax.jit(partial(kernel_gradients, PHI_3_SMALL))
+    program = run.lower(query, key, key, key_mask).compile()
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
-    # Keys and values of each query head with their gradients, and the queries' arrays.
-    assert program.memory_analysis().temp_size_in_bytes < 12 * query.size * 2
+    # A causal kernel takes two times the queries.
+    assert program.memory_analysis().temp_size_in_bytes < 6 * query.size * 2
+
+
+@pytest.mark.slow
+def test_compiles_for_a_mesh_of_a_tpu(tpu_mesh: Mesh) -> None:
+    """Each device has half of the heads and half of the queries."""
+    mesh = Mesh(tpu_mesh.devices.reshape(1, 1, 2, 2), ("data", "fsdp", "context", "tensor"))
+
+    def shape(array: np.ndarray, *axes: str | None, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=sharding)
+
+    query, key, _ = random_arrays(1, 2048, 2048, (8, 4), 128)
+    mask = with_blocks(prefill_mask("left", 1, 2048, None), PHI_3_SMALL, 4)
+    queries = shape(query, None, "context", "tensor", dtype=jnp.bfloat16)
+    keys = shape(key, None, "tensor", dtype=jnp.bfloat16)
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array, mask: CausalMask) -> jax.Array:
+        return attention(query, key, value, mask, scale=SCALE, mesh=mesh)[0].astype(jnp.float32).sum()
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    program = run.lower(queries, keys, keys, jax.tree.map(shape, mask)).compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3

@@ -92,6 +92,13 @@ def test_the_published_pattern_equals_xla(used: int) -> None:
     check_kernel(random_arrays(2, 2, 2304, (8, 4), 128), mask)
 
 
+@pytest.mark.parametrize("width", [64, slow(128)])
+def test_a_cache_that_ends_within_a_block_equals_xla(width: int) -> None:
+    """What lies after its last key, which is not the first block of a step, does not count."""
+    mask = blocks_mask("same", "none", 1, 900, 900, 2, None)
+    check_kernel(arrays_for("same", 1, 2, 900, width), mask)
+
+
 @pytest.mark.parametrize(("length", "width"), product([1, 40], [96, 128], always=[(1, 128), (40, 96)]))
 def test_an_int8_cache_equals_xla(length: int, width: int) -> None:
     query, key, value = arrays_for("classes", 2, length, 640, width)
@@ -146,11 +153,22 @@ def cache_bytes(mask: CausalMask, heads: tuple[int, int], width: int, itemsize: 
     return steps * reads.blocks.keys * 2 * width * itemsize
 
 
-@pytest.mark.parametrize(("used", "share"), [(8192, 0.5625), (131072, 0.5039)])
+@pytest.mark.parametrize(
+    ("used", "start", "share"),
+    [
+        (8192, 0, 0.5625),
+        (131072, 0, 0.5039),
+        # Blocks that do not begin where those of the kernel do take a half more.
+        (8192, 5, 0.7734),
+        (131072, 5, 0.7515),
+        (131072, 128, 0.5034),
+    ],
+)
 @pytest.mark.parametrize("itemsize", [1, 2])
-def test_a_decode_step_reads_half_of_a_long_cache(used: int, share: float, itemsize: int) -> None:
-    """The query heads of a key/value head see half of the far blocks together."""
+def test_a_decode_step_reads_a_share_of_the_cache(used: int, start: int, share: float, itemsize: int) -> None:
+    """The query heads of a key/value head see half of the far blocks together. Rows start with padding."""
     plain = cache_mask("none", 1, used, used, 1, None)
+    plain.key_mask[:, :start] = False
     mask = with_blocks(plain, PHI_3_SMALL, 4)
     dense = cache_bytes(plain, (8, 4), 128, itemsize)
     assert dense == 2 * 8 * used * 128 * itemsize
@@ -158,24 +176,20 @@ def test_a_decode_step_reads_half_of_a_long_cache(used: int, share: float, items
 
 
 @pytest.mark.parametrize(
-    ("pattern", "kv_heads", "classes", "keys"),
+    ("pattern", "kv_heads", "classes"),
     [
-        (PHI_3_SMALL, 8, 2, 256),
-        (PHI_3_SMALL, 1, 1, 256),  # a device of eight
-        (PHI_3_SMALL, 32, 8, 128),
-        (PATTERNS["mha"][0], 3, 3, 128),
-        (PATTERNS["same"][0], 2, 1, 128),
-        (PATTERNS["all"][0], 2, 2, None),
+        (PHI_3_SMALL, 8, 2),
+        (PHI_3_SMALL, 1, 1),  # a device of eight
+        (PHI_3_SMALL, 32, 8),
+        (PATTERNS["mha"][0], 3, 3),
+        (PATTERNS["same"][0], 2, 1),
     ],
 )
-def test_groups_heads_that_see_the_same_blocks(
-    pattern: BlockPattern, kv_heads: int, classes: int, keys: int | None
-) -> None:
+def test_counts_classes_of_heads(pattern: BlockPattern, kv_heads: int, classes: int) -> None:
     groups = 4 if kv_heads == 1 else pattern.heads // kv_heads
     blocks = with_blocks(cache_mask("none", 1, 8, 8, 1, None), pattern, groups).blocks
     blocks = dataclasses.replace(blocks, shifts=blocks.shifts[:kv_heads])
     assert cached_blocks.count_classes(blocks) == classes
-    assert cached_blocks.most_keys(blocks, 128) == keys
 
 
 # For TPUs that are absent

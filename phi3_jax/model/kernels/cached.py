@@ -1,7 +1,9 @@
 """A Pallas TPU kernel for queries over a cache: decoding, chunks of a prompt, verifying drafts."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -60,6 +62,9 @@ class Blocks:
     """`queries` times groups, rounded up to whole tiles."""
     heads: int
     keys: int
+    """Keys of one of `pieces` blocks."""
+    pieces: int = 1
+    """Blocks of keys, which need not lie next to each other."""
 
 
 def cached_attention(
@@ -96,6 +101,7 @@ def cached_attention(
         kv_heads=kv_heads,
         query_blocks=query_blocks,
         key_blocks=reads.order.shape[2],
+        pieces=blocks.pieces,
         size=size,
         window=mask.window,
         local=None if mask.blocks is None else mask.blocks.pattern.local,
@@ -138,11 +144,15 @@ class Reads:
 def plan_reads(query: Float[Array, "B T K G H"], itemsize: int, mask: CausalMask) -> Reads:
     """Returns what the kernel reads of a cache whose numbers have `itemsize` bytes."""
     batch, length, kv_heads, groups, width = query.shape
-    size, classes, most_keys = mask.key_mask.shape[1], 1, LARGEST_KEY_BLOCK
-    if mask.blocks is not None:
+    size, classes = mask.key_mask.shape[1], 1
+    if mask.blocks is None:
+        blocks = choose_blocks(length, kv_heads, groups, width, size, itemsize)
+    else:
         classes = cached_blocks.count_classes(mask.blocks)
-        most_keys = cached_blocks.most_keys(mask.blocks, LANES) or LARGEST_KEY_BLOCK
-    blocks = choose_blocks(length, kv_heads // classes, groups, width, size, itemsize, most_keys)
+        blocks = choose_blocks(length, kv_heads // classes, groups, width, size, itemsize, KEY_BLOCK)
+        # The narrowest blocks skip the most keys; several of them make a step large.
+        pieces = max(blocks.keys // LANES, 1)
+        blocks = replace(blocks, keys=min(blocks.keys, LANES), pieces=pieces)
     query_blocks = ceil_div(length, blocks.queries)
 
     def split_queries(x: Array) -> Array:
@@ -168,6 +178,7 @@ def plan_reads(query: Float[Array, "B T K G H"], itemsize: int, mask: CausalMask
     row_marks = _pad(row_marks, 2, blocks.rows, mode="edge")
     row_marks = row_marks.reshape(batch * classes, -1, row_marks.shape[3])
     order, counts = visible_blocks(queries_at, keys_at, mask.window, blocks.keys, seen)
+    order = _pad(order, 2, round_up(order.shape[2], blocks.pieces), mode="edge")
     return Reads(blocks, classes, row_marks, key_marks, order, counts)
 
 
@@ -241,6 +252,7 @@ class _Shape:
     kv_heads: int
     query_blocks: int
     key_blocks: int
+    pieces: int
     size: int
     """Slots of the cache."""
     window: int | None
@@ -264,9 +276,10 @@ def _call(
 
     def operands(vectors: Array | QuantizedVectors) -> list[Array]:
         if isinstance(vectors, QuantizedVectors):
-            return [*operands(vectors.values), vectors.scale]
+            return [*operands(vectors.values), *[vectors.scale] * shape.pieces]
         vectors = vectors.swapaxes(2, 3) if shape.swapped else vectors
-        return [vectors.reshape(vectors.shape[0], -1, shape.classes, *vectors.shape[2:])]
+        vectors = vectors.reshape(vectors.shape[0], -1, shape.classes, *vectors.shape[2:])
+        return [vectors] * shape.pieces
 
     return pl.pallas_call(
         partial(_kernel, shape),
@@ -284,7 +297,7 @@ def _call(
         reads.order.reshape(-1),
         reads.counts.reshape(-1),
         reads.row_marks,
-        reads.key_marks,
+        *[reads.key_marks] * shape.pieces,
         rows,
         *operands(key),
         *operands(value),
@@ -299,38 +312,42 @@ def _grid_spec(rows_shape: tuple[int, ...], reads: Reads, shape: _Shape) -> pltp
     batch, kv_heads, _, width = rows_shape
     blocks, marks = reads.blocks, reads.row_marks.shape[2]
 
-    def block(b: Array, q: Array, j: Array, order_ref: jax.Ref) -> Array:
-        return order_ref[(b * shape.query_blocks + q) * shape.key_blocks + j]
-
     def split_row(b: Array) -> tuple[Array, Array]:
         """Returns the row of the batch, and the class."""
         return jax.lax.div(b, shape.classes), jax.lax.rem(b, shape.classes)
 
+    def by_piece(block_shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> list[Any]:
+        """Returns a spec for each piece; `index` takes the row, and the blocks of heads and of keys."""
+
+        def spec(piece: int) -> pl.BlockSpec:
+            def index_map(b: Array, h: Array, q: Array, j: Array, order: jax.Ref, _: jax.Ref) -> tuple:
+                at = (b * shape.query_blocks + q) * shape.key_blocks + j * shape.pieces + piece
+                return index(b, h, order[at])
+
+            return pl.BlockSpec(block_shape, index_map)
+
+        return [spec(piece) for piece in range(shape.pieces)]
+
     rows_spec = pl.BlockSpec((1, blocks.heads, blocks.rows, width), lambda b, h, q, j, *_: (b, h, q, 0))
 
-    def vectors_index(
-        b: Array, h: Array, q: Array, j: Array, order: jax.Ref, counts: jax.Ref
-    ) -> tuple[Any, ...]:
+    def vectors_index(b: Array, h: Array, at: Array) -> tuple[Any, ...]:
         batch_row, head_class = split_row(b)
-        at = block(b, q, j, order)
         return batch_row, h, head_class, *((0, at) if shape.swapped else (at, 0))
 
     vectors_shape = (width, blocks.keys) if shape.swapped else (blocks.keys, width)
-    vectors_spec = pl.BlockSpec((1, blocks.heads, None, *vectors_shape), vectors_index)
-    # Scales of all heads, because a block of some rows must be whole tiles.
-    scales_spec = pl.BlockSpec(
-        (1, shape.kv_heads, blocks.keys),
-        lambda b, h, q, j, order, counts: (split_row(b)[0], 0, block(b, q, j, order)),
-    )
-    vectors_specs = [vectors_spec, scales_spec] if shape.quantized else [vectors_spec]
+    vectors_specs = by_piece((1, blocks.heads, None, *vectors_shape), vectors_index)
+    if shape.quantized:
+        # Scales of all heads, because a block of some rows must be whole tiles.
+        scales_shape = 1, shape.kv_heads, blocks.keys
+        vectors_specs += by_piece(scales_shape, lambda b, h, at: (split_row(b)[0], 0, at))
+    step_keys = blocks.keys * shape.pieces
+    steps = jnp.maximum(-(-jnp.max(reads.counts) // shape.pieces), 1)
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(batch, kv_heads // blocks.heads, shape.query_blocks, jnp.maximum(jnp.max(reads.counts), 1)),
+        grid=(batch, kv_heads // blocks.heads, shape.query_blocks, steps),
         in_specs=[
             pl.BlockSpec((1, blocks.rows, marks), lambda b, h, q, j, *_: (b, q, 0)),
-            pl.BlockSpec(
-                (1, marks, blocks.keys), lambda b, h, q, j, order, counts: (b, 0, block(b, q, j, order))
-            ),
+            *by_piece((1, marks, blocks.keys), lambda b, h, at: (b, 0, at)),
             rows_spec,
             *vectors_specs,
             *vectors_specs,
@@ -343,7 +360,7 @@ def _grid_spec(rows_shape: tuple[int, ...], reads: Reads, shape: _Shape) -> pltp
             pltpu.VMEM((blocks.heads, blocks.rows, width), jnp.float32),
             pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
             pltpu.VMEM((blocks.heads, blocks.rows, LANES), jnp.float32),
-            *([pltpu.VMEM((shape.kv_heads, blocks.keys), jnp.float32)] * 2 if shape.quantized else []),
+            *([pltpu.VMEM((shape.kv_heads, step_keys), jnp.float32)] * 2 if shape.quantized else []),
         ],
     )
 
@@ -353,21 +370,24 @@ def _kernel(
     order_ref: jax.Ref,
     counts_ref: jax.Ref,
     row_marks_ref: jax.Ref,
-    key_marks_ref: jax.Ref,
-    rows_ref: jax.Ref,
     *refs: jax.Ref,
 ) -> None:
-    """Computes one step: the rows of some heads over one block of keys, with a running softmax."""
-    if shape.quantized:
-        key_ref, key_scale_ref, value_ref, value_scale_ref, *refs_left = refs
-        out_ref, lse_ref, sum_ref, max_ref, norm_ref, key_scales, value_scales = refs_left
-    else:
-        key_ref, value_ref, out_ref, lse_ref, sum_ref, max_ref, norm_ref = refs
+    """Computes one step: the rows of some heads over some blocks of keys, with a running softmax."""
+    refs_left = iter(refs)
+
+    def next_pieces() -> list[jax.Ref]:
+        return list(islice(refs_left, shape.pieces))
+
+    marks_refs, rows_ref = next_pieces(), next(refs_left)
+    key_refs, key_scale_refs = next_pieces(), next_pieces() if shape.quantized else []
+    value_refs, value_scale_refs = next_pieces(), next_pieces() if shape.quantized else []
+    out_ref, lse_ref, sum_ref, max_ref, norm_ref, *scales = refs_left
     row, head_block, query_block, step = (pl.program_id(axis) for axis in range(4))
     at = row * shape.query_blocks + query_block
+    first = step * shape.pieces
     head_class = jax.lax.rem(row, shape.classes)
-    heads, keys = rows_ref.shape[1], key_marks_ref.shape[2]
-    dtype = rows_ref.dtype if shape.quantized else wider_dtype(rows_ref.dtype, key_ref.dtype)
+    heads, keys = rows_ref.shape[1], marks_refs[0].shape[2]
+    dtype = rows_ref.dtype if shape.quantized else wider_dtype(rows_ref.dtype, key_refs[0].dtype)
 
     @pl.when(step == 0)
     def start() -> None:
@@ -375,10 +395,16 @@ def _kernel(
         max_ref[...] = jnp.full_like(max_ref, START)
         norm_ref[...] = jnp.zeros_like(norm_ref)
 
-    @pl.when(step < counts_ref[at])
-    def add_block() -> None:
-        key_marks, row_marks = key_marks_ref[0], row_marks_ref[0]  # [marks, keys], [rows, marks]
-        keys_at, rows_at = key_marks[:1], row_marks[:, :1]
+    @pl.when(first < counts_ref[at])
+    def add_blocks() -> None:
+        key_marks = _concatenate([ref[0] for ref in marks_refs], 1)  # [marks, keys]
+        row_marks = row_marks_ref[0]  # [rows, marks]
+        slots = [
+            # The last step may repeat its last block.
+            ref[0, :1] if piece == 0 else jnp.where(first + piece < counts_ref[at], ref[0, :1], FAR)
+            for piece, ref in enumerate(marks_refs)
+        ]
+        keys_at, rows_at = _concatenate(slots, 1), row_marks[:, :1]
         visible = keys_at <= rows_at
         if shape.window is not None:
             visible &= keys_at > rows_at - shape.window
@@ -386,13 +412,21 @@ def _kernel(
             near = row_marks[:, 1:2] - key_marks[1:2] < shape.local
             visible &= near | (row_marks[:, 2:] == key_marks[2:])
         if shape.quantized:  # rows of packed numbers cannot be selected by a traced index
-            key_scales[...] = key_scale_ref[0].astype(jnp.float32)
-            value_scales[...] = value_scale_ref[0].astype(jnp.float32)
-        left = shape.size - order_ref[at * shape.key_blocks + step] * keys
+            for scale_ref, scale_refs in zip(scales, (key_scale_refs, value_scale_refs), strict=True):
+                scale_ref[...] = _concatenate([ref[0].astype(jnp.float32) for ref in scale_refs], 1)
+
+        def read_value(piece: int, head: Array) -> Array:
+            value = _widen(value_refs[piece][0, head], dtype)
+            if shape.size % keys:  # after the last value there may be anything, also NaN
+                left = shape.size - order_ref[at * shape.key_blocks + first + piece] * keys
+                axis = 1 if shape.swapped else 0
+                value = jnp.where(jax.lax.broadcasted_iota(jnp.int32, value.shape, axis) < left, value, 0)
+            return value
 
         def add_head(head: Array, _: None) -> None:
             scale_row = pl.ds((head_block * heads + head) * shape.classes + head_class, 1)
-            key = _widen(key_ref[0, head], dtype)
+            keys_axis = 1 if shape.swapped else 0
+            key = _concatenate([_widen(ref[0, head], dtype) for ref in key_refs], keys_axis)
             scores = jax.lax.dot_general(
                 rows_ref[0, head].astype(dtype),
                 key,
@@ -400,7 +434,7 @@ def _kernel(
                 preferred_element_type=jnp.float32,
             )
             if shape.quantized:
-                scores = scores * key_scales[scale_row, :]
+                scores = scores * scales[0][scale_row, :]
             scores = jnp.where(visible, scores * shape.scale, UNSEEN)  # [rows, keys]
 
             old_max = max_ref[head]  # the same in every lane, like the two others
@@ -411,11 +445,8 @@ def _kernel(
             norm_ref[head] = norm_ref[head] * decay + jnp.sum(weights, axis=1, keepdims=True)
 
             if shape.quantized:
-                weights = weights * value_scales[scale_row, :]
-            value = _widen(value_ref[0, head], dtype)
-            if shape.size % keys:  # after the last value there may be anything, also NaN
-                axis = 1 if shape.swapped else 0
-                value = jnp.where(jax.lax.broadcasted_iota(jnp.int32, value.shape, axis) < left, value, 0)
+                weights = weights * scales[1][scale_row, :]
+            value = _concatenate([read_value(piece, head) for piece in range(shape.pieces)], keys_axis)
             added = jax.lax.dot_general(
                 weights.astype(dtype),
                 value,
@@ -437,6 +468,10 @@ def _kernel(
 
 def _widen(vectors: Array, dtype: jnp.dtype) -> Array:
     return vectors.astype(jnp.float32).astype(dtype) if vectors.dtype == jnp.int8 else vectors.astype(dtype)
+
+
+def _concatenate(pieces: list[Array], axis: int) -> Array:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis)
 
 
 def _pad(x: Array, axis: int, size: int, **how: Any) -> Array:

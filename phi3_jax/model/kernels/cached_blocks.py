@@ -20,21 +20,6 @@ def count_classes(blocks: SparseBlocks) -> int:
     return classes if kv_heads % classes == 0 else kv_heads
 
 
-def most_keys(blocks: SparseBlocks, lanes: int) -> int | None:
-    """Returns how many keys to read at a time, a multiple of `lanes`, so that unseen blocks are skipped.
-
-    None: the query heads of a key/value head see all blocks together.
-    """
-    pattern = blocks.pattern
-    shifts = pattern.shifts[: blocks.shifts.shape[1]]
-    seen = np.isin(np.arange(pattern.stride), shifts)
-    borders = np.flatnonzero(seen != np.roll(seen, 1))
-    if not len(borders):
-        return None
-    runs = np.diff(borders, append=borders[0] + pattern.stride)
-    return max(int(runs.min()) * pattern.size // lanes, 1) * lanes
-
-
 def row_marks(
     blocks: SparseBlocks, classes: int, positions: Int[Array, "rows blocks queries"]
 ) -> Int[Array, "rows blocks query_rows 2"]:
