@@ -33,15 +33,18 @@ PREFILLS: list[tuple[int, dict[str, Any], str]] = [
     (8, {"implementation": "pallas", "window": 4, "segments": True}, "splash splash splash"),
     (256, {"implementation": "pallas", "platform": "cpu", "context": 2}, "splash splash splash"),
     (384, {"implementation": "pallas", "platform": "cpu", "context": 2}, "xla xla xla"),
-    (255, {"block": 64}, "xla xla xla"),
-    (256, {"block": 64}, "splash xla xla"),
-    (256, {"block": 48}, "xla xla xla"),  # no power of two
+    (127, {"block": 64}, "xla xla xla"),
+    (128, {"block": 64}, "striped striped striped"),  # twice the tokens that a query sees at least
+    (255, {"block": 64}, "striped striped striped"),
+    (256, {"block": 64}, "splash striped striped"),
+    (256, {"block": 64, "implementation": "xla"}, "xla xla xla"),
+    (256, {"block": 48}, "striped striped striped"),  # no power of two
     (256, {"block": 64, "segments": True}, "xla xla xla"),  # blocks start anew in each segment
     (256, {"block": 64, "window": 255}, "xla xla xla"),
     (256, {"block": 64, "platform": "tpu", "context": 2}, "splash xla xla"),
     (8, {"block": 4, "implementation": "pallas"}, "splash splash splash"),
     (8, {"block": 3, "implementation": "pallas"}, "xla xla xla"),
-    (256, {"block": 64, "implementation": "cudnn"}, "xla xla xla"),
+    (256, {"block": 64, "implementation": "cudnn"}, "striped striped striped"),
     (8, {"implementation": "cudnn"}, "xla cudnn xla"),
     (256, {"implementation": "cudnn"}, "xla cudnn xla"),
     (8, {"implementation": "cudnn", "window": 4}, "xla cudnn xla"),

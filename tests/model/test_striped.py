@@ -1,8 +1,6 @@
 """Compares block-sparse attention over stripes with the pattern written out, and with XLA's over all keys."""
 
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,34 +78,6 @@ def test_takes_less_memory_than_all_keys() -> None:
         return run.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(None) < temporary("xla") / 2
-
-
-CHOICES: list[tuple[int, dict[str, Any], str]] = [
-    (63, {}, "xla xla xla"),
-    (64, {}, "striped striped striped"),
-    (256, {}, "splash striped striped"),
-    (256, {"context": 2}, "splash xla xla"),
-    (256, {"segments": True}, "xla xla xla"),
-    (256, {"window": 40}, "xla xla xla"),
-    (256, {"implementation": "cudnn"}, "striped striped striped"),
-    (256, {"implementation": "xla"}, "xla xla xla"),
-]
-"""Lengths, options, and the kernels for a TPU, for CUDA and for others."""
-
-
-@pytest.mark.usefixtures("cudnn_is_installed")
-@pytest.mark.parametrize(("length", "options", "expected"), CHOICES)
-def test_is_chosen_for_long_prefills(length: int, options: dict[str, Any], expected: str) -> None:
-    """From twice the 32 tokens in which nothing is hidden. bfloat16 suits cuDNN, too."""
-    options = dict(options)
-    mask = prefill_mask("none", 1, length, options.pop("window", None))
-    if options.pop("segments", False):
-        ones = jnp.ones_like(mask.query_slots)
-        mask = replace(mask, query_segments=ones, key_segments=ones)
-    mask = with_blocks(mask, SMALL, 2)
-    query, key = (jnp.zeros(shape, jnp.bfloat16) for shape in ((1, length, 2, 2, 64), (1, 2, length, 64)))
-    kernels = choose_kernels(query, key, mask, options.pop("implementation", None), **options)
-    assert " ".join(kernels[platform] for platform in ("tpu", "cuda", "default")) == expected
 
 
 def test_devices_of_a_mesh_have_the_patterns_of_their_own_heads() -> None:
