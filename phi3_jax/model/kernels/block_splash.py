@@ -117,7 +117,7 @@ class _BlockMask(Mask):
 def fits(mask: CausalMask, *, context: int = 1) -> bool:
     """Whether the kernel can attend with the mask of a prefill, whose queries are divided over `context`.
 
-    XLA attends with the others. Among them are packed rows: their blocks start anew in each segment, while the
+    XLA attends with others. Among them are packed rows: their blocks start anew in each segment, while the
     kernel has one set of tiles for all rows.
     """
     assert mask.blocks is not None
