@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from phi3_jax.config.model_checks import PROBLEM_TYPES
+from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.errors import UserError
 from phi3_jax.lora import save_adapters
 from phi3_jax.model.losses import IGNORE_INDEX
 from phi3_jax.model.saving import save_model
@@ -45,7 +47,9 @@ class TransformersTraining:
     def __init__(self, recipe: Recipe):
         import torch
 
-        settings = recipe.settings
+        settings, model_type = recipe.settings, recipe.config.model_type
+        if model_type != Phi3Config.model_type:
+            raise UserError(f"transformers has no model of model_type {model_type!r} to compare with")
         torch.manual_seed(settings.seed)
         self._kind, self._settings = recipe.kind, settings
         self._objective = Objective(settings.label_smoothing, recipe.data.class_weights)

@@ -58,8 +58,8 @@ class Data:
         )
 
 
-def make_task(settings: Settings) -> Task:
-    """Returns the task that the settings name."""
+def make_task(settings: Settings, config: Phi3Config) -> Task:
+    """Returns the task that the settings name, for a model of this config."""
     if settings.task == "sequence-classification":
         label = settings.label_column
         return SequenceClassification(
@@ -79,7 +79,12 @@ def make_task(settings: Settings) -> Task:
             max_length=settings.max_length,
         )
     messages = settings.messages_column or ("messages" if settings.generated else _found_messages(settings))
-    return CausalLM(messages=messages, text=settings.text_column, max_length=settings.max_length)
+    return CausalLM(
+        messages=messages,
+        text=settings.text_column,
+        max_length=settings.max_length,
+        dummy_token_ids=config.dummy_token_ids,
+    )
 
 
 def _found_messages(settings: Settings) -> str | None:
@@ -113,7 +118,7 @@ def load_data(
     Raises:
         UserError, OSError: files are missing or broken, rows are bad, or there is no label to learn.
     """
-    task = make_task(settings)
+    task = make_task(settings, config)
     bad = BadRows(settings.skip_bad_rows)
     model = _model_labels(settings, task, base)
     labels, base_rows = (None, None) if model is None else (model.labels, model.base_rows)

@@ -65,7 +65,7 @@ class BatchTime(NamedTuple):
 def run_batch_bench(options: BatchBenchOptions, label: str, rounds: int) -> None:
     """Compares with transformers if possible, and prints a table."""
     sides: Sides = {"phi3-jax": (_ours, options)}
-    if choose_peer(None) is not None:
+    if choose_peer(None, options.model) is not None:
         sides["transformers"] = (_theirs, options)
     results: dict[str, list[BatchTime]] = take_turns(sides, rounds)
     prompts, answers = map(sum, zip(*options.lengths(), strict=True))

@@ -79,7 +79,7 @@ def run_generate_bench(
     if prompt_lookup is not None:
         lookup = replace(options, generate_options=(("prompt_lookup_num_tokens", prompt_lookup),))
         sides = {f"lookup of {prompt_lookup}": (_ours, lookup), "plain": (_ours, options)}
-    elif not options.mesh and (name := choose_peer(peer)) is not None:
+    elif not options.mesh and (name := choose_peer(peer, options.model)) is not None:
         if name == "llama.cpp":
             _check_llama(options)
         sides[name] = (_llama if name == "llama.cpp" else _theirs, options)

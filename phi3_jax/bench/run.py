@@ -65,7 +65,7 @@ def _checkpoint(
     if model in Phi3Config.presets():
         config = Phi3Config.preset(model)
         config = config if layers is None else config.replace(num_hidden_layers=layers)
-        Phi3ForCausalLM(config, dtype=dtype).save_pretrained(scratch)
+        Phi3ForCausalLM.for_config(config)(config, dtype=dtype).save_pretrained(scratch)
         return scratch
     if layers is not None:
         raise UserError(f"--layers needs a preset; {model or 'the default model'} is a checkpoint")

@@ -10,8 +10,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from phi3_jax.checkpoint.opening import open_checkpoint
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 
 PAUSE = 0.5
@@ -31,15 +34,20 @@ PEERS = {"transformers": ("torch", "transformers"), "llama.cpp": ("llama_cpp",)}
 """The modules of each program that phi3-jax is compared with."""
 
 
-def choose_peer(peer: str | None) -> str | None:
-    """Returns the peer to compare with: transformers by default, if it is installed.
+def choose_peer(peer: str | None, model: Path) -> str | None:
+    """Returns the peer to compare with: transformers by default, if it is installed and has such a model.
 
     Raises:
-        UserError: there is no such peer, or it is not installed.
+        UserError: there is no such peer, it is not installed, or it has no such model.
     """
     name = "transformers" if peer is None else peer
     if name not in PEERS:
         raise UserError(f"peer {name!r} is not known; use {' or '.join(PEERS)}")
+    model_type = open_checkpoint(model).config.model_type
+    if model_type != Phi3Config.model_type:
+        if peer is None:
+            return None
+        raise UserError(f"{name} has no model of model_type {model_type!r}; leave out --peer")
     if all(importlib.util.find_spec(module) for module in PEERS[name]):
         return name
     if peer is None:

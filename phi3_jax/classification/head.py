@@ -14,9 +14,10 @@ from phi3_jax.errors import UserError
 from phi3_jax.model import Phi3ForSequenceClassification, Phi3ForTokenClassification, Phi3PreTrainedModel
 from phi3_jax.model.losses import problem_type
 
-_CLASSIFIERS: dict[str, type[Phi3PreTrainedModel]] = {
-    cls.__name__: cls for cls in (Phi3ForSequenceClassification, Phi3ForTokenClassification)
-}
+_CLASSIFIERS: tuple[type[Phi3PreTrainedModel], ...] = (
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Head:
             UserError: two labels have the same name.
         """
         kind = "token-classification"
-        if model is Phi3ForSequenceClassification:
+        if issubclass(model, Phi3ForSequenceClassification):
             kind = problem_type(config)
         return cls(model, kind, Labels.from_config(config).names)
 
@@ -48,12 +49,13 @@ class Head:
             UserError: it does not name a classifier.
         """
         architectures = config.extra.get("architectures") or []
+        classifiers = {family.__name__: family for family in (c.for_config(config) for c in _CLASSIFIERS)}
         for name in architectures:
-            if name in _CLASSIFIERS:
-                return cls.from_class(_CLASSIFIERS[name], config)
+            if name in classifiers:
+                return cls.from_class(classifiers[name], config)
         raise UserError(
             f"{path} is not a classifier: its config.json has architectures={architectures!r}, and classify "
-            f"needs {' or '.join(_CLASSIFIERS)}; fine-tune it first (phi3-jax finetune)"
+            f"needs {' or '.join(classifiers)}; fine-tune it first (phi3-jax finetune)"
         )
 
     def columns(self, all_scores: bool) -> list[str]:

@@ -249,6 +249,11 @@ class Phi3Config:
         """The blocks of keys that the heads of block-sparse layers see; None: no layer is block-sparse."""
         return None
 
+    @property
+    def dummy_token_ids(self) -> tuple[int, ...]:
+        """The ids that stand for no token, which a model never predicts."""
+        return ()
+
     def is_sparse(self, layer: int) -> bool:
         """Whether the attention of this layer, counted from 0, is block-sparse."""
         return False

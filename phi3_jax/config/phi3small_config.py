@@ -8,7 +8,7 @@ from phi3_jax.config.block_pattern import BlockPattern
 from phi3_jax.config.model_checks import RULES, Rules, is_size
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_scaling import RopeScaling
-from phi3_jax.config.rope_types import is_number, is_positive
+from phi3_jax.config.rope_types import attention_by_growth, is_number, is_positive
 from phi3_jax.errors import UserError
 from phi3_jax.sizes import round_up
 
@@ -24,6 +24,9 @@ SPELLING = {
 
 _UNWRITTEN = ("head_dim", "hidden_dropout", "partial_rotary_factor", "sliding_window")
 """Fields that a Phi-3-small's `config.json` does not have."""
+
+_ORIGINAL = 8192
+"""The tokens of the window before it was extended."""
 
 _DUMMY_TOKENS = (100256, *range(100258, 100261), 100264, 100265, *range(100267, 100352))
 """Ids of cl100k's vocabulary that stand for no token."""
@@ -48,7 +51,7 @@ class Phi3SmallConfig(Phi3Config):
     rope_defaults: ClassVar[Mapping[str, Any]] = {
         "rope_theta": 1000000.0,
         "partial_rotary_factor": 1.0,
-        "original_max_position_embeddings": 8192,
+        "original_max_position_embeddings": _ORIGINAL,
     }
     projections: ClassVar[Mapping[str, str]] = {
         "qkv_proj": "self_attn.query_key_value",
@@ -127,6 +130,12 @@ class Phi3SmallConfig(Phi3Config):
             return getattr(self, SPELLING[name])
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
+    def _gather_rope(self) -> None:
+        sizes = self.original_max_position_embeddings, self.max_position_embeddings
+        for name in ("rope_scaling", "rope_parameters"):
+            self._set(**{name: _own_longrope(getattr(self, name), *sizes)})
+        super()._gather_rope()
+
     @property
     def block_pattern(self) -> BlockPattern:
         return BlockPattern(
@@ -139,7 +148,6 @@ class Phi3SmallConfig(Phi3Config):
 
     @property
     def dummy_token_ids(self) -> tuple[int, ...]:
-        """The ids that stand for no token; their logits are the least float32."""
         return tuple(token for token in _DUMMY_TOKENS if token < self.vocab_size)
 
     @property
@@ -180,8 +188,6 @@ class Phi3SmallConfig(Phi3Config):
             size = int(multiplier * (hidden // 3) * 2)
             values["ff_intermediate_size"] = round_up(size, 256) if pads else size
         values.pop("auto_map", None)  # it names files of code, which are not saved with a model
-        if isinstance(entry := values.get("rope_scaling"), Mapping):
-            values["rope_scaling"] = _own_type(entry)
         for own, name in SPELLING.items():
             if own in values:
                 values[name] = values.pop(own)
@@ -201,16 +207,28 @@ class Phi3SmallConfig(Phi3Config):
         return values | {"ff_dim_multiplier": None, "model_type": self.model_type}
 
 
-def _own_type(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a rope entry with this family's longrope by its name.
+def _own_longrope(entry: Any, original: int | None, longest: int) -> Any:
+    """Returns a rope entry of LongRoPE as this family's; any other one as it is.
+
+    A mapping has the rule of Phi-3-small's remote code. A `RopeScaling` has Phi-3's, whose attention factors
+    it keeps; so does an `attention_factor`.
 
     Raises:
         UserError: it has keys that this rope does not know.
     """
-    names = {name: entry[name] for name in ("type", "rope_type") if entry.get(name) is not None}
-    if not names or not set(names.values()) <= {"longrope", "su"}:
+    is_scaling = isinstance(entry, RopeScaling)
+    values: dict[str, Any] = dict(entry.parameters) if is_scaling else dict(entry or {})
+    names = {entry.rope_type} if is_scaling else {values.pop(key, None) for key in ("type", "rope_type")}
+    if not names <= {"longrope", "su", None} or names == {None}:
         return entry
-    inside = {"original_max_position_embeddings", "rope_theta", "partial_rotary_factor"}
-    own = {key: value for key, value in entry.items() if key not in names and key not in inside}
+    original = values.get("original_max_position_embeddings") or original or _ORIGINAL
+    growth = values.pop("factor", None) or longest / original if is_scaling else None
+    factor = values.pop("attention_factor", None)
+    for key in ("short_mscale", "long_mscale"):
+        given = (
+            factor or values.get(key) or (None if growth is None else attention_by_growth(growth, original))
+        )
+        values |= {} if given is None else {key: given}
+    own = {key: value for key, value in values.items() if key not in Phi3SmallConfig.rope_defaults}
     RopeScaling.from_dict({**own, "rope_type": "phi3small"}, strict=True)
-    return {key: value for key, value in entry.items() if key not in names} | {"rope_type": "phi3small"}
+    return {**values, "rope_type": "phi3small"}

@@ -287,7 +287,7 @@ def _short_or_long(
     return inv_freq, jnp.where(is_long, jnp.float32(long_attention), jnp.float32(short_attention))
 
 
-def _by_growth(growth: float, original: int) -> float:
+def attention_by_growth(growth: float, original: int) -> float:
     """Returns the attention factor of a window that has grown from `original` tokens."""
     return math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0
 
@@ -312,7 +312,7 @@ def longrope(
 
     The attention factor is `attention_factor`, else the list's mscale, else follows from the window's growth.
     """
-    by_growth = _by_growth(
+    by_growth = attention_by_growth(
         base.extension if factor is None else factor, base.original_max_position_embeddings
     )
     short_attention = attention_factor or short_mscale or by_growth
@@ -336,7 +336,7 @@ def phi3small(
     and follows from the window's growth for the long one.
     """
     short = short_mscale if short_mscale and short_mscale > 0 else 1.0
-    by_growth = _by_growth(base.extension, base.original_max_position_embeddings)
+    by_growth = attention_by_growth(base.extension, base.original_max_position_embeddings)
     long = long_mscale if long_mscale and long_mscale > 0 else by_growth
     return _short_or_long(base, seq_len, (short_factor, long_factor), (short, long))
 

@@ -240,11 +240,13 @@ class CausalLM:
             `role` and `content`, or ShareGPT's `from` and `value`.
         text: column of raw texts, if `messages` is None.
         max_length: truncates conversations; texts continue in the next example.
+        dummy_token_ids: ids that stand for no token, which no row may have as a label.
     """
 
     messages: str | None = None
     text: str = "text"
     max_length: int = 1024
+    dummy_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -409,6 +411,7 @@ class _LongTextEncoder:
             )
         length = self._task.max_length
         parts = [whole[start : start + length] for start in range(0, len(whole) - 1, length - 1)]
+        _check_labels(whole, self._task, row)
         return [Example(part, part, row.place) for part in parts]
 
 
@@ -431,7 +434,14 @@ class _ChatEncoder:
         with errors_of(row):
             chat = encode_chat(as_messages(messages), self._tokenizer, self._task.max_length, tools)
         own, targets, truncated = chat
+        _check_labels(targets, self._task, row)
         return (Example(own, targets, row.place, truncated=truncated),)
+
+
+def _check_labels(labels: Sequence[int], task: CausalLM, row: Row) -> None:
+    """Raises a BadRowError if a label is the id of no token."""
+    for token in task.dummy_token_ids and sorted({*labels} & {*task.dummy_token_ids}):
+        raise BadRowError(row.place, f"the id {token} is to be predicted, and the model has no such token")
 
 
 def _inside(name: str) -> str:

@@ -149,7 +149,7 @@ def _config(checkpoint: Checkpoint, adapter: Path, source: AdapterSource) -> Phi
                     f"has {other}; give the base model that the adapter was trained on"
                 )
     task = read_adapter_fields(adapter / CONFIG).get("task_type")
-    classes = [cls.__name__ for cls, kind in TASK_TYPES.items() if kind == task]
+    classes = [cls.for_config(config).__name__ for cls, kind in TASK_TYPES.items() if kind == task]
     if classes:
         config = config.replace(extra=config.extra | {"architectures": classes})
     head = f"{PREFIX}{HEAD}.weight"

@@ -118,7 +118,11 @@ def test_presets_match_published_configs(member, shared_data):
 
 
 def test_presets_are_complete():
-    assert set(Phi3Config.presets()) == {*PUBLISHED.values(), "smollm2-135m-instruct"}
+    assert set(Phi3Config.presets()) == {
+        *PUBLISHED.values(),
+        "phi-3-small-8k-instruct",
+        "smollm2-135m-instruct",
+    }
     config = Phi3Config.preset("smollm2-135m-instruct")
     assert (config.head_dim, config.num_key_value_heads, config.rope_theta) == (64, 3, 100000.0)
     with pytest.raises(
@@ -414,7 +418,7 @@ def test_rejects_invalid_values(case):
         small(**changes)
 
 
-@pytest.mark.parametrize("model_type", ["phimoe", "phi3small", "phi3_v", "qwen2"])
+@pytest.mark.parametrize("model_type", ["phimoe", "phi3_v", "qwen2"])
 def test_rejects_other_models(model_type, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": model_type}))

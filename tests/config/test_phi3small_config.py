@@ -156,8 +156,21 @@ def test_longrope_survives_a_round_trip():
 
 
 def test_rejects_an_unknown_key_of_longrope():
-    with pytest.raises(UserError, match="rope type 'phi3small' has no use for attention_factor"):
-        read(**(LONG | {"rope_scaling": {**LONG["rope_scaling"], "attention_factor": 1.0}}))
+    with pytest.raises(UserError, match="rope type 'phi3small' has no use for factor"):
+        read(**(LONG | {"rope_scaling": {**LONG["rope_scaling"], "factor": 16.0}}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_factor": 1.7}, {"factor": 4.0}, {"long_mscale": 1.2}])
+def test_keeps_the_attention_factors_of_phi3s_longrope(changes):
+    """A scaling that was searched or given by --rope has the same numbers in the config."""
+    scaling = RopeScaling.from_dict({"rope_type": "longrope", **LISTS, **changes})
+    config = read(max_position_embeddings=131072).replace(rope_scaling=scaling)
+    for length in (8192, 8193):
+        expected = scaling.frequencies(config.rope_base, jnp.array([length]))
+        inv_freq, factor = frequencies(config, length)
+        np.testing.assert_array_equal(inv_freq, np.asarray(expected[0])[0])
+        assert factor == pytest.approx(float(np.asarray(expected[1]).reshape(-1)[0]), rel=1e-6)
+    assert Phi3Config.from_dict(config.to_dict()) == config
 
 
 def test_a_rope_of_another_type_stays():

@@ -575,6 +575,15 @@ def test_rejects_a_text_of_one_token(tmp_path: Path) -> None:
         CausalLM().encode(row(text="a"), Phi3Tokenizer.from_pretrained(tmp_path))
 
 
+def test_rejects_a_label_on_an_id_of_no_token(plain: Phi3Tokenizer) -> None:
+    """A prompt may have such an id, an answer or a text may not."""
+    dummy = plain.convert_tokens_to_ids("<|im_sep|>")
+    task = CausalLM(dummy_token_ids=(dummy,))
+    with pytest.raises(BadRowError, match=f"the id {dummy} is to be predicted, and the model has no such"):
+        task.encode(row(text="The old bridge <|im_sep|> is"), plain)
+    assert task.encode(row(text="The old bridge is"), plain)
+
+
 def test_encodes_rows_and_skips_bad_ones(plain: Phi3Tokenizer) -> None:
     def encode(task: Task, rows: Iterable[Row], bad: BadRows) -> list[Example]:
         return list(encode_rows(task, rows, plain, labels, bad=bad))

@@ -24,17 +24,23 @@ from phi3_jax.plan.analytic import analyse
 def test_parameters_of_several_layers_match_the_modules(name: str) -> None:
     """Parameters are counted in one layer and multiplied; here two layers are built."""
     config = Phi3Config.preset(name).replace(num_hidden_layers=2)
-    model = nnx.eval_shape(lambda: Phi3ForCausalLM(config, rngs=0, dtype=jnp.bfloat16))
+    build = Phi3ForCausalLM.for_config(config)
+    model = nnx.eval_shape(lambda: build(config, rngs=0, dtype=jnp.bfloat16))
     expected = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert sum(p.size for p in parameters(config)) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("phi-3-mini-4k-instruct", 3.821), ("phi-3-medium-4k-instruct", 13.960), ("phi-4-mini-instruct", 3.836)],
+    [
+        ("phi-3-mini-4k-instruct", 3.821),
+        ("phi-3-small-8k-instruct", 7.392),
+        ("phi-3-medium-4k-instruct", 13.960),
+        ("phi-4-mini-instruct", 3.836),
+    ],
 )
 def test_parameters_match_the_model_cards(name: str, billions: float) -> None:
-    """The cards say 3.8 B, 14 B and 3.8 B."""
+    """The cards say 3.8 B, 7 B, 14 B and 3.8 B."""
     assert sum(p.size for p in parameters(Phi3Config.preset(name))) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 

@@ -53,7 +53,7 @@ def test_packs_where_the_rope_does_not_change_yet(tmp_path: Path) -> None:
 
 def chat_task(folder: Path, row: dict[str, Any]) -> Task:
     (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
-    return make_task(settings_of(folder, folder, task="causal-lm"))
+    return make_task(settings_of(folder, folder, task="causal-lm"), Phi3Config())
 
 
 def test_finds_the_column_of_conversations(tmp_path: Path) -> None:
