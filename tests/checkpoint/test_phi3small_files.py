@@ -266,6 +266,28 @@ def test_longrope_stays_when_converted_and_saved(tmp_path: Path, changes: dict[s
     assert distance(run(again, input_ids=ids).logits[0], formulas(theirs, [ids[0]]).logits[0]) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"rope_type": "linear", "factor": 2.5},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    ],
+)
+def test_other_ropes_are_written_as_longrope(tmp_path: Path, entry: dict[str, Any]) -> None:
+    """With this family's keys and the same numbers, within the original window and beyond it."""
+    config = CONFIG.replace(rope_scaling=entry, original_max_position_embeddings=32)
+    write_random_model("causal", config, tmp_path / "model")
+    convert_checkpoint(tmp_path / "model", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]
+    assert found["type"] == "longrope"
+    assert "attention_factor" not in found
+    first, converted = (Phi3ForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "out"))
+    for length in (21, 45):
+        ids = random_ids(config, np.ones((1, length), int))
+        expected = run(first, input_ids=ids).logits
+        assert distance(run(converted, input_ids=ids).logits, expected) <= 1e-5
+
+
 def test_another_config_links_the_weights(written: Path, tmp_path: Path) -> None:
     reconfigure_checkpoint(written, tmp_path / "out", CONFIG.replace(rope_theta=77.0))
     assert (tmp_path / "out" / "model.safetensors").samefile(written / "model.safetensors")

@@ -11,6 +11,7 @@ from answers import stored
 from flax import nnx
 from phi3small import small_config
 from reference import Reference, distance, on_mesh, pair, run
+from reference import small_config as phi3_config
 from safetensors.numpy import load_file, save_file
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3ForSequenceClassification
@@ -209,6 +210,16 @@ def test_a_classifiers_adapter_brings_its_head(base, tmp_path):
     loaded = load_merged(Phi3ForSequenceClassification, checkpoint, tmp_path, dtype="float32")
     expected = run(adapted, input_ids=IDS).logits
     assert distance(run(loaded, input_ids=IDS).logits, expected) <= 1e-5
+
+
+def test_rejects_a_base_model_of_another_family(base, tmp_path):
+    folder, ours = base
+    save_adapters(add_lora(ours, 2), tmp_path, base_model=str(folder))
+    phi3_config(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"has model_type=phi3, and the base model .* has phi3small; give"
+    ):
+        open_model(find_model(None, tmp_path, default=Path))
 
 
 def test_rejects_what_does_not_fit(base, tmp_path):
