@@ -155,7 +155,7 @@ class QuantizedSource:
                     raise self._error(stored, f"is there, and {name} as well; expected one of them")
                 weight = self._open(module, kind)
                 self._weights[name] = weight
-                kinds = [each for each in weight.kinds if not (each == "bias" and self._has_biases)]
+                kinds = [each for each in weight.kinds if not (each == "bias" and self._has_bias(module))]
                 hidden.update(f"{module}.{each}" for each in kinds)
                 names.append(name)
             elif kind not in _OF_ACTIVATIONS:
@@ -177,7 +177,10 @@ class QuantizedSource:
             raise self._error(
                 f"{module}.{kind}", f"is not of this form ({self._settings.name}): expected {layout.kinds[0]}"
             )
-        return layout(WeightTensors(self._source, module, kind, self._has_biases), scheme)
+        return layout(WeightTensors(self._source, module, kind, self._has_bias(module)), scheme)
+
+    def _has_bias(self, module: str) -> bool:
+        return self._has_biases and module.endswith(self._projections)
 
     def _check_float(self, name: str) -> None:
         """Raises CheckpointError if a tensor that is no part of a quantized weight should be one."""

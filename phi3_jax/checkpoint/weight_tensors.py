@@ -53,14 +53,14 @@ class WeightTensors:
         source: the files.
         module: the name of the module.
         main: the last part of the name of the tensor that has the integers.
-        has_biases: whether the model has biases of projections.
+        has_bias: whether the module has a bias.
     """
 
-    def __init__(self, source: SafetensorsSource, module: str, main: str, has_biases: bool):
+    def __init__(self, source: SafetensorsSource, module: str, main: str, has_bias: bool):
         self._source = source
         self._module = module
         self._main = main
-        self._has_biases = has_biases
+        self._has_bias = has_bias
 
     def __contains__(self, kind: str) -> bool:
         return self._name(kind) in self._source
@@ -148,9 +148,9 @@ class WeightTensors:
             raise self.error(kind, str(error)) from error
 
     def check_bias(self) -> None:
-        """Raises CheckpointError if a model without biases has others than the zeros that packers write."""
-        if not self._has_biases and "bias" in self and self.read("bias").any():
-            raise self.error("bias", "has numbers other than 0; Phi-3 has no biases of projections")
+        """Raises CheckpointError if a module without biases has others than the zeros of some packers."""
+        if not self._has_bias and "bias" in self and self.read("bias").any():
+            raise self.error("bias", "has numbers other than 0; the model has no such bias")
 
     def _name(self, kind: str) -> str:
         return f"{self._module}.{kind}"

@@ -10,11 +10,12 @@ import pytest
 from dequantized import floats_of
 from marks import slow
 from phi3small import small_config
-from quantized_files import FORMS, write_quantized
+from quantized_files import FORMS, gptq, random_weight, write_quantized
 from reference import distance, on_mesh, run, write_random_model
 from safetensors.numpy import load_file, save_file
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3SmallForCausalLM
+from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.opening import open_checkpoint
 from phi3_jax.checkpoint.quantize import quantize_checkpoint
 from phi3_jax.model.quantizing import quantize_model
@@ -64,6 +65,34 @@ def test_reads_weights_of_other_libraries_with_biases(name: str, tmp_path: Path)
     )
     expected = Phi3ForCausalLM.from_pretrained(tmp_path / "floats")
     assert distance(logits(model), logits(expected)) <= 1e-5
+
+
+def test_converts_to_floats_with_biases(tmp_path: Path) -> None:
+    floats = write_quantized(tmp_path / "quantized", FORMS["gptq"], CONFIG)
+    convert_checkpoint(tmp_path / "quantized", tmp_path / "out", dtype="float32")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == floats.keys()
+    for name, expected in floats.items():
+        kind = np.float16 if name.removesuffix(".weight") in MODULES else expected.dtype
+        np.testing.assert_array_equal(written[name], expected.astype(kind).astype(np.float32), err_msg=name)
+
+
+def test_a_head_has_no_bias(tmp_path: Path) -> None:
+    """Zeros that a packer writes are ignored there, and other numbers refused."""
+    config = CONFIG.replace(tie_word_embeddings=False)
+    write_quantized(tmp_path, FORMS["gptq"], config)
+    path = tmp_path / "model.safetensors"
+    head = random_weight(np.random.default_rng(0), (96, 48), FORMS["gptq"])
+    stored = load_file(path) | {f"lm_head.{kind}": each for kind, each in gptq(head).items()}
+    del stored["lm_head.weight"]
+    save_file(stored | {"lm_head.bias": np.zeros(96, np.float16)}, path)
+    model = Phi3ForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    assert distance(model.lm_head.floats(), head.floats()) <= 1e-6
+    save_file(stored | {"lm_head.bias": np.ones(96, np.float16)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.bias has numbers other than 0; the model has no such"
+    ):
+        Phi3ForCausalLM.from_pretrained(tmp_path)
 
 
 def test_rejects_missing_and_unquantized_tensors(tmp_path: Path) -> None:
