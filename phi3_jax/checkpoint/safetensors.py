@@ -31,8 +31,6 @@ AUTO_GPTQ = "gptq_model-*.safetensors"
 """The name that AutoGPTQ gives its only file."""
 BLOCK = 1 << 23
 """Bytes to read at once where only some columns of the rows are kept, or single rows."""
-GAP = 1 << 16
-"""The most bytes between runs of rows that are read together: a request to a store costs more."""
 
 HEADER_BLOCK = 1 << 16
 """Bytes of a remote file to read first; most headers are shorter."""
@@ -138,7 +136,7 @@ class SafetensorsSource(DirectoryFiles, FloatSource):
         count = sum(run.stop - run.start for run in rows)
         kept = np.empty((count, columns.stop - columns.start), stored.dtype)
         try:
-            if columns != slice(0, width) or (len(rows) > 1 and count * size < GAP * len(rows)):
+            if columns != slice(0, width) or 1 < count < 2 * len(rows):  # some columns, or single rows
                 self._read_blocks(stored, rows, columns, kept)
             else:
                 starts = np.cumsum([0, *(run.stop - run.start for run in rows)])
@@ -154,14 +152,18 @@ class SafetensorsSource(DirectoryFiles, FloatSource):
         return kept
 
     def _read_blocks(self, stored: _Stored, rows: Sequence[slice], columns: slice, kept: np.ndarray) -> None:
-        """Reads rows in blocks of which only some rows and columns are kept, in the order of the file."""
+        """Reads rows in blocks of which only some columns are kept, in the order of the file.
+
+        One row between others is read with them: of rows that take turns, a store would have to be asked for
+        each one.
+        """
         _, width = stored.matrix
         size = width * stored.dtype.itemsize
         step = max(1, BLOCK // size)
         numbers = np.concatenate([np.arange(run.start, run.stop) for run in rows])
         order = np.argsort(numbers, kind="stable")
         ordered = numbers[order]
-        ends = np.flatnonzero(np.diff(ordered) > 1 + GAP // size) + 1
+        ends = np.flatnonzero(np.diff(ordered) > 2) + 1
         for first, last in pairwise([0, *ends.tolist(), len(order)]):
             for start in range(ordered[first], ordered[last - 1] + 1, step):
                 stop = min(start + step, ordered[last - 1] + 1)
