@@ -18,9 +18,11 @@ from phi3_jax import (
     CheckpointError,
     Phi3ForCausalLM,
     Phi3ForSequenceClassification,
+    Phi3Model,
     Phi3SmallConfig,
     Phi3SmallForCausalLM,
     Phi3SmallForSequenceClassification,
+    Phi3SmallModel,
 )
 from phi3_jax.checkpoint.convert import convert_checkpoint
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
@@ -201,6 +203,18 @@ def test_a_causal_checkpoint_loads_into_a_classifier(written: Path, tmp_path: Pa
     np.testing.assert_array_equal(found.pop("score.weight"), scores[0])
     assert_same_bits(found, tensors(written))
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(first).__name__]
+
+
+def test_a_model_without_a_head_loads_and_is_loaded(written: Path, tmp_path: Path) -> None:
+    decoder = Phi3Model.from_pretrained(written)
+    assert isinstance(decoder, Phi3SmallModel)
+    decoder.save_pretrained(tmp_path)
+    found = tensors(tmp_path)
+    assert_same_bits({f"model.{name}": each for name, each in found.items()}, tensors(written))
+    for model in (Phi3ForCausalLM.from_pretrained(tmp_path), Phi3Model.from_pretrained(tmp_path)):
+        ids = random_ids(CONFIG, np.ones((1, 29), int))
+        states = run(model.decoder, input_ids=ids).last_hidden_state
+        assert distance(states, run(decoder, input_ids=ids).last_hidden_state) == 0
 
 
 def test_rejects_a_gguf_file(written: Path, tmp_path: Path) -> None:
