@@ -1,5 +1,7 @@
 """Attends over a cache with the C++ library."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,20 @@ NO_KEY = INT32_MAX
 
 WIDTHS = 16
 """The width of a head is a multiple of this."""
+
+
+class VisibleBlocks(NamedTuple):
+    """The blocks of keys that each query head sees, as in `SparseBlocks`.
+
+    The position of a key is that of the slot before it, or one more.
+    """
+
+    query_positions: Int32[Array, "B T"]
+    key_positions: Int32[Array, "B S"]
+    shifts: Int32[Array, "K G"]
+    size: int
+    local: int
+    stride: int
 
 
 def can_attend(width: int) -> bool:
@@ -34,6 +50,7 @@ def attention(
     window: int | None = None,
     key_scale: BFloat16[Array, "B K S"] | None = None,
     value_scale: BFloat16[Array, "B K S"] | None = None,
+    blocks: VisibleBlocks | None = None,
 ) -> tuple[Float[Array, "B T K G H"], Float32[Array, "B T K G"]]:
     """Returns softmax attention in the dtype of the queries, and the log-sum-exp of each query's scores.
 
@@ -50,19 +67,29 @@ def attention(
         scale: factor on the scores.
         window: the most slots that a query sees, its own included; None: all.
         key_scale, value_scale: of each vector of int8.
+        blocks: hides blocks of keys, which are not read; None: hides none.
 
     Raises:
         ValueError: dtypes or shapes do not fit each other.
     """
     scales = () if key_scale is None or value_scale is None else (key_scale, value_scale)
     _check(query, key, value, query_slots, key_slots, *scales)
+    pattern: tuple[Array, ...] = ()
+    sizes = 0, 0, 0
+    if blocks is not None:
+        pattern, sizes = blocks[:3], blocks[3:]
+        _check_blocks(query, key, *pattern)
     results = (
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
     )
     call = jax.ffi.ffi_call(ATTENTION, results, vmap_method="sequential")
-    operands = (query, key, value, *scales, query_slots, key_slots)
-    out, log_sum = call(*operands, scale=np.float32(scale), window=np.int64(window or 0))
+    out, log_sum = call(
+        *(query, key, value, *scales, query_slots, key_slots, *pattern),
+        scale=np.float32(scale),
+        window=np.int64(window or 0),
+        **{name: np.int64(size) for name, size in zip(("block", "local", "stride"), sizes, strict=True)},
+    )
     return out, log_sum
 
 
@@ -88,4 +115,15 @@ def _check(
             f"attention({shapes}): expected queries [B, T, K, G, H], where {WIDTHS} divides H, keys and "
             "values [B, K, S, H] of bfloat16, or of int8 with scales bfloat16 [B, K, S], and slots int32 "
             "[B, T] and [B, S]"
+        )
+
+
+def _check_blocks(query: Array, key: Array, *operands: Array) -> None:
+    batch, length, kv_heads, groups, _ = query.shape
+    expected = (batch, length), (batch, key.shape[2]), (kv_heads, groups)
+    if tuple(x.shape for x in operands) != expected or any(x.dtype != jnp.int32 for x in operands):
+        shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in operands)
+        raise ValueError(
+            f"blocks({shapes}): expected int32 positions [B, T] and [B, S], and shifts [K, G] = "
+            f"{', '.join(str(list(shape)) for shape in expected)}"
         )

@@ -123,7 +123,7 @@ bool run_attention(const Attention& a, const AttentionVariant* variant, const XL
   work.chunk = a.heads() * work.blocks < kFewParts && a.slots > kChunk ? kChunk : a.slots > 0 ? a.slots : 1;
   work.chunks = a.slots > 0 ? (a.slots + work.chunk - 1) / work.chunk : 1;
   const int64_t rows = work.queries * a.groups;
-  const int64_t read_bytes = 2 * a.heads() * a.slots * a.width * (a.is_int8 ? 1 : 2) * (rows > 8 ? rows / 8 : 1);
+  const int64_t read_bytes = 2 * a.key_heads() * a.slots * a.width * (a.is_int8 ? 1 : 2) * (rows > 8 ? rows / 8 : 1);
   const int64_t threads = read_bytes >= kLeastBytes ? thread_count(frame) : 1;
   work.thread_bytes = rounded(variant->scratch_bytes(a, rows));
   work.sums_floats = floats_of_sums(rows, a.width);
@@ -138,18 +138,18 @@ bool run_attention(const Attention& a, const AttentionVariant* variant, const XL
 }  // namespace phi3_jax
 
 // The handler of XLA: arguments query, key, value, perhaps the scales of keys and values, slots of queries and keys,
-// as in `attention.py`, which checks them.
+// perhaps positions of both and the shifts of a pattern, as in `attention.py`, which checks them.
 HANDLER phi3_jax_attention(XLA_FFI_CallFrame* frame) {
   using namespace phi3_jax;
   if (answered_version(frame)) return nullptr;
   const int64_t count = frame->args.size;
-  if ((count != 5 && count != 7) || frame->rets.size != 2 || frame->attrs.size != 2) {
-    return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "phi3_jax_attention takes 5 or 7 arguments");
+  if (count < 5 || count == 6 || count == 9 || count > 10 || frame->rets.size != 2 || frame->attrs.size != 5) {
+    return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "phi3_jax_attention takes 5, 7, 8 or 10 arguments");
   }
   const XLA_FFI_Buffer &query = argument(frame, 0), &key = argument(frame, 1);
   Attention a = {};
   a.is_bfloat16 = query.dtype == XLA_FFI_DataType_BF16;
-  a.is_int8 = count == 7;
+  a.is_int8 = count == 7 || count == 10;
   a.batch = query.dims[0];
   a.length = query.dims[1];
   a.kv_heads = query.dims[2];
@@ -157,17 +157,29 @@ HANDLER phi3_jax_attention(XLA_FFI_CallFrame* frame) {
   a.width = query.dims[4];
   a.slots = key.dims[2];
   // Attributes are sorted by name.
-  a.scale = *static_cast<float*>(static_cast<XLA_FFI_Scalar*>(frame->attrs.attrs[0])->value);
-  a.window = *static_cast<int64_t*>(static_cast<XLA_FFI_Scalar*>(frame->attrs.attrs[1])->value);
+  a.pattern.size = attribute<int64_t>(frame, 0);
+  a.pattern.local = attribute<int64_t>(frame, 1);
+  a.scale = attribute<float>(frame, 2);
+  a.pattern.stride = attribute<int64_t>(frame, 3);
+  a.window = attribute<int64_t>(frame, 4);
   a.query = bytes_of(query);
   a.key = bytes_of(key);
   a.value = bytes_of(argument(frame, 2));
+  int64_t next = 3;
   if (a.is_int8) {
-    a.key_scale = bytes_of(argument(frame, 3));
-    a.value_scale = bytes_of(argument(frame, 4));
+    a.key_scale = bytes_of(argument(frame, next++));
+    a.value_scale = bytes_of(argument(frame, next++));
   }
-  a.query_slots = bytes_of(argument(frame, count - 2));
-  a.key_slots = bytes_of(argument(frame, count - 1));
+  a.query_slots = bytes_of(argument(frame, next++));
+  a.key_slots = bytes_of(argument(frame, next++));
+  if (a.pattern.size) {
+    a.pattern.query_positions = bytes_of(argument(frame, next++));
+    a.pattern.key_positions = bytes_of(argument(frame, next++));
+    a.pattern.shifts = bytes_of(argument(frame, next));
+    a.pattern.sharing = a.groups;
+    a.kv_heads *= a.groups;
+    a.groups = 1;
+  }
   a.out = result(frame, 0);
   a.log_sum = result(frame, 1);
   if (run_attention(a, choose_attention(a), frame)) return nullptr;

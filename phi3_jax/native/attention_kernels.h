@@ -35,12 +35,6 @@ INLINE Ints lane_numbers() {
   return numbers;
 }
 
-INLINE int32_t slot_at(const uint8_t* slots, int64_t index) {
-  int32_t slot;
-  __builtin_memcpy(&slot, slots + 4 * index, 4);
-  return slot;
-}
-
 INLINE float bfloat16_at(const uint8_t* from, int64_t index) {
   uint16_t bits;
   __builtin_memcpy(&bits, from + 2 * index, 2);
@@ -110,17 +104,24 @@ struct Scratch {
 static size_t attention_scratch_bytes(const Attention& a, int64_t rows) { return Scratch(a, rows, nullptr).bytes; }
 
 // Turns scores into exponentials, with the running maximum of each row; `decay` gets the factors of earlier sums.
-TARGET static void add_scores(const Attention& a, const Scratch& s, const uint8_t* query_slots, const uint8_t* key_slots,
+// `key_positions` is null if the pattern hides none of these keys.
+TARGET static void add_scores(const Attention& a, const Scratch& s, const VisibleBlocks& blocks,
+                              const uint8_t* query_slots, const uint8_t* key_slots, const uint8_t* key_positions,
                               int64_t rows, int64_t keys, const Sums& sums) {
   for (int64_t row = 0; row < rows; row++) {
-    const int32_t last = slot_at(query_slots, row / a.groups);
+    const int32_t last = int32_at(query_slots, row / a.groups);
     const int32_t first = a.window ? last - (int32_t)a.window + 1 : INT32_MIN;
+    const int32_t first_position = key_positions ? blocks.first_local_position(row) : 0;
     float* scores = s.scores + row * keys;
     Floats most = broadcast(kUnseen);
     for (int64_t key = 0; key < keys; key += kLanes) {
       const bool is_full = keys - key >= kLanes;
       const Ints slots = (Ints)(is_full ? load(key_slots + 4 * key) : load_some(key_slots + 4 * key, 4 * (keys - key)));
       Ints is_seen = (slots <= last) & (slots >= first);
+      if (key_positions) {
+        const uint8_t* from = key_positions + 4 * key;
+        is_seen &= (Ints)(is_full ? load(from) : load_some(from, 4 * (keys - key))) >= first_position;
+      }
       if (!is_full) is_seen &= lane_numbers() < (int32_t)(keys - key);
       const Floats values = (Floats)load(scores + key) * a.scale;
       const Floats seen = is_seen ? values : broadcast(kUnseen);
@@ -239,7 +240,7 @@ TARGET static void multiply_values(const Attention& a, const Scratch& s, const u
 TARGET static bool is_seen(const Attention& a, const uint8_t* key_slots, int64_t keys, int32_t least, int32_t most) {
   const int32_t first = a.window ? least - (int32_t)a.window + 1 : INT32_MIN;
   for (int64_t key = 0; key < keys; key++) {
-    const int32_t slot = slot_at(key_slots, key);
+    const int32_t slot = int32_at(key_slots, key);
     if (slot <= most && slot >= first) return true;
   }
   return false;
@@ -263,16 +264,18 @@ TARGET static void add_keys(const Attention& a, int64_t head, int64_t first, int
   const uint8_t* query_slots = a.query_slots + 4 * (batch * a.length + first);
   int32_t least = INT32_MAX, most = INT32_MIN;
   for (int64_t query = 0; query < last - first; query++) {
-    const int32_t slot = slot_at(query_slots, query);
+    const int32_t slot = int32_at(query_slots, query);
     least = slot < least ? slot : least;
     most = slot > most ? slot : most;
   }
   Operands product = {a.is_int8 ? Form::kInt8 : Form::kBfloat16, a.is_bfloat16, rows, a.width, 0, 1, s.rows,
                       nullptr, nullptr, nullptr, (uint8_t*)s.scores};
   copy(product, s.queries, 0, rows);
-  for (int64_t slot = from; slot < to; slot += kKeyBlock) {
-    const int64_t keys = to - slot < kKeyBlock ? to - slot : kKeyBlock, at = head * a.slots + slot;
-    const uint8_t* key_slots = a.key_slots + 4 * (batch * a.slots + slot);
+  const VisibleBlocks blocks(a, head, first, last);
+  for (KeyRun run = blocks.next(from, to); run.keys; run = blocks.next(run.slot + run.keys, to)) {
+    const int64_t keys = run.keys, at = head / a.pattern.sharing * a.slots + run.slot;
+    const uint8_t* key_slots = a.key_slots + 4 * (batch * a.slots + run.slot);
+    const uint8_t* key_positions = run.is_whole ? nullptr : blocks.key_positions + 4 * run.slot;
     if (!is_seen(a, key_slots, keys, least, most)) continue;
     product.out = keys;
     product.weight = a.key + item * at * a.width;
@@ -284,7 +287,7 @@ TARGET static void add_keys(const Attention& a, int64_t head, int64_t first, int
       product.scale = (const uint8_t*)s.scales;
     }
     multiply(product, s.queries, (uint8_t*)s.panels, 0, keys);
-    add_scores(a, s, query_slots, key_slots, rows, keys, sums);
+    add_scores(a, s, blocks, query_slots, key_slots, key_positions, rows, keys, sums);
     const uint8_t* value = a.value + item * at * a.width;
     if (rows > kFewRows) {
       multiply_values(a, s, value, rows, keys, sums.out);

@@ -32,6 +32,12 @@ inline const XLA_FFI_Buffer& argument(const XLA_FFI_CallFrame* frame, int64_t in
 
 inline const uint8_t* bytes_of(const XLA_FFI_Buffer& buffer) { return static_cast<const uint8_t*>(buffer.data); }
 
+// Returns an attribute; they are sorted by name.
+template <typename T>
+T attribute(const XLA_FFI_CallFrame* frame, int64_t index) {
+  return *static_cast<T*>(static_cast<XLA_FFI_Scalar*>(frame->attrs.attrs[index])->value);
+}
+
 inline uint8_t* result(const XLA_FFI_CallFrame* frame, int64_t index) {
   return static_cast<uint8_t*>(static_cast<XLA_FFI_Buffer*>(frame->rets.rets[index])->data);
 }

@@ -23,7 +23,7 @@ VARIABLE = "PHI3_JAX_NATIVE"
 
 HEADERS = (
     *("product.h", "kernels.h", "vectors.h", "arm.h"),
-    *("attention.h", "attention_kernels.h", "threads.h", "frame.h"),
+    *("attention.h", "attention_blocks.h", "attention_kernels.h", "threads.h", "frame.h"),
 )
 SOURCES = ("variants.cc", "product_handler.cc", "attention_handler.cc", "write_handler.cc")
 COMPILERS = ("c++", "g++", "clang++")

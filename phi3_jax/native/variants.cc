@@ -1,6 +1,6 @@
 // The variants of the kernels, and the choice between them.
 
-#include "attention.h"
+#include "attention_blocks.h"
 #include "product.h"
 
 #include <cstring>

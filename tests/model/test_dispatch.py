@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import with_blocks
 
 from phi3_jax.cache.quantized import QuantizedVectors
+from phi3_jax.config.block_pattern import BlockPattern
 from phi3_jax.model.kernels.dispatch import choose_kernels
 from phi3_jax.model.masks import CausalMask
 
@@ -31,6 +33,18 @@ PREFILLS: list[tuple[int, dict[str, Any], str]] = [
     (8, {"implementation": "pallas", "window": 4, "segments": True}, "splash splash splash"),
     (256, {"implementation": "pallas", "platform": "cpu", "context": 2}, "splash splash splash"),
     (384, {"implementation": "pallas", "platform": "cpu", "context": 2}, "xla xla xla"),
+    (127, {"block": 64}, "xla xla xla"),
+    (128, {"block": 64}, "striped striped striped"),  # twice the tokens that a query sees at least
+    (255, {"block": 64}, "striped striped striped"),
+    (256, {"block": 64}, "splash striped striped"),
+    (256, {"block": 64, "implementation": "xla"}, "xla xla xla"),
+    (256, {"block": 48}, "striped striped striped"),  # no power of two
+    (256, {"block": 64, "segments": True}, "xla xla xla"),  # blocks start anew in each segment
+    (256, {"block": 64, "window": 255}, "xla xla xla"),
+    (256, {"block": 64, "platform": "tpu", "context": 2}, "splash xla xla"),
+    (8, {"block": 4, "implementation": "pallas"}, "splash splash splash"),
+    (8, {"block": 3, "implementation": "pallas"}, "xla xla xla"),
+    (256, {"block": 64, "implementation": "cudnn"}, "striped striped striped"),
     (8, {"implementation": "cudnn"}, "xla cudnn xla"),
     (256, {"implementation": "cudnn"}, "xla cudnn xla"),
     (8, {"implementation": "cudnn", "window": 4}, "xla cudnn xla"),
@@ -59,6 +73,11 @@ CACHES: list[tuple[int, int, dict[str, Any], str]] = [
     (1, 8, {"implementation": "pallas"}, "cached cached cached"),
     (1, 8, {"implementation": "pallas", "int8": True}, "cached cached cached"),
     (32, 512, {"implementation": "pallas", "segments": True}, "xla xla xla"),
+    (1, 511, {"block": 3}, "xla xla xla"),
+    (1, 512, {"block": 3}, "cached xla xla"),
+    (32, 512, {"block": 3, "int8": True}, "cached xla xla"),
+    (32, 512, {"block": 3, "segments": True}, "xla xla xla"),
+    (1, 8, {"block": 3, "implementation": "pallas"}, "cached cached cached"),
     (1, 8, {"implementation": "cudnn"}, "xla cudnn xla"),
     (32, 512, {"implementation": "cudnn"}, "xla cudnn xla"),
     (2, 512, {"implementation": "cudnn", "int8": True}, "xla xla xla"),
@@ -76,6 +95,7 @@ def chosen_kernels(
     window: int | None = None,
     segments: bool = False,
     int8: bool = False,
+    block: int | None = None,
     implementation: str | None = None,
     **options: Any,
 ) -> str:
@@ -85,6 +105,8 @@ def chosen_kernels(
     key_slots = np.arange(size)[None]
     numbers = np.ones_like(key_slots) if segments else None
     mask = CausalMask(key_slots, key_slots, key_slots >= 0, window, True, numbers, numbers)
+    if block is not None:
+        mask = with_blocks(mask, BlockPattern(block, local=1, stride=2, heads=1), 1)
     if slots is not None:
         mask = mask.last_queries(length)
     query = jnp.zeros((1, length, 1, 1, width), dtype)

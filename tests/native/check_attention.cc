@@ -32,7 +32,7 @@ double number_at(const Attention& a, const uint8_t* vectors, const uint8_t* scal
 // Returns whether a random attention of these sizes is right, if the variant runs here. One call computes one head.
 bool check(const char* name, Attention a) {
   const int64_t queries = a.batch * a.length * a.kv_heads * a.groups * a.width;
-  const int64_t vectors = a.heads() * a.slots, numbers = vectors * a.width;
+  const int64_t vectors = a.key_heads() * a.slots, numbers = vectors * a.width;
   Array query(queries * (a.is_bfloat16 ? 2 : 4)), key(numbers * (a.is_int8 ? 1 : 2)), value(numbers * (a.is_int8 ? 1 : 2));
   Array key_scale(2 * vectors), value_scale(2 * vectors), query_slots(4 * a.batch * a.length);
   Array key_slots(4 * a.batch * a.slots);
@@ -61,6 +61,31 @@ bool check(const char* name, Attention a) {
     of_keys.push_back(draw(8) ? (int32_t)(i % a.slots) : phi3_jax::kNoKey);
     std::memcpy(key_slots.bytes() + 4 * i, &of_keys[i], 4);
   }
+  // Keys that are none have the position of the slot before; the first real one has 0.
+  Array query_positions(4 * a.batch * a.length), key_positions(4 * a.batch * a.slots), shifts(4 * a.kv_heads);
+  std::vector<int32_t> of_query_blocks, of_key_blocks, of_shifts;
+  if (a.pattern.size) {
+    std::vector<int32_t> positions;
+    for (int64_t i = 0; i < a.batch * a.slots; i++) {
+      const int32_t before = i % a.slots ? positions.back() : -1;
+      positions.push_back(before + (of_keys[i] != phi3_jax::kNoKey));
+      std::memcpy(key_positions.bytes() + 4 * i, &positions[i], 4);
+      of_key_blocks.push_back(positions[i] / (int32_t)a.pattern.size);
+    }
+    for (int64_t i = 0; i < a.batch * a.length; i++) {
+      const int64_t after = of_queries[i] - a.slots + 1, slot = after > 0 ? a.slots - 1 : of_queries[i];
+      const int32_t position = positions[i / a.length * a.slots + slot] + (int32_t)(after > 0 ? after : 0);
+      std::memcpy(query_positions.bytes() + 4 * i, &position, 4);
+      of_query_blocks.push_back(position / (int32_t)a.pattern.size);
+    }
+    for (int64_t i = 0; i < a.kv_heads; i++) {
+      of_shifts.push_back((int32_t)draw((uint32_t)a.pattern.stride));
+      std::memcpy(shifts.bytes() + 4 * i, &of_shifts[i], 4);
+    }
+    a.pattern.query_positions = query_positions.bytes();
+    a.pattern.key_positions = key_positions.bytes();
+    a.pattern.shifts = shifts.bytes();
+  }
   a.query = query.bytes();
   a.key = key.bytes();
   a.value = value.bytes();
@@ -72,7 +97,7 @@ bool check(const char* name, Attention a) {
   if (!variant) return true;
   checks += !std::strcmp(variant->name, name);
 
-  const int64_t head = draw((uint32_t)a.heads()), batch = head / a.kv_heads;
+  const int64_t head = draw((uint32_t)a.heads()), batch = head / a.kv_heads, key_head = head / a.pattern.sharing;
   const int64_t first = draw((uint32_t)a.length), last = first + 1 + draw((uint32_t)(a.length - first));
   const int64_t from = draw((uint32_t)a.slots), to = draw(2) ? a.slots : from + 1 + draw((uint32_t)(a.slots - from));
   const int64_t rows = (last - first) * a.groups;
@@ -91,9 +116,14 @@ bool check(const char* name, Attention a) {
       double score = 0;
       for (int64_t i = 0; i < a.width; i++) {
         const double x = a.is_bfloat16 ? query.bfloat16_at(vector * a.width + i) : query.at(vector * a.width + i);
-        score += x * number_at(a, a.key, a.key_scale, (head * a.slots + slot) * a.width + i);
+        score += x * number_at(a, a.key, a.key_scale, (key_head * a.slots + slot) * a.width + i);
       }
-      const bool is_seen = where <= own && (!a.window || where > own - a.window);
+      bool is_seen = where <= own && (!a.window || where > own - a.window);
+      if (a.pattern.size) {
+        const int32_t of_key = of_key_blocks[batch * a.slots + slot];
+        is_seen &= of_query_blocks[at] - of_key < a.pattern.local ||
+                   (of_key + of_shifts[head % a.kv_heads] + 1) % a.pattern.stride == 0;
+      }
       scores.push_back(is_seen ? score * a.scale : -INFINITY);
       most = std::fmax(most, scores.back());
     }
@@ -112,7 +142,7 @@ bool check(const char* name, Attention a) {
       double expected = 0, magnitude = 0;
       for (int64_t slot = from; slot < to; slot++) {
         const double term =
-            scores[slot - from] / sum * number_at(a, a.value, a.value_scale, (head * a.slots + slot) * a.width + i);
+            scores[slot - from] / sum * number_at(a, a.value, a.value_scale, (key_head * a.slots + slot) * a.width + i);
         expected += term;
         magnitude += std::fabs(term);
       }
@@ -136,7 +166,7 @@ int main() {
   int failures = 0;
   for (const char* name : {"portable", "avx2", "avx512", "avx512bf16", "neon", "neonbf16"}) {
     const int before = checks;
-    for (int turn = 0; turn < 300; turn++) {
+    for (int turn = 0; turn < 500; turn++) {
       Attention a = {};
       a.is_bfloat16 = draw(2);
       a.is_int8 = draw(2);
@@ -148,6 +178,14 @@ int main() {
       a.slots = 1 + draw(draw(2) ? 40 : 400);
       a.window = draw(2) ? 1 + draw(100) : 0;
       a.scale = 0.3f;
+      if (draw(2)) {
+        a.pattern.size = 1 + draw(draw(4) ? 20 : 200);
+        a.pattern.local = 1 + draw(3);
+        a.pattern.stride = 1 + draw(5);
+        a.pattern.sharing = a.groups;
+        a.kv_heads *= a.groups;
+        a.groups = 1;
+      }
       failures += !check(name, a);
     }
     if (checks > before) std::printf("%s: %d attentions\n", name, checks - before);

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.errors import UserError
-from phi3_jax.model.kernels import blockwise, cudnn, native, splash
+from phi3_jax.model.kernels import block_splash, blockwise, cudnn, native, splash, striped
 from phi3_jax.model.kernels.blockwise import blockwise_attention
 from phi3_jax.model.kernels.cached import cached_attention
 from phi3_jax.model.kernels.native import native_attention
@@ -67,14 +67,16 @@ def choose_kernels(
                 f"leaves {length} open; choose set_attn_implementation('xla') or export one length"
             )
         return dict.fromkeys(PLATFORMS, "xla")
-    if mask.blocks is not None:
-        return dict.fromkeys(PLATFORMS, "xla")
     many_scores = length >= LEAST_QUERIES if mask.prefill else key.shape[2] >= LEAST_SLOTS
     blocks = implementation is None and not mask.prefill and floats and length >= blockwise.LEAST_QUERIES
-    default = "blockwise" if blocks else "xla"
+    default = "blockwise" if blocks and mask.blocks is None else "xla"
+    if implementation in (None, "cudnn") and context == 1 and striped.fits(mask):
+        default = "striped"
 
     if mask.prefill:
         pallas_works = context == 1 or length % (splash.TILE * context) == 0
+        if mask.blocks is not None:
+            pallas_works = pallas_works and block_splash.fits(mask, context=context)
     else:
         pallas_works = mask.key_segments is None
     pallas = "splash" if mask.prefill else "cached"
@@ -87,7 +89,7 @@ def choose_kernels(
     no_mask = mask.key_segments is None and (mask.window is None or mask.window >= length)
     suits_cudnn = many_scores and (no_mask if mask.prefill else length > 1 and mask.key_segments is None)
     use_cudnn = implementation == "cudnn" or (implementation is None and suits_cudnn)
-    use_cudnn = use_cudnn and floats and context == 1 and platform in (None, "gpu")
+    use_cudnn = use_cudnn and floats and context == 1 and platform in (None, "gpu") and mask.blocks is None
     # Short prefills are those of training, whose gradient would compute the attention again.
     suits_native = implementation is None and (not mask.prefill or length >= LEAST_QUERIES)
     return {
@@ -173,13 +175,22 @@ def attend_on_mesh(
         )
         return _combine(attended, "context") if combined else attended.out
 
-    return jax.shard_map(
+    divided = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(operand_specs, queries, keys, keys, masks),
         out_specs=queries,
         check_vma=False,  # Pallas kernels do not declare over which axes they vary
-    )(operand, query, key, value, mask)
+    )
+    if name == "splash" and mask.blocks is not None:
+        assert isinstance(key, Array)
+        assert isinstance(value, Array)
+
+        def run(query: Array, key: Array, value: Array) -> Array:
+            return divided(operand, query, key, value, mask)
+
+        return block_splash.with_tokens_first(run, query, key, value, mask.key_mask)
+    return divided(operand, query, key, value, mask)
 
 
 def _run(
@@ -199,6 +210,10 @@ def _run(
         return xla_attention(query, key, value, mask, scale=scale, output_lse=output_lse)
     if name == "cudnn":
         return Attended(cudnn.cudnn_attention(query, key, value, mask, scale=scale), None, None)
+    if name == "striped":
+        return Attended(striped.striped_attention(query, key, value, mask, scale=scale), None, None)
+    if name == "splash" and mask.blocks is not None:
+        return Attended(_block_splash(query, key, value, mask, scale, interpret, splash_kernel), None, None)
     if name == "splash":
         kernel = splash_kernel or _splash_kernel(query, mask, interpret)
         segments = mask.query_segments, mask.key_segments
@@ -212,7 +227,22 @@ def _run(
     return attended if output_lse else attended._replace(lse=None)
 
 
+def _block_splash(
+    query: Array, key: Array, value: Array, mask: CausalMask, scale: float, interpret: bool, kernel: Any
+) -> Array:
+    """Runs splash attention over blocks; a mesh has moved the tokens to the front, across its devices."""
+    assert mask.blocks is not None
+    attend = partial(block_splash.attend, shifts=mask.blocks.shifts, scale=scale)
+    if kernel is not None:
+        return attend(kernel, query, key, value)
+    kernel = _splash_kernel(query, mask, interpret)
+    return block_splash.with_tokens_first(partial(attend, kernel), query, key, value, mask.key_mask)
+
+
 def _splash_kernel(query: Array, mask: CausalMask, interpret: bool, context: int = 1) -> Any:
+    if mask.blocks is not None:
+        pattern, length = mask.blocks.pattern, query.shape[1]
+        return block_splash.make_kernel(pattern, length, shards=context, interpret=interpret)
     return splash.make_kernel(
         query.shape[3], query.shape[1], mask.window, shards=context, interpret=interpret
     )
@@ -256,6 +286,9 @@ def _forward(
 
 def _backward(kernel: Kernel, scale: float, residuals: Any, gradients: Attended) -> Any:
     *vectors, mask = residuals
+    if striped.fits(mask):  # nothing uses the log-sum-exp of a prefill
+        attend = partial(striped.striped_attention, mask=mask, scale=scale)
+        return (*jax.vjp(attend, *vectors)[1](gradients.out), None)
     run = partial(xla_attention, mask=mask, scale=scale, output_lse=True)
     return (*jax.vjp(run, *vectors)[1](gradients), None)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from phi3_jax.cache.quantized import QuantizedVectors
 from phi3_jax.model.kernels.xla import Attended
 from phi3_jax.model.masks import CausalMask
-from phi3_jax.native.attention import NO_KEY, attention, can_attend
+from phi3_jax.native.attention import NO_KEY, VisibleBlocks, attention, can_attend
 
 
 def fits(query: Float[Array, "B T K G H"], key: Any, mask: CausalMask) -> bool:
@@ -35,6 +35,10 @@ def native_attention(
         options["key_scale"], key = key.scale, key.values
     if isinstance(value, QuantizedVectors):
         options["value_scale"], value = value.scale, value.values
+    if (blocks := mask.blocks) is not None:
+        pattern = blocks.pattern
+        arrays = blocks.query_positions, blocks.key_positions, blocks.shifts
+        options["blocks"] = VisibleBlocks(*arrays, pattern.size, pattern.local, pattern.stride)
     key_slots = jnp.broadcast_to(jnp.where(mask.key_mask, mask.key_slots, NO_KEY), mask.key_mask.shape)
     out, lse = attention(query, key, value, mask.query_slots, key_slots, **options)
     return Attended(out, None, lse.reshape(*lse.shape[:2], -1).swapaxes(1, 2))

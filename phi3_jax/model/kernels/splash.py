@@ -83,11 +83,24 @@ def make_kernel(
     """
     if window is not None and window >= length:
         window = None
-    block, padded = _block(length, shards)
-    blocks = padded // block
+    block, padded = choose_block(length, shards)
     # Twice the keys in a step halves the overhead of the steps.
-    keys = 2 * block if blocks % 2 == 0 else block
-    sizes = library.BlockSizes(
+    keys = 2 * block if padded // block % 2 == 0 else block
+    with jax.ensure_compile_time_eval():
+        kernel = library.make_splash_mqa(
+            MultiHeadMask([_CausalBlocks(padded, window)] * groups),
+            block_sizes=tiles(block, keys),
+            head_shards=1,
+            q_seq_shards=shards,
+            residual_checkpoint_name=ATTENDED,
+            interpret=interpret,
+        )
+        return jax.tree.map(np.asarray, kernel)
+
+
+def tiles(block: int, keys: int) -> library.BlockSizes:
+    """Returns the sizes of the kernel's steps: `block` queries and `keys` keys, `block` of them at a time."""
+    return library.BlockSizes(
         block_q=block,
         block_kv=keys,
         block_kv_compute=block,
@@ -99,19 +112,9 @@ def make_kernel(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    with jax.ensure_compile_time_eval():
-        kernel = library.make_splash_mqa(
-            MultiHeadMask([_CausalBlocks(padded, window)] * groups),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=shards,
-            residual_checkpoint_name=ATTENDED,
-            interpret=interpret,
-        )
-        return jax.tree.map(np.asarray, kernel)
 
 
-def _block(length: int, shards: int) -> tuple[int, int]:
+def choose_block(length: int, shards: int) -> tuple[int, int]:
     """Returns the block size and the length rounded up to whole blocks."""
     if shards == 1:
         blocks = ceil_div(length, BLOCK)
