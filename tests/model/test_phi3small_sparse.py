@@ -1,4 +1,7 @@
-"""Tests the attention of a sparse layer against onnxruntime's operator, which shares no code with ours."""
+"""Tests the attention of a sparse layer against onnxruntime's operator, which shares no code with ours.
+
+The kernels are those of CPUs, of any platform, and of TPUs, the last one interpreted.
+"""
 
 from typing import Any
 
@@ -130,10 +133,12 @@ def _run_operator(
     return binding.get_outputs()[0].numpy()
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", "pallas"])
 @pytest.mark.parametrize("case", CASES)
-def test_matches_the_operator_of_onnxruntime(case, tmp_path):
+def test_matches_the_operator_of_onnxruntime(case, implementation, tmp_path):
     config = small_config(**SIZES | CASES[case])
     ours, theirs = pair("causal", config, tmp_path)
+    ours.set_attn_implementation(implementation)
     x = np.random.default_rng(0).normal(size=(2, LENGTH, config.hidden_size)).astype(np.float32)
     where = locate(check(config, None, np.zeros(x.shape[:2], np.int32)), None, config, None)
     tables = rope_tables(config, where.position_ids, where.rope_length)
