@@ -55,8 +55,13 @@ def open_checkpoint(path: Path | Checkpoint) -> Checkpoint:
     entry = quantization_entry(config)
     source: CheckpointSource
     if entry is not None:
-        source = QuantizedSource(path, entry)
+        source = QuantizedSource(path, entry, config)
     elif (file := gguf_file(path)) is not None:
+        if config.model_type != Phi3Config.model_type:
+            raise CheckpointError(
+                f"{file}: config.json has model_type={config.model_type!r}, which llama.cpp and its files do "
+                "not have; use a checkpoint of safetensors"
+            )
         source = GGUFDirectory(file)
     else:
         source = SafetensorsSource(path)

@@ -17,6 +17,7 @@ from phi3_jax.checkpoint.safetensors import SafetensorsSource
 from phi3_jax.checkpoint.source import CheckpointError
 from phi3_jax.checkpoint.weight_tensors import QuantizedTensor, WeightTensors
 from phi3_jax.config.generation_config import GenerationConfig
+from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.quantization import StoredWeight, WeightForm
 from phi3_jax.tokenizer import Phi3Tokenizer
 
@@ -49,15 +50,19 @@ class QuantizedSource:
     are quantized, `quantization_config` says how; they must agree.
 
     Args:
+        directory: has config.json and the files.
         entry: the key of config.json that says how, and its value.
+        config: of the model; its class says which modules are projections, and whether they have biases.
 
     Raises:
         CheckpointError: the settings cannot be read, tensors are missing, of another shape or dtype, or
             contradict the settings.
     """
 
-    def __init__(self, directory: Path, entry: tuple[str, Any]):
+    def __init__(self, directory: Path, entry: tuple[str, Any], config: Phi3Config):
         key, fields = entry
+        self._projections = tuple(config.projections.values())
+        self._has_biases = config.has_biases
         self.path = directory
         self.config_entry = {key: fields}
         self._source = SafetensorsSource(directory, quantized=True)
@@ -150,7 +155,8 @@ class QuantizedSource:
                     raise self._error(stored, f"is there, and {name} as well; expected one of them")
                 weight = self._open(module, kind)
                 self._weights[name] = weight
-                hidden.update(f"{module}.{each}" for each in weight.kinds)
+                kinds = [each for each in weight.kinds if not (each == "bias" and self._has_bias(module))]
+                hidden.update(f"{module}.{each}" for each in kinds)
                 names.append(name)
             elif kind not in _OF_ACTIVATIONS:
                 names.append(stored)
@@ -171,7 +177,10 @@ class QuantizedSource:
             raise self._error(
                 f"{module}.{kind}", f"is not of this form ({self._settings.name}): expected {layout.kinds[0]}"
             )
-        return layout(WeightTensors(self._source, module, kind), scheme)
+        return layout(WeightTensors(self._source, module, kind, self._has_bias(module)), scheme)
+
+    def _has_bias(self, module: str) -> bool:
+        return self._has_biases and module.endswith(self._projections)
 
     def _check_float(self, name: str) -> None:
         """Raises CheckpointError if a tensor that is no part of a quantized weight should be one."""
@@ -184,7 +193,7 @@ class QuantizedSource:
             raise self._error(
                 name, f"has scales, but {module}.weight is not quantized ({self._settings.name})"
             )
-        is_projection = name.endswith("_proj.weight")
+        is_projection = kind == "weight" and module.endswith(("_proj", *self._projections))
         if is_projection and self._settings.lists_floats and self._settings.scheme(module) is not None:
             raise self._error(
                 name,

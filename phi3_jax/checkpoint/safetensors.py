@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 AUTO_GPTQ = "gptq_model-*.safetensors"
 """The name that AutoGPTQ gives its only file."""
 BLOCK = 1 << 23
-"""Bytes to read at once where only some columns of the rows are kept."""
+"""Bytes to read at once where only some columns of the rows are kept, or single rows."""
 
 HEADER_BLOCK = 1 << 16
 """Bytes of a remote file to read first; most headers are shorter."""
@@ -133,37 +133,44 @@ class SafetensorsSource(DirectoryFiles, FloatSource):
         stored = self._stored[name]
         _, width = stored.matrix
         size = width * stored.dtype.itemsize
-        whole = columns == slice(0, width)
-        kept = np.empty(
-            (sum(run.stop - run.start for run in rows), columns.stop - columns.start), stored.dtype
-        )
-        pieces: list[tuple[int, np.ndarray]] = []  # the offset of rows in the file, and the rows
-        at = 0
-        for run in rows:
-            pieces.append((stored.offset + run.start * size, kept[at : at + run.stop - run.start]))
-            at += run.stop - run.start
+        count = sum(run.stop - run.start for run in rows)
+        kept = np.empty((count, columns.stop - columns.start), stored.dtype)
         try:
-            if whole:
-                stored.file.read([(offset, _bytes(part)) for offset, part in pieces])
+            if columns != slice(0, width) or 1 < count < 2 * len(rows):  # some columns, or single rows
+                self._read_blocks(stored, rows, columns, kept)
             else:
-                self._read_columns(stored, pieces, columns)
+                starts = np.cumsum([0, *(run.stop - run.start for run in rows)])
+                parts = (kept[start:stop] for start, stop in pairwise(starts))
+                stored.file.read(
+                    [
+                        (stored.offset + run.start * size, _bytes(part))
+                        for run, part in zip(rows, parts, strict=True)
+                    ]
+                )
         except EOFError:
             raise CheckpointError(f"{stored.file} ends within {name}; fetch it again") from None
         return kept
 
-    def _read_columns(
-        self, stored: _Stored, pieces: Sequence[tuple[int, np.ndarray]], columns: slice
-    ) -> None:
-        """Reads rows in blocks of which only some columns are kept."""
+    def _read_blocks(self, stored: _Stored, rows: Sequence[slice], columns: slice, kept: np.ndarray) -> None:
+        """Reads rows in blocks of which only some columns are kept, in the order of the file.
+
+        One row between others is read with them: of rows that take turns, a store would have to be asked for
+        each one.
+        """
         _, width = stored.matrix
         size = width * stored.dtype.itemsize
-        for offset, part in pieces:
-            step = max(1, BLOCK // size)
-            for start in range(0, len(part), step):
-                kept = part[start : start + step]
-                block = np.empty((len(kept), width), stored.dtype)
-                stored.file.read([(offset + start * size, _bytes(block))])
-                kept[:] = block[:, columns]
+        step = max(1, BLOCK // size)
+        numbers = np.concatenate([np.arange(run.start, run.stop) for run in rows])
+        order = np.argsort(numbers, kind="stable")
+        ordered = numbers[order]
+        ends = np.flatnonzero(np.diff(ordered) > 2) + 1
+        for first, last in pairwise([0, *ends.tolist(), len(order)]):
+            for start in range(ordered[first], ordered[last - 1] + 1, step):
+                stop = min(start + step, ordered[last - 1] + 1)
+                block = np.empty((stop - start, width), stored.dtype)
+                stored.file.read([(stored.offset + start * size, _bytes(block))])
+                own = slice(*np.searchsorted(ordered, (start, stop)))
+                kept[order[own]] = block[ordered[own] - start, columns]
 
     def _files(self) -> list[tuple[RangedFile, set[str] | None]]:
         """Returns the files to read, each with the tensors that an index expects in it."""

@@ -48,12 +48,19 @@ class WeightTensors:
     """The tensors `MODULE.qweight`, `MODULE.scales` and so on, which are called here by the last part.
 
     Errors name the file, the tensor, what it has, and what is expected.
+
+    Args:
+        source: the files.
+        module: the name of the module.
+        main: the last part of the name of the tensor that has the integers.
+        has_bias: whether the module has a bias.
     """
 
-    def __init__(self, source: SafetensorsSource, module: str, main: str):
+    def __init__(self, source: SafetensorsSource, module: str, main: str, has_bias: bool):
         self._source = source
         self._module = module
         self._main = main
+        self._has_bias = has_bias
 
     def __contains__(self, kind: str) -> bool:
         return self._name(kind) in self._source
@@ -141,9 +148,9 @@ class WeightTensors:
             raise self.error(kind, str(error)) from error
 
     def check_bias(self) -> None:
-        """Raises CheckpointError if there are biases other than the zeros that some packers write."""
-        if "bias" in self and self.read("bias").any():
-            raise self.error("bias", "has numbers other than 0; Phi-3 has no biases of projections")
+        """Raises CheckpointError if a module without biases has others than the zeros of some packers."""
+        if not self._has_bias and "bias" in self and self.read("bias").any():
+            raise self.error("bias", "has numbers other than 0; the model has no such bias")
 
     def _name(self, kind: str) -> str:
         return f"{self._module}.{kind}"

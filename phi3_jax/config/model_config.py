@@ -64,6 +64,8 @@ class Phi3Config:
         "down_proj": "mlp.down_proj",
     }
     """The projections of a layer: Phi-3's names for all families, and their paths in the layer."""
+    has_biases: ClassVar[bool] = False
+    """Whether the projections of a layer have biases."""
     families: ClassVar[dict[str, type["Phi3Config"]]] = {}
     """The classes of the other families, by their `model_type`."""
 

@@ -59,6 +59,7 @@ class Phi3SmallConfig(Phi3Config):
         "gate_up_proj": "mlp.up_proj",
         "down_proj": "mlp.down_proj",
     }
+    has_biases: ClassVar[bool] = True
     rules: ClassVar[Rules] = {
         **RULES,
         "hidden_act": ("'gegelu', the only one", lambda v: v == "gegelu"),

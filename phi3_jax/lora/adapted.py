@@ -38,10 +38,11 @@ from phi3_jax.tokenizer import Phi3Tokenizer
 
 Model = TypeVar("Model", bound=Phi3PreTrainedModel)
 
-_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+_SHARED = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
+"""What the configs of an adapter and its base model have in common."""
 
 
 class ModelPaths(NamedTuple):
@@ -124,7 +125,7 @@ def open_model(paths: ModelPaths) -> Checkpoint:
     adapter decides the class and the number of labels. A classifier's head comes from the adapter.
 
     Raises:
-        CheckpointError: files are missing or broken, or the adapter's config.json has other sizes.
+        CheckpointError: files are missing or broken, or the adapter's config.json is of another model.
     """
     checkpoint = open_checkpoint(paths.base)
     if paths.adapter is None:
@@ -142,7 +143,7 @@ def _config(checkpoint: Checkpoint, adapter: Path, source: AdapterSource) -> Phi
             config = Phi3Config.from_pretrained(adapter)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        for name in _SIZES:
+        for name in _SHARED:
             if (own := getattr(config, name)) != (other := getattr(base, name)):
                 raise CheckpointError(
                     f"{adapter / CONFIG_NAME} has {name}={own}, and the base model {checkpoint.source.path} "

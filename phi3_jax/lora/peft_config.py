@@ -165,9 +165,12 @@ def read_adapter_config(path: Path, model: Phi3PreTrainedModel) -> AdapterConfig
         shown = ", ".join(f"{key}={fields[key]!r}" for key in unknown)
         raise CheckpointError(f"{path} has {shown}, which is not supported; merge the adapters with PEFT")
     if fields.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"{path}: bias={fields['bias']!r}, but Phi-3's projections have no biases; expected 'none'"
+        problem = (
+            "trained biases are not supported; merge the adapters with PEFT"
+            if model.config.has_biases
+            else "Phi-3's projections have no biases; expected 'none'"
         )
+        raise CheckpointError(f"{path}: bias={fields['bias']!r}, but {problem}")
     if (init := fields.get("init_lora_weights", True)) not in _KEEP_BASE_WEIGHTS:
         raise CheckpointError(
             f"{path}: init_lora_weights={init!r} has changed the base model's weights; convert the adapters "

@@ -17,7 +17,7 @@ from phi3_jax.checkpoint.parts import put_parameter
 from phi3_jax.checkpoint.safetensors import SafetensorsSource, some, write_file
 from phi3_jax.checkpoint.source import CheckpointError, TensorSource
 from phi3_jax.errors import UserError
-from phi3_jax.lora.adapters import TARGETS, LoRA, check_floats, projections
+from phi3_jax.lora.adapters import LoRA, check_floats, own_names, projections
 from phi3_jax.lora.peft_config import AdapterConfig, adapter_fields, read_adapter_config
 from phi3_jax.model import Phi3PreTrainedModel
 from phi3_jax.model.abstract import with_shardings
@@ -36,7 +36,7 @@ _WEIGHTS = re.compile(r"adapter_model\..*")
 PREFIX = "base_model.model."
 """PEFT adds this to the names of the model that it wraps."""
 
-_UNFUSED = re.compile(r"\.(q|k|v|gate|up)_proj\.")
+_UNFUSED = re.compile(r"\.((?:q|k|v|gate|up)_proj)\.")
 
 
 HEAD = "score"
@@ -188,9 +188,10 @@ def _abstract_adapters(config: AdapterConfig, linears: dict[str, Linear]) -> dic
     }
     if not adapters:
         targets = config.fields["target_modules"]
+        own = dict.fromkeys(name.rpartition(".")[2] for name in linears)
         raise CheckpointError(
             f"{config.path}: target_modules={targets!r} names no projection of this model; expected some of "
-            f"{', '.join(TARGETS)} (adapters of an unfused model, with q_proj and so on, do not fit)"
+            f"{', '.join(own)} (adapters of an unfused model, with q_proj and so on, do not fit)"
         )
     return adapters
 
@@ -238,8 +239,10 @@ def _check_tensors(
     if missing := [name for name in expected if name not in present]:
         problems.append(f"missing: {some(missing)}")
     if unexpected := sorted(present.difference(expected)):
-        unfused = any(map(_UNFUSED.search, unexpected))
-        advice = f" (adapters of an unfused model; here they are on {', '.join(TARGETS)})" if unfused else ""
+        own = own_names(model.config).values()
+        found = (match[1] for match in map(_UNFUSED.search, unexpected) if match is not None)
+        unfused = any(name not in own for name in found)
+        advice = f" (adapters of an unfused model; here they are on {', '.join(own)})" if unfused else ""
         problems.append(f"unexpected: {some(unexpected)}{advice}")
     for name, (parameter, layout) in expected.items():
         shape = layout.checkpoint_shape(parameter.shape)

@@ -38,10 +38,13 @@ class Phi3PreTrainedModel(nnx.Module):
         for family in cls.__subclasses__():
             if family.config_class.model_type == config.model_type:
                 return family
+        families = (base for base in cls.__mro__ if issubclass(base, Phi3PreTrainedModel))
+        fitting = (base.__name__ for base in families if base.config_class.model_type == config.model_type)
+        name = next(fitting, None)
         raise UserError(
             f"{cls.__name__} takes a {cls.config_class.__name__}, whose model_type is "
             f"{cls.config_class.model_type!r}, and this one is a {type(config).__name__} "
-            f"with {config.model_type!r}"
+            f"with {config.model_type!r}" + (f"; use {name}" if name else "")
         )
 
     @classmethod

@@ -13,12 +13,16 @@ from phi3_jax.checkpoint import parts, safetensors
 from phi3_jax.checkpoint.layout import layout_of
 from phi3_jax.checkpoint.safetensors import SafetensorsSource
 from phi3_jax.parallel.sharding import make_mesh, sharding
+from phi3_jax.storage.objects import LocalFile
 
 SHAPES = {
     "layers.0.self_attn.qkv_proj.weight": (3, 4, 5, 12),
     "layers.0.self_attn.o_proj.weight": (12, 3, 2, 5),
     "layers.0.mlp.gate_up_proj.weight": (2, 8, 12),
     "layers.0.mlp.down_proj.weight": (12, 8),
+    "layers.0.self_attn.query_key_value.bias": (3, 4, 5),
+    "layers.0.mlp.up_proj.weight": (2, 8, 12),
+    "layers.0.mlp.up_proj.bias": (2, 8),
     "norm.weight": (12,),
 }
 
@@ -46,10 +50,42 @@ def test_reads_every_part_of_every_kind(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_array_equal(found.reshape(expected.shape), expected)
 
 
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ((slice(0, 2), slice(0, 64), slice(0, 12)), [(0, 128)]),
+        ((slice(0, 2), slice(20, 30), slice(0, 5)), [(40, 60)]),
+        ((slice(1, 2), slice(20, 30), slice(0, 12)), [(41, 60)]),
+    ],
+)
+def test_rows_in_turns_are_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: Any, expected: list[tuple[int, int]]
+) -> None:
+    """A store would otherwise be asked for single rows."""
+    name, shape = "layers.0.mlp.up_proj.weight", (2, 64, 12)
+    parameter = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    save_file({name: layout_of(name).to_checkpoint(parameter)}, tmp_path / "model.safetensors")
+    source, reads = SafetensorsSource(tmp_path), []
+    start = source._stored[name].offset
+    original = LocalFile.read
+
+    def record(self: LocalFile, pieces: Any) -> None:
+        reads.extend(((at - start) // 48, (at - start + len(memory)) // 48) for at, memory in pieces)
+        original(self, pieces)
+
+    monkeypatch.setattr(LocalFile, "read", record)
+    found = source.read_part(name, *layout_of(name).reads(shape, index))
+    np.testing.assert_array_equal(found.reshape(parameter[index].shape), parameter[index])
+    assert reads == expected
+
+
 SHARDINGS = {
     "layers.0.self_attn.qkv_proj.weight": ("kv_heads", "groups", "head_dim", "embed"),
     "layers.0.mlp.gate_up_proj.weight": ("gate_up", "mlp", "embed"),
     "layers.0.mlp.down_proj.weight": ("embed", "mlp"),
+    "layers.0.self_attn.query_key_value.bias": ("kv_heads", "groups", "head_dim"),
+    "layers.0.mlp.up_proj.weight": ("gate_up", "mlp", "embed"),
+    "layers.0.mlp.up_proj.bias": ("gate_up", "mlp"),
     "norm.weight": ("norm",),
 }
 
@@ -61,9 +97,16 @@ def test_devices_exchange_what_they_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, rows: int
 ) -> None:
     """Rows do not divide over the devices, whose order in the mesh is not that of the rows."""
-    shape = {"qkv": (4, 3, 5, 16), "gate": (2, 12, 16), "down": (24, 12), "norm": (11,)}[
-        next(key for key in ("qkv", "gate", "down", "norm") if key in name)
-    ]
+    shapes = {
+        "qkv": (4, 3, 5, 16),
+        "gate": (2, 12, 16),
+        "down": (24, 12),
+        "value.bias": (4, 3, 5),
+        "up_proj.weight": (2, 12, 16),
+        "up_proj.bias": (2, 12),
+        "norm": (11,),
+    }
+    shape = next(shape for key, shape in shapes.items() if key in name)
     layout = layout_of(name)
     monkeypatch.setattr(parts, "SHARE", 4 * rows * int(np.prod(shape[layout.row_axes :])))
     parameter = np.random.default_rng(0).standard_normal(shape).astype(np.float32)

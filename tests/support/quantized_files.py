@@ -11,6 +11,7 @@ import numpy as np
 from reference import small_config, write_random_model
 from safetensors.numpy import load_file, save_file
 
+from phi3_jax import Phi3Config
 from phi3_jax.checkpoint.safetensors import SafetensorsSource
 
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -246,15 +247,19 @@ FORMS: dict[str, Form] = {
 }
 
 
-def write_quantized(folder: Path, form: Form, **changes: Any) -> dict[str, np.ndarray]:
-    """Writes a random model of two layers, and returns its tensors as floats."""
-    write_random_model("causal", small_config(**changes), folder)
+def write_quantized(
+    folder: Path, form: Form, config: Phi3Config | None = None, **changes: Any
+) -> dict[str, np.ndarray]:
+    """Writes a random model of two layers, or of this config, and returns its tensors as floats."""
+    config = config or small_config(**changes)
+    write_random_model("causal", config, folder)
+    projections = tuple(f"{path}.weight" for path in config.projections.values())
     floats = load_file(folder / "model.safetensors")
     rng = np.random.default_rng(7)
     stored: dict[str, np.ndarray] = {}
     for name, tensor in list(floats.items()):
         module = name.removesuffix(".weight")
-        if not module.endswith(PROJECTIONS):
+        if not name.endswith(projections):
             stored[name] = floats[name] = tensor.astype(BFLOAT16)
             continue
         weight = random_weight(rng, tensor.shape, form)
@@ -263,8 +268,8 @@ def write_quantized(folder: Path, form: Form, **changes: Any) -> dict[str, np.nd
     save_file(
         {name: np.array(each, order="C") for name, each in stored.items()}, folder / "model.safetensors"
     )
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": form.settings}))
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"quantization_config": form.settings}))
     return floats
 
 
