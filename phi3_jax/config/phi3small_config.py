@@ -33,10 +33,6 @@ _DUMMY_TOKENS = (100256, *range(100258, 100261), 100264, 100265, *range(100267, 
 
 _SIZE = ("a positive integer below 2**31", is_size)
 _FLAG = ("true or false", lambda v: type(v) is bool)
-_MULTIPLIER = (
-    "a number, or None; None, 0 and numbers below it do nothing",
-    lambda v: v is None or is_number(v),
-)
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,14 @@ class Phi3SmallConfig(Phi3Config):
         "gegelu_limit": ("a positive number, or None for no limit", lambda v: v is None or is_positive(v)),
         **dict.fromkeys(("mup_use_scaling", "blocksparse_homo_head_pattern"), _FLAG),
         **dict.fromkeys(("mup_attn_multiplier", "rope_position_scale"), ("a positive number", is_positive)),
-        "mup_embedding_multiplier": _MULTIPLIER,
-        "mup_width_multiplier": _MULTIPLIER,
+        "mup_embedding_multiplier": (
+            "a number, or None; without effect unless it is positive",
+            lambda v: v is None or is_number(v),
+        ),
+        "mup_width_multiplier": (
+            "a positive number, or None or 0 for no division",
+            lambda v: v is None or (is_number(v) and (v == 0 or is_positive(v))),
+        ),
         **dict.fromkeys(("blocksparse_block_size", "blocksparse_triton_kernel_block_size"), _SIZE),
         **dict.fromkeys(("blocksparse_num_local_blocks", "blocksparse_vert_stride"), _SIZE),
         "dense_attention_every_n_layers": (

@@ -119,17 +119,17 @@ def _scan(
     period = len(layers.kinds)
 
     def by_period(leaf: Array) -> Array:
-        return leaf.reshape(-1, period, *leaf.shape[1:])
+        return leaf if period == 1 else leaf.reshape(-1, period, *leaf.shape[1:])
 
     def part(leaf: Array, offset: int) -> Array:
         # Split, not sliced: gradients are then concatenated rather than padded with zeros and added.
-        return jax.lax.split(leaf, (1,) * period)[offset][0]
+        return leaf if period == 1 else jax.lax.split(leaf, (1,) * period)[offset][0]
 
     def body(x: Array, item: tuple[Array, Any]) -> tuple[Array, None]:
         numbers, stacked = item
         for offset in range(period):
             layer = layers.of_kind(offset, jax.tree.map(lambda leaf, at=offset: part(leaf, at), stacked))
-            layer_key = _layer_key(key, numbers[offset])
+            layer_key = _layer_key(key, part(numbers, offset))
             x = run(layer, x, tables, mask, None, None, False, layer_key)[0]
         return x, None
 

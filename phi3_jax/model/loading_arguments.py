@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from phi3_jax.config.model_config import Phi3Config
+from phi3_jax.config.phi3small_config import SPELLING
 from phi3_jax.runs.arguments import UnsupportedArgument
 
 _devices = UnsupportedArgument("pass mesh=make_mesh(...) to divide the model; without it one device has all")
@@ -36,5 +37,7 @@ UNSUPPORTED: dict[str, UnsupportedArgument] = {
 }
 
 _families: tuple[type[Phi3Config], ...] = (Phi3Config, *Phi3Config.families.values())
-CONFIG_FIELDS = tuple(dict.fromkeys(field.name for family in _families for field in fields(family)))
+CONFIG_FIELDS = tuple(
+    dict.fromkeys([*(field.name for family in _families for field in fields(family)), *SPELLING])
+)
 """Names that change the config."""

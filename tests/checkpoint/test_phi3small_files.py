@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from phi3_jax import (
     CheckpointError,
+    Phi3Config,
     Phi3ForCausalLM,
     Phi3ForSequenceClassification,
     Phi3Model,
@@ -317,3 +318,10 @@ def test_a_new_model_has_the_checkpoints_names(written: Path) -> None:
     }
     projection = {"weight": 2, "bias": 1}
     assert {name.rpartition(".")[2] for name in source.names()} == set(projection)
+
+
+def test_settings_change_under_their_own_names(written: Path) -> None:
+    model = Phi3ForCausalLM.from_pretrained(written, ffn_dropout_prob=0.25, gegelu_limit=2.0)
+    assert (model.config.resid_pdrop, model.model.layers[0].mlp.limit) == (0.25, 2.0)
+    with pytest.raises(TypeError, match="gegelu"):
+        Phi3Config().replace(gegelu_limit=2.0)

@@ -81,7 +81,7 @@ def test_rows_of_a_batch(model, rows, expected, side):
     np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.parametrize("chunk", [7, 16, 24])
+@pytest.mark.parametrize("chunk", [7, slow(16), slow(24)])
 def test_prompts_in_chunks(model, rows, expected, chunk, monkeypatch):
     monkeypatch.setattr(prompts, "PREFILL_CHUNK", chunk)
     ids, mask = batch(rows, "left")
@@ -95,14 +95,14 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode if mode == "drafts" else slow(mode) for mode in MODES])
 def test_modes(model, rows, mode):
     ids, mask = batch(rows, "left")
     out = np.asarray(model.generate(ids, mask, **(OPTIONS | MODES[mode])))[:, -NEW:]
     np.testing.assert_array_equal(out, alone(model, rows, **MODES[mode]))
 
 
-@pytest.mark.parametrize("quantization", ["int8", slow("int4:group_size=16")])
+@pytest.mark.parametrize("quantization", [slow("int8"), slow("int4:group_size=16")])
 def test_quantized_weights(model, rows, quantization):
     quantized = quantize_model(model, quantization)
     ids, mask = batch(rows, "left")
@@ -110,7 +110,7 @@ def test_quantized_weights(model, rows, quantization):
     np.testing.assert_array_equal(out, alone(quantized, rows))
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", slow("data=4,tensor=2")])
+@pytest.mark.parametrize("mesh", [slow("fsdp=2,context=2,tensor=2"), slow("data=4,tensor=2")])
 def test_on_a_mesh(model, rows, expected, mesh):
     """Each device of `tensor` has one key/value head, whose two patterns differ from the other's."""
     ids, mask = batch([*rows, rows[0]], "left")

@@ -15,7 +15,7 @@ from phi3_jax import Phi3SmallConfig
 
 
 def small_config(**changes: Any) -> Phi3SmallConfig:
-    """Returns a config of three layers, the middle one dense, with blocks of 8 tokens.
+    """Returns a config of two layers, the second one dense, with blocks of 8 tokens.
 
     Up to 16 tokens, no key is hidden.
     """
@@ -23,7 +23,7 @@ def small_config(**changes: Any) -> Phi3SmallConfig:
         "vocab_size": 96,
         "hidden_size": 48,
         "intermediate_size": 80,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
