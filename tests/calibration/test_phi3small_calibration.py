@@ -51,6 +51,7 @@ def test_sums_the_products_of_inputs(folder):
     assert layer.mlp.up_proj.adapter is None
 
 
+@pytest.mark.slow
 def test_answers_are_nearer_to_those_of_the_floats(folder, tmp_path):
     calibrate_checkpoint(folder, tmp_path / "calibrated", TOKENS, INT4, OPTIONS)
     quantize_checkpoint(folder, tmp_path / "plain", INT4)

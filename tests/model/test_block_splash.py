@@ -70,7 +70,7 @@ def assert_equals_xla(
         list(PATTERNS),
         ["none", "left", "right"],
         [64, 128],
-        always=[("gqa", "left", 128), ("step", "right", 64)],
+        always=[("gqa", "left", 128)],
     ),
 )
 def test_patterns_and_padding_equal_xla(name: str, padding: str, width: int) -> None:

@@ -49,6 +49,7 @@ def test_tokens_with_pallas_equal_xla(cache: str | None) -> None:
     np.testing.assert_array_equal(*generated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "attention"])
 def test_policies_keep_the_results_of_attention(capsys: pytest.CaptureFixture[str], remat: Remat) -> None:
     """Each group of query heads has results of its own."""

@@ -103,7 +103,7 @@ def outputs(model, key):
 
 
 def test_dropout_of_attention_acts_in_dense_layers_only():
-    rates = {"attention_dropout": 0.5, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    rates = {"attention_dropout": 0.5, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "num_hidden_layers": 1}
     key = jax.random.key(0)
     sparse = Phi3SmallForCausalLM(small_config(**rates, dense_attention_every_n_layers=None), rngs=1)
     np.testing.assert_array_equal(outputs(sparse, key), outputs(sparse, None))
@@ -112,7 +112,7 @@ def test_dropout_of_attention_acts_in_dense_layers_only():
 
 
 def test_dropout_of_a_layer_acts_after_the_mlp_only():
-    rates = {"embd_pdrop": 0.0, "resid_pdrop": 0.5}
+    rates = {"embd_pdrop": 0.0, "resid_pdrop": 0.5, "num_hidden_layers": 1}
     model, key = Phi3SmallForCausalLM(small_config(**rates), rngs=1), jax.random.key(0)
     assert distance(outputs(model, key), outputs(model, None)) > 0.01
     for layer in model.model.layers:

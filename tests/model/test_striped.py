@@ -80,6 +80,7 @@ def test_takes_less_memory_than_all_keys() -> None:
     assert temporary(None) < temporary("xla") / 2
 
 
+@pytest.mark.slow
 def test_devices_of_a_mesh_have_the_patterns_of_their_own_heads() -> None:
     mask = with_blocks(prefill_mask("left", 4, 130, None), SMALL, 2)
     arrays = random_arrays(4, 130, 130, (2, 2), 16)
