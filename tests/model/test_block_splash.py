@@ -12,7 +12,6 @@ from attention_cases import (
     dense_gradients_and_output,
     gradients_and_output,
     prefill_mask,
-    product,
     random_arrays,
 )
 from block_cases import PHI_3_SMALL, with_blocks
@@ -66,12 +65,14 @@ def assert_equals_xla(
 
 @pytest.mark.parametrize(
     ("name", "padding", "width"),
-    product(
-        list(PATTERNS),
-        ["none", "left", "right"],
-        [64, 128],
-        always=[("gqa", "left", 128)],
-    ),
+    [
+        ("gqa", "left", 128),
+        slow("gqa", "right", 64),
+        slow("step", "right", 64),
+        slow("step", "left", 128),
+        slow("same", "left", 64),
+        slow("wide", "none", 128),
+    ],
 )
 def test_patterns_and_padding_equal_xla(name: str, padding: str, width: int) -> None:
     """700 tokens are two blocks of queries, and no multiple of a block of keys."""
@@ -84,7 +85,7 @@ def test_padding_between_tokens_equals_xla() -> None:
     assert_equals_xla(PATTERNS["gqa"], 3, mask, 64)
 
 
-@pytest.mark.parametrize("length", [slow(1024), slow(1025), slow(2300)])
+@pytest.mark.parametrize("length", [slow(1024), slow(1025), slow(1300)])
 def test_the_published_pattern_equals_xla(length: int) -> None:
     """Up to 1,024 tokens it hides nothing."""
     pattern = BlockPattern(size=64, local=16, stride=8, heads=16)
