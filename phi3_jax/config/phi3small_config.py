@@ -171,7 +171,7 @@ class Phi3SmallConfig(Phi3Config):
 
     def replace(self, **changes: Any) -> "Phi3Config":
         """Returns a copy with these fields changed, under either of their names, and checks it."""
-        return super().replace(**{SPELLING.get(name, name): value for name, value in changes.items()})
+        return super().replace(**_by_field(changes))
 
     @classmethod
     def _from_spelling(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -190,10 +190,7 @@ class Phi3SmallConfig(Phi3Config):
             size = int(multiplier * (hidden // 3) * 2)
             values["ff_intermediate_size"] = round_up(size, 256) if pads else size
         values.pop("auto_map", None)  # it names files of code, which are not saved with a model
-        for own, name in SPELLING.items():
-            if own in values:
-                values[name] = values.pop(own)
-        return values
+        return _by_field(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the contents of a Phi-3-small's `config.json`."""
@@ -209,6 +206,20 @@ class Phi3SmallConfig(Phi3Config):
         return values | {"ff_dim_multiplier": None, "model_type": self.model_type}
 
 
+def _by_field(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings under the names of the fields.
+
+    Raises:
+        UserError: a setting has two names and two values.
+    """
+    for own, name in SPELLING.items():
+        if own in values and name in values and values[own] != values[name]:
+            raise UserError(
+                f"{own}={values[own]!r:.80} contradicts {name}={values[name]!r:.80}; give one of them"
+            )
+    return {SPELLING.get(name, name): value for name, value in values.items()}
+
+
 def _own_longrope(entry: Any, original: int | None, longest: int) -> Any:
     """Returns a rope entry of LongRoPE as this family's; any other one as it is.
 
@@ -219,9 +230,11 @@ def _own_longrope(entry: Any, original: int | None, longest: int) -> Any:
         UserError: it has keys that this rope does not know.
     """
     is_scaling = isinstance(entry, RopeScaling)
-    values: dict[str, Any] = dict(entry.parameters) if is_scaling else dict(entry or {})
-    names = {entry.rope_type} if is_scaling else {values.pop(key, None) for key in ("type", "rope_type")}
-    if not names <= {"longrope", "su", None} or names == {None}:
+    if not is_scaling and not isinstance(entry, Mapping):
+        return entry
+    values: dict[str, Any] = dict(entry.parameters if is_scaling else entry)
+    names = [entry.rope_type] if is_scaling else [values.pop(key, None) for key in ("type", "rope_type")]
+    if not any(names) or any(name not in ("longrope", "su", None) for name in names):
         return entry
     original = values.get("original_max_position_embeddings") or original or _ORIGINAL
     growth = values.pop("factor", None) or longest / original if is_scaling else None

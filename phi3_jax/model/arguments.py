@@ -267,8 +267,7 @@ def locate(new: NewTokens, cache: KVCache | None, config: Phi3Config, rope_lengt
             new_mask = jnp.take_along_axis(is_token, jnp.clip(index, 0, length - 1), axis=1)
             key_mask = jnp.where((index >= 0) & (index < length), new_mask, cache.mask)
     counts = past[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32)
-    positions = _positions(new, counts, is_token)
-    position_ids = positions if new.position_ids is None else new.position_ids
+    position_ids = _positions(new, counts, is_token) if new.position_ids is None else new.position_ids
     mask: CausalMask | Array | None = new.mask_4d
     if mask is None:
         segments = None if new.segment_ids is None else jnp.where(is_token, new.segment_ids, 0)
@@ -277,6 +276,7 @@ def locate(new: NewTokens, cache: KVCache | None, config: Phi3Config, rope_lengt
         blocks = None
         if (pattern := config.block_pattern) is not None:
             in_cache = jnp.cumsum(key_mask, axis=1, dtype=jnp.int32) - 1
+            positions = _positions(new, counts, is_token)
             shifts = jnp.asarray(pattern.shifts).reshape(config.num_key_value_heads, -1)
             blocks = SparseBlocks(positions, positions if cache is None else in_cache, shifts, pattern)
         mask = CausalMask(slots, key_slots, key_mask, window, prefill, segments, segments, blocks)

@@ -49,7 +49,8 @@ def bias_bound(inputs: int) -> float:
 class Phi3SmallSelfAttention(Phi3Attention):
     """Phi-3's attention with biases; in sparse layers each head sees some blocks of keys only.
 
-    The checkpoint has the rows of `query_key_value` by key/value head, as the parameter has them.
+    The checkpoint has the rows of `query_key_value` by key/value head, as the parameter has them. Phi-3's
+    forward finds both projections by Phi-3's names, which are properties here, so that each is stored once.
     """
 
     def __init__(self, config: Phi3Config, *, is_sparse: bool, **init: Any):
@@ -120,7 +121,10 @@ class Phi3SmallDecoderLayer(Phi3DecoderLayer):
 
 
 class Phi3SmallModel(Phi3Model):
-    """The Phi-3-small decoder without a head; see `Phi3Model`."""
+    """The Phi-3-small decoder without a head; see `Phi3Model`.
+
+    The norm has the checkpoint's name, and Phi-3's as a property.
+    """
 
     config: Phi3SmallConfig
     config_class: ClassVar[type[Phi3Config]] = Phi3SmallConfig

@@ -116,6 +116,8 @@ def read_ranks(content: bytes, name: str) -> list[bytes]:
         if int(rank) in tokens:
             raise UserError(f"{name}, line {number}: the rank {int(rank)} occurs twice")
         tokens[int(rank)] = token
+    if not tokens:
+        raise UserError(f"{name} has no ranks; download it again")
     missing = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
     if missing is not None:
         raise UserError(f"{name} has the rank {max(tokens)}, but not {missing}; download it again")

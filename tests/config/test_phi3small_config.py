@@ -59,6 +59,8 @@ def test_reads_and_replaces_by_either_name():
     assert (config.intermediate_size, config.ff_intermediate_size) == (64, 64)
     assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 500.0)
     assert config.replace(ff_intermediate_size=32) == config.replace(intermediate_size=32)
+    with pytest.raises(UserError, match=r"ffn_dropout_prob=0\.1 contradicts resid_pdrop=0"):
+        config.replace(ffn_dropout_prob=0.1, resid_pdrop=0.0)
     with pytest.raises(AttributeError, match="Phi3SmallConfig has no field 'ff_size'"):
         _ = config.ff_size
 
@@ -102,6 +104,9 @@ def test_rejects_both_or_neither_size_of_the_mlp(values):
         ({"mup_width_multiplier": -8}, "mup_width_multiplier=-8 must be a positive number, or None or 0"),
         ({"mup_embedding_multiplier": "8"}, "mup_embedding_multiplier='8' must be a number, or None"),
         ({"ff_dim_multiplier": -1}, "ff_dim_multiplier=-1 must be a positive number"),
+        ({"intermediate_size": 64, "ff_intermediate_size": 32}, "=32 contradicts intermediate_size=64"),
+        ({"rope_scaling": "su"}, "rope_scaling='su' must be a mapping"),
+        ({"rope_scaling": {"type": ["su"]}}, r"rope_scaling\['type'\]=\['su'\] must be the name"),
         ({"head_dim": 64}, "head_dim=64 is not hidden_size=4096 divided by num_attention_heads=32"),
         ({"sliding_window": 2047}, "sliding_window=2047 must be None: the model has no window"),
     ],
@@ -186,6 +191,6 @@ def test_each_family_reads_its_own_model_type():
     assert type(Phi3SmallConfig.from_dict({})) is Phi3SmallConfig
 
 
-def test_names_that_hide_no_dummy_token():
+def test_ids_that_stand_for_no_token():
     assert len(Phi3SmallConfig().dummy_token_ids) == 91
     assert Phi3SmallConfig(vocab_size=100, bos_token_id=1, eos_token_id=2).dummy_token_ids == ()

@@ -120,8 +120,16 @@ def test_computes_every_tile_that_a_query_sees(pattern: BlockPattern, length: in
 @pytest.mark.parametrize(("length", "shares"), [(8192, [0.508] * 3), (131072, [0.162, 0.150, 0.162])])
 def test_computes_a_share_of_the_scores(length: int, shares: list[float]) -> None:
     """Heads see 32 % of the causal scores at 8,192 tokens, and 14 % at 131,072."""
-    computed = block_splash.computed_shares(PHI_3_SMALL, length)
-    assert list(computed.values()) == pytest.approx(shares, abs=1e-3)
+    kernel = block_splash.make_kernel(PHI_3_SMALL, length)
+    sizes = kernel.kwargs["block_sizes"]
+    passes = [
+        (kernel.fwd_mask_info, sizes.block_q * sizes.block_kv),
+        (kernel.dq_mask_info, sizes.block_q_dq * sizes.block_kv_dq),
+        (kernel.dkv_mask_info, sizes.block_q_dkv * sizes.block_kv_dkv),
+    ]
+    causal = length * (length + 1) / 2
+    computed = [np.count_nonzero(info.block_mask) * area / causal for info, area in passes]
+    assert computed == pytest.approx(shares, abs=1e-3)
 
 
 def test_a_long_kernel_is_small() -> None:

@@ -265,22 +265,6 @@ def _take_backward(axis: int, orders: tuple[Array, Array], gradient: Array) -> t
 _take.defvjp(_take_forward, _take_backward)
 
 
-def computed_shares(pattern: BlockPattern, length: int) -> dict[str, float]:
-    """Returns the scores that each pass of the kernel computes, relative to those of a causal mask."""
-    kernel = make_kernel(pattern, length)
-    sizes = kernel.kwargs["block_sizes"]
-    areas = {
-        "forward": sizes.block_q * sizes.block_kv,
-        "queries' gradient": sizes.block_q_dq * sizes.block_kv_dq,
-        "keys' and values' gradient": sizes.block_q_dkv * sizes.block_kv_dkv,
-    }
-    causal = length * (length + 1) / 2
-    return {
-        name: float(np.count_nonzero(info.block_mask) * area / causal)
-        for (name, area), info in zip(areas.items(), _mask_infos(kernel), strict=True)
-    }
-
-
 def _mask_infos(kernel: library.SplashAttentionKernel) -> tuple[Any, Any, Any]:
     """Returns what the library keeps of the mask for the forward pass and both backward passes."""
     return kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
