@@ -9,11 +9,11 @@ from typer import Option
 
 from phi3_jax.cli import common, options
 from phi3_jax.config.rope_argument import parse_rope
-from phi3_jax.evaluation.rope_compare import compare_ropes
-from phi3_jax.evaluation.rope_report import FILES, table, write_comparison
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
+from phi3_jax.rope_lab.compare import compare_ropes
+from phi3_jax.rope_lab.compare_report import FILES, table, write_comparison
 
 app = typer.Typer(add_completion=False)
 

@@ -10,11 +10,11 @@ from typer import Option
 from phi3_jax.cli import common, options
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.passkey_report import FILES, table, write_passkey_report
-from phi3_jax.evaluation.passkey_run import measure_passkeys
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
+from phi3_jax.rope_lab.passkey_report import FILES, table, write_passkey_report
+from phi3_jax.rope_lab.passkey_run import measure_passkeys
 
 app = typer.Typer(add_completion=False)
 

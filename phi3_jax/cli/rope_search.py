@@ -9,12 +9,12 @@ from typer import Option
 
 from phi3_jax.cli import common, options
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.rope_search import Evolution
-from phi3_jax.evaluation.rope_search_results import FILES, MODEL, table
-from phi3_jax.evaluation.rope_search_run import SearchResult, search_ropes
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
+from phi3_jax.rope_lab.search import Evolution
+from phi3_jax.rope_lab.search_results import FILES, MODEL, table
+from phi3_jax.rope_lab.search_run import SearchResult, search_ropes
 from phi3_jax.storage.targets import Target, target_in
 
 app = typer.Typer(add_completion=False)

@@ -1,4 +1,4 @@
-"""Evaluation of models: perplexity under any rope, pass keys, rope search, reports and plots."""
+"""Evaluation of models: scores of texts under any rope, perplexity."""
 
 from phi3_jax.evaluation.perplexity import perplexity
 from phi3_jax.evaluation.scorer import Scorer

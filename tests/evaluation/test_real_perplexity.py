@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_perplexity import recipe, slide
+from their_perplexity import recipe, slide
 
 from phi3_jax import CheckpointError, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.checkpoint import convert_checkpoint

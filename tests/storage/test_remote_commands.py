@@ -9,7 +9,7 @@ from stores import Store
 from typer.testing import CliRunner, Result
 
 from phi3_jax.cli import evaluate, rope_compare, rope_passkey, rope_search
-from phi3_jax.evaluation import passkey_report, rope_report, rope_search_results
+from phi3_jax.rope_lab import compare_report, passkey_report, search_results
 from phi3_jax.storage.urls import list_entries
 
 
@@ -59,8 +59,8 @@ def test_measurements_of_ropes_are_written_to_a_store(memory: Store, tmp_path: P
     search = ["--text", text, "--length", 64, "--population", 5, "--iterations", 0, "--parents", 2]
     passkey = ["--lengths", 300, "--depths", 0, "--trials", 1, "--max-new-tokens", 4, "--raw"]
     for app, options, names in (
-        (rope_compare.app, compare, rope_report.FILES),
-        (rope_search.app, search, rope_search_results.FILES),
+        (rope_compare.app, compare, compare_report.FILES),
+        (rope_search.app, search, search_results.FILES),
         (rope_passkey.app, passkey, passkey_report.FILES),
     ):
         for _ in range(2):  # the second run measures nothing

@@ -17,7 +17,6 @@ from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import RopeArgument
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.compile_time import CompileTime
 from phi3_jax.evaluation.perplexity import TextLoss, Window, windows
 from phi3_jax.evaluation.run_options import STATE, model_options
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for, frequencies_key
@@ -25,11 +24,10 @@ from phi3_jax.evaluation.texts import first_tokens, read_text, text_digest
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
+from phi3_jax.rope_lab.compile_time import CompileTime
 from phi3_jax.runs.progress import FileProgress, time_left
 from phi3_jax.storage.journal import Journal
 from phi3_jax.storage.targets import Target, target_in
-
-"""The file of the output directory with every measured window."""
 
 Key = tuple[str, Window]
 """The key of a measurement: the key of the frequencies (`frequencies_key`), and the window."""

@@ -8,7 +8,7 @@ import pytest
 
 from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.config.rope_types import RopeBase
-from phi3_jax.evaluation.rope_search import (
+from phi3_jax.rope_lab.search import (
     BOUND,
     Evolution,
     Individual,

@@ -16,7 +16,6 @@ from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import RopeArgument
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.passkey import FILLER, Case, PasskeyPrompts, has_key
 from phi3_jax.evaluation.run_options import STATE, model_options
 from phi3_jax.evaluation.scorer import frequencies_for, frequencies_key
 from phi3_jax.evaluation.texts import read_text, text_digest
@@ -27,6 +26,7 @@ from phi3_jax.generation.prompts import cache_length, padded_length
 from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
+from phi3_jax.rope_lab.passkey import FILLER, Case, PasskeyPrompts, has_key
 from phi3_jax.runs.progress import FileProgress, time_left
 from phi3_jax.storage.journal import Journal
 from phi3_jax.storage.targets import Target, target_in

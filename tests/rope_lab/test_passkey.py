@@ -6,7 +6,7 @@ import pytest
 from small_checkpoint import write_checkpoint
 
 from phi3_jax import Phi3Tokenizer
-from phi3_jax.evaluation.passkey import FILLER, KEY, QUESTION, TASK, Case, PasskeyPrompts, has_key
+from phi3_jax.rope_lab.passkey import FILLER, KEY, QUESTION, TASK, Case, PasskeyPrompts, has_key
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 
-from phi3_jax.evaluation.passkey_run import PasskeyResult, Trial
-from phi3_jax.evaluation.result_files import write_csv, write_figure
 from phi3_jax.evaluation.run_options import STATE
+from phi3_jax.rope_lab.passkey_run import PasskeyResult, Trial
+from phi3_jax.rope_lab.result_files import write_csv, write_figure
 from phi3_jax.runs import plots
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.runs.tables import markdown_table

@@ -15,7 +15,13 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import trained_length
 from phi3_jax.config.rope_types import RopeBase
 from phi3_jax.errors import UserError
-from phi3_jax.evaluation.rope_search import (
+from phi3_jax.evaluation.run_options import STATE, model_options
+from phi3_jax.evaluation.scorer import Scorer, frequencies_for
+from phi3_jax.evaluation.texts import read_text, text_digest
+from phi3_jax.model import Phi3ForCausalLM
+from phi3_jax.model.loading import load_abstract
+from phi3_jax.pipeline import Pipeline
+from phi3_jax.rope_lab.search import (
     BOUND,
     LONGROPE,
     YARN,
@@ -27,13 +33,7 @@ from phi3_jax.evaluation.rope_search import (
     attention_factor,
     known_scalings,
 )
-from phi3_jax.evaluation.rope_search_results import write_results
-from phi3_jax.evaluation.run_options import STATE, model_options
-from phi3_jax.evaluation.scorer import Scorer, frequencies_for
-from phi3_jax.evaluation.texts import read_text, text_digest
-from phi3_jax.model import Phi3ForCausalLM
-from phi3_jax.model.loading import load_abstract
-from phi3_jax.pipeline import Pipeline
+from phi3_jax.rope_lab.search_results import write_results
 from phi3_jax.runs.progress import FileProgress, time_left
 from phi3_jax.storage import targets
 from phi3_jax.storage.journal import Journal

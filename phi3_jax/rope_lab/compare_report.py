@@ -9,11 +9,11 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from phi3_jax.config.rope_argument import trained_length
-from phi3_jax.evaluation.result_files import write_csv, write_figure
-from phi3_jax.evaluation.rope_compare import Comparison, scaled_frequencies
-from phi3_jax.evaluation.rope_plots import perplexities, wavelengths
 from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.evaluation.scorer import frequencies_for
+from phi3_jax.rope_lab.compare import Comparison, scaled_frequencies
+from phi3_jax.rope_lab.figures import perplexities, wavelengths
+from phi3_jax.rope_lab.result_files import write_csv, write_figure
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.runs.tables import markdown_table
 from phi3_jax.storage.outputs import write_text

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
 from phi3_jax.config.model_config import Phi3Config
-from phi3_jax.evaluation.result_files import write_csv, write_figure
-from phi3_jax.evaluation.rope_search import RopeSearch, Scored
 from phi3_jax.evaluation.run_options import STATE
+from phi3_jax.rope_lab.result_files import write_csv, write_figure
+from phi3_jax.rope_lab.search import RopeSearch, Scored
 from phi3_jax.runs import plots
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.storage.outputs import write_text

@@ -16,10 +16,10 @@ from stores import open_store
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
-from phi3_jax.evaluation import passkey_run
-from phi3_jax.evaluation.passkey import Case, PasskeyPrompts
-from phi3_jax.evaluation.passkey_report import LISTED, write_passkey_report
-from phi3_jax.evaluation.passkey_run import PasskeyResult, Ropes, Trial, measure_passkeys
+from phi3_jax.rope_lab import passkey_run
+from phi3_jax.rope_lab.passkey import Case, PasskeyPrompts
+from phi3_jax.rope_lab.passkey_report import LISTED, write_passkey_report
+from phi3_jax.rope_lab.passkey_run import PasskeyResult, Ropes, Trial, measure_passkeys
 from phi3_jax.storage.urls import list_entries
 
 ROPES = ["none", "linear:factor=2", "yarn:factor=2"]

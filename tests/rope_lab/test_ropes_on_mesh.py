@@ -10,9 +10,9 @@ from small_checkpoint import write_checkpoint
 
 from phi3_jax import make_mesh
 from phi3_jax.config.rope_argument import parse_rope
-from phi3_jax.evaluation.passkey_run import measure_passkeys
-from phi3_jax.evaluation.rope_search import Evolution
-from phi3_jax.evaluation.rope_search_run import search_ropes
+from phi3_jax.rope_lab.passkey_run import measure_passkeys
+from phi3_jax.rope_lab.search import Evolution
+from phi3_jax.rope_lab.search_run import search_ropes
 
 pytestmark = pytest.mark.slow
 

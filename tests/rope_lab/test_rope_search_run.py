@@ -14,14 +14,14 @@ from marks import slow
 from reference import distance, run, run_theirs
 from small_checkpoint import Checkpoint, write_checkpoint
 from stores import open_store
-from test_perplexity import Rope
+from their_perplexity import Rope
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
-from phi3_jax.evaluation import rope_search_run
-from phi3_jax.evaluation.rope_search import Evolution
-from phi3_jax.evaluation.rope_search_run import search_ropes
 from phi3_jax.evaluation.scorer import Scorer
+from phi3_jax.rope_lab import search_run
+from phi3_jax.rope_lab.search import Evolution
+from phi3_jax.rope_lab.search_run import search_ropes
 
 LENGTH = 96
 EVOLUTION = Evolution(population=8, iterations=2, parents=3, seed=1)
@@ -148,7 +148,7 @@ def test_factors_work_as_a_rope_argument(whole: Path, model: Path, text: Path) -
     config = rope.apply(Phi3Config.from_pretrained(model))
     assert (config.original_max_position_embeddings, config.max_position_embeddings) == (32, LENGTH)
     scorer = Scorer(Phi3ForCausalLM.from_pretrained(model, dtype="float32"))
-    inv_freq, scaling = rope_search_run.frequencies_for(config, LENGTH)
+    inv_freq, scaling = search_run.frequencies_for(config, LENGTH)
     loss = sum(
         scorer.score(np.array(part), inv_freq, scaling, initial_tokens=rope.initial_tokens).total[0]
         for part in windows(model, text)
@@ -198,13 +198,13 @@ def test_resumes_in_a_store_to_the_same_result(model, text, whole, kind, monkeyp
             search(
                 model, text, f"{store.url}/out", initial_tokens=(0, 4), evolution=Evolution(8, 2, 3, 0.3, 2)
             )
-        monkeypatch.setattr(rope_search_run.Pipeline, "load", None)
+        monkeypatch.setattr(search_run.Pipeline, "load", None)
         assert search(model, text, f"{store.url}/out", initial_tokens=(0, 4)).new == 0
 
 
 def test_a_finished_search_needs_no_model(model, text, whole, monkeypatch) -> None:
     before = contents(whole)
-    monkeypatch.setattr(rope_search_run.Pipeline, "load", None)
+    monkeypatch.setattr(search_run.Pipeline, "load", None)
     assert search(model, text, whole, initial_tokens=(0, 4)).new == 0
     assert contents(whole) == before
 
@@ -240,7 +240,7 @@ def test_starts_from_the_models_own_rope(model, text, tmp_path) -> None:
 
 
 def test_rejects_wrong_options_before_any_work(model, text, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(rope_search_run.Pipeline, "load", None)
+    monkeypatch.setattr(search_run.Pipeline, "load", None)
     output = tmp_path / "out"
     with pytest.raises(ValueError, match="length=32 must be more than the 32 tokens"):
         search(model, text, output, length=32)
@@ -258,7 +258,7 @@ def test_rejects_wrong_options_before_any_work(model, text, tmp_path, monkeypatc
 def test_limits_the_batch_by_memory(model, text, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("phi3_jax.evaluation.scorer.token_capacity", lambda _: 300)
     with monkeypatch.context() as patched:
-        patched.setattr(rope_search_run.Pipeline, "load", None)
+        patched.setattr(search_run.Pipeline, "load", None)
         with pytest.raises(ValueError, match="3 rows of 96 tokens need"):
             search(model, text, tmp_path / "out")
     search(model, text, tmp_path / "out", batch_size=None, overwrite=True)
