@@ -79,6 +79,11 @@ class Settings(BaseModel):
         None,
         description="Conversations, for chat; default: messages or conversations if there is no text.",
     )
+    input_ids_column: str | None = Field(
+        None,
+        description="Token ids in place of texts, for causal-lm; they are used as they are, without an end "
+        "token.",
+    )
     problem_type: ProblemType = Field(
         "single_label_classification", description="For sequence classification."
     )
@@ -241,6 +246,10 @@ class Settings(BaseModel):
             )
         if self.packing and self.task != "causal-lm":
             raise UserError(f"packing is for causal-lm, not for {self.task}")
+        if self.input_ids_column is not None and (
+            self.task != "causal-lm" or self.messages_column is not None
+        ):
+            raise UserError("input_ids_column is for causal-lm without messages_column")
         if self.trained == "head" and self.task == "causal-lm":
             raise UserError("trained=head is for classification: a language model's head is not new")
         if self.quantize not in (None, FLOATS):

@@ -78,12 +78,16 @@ def make_task(settings: Settings, config: Phi3Config) -> Task:
             prefix_space=settings.prefix_space,
             max_length=settings.max_length,
         )
-    messages = settings.messages_column or ("messages" if settings.generated else _found_messages(settings))
+    messages = settings.messages_column
+    if messages is None and settings.input_ids_column is None:
+        messages = "messages" if settings.generated else _found_messages(settings)
     return CausalLM(
         messages=messages,
         text=settings.text_column,
+        input_ids=settings.input_ids_column,
         max_length=settings.max_length,
         dummy_token_ids=config.dummy_token_ids,
+        vocab_size=config.vocab_size,
     )
 
 

@@ -231,22 +231,26 @@ class TokenClassification:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Predicts the next token of raw texts, or of the assistant's answers in conversations.
+    """Predicts the next token of raw texts, of token ids, or of the assistant's answers in conversations.
 
     Beside its messages a row may have `tools`, descriptions of functions for the chat template.
 
     Args:
         messages: column of conversations, which the tokenizer's chat template formats; or None. Messages have
             `role` and `content`, or ShareGPT's `from` and `value`.
-        text: column of raw texts, if `messages` is None.
-        max_length: truncates conversations; texts continue in the next example.
+        text: column of raw texts, if `messages` and `input_ids` are None.
+        input_ids: column of token ids in place of texts, which are used as they are; or None.
+        max_length: truncates conversations; texts and ids continue in the next example.
         dummy_token_ids: ids that stand for no token, which no row may have as a label.
+        vocab_size: the ids of rows must be below it; None: they are not checked.
     """
 
     messages: str | None = None
     text: str = "text"
+    input_ids: str | None = None
     max_length: int = 1024
     dummy_token_ids: tuple[int, ...] = ()
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -255,7 +259,7 @@ class CausalLM:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that rows must have."""
-        return (self.text if self.messages is None else self.messages,)
+        return (self.messages or self.input_ids or self.text,)
 
     @property
     def optional_columns(self) -> tuple[str, ...]:
@@ -282,6 +286,8 @@ class CausalLM:
 
     def encoder(self, tokenizer: Phi3Tokenizer, labels: Labels | None = None) -> RowEncoder:
         """Returns what `encode_items` takes. Only texts are encoded together, not conversations."""
+        if self.messages is None and self.input_ids is not None:
+            return _IdsEncoder(self, self.input_ids)
         return _LongTextEncoder(self, tokenizer) if self.messages is None else _ChatEncoder(self, tokenizer)
 
 
@@ -409,10 +415,33 @@ class _LongTextEncoder:
             raise BadRowError(
                 row.place, f"{self._task.text!r} is a single token, which nothing predicts: {text!r:.40}"
             )
-        length = self._task.max_length
-        parts = [whole[start : start + length] for start in range(0, len(whole) - 1, length - 1)]
-        _check_labels(whole, self._task, row)
-        return [Example(part, part, row.place) for part in parts]
+        return _parts(whole, self._task, row)
+
+
+class _IdsEncoder:
+    def __init__(self, task: CausalLM, column: str):
+        self._task, self._column = task, column
+
+    def check(self, row: Row) -> Checked:
+        return (), read_list(row, self._column)
+
+    def examples(self, row: Row, values: list[Any], ids: Sequence[list[int]]) -> list[Example]:
+        vocabulary = self._task.vocab_size
+        for value in values:
+            if type(value) is not int or value < 0 or (vocabulary is not None and value >= vocabulary):
+                below = "" if vocabulary is None else f" below {vocabulary}"
+                raise BadRowError(row.place, f"{self._column!r} has {value!r:.40}; expected token ids{below}")
+        if len(values) < 2:
+            raise BadRowError(row.place, f"{self._column!r} is {values!r}; expected two token ids or more")
+        return _parts(values, self._task, row)
+
+
+def _parts(whole: list[int], task: CausalLM, row: Row) -> list[Example]:
+    """Returns examples of at most `max_length` tokens; the last of one is the first of the next."""
+    length = task.max_length
+    _check_labels(whole, task, row)
+    parts = [whole[start : start + length] for start in range(0, len(whole) - 1, length - 1)]
+    return [Example(part, part, row.place) for part in parts]
 
 
 class _ChatEncoder:

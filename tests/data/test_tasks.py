@@ -1,6 +1,7 @@
 """Encoding rows: ids and labels match transformers, and errors name the row."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import groupby
@@ -547,6 +548,24 @@ def test_rejects_templates_that_hide_the_answers(
     plain.chat_template = template
     with pytest.raises(BadRowError, match=rf"^rows\.csv, line 7: .*{fault}"):
         CausalLM(messages="m").encode(row(m=CONVERSATIONS[1]), plain)
+
+
+def test_takes_token_ids_as_they_are(folder: Path) -> None:
+    tokenizer = Phi3Tokenizer.from_pretrained(folder)
+    task = CausalLM(input_ids="ids", max_length=4, vocab_size=20)
+    assert task.columns == ("ids",)
+    parts = task.encode(row(ids=[3, 1, 4, 1, 5, 9]), tokenizer)
+    assert [part.input_ids for part in parts] == [[3, 1, 4, 1], [1, 5, 9]]
+    assert [part.labels for part in parts] == [part.input_ids for part in parts]
+    for ids, message in {
+        (3,): "expected two token ids or more",
+        (3, 20): "'ids' has 20; expected token ids below 20",
+        (-1, 3): "'ids' has -1",
+        (3, 1.0): "'ids' has 1.0",
+        "31": "'ids' is '31'; expected a list",
+    }.items():
+        with pytest.raises(BadRowError, match=re.escape(message)):
+            task.encode(row(ids=ids if isinstance(ids, str) else list(ids)), tokenizer)
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 7, 1024])

@@ -3,15 +3,19 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from reference import distance
+from flax import nnx
+from reference import distance, small_config
 from reference import run as logits_of
 from runs import losses, run, write_base, write_rows
 
 from phi3_jax import Phi3Config, Phi3ForCausalLM
 from phi3_jax.config.rope_argument import parse_rope
+from phi3_jax.trainer import Trainer
 
 SIZES = {"max_position_embeddings": 64, "original_max_position_embeddings": 64}
 TASK = {"task": "causal-lm", "messages_column": "messages", "max_steps": 2, "eval_steps": 2}
@@ -48,6 +52,33 @@ def test_saves_the_scaling(tmp_path: Path, base: Path) -> None:
         strict=True,
     ):
         np.testing.assert_allclose(np.ravel(got), np.ravel(expected), rtol=1e-6)
+
+
+SHORT, LONG = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def gradient_of(rows: slice, width: int, short: list[float], long: list[float]) -> np.ndarray:
+    """Returns the gradient of the sum of losses of some rows, of which the first has 16 tokens."""
+    lists = {"type": "longrope", "short_factor": short, "long_factor": long}
+    lengths = {"max_position_embeddings": 32, "original_max_position_embeddings": 16}
+    model = Phi3ForCausalLM(small_config(rope_scaling=lists, **lengths), rngs=nnx.Rngs(0))
+    ids = np.random.default_rng(0).integers(4, 96, (2, 24)).astype(np.int32)
+    mask = np.arange(24) < np.array([[16], [24]])
+    labels = np.where(mask, ids, -100)
+    batch = {"input_ids": ids, "attention_mask": mask.astype(np.int32), "labels": labels}
+    trainer = Trainer(model, optax.sgd(1.0))  # a step subtracts the gradient of the mean
+    after, _ = trainer.step(trainer.start(model), {name: x[rows, :width] for name, x in batch.items()})
+    before = trainer.start(model)
+    change = jax.tree.map(lambda a, b: np.ravel(a - b), before.trained, after.trained)
+    return np.concatenate(jax.tree.leaves(change)) * np.sum(labels[rows, 1:width] != -100)
+
+
+def test_each_row_of_a_batch_has_the_list_of_its_length() -> None:
+    """The gradient of a short and a long row together is the sum of those of each under its own list."""
+    together = gradient_of(slice(0, 2), 24, SHORT, LONG)
+    long_row = gradient_of(slice(1, 2), 24, LONG, LONG)
+    assert distance(together, gradient_of(slice(0, 1), 16, SHORT, SHORT) + long_row) <= 1e-5
+    assert distance(together, gradient_of(slice(0, 1), 16, LONG, LONG) + long_row) > 1e-2
 
 
 @pytest.mark.slow
