@@ -290,24 +290,30 @@ class Settings(BaseModel):
         Raises:
             UserError: the file is not a YAML mapping, or settings are unknown or wrong; it names them all.
         """
-        given: Any = {}
-        if path is not None:
-            try:
-                given = parse_yaml(path.read_text(encoding="utf-8")) or {}
-            except FileNotFoundError:
-                raise UserError(f"there is no file {path}") from None
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                reason = " ".join(str(error).split())  # YAML's has several lines
-                raise UserError(f"{path} cannot be read: {reason}") from error
-            if not isinstance(given, dict):
-                raise UserError(
-                    f"{path} holds {type(given).__name__}; expected settings, one `name: value` a line"
-                )
+        given = {} if path is None else read_settings_file(path)
         try:
             return cls(**{str(name): value for name, value in given.items()} | overrides)
         except ValidationError as error:
-            faults = "; ".join(map(_fault, error.errors()))
+            faults = "; ".join(map(describe_fault, error.errors()))
             raise UserError(f"{path or 'settings'}: {faults}") from None
+
+
+def read_settings_file(path: Path) -> dict[Any, Any]:
+    """Returns the mapping of a YAML file.
+
+    Raises:
+        UserError: the file is missing, is not valid YAML, or holds something else.
+    """
+    try:
+        given = parse_yaml(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())  # YAML's has several lines
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{path} holds {type(given).__name__}; expected settings, one `name: value` a line")
+    return given
 
 
 class _Loader(yaml.SafeLoader):
@@ -344,7 +350,8 @@ def _is_text(value: str) -> bool:
     return "\0" not in value
 
 
-def _fault(error: Any) -> str:
+def describe_fault(error: Any) -> str:
+    """Returns a line about one of the errors that pydantic found."""
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"there is no setting {name}"

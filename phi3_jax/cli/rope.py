@@ -8,6 +8,7 @@ COMMANDS = {
     "compare": "Measure the perplexity of a text by context length, under each rope.",
     "passkey": "Hide a number in long texts and ask for it, under each rope.",
     "search": "Search rope factors for a longer context (LongRoPE).",
+    "study": "Train and measure a model under each rope, and check the papers' findings.",
 }
 
 app = typer.Typer(cls=lazy_group(COMMANDS, "rope_"), no_args_is_help=True, add_completion=False)
