@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
@@ -48,7 +49,7 @@ def study(
     except InterruptedRunError as error:
         tell(f"phi3-jax: {error}")
         raise SystemExit(128 + signal.Signals(error.signal)) from None
-    shown = Table("claim", "here", "perplexities")
+    shown = Table("claim", "here", "perplexities", box=SIMPLE)
     for each in findings(results):
         shown.add_row(each.claim, each.verdict, each.numbers)
     Console().print(shown)
