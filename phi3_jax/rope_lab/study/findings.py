@@ -92,7 +92,7 @@ def yarn_is_best_after_training(results: StudyResults) -> Finding:
     yarn = results.best(results.of_kind(YARN), trained, results.length)
     others = [name for kind in (PLAIN, LINEAR, NTK) for name in results.of_kind(kind)]
     other = results.best(others, trained, results.length)
-    if yarn is None or other is None:
+    if yarn is None or other is None or trained == "none":
         return Finding(claim, source, rule, "not measured", "needs trained YaRN and another trained formula")
     numbers = f"{yarn[0]} {yarn[1]:,.3f}, best of the others {other[0]} {other[1]:,.3f}"
     return Finding(claim, source, rule, _verdict(other[1] >= yarn[1] * (1 - CLEARLY)), numbers)

@@ -96,7 +96,7 @@ def _findings(results: StudyResults) -> Iterator[str]:
 
 def _perplexities(results: StudyResults) -> Iterator[str]:
     tokens = sorted({row.tokens for row in results.perplexities})
-    counts = " or ".join(f"{count:,}" for count in tokens)
+    counts = " to ".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1])))
     yield f"Of {counts} tokens of the test part, which no model was trained on.\n"
     rows = [
         (rope.name, title_of(trained).lower(), *(_number(value) for value in values))

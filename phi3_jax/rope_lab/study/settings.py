@@ -69,7 +69,17 @@ class BaseSettings(_Strict):
     length: int = Field(512, ge=16)
     retrieval_share: Share = 0.1
     """Share of the tokens that are retrieval tasks with their answers."""
+    repetition_share: Share = 0.1
+    """Share of the tokens that are repeated random sequences, from which a small model learns to copy."""
     train: TrainSettings
+
+    @model_validator(mode="after")
+    def _leaves_text(self) -> "BaseSettings":
+        if self.retrieval_share + self.repetition_share >= 1:
+            raise UserError(
+                "retrieval_share and repetition_share leave no windows of the text; their sum must be below 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_a_config(self) -> "BaseSettings":

@@ -15,6 +15,9 @@ from phi3_jax.rope_lab.study.retrieval import TrainingPrompts
 from phi3_jax.storage.outputs import replacing, write_text
 from phi3_jax.storage.targets import Target, target_in
 
+SHORTEST_PERIOD = 8
+"""The least tokens of a random sequence that is repeated."""
+
 NAMES = ("train.txt", "validation.txt", "test.txt")
 
 
@@ -57,18 +60,19 @@ def windows(ids: Sequence[int], length: int, draws: np.random.Generator) -> Iter
 
     Each pass starts at another place within the first window, so that the windows of passes differ.
     """
+    last = len(ids) - length  # the start of the last window
     while True:
-        for start in range(
-            int(draws.integers(min(length, len(ids) - length + 1))), len(ids) - length + 1, length
-        ):
+        first = int(draws.integers(min(length, last + 1)))
+        for start in range(first, last + 1, length):
             yield list(ids[start : start + length])
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The examples of a training run of `tokens` tokens, in windows of a text and retrieval tasks."""
+    """The examples of a training run: windows of a text, retrieval tasks and repetitions."""
 
     tokens: int
+    """Tokens of all examples together."""
     length: int
     """Tokens of a window."""
     short_length: int = 0
@@ -77,12 +81,16 @@ class Mixture:
     retrieval_share: float = 0.0
     retrieval_lengths: tuple[int, int] = (0, 0)
     """The shortest and the longest retrieval task, in tokens."""
+    repetition_share: float = 0.0
+    """Share of the tokens that are random sequences, repeated to windows of `length` tokens."""
+    vocab_size: int = 0
+    """Random sequences have ids from 1 to below this."""
 
     def examples(
         self, ids: Sequence[int], prompts: TrainingPrompts, draws: np.random.Generator
     ) -> Iterator[list[int]]:
         """Yields the ids of all examples."""
-        long_share = 1 - self.short_share - self.retrieval_share
+        long_share = 1 - self.short_share - self.retrieval_share - self.repetition_share
         for share, length in ((long_share, self.length), (self.short_share, self.short_length)):
             if count := round(self.tokens * share / length) if share else 0:
                 yield from islice(windows(ids, length, draws), count)
@@ -92,6 +100,9 @@ class Mixture:
             example = prompts(int(draws.integers(shortest, longest + 1)), float(draws.random()), number)
             yield example
             left, number = left - len(example), number + 1
+        for _ in range(round(self.tokens * self.repetition_share / self.length)):
+            period = int(draws.integers(SHORTEST_PERIOD, self.length // 2 + 1))
+            yield np.resize(draws.integers(1, self.vocab_size, period), self.length).tolist()
 
 
 def check_tokens(name: str, tokens: int, length: int, count: int = 1) -> None:

@@ -41,7 +41,14 @@ def train_base(study: StudyStages) -> Path:
         prompts = TrainingPrompts(Phi3Tokenizer.from_pretrained(new))
         tokens = _tokens(settings.train, length)
         lengths = (prompts.shortest, length)
-        mixture = Mixture(tokens, length, retrieval_share=settings.retrieval_share, retrieval_lengths=lengths)
+        mixture = Mixture(
+            tokens,
+            length,
+            retrieval_share=settings.retrieval_share,
+            retrieval_lengths=lengths,
+            repetition_share=settings.repetition_share,
+            vocab_size=settings.vocab_size,
+        )
         data = study.folder(BASE_DATA)
         files = {
             "train_file": _write_mixture(study, new, target_in(data, "train.jsonl"), mixture),

@@ -52,6 +52,8 @@ def test_does_not_decide_without_the_numbers() -> None:
     assert verdicts(linear_none=())["linear"].numbers == "needs an untrained linear rope"
     assert verdicts(searched_none=(), searched_full=())["searched"].verdict == "not measured"
     assert verdicts(searched_none=())["searched"].verdict == "confirmed"
+    untrained = verdicts(**{f"{name}_full": () for name in ("none", "linear", "ntk", "yarn", "searched")})
+    assert [untrained[name].verdict for name in ("yarn", "short")] == ["not measured"] * 2
     found = verdicts(none_none=())
     assert found["linear"].verdict == found["ntk"].verdict == "not measured"
     assert found["short"].verdict == "confirmed"

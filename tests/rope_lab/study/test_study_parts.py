@@ -65,6 +65,19 @@ def test_examples_have_their_shares_of_the_tokens(tmp_path: Path) -> None:
     assert len({text[-12:] for text in texts}) == len(texts)
 
 
+def test_repetitions_fill_a_window(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    prompts = TrainingPrompts(Phi3Tokenizer.from_pretrained(tmp_path))
+    mixture = Mixture(10_000, 100, repetition_share=0.2, vocab_size=50)
+    examples = list(mixture.examples(range(1000, 2000), prompts, np.random.default_rng(0)))
+    assert len(examples) == 100
+    for example in examples[80:]:
+        assert len(example) == 100
+        assert 1 <= min(example) < 10 < max(example) < 50
+        period = next(period for period in range(1, 100) if example[period:] == example[:-period])
+        assert 8 <= period <= 50
+
+
 def test_mixed_lists_are_plain_rope_and_the_scaling(tmp_path: Path) -> None:
     base = small_config(**SIZES)
     scaled = ResolvedRope("yarn", "yarn:factor=4").config(base)

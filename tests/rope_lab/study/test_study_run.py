@@ -9,6 +9,7 @@ import pytest
 from phi3_jax.train.finetune import InterruptedRunError
 from runs import interrupted_after
 from small_checkpoint import write_checkpoint
+from stores import open_store
 
 from phi3_jax import Phi3Config
 from phi3_jax.errors import UserError
@@ -103,6 +104,23 @@ def test_resumes_after_kills_to_the_same_results(monkeypatch: pytest.MonkeyPatch
     assert [row[:3] + row[4:] for row in again.trainings] == [row[:3] + row[4:] for row in whole.trainings]
     stages = json.loads(Path("killed/study.json").read_text())["stages"]
     assert all("result" in stage for stage in stages.values())
+
+
+@pytest.mark.slow
+def test_studies_in_a_store() -> None:
+    """A study in a store is resumed by a process that has none of its files."""
+    changes = {
+        "ropes": {"yarn": SETTINGS["ropes"]["yarn"]},
+        "trained": ["full"],
+        "compare": {"lengths": [192]},
+    }
+    local = study("local", **changes)
+    with open_store("memory") as bucket:
+        store = bucket.empty_folder()
+        remote = study(f"{store.url}/study", **changes)
+        assert remote.perplexities == local.perplexities
+        assert study(f"{store.url}/study", **changes).perplexities == local.perplexities
+        assert "Findings" in store.get("study/report.md").decode()
 
 
 @pytest.mark.slow

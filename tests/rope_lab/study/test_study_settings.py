@@ -101,6 +101,10 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "initial tokens": (changed("ropes", x="linear:factor=2,initial_tokens=4"), "no config can express"),
     "no fine-tuning": ({"finetune": None}, "trained asks for fine-tuning; give finetune, or trained: [none]"),
     "lengths": (changed("compare", lengths=[512, 256]), "compare.lengths: [512, 256] must be lengths"),
+    "shares of a base": (
+        changed("base", retrieval_share=0.5, repetition_share=0.5),
+        "base: retrieval_share and repetition_share leave no windows of the text",
+    ),
     "shares": (
         changed("finetune", short_share=0.7, retrieval_share=0.3),
         "finetune: short_share and retrieval_share leave no long windows",
