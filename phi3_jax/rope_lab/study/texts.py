@@ -15,8 +15,8 @@ from phi3_jax.rope_lab.study.retrieval import TrainingPrompts
 from phi3_jax.storage.outputs import replacing, write_text
 from phi3_jax.storage.targets import Target, target_in
 
-SHORTEST_PERIOD = 8
-"""The least tokens of a random sequence that is repeated."""
+SHORTEST_PERIOD = 4
+"""The least tokens of a random sequence that is repeated; to copy from so near is learnt first."""
 
 NAMES = ("train.txt", "validation.txt", "test.txt")
 
@@ -101,7 +101,7 @@ class Mixture:
             yield example
             left, number = left - len(example), number + 1
         for _ in range(round(self.tokens * self.repetition_share / self.length)):
-            period = int(draws.integers(SHORTEST_PERIOD, self.length // 2 + 1))
+            period = round(SHORTEST_PERIOD * (self.length / 2 / SHORTEST_PERIOD) ** draws.random())
             yield np.resize(draws.integers(1, self.vocab_size, period), self.length).tolist()
 
 
