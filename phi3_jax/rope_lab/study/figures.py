@@ -21,17 +21,17 @@ def title_of(trained: str) -> str:
 
 
 def perplexity_figure(results: StudyResults) -> Figure:
-    """Draws perplexity by length, a panel for each training with the same scale."""
+    """Draws perplexity by length, a panel for each training with a scale of its own."""
     figure, axes = _panels(len(results.trained))
-    values = [row.perplexity for row in results.perplexities if math.isfinite(row.perplexity)]
     for ax, trained in zip(axes, results.trained, strict=True):
+        every = [row.perplexity for row in results.perplexities if row.trained == trained]
         for number, rope in enumerate(results.ropes):
             line = [results.perplexity(rope.name, trained, length) for length in results.lengths]
             if any(value is not None for value in line):
                 heights = [value if value is not None and math.isfinite(value) else np.nan for value in line]
                 ax.plot(results.lengths, heights, label=short(rope.name), **line_style(number), markersize=5)
         scale_lengths(ax, results.lengths)
-        scale_perplexities(ax, values)
+        scale_perplexities(ax, [value for value in every if math.isfinite(value)])
         _finish(ax, results.original, title_of(trained))
     return figure
 
@@ -79,7 +79,7 @@ def beside_figure(studies: Sequence[StudyResults]) -> Figure:
     trained = list(dict.fromkeys(each for study in studies for each in study.trained))
     ropes = list(dict.fromkeys(rope.name for study in studies for rope in study.ropes))
     figure = Figure(figsize=(5.6 * len(trained), 4.8), layout="constrained")
-    axes = figure.subplots(1, len(trained), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(trained), squeeze=False)[0]
     for ax, each in zip(axes, trained, strict=True):
         values: list[float] = []
         for style, study in zip(("-", "--", "-.", ":"), studies, strict=False):
@@ -116,7 +116,7 @@ def relative_perplexities(study: StudyResults, trained: str) -> list[tuple[str, 
 
 def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(1.6 + 4.8 * count, 4.6), layout="constrained")
-    return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
 def _finish(ax: Axes, original: float, title: str) -> None:
