@@ -31,6 +31,9 @@ KEYS = len(COLOURS) * len(THINGS)
 VALUES = (10_000, 100_000)
 """The range of values, which have five digits."""
 
+NEEDLES = 16
+"""The default number of needles in a text."""
+
 SEARCHED = 64
 """Tokens after a needle's depth among which the end of a sentence is looked for."""
 
@@ -102,7 +105,7 @@ class NeedleTexts:
         """Returns the ids of a question with its answer, and which of them are the answer's."""
         asked = QUESTION.format(key=key)
         question, whole = self._encode(asked), self._encode(asked + value)
-        # A token may have the question's last characters and the answer's first, so the two are encoded together.
+        # One token may have the end of the question and the start of the answer.
         same = [a == b for a, b in zip(question, whole, strict=False)]
         begin = same.index(False) if False in same else len(same)
         full_stop = self._encode(f"{asked}{value}.")[len(whole) :]
@@ -130,7 +133,7 @@ def needle_objective(
     text: Int[np.ndarray, " T"],
     lengths: Sequence[int],
     weights: Sequence[float] | None = None,
-    needles: int = 8,
+    needles: int = NEEDLES,
     samples: int = 1,
     seed: int = 0,
     skip: int = 0,

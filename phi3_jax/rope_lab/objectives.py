@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from phi3_jax.config.rope_types import RopeBase
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.perplexity import TextLoss
 from phi3_jax.evaluation.scorer import OnProgress, Scorer
@@ -37,6 +38,18 @@ class ScoredRope(NamedTuple):
     attention_factor: float
     initial_tokens: int = 0
     """How many first tokens keep the model's unscaled frequencies."""
+
+    @classmethod
+    def from_factors(
+        cls,
+        base: RopeBase,
+        factors: Sequence[float],
+        attention_factor: float = 1.0,
+        initial_tokens: int = 0,
+    ) -> "ScoredRope":
+        """Returns the rope with these factors on plain rope's wavelengths, computed as longrope does."""
+        inv_freq = 1 / (np.asarray(factors, np.float32) * base.tokens_per_radian())
+        return cls(inv_freq, attention_factor, initial_tokens)
 
 
 Losses = Mapping[int, TextLoss]
@@ -108,6 +121,10 @@ class Objective:
             UserError: they do not.
         """
         scorer.check_memory(self.longest, rows)
+
+    def rows(self, scorer: Scorer, most: int) -> int:
+        """Returns how many ropes, at most `most`, fit in memory at a time; at least one."""
+        return next((rows for rows in range(most, 1, -1) if scorer.fits(self.longest, rows)), 1)
 
 
 def measure(
