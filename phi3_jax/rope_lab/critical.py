@@ -1,9 +1,9 @@
 """The critical pair of a rope: from which pair of dims on a longer context needs interpolation.
 
-A pair that turns less than once within the trained length meets new angles beyond it. The first such pair is
-the theoretical critical pair. LongRoPE2 (arXiv:2502.20082, section 3) holds that the real one is faster: pairs
-that turn only a few times are trained too little, so they need interpolation, too. The paper counts in dims,
-of which a pair has two.
+A pair that turns less than once within the trained length meets new angles beyond it. The first such pair
+is the theoretical critical pair. LongRoPE2 (arXiv:2502.20082, section 3) holds that the real one is faster:
+pairs that turn only a few times are trained too little, so they need interpolation, too. The paper counts in
+dims, of which a pair has two.
 
 This module has the formulas and no model.
 """
@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Float
 
 from phi3_jax.config.rope_types import RopeBase
-from phi3_jax.errors import UserError
 
 
 def turns(base: RopeBase, length: int) -> Float[np.ndarray, " P"]:
@@ -39,7 +38,9 @@ def candidate_factors(pairs: int, critical: int, stretch: float) -> tuple[float,
     scaling, geometrically from 1 at pair 0. So 0 is position interpolation, and the last pair is NTK-aware
     scaling.
     """
-    return tuple(stretch ** min(pair / critical if critical else 1.0, 1.0) for pair in range(pairs))
+    numbers = np.arange(pairs)
+    shares = np.minimum(numbers / critical, 1) if critical else np.ones(pairs)
+    return tuple((stretch**shares).tolist())
 
 
 def coarse_candidates(pairs: int, step: int) -> list[int]:
@@ -90,13 +91,3 @@ def crossing(plain: Mapping[int, float], stretched: Mapping[int, float]) -> int 
     later = [sum(gains[number:]) for number in range(len(pairs) + 1)]
     best = max(range(len(later)), key=lambda number: later[number])
     return pairs[best] if best < len(pairs) else pairs[-1] + 1
-
-
-def check_candidates(candidates: Sequence[int], pairs: int, name: str) -> None:
-    """Checks that pairs exist.
-
-    Raises:
-        UserError: one does not.
-    """
-    if wrong := [each for each in candidates if not 0 <= each < pairs]:
-        raise UserError(f"--{name}: {wrong[0]} must be from 0 to {pairs - 1}, the model's last pair of dims")
