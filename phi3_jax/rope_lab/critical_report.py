@@ -1,7 +1,7 @@
 """Results of an experiment on the critical pair: tables for people and programs, a figure, and factors."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -193,8 +193,8 @@ def _lines(result: CriticalPair) -> Iterator[str]:
     yield (
         f"\nIn theory the critical pair is {pair} of {result.base.dim // 2} (dim {2 * pair} of "
         f"{result.base.dim}), the first that does not turn once within {trained:,} tokens. The best "
-        f"candidate is {best.pair} (dim {2 * best.pair}), which turns {_turned(result, best.pair)} times there; its "
-        f"perplexity is {_number(best.perplexity)}."
+        f"candidate is {best.pair} (dim {2 * best.pair}), which turns {_turned(result, best.pair)} times "
+        f"there; its perplexity is {_number(best.perplexity)}."
     )
     yield "\n## Candidates\n"
     yield from markdown_table(
@@ -232,13 +232,17 @@ def _lines(result: CriticalPair) -> Iterator[str]:
     yield f"\n![Perplexity by candidate]({FIGURE})"
 
 
-def _scored(options: Any) -> str:
-    texts = f"{options['samples']} part{'s' if options['samples'] > 1 else ''} of {options['text']}"
+def _scored(options: Mapping[str, Any]) -> str:
+    texts = f"{_count(options['samples'], 'part')} of {options['text']}"
     if options["skip_tokens"]:
         texts += f" after its first {options['skip_tokens']:,} tokens"
     if options["kind"] == "perplexity":
         return f"the perplexity of {texts}"
-    return f"the perplexity of the answers to {options['needles']} questions about facts hidden in {texts}"
+    return f"the perplexity of answers, to {_count(options['needles'], 'question')} in each of {texts}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
 def _turned(result: CriticalPair, pair: int) -> str:
