@@ -29,6 +29,13 @@ class PairScaling(NamedTuple):
     attention_factor: float = 1.0
 
 
+class MeasuredScaling(NamedTuple):
+    """A rope with its perplexity."""
+
+    scaling: PairScaling
+    perplexity: float
+
+
 class Candidate(NamedTuple):
     """A candidate for the critical pair, with its perplexity."""
 

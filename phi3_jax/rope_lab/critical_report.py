@@ -13,7 +13,7 @@ from rich.table import Table
 
 from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.rope_lab.critical import theoretical_pair, turns
-from phi3_jax.rope_lab.critical_plan import Candidate
+from phi3_jax.rope_lab.critical_plan import Candidate, MeasuredScaling
 from phi3_jax.rope_lab.critical_run import CriticalPair
 from phi3_jax.rope_lab.result_files import write_csv, write_figure
 from phi3_jax.runs import plots
@@ -50,11 +50,11 @@ def table(result: CriticalPair) -> Table:
     for each in result.candidates:
         mark = "[bold]" if each == result.best else ""
         name = f"{each.pair}, theory" if each.pair == theory(result) else str(each.pair)
-        cells = name, str(2 * each.pair), _number(each.perplexity), f"{each.scaling.attention_factor:.4f}"
+        cells = name, str(2 * each.pair), *_perplexity_and_attention(each)
         shown.add_row(*(mark + cell for cell in cells))
     shown.add_section()
-    for name, each in result.known.items():
-        shown.add_row(name, "", _number(each.perplexity), f"{each.scaling.attention_factor:.4f}")
+    for name, known in result.known.items():
+        shown.add_row(name, "", *_perplexity_and_attention(known))
     return shown
 
 
@@ -70,17 +70,17 @@ def _rows(result: CriticalPair) -> Iterator[Sequence[Any]]:
     pairs = result.base.dim // 2
     yield ["kind", "pair", "perplexity", "attention_factor", *(f"factor_{pair}" for pair in range(pairs))]
     for each in result.candidates:
-        yield ["candidate", *_values(each)]
-    for name, each in result.known.items():
-        yield [name, "", *_values(each)[1:]]
+        yield ["candidate", each.pair, *_values(each)]
+    for name, known in result.known.items():
+        yield [name, "", *_values(known)]
     attention = result.best.scaling.attention_factor
     for effect in result.effects:
         for kind, perplexity in (("plain", effect.plain), ("stretched", effect.stretched)):
             yield [f"pair {kind}", effect.pair, perplexity, attention, *[""] * pairs]
 
 
-def _values(each: Candidate) -> list[Any]:
-    return [each.pair, each.perplexity, each.scaling.attention_factor, *each.scaling.factors]
+def _values(each: Candidate | MeasuredScaling) -> list[Any]:
+    return [each.perplexity, each.scaling.attention_factor, *each.scaling.factors]
 
 
 def _content(result: CriticalPair) -> dict[str, Any]:
@@ -93,15 +93,15 @@ def _content(result: CriticalPair) -> dict[str, Any]:
         "critical_dimension": 2 * result.best.pair,
         "crossing_of_single_pairs": result.crossing,
         "turns": _turns(result).tolist(),
-        "candidates": [_summary(each) for each in result.candidates],
+        "candidates": [{"pair": each.pair, **_summary(each)} for each in result.candidates],
         "known": {name: _summary(each) for name, each in result.known.items()},
         "single_pairs": [each._asdict() for each in result.effects],
         "seconds": result.seconds,
     }
 
 
-def _summary(each: Candidate) -> dict[str, Any]:
-    return {"pair": each.pair, "perplexity": each.perplexity, **each.scaling._asdict()}
+def _summary(each: Candidate | MeasuredScaling) -> dict[str, Any]:
+    return {"perplexity": each.perplexity, **each.scaling._asdict()}
 
 
 def _factors(result: CriticalPair) -> dict[str, Any]:
@@ -249,5 +249,5 @@ def _turned(result: CriticalPair, pair: int) -> str:
     return f"{_turns(result)[pair]:,.2f}"
 
 
-def _perplexity_and_attention(each: Candidate) -> tuple[str, str]:
+def _perplexity_and_attention(each: Candidate | MeasuredScaling) -> tuple[str, str]:
     return _number(each.perplexity), f"{each.scaling.attention_factor:.4f}"

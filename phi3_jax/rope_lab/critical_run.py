@@ -22,7 +22,13 @@ from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.rope_lab.critical import crossing
-from phi3_jax.rope_lab.critical_plan import Candidate, CriticalPlan, PairEffect, PairScaling
+from phi3_jax.rope_lab.critical_plan import (
+    Candidate,
+    CriticalPlan,
+    MeasuredScaling,
+    PairEffect,
+    PairScaling,
+)
 from phi3_jax.rope_lab.objective_options import ObjectiveOptions
 from phi3_jax.rope_lab.objectives import Losses, Objective, ScoredRope, measure
 from phi3_jax.runs.progress import FileProgress, time_left
@@ -44,8 +50,8 @@ class CriticalPair:
     """Its lengths are the trained one and the one that was measured."""
     candidates: Sequence[Candidate]
     best: Candidate
-    known: Mapping[str, Candidate]
-    """The usual methods; their pair is that of the candidate with the same factors, or -1."""
+    known: Mapping[str, MeasuredScaling]
+    """The usual methods."""
     effects: Sequence[PairEffect]
     options: Mapping[str, Any]
     new: int
@@ -122,18 +128,13 @@ def find_critical_pair(
 
             run(plan, scored, journal, measure_scalings, rows, show=show)
             values = _values(journal, scored)
-    candidate_of = {each.scaling: each for each in plan.measured(values)}
-    known = {
-        name: candidate_of.get(each, Candidate(-1, each, values[each])) for name, each in plan.known.items()
-    }
-    options |= {"text": str(text)}
     return CriticalPair(
         base,
         plan.measured(values),
         plan.best(values),
-        known,
+        {name: MeasuredScaling(each, values[each]) for name, each in plan.known.items()},
         plan.effects(values),
-        options,
+        {"text": str(text), **options},
         len(values) - before,
         monotonic() - began,
     )
