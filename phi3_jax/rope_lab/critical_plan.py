@@ -17,8 +17,8 @@ from phi3_jax.rope_lab.critical import (
 )
 from phi3_jax.rope_lab.search import YARN, attention_factor, known_scalings
 
-COARSE = 4
-"""The distance of the first candidates, which later ones halve."""
+COARSE, FEWEST = 4, 8
+"""The distance of the first candidates, which later ones halve; it is less if they would be fewer."""
 
 
 class PairScaling(NamedTuple):
@@ -118,7 +118,7 @@ class CriticalPlan:
         """Returns the candidates, including those to measure next."""
         if self.listed is not None:
             return sorted(set(self.listed))
-        chosen = coarse_candidates(self.count, COARSE)
+        chosen = coarse_candidates(self.count, min(COARSE, max(1, self.count // FEWEST)))
         while not self._missing(chosen, values):
             finer = next_candidates({each.pair: each.perplexity for each in self._best(chosen, values)})
             if not finer:
