@@ -15,7 +15,7 @@ from phi3_jax.rope_lab.critical import (
     next_candidates,
     with_factor,
 )
-from phi3_jax.rope_lab.search import YARN, attention_factor, known_scalings
+from phi3_jax.rope_lab.search_space import YARN, attention_factor, known_scalings
 
 COARSE, FEWEST = 4, 8
 """The distance of the first candidates, which later ones halve; it is less if they would be fewer."""

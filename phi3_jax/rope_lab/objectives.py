@@ -62,7 +62,7 @@ class Objective:
 
     Args:
         samples: the texts by their length in tokens. Each start of a list is spread over the whole list, so
-            that a search can begin with fewer texts (`part`).
+            that a search can begin with fewer texts (`between`).
         weights: the weight of each length.
 
     Raises:
@@ -89,19 +89,15 @@ class Objective:
         """The tokens that a model reads for one rope, in which `measure` reports its progress."""
         return sum(len(each.tokens) - 1 for samples in self.samples.values() for each in samples)
 
-    def part(self, share: float) -> "Objective":
-        """Returns the objective with this share of the texts of each length, rounded up, at least one.
+    def between(self, begin: int, end: int) -> "Objective":
+        """Returns the objective with only the texts [begin, end) of each length.
 
         Raises:
-            ValueError: the share is not above 0 and at most 1.
+            ValueError: a length has no such texts.
         """
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share!r} must be above 0 and at most 1")
-        # Without rounding first, 0.1 of 30 texts would be 4.
-        fewer = {
-            length: samples[: max(1, math.ceil(round(share * len(samples), 9)))]
-            for length, samples in self.samples.items()
-        }
+        fewer = {length: samples[begin:end] for length, samples in self.samples.items()}
+        if not all(len(samples) == end - begin > 0 for samples in fewer.values()):
+            raise ValueError(f"there are no texts {begin} to {end} of each length")
         return replace(self, samples=fewer)
 
     def value(self, losses: Losses) -> float:

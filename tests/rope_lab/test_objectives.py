@@ -149,15 +149,14 @@ def test_each_start_of_the_windows_is_spread() -> None:
     assert spread(100, 10, 5) == [0, 80, 40, 20, 60]
 
 
-def test_part_keeps_the_first_samples() -> None:
+def test_between_keeps_some_samples_of_each_length() -> None:
     objective = perplexity_objective(np.arange(100), (2, 3), windows=30)
-    for share, count in ((0.1, 3), (0.11, 4), (1e-9, 1), (1.0, 30)):
-        part = objective.part(share)
-        assert {length: len(samples) for length, samples in part.samples.items()} == {2: count, 3: count}
-        assert part.samples[3] == objective.samples[3][:count]
-        assert part.weights == objective.weights
-    with pytest.raises(ValueError, match=r"share=1\.5 must be above 0 and at most 1"):
-        objective.part(1.5)
+    part = objective.between(3, 7)
+    assert {length: len(samples) for length, samples in part.samples.items()} == {2: 4, 3: 4}
+    assert part.samples[3] == objective.samples[3][3:7]
+    assert part.weights == objective.weights
+    with pytest.raises(ValueError, match="there are no texts 29 to 31 of each length"):
+        objective.between(29, 31)
 
 
 def test_value_weighs_the_mean_loss_of_each_length() -> None:

@@ -10,8 +10,9 @@ from small_checkpoint import write_checkpoint
 
 from phi3_jax import make_mesh
 from phi3_jax.config.rope_argument import parse_rope
+from phi3_jax.rope_lab.evolution import Evolution
+from phi3_jax.rope_lab.objective_options import ObjectiveOptions
 from phi3_jax.rope_lab.passkey_run import measure_passkeys
-from phi3_jax.rope_lab.search import Evolution
 from phi3_jax.rope_lab.search_run import search_ropes
 
 pytestmark = pytest.mark.slow
@@ -41,8 +42,8 @@ def test_search_matches_one_device(model: Path, axes: dict[str, int], tmp_path: 
             model,
             text,
             tmp_path / name,
-            length=400,
-            evolution=Evolution(population=6, iterations=1, parents=3),
+            objective=ObjectiveOptions("perplexity", (400,), needles=0),
+            method=Evolution(population=6, iterations=1, parents=3),
             batch_size=3,
             dtype="float32",
             mesh=where,

@@ -56,7 +56,7 @@ def test_measurements_of_ropes_are_written_to_a_store(memory: Store, tmp_path: P
     text = memory.put("text.txt", b"What is the capital of France? " * 40)
     common = ["--model", model, "--dtype", "float32", "--output"]
     compare = ["--text", text, "--lengths", "16,24", "--rope", "linear:factor=2"]
-    search = ["--text", text, "--length", 64, "--population", 5, "--iterations", 0, "--parents", 2]
+    search = ["--text", text, "--lengths", 64, "--iterations", 2, "--knots", 2]
     passkey = ["--lengths", 300, "--depths", 0, "--trials", 1, "--max-new-tokens", 4, "--raw"]
     for app, options, names in (
         (rope_compare.app, compare, compare_report.FILES),
