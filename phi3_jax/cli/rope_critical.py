@@ -12,7 +12,7 @@ from phi3_jax.cli import common, options
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.rope_lab.critical_report import FILES, table, theory, write_critical_report
+from phi3_jax.rope_lab.critical_report import FILES, sum_of_effects, table, theory, write_critical_report
 from phi3_jax.rope_lab.critical_run import find_critical_pair
 from phi3_jax.rope_lab.needles import NEEDLES
 from phi3_jax.rope_lab.objective_options import Kind, ObjectiveOptions
@@ -112,5 +112,5 @@ def critical(
     Console().print(table(result))
     tell(f"{result.new:,} ropes measured in {result.seconds:,.1f} s")
     if result.crossing is not None:
-        tell(f"the effects of single pairs add up to critical pair {result.crossing}")
+        tell(sum_of_effects(result.effects, result.crossing))
     print(f"{output}: critical pair {result.best.pair}, in theory {theory(result)}")

@@ -72,7 +72,7 @@ class CriticalPlan:
         pairs: pairs that are changed alone in the best candidate.
 
     Raises:
-        UserError: the model has no such pair.
+        UserError: the model has no such pair, or no candidate is listed.
     """
 
     base: RopeBase
@@ -81,6 +81,8 @@ class CriticalPlan:
     pairs: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        if self.listed is not None and not self.listed:
+            raise UserError("candidates: give at least one pair")
         for name, numbers in (("candidates", self.listed or ()), ("pairs", self.pairs)):
             if wrong := [each for each in numbers if not 0 <= each < self.count]:
                 raise UserError(

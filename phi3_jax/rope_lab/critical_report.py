@@ -13,7 +13,7 @@ from rich.table import Table
 
 from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.rope_lab.critical import theoretical_pair, turns
-from phi3_jax.rope_lab.critical_plan import Candidate, MeasuredScaling
+from phi3_jax.rope_lab.critical_plan import Candidate, MeasuredScaling, PairEffect
 from phi3_jax.rope_lab.critical_run import CriticalPair
 from phi3_jax.rope_lab.result_files import write_csv, write_figure
 from phi3_jax.runs import plots
@@ -177,7 +177,7 @@ def _draw_effects(ax: Axes, result: CriticalPair) -> None:
         ax.plot(pairs, values, color=colour, marker="o", markersize=4, label=f"this pair {name}")
     ax.axhline(result.best.perplexity, color="black", linewidth=1, linestyle="--", label="best candidate")
     if result.crossing is not None:
-        label = f"single pairs, {result.crossing}"
+        label = f"by single pairs, {result.crossing}"
         ax.axvline(result.crossing, color="#CC79A7", linewidth=1, linestyle="-.", label=label)
     ax.set_xlabel("Single pair of dims")
 
@@ -225,10 +225,7 @@ def _lines(result: CriticalPair) -> Iterator[str]:
             ],
         )
         if result.crossing is not None:
-            yield (
-                "\nIf the effects of single pairs added up, the loss would be least with the pairs from "
-                f"{result.crossing} on stretched and the others plain."
-            )
+            yield f"\n{sum_of_effects(result.effects, result.crossing)}."
     yield f"\n![Perplexity by candidate]({FIGURE})"
 
 
@@ -238,7 +235,16 @@ def _scored(options: Mapping[str, Any]) -> str:
         texts += f" after its first {options['skip_tokens']:,} tokens"
     if options["kind"] == "perplexity":
         return f"the perplexity of {texts}"
-    return f"the perplexity of answers, to {_count(options['needles'], 'question')} in each of {texts}"
+    each = "each of " if options["samples"] > 1 else ""
+    return f"the perplexity of answers, to {_count(options['needles'], 'question')} in {each}{texts}"
+
+
+def sum_of_effects(effects: Sequence[PairEffect], crossing: int) -> str:
+    """Returns a sentence, without its full stop, about the `crossing` of single pairs."""
+    best = "all of them plain"
+    if crossing <= effects[-1].pair:
+        best = f"those from {crossing} on stretched, and earlier ones plain"
+    return f"If the effects of single pairs added up, the loss would be least with {best}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -246,7 +252,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _turned(result: CriticalPair, pair: int) -> str:
-    return f"{_turns(result)[pair]:,.2f}"
+    times = _turns(result)[pair]
+    return f"{times:,.0f}" if times >= 100 else f"{times:.2g}"
 
 
 def _perplexity_and_attention(each: Candidate | MeasuredScaling) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from phi3_jax.rope_lab.critical_plan import (
     PairScaling,
 )
 from phi3_jax.rope_lab.objective_options import ObjectiveOptions
-from phi3_jax.rope_lab.objectives import Losses, Objective, ScoredRope, measure
+from phi3_jax.rope_lab.objectives import Losses, RopeObjective, ScoredRope, measure
 from phi3_jax.runs.progress import FileProgress, time_left
 from phi3_jax.storage.journal import Journal
 from phi3_jax.storage.targets import Target, target_in
@@ -142,7 +142,7 @@ def find_critical_pair(
 
 def run(
     plan: CriticalPlan,
-    objective: Objective,
+    objective: RopeObjective,
     journal: Journal,
     measure_scalings: MeasureScalings,
     rows: int,
@@ -187,7 +187,7 @@ def _entry(scaling: PairScaling, losses: Losses) -> dict[str, Any]:
     return scaling._asdict() | {"losses": sums}
 
 
-def _values(journal: Journal, objective: Objective) -> dict[PairScaling, float]:
+def _values(journal: Journal, objective: RopeObjective) -> dict[PairScaling, float]:
     """Returns the perplexity of each rope in the journal."""
     return {
         PairScaling(tuple(entry["factors"]), entry["attention_factor"]): objective.value(

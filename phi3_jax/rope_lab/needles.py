@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from phi3_jax.errors import UserError
-from phi3_jax.rope_lab.objectives import Objective, Sample, by_length, spread
+from phi3_jax.rope_lab.objectives import RopeObjective, Sample, by_length, spread
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 FACT = "\nThe number of the {key} is {value}.\n"
@@ -138,7 +138,7 @@ def needle_objective(
     seed: int = 0,
     skip: int = 0,
     source: str = "the text",
-) -> Objective:
+) -> RopeObjective:
     """Returns the objective of the answers to questions about facts in a text.
 
     Args:
@@ -161,4 +161,4 @@ def needle_objective(
         chosen[length] = [
             make(text[start : start + length], length, number) for number, start in enumerate(starts)
         ]
-    return Objective(chosen, by_length(lengths, weights))
+    return RopeObjective(chosen, by_length(lengths, weights))

@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from phi3_jax.errors import UserError
 from phi3_jax.rope_lab.needles import NEEDLES, needle_objective
-from phi3_jax.rope_lab.objectives import Objective, perplexity_objective
+from phi3_jax.rope_lab.objectives import RopeObjective, perplexity_objective
 from phi3_jax.tokenizer import Phi3Tokenizer
 
 Kind = Literal["needle", "perplexity"]
@@ -53,7 +53,9 @@ class ObjectiveOptions:
             if value < least:
                 raise UserError(f"{name}={value} must be at least {least}")
 
-    def make(self, tokenizer: Phi3Tokenizer, text: str, source: str) -> tuple[Objective, Objective | None]:
+    def make(
+        self, tokenizer: Phi3Tokenizer, text: str, source: str
+    ) -> tuple[RopeObjective, RopeObjective | None]:
         """Returns the objective of a text, and that of the held-out text at its end, if any is asked for.
 
         The two share no token of the text, and their needles differ.
@@ -82,7 +84,7 @@ class ObjectiveOptions:
         seed: int,
         skip: int,
         source: str,
-    ) -> Objective:
+    ) -> RopeObjective:
         if self.kind == "perplexity":
             return perplexity_objective(tokens, self.lengths, self.weights, samples, skip, source)
         return needle_objective(

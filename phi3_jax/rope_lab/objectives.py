@@ -57,7 +57,7 @@ Losses = Mapping[int, TextLoss]
 
 
 @dataclass(frozen=True)
-class Objective:
+class RopeObjective:
     """What an experiment minimises: the loss of the scored tokens of some texts, under a rope.
 
     Args:
@@ -89,7 +89,7 @@ class Objective:
         """The tokens that a model reads for one rope, in which `measure` reports its progress."""
         return sum(len(each.tokens) - 1 for samples in self.samples.values() for each in samples)
 
-    def between(self, begin: int, end: int) -> "Objective":
+    def between(self, begin: int, end: int) -> "RopeObjective":
         """Returns the objective with only the texts [begin, end) of each length.
 
         Raises:
@@ -125,7 +125,7 @@ class Objective:
 
 def measure(
     scorer: Scorer,
-    objective: Objective,
+    objective: RopeObjective,
     ropes: Sequence[ScoredRope],
     rows: int,
     progress: OnProgress | None = None,
@@ -191,7 +191,7 @@ def perplexity_objective(
     windows: int = 1,
     skip: int = 0,
     source: str = "the text",
-) -> Objective:
+) -> RopeObjective:
     """Returns the objective of all tokens of windows of a text, which are spread over it evenly.
 
     Args:
@@ -210,7 +210,7 @@ def perplexity_objective(
         samples[length] = [
             Sample(np.asarray(tokens[start : start + length], np.int32), scored) for start in starts
         ]
-    return Objective(samples, by_length(lengths, weights))
+    return RopeObjective(samples, by_length(lengths, weights))
 
 
 def by_length(lengths: Sequence[int], weights: Sequence[float] | None) -> dict[int, float]:

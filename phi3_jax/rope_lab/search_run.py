@@ -25,7 +25,7 @@ from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.rope_lab.critical import turns
 from phi3_jax.rope_lab.objective_options import ObjectiveOptions
-from phi3_jax.rope_lab.objectives import Losses, Objective, ScoredRope, measure
+from phi3_jax.rope_lab.objectives import Losses, RopeObjective, ScoredRope, measure
 from phi3_jax.rope_lab.search import Method, RopeSearch, Stages
 from phi3_jax.rope_lab.search_results import write_results
 from phi3_jax.rope_lab.search_space import (
@@ -50,7 +50,7 @@ MOST_TURNS, LEAST_TURNS = 128, 1 / 8
 OWN = "model"
 """The name of a model's own rope among the known ones, if it is not plain."""
 
-Measure = Callable[[Objective, Sequence[Individual], OnProgress], Sequence[Losses]]
+Measure = Callable[[RopeObjective, Sequence[Individual], OnProgress], Sequence[Losses]]
 """Returns the losses of individuals; calls its last argument with the tokens that were read."""
 
 
@@ -88,7 +88,7 @@ class SearchResult:
 class StageObjective(NamedTuple):
     """What individuals are measured on in a stage of a search."""
 
-    objective: Objective
+    objective: RopeObjective
     adds: bool
     """Whether the losses add to those of the stage before, whose texts this stage leaves out."""
 
@@ -174,7 +174,7 @@ def search_ropes(
 
 
 def stage_objectives(
-    everything: Objective, held_out: Objective | None, stages: Stages, samples: Sequence[int]
+    everything: RopeObjective, held_out: RopeObjective | None, stages: Stages, samples: Sequence[int]
 ) -> dict[int, StageObjective]:
     """Returns the objective of each stage: further samples of `everything`, and at last the held-out ones.
 
@@ -284,7 +284,7 @@ class Work:
         done = search.results(search.stages.last)
         fitting = [perplexity for each, perplexity in done.items() if each in search.space]
         best = f", best perplexity {min(fitting):.4f}" if fitting else ""
-        return f"iteration {search.iteration} of {search.method.iterations}{best}"
+        return f"iteration {search.iteration}{best}"
 
 
 def _entries(batch: Sequence[Individual], stage: int, results: Sequence[Losses]) -> Iterator[dict[str, Any]]:
@@ -313,7 +313,7 @@ def _measure(scorer: Scorer, base: RopeBase, rows: int) -> Measure:
     """Returns a function for the losses of individuals, `rows` at a time in one program."""
 
     def measure_stage(
-        objective: Objective, batch: Sequence[Individual], progress: OnProgress
+        objective: RopeObjective, batch: Sequence[Individual], progress: OnProgress
     ) -> Sequence[Losses]:
         ropes = [
             ScoredRope.from_factors(base, each.factors, each.attention_factor, each.initial_tokens)

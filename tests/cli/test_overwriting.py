@@ -83,7 +83,7 @@ def plain(text: str) -> str:
 ROPES = {
     "compare": ("--lengths", "8"),
     "critical": ("--length", "5000"),
-    "search": ("--length", "512"),
+    "search": ("--lengths", "512"),
     "passkey": ("--lengths", "64"),
 }
 
@@ -115,7 +115,7 @@ def test_rope_commands_keep_the_model_and_the_text(
         ("convert", "m"),
         ("rope", "compare", "--text", "t", "--lengths", "8", "--output"),
         ("rope", "critical", "--text", "t", "--length", "8", "--output"),
-        ("rope", "search", "--text", "t", "--length", "8", "--output"),
+        ("rope", "search", "--text", "t", "--lengths", "8", "--output"),
         ("rope", "passkey", "--lengths", "8", "--output"),
         ("finetune", "--output-dir"),
     ],

@@ -132,6 +132,8 @@ def test_rejects_pairs_that_the_model_lacks() -> None:
         CriticalPlan(BASE, [3, 32])
     with pytest.raises(UserError, match="pairs: -1 must be from 0 to 31"):
         CriticalPlan(BASE, pairs=[-1])
+    with pytest.raises(UserError, match="candidates: give at least one pair"):
+        CriticalPlan(BASE, [])
 
 
 def test_first_candidates_are_closer_in_a_model_of_few_pairs() -> None:

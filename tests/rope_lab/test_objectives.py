@@ -19,7 +19,7 @@ from phi3_jax.evaluation.scorer import Scorer
 from phi3_jax.rope_lab.needles import NeedleTexts, needle_objective
 from phi3_jax.rope_lab.objective_options import ObjectiveOptions
 from phi3_jax.rope_lab.objectives import (
-    Objective,
+    RopeObjective,
     Sample,
     ScoredRope,
     measure,
@@ -51,7 +51,7 @@ def text() -> str:
 
 
 @pytest.fixture(scope="module")
-def objective(tokenizer: Phi3Tokenizer, text: str) -> Objective:
+def objective(tokenizer: Phi3Tokenizer, text: str) -> RopeObjective:
     tokens = np.array(tokenizer.encode(text))
     return needle_objective(tokenizer, tokens, LENGTHS, (1.0, 3.0), needles=2, samples=2, seed=5)
 
@@ -69,7 +69,7 @@ def losses_of_theirs(
     return float(loss)
 
 
-def test_answers_match_transformers(model: Path, objective: Objective) -> None:
+def test_answers_match_transformers(model: Path, objective: RopeObjective) -> None:
     """Three ropes of two samples make batches of two, the last of them with rows of two samples."""
     ours = Phi3ForCausalLM.from_pretrained(model, dtype="float32")
     base = ours.config.rope_base
@@ -97,7 +97,7 @@ def test_answers_match_transformers(model: Path, objective: Objective) -> None:
 
 
 def test_needles_are_in_the_text_and_asked_for_at_its_end(
-    tokenizer: Phi3Tokenizer, objective: Objective, text: str
+    tokenizer: Phi3Tokenizer, objective: RopeObjective, text: str
 ) -> None:
     orders = set()
     for length, samples in objective.samples.items():

@@ -89,7 +89,7 @@ def test_writes_factors_history_figure_and_model(whole: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == factors["about"]["measured"] == 8 + 2 * 5
     assert [row["known_as"] for row in rows[:5]] == ["none", "linear", "ntk", "yarn", ""]
-    assert [int(row["iteration"]) for row in rows] == [0] * 8 + [1] * 5 + [2] * 5
+    assert [int(row["iteration"]) for row in rows] == [0] * 4 + [1] * 4 + [2] * 5 + [3] * 5
     assert {row["initial_tokens"] for row in rows} == {"0", "4"}
     assert {row["stage"] for row in rows} == {"1"}
     best = min(rows, key=lambda row: float(row["perplexity"]))

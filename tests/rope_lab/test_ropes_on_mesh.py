@@ -1,4 +1,4 @@
-"""Searches and pass keys with a model on a mesh match those on one device."""
+"""Searches, critical pairs and pass keys with a model on a mesh match those on one device."""
 
 import random
 from pathlib import Path
@@ -10,6 +10,7 @@ from small_checkpoint import write_checkpoint
 
 from phi3_jax import make_mesh
 from phi3_jax.config.rope_argument import parse_rope
+from phi3_jax.rope_lab.critical_run import find_critical_pair
 from phi3_jax.rope_lab.evolution import Evolution
 from phi3_jax.rope_lab.objective_options import ObjectiveOptions
 from phi3_jax.rope_lab.passkey_run import measure_passkeys
@@ -56,6 +57,33 @@ def test_search_matches_one_device(model: Path, axes: dict[str, int], tmp_path: 
         [each.perplexity for each in results[0]], rel=1e-5
     )
     assert len({round(each.perplexity, 3) for each in results[0]}) == len(results[0]) == 9
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_critical_pair_matches_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+    """Three ropes at a time do not divide over two devices."""
+    text = tmp_path / "text.txt"
+    draws = random.Random(3)
+    text.write_text(" ".join(draws.choice(["What", "is", "the", "capital", "of", "x."]) for _ in range(600)))
+    results = [
+        find_critical_pair(
+            model,
+            text,
+            tmp_path / name,
+            objective=ObjectiveOptions("needle", (400,), needles=1, samples=2),
+            pairs=[3],
+            batch_size=3,
+            dtype="float32",
+            mesh=where,
+            show=False,
+        )
+        for name, where in (("one", None), ("mesh", mesh(axes)))
+    ]
+    one, other = ([*each.candidates, *each.known.values()] for each in results)
+    assert [each.scaling for each in one] == [each.scaling for each in other]
+    assert [each.perplexity for each in other] == pytest.approx([each.perplexity for each in one], rel=1e-5)
+    assert results[1].effects[0] == pytest.approx(results[0].effects[0], rel=1e-5)
+    assert len({round(each.perplexity, 3) for each in one}) == len(one) - 2  # linear and NTK are candidates
 
 
 @pytest.mark.parametrize("axes", MESHES)
