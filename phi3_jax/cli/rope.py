@@ -8,6 +8,8 @@ COMMANDS = {
     "compare": "Measure the perplexity of a text by context length, under each rope.",
     "passkey": "Hide a number in long texts and ask for it, under each rope.",
     "search": "Search rope factors for a longer context (LongRoPE).",
+    "export": "Write a rope scaling for transformers, llama.cpp or vLLM.",
+    "import": "Read the rope scaling of another program's file, for --rope @FILE.",
 }
 
 app = typer.Typer(cls=lazy_group(COMMANDS, "rope_"), no_args_is_help=True, add_completion=False)
