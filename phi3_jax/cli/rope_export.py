@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Option
 
-from phi3_jax.checkpoint.default_model import default_model
+from phi3_jax.checkpoint.default_model import MODEL_ID, default_model
 from phi3_jax.cli import options
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import parse_rope
@@ -68,14 +68,13 @@ def export(
     if format == "gguf":
         _write_gguf(output, config, kind, gguf)
         return
-    name = str(source)
     content = transformers_fields(config, kind) if format == "transformers" else hf_overrides(config, kind)
     _write_json(output, content)
     entry = content.get("rope_scaling") or {}
     if kind == "phi3" and "attention_factor" in entry:
         tell("transformers 4 refuses the attention_factor of a Phi-3; transformers 5 reads it")
     if format == "vllm":
-        tell(serve_command(name, content, config.context_length))
+        tell(serve_command(model or MODEL_ID, content, config.context_length))
         if (last := config.rope_scaling.switches_at(config.rope_base)) is not None:
             tell(
                 f"vLLM uses the long list for all texts; for the short one, serve with --max-model-len {last}"

@@ -47,6 +47,12 @@ def test_exports_the_models_own_rope_for_llama(run: Any, tmp_path: Path) -> None
     assert json.loads(result.out)["rope_scaling"] == {"rope_type": "dynamic", "factor": 3.0}
 
 
+def test_a_directory_with_a_gguf_file_has_its_architecture(run: Any, model: Path, llama_file: Path) -> None:
+    llama_file.rename(model / llama_file.name)
+    result = run("rope", "export", "--format", "transformers", "--model", model, "--rope", "linear:factor=2")
+    assert json.loads(result.out)["rope_scaling"] == {"rope_type": "linear", "factor": 2}
+
+
 def test_says_what_transformers_4_refuses(run: Any, model: Path) -> None:
     export = ["rope", "export", "--format", "transformers", "--model", model, "--rope", "yarn:factor=4"]
     assert "transformers 4 refuses the attention_factor" in run(*export).err

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from phi3_jax.checkpoint.gguf_config import read_config
+from phi3_jax.checkpoint.opening import gguf_file
 from phi3_jax.config.model_config import CONFIG_NAME, Phi3Config
 from phi3_jax.errors import CheckpointError
 from phi3_jax.rope_lab.interchange.transformers import MODEL_TYPES
@@ -39,5 +40,8 @@ def open_config(model: str | Path) -> OpenedConfig:
         gguf = GGUFFile(file)
         return OpenedConfig(file, Phi3Config.from_dict(read_config(gguf), file), gguf.architecture)
     config = Phi3Config.from_json_file(file)
+    weights = gguf_file(file.parent) if Path(model).is_dir() else None
+    if weights is not None:  # other programs know the model by it
+        return OpenedConfig(file, config, GGUFFile(weights).architecture)
     named = read_json(file).get("model_type", config.model_type)
     return OpenedConfig(file, config, named if named in MODEL_TYPES else config.model_type)
