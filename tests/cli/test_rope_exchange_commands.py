@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from gguf_files import byte_level, stored_layout, weights, write_gguf
 from rope_cases import LISTS, rope_config
+from stores import open_store
 
 from phi3_jax import Phi3Config
 from phi3_jax.checkpoint.gguf import GGUFSource
@@ -86,6 +87,18 @@ def test_exports_a_copy_of_a_model_and_reads_it(run: Any, llama_file: Path, tmp_
     assert json.loads(factors.read_text())["long_factor"] == list(
         dict(config.rope_scaling.parameters)["long_factor"]
     )
+
+
+def test_a_rope_goes_through_a_store(run: Any, model: Path) -> None:
+    with open_store("memory") as bucket:
+        url = bucket.empty_folder().url
+        export = ["rope", "export", "--model", model, "--rope", "linear:factor=4"]
+        assert run(*export, "--format", "gguf", "--output", f"{url}/rope.gguf").code == 0
+        result = run("rope", "import", f"{url}/rope.gguf", "--output", f"{url}/factors.json")
+        assert "linear, original length 256, context 1,024" in result.out
+        assert (
+            run("rope", "import", f"{url}/factors.json").out == run("rope", "import", f"{url}/rope.gguf").out
+        )
 
 
 @pytest.mark.slow  # compilation
