@@ -270,6 +270,8 @@ def test_reads_phi3small(tmp_path: Path) -> None:
             {**ROPES["dynamic"], "max_position_embeddings": 256},
             "dynamic, context 768, attention factor 1.0000",
         ),
+        (ROPES["longrope"], "longrope"),
+        (ROPES["longrope-attention-factor"], "longrope, attention factor 1.3000"),
     ],
 )
 def test_summary(rope: dict[str, Any], expected: str) -> None:

@@ -54,13 +54,15 @@ def read_rope(path: Path) -> dict[str, Any]:
 
 
 def summary(rope: Mapping[str, Any]) -> str:
-    """Returns the type, the lengths and the attention factor of the result of `read_rope`, in words."""
+    """Returns the type, the lengths and the attention factor of a rope that was read, as far as known."""
     scaling, base = _scaling_and_base(rope)
     parts = [scaling.rope_type]
     if _ORIGINAL in rope:
         parts.append(f"original length {base.original_max_position_embeddings:,}")
     if _MAX in rope:
         parts.append(f"context {scaling.context(base):,}")
+    if scaling.has_two_lists and "attention_factor" not in rope and not {_MAX, _ORIGINAL} <= rope.keys():
+        return ", ".join(parts)  # the factor follows from lengths that are the model's
     last = base.original_max_position_embeddings
     with jax.ensure_compile_time_eval():
         _, attention = scaling.frequencies(base, jnp.asarray([last, last + 1], jnp.int32))
