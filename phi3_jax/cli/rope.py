@@ -9,6 +9,8 @@ COMMANDS = {
     "critical": "Find the pair of dims from which on a longer context needs interpolation (LongRoPE2).",
     "passkey": "Hide a number in long texts and ask for it, under each rope.",
     "search": "Search rope factors for a longer context (LongRoPE).",
+    "export": "Write a rope scaling for transformers, llama.cpp or vLLM.",
+    "import": "Read the rope scaling of another program's file, for --rope @FILE.",
 }
 
 app = typer.Typer(cls=lazy_group(COMMANDS, "rope_"), no_args_is_help=True, add_completion=False)
