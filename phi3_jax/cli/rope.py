@@ -6,7 +6,7 @@ from phi3_jax.cli.lazy import lazy_group
 
 COMMANDS = {
     "compare": "Measure the perplexity of a text by context length, under each rope.",
-    "passkey": "Hide a number in long texts and ask for it, under each rope.",
+    "retrieve": "Hide lines in long texts and ask for what they hold, under each rope.",
     "search": "Search rope factors for a longer context (LongRoPE).",
 }
 

@@ -83,7 +83,7 @@ def plain(text: str) -> str:
 ROPES = {
     "compare": ("--lengths", "8"),
     "search": ("--length", "512"),
-    "passkey": ("--lengths", "64"),
+    "retrieve": ("--lengths", "64"),
 }
 
 
@@ -114,7 +114,7 @@ def test_rope_commands_keep_the_model_and_the_text(
         ("convert", "m"),
         ("rope", "compare", "--text", "t", "--lengths", "8", "--output"),
         ("rope", "search", "--text", "t", "--length", "8", "--output"),
-        ("rope", "passkey", "--lengths", "8", "--output"),
+        ("rope", "retrieve", "--lengths", "8", "--output"),
         ("finetune", "--output-dir"),
     ],
     ids=" ".join,

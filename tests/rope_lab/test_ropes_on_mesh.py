@@ -1,4 +1,4 @@
-"""Searches and pass keys with a model on a mesh match those on one device."""
+"""Searches and retrieval tasks with a model on a mesh match those on one device."""
 
 import random
 from pathlib import Path
@@ -10,7 +10,8 @@ from small_checkpoint import write_checkpoint
 
 from phi3_jax import make_mesh
 from phi3_jax.config.rope_argument import parse_rope
-from phi3_jax.rope_lab.passkey_run import measure_passkeys
+from phi3_jax.rope_lab.retrieval_run import run_retrieval
+from phi3_jax.rope_lab.retrieval_tasks import make_tasks
 from phi3_jax.rope_lab.search import Evolution
 from phi3_jax.rope_lab.search_run import search_ropes
 
@@ -58,12 +59,13 @@ def test_search_matches_one_device(model: Path, axes: dict[str, int], tmp_path: 
 
 
 @pytest.mark.parametrize("axes", MESHES)
-def test_passkeys_match_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+def test_retrieval_matches_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
     results = [
-        measure_passkeys(
+        run_retrieval(
             model,
             tmp_path / name,
             [parse_rope("none"), parse_rope("yarn:factor=2")],
+            tasks=make_tasks(["passkey", "multi-value"], keys=2),
             lengths=(450,),
             depths=(0.0, 1.0),
             trials=2,
@@ -76,4 +78,4 @@ def test_passkeys_match_one_device(model: Path, axes: dict[str, int], tmp_path: 
         for name, where in (("one", None), ("mesh", mesh(axes)))
     ]
     assert results[0] == results[1]
-    assert len({each.answer for each in results[0]}) > 2
+    assert len({each.text for each in results[0]}) > 2
