@@ -94,7 +94,7 @@ class Answerer:
 
     def __init__(self, compiled: CompiledModel, prompts: RetrievalPrompts, ropes: Sequence[Rope]):
         self._compiled, self._prompts = compiled, prompts
-        self._positions = max(rope.initial_tokens for rope in ropes)
+        self._positions = max((rope.initial_tokens for rope in ropes), default=0)
 
     def answer(self, batch: Sequence[RopeCase], rows: int) -> list[Trial]:
         """Returns the trials of a batch, which is padded to `rows` so that one program serves all."""

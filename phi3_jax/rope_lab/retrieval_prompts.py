@@ -211,6 +211,9 @@ class RetrievalPrompts:
         filler: lines of text.
         seed: seed of everything that is drawn.
         max_new_tokens: tokens of an answer; default: by the task.
+
+    Raises:
+        UserError: the filler is empty, or two tasks have the same name.
     """
 
     def __init__(
@@ -226,6 +229,9 @@ class RetrievalPrompts:
         self.tokenizer = tokenizer
         self.template = not raw and tokenizer.chat_template is not None
         self.filler = FillerText(tokenizer, filler)
+        names = [task.name for task in tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"task {twice[0]} is given twice; give it once")
         self._prompts = {
             task.name: TaskPrompts(task, tokenizer, self.filler, self.template, seed, max_new_tokens)
             for task in tasks

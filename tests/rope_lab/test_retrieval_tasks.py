@@ -153,7 +153,6 @@ def test_labels_have_the_parameters() -> None:
     ("names", "counts", "message"),
     [
         (["pass"], {}, "'pass' is not a task; choose from passkey, multi-key, multi-value"),
-        (["passkey", "passkey"], {}, "task passkey is given twice"),
         (["multi-value"], {"keys": 1}, "keys=1 must be at least 2"),
         (["multi-key"], {"keys": 500}, "multi-key keys=500 needs 500 names, and there are"),
         (["variable-tracking"], {"hops": 0}, "hops=0 must be at least 1"),
