@@ -7,7 +7,7 @@ from phi3_jax.cli.lazy import lazy_group
 COMMANDS = {
     "compare": "Measure the perplexity of a text by context length, under each rope.",
     "critical": "Find the pair of dims from which on a longer context needs interpolation (LongRoPE2).",
-    "passkey": "Hide a number in long texts and ask for it, under each rope.",
+    "retrieve": "Hide lines in long texts and ask for what they hold, under each rope.",
     "search": "Search rope factors for a longer context (LongRoPE).",
     "export": "Write a rope scaling for transformers, llama.cpp or vLLM.",
     "import": "Read the rope scaling of another program's file, for --rope @FILE.",

@@ -84,7 +84,7 @@ ROPES = {
     "compare": ("--lengths", "8"),
     "critical": ("--length", "5000"),
     "search": ("--lengths", "512"),
-    "passkey": ("--lengths", "64"),
+    "retrieve": ("--lengths", "64"),
 }
 
 
@@ -116,7 +116,7 @@ def test_rope_commands_keep_the_model_and_the_text(
         ("rope", "compare", "--text", "t", "--lengths", "8", "--output"),
         ("rope", "critical", "--text", "t", "--length", "8", "--output"),
         ("rope", "search", "--text", "t", "--lengths", "8", "--output"),
-        ("rope", "passkey", "--lengths", "8", "--output"),
+        ("rope", "retrieve", "--lengths", "8", "--output"),
         ("finetune", "--output-dir"),
     ],
     ids=" ".join,

@@ -1,4 +1,4 @@
-"""Searches, critical pairs and pass keys with a model on a mesh match those on one device."""
+"""Searches, critical pairs and retrieval tasks with a model on a mesh match those on one device."""
 
 import random
 from pathlib import Path
@@ -13,7 +13,8 @@ from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.rope_lab.critical_run import find_critical_pair
 from phi3_jax.rope_lab.evolution import Evolution
 from phi3_jax.rope_lab.objective_options import ObjectiveOptions
-from phi3_jax.rope_lab.passkey_run import measure_passkeys
+from phi3_jax.rope_lab.retrieval_run import run_retrieval
+from phi3_jax.rope_lab.retrieval_tasks import make_tasks
 from phi3_jax.rope_lab.search_run import search_ropes
 
 pytestmark = pytest.mark.slow
@@ -87,12 +88,13 @@ def test_critical_pair_matches_one_device(model: Path, axes: dict[str, int], tmp
 
 
 @pytest.mark.parametrize("axes", MESHES)
-def test_passkeys_match_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+def test_retrieval_matches_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
     results = [
-        measure_passkeys(
+        run_retrieval(
             model,
             tmp_path / name,
             [parse_rope("none"), parse_rope("yarn:factor=2")],
+            tasks=make_tasks(["passkey", "multi-value"], keys=2),
             lengths=(450,),
             depths=(0.0, 1.0),
             trials=2,
@@ -105,4 +107,4 @@ def test_passkeys_match_one_device(model: Path, axes: dict[str, int], tmp_path: 
         for name, where in (("one", None), ("mesh", mesh(axes)))
     ]
     assert results[0] == results[1]
-    assert len({each.answer for each in results[0]}) > 2
+    assert len({each.text for each in results[0]}) > 2
