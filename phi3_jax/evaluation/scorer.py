@@ -153,6 +153,36 @@ class Scorer:
         here = np.s_[:rows, skipped : skipped + length - scored_from]
         return Scores(losses[here], greedy[here])
 
+    def read(
+        self,
+        tokens: Int[np.ndarray, " T"],
+        inv_freq: Float[np.ndarray, "..."] | LayerFrequencies,
+        attention_scaling: float = 1.0,
+        *,
+        initial_tokens: int = 0,
+        spare: int,
+        progress: OnProgress | None = None,
+    ) -> tuple[KVCache, list[np.ndarray]]:
+        """Reads a whole text, as `score` does.
+
+        Returns:
+            The cache with the text, with `spare` free slots or more; and for each row of the cache, which all
+            hold the text, the arguments of `rope_arguments` after the positions.
+        """
+        text, arguments = self._rows(tokens, inv_freq, attention_scaling, initial_tokens)
+        rows, length, width = self.compiled.rows_for(1), text.shape[1], self._width(text.shape[1])
+        arguments = [np.repeat(each, rows, axis=0) for each in arguments]
+        padded = np.zeros((rows, round_up(length, width)), np.int32)
+        padded[:, :length] = text
+        model = self.compiled.model
+        cache = model.init_cache(rows, self._slots(length + spare + 1), model.cache_dtype)
+        for start in range(0, length, width):
+            _, cache = self.compiled(_feed, cache, padded[:, start : start + width], *arguments)
+            jax.block_until_ready(cache.length)
+            if progress is not None:
+                progress(min(start + width, length) - start)
+        return cache.rewind(np.full(rows, length, np.int32)), arguments
+
     def _rows(self, tokens: Any, *arguments: Any) -> tuple[np.ndarray, list[np.ndarray]]:
         """Broadcasts all arguments to the same number of rows; `LayerFrequencies` to [B, L, K or 1, P]."""
         inv_freq, scaling, initial_tokens = arguments
@@ -210,6 +240,23 @@ def frequencies_key(config: Phi3Config, length: int, initial_tokens: int = 0) ->
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
+def rope_arguments(
+    config: Phi3Config,
+    positions: Int[Array, "B T"],
+    inv_freq: Float[Array, "B P"] | Float[Array, "B L #K P"],
+    attention_scaling: Float[Array, " B"] | Float[Array, "B L #K"],
+    initial_tokens: Int[Array, " B"],
+) -> dict[str, Any]:
+    """Returns the decoder's arguments by which each row's first tokens keep the model's frequencies."""
+    unscaled = positions < initial_tokens[:, None]
+    plain = config.rope_base.inv_freq()[None, None]
+    if inv_freq.ndim == 4:  # by layer
+        frequencies = jnp.where(unscaled[..., None, None, None], plain[:, :, None, None], inv_freq[:, None])
+        return {"inv_freq": LayerFrequencies(frequencies, attention_scaling)}
+    frequencies = jnp.where(unscaled[..., None], plain, inv_freq[:, None])
+    return {"inv_freq": frequencies, "attention_scaling": attention_scaling}
+
+
 def _feed(
     model: Phi3ForCausalLM,
     cache: KVCache,
@@ -220,15 +267,7 @@ def _feed(
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs the decoder on the next tokens; returns its output and the cache with them."""
     positions = cache.length[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)[None]  # [B, T]
-    unscaled = positions < initial_tokens[:, None]
-    plain = model.config.rope_base.inv_freq()[None, None]
-    rope: dict[str, Any]
-    if inv_freq.ndim == 4:  # by layer
-        frequencies = jnp.where(unscaled[..., None, None, None], plain[:, :, None, None], inv_freq[:, None])
-        rope = {"inv_freq": LayerFrequencies(frequencies, attention_scaling)}
-    else:
-        frequencies = jnp.where(unscaled[..., None], plain, inv_freq[:, None])
-        rope = {"inv_freq": frequencies, "attention_scaling": attention_scaling}
+    rope = rope_arguments(model.config, positions, inv_freq, attention_scaling, initial_tokens)
     out = model.decoder(ids, past_key_values=cache, **rope)
     assert out.past_key_values is not None
     return out.last_hidden_state, out.past_key_values
