@@ -1,6 +1,6 @@
 """Attention of sampled queries: its entropy, and how far back it reaches, by layer and head."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +41,12 @@ class AttentionProfile(NamedTuple):
     entropy: Float[np.ndarray, "*Q L N"]
     """-sum p log p, in nats."""
     sink: Float[np.ndarray, "*Q L N"]
-    """The share of the text's first tokens."""
+    """The share of the text's first tokens, the sink."""
     distance: Float[np.ndarray, "*Q L N"]
-    """The mean distance from query to key, in tokens."""
+    """The mean distance in tokens from a query to the keys after the sink, weighted by attention; 0 if there
+    are none."""
     mass: Float[np.ndarray, "*Q L N C"]
-    """The share of each bin of `distance_bins`."""
+    """The share of the keys after the sink in each bin of `distance_bins`; these and `sink` add up to 1."""
 
     def mean(self) -> "AttentionProfile":
         """Returns the mean of the queries, in float64."""
@@ -156,8 +157,12 @@ def _attend(
     lower: Int[Array, " C"],
     upper: Int[Array, " C"],
     *rope: Array,
-) -> tuple[AttentionProfile, KVCache]:
-    """Runs tokens of the cached text again; returns the first row's attention, and the cache as it was."""
+) -> tuple[tuple[Array, ...], KVCache]:
+    """Runs tokens of the cached text again.
+
+    Returns:
+        The fields of the `AttentionProfile` of the first row; the cache as it was.
+    """
     slots = jnp.arange(cache.max_length, dtype=jnp.int32)
     distances = positions[:, :, None] - slots[None, None]  # [B, Q, S]
     visible = distances >= 0
@@ -174,30 +179,33 @@ def _attend(
     assert out.attentions is not None
     assert out.past_key_values is not None
     layers = [_profile(each[0], distances[0], slots, sink_tokens, lower, upper) for each in out.attentions]
-    stacked = AttentionProfile(*(jnp.stack(each, axis=1) for each in zip(*layers, strict=True)))
-    return stacked, out.past_key_values.rewind(cache.length)
+    stacked = (jnp.stack(each, axis=1) for each in zip(*layers, strict=True))
+    return tuple(stacked), out.past_key_values.rewind(cache.length)
 
 
 def _profile(
     weights: Float[Array, "N Q S"],
     distances: Int[Array, "Q S"],
     slots: Int[Array, " S"],
-    sink_tokens: Any,
+    sink_tokens: Int[Array, ""],
     lower: Int[Array, " C"],
     upper: Int[Array, " C"],
-) -> AttentionProfile:
-    """Returns the profile of a layer, with axes Q and N first."""
+) -> tuple[Array, Array, Array, Array]:
+    """Returns the fields of a layer's `AttentionProfile`."""
     shares = weights.astype(jnp.float32).swapaxes(0, 1)  # [Q, N, S]
     shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
+    after_sink = jnp.where(slots < sink_tokens, 0.0, shares)
     apart = distances[:, None]
 
-    def mass_of(bin_of: tuple[Array, Array]) -> Array:
-        inside = (apart >= bin_of[0]) & (apart < bin_of[1])
-        return jnp.sum(jnp.where(inside, shares, 0.0), axis=-1)
+    def mass_of(bounds: tuple[Array, Array]) -> Array:
+        inside = (apart >= bounds[0]) & (apart < bounds[1])
+        return jnp.sum(jnp.where(inside, after_sink, 0.0), axis=-1)
 
-    return AttentionProfile(
-        entropy=jnp.sum(jax.scipy.special.entr(shares), axis=-1),
-        sink=jnp.sum(jnp.where(slots < sink_tokens, shares, 0.0), axis=-1),
-        distance=jnp.sum(shares * apart.astype(jnp.float32), axis=-1),
-        mass=jnp.moveaxis(jax.lax.map(mass_of, (lower, upper)), 0, -1),
+    total = jnp.sum(after_sink, axis=-1)
+    reach = jnp.sum(after_sink * apart.astype(jnp.float32), axis=-1)
+    return (
+        jnp.sum(jax.scipy.special.entr(shares), axis=-1),
+        jnp.sum(shares - after_sink, axis=-1),
+        jnp.where(total > 0, reach / jnp.maximum(total, jnp.finfo(jnp.float32).tiny), 0.0),
+        jnp.moveaxis(jax.lax.map(mass_of, (lower, upper)), 0, -1),
     )

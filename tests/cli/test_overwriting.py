@@ -82,6 +82,7 @@ def plain(text: str) -> str:
 
 ROPES = {
     "compare": ("--lengths", "8"),
+    "inspect": ("--lengths", "8", "--queries", "2"),
     "search": ("--length", "512"),
     "passkey": ("--lengths", "64"),
 }
@@ -113,6 +114,7 @@ def test_rope_commands_keep_the_model_and_the_text(
     [
         ("convert", "m"),
         ("rope", "compare", "--text", "t", "--lengths", "8", "--output"),
+        ("rope", "inspect", "--text", "t", "--lengths", "8", "--output"),
         ("rope", "search", "--text", "t", "--length", "8", "--output"),
         ("rope", "passkey", "--lengths", "8", "--output"),
         ("finetune", "--output-dir"),

@@ -43,12 +43,14 @@ def profile_of_theirs(
     apart = positions[:, None] - np.arange(len(ids))
     bins = np.where(apart > 0, np.floor(np.log2(np.maximum(apart, 1))) + 1, apart)  # below 0: later tokens
     count = int(np.ceil(np.log2(len(ids)))) + 1
-    mass = [(of_queries * (bins == each)[:, None, None]).sum(-1) for each in range(count)]
+    after_sink = np.where(np.arange(len(ids)) < sink, 0.0, of_queries)
+    mass = [(after_sink * (bins == each)[:, None, None]).sum(-1) for each in range(count)]
+    total = after_sink.sum(-1)
     logs = np.log(np.where(of_queries > 0, of_queries, 1.0))
     return {
         "entropy": -(of_queries * logs).sum(-1),
         "sink": of_queries[..., :sink].sum(-1),
-        "distance": (of_queries * apart[:, None, None]).sum(-1),
+        "distance": (after_sink * apart[:, None, None]).sum(-1) / np.where(total > 0, total, 1.0),
         "mass": np.stack(mass, axis=-1),
     }
 
@@ -80,7 +82,7 @@ def test_matches_transformers_on_both_sides_of_the_switch(models: Any, length: i
         Scorer(ours, chunk=8), ids, *rope, positions=positions, sink_tokens=2, progress=counts.append
     )
     assert_same(profile, profile_of_theirs(theirs, ids, positions, 2))
-    np.testing.assert_allclose(profile.mass.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(profile.mass.sum(-1) + profile.sink, 1, rtol=1e-6)
     assert sum(counts) == length + len(positions)
     other_list = frequencies_for(ours.config, 41 if length <= 16 else 16)
     other = attention_profile(Scorer(ours, chunk=8), ids, *other_list, positions=positions)

@@ -8,8 +8,8 @@ from small_checkpoint import write_checkpoint
 from stores import Store
 from typer.testing import CliRunner, Result
 
-from phi3_jax.cli import evaluate, rope_compare, rope_passkey, rope_search
-from phi3_jax.rope_lab import compare_report, passkey_report, search_results
+from phi3_jax.cli import evaluate, rope_compare, rope_inspect, rope_passkey, rope_search
+from phi3_jax.rope_lab import compare_report, inspect_report, passkey_report, search_results
 from phi3_jax.storage.urls import list_entries
 
 
@@ -56,10 +56,12 @@ def test_measurements_of_ropes_are_written_to_a_store(memory: Store, tmp_path: P
     text = memory.put("text.txt", b"What is the capital of France? " * 40)
     common = ["--model", model, "--dtype", "float32", "--output"]
     compare = ["--text", text, "--lengths", "16,24", "--rope", "linear:factor=2"]
+    inspect = ["--text", text, "--lengths", "16,24", "--queries", 3]
     search = ["--text", text, "--length", 64, "--population", 5, "--iterations", 0, "--parents", 2]
     passkey = ["--lengths", 300, "--depths", 0, "--trials", 1, "--max-new-tokens", 4, "--raw"]
     for app, options, names in (
         (rope_compare.app, compare, compare_report.FILES),
+        (rope_inspect.app, inspect, inspect_report.FILES),
         (rope_search.app, search, search_results.FILES),
         (rope_passkey.app, passkey, passkey_report.FILES),
     ):
