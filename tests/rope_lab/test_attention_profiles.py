@@ -21,8 +21,8 @@ from phi3_jax.rope_lab.attention_profiles import (
     sample_positions,
 )
 
-POSITIONS = np.array([0, 5, 6, 13])
-"""Of queries that take two blocks of three; the last one of the shortest text is among them."""
+POSITIONS = [0, 5, 6, 13]
+"""Of queries; the last one of the shortest text is among them."""
 
 
 def text(count: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("length", [14, 16, 41])
 def test_matches_transformers_on_both_sides_of_the_switch(models: Any, length: int) -> None:
     ours, theirs = models
-    ids, positions = text(length), np.append(POSITIONS, length - 1)
+    ids, positions = text(length), np.unique([*POSITIONS, *range(14, length, 3), length - 1])
     rope = frequencies_for(ours.config, length)
     counts: list[int] = []
     profile = attention_profile(
