@@ -168,8 +168,13 @@ class Scorer:
         Returns:
             The cache with the text, with `spare` free slots or more; and for each row of the cache, which all
             hold the text, the arguments of `rope_arguments` after the positions.
+
+        Raises:
+            UserError: the arguments have several rows, or shapes do not fit.
         """
         text, arguments = self._rows(tokens, inv_freq, attention_scaling, initial_tokens)
+        if len(text) > 1:
+            raise UserError(f"tokens and frequencies have {len(text)} rows; read one at a time")
         rows, length, width = self.compiled.rows_for(1), text.shape[1], self._width(text.shape[1])
         arguments = [np.repeat(each, rows, axis=0) for each in arguments]
         padded = np.zeros((rows, round_up(length, width)), np.int32)

@@ -68,7 +68,10 @@ def sample_positions(length: int, count: int) -> Int[np.ndarray, " Q"]:
 
 
 def distance_bins(length: int) -> Int[np.ndarray, " edges"]:
-    """Returns the edges 0, 1, 2, 4, 8, ... of the bins of distances in a text; bin c has [c, c + 1)."""
+    """Returns the edges 0, 1, 2, 4, 8, ... of the bins of distances in a text.
+
+    Bin c has the distances from edge c to below edge c + 1.
+    """
     return np.array([0, *(2**n for n in range(power_of_two(length).bit_length()))], np.int32)
 
 
@@ -79,7 +82,9 @@ def check_inspection(config: Phi3Config) -> None:
         UserError: some layers are block-sparse.
     """
     if config.block_pattern is not None:
-        raise UserError("a model with block-sparse layers cannot be inspected; choose one of dense attention")
+        raise UserError(
+            "a model with block-sparse layers cannot be inspected; choose one whose layers are all dense"
+        )
 
 
 def check_memory(scorer: Scorer, length: int) -> None:
@@ -114,7 +119,7 @@ def attention_profile(
         progress: called with the number of tokens that the model has read.
 
     Raises:
-        UserError: the model has block-sparse layers, or a position is not in the text.
+        UserError: the model has block-sparse layers, a position is not in the text, or shapes do not fit.
     """
     tokens = np.asarray(tokens, np.int32)
     config, length = scorer.config, len(tokens)

@@ -133,13 +133,15 @@ def test_samples_the_second_half() -> None:
         sample_positions(20, 11)
 
 
-def test_rejects_positions_outside_the_text_and_sparse_layers(models: Any) -> None:
+def test_rejects_what_it_cannot_inspect(models: Any) -> None:
     plain = models[0].config.rope_base.inv_freq()
     for positions in ([], [20], [-1]):
         with pytest.raises(ValueError, match="positions of queries must be from 0 to 19, and at least one"):
             attention_profile(Scorer(models[0]), text(20), plain, positions=np.array(positions))
+    with pytest.raises(ValueError, match="tokens and frequencies have 2 rows; read one at a time"):
+        attention_profile(Scorer(models[0]), text(20), np.stack([plain, plain]))
     sparse = Phi3SmallForCausalLM(phi3small.small_config())
-    with pytest.raises(ValueError, match="block-sparse layers cannot be inspected; choose one of dense"):
+    with pytest.raises(ValueError, match="block-sparse layers cannot be inspected; choose one whose layers"):
         attention_profile(Scorer(sparse), text(20), sparse.config.rope_base.inv_freq())
 
 
