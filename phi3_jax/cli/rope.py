@@ -7,6 +7,7 @@ from phi3_jax.cli.lazy import lazy_group
 COMMANDS = {
     "compare": "Measure the perplexity of a text by context length, under each rope.",
     "critical": "Find the pair of dims from which on a longer context needs interpolation (LongRoPE2).",
+    "inspect": "Show attention by layer and head, and unseen angles, under each rope.",
     "retrieve": "Hide lines in long texts and ask for what they hold, under each rope.",
     "search": "Search rope factors for a longer context (LongRoPE).",
     "export": "Write a rope scaling for transformers, llama.cpp or vLLM.",
@@ -18,4 +19,4 @@ app = typer.Typer(cls=lazy_group(COMMANDS, "rope_"), no_args_is_help=True, add_c
 
 @app.callback()
 def rope() -> None:
-    """Measure, compare and search rope scalings."""
+    """Measure, compare, search and exchange rope scalings."""

@@ -63,7 +63,7 @@ def _number(perplexity: float) -> str:
 
 
 def _turns(result: CriticalPair) -> np.ndarray:
-    return turns(result.base, result.base.original_max_position_embeddings)
+    return turns(result.base.inv_freq(), result.base.original_max_position_embeddings)
 
 
 def _rows(result: CriticalPair) -> Iterator[Sequence[Any]]:

@@ -28,7 +28,7 @@ def perplexities(
     finite = [value for line in values.values() for value in line if math.isfinite(value)]
     for number, (name, line) in enumerate(values.items()):
         heights = [value if math.isfinite(value) else np.nan for value in line]
-        ax.plot(lengths, heights, label=short(name), **_style(number), markersize=6)
+        ax.plot(lengths, heights, label=short(name), **line_style(number), markersize=6)
     if trained is not None and lengths[0] <= trained <= lengths[-1]:
         ax.axvline(trained, color=GREY, linewidth=1, linestyle=":", zorder=0)
         ax.annotate(
@@ -50,7 +50,7 @@ def perplexities(
         ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("Context length (tokens)")
     ax.set_ylabel("Perplexity")
-    _legend(ax)
+    legend(ax)
     plain(ax)
     return figure
 
@@ -67,8 +67,8 @@ def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int
     upper, lower = figure.subplots(2, sharex=True)
     for number, (name, lengths, factors) in enumerate(ropes):
         pairs = np.arange(len(lengths))
-        upper.plot(pairs, lengths, label=short(name), **_style(number), markersize=3.5)
-        lower.plot(pairs, factors, **_style(number), markersize=3.5)
+        upper.plot(pairs, lengths, label=short(name), **line_style(number), markersize=3.5)
+        lower.plot(pairs, factors, **line_style(number), markersize=3.5)
     for tokens, label in {length: "longest length", trained: "trained length"}.items():
         upper.axhline(tokens, color=GREY, linewidth=1, linestyle=":", zorder=0)
         upper.annotate(
@@ -81,7 +81,7 @@ def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int
         )
     upper.set_yscale("log")
     upper.set_ylabel("Wavelength (tokens)")
-    _legend(upper, "lower right")
+    legend(upper, "lower right")
     lower.set_yscale("log", base=2)
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     lower.set_ylabel("Factor of plain rope's wavelength")
@@ -93,7 +93,7 @@ def wavelengths(ropes: Sequence[tuple[str, np.ndarray, np.ndarray]], length: int
     return figure
 
 
-def _style(number: int) -> dict[str, Any]:
+def line_style(number: int) -> dict[str, Any]:
     """Returns a colour, marker and line style that differ for many ropes, also in black and white."""
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -103,7 +103,8 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _legend(ax: Axes, where: Literal["best", "lower right"] = "best") -> None:
-    legend = ax.legend(fontsize=9, loc=where, edgecolor="none", framealpha=0.9)
-    for text in legend.get_texts():
+def legend(ax: Axes, where: Literal["best", "lower right"] = "best") -> None:
+    """Draws the names of lines, which may have any text."""
+    drawn = ax.legend(fontsize=9, loc=where, edgecolor="none", framealpha=0.9)
+    for text in drawn.get_texts():
         text.set_parse_math(False)

@@ -342,7 +342,7 @@ def _known(config: Phi3Config, target: Target, lengths: Sequence[int]) -> dict[s
 
 def _knot_ends(base: RopeBase) -> tuple[float, float]:
     """Returns the pairs that turn MOST_TURNS and LEAST_TURNS times within the original length."""
-    each = turns(base, base.original_max_position_embeddings)
+    each = turns(base.inv_freq(), base.original_max_position_embeddings)
     first, last = np.interp(-np.log([MOST_TURNS, LEAST_TURNS]), -np.log(each), np.arange(len(each)))
     return float(first), float(last)
 

@@ -85,6 +85,7 @@ ROPES = {
     "critical": ("--length", "5000"),
     "search": ("--lengths", "512"),
     "retrieve": ("--lengths", "64"),
+    "inspect": ("--lengths", "8", "--queries", "2"),
 }
 
 
@@ -117,6 +118,7 @@ def test_rope_commands_keep_the_model_and_the_text(
         ("rope", "critical", "--text", "t", "--length", "8", "--output"),
         ("rope", "search", "--text", "t", "--lengths", "8", "--output"),
         ("rope", "retrieve", "--lengths", "8", "--output"),
+        ("rope", "inspect", "--text", "t", "--lengths", "8", "--output"),
         ("finetune", "--output-dir"),
     ],
     ids=" ".join,

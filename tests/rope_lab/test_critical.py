@@ -25,7 +25,7 @@ def test_theoretical_pair_is_that_of_the_paper(dim: int, theta: float, trained: 
     assert theoretical_pair(base, trained) == pair
     formula = math.ceil(dim / 2 * math.log(trained / (2 * math.pi), theta))
     assert pair == min(max(formula, 0), dim // 2)
-    turned = turns(base, trained)
+    turned = turns(base.inv_freq(), trained)
     assert all(turned[:pair] >= 1)
     assert all(turned[pair:] < 1)
 
@@ -47,7 +47,7 @@ def test_candidates_contain_linear_and_ntk() -> None:
 def test_stretched_pairs_have_no_new_angles() -> None:
     pair = theoretical_pair(BASE, 8192)
     factors = np.array(candidate_factors(32, pair, BASE.extension))
-    assert np.all((turns(BASE, 16384) / factors)[pair:] <= turns(BASE, 8192)[pair:])
+    assert np.all((turns(BASE.inv_freq(), 16384) / factors)[pair:] <= turns(BASE.inv_freq(), 8192)[pair:])
 
 
 def find(plan: CriticalPlan, perplexity: Callable[[PairScaling], float]) -> dict[PairScaling, float]:

@@ -8,8 +8,8 @@ from small_checkpoint import write_checkpoint
 from stores import Store
 from typer.testing import CliRunner, Result
 
-from phi3_jax.cli import evaluate, rope_compare, rope_retrieve, rope_search
-from phi3_jax.rope_lab import compare_report, retrieval_report, search_results
+from phi3_jax.cli import evaluate, rope_compare, rope_inspect, rope_retrieve, rope_search
+from phi3_jax.rope_lab import compare_report, inspect_report, retrieval_report, search_results
 from phi3_jax.storage.urls import list_entries
 
 
@@ -58,8 +58,10 @@ def test_measurements_of_ropes_are_written_to_a_store(memory: Store, tmp_path: P
     compare = ["--text", text, "--lengths", "16,24", "--rope", "linear:factor=2"]
     search = ["--text", text, "--lengths", 64, "--iterations", 2, "--knots", 2]
     retrieve = ["--lengths", 300, "--depths", 0, "--trials", 1, "--max-new-tokens", 4, "--raw"]
+    inspect = ["--text", text, "--lengths", "16,24", "--queries", 3]
     for app, options, names in (
         (rope_compare.app, compare, compare_report.FILES),
+        (rope_inspect.app, inspect, inspect_report.FILES),
         (rope_search.app, search, search_results.FILES),
         (rope_retrieve.app, retrieve, retrieval_report.FILES),
     ):
