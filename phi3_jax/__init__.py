@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi3_jax.cache import KVCache
     from phi3_jax.checkpoint import CheckpointError, convert_checkpoint
-    from phi3_jax.config import GenerationConfig, Phi3Config, Phi3SmallConfig, RopeScaling, rope_type
+    from phi3_jax.config import (
+        GenerationConfig,
+        LayerFrequencies,
+        Phi3Config,
+        Phi3SmallConfig,
+        RopeScaling,
+        rope_type,
+    )
     from phi3_jax.model import (
         Phi3ForCausalLM,
         Phi3ForSequenceClassification,
@@ -27,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "GenerationConfig",
     "KVCache",
+    "LayerFrequencies",
     "Phi3Config",
     "Phi3ForCausalLM",
     "Phi3ForSequenceClassification",
@@ -49,6 +57,7 @@ _MODULES = {
     "CheckpointError": "errors",
     "GenerationConfig": "config",
     "KVCache": "cache",
+    "LayerFrequencies": "config",
     "Phi3Config": "config",
     "Phi3SmallConfig": "config",
     "Phi3Tokenizer": "tokenizer",

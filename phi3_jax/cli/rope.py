@@ -6,9 +6,13 @@ from phi3_jax.cli.lazy import lazy_group
 
 COMMANDS = {
     "compare": "Measure the perplexity of a text by context length, under each rope.",
-    "passkey": "Hide a number in long texts and ask for it, under each rope.",
+    "critical": "Find the pair of dims from which on a longer context needs interpolation (LongRoPE2).",
+    "inspect": "Show attention by layer and head, and unseen angles, under each rope.",
+    "retrieve": "Hide lines in long texts and ask for what they hold, under each rope.",
     "search": "Search rope factors for a longer context (LongRoPE).",
     "study": "Train and measure a model under each rope, and check the papers' findings.",
+    "export": "Write a rope scaling for transformers, llama.cpp or vLLM.",
+    "import": "Read the rope scaling of another program's file, for --rope @FILE.",
 }
 
 app = typer.Typer(cls=lazy_group(COMMANDS, "rope_"), no_args_is_help=True, add_completion=False)
@@ -16,4 +20,4 @@ app = typer.Typer(cls=lazy_group(COMMANDS, "rope_"), no_args_is_help=True, add_c
 
 @app.callback()
 def rope() -> None:
-    """Measure, compare and search rope scalings."""
+    """Measure, compare, search and exchange rope scalings."""

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.cache import KVCache
+from phi3_jax.config.layer_frequencies import LayerFrequencies
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.generation.compiled import CompiledModel
@@ -100,7 +101,7 @@ class Scorer:
     def score(
         self,
         tokens: Int[np.ndarray, "..."],
-        inv_freq: Float[np.ndarray, "..."],
+        inv_freq: Float[np.ndarray, "..."] | LayerFrequencies,
         attention_scaling: Float[np.ndarray, "..."] | float = 1.0,
         *,
         initial_tokens: Int[np.ndarray, "..."] | int = 0,
@@ -112,14 +113,15 @@ class Scorer:
         Args:
             tokens: [T], for all rows, or [B, T]. Rows may be padded on the right with any tokens, since no
                 token sees later ones.
-            inv_freq: rope frequencies for the whole length of a row, [P] or [B, P].
-            attention_scaling: factor of cosine and sine, one number or [B].
+            inv_freq: rope frequencies for the whole length of a row, [P] or [B, P]; `LayerFrequencies` for
+                each layer or key/value head, which have programs of their own.
+            attention_scaling: factor of cosine and sine, one number or [B]; not beside `LayerFrequencies`.
             initial_tokens: how many first tokens of a row have the model's unscaled frequencies (LongRoPE,
                 arXiv:2402.13753, section 3.1), one number or [B].
             scored_from: the first token that is scored, at least 1.
 
         Raises:
-            UserError: there is nothing to score, or the arguments have different numbers of rows.
+            UserError: there is nothing to score, or shapes or numbers of rows do not fit.
         """
         tokens, arguments = self._rows(tokens, inv_freq, attention_scaling, initial_tokens)
         rows, length = tokens.shape
@@ -151,13 +153,56 @@ class Scorer:
         here = np.s_[:rows, skipped : skipped + length - scored_from]
         return Scores(losses[here], greedy[here])
 
+    def read(
+        self,
+        tokens: Int[np.ndarray, " T"],
+        inv_freq: Float[np.ndarray, "..."] | LayerFrequencies,
+        attention_scaling: float = 1.0,
+        *,
+        initial_tokens: int = 0,
+        spare: int,
+        progress: OnProgress | None = None,
+    ) -> tuple[KVCache, list[np.ndarray]]:
+        """Reads a whole text, as `score` does.
+
+        Returns:
+            The cache with the text, with `spare` free slots or more; and for each row of the cache, which all
+            hold the text, the arguments of `rope_arguments` after the positions.
+
+        Raises:
+            UserError: the arguments have several rows, or shapes do not fit.
+        """
+        text, arguments = self._rows(tokens, inv_freq, attention_scaling, initial_tokens)
+        if len(text) > 1:
+            raise UserError(f"tokens and frequencies have {len(text)} rows; read one at a time")
+        rows, length, width = self.compiled.rows_for(1), text.shape[1], self._width(text.shape[1])
+        arguments = [np.repeat(each, rows, axis=0) for each in arguments]
+        padded = np.zeros((rows, round_up(length, width)), np.int32)
+        padded[:, :length] = text
+        model = self.compiled.model
+        cache = model.init_cache(rows, self._slots(length + spare + 1), model.cache_dtype)
+        for start in range(0, length, width):
+            _, cache = self.compiled(_feed, cache, padded[:, start : start + width], *arguments)
+            jax.block_until_ready(cache.length)
+            if progress is not None:
+                progress(min(start + width, length) - start)
+        return cache.rewind(np.full(rows, length, np.int32)), arguments
+
     def _rows(self, tokens: Any, *arguments: Any) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Broadcasts all arguments to the same number of rows."""
-        given = [np.asarray(tokens, np.int32), *(np.asarray(each) for each in arguments)]
+        """Broadcasts all arguments to the same number of rows; `LayerFrequencies` to [B, L, K or 1, P]."""
+        inv_freq, scaling, initial_tokens = arguments
+        by_layer = isinstance(inv_freq, LayerFrequencies)
+        if by_layer:
+            if np.ndim(scaling) or scaling != 1:
+                raise UserError("LayerFrequencies has its own attention_scaling; give no other")
+            inv_freq, scaling = inv_freq.with_all_axes(self.config, None)
+            inv_freq = inv_freq.squeeze(1)
+        given = [np.asarray(each) for each in (tokens, inv_freq, scaling, initial_tokens)]
         kinds = (np.int32, np.float32, np.float32, np.int32)
+        without_rows = (1, 3, 2, 0) if by_layer else (1, 1, 0, 0)
         shaped = [
             each.astype(kind)[None] if each.ndim == ndim else each.astype(kind)
-            for each, kind, ndim in zip(given, kinds, (1, 1, 0, 0), strict=True)
+            for each, kind, ndim in zip(given, kinds, without_rows, strict=True)
         ]
         rows = max(map(len, shaped))
         if any(len(each) not in (1, rows) for each in shaped):
@@ -200,20 +245,35 @@ def frequencies_key(config: Phi3Config, length: int, initial_tokens: int = 0) ->
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
+def rope_arguments(
+    config: Phi3Config,
+    positions: Int[Array, "B T"],
+    inv_freq: Float[Array, "B P"] | Float[Array, "B L #K P"],
+    attention_scaling: Float[Array, " B"] | Float[Array, "B L #K"],
+    initial_tokens: Int[Array, " B"],
+) -> dict[str, Any]:
+    """Returns the decoder's arguments by which each row's first tokens keep the model's frequencies."""
+    unscaled = positions < initial_tokens[:, None]
+    plain = config.rope_base.inv_freq()[None, None]
+    if inv_freq.ndim == 4:  # by layer
+        frequencies = jnp.where(unscaled[..., None, None, None], plain[:, :, None, None], inv_freq[:, None])
+        return {"inv_freq": LayerFrequencies(frequencies, attention_scaling)}
+    frequencies = jnp.where(unscaled[..., None], plain, inv_freq[:, None])
+    return {"inv_freq": frequencies, "attention_scaling": attention_scaling}
+
+
 def _feed(
     model: Phi3ForCausalLM,
     cache: KVCache,
     ids: Int[Array, "B T"],
-    inv_freq: Float[Array, "B P"],
-    attention_scaling: Float[Array, " B"],
+    inv_freq: Float[Array, "B P"] | Float[Array, "B L #K P"],
+    attention_scaling: Float[Array, " B"] | Float[Array, "B L #K"],
     initial_tokens: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs the decoder on the next tokens; returns its output and the cache with them."""
     positions = cache.length[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)[None]  # [B, T]
-    unscaled = positions < initial_tokens[:, None]
-    plain = model.config.rope_base.inv_freq()[None, None]
-    frequencies = jnp.where(unscaled[..., None], plain, inv_freq[:, None])
-    out = model.decoder(ids, past_key_values=cache, inv_freq=frequencies, attention_scaling=attention_scaling)
+    rope = rope_arguments(model.config, positions, inv_freq, attention_scaling, initial_tokens)
+    out = model.decoder(ids, past_key_values=cache, **rope)
     assert out.past_key_values is not None
     return out.last_hidden_state, out.past_key_values
 

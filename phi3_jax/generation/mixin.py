@@ -76,7 +76,8 @@ class GenerationMixin:
             assistant_model: a small model that drafts tokens; `prompt_lookup_num_tokens` needs none.
             negative_prompt_ids, negative_prompt_attention_mask: prompts that `guidance_scale` avoids.
             inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2]
-                or, for positions 0, 1, ..., [B, positions, rotary_dim / 2] (the last holds beyond them).
+                or, for positions 0, 1, ..., [B, positions, rotary_dim / 2] (the last holds beyond them);
+                `LayerFrequencies` for each layer or key/value head.
             attention_scaling: factor on cosine and sine in place of the config's, a number or [B].
             streamer: `put` gets the prompts, then every step's tokens, `end` comes last.
             seed: of the draws; default: another one for every call.

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi3_jax.cache.cache import KVCache
+from phi3_jax.config.layer_frequencies import LayerFrequencies
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.sizes import power_of_two, round_up
@@ -171,17 +172,27 @@ def check_embedded_prompts(
 
 
 def check_frequencies(
-    inv_freq: Any, scaling: Any, batch: int, pairs: int
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+    config: Phi3Config, inv_freq: Any, scaling: Any, batch: int
+) -> tuple[np.ndarray | LayerFrequencies | None, np.ndarray | None]:
     """Returns the user's rope frequencies and attention scaling for each of `batch` rows.
 
     Raises:
-        UserError: a value is not finite; a shape does not fit `batch` rows or `pairs` pairs of rotary dims.
+        UserError: a value is not finite; a shape does not fit `batch` rows or the sizes of the model; there
+            is a scaling beside that of `LayerFrequencies`.
     """
-    for name, values in {"inv_freq": inv_freq, "attention_scaling": scaling}.items():
+    by_layer = isinstance(inv_freq, LayerFrequencies)
+    if by_layer and scaling is not None:
+        raise UserError("LayerFrequencies has its own attention_scaling; give no other")
+    frequencies, factors = inv_freq if by_layer else (inv_freq, scaling)
+    for name, values in {"inv_freq": frequencies, "attention_scaling": factors}.items():
         with np.errstate(over="ignore"):
             if values is not None and not np.isfinite(np.asarray(values, np.float32)).all():
                 raise UserError(f"{name} has values that are not finite in float32")
+    if by_layer:
+        arrays = (np.asarray(each, np.float32) for each in inv_freq.with_all_axes(config, batch))
+        whole = (np.broadcast_to(each, (batch, *each.shape[1:])) for each in arrays)
+        return LayerFrequencies(*whole), None
+    pairs = config.rotary_dim // 2
     if inv_freq is not None:
         inv_freq = np.asarray(inv_freq, np.float32)
         fits = inv_freq.ndim in (1, 2, 3) and inv_freq.shape[-1] == pairs

@@ -92,9 +92,8 @@ class GenerationRequest:
         self.copies = max(self.config.num_beams, self.config.num_return_sequences)
         """Rows that continue each prompt."""
         self.rows = self.batch * self.copies
-        pairs = compiled.model.config.rotary_dim // 2
         self.inv_freq, self.attention_scaling = check_frequencies(
-            inv_freq, attention_scaling, self.batch, pairs
+            compiled.model.config, inv_freq, attention_scaling, self.batch
         )
         self.negative = self._negative_prompts(negative_prompt_ids, negative_prompt_attention_mask)
         self.before_host, host, self.after_host = split_at_host(
@@ -321,7 +320,8 @@ class GenerationRequest:
         conditional = count // 2 if unconditional and self.guided else count
         prompts = np.minimum(np.arange(count) % conditional // times, self.batch - 1)
         user = {"inv_freq": self.inv_freq, "attention_scaling": self.attention_scaling}
-        return {name: jnp.asarray(x[prompts]) for name, x in user.items() if x is not None}
+        rows = jax.tree.map(lambda x: jnp.asarray(x[prompts]), user)
+        return {name: x for name, x in rows.items() if x is not None}
 
     def settings(
         self,

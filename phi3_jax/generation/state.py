@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from phi3_jax.cache.cache import KVCache
+from phi3_jax.config.layer_frequencies import LayerFrequencies
 from phi3_jax.generation.processors import LogitsProcessorList
 from phi3_jax.generation.sequences import Sequences
 
@@ -72,7 +73,7 @@ class RopeChoice(NamedTuple):
 
     least: Int[Array, " B"]
     most: Int[Array, ""]
-    inv_freq: Float[Array, "B P"] | Float[Array, "B S P"] | None = None
+    inv_freq: Float[Array, "B P"] | Float[Array, "B S P"] | LayerFrequencies | None = None
     """Replaces the config's frequencies for each row, or each of its positions (the last holds beyond)."""
     attention_scaling: Float[Array, " B"] | None = None
 
@@ -82,13 +83,13 @@ class RopeChoice(NamedTuple):
 
     def take(self, rows: Int[Array | np.ndarray, " n"]) -> "RopeChoice":
         """Returns the choice for these rows in this order."""
-        replacements = (None if x is None else x[rows] for x in (self.inv_freq, self.attention_scaling))
+        replacements = jax.tree.map(lambda x: x[rows], (self.inv_freq, self.attention_scaling))
         return RopeChoice(self.least[rows], self.most, *replacements)
 
     def model_arguments(self, positions: Int[Array, "B T"]) -> dict[str, Any]:
         """Returns the model's arguments that replace its config's rope for tokens at `positions`."""
         inv_freq = self.inv_freq
-        if inv_freq is not None and inv_freq.ndim == 3:
+        if isinstance(inv_freq, Array) and inv_freq.ndim == 3:
             inv_freq = jnp.take_along_axis(inv_freq, positions[:, :, None], axis=1, mode="clip")
         arguments = {"inv_freq": inv_freq, "attention_scaling": self.attention_scaling}
         return {name: value for name, value in arguments.items() if value is not None}

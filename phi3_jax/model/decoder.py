@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from phi3_jax.cache.cache import KVCache
 from phi3_jax.cache.layer_cache import LayerCache, Vectors
+from phi3_jax.config.layer_frequencies import LayerFrequencies
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.model.arguments import check, locate, refuse
 from phi3_jax.model.attention import attention
@@ -31,7 +32,7 @@ from phi3_jax.model.layers import (
 from phi3_jax.model.masks import CausalMask
 from phi3_jax.model.outputs import BaseModelOutputWithPast
 from phi3_jax.model.pretrained import Phi3PreTrainedModel
-from phi3_jax.model.rope import apply_rope, rope_tables
+from phi3_jax.model.rope import LayerRope, Tables, apply_rope, layer_rope, rope_tables
 from phi3_jax.parallel.sharding import check_divides, constrain
 from phi3_jax.sizes import round_up
 
@@ -74,7 +75,7 @@ class Phi3Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Array, Array],
+        tables: Tables,
         mask: CausalMask | Array,
         past: LayerCache | None,
         keep: int | None,
@@ -146,7 +147,7 @@ class Phi3DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Array, Array],
+        tables: Tables,
         mask: CausalMask | Array,
         past: LayerCache | None = None,
         keep: int | None = None,
@@ -236,7 +237,7 @@ class Phi3Model(Phi3PreTrainedModel):
         output_hidden_states: bool = False,
         *,
         rngs: nnx.Rngs | Key[Array, ""] | None = None,
-        inv_freq: Float[Array, "..."] | None = None,
+        inv_freq: Float[Array, "..."] | LayerFrequencies | None = None,
         attention_scaling: Float[Array, "..."] | float | None = None,
         rope_length: Int[Array, " B"] | None = None,
         hidden_states_to_keep: int | None = None,
@@ -257,7 +258,7 @@ class Phi3Model(Phi3PreTrainedModel):
             output_attentions, output_hidden_states: return every layer's probabilities or outputs.
             rngs: for dropout, a key or an `nnx.Rngs` with a `dropout` stream; None: no dropout.
             inv_freq: rope frequencies in place of the config's, [rotary_dim / 2], [B, rotary_dim / 2] or, for
-                each new token, [B, T, rotary_dim / 2].
+                each new token, [B, T, rotary_dim / 2]; `LayerFrequencies` for each layer or key/value head.
             attention_scaling: factor on cosine and sine in place of the config's, a scalar or [B].
             rope_length: the length by which each row's frequencies are chosen, such as the whole prompt's
                 when it comes in chunks. Default: its tokens so far, or the cache's `rope_length` if greater.
@@ -287,11 +288,17 @@ class Phi3Model(Phi3PreTrainedModel):
         x = jnp.asarray(new.inputs_embeds) if new.input_ids is None else self.embed_tokens(new.input_ids)
         x = constrain(x.astype(self.dtype), self.mesh, "batch", length_axis, "hidden")
         x = scaled(dropout(x, self.config.embd_pdrop, fold_in(key, 0)), self.config.embedding_multiplier)
-        tables = rope_tables(self.config, where.position_ids, where.rope_length, inv_freq, attention_scaling)
+        rope: Tables | LayerRope
+        if isinstance(inv_freq, LayerFrequencies):
+            rope = layer_rope(self.config, where.position_ids, inv_freq, attention_scaling)
+        else:
+            rope = rope_tables(
+                self.config, where.position_ids, where.rope_length, inv_freq, attention_scaling
+            )
         states, attentions, present = run_layers(
             self.layers,
             x,
-            tables,
+            rope,
             where.mask,
             cache,
             keep=None if output_hidden_states or output_attentions else hidden_states_to_keep,

@@ -14,6 +14,7 @@ from phi3_jax.cache.cache import KVCache
 from phi3_jax.cache.layer_cache import Vectors
 from phi3_jax.errors import UserError
 from phi3_jax.model.masks import CausalMask
+from phi3_jax.model.rope import LayerRope, Tables
 
 Model = TypeVar("Model", bound=Any)
 Policy = Callable[..., bool]
@@ -74,7 +75,7 @@ def _period(structures: list[Any]) -> tuple[Any, ...]:
 def run_layers(
     layers: nnx.List[Any] | StackedLayers,
     x: Array,
-    tables: tuple[Array, Array],
+    rope: Tables | LayerRope,
     mask: CausalMask | Array,
     cache: KVCache | None,
     *,
@@ -92,14 +93,14 @@ def run_layers(
             raise UserError(
                 "stacked layers are for training: no cache, no attentions; unstack the model first"
             )
-        return [_scan(layers, run, x, tables, mask, key)], [], []
+        return [_scan(layers, run, x, rope, mask, key)], [], []
     prefill = isinstance(mask, CausalMask) and mask.prefill
     hidden_states, attentions, present = [], [], []
     for index, layer in enumerate(layers):
         past = None if cache is None else cache.layer(index, prefill)
         own_keep = keep if index == len(layers) - 1 else None
         x, weights, vectors = run(
-            layer, x, tables, mask, past, own_keep, output_attentions, _layer_key(key, index)
+            layer, x, _rope_of(rope, index), mask, past, own_keep, output_attentions, _layer_key(key, index)
         )
         hidden_states.append(x)
         if output_attentions:
@@ -112,7 +113,7 @@ def _scan(
     layers: StackedLayers,
     run: Callable[..., Any],
     x: Array,
-    tables: tuple[Array, Array],
+    rope: Tables | LayerRope,
     mask: CausalMask | Array,
     key: Array | None,
 ) -> Array:
@@ -129,8 +130,8 @@ def _scan(
         numbers, stacked = item
         for offset in range(period):
             layer = layers.of_kind(offset, jax.tree.map(lambda leaf, at=offset: part(leaf, at), stacked))
-            layer_key = _layer_key(key, part(numbers, offset))
-            x = run(layer, x, tables, mask, None, None, False, layer_key)[0]
+            index = part(numbers, offset)
+            x = run(layer, x, _rope_of(rope, index), mask, None, None, False, _layer_key(key, index))[0]
         return x, None
 
     numbers = jnp.arange(layers.count, dtype=jnp.int32)
@@ -141,10 +142,16 @@ def _layer_key(key: Array | None, index: Array | int) -> Array | None:
     return None if key is None else jax.random.fold_in(key, index + 1)
 
 
+def _rope_of(rope: Tables | LayerRope, index: Array | int) -> Tables | tuple[LayerRope, Array | int]:
+    """Returns the tables of all layers, or what the layer at `index` computes its own from."""
+    return (rope, index) if isinstance(rope, LayerRope) else rope
+
+
 @partial(jax.jit, static_argnums=(5, 6))
-def _run_layer(layer: Callable[..., Any], *arguments: Any) -> Any:
+def _run_layer(layer: Callable[..., Any], x: Array, rope: Any, *arguments: Any) -> Any:
     """Runs one layer; under `jit`, JAX traces it once for all layers, and XLA inlines it."""
-    return layer(*arguments)
+    tables = rope[0].tables(rope[1]) if isinstance(rope[0], LayerRope) else rope
+    return layer(x, tables, *arguments)
 
 
 def stack_layers(model: Model) -> Model:

@@ -1,12 +1,19 @@
 """Rotary position embeddings: cosines and sines of each position, and the rotation of heads."""
 
+from dataclasses import dataclass
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from phi3_jax.config.layer_frequencies import LayerFrequencies
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.errors import UserError
 from phi3_jax.model.layers import scaled
+
+Tables: TypeAlias = tuple[Array, Array]
+"""Cosines and sines, [B, T, half] or, for each key/value head, [B, T, K, half]."""
 
 
 def rope_tables(
@@ -45,16 +52,60 @@ def rope_tables(
     return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerRope:
+    """Positions, and the frequencies of every layer.
+
+    Each layer computes its own tables, so that memory holds those of one layer, also in a backward pass.
+    """
+
+    position_ids: Float[Array, "B T"]
+    inv_freq: Float[Array, "#B #T L #K P"]
+    attention_scaling: Float[Array, "#B L #K"]
+
+    def tables(self, layer: int | Int[Array, ""]) -> Tables:
+        """Returns cosines and sines of a layer, [B, T, K or 1, half], float32, times its factors."""
+        inv_freq = jax.lax.dynamic_index_in_dim(self.inv_freq, layer, axis=2, keepdims=False)
+        scaling = jax.lax.dynamic_index_in_dim(self.attention_scaling, layer, axis=1, keepdims=False)
+        angles = self.position_ids[..., None, None] * inv_freq
+        scaling = scaling[:, None, :, None]
+        return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
+
+
+def layer_rope(
+    config: Phi3Config,
+    position_ids: Int[Array, "B T"],
+    frequencies: LayerFrequencies,
+    attention_scaling: object = None,
+) -> LayerRope:
+    """Returns the rope of all layers, whose frequencies replace the config's.
+
+    Raises:
+        UserError: shapes that do not fit, or an `attention_scaling` beside that of `frequencies`.
+    """
+    if attention_scaling is not None:
+        raise UserError("LayerFrequencies has its own attention_scaling; give no other")
+    rows, length = position_ids.shape
+    whole = frequencies.with_all_axes(config, rows, length)
+    return LayerRope(
+        scaled(position_ids.astype(jnp.float32), config.position_scale),
+        jnp.asarray(whole.inv_freq, jnp.float32),
+        jnp.asarray(whole.attention_scaling, jnp.float32),
+    )
+
+
 def apply_rope(
-    x: Float[Array, "B T ..."], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+    x: Float[Array, "B T ..."], cos: Float[Array, "B T ..."], sin: Float[Array, "B T ..."]
 ) -> Float[Array, "B T ..."]:
     """Rotates the leading dims of each head, split in halves (GPT-NeoX order); the others do not change.
 
-    `x` is [B, T, heads..., H]; `cos` and `sin` cover the 2 * half <= H rotary dims.
+    `x` is [B, T, heads..., H]; `cos` and `sin` are [B, T, half] or, by the first axis of heads,
+    [B, T, K or 1, half], and cover the 2 * half <= H rotary dims.
     """
     half = cos.shape[-1]
-    heads = (1,) * (x.ndim - 3)
-    cos = cos.reshape(*cos.shape[:2], *heads, half).astype(x.dtype)
-    sin = sin.reshape(*sin.shape[:2], *heads, half).astype(x.dtype)
+    heads = (1,) * (x.ndim - cos.ndim)
+    cos = cos.reshape(*cos.shape[:-1], *heads, half).astype(x.dtype)
+    sin = sin.reshape(*sin.shape[:-1], *heads, half).astype(x.dtype)
     first, second, rest = jax.lax.split(x, (half, half, x.shape[-1] - 2 * half), axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

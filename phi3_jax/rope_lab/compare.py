@@ -123,7 +123,7 @@ def compare_ropes(
     lengths = sorted(set(lengths))
     max_tokens = max_tokens or lengths[-1]
     checkpoint = open_checkpoint(model)
-    ropes = _ropes(arguments, checkpoint.config)
+    ropes = named_ropes(arguments, checkpoint.config)
     content = read_text(text)
     tokens = first_tokens(checkpoint.source.tokenizer(), content, skip_tokens + max_tokens)[skip_tokens:]
     _check_length(text, len(tokens), lengths, max_tokens, skip_tokens)
@@ -147,7 +147,12 @@ def compare_ropes(
     return Comparison(ropes, lengths, cells, options, len(tokens), checkpoint.config, seconds)
 
 
-def _ropes(arguments: Sequence[RopeArgument], config: Phi3Config) -> list[Rope]:
+def named_ropes(arguments: Sequence[RopeArgument], config: Phi3Config) -> list[Rope]:
+    """Returns the ropes that a user named, for a model of `config`.
+
+    Raises:
+        UserError: a name is given twice, or as `RopeArgument.apply`.
+    """
     names = [argument.name for argument in arguments]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"--rope {sorted(twice)[0]} is given twice")

@@ -1,6 +1,7 @@
 """Results of a search for rope factors: the factors, its history, a figure, and a model that has them."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from phi3_jax.checkpoint.reconfigure import reconfigure_checkpoint
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.evaluation.run_options import STATE
 from phi3_jax.rope_lab.result_files import write_csv, write_figure
-from phi3_jax.rope_lab.search import RopeSearch, Scored
+from phi3_jax.rope_lab.search import RopeSearch
+from phi3_jax.rope_lab.search_space import Individual
 from phi3_jax.runs import plots
 from phi3_jax.runs.json_values import json_value
 from phi3_jax.storage.outputs import write_text
@@ -54,13 +56,21 @@ def _factors(search: RopeSearch, options: Mapping[str, Any], config: Phi3Config)
     """Returns the best rope as `--rope longrope:@factors.json` takes it, and the search's options."""
     best, plain = search.best(), search.best(initial_tokens=0)
     about: dict[str, Any] = {
-        "perplexity": best.perplexity,
-        "known": {name: scored.perplexity for name, scored in known_scores(search).items()},
+        "perplexity": _searched(search, best.individual),
+        "known": {name: _searched(search, each) for name, each in search.known.items()},
         "measured": len(search.scored),
         "asked": options,
     }
+    if search.stages.finalists:
+        held_out = search.results(search.stages.held_out)
+        about["held_out"] = {
+            "perplexity": best.perplexity,
+            "known": {name: held_out[each] for name, each in search.known.items()},
+        }
     if best.individual.initial_tokens:
-        about["best_without_initial_tokens"] = plain.individual._asdict() | {"perplexity": plain.perplexity}
+        about["best_without_initial_tokens"] = plain.individual._asdict() | {
+            "perplexity": _searched(search, plain.individual)
+        }
     return {
         "rope_type": "longrope",
         "short_factor": [1.0] * len(best.individual.factors),
@@ -73,10 +83,9 @@ def _factors(search: RopeSearch, options: Mapping[str, Any], config: Phi3Config)
     }
 
 
-def known_scores(search: RopeSearch) -> dict[str, Scored]:
-    """Returns the results of the methods that the search starts from, by name."""
-    measured = {each.individual: each for each in search.scored}
-    return {name: measured[individual] for name, individual in search.known.items()}
+def _searched(search: RopeSearch, individual: Individual) -> float:
+    """Returns the perplexity of an individual on the whole text of the search."""
+    return search.results(search.stages.last)[individual]
 
 
 def _history(search: RopeSearch) -> Iterator[Sequence[Any]]:
@@ -84,6 +93,7 @@ def _history(search: RopeSearch) -> Iterator[Sequence[Any]]:
     yield [
         "evaluation",
         "iteration",
+        "stage",
         "known_as",
         "perplexity",
         "best",
@@ -92,18 +102,19 @@ def _history(search: RopeSearch) -> Iterator[Sequence[Any]]:
         *(f"factor_{pair}" for pair in range(pairs)),
     ]
     names = {individual: name for name, individual in search.known.items()}
-    best = float("inf")
-    for number, (iteration, (individual, perplexity)) in enumerate(
+    best: dict[int, float] = {}
+    for evaluation, (iteration, (individual, perplexity, stage)) in enumerate(
         zip(search.iterations, search.scored, strict=True), start=1
     ):
         if individual in search.space:
-            best = min(best, perplexity)
+            best[stage] = min(best.get(stage, math.inf), perplexity)
         yield [
-            number,
+            evaluation,
             iteration,
+            "held-out" if stage == search.stages.held_out else stage + 1,
             names.get(individual, ""),
             perplexity,
-            best,
+            best.get(stage, ""),
             individual.initial_tokens,
             individual.attention_factor,
             *individual.factors,
@@ -120,9 +131,15 @@ def figure(search: RopeSearch) -> Figure:
 
 
 def _draw_progress(ax: Axes, search: RopeSearch) -> None:
-    iterations = np.array(search.iterations)
-    values = np.array([each.perplexity for each in search.scored])
-    inside = np.array([each.individual in search.space for each in search.scored])
+    last = search.stages.last
+    measured = [
+        (iteration, each)
+        for iteration, each in zip(search.iterations, search.scored, strict=True)
+        if each.stage == last
+    ]
+    iterations = np.array([iteration for iteration, _ in measured])
+    values = np.array([each.perplexity for _, each in measured])
+    inside = np.array([each.individual in search.space for _, each in measured])
     numbers = np.arange(1, len(values) + 1)
     best = np.minimum.accumulate(np.where(inside, values, np.inf))
     ax.scatter(numbers, values, s=10, color=plots.BLUE, alpha=0.35, linewidths=0, label="each")
@@ -137,15 +154,16 @@ def _draw_progress(ax: Axes, search: RopeSearch) -> None:
     ax.step(
         numbers, best, where="post", color=plots.ORANGE, linewidth=1.8, label=f"best so far, {best[-1]:.2f}"
     )
-    for name, scored in known_scores(search).items():
-        label = f"{name}, {scored.perplexity:.2f}"
-        ax.axhline(scored.perplexity, color=KNOWN_COLOURS[name], linewidth=1, linestyle="--", label=label)
+    for name, individual in search.known.items():
+        perplexity = _searched(search, individual)
+        label = f"{name}, {perplexity:.2f}"
+        ax.axhline(perplexity, color=KNOWN_COLOURS[name], linewidth=1, linestyle="--", label=label)
     # Far worse values would squeeze the others into a line; the legend has their numbers.
     finite = values[np.isfinite(values)]
     low, high = finite.min(), np.quantile(finite, 0.7)
     room = 0.08 * (high - low) or 0.01 * low
     ax.set_ylim(low - room, high + room)
-    ax.set_xlabel("Evaluation")
+    ax.set_xlabel("Evaluation on all samples" if last else "Evaluation")
     ax.set_ylabel("Perplexity")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize=8, edgecolor="none", framealpha=0.9, loc="upper right")
@@ -170,15 +188,21 @@ def _draw_factors(ax: Axes, search: RopeSearch) -> None:
 
 def table(search: RopeSearch) -> Table:
     """Returns the known methods and the best individuals for a terminal, the best first."""
-    rows = known_scores(search)
-    best, plain = search.best(), search.best(initial_tokens=0)
+    rows = dict(search.known)
+    best, plain = search.best().individual, search.best(initial_tokens=0).individual
     rows["found"] = best
     if best != plain:
         rows["found, none unscaled"] = plain
-    shown = Table("rope", "perplexity", "attention factor", "unscaled tokens", box=SIMPLE)
-    for name, scored in sorted(rows.items(), key=lambda row: row[1].perplexity):
-        genes = scored.individual
+    held_out = search.results(search.stages.held_out)
+    columns = ["rope", "perplexity", *["held out"] * bool(held_out), "attention factor", "unscaled tokens"]
+    shown = Table(*columns, box=SIMPLE)
+    decides = held_out or search.results(search.stages.last)
+    for name, individual in sorted(rows.items(), key=lambda row: decides[row[1]]):
+        perplexities = [_searched(search, individual), *([held_out[individual]] if held_out else [])]
         shown.add_row(
-            name, f"{scored.perplexity:.4f}", f"{genes.attention_factor:.4f}", str(genes.initial_tokens)
+            name,
+            *(f"{each:.4f}" for each in perplexities),
+            f"{individual.attention_factor:.4f}",
+            str(individual.initial_tokens),
         )
     return shown

@@ -4,7 +4,7 @@ The `gguf` package is imported when a file is opened, so that nothing else needs
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,30 @@ class GGUFFile:
         if not holds(value):
             raise self.error(f"{name} = {value!r:.80} must be {expected}")
         return value
+
+    def stored_metadata(self) -> Iterator[tuple[str, Any, Any, Any]]:
+        """Yields each key with its value, the value's type, and the type of an array's elements.
+
+        Types are the gguf package's. The architecture and arrays without elements, which have no type, are
+        left out.
+
+        Raises:
+            CheckpointError: a text is not valid UTF-8.
+        """
+        for field in self._reader.fields.values():
+            if field.name.startswith("GGUF.") or field.name == "general.architecture":
+                continue
+            try:
+                value = field.contents()
+            except UnicodeDecodeError as error:
+                raise self.error(f"{field.name} is not valid UTF-8") from error
+            except IndexError:
+                continue
+            yield field.name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None
+
+    def stored_tensors(self) -> list[Any]:
+        """Returns the gguf package's descriptions of the tensors; their data are views of the file."""
+        return list(self._reader.tensors)
 
     def require(self, key: str) -> Any:
         """Returns the value of a metadata key.

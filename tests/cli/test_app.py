@@ -219,7 +219,7 @@ def test_names_a_number_of_a_list_that_cannot_be_used(text: str, words: str) -> 
 @pytest.mark.parametrize(
     "words",
     [
-        ("rope", "search", "--text", "x", "--output", "y", "--length"),
+        ("rope", "critical", "--text", "x", "--output", "y", "--length"),
         ("plan", "--model", "m", "--topology", "v5e:1x1", "--seq"),
         ("classify", "--model", "m", "--input", "i", "--output", "o.csv", "--batch-size"),
         ("finetune", "--max-steps"),

@@ -82,8 +82,10 @@ def plain(text: str) -> str:
 
 ROPES = {
     "compare": ("--lengths", "8"),
-    "search": ("--length", "512"),
-    "passkey": ("--lengths", "64"),
+    "critical": ("--length", "5000"),
+    "search": ("--lengths", "512"),
+    "retrieve": ("--lengths", "64"),
+    "inspect": ("--lengths", "8", "--queries", "2"),
 }
 
 
@@ -113,8 +115,10 @@ def test_rope_commands_keep_the_model_and_the_text(
     [
         ("convert", "m"),
         ("rope", "compare", "--text", "t", "--lengths", "8", "--output"),
-        ("rope", "search", "--text", "t", "--length", "8", "--output"),
-        ("rope", "passkey", "--lengths", "8", "--output"),
+        ("rope", "critical", "--text", "t", "--length", "8", "--output"),
+        ("rope", "search", "--text", "t", "--lengths", "8", "--output"),
+        ("rope", "retrieve", "--lengths", "8", "--output"),
+        ("rope", "inspect", "--text", "t", "--lengths", "8", "--output"),
         ("finetune", "--output-dir"),
     ],
     ids=" ".join,

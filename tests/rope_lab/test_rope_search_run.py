@@ -20,7 +20,11 @@ from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.scorer import Scorer
 from phi3_jax.rope_lab import search_run
-from phi3_jax.rope_lab.search import Evolution
+from phi3_jax.rope_lab.cobyqa import Cobyqa
+from phi3_jax.rope_lab.evolution import Evolution
+from phi3_jax.rope_lab.objective_options import ObjectiveOptions
+from phi3_jax.rope_lab.objectives import ScoredRope, measure
+from phi3_jax.rope_lab.search import Stages
 from phi3_jax.rope_lab.search_run import search_ropes
 
 LENGTH = 96
@@ -44,9 +48,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def search(model: Path, text: Path, output: Path, **changes: Any) -> Any:
-    options = {"length": LENGTH, "windows": 2, "evolution": EVOLUTION, "batch_size": 3, "dtype": "float32"}
-    return search_ropes(model, text, output, **options | {"show": False} | changes)
+def search(model: Path, text: Path, output: Path, *, length: int = LENGTH, **changes: Any) -> Any:
+    options = {"method": EVOLUTION, "batch_size": 3, "dtype": "float32", "show": False}
+    options["objective"] = ObjectiveOptions("perplexity", (length,), samples=2, needles=0)
+    return search_ropes(model, text, output, **options | changes)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +89,9 @@ def test_writes_factors_history_figure_and_model(whole: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == factors["about"]["measured"] == 8 + 2 * 5
     assert [row["known_as"] for row in rows[:5]] == ["none", "linear", "ntk", "yarn", ""]
-    assert [int(row["iteration"]) for row in rows] == [0] * 8 + [1] * 5 + [2] * 5
+    assert [int(row["iteration"]) for row in rows] == [0] * 4 + [1] * 4 + [2] * 5 + [3] * 5
     assert {row["initial_tokens"] for row in rows} == {"0", "4"}
+    assert {row["stage"] for row in rows} == {"1"}
     best = min(rows, key=lambda row: float(row["perplexity"]))
     assert float(best["perplexity"]) == factors["about"]["perplexity"] == float(rows[-1]["best"])
     assert [float(best[f"factor_{pair}"]) for pair in range(6)] == factors["long_factor"]
@@ -117,12 +123,13 @@ def test_perplexities_match_transformers(model: Path, text: Path, whole: Path) -
     lists = Phi3Config.from_pretrained(whole / "model").rope_scaling
     state = json.loads((whole / "state.json").read_text())["entries"]
     unscaled = [entry for entry in state if entry["initial_tokens"] == 0]
-    best = min(unscaled, key=lambda entry: entry["perplexity"])
+    best = min(unscaled, key=lambda entry: entry["losses"][str(LENGTH)][0])
     assert dict(lists.parameters)["long_factor"] == tuple(best["factors"])
 
     parts = windows(model, text)
     expected = perplexity_of_theirs(Checkpoint(whole / "model"), parts, None)
-    assert expected == pytest.approx(best["perplexity"], rel=1e-5)
+    loss, tokens = best["losses"][str(LENGTH)]
+    assert expected == pytest.approx(np.exp(loss / tokens), rel=1e-5)
     for name in ("none", "linear:factor=3", "yarn:factor=3"):
         rope = Rope(parse_rope(name).apply(config))
         expected = perplexity_of_theirs(Checkpoint(model), parts, rope)
@@ -195,9 +202,7 @@ def test_resumes_in_a_store_to_the_same_result(model, text, whole, kind, monkeyp
         for name, content in contents(whole).items():
             assert store.get(f"out/{name}") == content, name
         with pytest.raises(ValueError, match=r"out was started with other options .* seed: 1 -> 2"):
-            search(
-                model, text, f"{store.url}/out", initial_tokens=(0, 4), evolution=Evolution(8, 2, 3, 0.3, 2)
-            )
+            search(model, text, f"{store.url}/out", initial_tokens=(0, 4), method=Evolution(8, 2, 3, 0.3, 2))
         monkeypatch.setattr(search_run.Pipeline, "load", None)
         assert search(model, text, f"{store.url}/out", initial_tokens=(0, 4)).new == 0
 
@@ -213,14 +218,14 @@ def test_a_finished_search_needs_no_model(model, text, whole, monkeypatch) -> No
 def test_all_individuals_share_one_program(model, text, tmp_path) -> None:
     search(model, text, tmp_path / "warm", batch_size=4)
     with compilations() as programs:
-        search(model, text, tmp_path / "out", batch_size=4, evolution=Evolution(9, 1, 2, 0.5, 7))
+        search(model, text, tmp_path / "out", batch_size=4, method=Evolution(9, 1, 2, 0.5, 7))
     assert programs == []
 
 
 def test_rejects_other_options(model, text, whole) -> None:
     before = contents(whole)
     with pytest.raises(ValueError, match=r"seed: 1 -> 2.*--overwrite"):
-        search(model, text, whole, initial_tokens=(0, 4), evolution=Evolution(8, 2, 3, 0.3, 2))
+        search(model, text, whole, initial_tokens=(0, 4), method=Evolution(8, 2, 3, 0.3, 2))
     with pytest.raises(ValueError, match=r"initial_tokens: \[0, 4\] -> \[0\]"):
         search(model, text, whole)
     assert contents(whole) == before
@@ -246,10 +251,17 @@ def test_rejects_wrong_options_before_any_work(model, text, tmp_path, monkeypatc
         search(model, text, output, length=32)
     with pytest.raises(ValueError, match=r"tokens; 2 windows of 90,000 need 180,000"):
         search(model, text, output, length=90_000)
+    skipping = ObjectiveOptions("perplexity", (LENGTH,), needles=0, skip_tokens=9_999_999)
     with pytest.raises(ValueError, match=r"has 0 tokens after the 9,999,999 that are skipped"):
-        search(model, text, output, skip_tokens=9_999_999)
+        search(model, text, output, objective=skipping)
+    with pytest.raises(ValueError, match=r"1 shares need as many numbers of samples, not 0"):
+        search(model, text, output, stages=Stages(kept=(0.5,)))
+    with pytest.raises(ValueError, match=r"must ascend from 1 to below the 2 of all: \[2\]"):
+        search(model, text, output, stages=Stages(kept=(0.5,)), stage_samples=(2,))
+    with pytest.raises(ValueError, match="finalists need held-out samples"):
+        search(model, text, output, stages=Stages(finalists=2))
     with pytest.raises(ValueError, match="too small for the 4"):
-        search(model, text, output, evolution=Evolution(3, 1, 2))
+        search(model, text, output, method=Evolution(3, 1, 2))
     with pytest.raises(ValueError, match="and 0 among them"):
         search(model, text, output, initial_tokens=(4,))
     assert not output.exists()
@@ -263,3 +275,34 @@ def test_limits_the_batch_by_memory(model, text, tmp_path, monkeypatch) -> None:
             search(model, text, tmp_path / "out")
     search(model, text, tmp_path / "out", batch_size=None, overwrite=True)
     assert json.loads((tmp_path / "out" / "state.json").read_text())["chosen"] == {"batch_size": 2}
+
+
+@pytest.mark.parametrize("method", [EVOLUTION, Cobyqa(iterations=12, knots=3)])
+def test_stages_and_held_out_text_measure_what_one_stage_does(model, text, tmp_path, method) -> None:
+    """Compares the losses of a staged search with those of all samples, and of the end of the text."""
+    stages = Stages((0.4,) if isinstance(method, Evolution) else (), 2)
+    asked = ObjectiveOptions("perplexity", (64, LENGTH), (1.0, 3.0), samples=3, needles=0, held_out=2)
+    first = (1,) if stages.kept else ()
+    done = search(
+        model, text, tmp_path / "out", objective=asked, method=method, stages=stages, stage_samples=first
+    )
+    config = Phi3Config.from_pretrained(model)
+    scorer = Scorer(Phi3ForCausalLM.from_pretrained(model, dtype="float32"))
+    tokenizer = Phi3Tokenizer.from_pretrained(model)
+    whole, held_out = asked.make(tokenizer, text.read_text(), "")
+    for stage, objective in ((stages.last, whole), (stages.held_out, held_out)):
+        for individual, perplexity in list(done.search.results(stage).items())[-3:]:
+            ropes = [
+                ScoredRope.from_factors(config.rope_base, individual.factors, individual.attention_factor)
+            ]
+            (losses,) = measure(scorer, objective, ropes, 1)
+            assert perplexity == pytest.approx(objective.value(losses), rel=1e-6)
+    assert len(done.search.results(stages.held_out)) == 4 + 2
+    about = json.loads((tmp_path / "out" / "factors.json").read_text())["about"]
+    assert about["held_out"]["perplexity"] == done.search.best().perplexity
+    assert about["held_out"]["perplexity"] <= min(about["held_out"]["known"].values())
+    again = search(
+        model, text, tmp_path / "out", objective=asked, method=method, stages=stages, stage_samples=first
+    )
+    assert again.new == 0
+    assert again.search.best() == done.search.best()

@@ -1,4 +1,4 @@
-"""Searches and pass keys with a model on a mesh match those on one device."""
+"""Searches, critical pairs and retrieval tasks with a model on a mesh match those on one device."""
 
 import random
 from pathlib import Path
@@ -10,8 +10,11 @@ from small_checkpoint import write_checkpoint
 
 from phi3_jax import make_mesh
 from phi3_jax.config.rope_argument import parse_rope
-from phi3_jax.rope_lab.passkey_run import measure_passkeys
-from phi3_jax.rope_lab.search import Evolution
+from phi3_jax.rope_lab.critical_run import find_critical_pair
+from phi3_jax.rope_lab.evolution import Evolution
+from phi3_jax.rope_lab.objective_options import ObjectiveOptions
+from phi3_jax.rope_lab.retrieval_run import run_retrieval
+from phi3_jax.rope_lab.retrieval_tasks import make_tasks
 from phi3_jax.rope_lab.search_run import search_ropes
 
 pytestmark = pytest.mark.slow
@@ -41,8 +44,8 @@ def test_search_matches_one_device(model: Path, axes: dict[str, int], tmp_path: 
             model,
             text,
             tmp_path / name,
-            length=400,
-            evolution=Evolution(population=6, iterations=1, parents=3),
+            objective=ObjectiveOptions("perplexity", (400,), needles=0),
+            method=Evolution(population=6, iterations=1, parents=3),
             batch_size=3,
             dtype="float32",
             mesh=where,
@@ -58,12 +61,40 @@ def test_search_matches_one_device(model: Path, axes: dict[str, int], tmp_path: 
 
 
 @pytest.mark.parametrize("axes", MESHES)
-def test_passkeys_match_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+def test_critical_pair_matches_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+    """Three ropes at a time do not divide over two devices."""
+    text = tmp_path / "text.txt"
+    draws = random.Random(3)
+    text.write_text(" ".join(draws.choice(["What", "is", "the", "capital", "of", "x."]) for _ in range(600)))
     results = [
-        measure_passkeys(
+        find_critical_pair(
+            model,
+            text,
+            tmp_path / name,
+            objective=ObjectiveOptions("needle", (400,), needles=1, samples=2),
+            pairs=[3],
+            batch_size=3,
+            dtype="float32",
+            mesh=where,
+            show=False,
+        )
+        for name, where in (("one", None), ("mesh", mesh(axes)))
+    ]
+    one, other = ([*each.candidates, *each.known.values()] for each in results)
+    assert [each.scaling for each in one] == [each.scaling for each in other]
+    assert [each.perplexity for each in other] == pytest.approx([each.perplexity for each in one], rel=1e-5)
+    assert results[1].effects[0] == pytest.approx(results[0].effects[0], rel=1e-5)
+    assert len({round(each.perplexity, 3) for each in one}) == len(one) - 2  # linear and NTK are candidates
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_retrieval_matches_one_device(model: Path, axes: dict[str, int], tmp_path: Path) -> None:
+    results = [
+        run_retrieval(
             model,
             tmp_path / name,
             [parse_rope("none"), parse_rope("yarn:factor=2")],
+            tasks=make_tasks(["passkey", "multi-value"], keys=2),
             lengths=(450,),
             depths=(0.0, 1.0),
             trials=2,
@@ -76,4 +107,4 @@ def test_passkeys_match_one_device(model: Path, axes: dict[str, int], tmp_path: 
         for name, where in (("one", None), ("mesh", mesh(axes)))
     ]
     assert results[0] == results[1]
-    assert len({each.answer for each in results[0]}) > 2
+    assert len({each.text for each in results[0]}) > 2

@@ -8,8 +8,8 @@ from small_checkpoint import write_checkpoint
 from stores import Store
 from typer.testing import CliRunner, Result
 
-from phi3_jax.cli import evaluate, rope_compare, rope_passkey, rope_search
-from phi3_jax.rope_lab import compare_report, passkey_report, search_results
+from phi3_jax.cli import evaluate, rope_compare, rope_inspect, rope_retrieve, rope_search
+from phi3_jax.rope_lab import compare_report, inspect_report, retrieval_report, search_results
 from phi3_jax.storage.urls import list_entries
 
 
@@ -56,12 +56,14 @@ def test_measurements_of_ropes_are_written_to_a_store(memory: Store, tmp_path: P
     text = memory.put("text.txt", b"What is the capital of France? " * 40)
     common = ["--model", model, "--dtype", "float32", "--output"]
     compare = ["--text", text, "--lengths", "16,24", "--rope", "linear:factor=2"]
-    search = ["--text", text, "--length", 64, "--population", 5, "--iterations", 0, "--parents", 2]
-    passkey = ["--lengths", 300, "--depths", 0, "--trials", 1, "--max-new-tokens", 4, "--raw"]
+    search = ["--text", text, "--lengths", 64, "--iterations", 2, "--knots", 2]
+    retrieve = ["--lengths", 300, "--depths", 0, "--trials", 1, "--max-new-tokens", 4, "--raw"]
+    inspect = ["--text", text, "--lengths", "16,24", "--queries", 3]
     for app, options, names in (
         (rope_compare.app, compare, compare_report.FILES),
+        (rope_inspect.app, inspect, inspect_report.FILES),
         (rope_search.app, search, search_results.FILES),
-        (rope_passkey.app, passkey, passkey_report.FILES),
+        (rope_retrieve.app, retrieve, retrieval_report.FILES),
     ):
         for _ in range(2):  # the second run measures nothing
             result = run(app, *options, *common, url)
@@ -73,5 +75,9 @@ def test_measurements_of_ropes_are_written_to_a_store(memory: Store, tmp_path: P
             assert memory.get("out/model/config.json") != memory.get("model/config.json")
         for name in written:
             memory.remove(f"out/{name}")
-    for app, options in ((rope_compare.app, compare), (rope_search.app, search), (rope_passkey.app, passkey)):
+    for app, options in (
+        (rope_compare.app, compare),
+        (rope_search.app, search),
+        (rope_retrieve.app, retrieve),
+    ):
         assert "would write over the model" in str(run(app, *options, *common, model).exception)

@@ -138,6 +138,7 @@ def write_gguf(
         **(extra or {}),
     }
     writer = gguf.GGUFWriter(path, architecture)
+    writer.data_alignment = metadata.get("general.alignment", writer.data_alignment)
     for key, value in metadata.items():
         if value is None:
             continue

@@ -35,7 +35,7 @@ def check_study(study: StudyStages, model: Path) -> None:
     Scorer(shapes).check_memory(max(lengths))
     tokenizer = Phi3Tokenizer.from_pretrained(model)
     _check_text(study, tokenizer)
-    base, shortest = settings.base, TrainingPrompts(tokenizer).shortest
+    base, shortest = settings.base, TrainingPrompts(tokenizer, settings.training_tasks()).shortest
     if base is not None and base.retrieval_share and base.length < shortest:
         raise UserError(
             f"base.length={base.length} is too short for retrieval tasks, which need {shortest} tokens; give "
@@ -49,7 +49,8 @@ def _check_text(study: StudyStages, tokenizer: Phi3Tokenizer) -> None:
     check_tokens("test", sizes["test"], max(settings.compare.lengths[-1], settings.compare.max_tokens or 0))
     for rope in settings.ropes.values():
         if rope.search is not None:
-            check_tokens("validation", sizes["validation"], settings.length, rope.search.windows)
+            samples = rope.search.samples + rope.search.held_out
+            check_tokens("validation", sizes["validation"], settings.length, samples)
     if settings.finetune is not None:
         check_tokens("train", sizes["train"], settings.length)
         check_tokens("validation", sizes["validation"], settings.length, settings.finetune.validation_windows)

@@ -112,7 +112,8 @@ def _retrievals(results: StudyResults) -> Iterator[str]:
     cells = {(row.rope, row.trained, row.task, row.length): row for row in results.retrievals}
     keys = dict.fromkeys((row.task, row.trained, row.rope) for row in results.retrievals)
     prompts = sorted({row.prompts for row in results.retrievals})
-    yield f"Right answers, of {' or '.join(f'{count:,}' for count in prompts)} prompts for each length.\n"
+    counts = " or ".join(f"{count:,}" for count in prompts)
+    yield f"Sums of scores (the share of right values in an answer) of {counts} prompts for each length.\n"
     rows = [
         (
             task,
@@ -188,4 +189,4 @@ def _number(value: float | None) -> str:
 
 
 def _rate(row: RetrievalRow | None) -> str:
-    return "" if row is None else f"{row.right} ({row.rate:.0%})"
+    return "" if row is None else f"{row.right:.4g} ({row.rate:.0%})"

@@ -29,13 +29,14 @@ class PerplexityRow(NamedTuple):
 
 
 class RetrievalRow(NamedTuple):
-    """The right answers to a retrieval task under a rope at a length."""
+    """The answers to a retrieval task under a rope at a length."""
 
     rope: str
     trained: str
     task: str
     length: int
-    right: int
+    right: float
+    """The sum of scores, each the share of the right values that an answer has."""
     prompts: int
 
     @property

@@ -7,9 +7,11 @@ from typing import Any
 from jax.sharding import Mesh
 
 from phi3_jax.config.rope_argument import RopeArgument
-from phi3_jax.rope_lab.passkey import Case, PasskeyPrompts
-from phi3_jax.rope_lab.passkey_report import TrialGrid, write_passkey_report
-from phi3_jax.rope_lab.passkey_run import measure_passkeys
+from phi3_jax.rope_lab.retrieval_prompts import Case, RetrievalPrompts
+from phi3_jax.rope_lab.retrieval_report import write_retrieval_report
+from phi3_jax.rope_lab.retrieval_run import run_retrieval
+from phi3_jax.rope_lab.retrieval_scores import TrialGrid
+from phi3_jax.rope_lab.retrieval_tasks import Task
 from phi3_jax.rope_lab.study.settings import RetrieveSettings
 from phi3_jax.storage.targets import Target
 from phi3_jax.tokenizer import Phi3Tokenizer
@@ -19,27 +21,25 @@ TRAINING_SEED = 7_000_001
 
 
 class TrainingPrompts:
-    """Makes retrieval tasks with their answers, to train on, without a chat template."""
+    """Makes retrieval tasks in turns, with their answers, to train on, without a chat template."""
 
-    def __init__(self, tokenizer: Phi3Tokenizer):
+    def __init__(self, tokenizer: Phi3Tokenizer, tasks: Sequence[Task]):
         self._encode = tokenizer.encode
         self._end = tokenizer.eos_token_id
-        longest = max(len(self._answer(key)) for key in ("10000", "77777", "99999"))
-        self._prompts = PasskeyPrompts(tokenizer, longest, template=False, seed=TRAINING_SEED)
+        self._tasks = tasks
+        self._prompts = RetrievalPrompts(tokenizer, tasks, raw=True, seed=TRAINING_SEED)
 
     @property
     def shortest(self) -> int:
-        """The least tokens of a task with its answer."""
+        """The least tokens with which each of the tasks can be made."""
         return self._prompts.shortest
 
     def __call__(self, length: int, depth: float, number: int) -> list[int]:
         """Returns the ids of a task of at most `length` tokens, which ends with its answer."""
-        prompt = self._prompts(Case(length, depth, number))
-        return [*prompt.ids, *self._answer(prompt.key)]
-
-    def _answer(self, key: str) -> list[int]:
+        task = self._tasks[number % len(self._tasks)]
+        prompt = self._prompts(Case(task.name, length, depth if task.has_depth else None, number))
         end = [] if self._end is None else [self._end]
-        return [*self._encode(f" {key}", add_special_tokens=False), *end]
+        return [*prompt.ids, *self._encode(prompt.right_answer, add_special_tokens=False), *end]
 
 
 def measure_retrieval(
@@ -53,14 +53,15 @@ def measure_retrieval(
     mesh: Mesh | None,
     show: bool,
 ) -> list[dict[str, Any]]:
-    """Measures a model under a rope; returns for each task and length how many answers are right.
+    """Measures a model under a rope; returns the sum of scores for each task and length.
 
     The journal and the report are in `output`; the same call resumes.
     """
-    done = measure_passkeys(
+    done = run_retrieval(
         model,
         output,
         [rope],
+        tasks=settings.make_tasks(),
         lengths=settings.lengths,
         depths=settings.depths,
         trials=settings.trials,
@@ -71,10 +72,11 @@ def measure_retrieval(
         mesh=mesh,
         show=show,
     )
-    write_passkey_report(output, done)
-    return [_row("passkey", length, done.trials) for length in TrialGrid(done).lengths]
-
-
-def _row(task: str, length: int, trials: Sequence[Any]) -> dict[str, Any]:
-    found = [trial.found for trial in trials if trial.length == length]
-    return {"task": task, "length": length, "right": sum(found), "prompts": len(found)}
+    write_retrieval_report(output, done)
+    grid = TrialGrid(done.trials)
+    rows = []
+    for task in grid.tasks:
+        for length in grid.lengths:
+            scores = [trial.score for trial in grid.at(rope.name, task, length)]
+            rows.append({"task": task, "length": length, "right": sum(scores), "prompts": len(scores)})
+    return rows

@@ -11,6 +11,7 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import RopeArgument, parse_rope
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.scorer import frequencies_for
+from phi3_jax.rope_lab.search import Stages
 from phi3_jax.rope_lab.search_results import FACTORS
 from phi3_jax.rope_lab.search_run import search_ropes
 from phi3_jax.rope_lab.study.stages import StudyStages
@@ -134,9 +135,9 @@ def _searched(study: StudyStages, name: str, base: Path) -> str:
             base,
             study.part("validation"),
             output,
-            length=settings.length,
-            evolution=search.evolution(),
-            windows=search.windows,
+            objective=search.asked(settings.length),
+            method=search.method(),
+            stages=Stages(finalists=search.finalists),
             dtype=settings.dtype,
             mesh=study.mesh,
             show=study.show,

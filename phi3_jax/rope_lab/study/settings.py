@@ -9,7 +9,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.errors import UserError
-from phi3_jax.rope_lab.search import Evolution
+from phi3_jax.rope_lab.cobyqa import Cobyqa
+from phi3_jax.rope_lab.needles import NEEDLES
+from phi3_jax.rope_lab.objective_options import Kind, ObjectiveOptions
+from phi3_jax.rope_lab.retrieval_tasks import Task, make_tasks
 from phi3_jax.storage.urls import is_url
 from phi3_jax.train.settings import Settings, describe_fault, read_settings_file
 
@@ -101,22 +104,26 @@ class BaseSettings(_Strict):
 
 
 class SearchSettings(_Strict):
-    """A search of factors on the validation part of the text; see `phi3-jax rope search`."""
+    """A search of factors on the validation part of the text, by COBYQA; see `phi3-jax rope search`."""
 
-    windows: int = Field(1, ge=1)
-    population: int = 16
-    iterations: int = 10
-    parents: int = 4
-    mutation_probability: float = 0.3
-    seed: int = 0
+    objective: Kind = "perplexity"
+    samples: int = Field(1, ge=1)
+    held_out: int = Field(1, ge=1)
+    finalists: int = Field(3, ge=1)
+    needles: int = Field(NEEDLES, ge=1)
+    iterations: int = Field(40, ge=0)
+    knots: int = Field(6, ge=2)
+    seed: int = Field(0, ge=0)
 
-    def evolution(self) -> Evolution:
-        return Evolution(self.population, self.iterations, self.parents, self.mutation_probability, self.seed)
+    def method(self) -> Cobyqa:
+        return Cobyqa(self.iterations, self.knots)
 
-    @model_validator(mode="after")
-    def _fits(self) -> "SearchSettings":
-        self.evolution()
-        return self
+    def asked(self, length: int) -> ObjectiveOptions:
+        """Returns the objective at a length."""
+        needles = (self.needles, self.seed) if self.objective == "needle" else (0, 0)
+        return ObjectiveOptions(
+            self.objective, (length,), None, self.samples, *needles, held_out=self.held_out
+        )
 
 
 class RopeSettings(_Strict):
@@ -175,15 +182,26 @@ class CompareSettings(_Strict):
 
 
 class RetrieveSettings(_Strict):
-    """Retrieval by length and depth; see `phi3-jax rope passkey`."""
+    """Retrieval by length and depth; see `phi3-jax rope retrieve`."""
 
-    tasks: list[Literal["passkey"]] = Field(["passkey"], min_length=1)
+    tasks: list[str] = Field(["passkey"], min_length=1)
+    keys: int = 4
+    hops: int = 4
+    chains: int = 2
     lengths: Lengths
     depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
     trials: int = Field(5, ge=1)
-    max_new_tokens: int = Field(16, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
     raw: bool = False
     seed: int = Field(0, ge=0)
+
+    def make_tasks(self) -> list[Task]:
+        return make_tasks(self.tasks, keys=self.keys, hops=self.hops, chains=self.chains)
+
+    @model_validator(mode="after")
+    def _has_tasks(self) -> "RetrieveSettings":
+        self.make_tasks()
+        return self
 
 
 class StudySettings(_Strict):
@@ -230,6 +248,10 @@ class StudySettings(_Strict):
         ):
             raise UserError("trained asks for fine-tuning; give finetune, or trained: [none]")
         return self
+
+    def training_tasks(self) -> list[Task]:
+        """Returns the retrieval tasks to train on: those that are measured."""
+        return make_tasks(["passkey"]) if self.retrieve is None else self.retrieve.make_tasks()
 
     def trained_of(self, name: str) -> list[Trained]:
         """Returns how a rope is trained."""

@@ -38,7 +38,7 @@ def train_base(study: StudyStages) -> Path:
     length = settings.length
 
     def work(output: Target) -> dict[str, Any]:
-        prompts = TrainingPrompts(Phi3Tokenizer.from_pretrained(new))
+        prompts = TrainingPrompts(Phi3Tokenizer.from_pretrained(new), study.settings.training_tasks())
         tokens = _tokens(settings.train, length)
         lengths = (prompts.shortest, length)
         mixture = Mixture(
@@ -88,7 +88,7 @@ def _write_mixtures(study: StudyStages, base: Path, output: Target) -> dict[str,
     """Writes the examples that all fine-tuned models share; returns the files."""
     settings, length = study.settings.finetune, study.settings.length
     assert settings is not None
-    prompts = TrainingPrompts(Phi3Tokenizer.from_pretrained(base))
+    prompts = TrainingPrompts(Phi3Tokenizer.from_pretrained(base), study.settings.training_tasks())
     original = trained_length(open_checkpoint(base).config)
     long_only = Mixture(_tokens(settings.train, length), length)
     mixed = Mixture(
@@ -110,7 +110,8 @@ def _write_mixture(study: StudyStages, model: Path, target: Target, mixture: Mix
     """Writes the examples of a mixture; returns the file."""
     tokenizer = Phi3Tokenizer.from_pretrained(model)
     draws = np.random.default_rng(study.settings.seed)
-    write_examples(target, mixture.examples(study.ids("train", tokenizer), TrainingPrompts(tokenizer), draws))
+    prompts = TrainingPrompts(tokenizer, study.settings.training_tasks())
+    write_examples(target, mixture.examples(study.ids("train", tokenizer), prompts, draws))
     return os.fspath(target)
 
 

@@ -13,6 +13,7 @@ from small_checkpoint import write_checkpoint
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.scorer import frequencies_for
+from phi3_jax.rope_lab.retrieval_tasks import make_tasks
 from phi3_jax.rope_lab.study.base import write_new_model
 from phi3_jax.rope_lab.study.record import StudyRecord
 from phi3_jax.rope_lab.study.retrieval import TrainingPrompts
@@ -48,7 +49,7 @@ def test_windows_of_passes_differ() -> None:
 def test_examples_have_their_shares_of_the_tokens(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     tokenizer = Phi3Tokenizer.from_pretrained(tmp_path)
-    prompts = TrainingPrompts(tokenizer)
+    prompts = TrainingPrompts(tokenizer, make_tasks(["passkey", "multi-query"]))
     lengths = (prompts.shortest, prompts.shortest + 100)
     mixture = Mixture(20_000, 100, 20, short_share=0.3, retrieval_share=0.2, retrieval_lengths=lengths)
     examples = list(mixture.examples(list(range(1000)), prompts, np.random.default_rng(0)))
@@ -57,17 +58,21 @@ def test_examples_have_their_shares_of_the_tokens(tmp_path: Path) -> None:
     assert sizes[100:400] == [20] * 300
     tasks = examples[400:]
     assert 4000 <= sum(sizes[400:]) < 4000 + lengths[1]
-    assert all(lengths[0] - 4 <= len(task) <= lengths[1] for task in tasks)
+    assert all(len(task) <= lengths[1] for task in tasks)
     texts = [tokenizer.decode(task) for task in tasks]
-    for text in texts:
+    for text in texts[::2]:
         key = text.partition("Remember it: ")[2][:5]
-        assert text.endswith(f"The pass key is {key}<|end|>")
-    assert len({text[-12:] for text in texts}) == len(texts)
+        assert text.endswith(f"The pass key is {key}.<|end|>")
+    for text in texts[1::2]:
+        asked = text.rpartition(" are ")[2].removesuffix(".<|end|>").replace(" and ", ", ").split(", ")
+        assert len(asked) == 4
+        assert all(f"is {number}.\n" in text for number in asked)
+    assert len({text[-16:] for text in texts}) == len(texts)
 
 
 def test_repetitions_fill_a_window(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    prompts = TrainingPrompts(Phi3Tokenizer.from_pretrained(tmp_path))
+    prompts = TrainingPrompts(Phi3Tokenizer.from_pretrained(tmp_path), make_tasks(["passkey"]))
     mixture = Mixture(10_000, 100, repetition_share=0.2, vocab_size=50)
     examples = list(mixture.examples(range(1000, 2000), prompts, np.random.default_rng(0)))
     assert len(examples) == 100

@@ -70,8 +70,8 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
         "there is no setting ropes.yarn.mix; did you mean mixed?",
     ),
     "of a search": (
-        changed("ropes", searched={"search": {"populations": 3}}),
-        "there is no setting ropes.searched.search.populations; did you mean population?",
+        changed("ropes", searched={"search": {"knot": 3}}),
+        "there is no setting ropes.searched.search.knot; did you mean knots?",
     ),
     "of training": (
         changed("finetune", train=TRAIN | {"learning_rat": 1}),
@@ -109,7 +109,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
         changed("finetune", short_share=0.7, retrieval_share=0.3),
         "finetune: short_share and retrieval_share leave no long windows",
     ),
-    "task": ({"retrieve": {"lengths": [256], "tasks": ["pass"]}}, "retrieve.tasks.0"),
+    "task": ({"retrieve": {"lengths": [256], "tasks": ["pass"]}}, "is not a task; choose from passkey"),
 }
 
 
