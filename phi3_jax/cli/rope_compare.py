@@ -12,8 +12,8 @@ from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.rope_lab.compare import compare_ropes
-from phi3_jax.rope_lab.compare_report import FILES, table, write_comparison
+from phi3_jax.rope_lab.comparison.compare import compare_ropes
+from phi3_jax.rope_lab.comparison.report import FILES, table, write_comparison
 
 app = typer.Typer(add_completion=False)
 

@@ -12,10 +12,10 @@ from phi3_jax.cli import common, options
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.rope_lab.critical_report import FILES, sum_of_effects, table, theory, write_critical_report
-from phi3_jax.rope_lab.critical_run import find_critical_pair
-from phi3_jax.rope_lab.needles import NEEDLES
-from phi3_jax.rope_lab.objective_options import Kind, ObjectiveOptions
+from phi3_jax.rope_lab.critical.report import FILES, sum_of_effects, table, theory, write_critical_report
+from phi3_jax.rope_lab.critical.run import find_critical_pair
+from phi3_jax.rope_lab.objectives.needles import NEEDLES
+from phi3_jax.rope_lab.objectives.options import Kind, ObjectiveOptions
 
 app = typer.Typer(add_completion=False)
 

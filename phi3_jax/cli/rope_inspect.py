@@ -12,9 +12,9 @@ from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.rope_lab.attention_profiles import QUERIES, SINK_TOKENS
-from phi3_jax.rope_lab.inspect_report import FILES, table, write_inspection
-from phi3_jax.rope_lab.inspect_run import inspect_ropes
+from phi3_jax.rope_lab.inspection.attention_profiles import QUERIES, SINK_TOKENS
+from phi3_jax.rope_lab.inspection.report import FILES, table, write_inspection
+from phi3_jax.rope_lab.inspection.run import inspect_ropes
 
 app = typer.Typer(add_completion=False)
 

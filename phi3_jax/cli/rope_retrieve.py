@@ -13,10 +13,10 @@ from phi3_jax.errors import UserError
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.rope_lab.retrieval_report import FILES, table, write_retrieval_report
-from phi3_jax.rope_lab.retrieval_run import run_retrieval
-from phi3_jax.rope_lab.retrieval_scores import score
-from phi3_jax.rope_lab.retrieval_tasks import make_tasks
+from phi3_jax.rope_lab.retrieval.report import FILES, table, write_retrieval_report
+from phi3_jax.rope_lab.retrieval.run import run_retrieval
+from phi3_jax.rope_lab.retrieval.scores import score
+from phi3_jax.rope_lab.retrieval.tasks import make_tasks
 
 app = typer.Typer(add_completion=False)
 

@@ -12,14 +12,14 @@ from phi3_jax.errors import UserError
 from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
-from phi3_jax.rope_lab.cma_es import CmaEs
-from phi3_jax.rope_lab.cobyqa import Cobyqa
-from phi3_jax.rope_lab.evolution import Evolution
-from phi3_jax.rope_lab.needles import NEEDLES
-from phi3_jax.rope_lab.objective_options import Kind, ObjectiveOptions
-from phi3_jax.rope_lab.search import Method, Stages
-from phi3_jax.rope_lab.search_results import FILES, MODEL, table
-from phi3_jax.rope_lab.search_run import SearchResult, search_ropes
+from phi3_jax.rope_lab.objectives.needles import NEEDLES
+from phi3_jax.rope_lab.objectives.options import Kind, ObjectiveOptions
+from phi3_jax.rope_lab.search.cma_es import CmaEs
+from phi3_jax.rope_lab.search.cobyqa import Cobyqa
+from phi3_jax.rope_lab.search.evolution import Evolution
+from phi3_jax.rope_lab.search.results import FILES, MODEL, table
+from phi3_jax.rope_lab.search.run import SearchResult, search_ropes
+from phi3_jax.rope_lab.search.search import Method, Stages
 from phi3_jax.storage.targets import Target, target_in
 
 app = typer.Typer(add_completion=False)

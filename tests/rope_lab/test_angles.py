@@ -9,7 +9,7 @@ from reference import small_config
 from phi3_jax import Phi3Config
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.scorer import frequencies_for
-from phi3_jax.rope_lab.angles import critical_pair, text_angles, trained_turns
+from phi3_jax.rope_lab.inspection.angles import critical_pair, text_angles, trained_turns
 
 
 def trained_on(length: int, theta: float = 10_000.0) -> Phi3Config:

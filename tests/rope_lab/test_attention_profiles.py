@@ -13,8 +13,8 @@ from their_layer_ropes import unequal_frequencies, with_layer_ropes
 
 from phi3_jax import LayerFrequencies, Phi3ForCausalLM, Phi3SmallForCausalLM, make_mesh
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
-from phi3_jax.rope_lab import attention_profiles
-from phi3_jax.rope_lab.attention_profiles import (
+from phi3_jax.rope_lab.inspection import attention_profiles
+from phi3_jax.rope_lab.inspection.attention_profiles import (
     AttentionProfile,
     attention_profile,
     distance_bins,

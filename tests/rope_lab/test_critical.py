@@ -8,8 +8,9 @@ import pytest
 
 from phi3_jax.config.rope_types import RopeBase
 from phi3_jax.errors import UserError
-from phi3_jax.rope_lab.critical import candidate_factors, crossing, next_candidates, theoretical_pair, turns
-from phi3_jax.rope_lab.critical_plan import CriticalPlan, PairScaling
+from phi3_jax.rope_lab.critical.candidates import candidate_factors, crossing, next_candidates
+from phi3_jax.rope_lab.critical.plan import CriticalPlan, PairScaling
+from phi3_jax.rope_lab.turns import theoretical_pair, turns
 
 BASE = RopeBase(64, 100_000.0, 16384, 8192)
 """SmolLM2's, stretched twice."""

@@ -20,10 +20,10 @@ from phi3_jax import Phi3Config, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.scorer import frequencies_for
-from phi3_jax.rope_lab import critical_run
-from phi3_jax.rope_lab.critical_report import write_critical_report
-from phi3_jax.rope_lab.critical_run import CriticalPair, find_critical_pair
-from phi3_jax.rope_lab.objective_options import ObjectiveOptions
+from phi3_jax.rope_lab.critical import run as critical_run
+from phi3_jax.rope_lab.critical.report import write_critical_report
+from phi3_jax.rope_lab.critical.run import CriticalPair, find_critical_pair
+from phi3_jax.rope_lab.objectives.options import ObjectiveOptions
 
 LENGTH, TRAINED = 384, 128
 NEEDLE = ObjectiveOptions("needle", (LENGTH,), needles=1, samples=2, seed=4)

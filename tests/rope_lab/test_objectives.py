@@ -16,9 +16,8 @@ from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.perplexity import TextLoss
 from phi3_jax.evaluation.scorer import Scorer
-from phi3_jax.rope_lab.needles import NeedleTexts, needle_objective
-from phi3_jax.rope_lab.objective_options import ObjectiveOptions
-from phi3_jax.rope_lab.objectives import (
+from phi3_jax.rope_lab.objectives.needles import NeedleTexts, needle_objective
+from phi3_jax.rope_lab.objectives.objectives import (
     RopeObjective,
     Sample,
     ScoredRope,
@@ -26,6 +25,7 @@ from phi3_jax.rope_lab.objectives import (
     perplexity_objective,
     spread,
 )
+from phi3_jax.rope_lab.objectives.options import ObjectiveOptions
 
 FACTORS = (1.0, 1.3, 1.7, 2.0, 2.6, 3.0)
 LENGTHS = (384, 512)

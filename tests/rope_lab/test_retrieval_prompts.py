@@ -11,9 +11,9 @@ from retrieval_reader import right_values
 from small_checkpoint import write_checkpoint
 
 from phi3_jax import Phi3Tokenizer
-from phi3_jax.rope_lab.retrieval_prompts import Case, RetrievalPrompts, TaskPrompts
-from phi3_jax.rope_lab.retrieval_tasks import PassKey, make_tasks
-from phi3_jax.rope_lab.retrieval_texts import FILLER
+from phi3_jax.rope_lab.retrieval.prompts import Case, RetrievalPrompts, TaskPrompts
+from phi3_jax.rope_lab.retrieval.tasks import PassKey, make_tasks
+from phi3_jax.rope_lab.retrieval.texts import FILLER
 
 NAMES = ("passkey", "multi-key", "multi-value", "multi-query", "variable-tracking")
 INTRODUCTION = f"{PassKey.introduction}\n\n"

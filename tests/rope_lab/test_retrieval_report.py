@@ -5,10 +5,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from phi3_jax.rope_lab.retrieval import Trial
-from phi3_jax.rope_lab.retrieval_report import LISTED, table, write_retrieval_report
-from phi3_jax.rope_lab.retrieval_run import RetrievalResult
-from phi3_jax.rope_lab.retrieval_tasks import PassKey, make_tasks
+from phi3_jax.rope_lab.retrieval.measure import Trial
+from phi3_jax.rope_lab.retrieval.report import LISTED, table, write_retrieval_report
+from phi3_jax.rope_lab.retrieval.run import RetrievalResult
+from phi3_jax.rope_lab.retrieval.tasks import PassKey, make_tasks
 
 OPTIONS = {"trials": 3}
 

@@ -18,13 +18,14 @@ from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.scorer import frequencies_for
 from phi3_jax.pipeline import Pipeline
-from phi3_jax.rope_lab import retrieval, retrieval_run
-from phi3_jax.rope_lab.compare import Rope
-from phi3_jax.rope_lab.retrieval import Answerer, measure_retrieval
-from phi3_jax.rope_lab.retrieval_prompts import Case, RetrievalPrompts
-from phi3_jax.rope_lab.retrieval_report import write_retrieval_report
-from phi3_jax.rope_lab.retrieval_run import RetrievalResult, run_retrieval
-from phi3_jax.rope_lab.retrieval_tasks import PassKey, make_tasks
+from phi3_jax.rope_lab.comparison.compare import Rope
+from phi3_jax.rope_lab.retrieval import measure as retrieval
+from phi3_jax.rope_lab.retrieval import run as retrieval_run
+from phi3_jax.rope_lab.retrieval.measure import Answerer, measure_retrieval
+from phi3_jax.rope_lab.retrieval.prompts import Case, RetrievalPrompts
+from phi3_jax.rope_lab.retrieval.report import write_retrieval_report
+from phi3_jax.rope_lab.retrieval.run import RetrievalResult, run_retrieval
+from phi3_jax.rope_lab.retrieval.tasks import PassKey, make_tasks
 from phi3_jax.storage.urls import list_entries
 
 ROPES = ["none", "linear:factor=2", "yarn:factor=2"]

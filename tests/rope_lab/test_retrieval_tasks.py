@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from phi3_jax.errors import UserError
-from phi3_jax.rope_lab.retrieval_tasks import (
+from phi3_jax.rope_lab.retrieval.tasks import (
     MultiKey,
     MultiQuery,
     MultiValue,
@@ -17,7 +17,7 @@ from phi3_jax.rope_lab.retrieval_tasks import (
     VariableTracking,
     make_tasks,
 )
-from phi3_jax.rope_lab.retrieval_texts import FILLER, VARIABLES, WORDS
+from phi3_jax.rope_lab.retrieval.texts import FILLER, VARIABLES, WORDS
 
 NAMES = ("passkey", "multi-key", "multi-value", "multi-query", "variable-tracking")
 

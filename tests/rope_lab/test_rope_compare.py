@@ -15,9 +15,9 @@ from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.perplexity import perplexity
 from phi3_jax.evaluation.scorer import Scorer
-from phi3_jax.rope_lab import compare as rope_compare
-from phi3_jax.rope_lab.compare import Comparison, compare_ropes
-from phi3_jax.rope_lab.compare_report import table, write_comparison
+from phi3_jax.rope_lab.comparison import compare as rope_compare
+from phi3_jax.rope_lab.comparison.compare import Comparison, compare_ropes
+from phi3_jax.rope_lab.comparison.report import table, write_comparison
 from phi3_jax.storage.journal import Journal
 from phi3_jax.storage.urls import list_entries
 

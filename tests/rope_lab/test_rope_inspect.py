@@ -11,11 +11,11 @@ from small_checkpoint import write_checkpoint
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.scorer import Scorer, frequencies_for
-from phi3_jax.rope_lab import inspect_run
-from phi3_jax.rope_lab.angles import text_angles, trained_turns
-from phi3_jax.rope_lab.attention_profiles import attention_profile, sample_positions
-from phi3_jax.rope_lab.inspect_report import FILES, write_inspection
-from phi3_jax.rope_lab.inspect_run import Inspection, inspect_ropes
+from phi3_jax.rope_lab.inspection import run as inspect_run
+from phi3_jax.rope_lab.inspection.angles import text_angles, trained_turns
+from phi3_jax.rope_lab.inspection.attention_profiles import attention_profile, sample_positions
+from phi3_jax.rope_lab.inspection.report import FILES, write_inspection
+from phi3_jax.rope_lab.inspection.run import Inspection, inspect_ropes
 from phi3_jax.storage.journal import Journal
 
 PNG = b"\x89PNG\r\n\x1a\n"

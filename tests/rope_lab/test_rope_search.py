@@ -9,12 +9,12 @@ import pytest
 
 from phi3_jax.config.rope_scaling import RopeScaling
 from phi3_jax.config.rope_types import RopeBase
-from phi3_jax.rope_lab.cma_es import CmaEs
-from phi3_jax.rope_lab.cobyqa import Cobyqa
-from phi3_jax.rope_lab.curves import Curve
-from phi3_jax.rope_lab.evolution import Evolution
-from phi3_jax.rope_lab.search import RopeSearch, Stages
-from phi3_jax.rope_lab.search_space import BOUND, Individual, Space, attention_factor, known_scalings
+from phi3_jax.rope_lab.search.cma_es import CmaEs
+from phi3_jax.rope_lab.search.cobyqa import Cobyqa
+from phi3_jax.rope_lab.search.curves import Curve
+from phi3_jax.rope_lab.search.evolution import Evolution
+from phi3_jax.rope_lab.search.search import RopeSearch, Stages
+from phi3_jax.rope_lab.search.space import BOUND, Individual, Space, attention_factor, known_scalings
 
 STRETCH = 4.0
 BASE = RopeBase(dim=24, theta=10000.0, max_position_embeddings=256, original_max_position_embeddings=256)

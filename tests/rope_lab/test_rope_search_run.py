@@ -19,13 +19,13 @@ from their_perplexity import Rope
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.scorer import Scorer
-from phi3_jax.rope_lab import search_run
-from phi3_jax.rope_lab.cobyqa import Cobyqa
-from phi3_jax.rope_lab.evolution import Evolution
-from phi3_jax.rope_lab.objective_options import ObjectiveOptions
-from phi3_jax.rope_lab.objectives import ScoredRope, measure
-from phi3_jax.rope_lab.search import Stages
-from phi3_jax.rope_lab.search_run import search_ropes
+from phi3_jax.rope_lab.objectives.objectives import ScoredRope, measure
+from phi3_jax.rope_lab.objectives.options import ObjectiveOptions
+from phi3_jax.rope_lab.search import run as search_run
+from phi3_jax.rope_lab.search.cobyqa import Cobyqa
+from phi3_jax.rope_lab.search.evolution import Evolution
+from phi3_jax.rope_lab.search.run import search_ropes
+from phi3_jax.rope_lab.search.search import Stages
 
 LENGTH = 96
 EVOLUTION = Evolution(population=8, iterations=2, parents=3, seed=1)

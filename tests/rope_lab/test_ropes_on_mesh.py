@@ -10,12 +10,12 @@ from small_checkpoint import write_checkpoint
 
 from phi3_jax import make_mesh
 from phi3_jax.config.rope_argument import parse_rope
-from phi3_jax.rope_lab.critical_run import find_critical_pair
-from phi3_jax.rope_lab.evolution import Evolution
-from phi3_jax.rope_lab.objective_options import ObjectiveOptions
-from phi3_jax.rope_lab.retrieval_run import run_retrieval
-from phi3_jax.rope_lab.retrieval_tasks import make_tasks
-from phi3_jax.rope_lab.search_run import search_ropes
+from phi3_jax.rope_lab.critical.run import find_critical_pair
+from phi3_jax.rope_lab.objectives.options import ObjectiveOptions
+from phi3_jax.rope_lab.retrieval.run import run_retrieval
+from phi3_jax.rope_lab.retrieval.tasks import make_tasks
+from phi3_jax.rope_lab.search.evolution import Evolution
+from phi3_jax.rope_lab.search.run import search_ropes
 
 pytestmark = pytest.mark.slow
 

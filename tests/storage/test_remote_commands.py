@@ -9,7 +9,10 @@ from stores import Store
 from typer.testing import CliRunner, Result
 
 from phi3_jax.cli import evaluate, rope_compare, rope_inspect, rope_retrieve, rope_search
-from phi3_jax.rope_lab import compare_report, inspect_report, retrieval_report, search_results
+from phi3_jax.rope_lab.comparison import report as compare_report
+from phi3_jax.rope_lab.inspection import report as inspect_report
+from phi3_jax.rope_lab.retrieval import report as retrieval_report
+from phi3_jax.rope_lab.search import results as search_results
 from phi3_jax.storage.urls import list_entries
 
 

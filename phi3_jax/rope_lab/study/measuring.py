@@ -6,7 +6,7 @@ from typing import Any
 
 from phi3_jax.checkpoint import open_checkpoint
 from phi3_jax.config.rope_argument import trained_length
-from phi3_jax.rope_lab.compare import compare_ropes
+from phi3_jax.rope_lab.comparison.compare import compare_ropes
 from phi3_jax.rope_lab.study.plan import BASE, folder
 from phi3_jax.rope_lab.study.results import PerplexityRow, RetrievalRow, StudyResults, StudyRope, TrainingRow
 from phi3_jax.rope_lab.study.retrieval import measure_retrieval

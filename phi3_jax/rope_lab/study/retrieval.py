@@ -7,11 +7,11 @@ from typing import Any
 from jax.sharding import Mesh
 
 from phi3_jax.config.rope_argument import RopeArgument
-from phi3_jax.rope_lab.retrieval_prompts import Case, RetrievalPrompts
-from phi3_jax.rope_lab.retrieval_report import write_retrieval_report
-from phi3_jax.rope_lab.retrieval_run import run_retrieval
-from phi3_jax.rope_lab.retrieval_scores import TrialGrid
-from phi3_jax.rope_lab.retrieval_tasks import Task
+from phi3_jax.rope_lab.retrieval.prompts import Case, RetrievalPrompts
+from phi3_jax.rope_lab.retrieval.report import write_retrieval_report
+from phi3_jax.rope_lab.retrieval.run import run_retrieval
+from phi3_jax.rope_lab.retrieval.scores import TrialGrid
+from phi3_jax.rope_lab.retrieval.tasks import Task
 from phi3_jax.rope_lab.study.settings import RetrieveSettings
 from phi3_jax.storage.targets import Target
 from phi3_jax.tokenizer import Phi3Tokenizer

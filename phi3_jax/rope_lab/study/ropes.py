@@ -11,9 +11,9 @@ from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import RopeArgument, parse_rope
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.scorer import frequencies_for
-from phi3_jax.rope_lab.search import Stages
-from phi3_jax.rope_lab.search_results import FACTORS
-from phi3_jax.rope_lab.search_run import search_ropes
+from phi3_jax.rope_lab.search.results import FACTORS
+from phi3_jax.rope_lab.search.run import search_ropes
+from phi3_jax.rope_lab.search.search import Stages
 from phi3_jax.rope_lab.study.stages import StudyStages
 from phi3_jax.storage.outputs import write_text
 from phi3_jax.storage.targets import Target, target_in

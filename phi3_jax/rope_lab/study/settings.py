@@ -9,10 +9,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from phi3_jax.config.model_config import Phi3Config
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.errors import UserError
-from phi3_jax.rope_lab.cobyqa import Cobyqa
-from phi3_jax.rope_lab.needles import NEEDLES
-from phi3_jax.rope_lab.objective_options import Kind, ObjectiveOptions
-from phi3_jax.rope_lab.retrieval_tasks import Task, make_tasks
+from phi3_jax.rope_lab.objectives.needles import NEEDLES
+from phi3_jax.rope_lab.objectives.options import Kind, ObjectiveOptions
+from phi3_jax.rope_lab.retrieval.tasks import Task, make_tasks
+from phi3_jax.rope_lab.search.cobyqa import Cobyqa
 from phi3_jax.storage.urls import is_url
 from phi3_jax.train.settings import Settings, describe_fault, read_settings_file
 

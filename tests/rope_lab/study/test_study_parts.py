@@ -13,7 +13,7 @@ from small_checkpoint import write_checkpoint
 from phi3_jax import Phi3Config, Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.errors import UserError
 from phi3_jax.evaluation.scorer import frequencies_for
-from phi3_jax.rope_lab.retrieval_tasks import make_tasks
+from phi3_jax.rope_lab.retrieval.tasks import make_tasks
 from phi3_jax.rope_lab.study.base import write_new_model
 from phi3_jax.rope_lab.study.record import StudyRecord
 from phi3_jax.rope_lab.study.retrieval import TrainingPrompts

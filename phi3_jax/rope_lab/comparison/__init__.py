@@ -1,0 +1,1 @@
+"""Comparison of ropes by perplexity."""

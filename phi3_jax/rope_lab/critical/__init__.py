@@ -1,0 +1,1 @@
+"""The critical pair of a rope, by experiment and in theory."""

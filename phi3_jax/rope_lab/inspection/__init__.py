@@ -1,0 +1,1 @@
+"""Looks inside a model: attention by layer and head, and the angles of distances."""

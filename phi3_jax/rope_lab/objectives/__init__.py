@@ -1,0 +1,1 @@
+"""What experiments with ropes minimise: the loss of chosen tokens of texts."""

@@ -1,0 +1,1 @@
+"""Retrieval tasks: prompts, answers, scores, reports."""

@@ -1,0 +1,1 @@
+"""The search of rope factors: the space, optimizers, stages, results."""
