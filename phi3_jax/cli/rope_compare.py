@@ -13,7 +13,7 @@ from phi3_jax.evaluation.run_options import check_output
 from phi3_jax.parallel.messages import tell
 from phi3_jax.parallel.processes import prepare
 from phi3_jax.rope_lab.comparison.compare import compare_ropes
-from phi3_jax.rope_lab.comparison.report import FILES, table, write_comparison
+from phi3_jax.rope_lab.comparison.report import FILES, fact_table, table, write_comparison
 
 app = typer.Typer(add_completion=False)
 
@@ -45,6 +45,12 @@ def compare(
         Option(min=2, help="The tokens that are scored at every length; default: the longest length."),
     ] = None,
     skip_tokens: Annotated[int, Option(min=0, help="Skip this many tokens at the start of the text.")] = 0,
+    facts: Annotated[
+        int, Option(min=0, help="Also hide this many facts in the text, and ask for them at its end.")
+    ] = 0,
+    fact_texts: Annotated[
+        int, Option(min=1, help="The number of texts with hidden facts at each length.")
+    ] = 1,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Start over if the output cannot be resumed.")
     ] = False,
@@ -73,12 +79,16 @@ def compare(
         stride=stride,
         max_tokens=max_tokens,
         skip_tokens=skip_tokens,
+        facts=facts,
+        fact_texts=fact_texts,
         dtype=dtype,
         mesh=where,
         overwrite=overwrite,
     )
     write_comparison(output, comparison)
     Console().print(table(comparison))
+    if comparison.facts:
+        Console().print(fact_table(comparison))
     seconds = comparison.seconds
     tell(
         f"{output}: report.md, results.csv, results.json, perplexity.png, wavelengths.png; "

@@ -14,10 +14,13 @@ from stores import open_store
 from phi3_jax import Phi3ForCausalLM, Phi3Tokenizer
 from phi3_jax.config.rope_argument import parse_rope
 from phi3_jax.evaluation.perplexity import perplexity
-from phi3_jax.evaluation.scorer import Scorer
+from phi3_jax.evaluation.scorer import Scorer, Scores, frequencies_for
 from phi3_jax.rope_lab.comparison import compare as rope_compare
 from phi3_jax.rope_lab.comparison.compare import Comparison, compare_ropes
-from phi3_jax.rope_lab.comparison.report import table, write_comparison
+from phi3_jax.rope_lab.comparison.facts import answers_found
+from phi3_jax.rope_lab.comparison.report import fact_table, table, write_comparison
+from phi3_jax.rope_lab.objectives.needles import NeedleTexts
+from phi3_jax.rope_lab.objectives.objectives import Sample
 from phi3_jax.storage.journal import Journal
 from phi3_jax.storage.urls import list_entries
 
@@ -72,6 +75,55 @@ def test_cells_match_the_perplexity_of_the_same_tokens(model: Path) -> None:
             assert cell.stride == (length if length == 48 else length // 2)
     values = [comparison.cell(name, 48).loss.loss for name in ROPES]
     assert len({round(value, 3) for value in values}) == len(ROPES)
+
+
+def test_asks_for_facts_that_are_hidden_in_the_text(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares with scores of the whole texts, and adds texts to those of an earlier call."""
+    Path("long.txt").write_text("abc defgh ijkl. " * 200)
+    options: dict[str, Any] = {"text": Path("long.txt"), "lengths": [380, 400], "facts": 2}
+    compare(model, ROPES[:2], **options)
+    comparison = compare(model, ROPES[:2], **options, fact_texts=2)
+    ours = Phi3ForCausalLM.from_pretrained(model, dtype="float32")
+    tokenizer = Phi3Tokenizer.from_pretrained(model)
+    ids = np.array(tokenizer.encode("abc defgh ijkl. " * 200, add_special_tokens=False))
+    for name in ROPES[:2]:
+        for length in (380, 400):
+            inv_freq, scaling = frequencies_for(parse_rope(name).apply(ours.config), length)
+            loss, found = 0.0, 0
+            for number in range(2):
+                text = ids[number * length :][:length]
+                sample = NeedleTexts(tokenizer, 2)(text, length, number)
+                scores = Scorer(ours).score(sample.tokens, inv_freq, scaling)
+                scored = np.flatnonzero(sample.scored) - 1
+                loss += scores.losses[0, scored].sum()
+                answers = np.split(scored, np.flatnonzero(np.diff(scored) > 1) + 1)
+                assert len(answers) == 2
+                found += sum(scores.greedy[0, answer].all() for answer in answers)
+            cell = comparison.fact_cell(name, length)
+            assert cell.loss.loss == pytest.approx(loss, rel=1e-5)
+            assert (cell.found, cell.asked) == (found, 4)
+    write_comparison(Path("out"), comparison)
+    report = Path("out/report.md").read_text()
+    assert "2 facts are hidden in each of 2 texts of each length" in report
+    assert len(json.loads(Path("out/results.json").read_text())["facts"]) == 4
+    assert "0% (" in str(fact_table(comparison).columns[1]._cells)
+    monkeypatch.setattr(rope_compare.Pipeline, "load", None)
+    assert compare(model, ROPES[:2], **options, fact_texts=2).facts == comparison.facts
+    with pytest.raises(ValueError, match="9 texts of 400 tokens with hidden facts need 3,600"):
+        compare(model, ROPES[:2], **options, fact_texts=9)
+    with pytest.raises(ValueError, match="380 tokens are too few for 99 needles"):
+        compare(model, ROPES[:2], **options | {"facts": 99})
+
+
+@pytest.mark.parametrize("greedy", [[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1], [0, 1, 0, 1, 0, 0]])
+def test_an_answer_is_found_if_all_its_tokens_are(greedy: list[int]) -> None:
+    scored = np.array([0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1], bool)
+    sample = Sample(np.zeros(11, np.int32), scored)
+    likely = np.ones((1, 9), bool)
+    likely[0, scored[2:]] = greedy
+    scores = Scores(np.arange(9, dtype=np.float32)[None], likely)
+    expected = [all(part) for part in (greedy[:2], greedy[2:3], greedy[3:])].count(True)
+    assert answers_found(sample, scores) == (0 + 1 + 3 + 6 + 7 + 8, expected)
 
 
 @pytest.mark.parametrize("kind", ["memory", slow("gs"), slow("s3")])

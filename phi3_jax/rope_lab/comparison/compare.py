@@ -25,12 +25,14 @@ from phi3_jax.model import Phi3ForCausalLM
 from phi3_jax.model.loading import load_abstract
 from phi3_jax.pipeline import Pipeline
 from phi3_jax.rope_lab.comparison.compile_time import CompileTime
+from phi3_jax.rope_lab.comparison.facts import FactCell, FactText, FactTexts, answers_found
 from phi3_jax.runs.progress import FileProgress, time_left
 from phi3_jax.storage.journal import Journal
 from phi3_jax.storage.targets import Target, target_in
+from phi3_jax.tokenizer import Phi3Tokenizer
 
-Key = tuple[str, Window]
-"""The key of a measurement: the key of the frequencies (`frequencies_key`), and the window."""
+Key = tuple[str, Window | FactText]
+"""The key of a measurement: the key of the frequencies (`frequencies_key`), and what is scored."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class Rope:
             "initial_tokens": self.initial_tokens,
         }
 
-    def key(self, window: Window) -> Key:
-        """Returns the key of the measurement of a window."""
-        return frequencies_key(self.config, window.length, self.initial_tokens), window
+    def key(self, scored: Window | FactText) -> Key:
+        """Returns the key of a measurement."""
+        return frequencies_key(self.config, scored.length, self.initial_tokens), scored
 
 
 class Cell(NamedTuple):
@@ -74,6 +76,8 @@ class Comparison:
     ropes: Sequence[Rope]
     lengths: Sequence[int]
     cells: Sequence[Cell]
+    facts: Sequence[FactCell]
+    """Empty without `needles`."""
     options: Mapping[str, Any]
     tokens: int
     """Tokens of the text without the skipped ones; every length scores all of them but the first."""
@@ -84,6 +88,9 @@ class Comparison:
 
     def cell(self, rope: str, length: int) -> Cell:
         return next(cell for cell in self.cells if (cell.rope, cell.length) == (rope, length))
+
+    def fact_cell(self, rope: str, length: int) -> FactCell:
+        return next(cell for cell in self.facts if (cell.rope, cell.length) == (rope, length))
 
 
 def compare_ropes(
@@ -96,6 +103,8 @@ def compare_ropes(
     stride: int | None = None,
     max_tokens: int | None = None,
     skip_tokens: int = 0,
+    facts: int = 0,
+    fact_texts: int = 1,
     dtype: Any = "bfloat16",
     mesh: Mesh | None = None,
     overwrite: bool = False,
@@ -113,6 +122,8 @@ def compare_ropes(
         stride: tokens between windows, at most each length; default: half of it.
         max_tokens: tokens of the text; default: the longest length, which then has one window.
         skip_tokens: tokens to skip at the start of the text, such as those used by a search for factors.
+        facts: also ask for this many facts that are hidden in the text, at each length; 0: for none.
+        fact_texts: how many texts of each length have facts.
         overwrite: start over if the output is of another model or text.
 
     Raises:
@@ -125,8 +136,10 @@ def compare_ropes(
     checkpoint = open_checkpoint(model)
     ropes = named_ropes(arguments, checkpoint.config)
     content = read_text(text)
-    tokens = first_tokens(checkpoint.source.tokenizer(), content, skip_tokens + max_tokens)[skip_tokens:]
+    tokenizer = checkpoint.source.tokenizer()
+    tokens = first_tokens(tokenizer, content, skip_tokens + max_tokens)[skip_tokens:]
     _check_length(text, len(tokens), lengths, max_tokens, skip_tokens)
+    hidden = _fact_texts(tokenizer, content, skip_tokens, lengths, facts, fact_texts)
     plan = {length: windows(len(tokens), length, min(stride or length // 2, length)) for length in lengths}
     options = model_options(model, dtype, mesh)
     options |= {"text_digest": text_digest(content), "skip_tokens": skip_tokens}
@@ -135,16 +148,35 @@ def compare_ropes(
         CompileTime() as compiling,
     ):
         forward = 0.0
-        if missing := _missing(plan, ropes, journal):
+        scored: dict[int, list[Window | FactText]] = {
+            length: [*chosen, *hidden.at(length)] for length, chosen in plan.items()
+        }
+        if missing := _missing(scored, ropes, journal):
             planned = Scorer(load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh))
-            planned.check_memory(max(window.length for _, window in missing))
+            planned.check_memory(max(each.length for _, each in missing))
             scorer = Scorer(Pipeline.load(checkpoint, dtype=dtype, mesh=mesh).compiled)
-            forward = _measure(scorer, tokens, missing, journal, compiling, show=show)
+            forward = _measure(scorer, tokens, hidden, missing, journal, compiling, show=show)
         measured = _measured(journal)
     cells = [_cell(rope, length, chosen, measured) for rope in ropes for length, chosen in plan.items()]
+    fact_cells = [
+        _fact_cell(rope, length, hidden.at(length), measured)
+        for rope in ropes
+        for length in (lengths if facts else ())
+    ]
     options |= {"text": str(text), "stride": stride, "max_tokens": max_tokens}
+    options |= {"facts": facts, "fact_texts": fact_texts}
     seconds = {"forward": forward, "compile": compiling.seconds, "all": monotonic() - began}
-    return Comparison(ropes, lengths, cells, options, len(tokens), checkpoint.config, seconds)
+    return Comparison(ropes, lengths, cells, fact_cells, options, len(tokens), checkpoint.config, seconds)
+
+
+def _fact_texts(
+    tokenizer: Phi3Tokenizer, content: str, skip: int, lengths: Sequence[int], facts: int, count: int
+) -> FactTexts:
+    needed = skip + count * max(lengths) if facts else 0
+    # One more for a token at the start that is special; a fact's text is between others.
+    start = len(tokenizer.encode("")) + skip
+    tokens = first_tokens(tokenizer, content, start + needed)[start:]
+    return FactTexts(tokenizer, tokens, lengths, facts, count)
 
 
 def named_ropes(arguments: Sequence[RopeArgument], config: Phi3Config) -> list[Rope]:
@@ -172,14 +204,14 @@ def _check_length(text: Path, tokens: int, lengths: Sequence[int], max_tokens: i
 
 
 def _missing(
-    plan: Mapping[int, Sequence[Window]], ropes: Sequence[Rope], journal: Journal
+    plan: Mapping[int, Sequence[Window | FactText]], ropes: Sequence[Rope], journal: Journal
 ) -> dict[Key, tuple[Rope, str]]:
     """Returns the measurements that the journal lacks, each with its rope and a label."""
     measured = _measured(journal)
     missing: dict[Key, tuple[Rope, str]] = {}
     for (length, chosen), rope in product(plan.items(), ropes):
-        for window in chosen:
-            if (key := rope.key(window)) not in measured:
+        for each in chosen:
+            if (key := rope.key(each)) not in measured:
                 missing.setdefault(key, (rope, f"{rope.name} at {length:,}"))
     return missing
 
@@ -187,14 +219,15 @@ def _missing(
 def _measure(
     scorer: Scorer,
     tokens: Int[np.ndarray, " T"],
+    hidden: FactTexts,
     missing: Mapping[Key, tuple[Rope, str]],
     journal: Journal,
     compiling: CompileTime,
     *,
     show: bool,
 ) -> float:
-    """Measures the missing windows one by one; returns the seconds of the forward passes."""
-    total = sum(window.length - 1 for _, window in missing)
+    """Measures what is missing one by one; returns the seconds of the forward passes."""
+    total = sum(each.length - 1 for _, each in missing)
     done, forward, began = 0, 0.0, monotonic()
     with FileProgress(total, show) as bar:
 
@@ -205,39 +238,65 @@ def _measure(
             left = time_left((total - done) * seconds / done)
             bar.update(f"{label}, {done / seconds:,.0f} tokens/s", done, left)
 
-        for number, ((key, window), (rope, label)) in enumerate(missing.items(), start=1):
-            part = tokens[window.begin : window.end]
+        for number, ((key, each), (rope, label)) in enumerate(missing.items(), start=1):
+            if isinstance(each, Window):
+                part, scored_from = tokens[each.begin : each.end], each.scored_from - each.begin
+            else:
+                sample = hidden.sample(each)
+                part, scored_from = sample.tokens, sample.scored_from
             inv_freq, scaling = frequencies_for(rope.config, len(part))
             started, compiled = monotonic(), compiling.seconds
-            (loss,) = scorer.score(
+            scores = scorer.score(
                 part,
                 inv_freq,
                 scaling,
                 initial_tokens=rope.initial_tokens,
-                scored_from=window.scored_from - window.begin,
-                progress=partial(update, f"{label}, window {number} of {len(missing)}"),
-            ).total
+                scored_from=scored_from,
+                progress=partial(update, f"{label}, measurement {number} of {len(missing)}"),
+            )
             seconds = monotonic() - started - (compiling.seconds - compiled)
             forward += seconds
-            journal.add([{"rope": key, "window": list(window), "loss": float(loss), "seconds": seconds}])
+            entry: dict[str, Any] = {"rope": key, "seconds": seconds}
+            if isinstance(each, Window):
+                entry |= {"window": list(each), "loss": float(scores.total[0])}
+            else:
+                loss, found = answers_found(sample, scores)
+                tokens_asked = int(sample.scored.sum())
+                entry |= {"facts": list(each), "loss": loss, "found": found, "tokens": tokens_asked}
+            journal.add([entry])
     return forward
 
 
-def _measured(journal: Journal) -> dict[Key, tuple[float, float]]:
-    """Returns the loss and the seconds of each measurement."""
+def _measured(journal: Journal) -> dict[Key, Mapping[str, Any]]:
+    """Returns the entries by their keys."""
     return {
-        (entry["rope"], Window(*entry["window"])): (float(entry["loss"]), entry["seconds"])
+        (entry["rope"], FactText(*entry["facts"]) if "facts" in entry else Window(*entry["window"])): entry
         for entry in journal.entries
     }
 
 
 def _cell(
-    rope: Rope, length: int, chosen: Sequence[Window], measured: Mapping[Key, tuple[float, float]]
+    rope: Rope, length: int, chosen: Sequence[Window], measured: Mapping[Key, Mapping[str, Any]]
 ) -> Cell:
     results = [measured[rope.key(window)] for window in chosen]
-    loss = TextLoss(math.fsum(loss for loss, _ in results), sum(window.scored for window in chosen))
+    loss = math.fsum(float(each["loss"]) for each in results)
     stride = chosen[1].begin if len(chosen) > 1 else length
-    return Cell(rope.name, length, stride, loss, sum(seconds for _, seconds in results))
+    text_loss = TextLoss(loss, sum(window.scored for window in chosen))
+    return Cell(rope.name, length, stride, text_loss, sum(each["seconds"] for each in results))
+
+
+def _fact_cell(
+    rope: Rope, length: int, texts: Sequence[FactText], measured: Mapping[Key, Mapping[str, Any]]
+) -> FactCell:
+    results = [measured[rope.key(text)] for text in texts]
+    loss = math.fsum(float(each["loss"]) for each in results)
+    return FactCell(
+        rope.name,
+        length,
+        TextLoss(loss, sum(each["tokens"] for each in results)),
+        sum(each["found"] for each in results),
+        sum(text.facts for text in texts),
+    )
 
 
 def scaled_frequencies(comparison: Comparison) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

@@ -60,6 +60,27 @@ def table(comparison: Comparison) -> Table:
     return shown
 
 
+def fact_table(comparison: Comparison) -> Table:
+    """Returns the shares of facts that are found, for a terminal."""
+    title = "Facts found in the text, and the perplexity of the answers"
+    shown = Table(box=SIMPLE, title=title, title_justify="left")
+    shown.add_column("rope", overflow="fold")
+    for length in comparison.lengths:
+        shown.add_column(f"{length:,}", justify="right")
+    for name, *cells in _fact_rows(comparison):
+        shown.add_row(name.replace("[", r"\["), *cells)
+    return shown
+
+
+def _fact_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    for rope in comparison.ropes:
+        cells = (comparison.fact_cell(rope.name, length) for length in comparison.lengths)
+        yield (
+            rope.name,
+            *(f"{cell.found / cell.asked:.0%} ({_number(cell.loss.perplexity)})" for cell in cells),
+        )
+
+
 def _best(comparison: Comparison, length: int) -> str:
     at_length = [cell for cell in comparison.cells if cell.length == length]
     return min(at_length, key=lambda cell: cell.loss.loss / cell.loss.tokens).rope
@@ -67,7 +88,11 @@ def _best(comparison: Comparison, length: int) -> str:
 
 def _perplexities(comparison: Comparison, rope: str) -> list[str]:
     values = (comparison.cell(rope, length).loss.perplexity for length in comparison.lengths)
-    return [f"{value:,.2f}" if value < 1e6 else f"{value:.2e}" for value in values]
+    return [_number(value) for value in values]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
 
 
 def _rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
@@ -99,6 +124,16 @@ def _content(comparison: Comparison) -> dict[str, Any]:
             for rope in comparison.ropes
         },
         "results": list(_rows(comparison)),
+        "facts": [
+            {
+                "rope": cell.rope,
+                "length": cell.length,
+                "found": cell.found,
+                "asked": cell.asked,
+                "perplexity": cell.loss.perplexity,
+            }
+            for cell in comparison.facts
+        ],
         "seconds": comparison.seconds,
     }
 
@@ -127,6 +162,18 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         + ". Scaled frequencies are those for the whole length of a window."
     )
     yield f"\n![Perplexity against context length]({PERPLEXITY})"
+    if comparison.facts:
+        texts = options["fact_texts"]
+        yield "\n## Facts found in the text\n"
+        yield from markdown_table(
+            ("rope", *(f"{length:,}" for length in comparison.lengths)), list(_fact_rows(comparison))
+        )
+        places = "a text" if texts == 1 else f"each of {texts} texts"
+        yield (
+            f"\n{options['facts']} facts are hidden in {places} of each length, and asked for at its end. A "
+            "fact is found if each token of its answer is the most likely one. In parentheses is the "
+            "perplexity of the answers' tokens."
+        )
     yield "\n## Ropes\n"
     yield from markdown_table(
         ("rope", "type", "context", "wavelengths times", "attention factor", "unscaled first tokens"),
