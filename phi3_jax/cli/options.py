@@ -90,6 +90,7 @@ Rope = Annotated[
         "longrope:@factors.json, @rope.json (an entry of a config.json), ntk.py:ntk:factor=4 (your own)."
     ),
 ]
+Overwrite = Annotated[bool, Option("--overwrite", help="Start over if the output cannot be resumed.")]
 System = Annotated[str | None, Option(help="A system message at the start of the conversation.")]
 MaxNewTokens = Annotated[int, Option(min=1, help="End an answer after this many tokens.")]
 Temperature = Annotated[

@@ -51,9 +51,7 @@ def compare(
     fact_texts: Annotated[
         int, Option(min=1, help="The number of texts with hidden facts at each length.")
     ] = 1,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Start over if the output cannot be resumed.")
-    ] = False,
+    overwrite: options.Overwrite = False,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,

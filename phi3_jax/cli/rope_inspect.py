@@ -42,9 +42,7 @@ def inspect(
         int, Option(min=1, help="The first tokens whose attention counts as that of the sink.")
     ] = SINK_TOKENS,
     skip_tokens: Annotated[int, Option(min=0, help="Skip this many tokens at the start of the text.")] = 0,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Start over if the output cannot be resumed.")
-    ] = False,
+    overwrite: options.Overwrite = False,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,

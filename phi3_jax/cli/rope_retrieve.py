@@ -67,9 +67,7 @@ def retrieve(
     batch_size: Annotated[
         int | None, Option(min=1, help="The prompts of a batch; default: by memory.")
     ] = None,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Start over if the output cannot be resumed.")
-    ] = False,
+    overwrite: options.Overwrite = False,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,

@@ -114,9 +114,7 @@ def search(
     batch_size: Annotated[
         int | None, Option(min=1, help="The individuals that are measured at a time; default: by memory.")
     ] = None,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Start over if the output cannot be resumed.")
-    ] = False,
+    overwrite: options.Overwrite = False,
     dtype: options.Dtype = "bfloat16",
     mesh: options.Mesh = None,
     cache_dir: options.CacheDir = None,
@@ -133,6 +131,8 @@ def search(
     elif method == "cma-es":
         chosen = CmaEs(population, iterations, knots, seed)
     else:
+        if population is not None:
+            raise UserError("--population does nothing with --method cobyqa, which measures one by one")
         chosen = Cobyqa(iterations, knots)
     asked = ObjectiveOptions(
         objective,

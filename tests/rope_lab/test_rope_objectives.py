@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,7 +179,7 @@ def test_held_out_text_is_apart(tokenizer: Phi3Tokenizer, text: str, kind: Any) 
     assert objective.samples[300][0].tokens[:9].tolist() == ids[5:14]
     assert held_out.samples[300][0].tokens[:9].tolist() == ids[-300:][:9]
     assert [len(each.samples[300]) for each in (objective, held_out)] == [2, 1]
-    with pytest.raises(UserError, match="2 windows of 300 need 600"):
+    with pytest.raises(UserError, match="2 samples and 1 held out, of 300 each, need"):
         ObjectiveOptions(kind, (300,), samples=2, needles=1, skip_tokens=len(ids) - 700, held_out=1).make(
             tokenizer, text, "t.txt"
         )
@@ -212,9 +213,18 @@ def test_memory_is_that_of_the_longest_samples() -> None:
     objective = perplexity_objective(np.arange(100), (10, 20))
 
     class Fits:
+        compiled = SimpleNamespace(on_cpu=True)
+        most = 3
+
         def fits(self, length: int, rows: int) -> bool:
             assert length == 20
-            return rows <= 3
+            return rows <= self.most
 
-    assert objective.rows(Fits(), 16) == 3  # type: ignore[arg-type]
-    assert objective.rows(Fits(), 1) == 1  # type: ignore[arg-type]
+    scorer: Any = Fits()
+    assert objective.rows(scorer) == 3
+    scorer.most = 99
+    assert objective.rows(scorer) == 4
+    scorer.compiled.on_cpu = False
+    assert objective.rows(scorer) == 16
+    scorer.most = 0
+    assert objective.rows(scorer) == 1

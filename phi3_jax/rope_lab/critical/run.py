@@ -35,9 +35,6 @@ from phi3_jax.runs.progress import FileProgress, time_left
 from phi3_jax.storage.journal import Journal
 from phi3_jax.storage.targets import Target, target_in
 
-ROWS, ROWS_ON_CPU = 16, 4
-"""The most ropes at a time; a CPU gains little from more, and a kill loses more work."""
-
 MeasureScalings = Callable[[Sequence[PairScaling], OnProgress], Sequence[Losses]]
 """Returns the losses of ropes by length; calls its second argument with the tokens that were read."""
 
@@ -117,8 +114,7 @@ def find_critical_pair(
         before = len(values)
         if plan.waiting(values):
             planned = Scorer(load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh))
-            most = ROWS_ON_CPU if planned.compiled.on_cpu else ROWS
-            rows = batch_size or journal.decide("batch_size", lambda: scored.rows(planned, most))
+            rows = batch_size or journal.decide("batch_size", lambda: scored.rows(planned))
             scored.check_memory(planned, rows)
             scorer = Scorer(Pipeline.load(checkpoint, dtype=dtype, mesh=mesh).compiled)
 

@@ -41,6 +41,8 @@ def read_rope(path: Path) -> dict[str, Any]:
         CheckpointError: a GGUF file is broken.
         OSError: the file cannot be read.
     """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
     with path.open("rb") as file:
         is_gguf = file.read(4) == b"GGUF"
     try:

@@ -13,6 +13,9 @@ from phi3_jax.errors import UserError
 from phi3_jax.evaluation.perplexity import TextLoss
 from phi3_jax.evaluation.scorer import OnProgress, Scorer
 
+ROWS, ROWS_ON_CPU = 16, 4
+"""The most ropes at a time; a CPU gains little from more, and a kill loses more work."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -118,8 +121,9 @@ class RopeObjective:
         """
         scorer.check_memory(self.longest, rows)
 
-    def rows(self, scorer: Scorer, most: int) -> int:
-        """Returns how many ropes, at most `most`, fit in memory at a time; at least one."""
+    def rows(self, scorer: Scorer) -> int:
+        """Returns how many ropes are measured at a time: as many as fit in memory, at least one."""
+        most = ROWS_ON_CPU if scorer.compiled.on_cpu else ROWS
         return next((rows for rows in range(most, 1, -1) if scorer.fits(self.longest, rows)), 1)
 
 

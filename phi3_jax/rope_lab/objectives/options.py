@@ -70,6 +70,13 @@ class ObjectiveOptions:
         special = self.kind == "perplexity"
         tokens = np.asarray(tokenizer.encode(text, add_special_tokens=special), np.int32)
         kept = self.held_out * max(self.lengths)
+        needed = self.skip_tokens + self.samples * max(self.lengths) + kept
+        if self.held_out and len(tokens) < needed:
+            raise UserError(
+                f"{source} has {len(tokens):,} tokens; {self.skip_tokens:,} that are skipped, {self.samples} "
+                f"samples and {self.held_out} held out, of {max(self.lengths):,} each, need {needed:,}: give "
+                "a longer text, a shorter length or fewer samples"
+            )
         end = max(len(tokens) - kept, 0)
         objective = self._make(tokenizer, tokens[:end], self.samples, self.seed, self.skip_tokens, source)
         if not self.held_out:

@@ -126,14 +126,10 @@ class PassKey(Task):
 
 
 @dataclass(frozen=True)
-class MultiKey(Task):
-    """Words have a number each; that of one word is asked for."""
+class KeysTask(Task):
+    """Several words have a number each."""
 
     keys: int = 4
-
-    name = "multi-key"
-    summary = "several words have a number each, and that of one word is asked for"
-    has_depth = True
 
     def __post_init__(self) -> None:
         _check_least("keys", self.keys, 2)
@@ -146,6 +142,15 @@ class MultiKey(Task):
     @property
     def numbers(self) -> int:
         return self.keys
+
+
+@dataclass(frozen=True)
+class MultiKey(KeysTask):
+    """Words have a number each; that of one word is asked for."""
+
+    name = "multi-key"
+    summary = "several words have a number each, and that of one word is asked for"
+    has_depth = True
 
     def problem(self, names: Sequence[str], numbers: Sequence[str], depth: float, draws: Draws) -> Problem:
         depths = [depth, *_spread(self.keys - 1, draws)]
@@ -161,22 +166,12 @@ class MultiKey(Task):
 
 
 @dataclass(frozen=True)
-class MultiValue(Task):
+class MultiValue(KeysTask):
     """One word has several numbers, in a line each; all are asked for."""
-
-    keys: int = 4
 
     name = "multi-value"
     summary = "one word has several numbers, in a line each, and all are asked for"
     names = 1
-
-    def __post_init__(self) -> None:
-        _check_least("keys", self.keys, 2)
-        super().__post_init__()
-
-    @property
-    def numbers(self) -> int:
-        return self.keys
 
     def problem(self, names: Sequence[str], numbers: Sequence[str], depth: float, draws: Draws) -> Problem:
         lines = [f"One pass key of {names[0]} is {number}." for number in numbers]
@@ -192,25 +187,11 @@ class MultiValue(Task):
 
 
 @dataclass(frozen=True)
-class MultiQuery(Task):
+class MultiQuery(KeysTask):
     """Words have a number each; all are asked for at once."""
-
-    keys: int = 4
 
     name = "multi-query"
     summary = "several words have a number each, and all are asked for at once"
-
-    def __post_init__(self) -> None:
-        _check_least("keys", self.keys, 2)
-        super().__post_init__()
-
-    @property
-    def names(self) -> int:
-        return self.keys
-
-    @property
-    def numbers(self) -> int:
-        return self.keys
 
     def problem(self, names: Sequence[str], numbers: Sequence[str], depth: float, draws: Draws) -> Problem:
         order = draws.permutation(self.keys)

@@ -16,9 +16,6 @@ from phi3_jax.errors import UserError
 from phi3_jax.rope_lab.search.optimizers import Scored
 from phi3_jax.rope_lab.search.space import Individual, Space
 
-INITIAL_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
-"""Numbers of unscaled tokens that the paper tries (table 1)."""
-
 TRIES = 100
 """Tries to draw a new child before a generation gets fewer."""
 

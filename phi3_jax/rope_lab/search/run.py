@@ -41,9 +41,6 @@ from phi3_jax.runs.progress import FileProgress, time_left
 from phi3_jax.storage import targets
 from phi3_jax.storage.journal import Journal
 
-ROWS, ROWS_ON_CPU = 16, 4
-"""The most individuals at a time; a CPU gains little from more, and a kill loses more work."""
-
 MOST_TURNS, LEAST_TURNS = 128, 1 / 8
 """How often the pairs at the first and the last knot turn; faster ones need no factor."""
 
@@ -163,8 +160,7 @@ def search_ropes(
         before = len(search.scored)
         if search.waiting:
             planned = Scorer(load_abstract(Phi3ForCausalLM, checkpoint, dtype=dtype, mesh=mesh))
-            most = ROWS_ON_CPU if planned.compiled.on_cpu else ROWS
-            rows = batch_size or journal.decide("batch_size", lambda: everything.rows(planned, most))
+            rows = batch_size or journal.decide("batch_size", lambda: everything.rows(planned))
             everything.check_memory(planned, rows)
             scorer = Scorer(Pipeline.load(checkpoint, dtype=dtype, mesh=mesh).compiled)
             run(search, scores, journal, _measure(scorer, config.rope_base, rows), rows, show=show)
@@ -300,8 +296,8 @@ def _restore(search: RopeSearch, scores: _Scores, journal: Journal) -> None:
         stage = entry["stage"]
         if not search.waiting or (search.waiting[0], search.stage) != (individual, stage):
             raise UserError(
-                f"{journal.path} is from another version of NumPy or this program, which searches in another "
-                "way; choose another output, or remove it to start over"
+                f"{journal.path} is from another version of NumPy, SciPy, cmaes or this program, which "
+                "searches in another way; choose another output, or remove it to start over"
             )
         losses = {
             int(length): TextLoss(float(loss), tokens) for length, (loss, tokens) in entry["losses"].items()

@@ -73,7 +73,7 @@ class RopeSearch:
     def __init__(
         self, space: Space, method: Method, known: Mapping[str, Individual], stages: Stages | None = None
     ):
-        self.space, self.method, self.known = space, method, dict(known)
+        self.space, self.known = space, dict(known)
         self.stages = stages or Stages()
         if isinstance(method, Cobyqa) and self.stages.last:
             raise UserError("COBYQA needs the perplexity of each individual on all samples; use one stage")
